@@ -1,0 +1,199 @@
+"""What a Pyro model and guide must be like, checked on one batch before anything long starts."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Structure", "check_finite", "evaluation_mode", "inspect", "sample_sites"]
+
+DATA = "data"  # the name of the plate over the data
+
+
+class Structure(NamedTuple):
+    """How the sites of a model and guide lie in plates.
+
+    Args:
+        max_plate_nesting: how many dimensions the plates take, from the right.
+        data_size: the size that the data plate claims to have: the number of data it stands for.
+        batch_size: the size that the data plate has: the number of data it holds. None without a data plate.
+        problems: per site, why importance weights per datum are undefined.
+    """
+
+    max_plate_nesting: int
+    data_size: int | None
+    batch_size: int | None
+    problems: tuple[str, ...]
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Raises a ValueError that names the argument and the first bad row if x holds NaN or infinity."""
+    if not x.is_floating_point() or bool(torch.isfinite(x).all()):
+        return
+    bad = (~torch.isfinite(x)).reshape(len(x), -1).any(dim=-1)
+    raise ValueError(
+        f"{name} holds NaN or infinity in {int(bad.sum())} of {len(x)} rows, the first of them row "
+        f"{int(bad.nonzero()[0])}. Remove those rows or fill the missing values."
+    )
+
+
+@contextmanager
+def evaluation_mode() -> Iterator[None]:
+    """Runs every module that is called inside in ``eval()`` mode, and puts back afterwards what it changed.
+
+    A model and a guide are functions, and their modules cannot be listed; so each is switched as it is called.
+    """
+    switched: list[nn.Module] = []
+
+    def switch(module: nn.Module, _inputs: Any) -> None:
+        for child in module.modules() if module.training else ():
+            if child.training:
+                child.training = False
+                switched.append(child)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(switch)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module in switched:
+            module.training = True
+
+
+def sample_sites(trace: poutine.Trace) -> dict[str, dict]:
+    """Returns the sample sites of a trace by name, without those that only draw a plate's subsample."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample)
+    }
+
+
+def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Structure:
+    """Runs a model and a guide once on a batch, checks that they fit each other and the data, returns their structure.
+
+    Modules run in evaluation mode and the random state is put back, so that a look changes nothing.
+
+    Raises:
+        ValueError: when the guide misses a latent site of the model, or has one that the model lacks; when a site lies
+            in different plates in the two; when a site has batch dimensions that no plate declares; when observed
+            data has the wrong shape or is outside its distribution's support. The message names the site.
+    """
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    devices = sorted({t.device for t in tensors if t.is_cuda}, key=str)
+    with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
+        guide_sites = sample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+        model_sites = sample_sites(poutine.trace(model).get_trace(*args, **kwargs))
+    latents = {name: site for name, site in model_sites.items() if not site["is_observed"]}
+
+    for name, site in latents.items():
+        if name not in guide_sites and not site["infer"].get("enumerate"):
+            raise ValueError(
+                f'The guide misses the latent site "{name}" of the model (it has {_names(guide_sites)}). '
+                f'Add pyro.sample("{name}", ...) to the guide.'
+            )
+    for name, site in guide_sites.items():
+        if name not in latents and not site["infer"].get("is_auxiliary") and not site["is_observed"]:
+            raise ValueError(
+                f'The guide samples "{name}", which is no latent site of the model (it has {_names(latents)}). '
+                'Rename it, or mark it infer={"is_auxiliary": True}.'
+            )
+    for name in latents.keys() & guide_sites.keys():
+        plates, others = _plates(latents[name]), _plates(guide_sites[name])
+        if plates != others:
+            raise ValueError(
+                f'The plates of site "{name}" differ: {_describe(plates)} in the model, {_describe(others)} in the '
+                "guide. Give it the same plates, with the same sizes and dimensions, in both."
+            )
+    for name, site in [*model_sites.items(), *guide_sites.items()]:
+        _check_batch_shape(name, site)
+    for name, site in model_sites.items():
+        if site["is_observed"]:
+            check_observed(name, site["fn"], site["value"])
+
+    frames = [f for site in [*model_sites.values(), *guide_sites.values()] for f in site["cond_indep_stack"]]
+    data = next((frame for frame in frames if frame.name == DATA and frame.vectorized), None)
+    return Structure(
+        max_plate_nesting=max((-frame.dim for frame in frames if frame.vectorized), default=0),
+        data_size=None if data is None else data.full_size or data.size,
+        batch_size=None if data is None else data.size,
+        problems=tuple(_problems(model_sites, guide_sites)),
+    )
+
+
+def check_observed(name: str, fn: Any, value: Tensor) -> None:
+    """Raises a ValueError if an observed value does not have its distribution's shape or is outside its support."""
+    base = fn
+    while hasattr(base, "base_dist") and type(base).__name__ in ("Independent", "ExpandedDistribution", "MaskedDistribution"):
+        base = base.base_dist
+    kind = type(base).__name__
+    if fn.event_shape and value.shape[value.dim() - len(fn.event_shape) :] != fn.event_shape:
+        raise ValueError(
+            f'The data at site "{name}" has shape {tuple(value.shape)}, but its distribution {kind} has events of '
+            f"shape {tuple(fn.event_shape)}. Reshape the data, or build the likelihood for that shape."
+        )
+    try:
+        inside = fn.support.check(value)
+    except NotImplementedError:  # a distribution may leave its support undefined
+        return
+    if bool(inside.all()):
+        return
+    low, high = value.min().item(), value.max().item()
+    bad = (~inside).nonzero()[0].tolist()
+    advice = (
+        "Binarise grey values (fit's transform=pyrovae.data.dynamic_binarization draws them anew in each epoch, "
+        "pyrovae.data.static_binarization(x) once), or use a likelihood of real numbers such as Normal."
+        if getattr(base.support, "base_constraint", base.support) is torch.distributions.constraints.boolean
+        else "Transform the data into the support, or use a likelihood that has it in its support."
+    )
+    raise ValueError(
+        f'The data at site "{name}" is outside the support of {kind}, {base.support}: it ranges from {low:g} to '
+        f"{high:g}, and the first datum outside is number {bad[-1] if bad else 0} of the batch. {advice}"
+    )
+
+
+def _names(sites: dict[str, dict]) -> str:
+    return ", ".join(f'"{name}"' for name in sites) or "none"
+
+
+def _plates(site: dict) -> dict[str, tuple[int | None, int]]:
+    return {frame.name: (frame.dim, int(frame.size)) for frame in site["cond_indep_stack"]}
+
+
+def _describe(plates: dict[str, tuple[int | None, int]]) -> str:
+    return ", ".join(f'plate "{name}" (dim {dim}, size {size})' for name, (dim, size) in plates.items()) or "no plate"
+
+
+def _check_batch_shape(name: str, site: dict) -> None:
+    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    shape = site["fn"].batch_shape
+    for dim in range(-len(shape), 0):
+        if shape[dim] != plates.get(dim, 1):
+            raise ValueError(
+                f'Site "{name}" has batch shape {tuple(shape)}, but {_describe(_plates(site))}. Put it in a plate '
+                f'(with pyro.plate("{DATA}", len(x)): ...) or declare event dimensions with .to_event(n).'
+            )
+
+
+def _problems(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> Iterator[str]:
+    for where, sites in (("model", model_sites), ("guide", guide_sites)):
+        for name, site in sites.items():
+            frames = {frame.name: frame for frame in site["cond_indep_stack"] if frame.vectorized}
+            data = frames.pop(DATA, None)
+            if data is None:
+                yield f'site "{name}" of the {where} is outside the plate "{DATA}"'
+            elif data.dim != -1:
+                yield f'the plate "{DATA}" of site "{name}" of the {where} is at dimension {data.dim}, not -1'
+            for frame in frames.values():
+                if frame.full_size not in (None, frame.size):
+                    yield f'site "{name}" of the {where} is in the plate "{frame.name}", which is subsampled'
+            if site["infer"].get("is_auxiliary"):
+                yield f'site "{name}" of the {where} is auxiliary'
+    for name in model_sites.keys() - guide_sites.keys():
+        if not model_sites[name]["is_observed"]:
+            yield f'site "{name}" of the model is enumerated, and the guide does not sample it'

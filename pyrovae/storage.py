@@ -1,0 +1,170 @@
+"""Files: weights, checkpoints and run directories, written whole or not at all, and read without running code."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from pyrovae._version import __version__
+
+__all__ = ["load", "read_checkpoint", "save", "write_atomically", "write_checkpoint"]
+
+FORMAT = "1"  # of every file; raised when an older pyrovae could misread what a newer one writes
+
+
+def save(module: nn.Module, path: str | Path) -> None:
+    """Writes the weights and buffers of a module to a safetensors file, whole or not at all.
+
+    Args:
+        module: any module, a :class:`pyrovae.VAE` for example.
+        path: the file; one that is there is replaced.
+
+    Raises:
+        OSError: when the file cannot be written. What was there before stays as it was.
+
+    >>> import tempfile
+    >>> module = nn.Linear(2, 3)
+    >>> path = Path(tempfile.mkdtemp()) / "weights.safetensors"
+    >>> save(module, path)
+    >>> load(nn.Linear(2, 3), path).weight.equal(module.weight)
+    True
+    """
+    _write(path, dict(module.state_dict()), kind="weights", state=None)
+
+
+def load(module: nn.Module, path: str | Path) -> nn.Module:
+    """Reads weights that :func:`save` wrote into a module of the same shape; returns the module.
+
+    Args:
+        module: a module built like the one that was saved.
+        path: the file.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when the file is corrupt, truncated, of another kind or version, or another module's. The module is
+            left as it was.
+    """
+    tensors, _ = _read(path, kind="weights")
+    ours = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    theirs = {name: tuple(t.shape) for name, t in tensors.items()}
+    if ours != theirs:
+        name = sorted(ours.items() ^ theirs.items())[0][0]
+        raise ValueError(
+            f"{path} holds the weights of another module: {name!r} has shape {theirs.get(name, 'none')} in the file, "
+            f"{ours.get(name, 'none')} in the module. Build the module as it was when it was saved."
+        )
+    module.load_state_dict(tensors)
+    return module
+
+
+def write_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Writes nested dicts, lists, tuples, numbers, strings and tensors to one safetensors file, whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    packed = _pack(state, tensors)
+    _write(path, tensors, kind="checkpoint", state=json.dumps(packed))
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads what :func:`write_checkpoint` wrote.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when the file is corrupt, truncated, or of another kind or version.
+    """
+    tensors, state = _read(path, kind="checkpoint")
+    return _unpack(json.loads(state), tensors)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Writes a file whole or not at all: beside it first, then flushed to the disk and renamed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
+        raise OSError(
+            error.errno, f"cannot write {path}: {error.strerror}. What was there before is unchanged. Make room or name "
+            "another place"
+        ) from error
+
+
+def _write(path: str | Path, tensors: dict[str, Tensor], kind: str, state: str | None) -> None:
+    # Copies, for safetensors refuses tensors that share memory, as tied weights do.
+    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    metadata = {"pyrovae": __version__, "format": FORMAT, "kind": kind, "sha256": _digest(tensors, state)}
+    if state is not None:
+        metadata["state"] = state
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], str | None]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}. Name a {kind} file that pyrovae wrote.")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if "pyrovae" not in metadata:
+                raise ValueError(f"{path} was not written by pyrovae. Name a {kind} file that was.")
+            if metadata["format"] != FORMAT:
+                raise ValueError(
+                    f"{path} was written by pyrovae {metadata['pyrovae']} in format {metadata['format']}; this is pyrovae "
+                    f"{__version__}, which reads format {FORMAT}. Use that version, or write the file anew."
+                )
+            if metadata["kind"] != kind:
+                raise ValueError(f"{path} holds {metadata['kind']}, not {kind}. Name a {kind} file.")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is truncated, corrupt or no safetensors file ({error}). Use another copy.") from error
+    if metadata["sha256"] != _digest(tensors, metadata.get("state")):
+        raise ValueError(f"{path} is corrupt: its content does not have the checksum in it. Use another copy.")
+    return tensors, metadata.get("state")
+
+
+def _digest(tensors: dict[str, Tensor], state: str | None) -> str:
+    digest = hashlib.sha256((state or "").encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Turns a nested value into what JSON keeps, with tensors put aside by number."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        tensors[str(len(tensors))] = value
+        return {"tensor": str(len(tensors) - 1)}
+    if isinstance(value, dict):  # as pairs, for keys may be numbers, which JSON would turn into strings
+        return {"dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_pack(v, tensors) for v in value]}
+    if isinstance(value, list):
+        return [_pack(v, tensors) for v in value]
+    raise TypeError(f"a checkpoint cannot keep a {type(value).__name__} (of a scheduler or optimizer): {value!r}.")
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(v, tensors) for v in value]
+    if isinstance(value, dict):
+        [(kind, content)] = value.items()
+        if kind == "tensor":
+            return tensors[content]
+        if kind == "tuple":
+            return tuple(_unpack(v, tensors) for v in content)
+        return {_unpack(k, tensors): _unpack(v, tensors) for k, v in content}
+    return value

@@ -1,0 +1,485 @@
+"""Training: any Pyro model and guide, any ``pyro.infer.ELBO``, one function."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from pyrovae import storage
+from pyrovae.checks import check_finite, check_observed, evaluation_mode, inspect, sample_sites
+from pyrovae.data import Batches, as_batches
+
+__all__ = ["History", "fit"]
+
+Data = Tensor | Sequence[Tensor] | Dataset | DataLoader
+
+# One kernel for all parameters; the same numbers as the loop over them.
+Adam = partial(torch.optim.Adam, lr=1e-3, fused=True)
+
+
+@dataclass
+class History:
+    """What training recorded: one record (a dict) an epoch.
+
+    A record holds "epoch", "loss" and, where asked for, "validation" (nats a datum: losses, so lower is better),
+    "learning_rate" and "seconds" since the start. Callbacks may add entries to the last one.
+
+    Args:
+        records: the records in order.
+
+    >>> history = History([{"epoch": 1, "loss": 3.0}, {"epoch": 2, "loss": 2.5}])
+    >>> history["loss"]
+    [3.0, 2.5]
+    >>> print(history)
+    epoch    loss
+        1  3.0000
+        2  2.5000
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, name: str) -> list:
+        """Returns one entry of every record, None where a record lacks it."""
+        if not any(name in record for record in self.records):
+            raise KeyError(f"no record holds {name!r}; they hold {list(self.records[-1]) if self.records else 'nothing'}")
+        return [record.get(name) for record in self.records]
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch with the lowest validation loss, None before the first."""
+        scored = [record for record in self.records if "validation" in record]
+        return min(scored, key=lambda record: record["validation"])["epoch"] if scored else None
+
+    def table(self, max_rows: int = 20) -> str:
+        """Returns a table of at most `max_rows` records, evenly spaced, the first and the last among them."""
+        count = min(max_rows, len(self))
+        shown = [self.records[round(i * (len(self) - 1) / max(count - 1, 1))] for i in range(count)]
+        names = list(dict.fromkeys(name for record in self.records for name in record))
+        cells = [names] + [[_cell(record.get(name)) for name in names] for record in shown]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+        return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def plot(self, path: str | Path | None = None):
+        """Draws the losses by epoch; returns the matplotlib figure, and writes it if a path is given."""
+        from pyrovae import plots  # matplotlib is slow to import
+
+        return plots.learning_curve(self, path)
+
+
+def fit(
+    model: Callable,
+    guide: Callable,
+    data: Data,
+    *,
+    loss: ELBO | None = None,
+    epochs: int = 100,
+    batch_size: int = 128,
+    optimizer: Callable[[Iterable[Tensor]], Optimizer] | Optimizer = Adam,
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    transform: Callable[..., Tensor | Sequence[Tensor]] | None = None,
+    clip_norm: float | None = None,
+    validation: Data | None = None,
+    patience: int | None = None,
+    callbacks: Sequence[Callable[[History], Any]] = (),
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> History:
+    r"""Trains the parameters of any Pyro model and guide by gradient descent on an ELBO.
+
+    A step lowers the loss per datum, :math:`\frac{1}{N} \mathrm{loss}(x_1, \dots, x_N)`, of a batch. Batches, noise and
+    so the result follow from torch's random state: call ``pyro.set_rng_seed`` before for a run that can be repeated.
+
+    Args:
+        model: a Pyro model, called with a batch: ``model(x)``, or ``model(x, context)`` for pairs.
+        guide: a Pyro guide, called like the model.
+        data: a tensor; a tuple of tensors, which become positional arguments; a ``Dataset``; or a ``DataLoader``, which
+            then has the say over batches. In-memory data is shuffled and batched without a loop over items.
+        loss: any ``pyro.infer.ELBO``, the default a new ``Trace_ELBO()``.
+        epochs: passes over the data, those before a resume included.
+        batch_size: data a step; the last batch of an epoch may be smaller.
+        optimizer: called with the parameters, as in ``functools.partial(torch.optim.Adam, lr=3e-4)``; or a torch
+            optimizer that holds them.
+        scheduler: called with the optimizer to make a learning-rate schedule, stepped once an epoch.
+        transform: called with every batch, its result used instead: ``transform(x)``, or ``transform(x, context)``.
+            Applies to validation batches too.
+        clip_norm: largest norm of the gradient of the loss per datum over all parameters together.
+        validation: data as above; its loss is taken after every epoch, in evaluation mode, each time with the same noise.
+        patience: stop when this many epochs brought no lower validation loss, and restore the weights of the best.
+        callbacks: functions called with the :class:`History` after every epoch; one that returns True ends training.
+        checkpoint: a file to keep the state of training in, written after epochs (rarely enough to cost little) and at
+            the end, whole or not at all.
+        resume: go on from the checkpoint if it is there. The result is the same to the bit as that of a run that was not
+            interrupted, on the same machine.
+        device: where to move batches; the default leaves them where they are.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The :class:`History`.
+
+    Raises:
+        ValueError: when an argument is out of range, data is empty, holds NaN or infinity or is outside the
+            likelihood's support, or model and guide do not fit each other; or the checkpoint is another model's.
+        FileExistsError: when the checkpoint is there and `resume` is not asked for.
+        FloatingPointError: when the loss or a parameter stops being finite. The message names the step and the site; the
+            checkpoint keeps the last good state.
+
+    >>> import pyrovae
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> pyro.set_rng_seed(0)
+    >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
+    >>> history = fit(vae.model, vae.guide, torch.randn(100, 3), epochs=5, batch_size=50, progress=False)
+    >>> len(history)
+    5
+    """
+    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("patience", patience, 1)):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, got {clip_norm}.")
+    if patience is not None and validation is None:
+        raise ValueError("patience stops training by the validation loss: give validation data, or leave patience out.")
+    if checkpoint is not None and Path(checkpoint).exists() and not resume:
+        raise FileExistsError(f"checkpoint {checkpoint} is there already. Pass resume=True to go on, or another path.")
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs a checkpoint to go on from.")
+
+    batches = as_batches("data", data, batch_size, shuffle=True)
+    held_out = None if validation is None else as_batches("validation", validation, None, shuffle=False)
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError("data gives no batch. Give at least one datum, and a DataLoader that does not drop it.")
+    run = _Run(model, guide, loss or Trace_ELBO(), optimizer, scheduler, transform, clip_norm, device, first)
+    history, best, steps = History(), None, _length(batches)
+    fingerprint = {"steps an epoch": steps, "data in the first batch": len(first[0] if isinstance(first, (tuple, list)) else first)}
+
+    if resume and Path(checkpoint).exists():
+        saved = storage.read_checkpoint(checkpoint)
+        if saved["data"] != fingerprint:
+            raise ValueError(
+                f"checkpoint {checkpoint} was made with {saved['data']}, but now there are {fingerprint}. Resume with the "
+                "same data and batch size."
+            )
+        run.load_state(saved)
+        history, best = History(saved["history"]), saved["best"]
+        _set_random_state(saved["random"], batches)
+
+    def save() -> float:
+        start = time.monotonic()
+        rest = {"data": fingerprint, "history": history.records, "best": best, "random": _random_state(batches)}
+        storage.write_checkpoint(checkpoint, run.state() | rest)
+        return time.monotonic() - start
+
+    # A place that cannot be written to shows now, not after an epoch.
+    cost = 0.0 if checkpoint is None else save()
+    saved_at = time.monotonic()
+    started = time.monotonic() - (history["seconds"][-1] if len(history) else 0.0)
+    with tqdm(
+        total=None if steps is None else steps * epochs,
+        initial=0 if steps is None else steps * min(len(history), epochs),
+        unit="step",
+        disable=not progress,
+    ) as bar:
+        while len(history) < epochs and not _out_of_patience(history, patience):
+            epoch = len(history) + 1
+            bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
+            total, count = 0.0, 0
+            for batch in batches:
+                args = run.prepare("data", batch, check=not isinstance(batches, Batches))
+                total += run.step(args, epoch) * len(args[0])
+                count += len(args[0])
+                bar.update()
+            record = {"epoch": epoch, "loss": total / count}
+            if held_out is not None:
+                record["validation"] = run.validate(held_out, epoch)
+            record["learning_rate"] = run.optimizer.param_groups[0]["lr"]
+            run.end_epoch(record)
+            record["seconds"] = time.monotonic() - started
+            history.records.append(record)
+            bar.set_postfix({name: f"{record[name]:.3f}" for name in ("loss", "validation") if name in record}, refresh=False)
+            if patience is not None and history.best_epoch == epoch:
+                best = run.snapshot()
+            stop = any([callback(history) is True for callback in callbacks])
+            last = stop or epoch == epochs or _out_of_patience(history, patience)
+            # Often enough to lose little when killed, seldom enough that writing takes no more than a twentieth.
+            if checkpoint is not None and (last or time.monotonic() - saved_at > 20 * cost):
+                cost, saved_at = save(), time.monotonic()
+            if stop:
+                break
+    if patience is not None and best is not None:
+        run.restore(best)
+    return history
+
+
+class _Run:
+    """The parameters, buffers, optimizer and schedule of one training run, found by running model and guide once."""
+
+    def __init__(self, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first_batch):
+        self.model, self.guide, self.loss = model, guide, loss
+        self.transform, self.clip_norm, self.device = transform, clip_norm, device
+        self.num_steps = 0
+        args = self.prepare("data", first_batch, check=True)
+        structure = inspect(model, guide, *args)
+        # A plate that stands for more data than it holds scales its loss up to all of them.
+        self.data_size = structure.data_size if structure.data_size != structure.batch_size else None
+        self.params, self.buffers = self._find_state(args)
+        self.num_known = len(pyro.get_param_store())
+        self.trained = list({id(p): p for p in self.params.values()}.values())
+        self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizer(self.trained)
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in self.params.items() if id(p) not in held]
+        if missing:
+            raise ValueError(
+                f"optimizer does not hold {len(missing)} of {len(self.params)} parameters, among them "
+                f"{missing[0].split(' ', 1)[1]!r}. Pass a callable such as functools.partial(torch.optim.Adam, lr=1e-3) to "
+                "train all of them, or freeze the others with requires_grad_(False)."
+            )
+        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+
+    def prepare(self, name: str, batch: Any, check: bool) -> tuple:
+        """Returns a batch as the arguments for model and guide: checked, on its device, transformed."""
+        args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+        for i, x in enumerate(args):
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"{name} must give tensors or tuples of tensors, but element {i} of a batch is a "
+                    f"{type(x).__name__}. Give the DataLoader a collate_fn that returns tensors."
+                )
+            if check:
+                check_finite(name, x)
+        if self.device is not None:
+            args = tuple(x.to(self.device, non_blocking=True) for x in args)
+        if self.transform is not None:
+            out = self.transform(*args)
+            args = tuple(out) if isinstance(out, (tuple, list)) else (out,)
+        return args
+
+    def _find_state(self, args: tuple) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Runs the loss once, changing nothing, to find the parameters and buffers it uses, named by order and name.
+
+        The order, because the names that Pyro knows parameters by may differ from one process to the next.
+        """
+        modules: dict[int, nn.Module] = {}
+        handle = nn.modules.module.register_module_forward_pre_hook(lambda m, _: modules.setdefault(id(m), m) and None)
+        devices = sorted({x.device for x in args if x.is_cuda}, key=str)
+        try:
+            with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices), poutine.trace(param_only=True) as found:
+                self.loss.loss(self.model, self.guide, *args)
+        finally:
+            handle.remove()
+        params = {
+            f"{i} {name.split('$$$')[-1]}": site["value"].unconstrained()
+            for i, (name, site) in enumerate(found.trace.nodes.items())
+        }
+        if not params:
+            raise ValueError(
+                "model and guide have no parameters to train. Register networks with pyro.module, or use pyro.param."
+            )
+        buffers = {
+            f"{i} {name}": buffer
+            for i, module in enumerate(modules.values())
+            for name, buffer in module.named_buffers(recurse=False)
+        }
+        return params, buffers
+
+    def step(self, args: tuple, epoch: int) -> float:
+        """Takes one step; returns the loss per datum."""
+        self.num_steps += 1
+        noise = torch.get_rng_state()
+        self.optimizer.zero_grad()
+        try:
+            value = self._loss_and_grads(args)
+        except (ValueError, FloatingPointError):
+            torch.set_rng_state(noise)
+            self._explain(args, epoch)
+            raise
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
+        self.optimizer.step()
+        if len(pyro.get_param_store()) != self.num_known:
+            raise ValueError(
+                f"model or guide made a new parameter at step {self.num_steps}, which the optimizer does not know: "
+                f"{list(pyro.get_param_store().keys())[-1]!r}. Make all parameters in the first call."
+            )
+        return value
+
+    def _loss_and_grads(self, args: tuple) -> float:
+        size = self.data_size or len(args[0])
+        if hasattr(self.loss, "differentiable_loss"):
+            loss = self.loss.differentiable_loss(self.model, self.guide, *args) / size
+            value = loss.detach().item()
+            _require_finite(value)
+            loss.backward()
+        else:
+            value = self.loss.loss_and_grads(self.model, self.guide, *args) / size
+            _require_finite(value)
+            for p in self.trained:
+                if p.grad is not None:
+                    p.grad /= size
+        return value
+
+    def _explain(self, args: tuple, epoch: int) -> None:
+        """Raises an error that names the cause of a failed step, if running it again shows one."""
+        where = f"at step {self.num_steps} (epoch {epoch})"
+        advice = "The last checkpoint, if any, is kept. Lower the learning rate, or bound the gradient with clip_norm."
+        self._require_finite_state(f"{where}: {{}}. {advice}")
+        with torch.no_grad(), pyro.validation_enabled(False):
+            guide = poutine.trace(self.guide).get_trace(*args)
+            model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(*args)
+            for part, trace in (("guide", guide), ("model", model)):
+                for name, site in sample_sites(trace).items():
+                    if site["is_observed"]:
+                        check_observed(name, site["fn"], site["value"])
+                    for what, x in (("value", site["value"]), ("log-probability", site["fn"].log_prob(site["value"]))):
+                        if not bool(torch.isfinite(x).all()):
+                            raise FloatingPointError(
+                                f'The loss stopped being finite {where}: the {what} of site "{name}" in the {part} is '
+                                f"{x[~torch.isfinite(x)][0].item()}. {advice}"
+                            )
+
+    def _require_finite_state(self, message: str) -> None:
+        for name, p in self.params.items():
+            if not bool(torch.isfinite(p).all()):
+                what = f"parameter {name.split(' ', 1)[1]!r} is no longer finite"
+                raise FloatingPointError("The loss stopped being finite " + message.format(what))
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable, epoch: int) -> float:
+        """Returns the validation loss per datum, with the same noise each time so that epochs can be compared."""
+        total, count = 0.0, 0
+        devices = sorted({p.device for p in self.trained if p.is_cuda}, key=str)
+        with evaluation_mode(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            for batch in batches:
+                args = self.prepare("validation", batch, check=not isinstance(batches, Batches))
+                try:
+                    value = self.loss.loss(self.model, self.guide, *args) / (self.data_size or len(args[0]))
+                    _require_finite(value)
+                except (ValueError, FloatingPointError):
+                    self._explain(args, epoch)
+                    raise
+                total, count = total + value * len(args[0]), count + len(args[0])
+        return total / count
+
+    def end_epoch(self, record: dict[str, Any]) -> None:
+        """Steps the schedule; raises if the last step spoilt a parameter, before anything is saved."""
+        self._require_finite_state(
+            f"in epoch {record['epoch']}: {{}}. The last checkpoint, if any, is kept. Lower the learning rate, or bound the "
+            "gradient with clip_norm."
+        )
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(record.get("validation", record["loss"]))
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """Returns copies of all parameters and buffers."""
+        groups = {"params": self.params, "buffers": self.buffers}
+        return {group: {k: t.detach().clone() for k, t in tensors.items()} for group, tensors in groups.items()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: dict[str, dict[str, Tensor]]) -> None:
+        """Puts copies back, after checking that they are of the same model."""
+        for group, tensors in (("params", self.params), ("buffers", self.buffers)):
+            ours = {k: tuple(t.shape) for k, t in tensors.items()}
+            theirs = {k: tuple(t.shape) for k, t in snapshot[group].items()}
+            if ours != theirs:
+                differing = sorted(ours.items() ^ theirs.items())[0][0]
+                raise ValueError(
+                    f"The checkpoint was written for another model: {differing.split(' ', 1)[1]!r} has shape "
+                    f"{theirs.get(differing)} in it, {ours.get(differing)} here. Resume with the same model and guide."
+                )
+            for k, t in tensors.items():
+                t.copy_(snapshot[group][k])
+
+    def state(self) -> dict[str, Any]:
+        """Returns all that a later process needs to go on."""
+        return {
+            **self.snapshot(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "num_steps": self.num_steps,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.restore(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if (self.scheduler is None) != (state["scheduler"] is None):
+            raise ValueError("scheduler: the checkpoint was written with one and this run has none, or the reverse.")
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.num_steps = state["num_steps"]
+
+
+def _require_finite(value: float) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"The loss became {value}.")
+
+
+def _out_of_patience(history: History, patience: int | None) -> bool:
+    return patience is not None and len(history) > 0 and len(history) - history.best_epoch >= patience
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return str(value) if not isinstance(value, float) else f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
+
+
+def _length(batches: Iterable) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:  # an iterable data set has no length
+        return None
+
+
+def _generators(batches: Iterable) -> Iterator[torch.Generator]:
+    """The random generators that a loader has of its own, beside torch's global one."""
+    for holder in (batches, getattr(batches, "sampler", None)):
+        generator = getattr(holder, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator
+
+
+def _random_state(batches: Iterable) -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": random.getstate(),
+        "loader": [generator.get_state() for generator in _generators(batches)],
+    }
+
+
+def _set_random_state(state: dict[str, Any], batches: Iterable) -> None:
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+    for generator, saved in zip(_generators(batches), state["loader"], strict=True):
+        generator.set_state(saved)
