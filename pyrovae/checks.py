@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -129,7 +131,7 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
 def check_observed(name: str, fn: Any, value: Tensor) -> None:
     """Raises a ValueError if an observed value does not have its distribution's shape or is outside its support."""
     base = fn
-    while hasattr(base, "base_dist") and type(base).__name__ in ("Independent", "ExpandedDistribution", "MaskedDistribution"):
+    while isinstance(base, (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution)):
         base = base.base_dist
     kind = type(base).__name__
     if fn.event_shape and value.shape[value.dim() - len(fn.event_shape) :] != fn.event_shape:
@@ -146,8 +148,9 @@ def check_observed(name: str, fn: Any, value: Tensor) -> None:
     low, high = value.min().item(), value.max().item()
     bad = (~inside).nonzero()[0].tolist()
     advice = (
-        "Binarise grey values (fit's transform=pyrovae.data.dynamic_binarization draws them anew in each epoch, "
-        "pyrovae.data.static_binarization(x) once), or use a likelihood of real numbers such as Normal."
+        "Binarise grey values: anew for each batch with fit(..., transform=pyrovae.data.dynamic_binarization), once with "
+        "pyrovae.data.static_binarization(x), or with --preprocessing on the command line. Or use a likelihood of real "
+        "numbers such as Normal."
         if getattr(base.support, "base_constraint", base.support) is torch.distributions.constraints.boolean
         else "Transform the data into the support, or use a likelihood that has it in its support."
     )

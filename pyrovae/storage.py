@@ -3,17 +3,20 @@
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyro
 import safetensors
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor, nn
 
 from pyrovae._version import __version__
 
-__all__ = ["load", "read_checkpoint", "save", "write_atomically", "write_checkpoint"]
+__all__ = ["load", "load_run", "read_checkpoint", "save", "write_atomically", "write_checkpoint"]
 
 FORMAT = "1"  # of every file; raised when an older pyrovae could misread what a newer one writes
 
@@ -98,6 +101,86 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             error.errno, f"cannot write {path}: {error.strerror}. What was there before is unchanged. Make room or name "
             "another place"
         ) from error
+
+
+def load_run(directory: str | Path, trust: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """Loads a run directory that ``pyrovae train`` wrote, without running code from it.
+
+    Args:
+        directory: the run directory.
+        trust: let its configuration name classes outside pyrovae, which are then imported and built.
+
+    Returns:
+        The :class:`pyrovae.VAE`, in evaluation mode, and the configuration.
+
+    Raises:
+        FileNotFoundError: when there is no such run, or it has no weights yet.
+        ValueError: when a file is corrupt or from another version, or the configuration names classes outside pyrovae
+            and is not trusted.
+    """
+    from pyrovae.cli import build_from_config  # the command line imports this module
+
+    directory = Path(directory)
+    config = read_config(directory, trust)
+    weights = directory / "weights.safetensors"
+    if not weights.exists():
+        raise FileNotFoundError(f"{directory} has no weights yet. Finish it with: pyrovae train --run {directory} --resume")
+    vae = build_from_config(config, config["x_shape"])
+    return load(vae, weights).eval(), config
+
+
+def create_run(directory: str | Path, config: str, x_shape: tuple[int, ...]) -> None:
+    """Writes what makes a directory a run's: its configuration, and the version and shape of data it is for."""
+    about = {"pyrovae": __version__, "format": FORMAT, "x_shape": x_shape}
+    write_atomically(Path(directory) / "config.yaml", config.encode())
+    write_atomically(Path(directory) / "run.json", json.dumps(about).encode())
+
+
+def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
+    """Reads a run's configuration and ``x_shape``; raises a ValueError if it names code that is not to be trusted."""
+    file, about = Path(directory) / "config.yaml", Path(directory) / "run.json"
+    for needed in (file, about):
+        if not needed.is_file():
+            raise FileNotFoundError(f"{directory} is no run directory: it has no {needed.name}. Name one of pyrovae train's.")
+    try:
+        written_by = json.loads(about.read_text())
+        if written_by["format"] != FORMAT:
+            raise ValueError(
+                f"{directory} is a run of pyrovae {written_by['pyrovae']}, format {written_by['format']}; this is pyrovae "
+                f"{__version__}, which reads format {FORMAT}. Use that version, or train anew."
+            )
+        config = yaml.safe_load(file.read_text()) | {"x_shape": tuple(written_by["x_shape"])}
+        parts = {name: config[name] for name in ("prior", "likelihood", "encoder", "loss", "optimizer", "scheduler")}
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory} has a corrupt config.yaml or run.json ({error!r}).") from error
+    strange = [] if trust else [name for name in _strings(parts) if not _is_known_class(name)]
+    if strange:
+        raise ValueError(
+            f"{file} names code outside pyrovae: {', '.join(strange)}. Loading the run would execute it. If you trust it, say "
+            "so with --trust (in Python: trust=True)."
+        )
+    return config
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [s for v in value.values() for s in _strings(v)]
+    if isinstance(value, list):
+        return [s for v in value for s in _strings(v)]
+    return [value] if isinstance(value, str) else []
+
+
+def _is_known_class(name: str) -> bool:
+    """Whether a name is that of a class that pyrovae, torch or Pyro has loaded already; imports nothing."""
+    module, _, attribute = name.rpartition(".")
+    kind = getattr(sys.modules.get(module), attribute, None)
+    kinds = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, pyro.infer.ELBO)
+    return (
+        module.split(".")[0] in ("pyrovae", "torch", "pyro")
+        and isinstance(kind, type)
+        and issubclass(kind, kinds)
+        and kind.__module__.split(".")[0] in ("pyrovae", "torch", "pyro")
+    )
 
 
 def _write(path: str | Path, tensors: dict[str, Tensor], kind: str, state: str | None) -> None:

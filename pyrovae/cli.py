@@ -1,0 +1,438 @@
+"""The command line: ``pyrovae train | evaluate | sample | reconstruct``.
+
+Arguments come from the signatures below: jsonargparse reads their type hints and docstrings.
+"""
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import docstring_parser
+import numpy as np
+import pyro
+import torch
+import yaml
+from jsonargparse import ArgumentParser, lazy_instance
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+import pyrovae
+from pyrovae import data as datasets
+from pyrovae import storage
+from pyrovae.encoders import DiagonalNormal, Encoder
+from pyrovae.estimators import Estimate, independent_baseline, log_marginal
+from pyrovae.likelihoods import Bernoulli, Likelihood
+from pyrovae.nn import Shape
+from pyrovae.priors import Prior, StandardNormal
+from pyrovae.training import History, fit
+from pyrovae.vae import VAE
+
+__all__ = ["evaluate", "main", "reconstruct", "sample", "train"]
+
+Preprocessing = Literal["grey", "static", "dynamic"]
+Part = Literal["train", "validation", "test"]
+
+
+def train(
+    data: str = "digits",
+    run: str | None = None,
+    data_root: str = "data",
+    preprocessing: Preprocessing = "dynamic",
+    latent_dim: int = 16,
+    prior: Callable[[int], Prior] = StandardNormal,
+    likelihood: Callable[[int, Shape], Likelihood] = Bernoulli,
+    encoder: Callable[[Shape, int], Encoder] = DiagonalNormal,
+    loss: ELBO = lazy_instance(Trace_ELBO),  # noqa: B008, an immutable description
+    optimizer: Callable[[Iterable], Optimizer] = lambda params: torch.optim.Adam(params, lr=1e-3),
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    epochs: int = 500,
+    batch_size: int = 128,
+    patience: int | None = 50,
+    clip_norm: float | None = None,
+    num_samples: int = 1000,
+    seed: int = 0,
+    device: str = "cpu",
+    resume: bool = False,
+    trust: bool = False,
+    *,
+    config: str = "",
+) -> None:
+    """Trains a VAE on a data set, scores it on the test part, and keeps all in a run directory.
+
+    Args:
+        data: digits, mnist, fashion-mnist, kmnist, omniglot, cifar10, or a .npy, .npz or .csv file.
+        run: the run directory; runs/<data> unless named. One that is there is never overwritten.
+        data_root: where the images are, or are downloaded to.
+        preprocessing: of values between 0 and 1. grey: none, as they are (so also for tables); static: binarised
+            once; dynamic: training data binarised anew for each batch, the rest once.
+        latent_dim: number of latent dimensions.
+        prior: the class of p(z).
+        likelihood: the class of p(x | z).
+        encoder: the class of q(z | x).
+        loss: the class of the training objective.
+        optimizer: the class of the optimizer.
+        scheduler: the class of a learning-rate schedule, stepped once an epoch.
+        epochs: passes over the training data.
+        batch_size: data a step.
+        patience: stop after so many epochs without a lower validation loss; null for never.
+        clip_norm: largest norm of the gradient over all parameters; null for any.
+        num_samples: importance samples a datum, for the test log p(x).
+        seed: of weights, batches and noise.
+        device: cpu, cuda, cuda:1, ...
+        resume: go on with the run in the run directory, with its configuration.
+        trust: let a configuration that is resumed name classes outside pyrovae, and so run their code.
+    """
+    directory = Path(run) if run is not None else default_run(data)
+    if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(
+            f"{directory} is there already. Go on with it (--resume), or name another place (--run DIRECTORY)."
+        )
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    pyro.set_rng_seed(seed)
+    splits, described = _load(data, data_root, preprocessing)
+    x_shape = tuple(splits.train.x.shape[1:])
+    vae = VAE(prior(latent_dim), likelihood(latent_dim, x_shape), encoder(x_shape, latent_dim)).to(device)
+    print(f"{described}\n{vae}\nrun directory: {directory}")
+
+    is_new = not directory.exists()
+    storage.create_run(directory, config, x_shape)
+    try:
+        history = fit(
+            vae.model,
+            vae.guide,
+            splits.train.x,
+            loss=loss,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            transform=datasets.dynamic_binarization if preprocessing == "dynamic" else None,
+            clip_norm=clip_norm,
+            validation=splits.validation.x,
+            patience=patience,
+            callbacks=[_metrics_writer(directory / "metrics.jsonl")],
+            checkpoint=directory / "checkpoint.safetensors",
+            resume=resume,
+            device=device,
+        )
+    except Exception:
+        if is_new and not (directory / "checkpoint.safetensors").exists():  # bad input leaves nothing behind
+            for name in ("config.yaml", "run.json"):
+                (directory / name).unlink()
+            directory.rmdir()
+        raise
+    storage.save(vae, directory / "weights.safetensors")
+    vae.eval()
+
+    test = splits.test.x.to(device)
+    estimate = log_marginal(vae.model, vae.guide, test, num_samples=num_samples)
+    name, baseline = independent_baseline(splits.train.x, splits.test.x)
+    result = {"split": "test", **_summary(estimate), "baseline": baseline.mean().item()}
+    _write_metrics(directory / "metrics.jsonl", [*history.records, result], append=False)
+    _draw(vae, splits, history, directory)
+    print(f"\n{history}\n\ntest: {estimate}\n{name}: {baseline.mean().item():.3f} nats a datum (baseline)")
+    print(f"\npictures, weights and metrics: {directory}\nscore it again: pyrovae evaluate {directory} --num-samples 5000")
+
+
+def evaluate(
+    run: str,
+    split: Part = "test",
+    num_samples: int = 5000,
+    output: str | None = None,
+    data: str | None = None,
+    data_root: str | None = None,
+    max_memory: float = 64e6,
+    seed: int = 0,
+    device: str = "cpu",
+    trust: bool = False,
+) -> None:
+    """Estimates log p(x) per datum of a trained run by importance sampling.
+
+    Args:
+        run: the run directory.
+        split: the part of the data to score.
+        num_samples: importance samples a datum.
+        output: a .csv file for the estimate, standard error, effective sample size and k-hat of each datum.
+        data: another data set of the same shape to score; the run's own unless named.
+        data_root: where the images are; as in training unless named.
+        max_memory: budget for intermediate results, in bytes.
+        seed: of the samples.
+        device: cpu, cuda, cuda:1, ...
+        trust: let the run's configuration name classes outside pyrovae, and so run their code.
+    """
+    out = None if output is None else _new_file(output, (".csv",))
+    vae, config = storage.load_run(run, trust=trust)
+    splits, described = _load(
+        data or config["data"], config["data_root"] if data_root is None else data_root, config["preprocessing"]
+    )
+    print(described)
+    pyro.set_rng_seed(seed)
+    vae.to(device)
+    x = getattr(splits, split).x.to(device)
+    estimate = log_marginal(vae.model, vae.guide, x, num_samples=num_samples, max_memory=max_memory)
+    if out is not None:
+        names = ("value", "standard_error", "ess", "khat")
+        columns = torch.stack([torch.arange(len(x)), *(getattr(estimate, name).cpu() for name in names)], dim=1)
+        np.savetxt(out, columns, delimiter=",", fmt=["%d"] + ["%.9g"] * 4, comments="", header=",".join(("datum", *names)))
+        print(f"per datum: {out}")
+    print(f"{split}: {estimate}")
+
+
+def sample(
+    run: str, num_samples: int = 64, output: str | None = None, mean: bool = False, seed: int = 0, trust: bool = False
+) -> None:
+    """Draws samples from p(x) of a trained run, as a picture or an array.
+
+    Args:
+        run: the run directory.
+        num_samples: how many.
+        output: a .png, .npy or .csv file; samples-<seed>.png in the run directory unless named.
+        mean: the mean of p(x | z) instead of a draw from it.
+        seed: of the samples.
+        trust: let the run's configuration name classes outside pyrovae, and so run their code.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    out = _new_file(output or Path(run) / f"samples-{seed}.png", (".png", ".npy", ".csv"))
+    vae, _ = storage.load_run(run, trust=trust)
+    pyro.set_rng_seed(seed)
+    x = _prior_means(vae, num_samples) if mean else vae.sample(num_samples)
+    if out.suffix == ".png":
+        from pyrovae import plots
+
+        plots.samples(x, out, _MEANS if mean else "samples from p(x)")
+    else:
+        _write_array(x, out)
+    print(f"{num_samples} samples: {out}")
+
+
+def reconstruct(
+    run: str,
+    split: Part = "test",
+    num_data: int = 10,
+    output: str | None = None,
+    data: str | None = None,
+    data_root: str | None = None,
+    seed: int = 0,
+    trust: bool = False,
+) -> None:
+    """Reconstructs the first data of a part of the data with a trained run, as a picture or an array.
+
+    Args:
+        run: the run directory.
+        split: the part of the data.
+        num_data: how many.
+        output: a .png, .npy or .csv file; reconstructions-<split>.png in the run directory unless named.
+        data: another data set of the same shape; the run's own unless named.
+        data_root: where the images are; as in training unless named.
+        seed: of the latents.
+        trust: let the run's configuration name classes outside pyrovae, and so run their code.
+    """
+    if num_data < 1:
+        raise ValueError(f"num_data must be at least 1, got {num_data}.")
+    out = _new_file(output or Path(run) / f"reconstructions-{split}.png", (".png", ".npy", ".csv"))
+    vae, config = storage.load_run(run, trust=trust)
+    splits, described = _load(
+        data or config["data"], config["data_root"] if data_root is None else data_root, config["preprocessing"]
+    )
+    print(described)
+    pyro.set_rng_seed(seed)
+    x = getattr(splits, split).x[:num_data]
+    reconstructed = vae.reconstruct(x)
+    if out.suffix == ".png":
+        from pyrovae import plots
+
+        plots.reconstructions(x, reconstructed, out)
+    else:
+        _write_array(reconstructed, out)
+    print(f"{len(x)} reconstructions: {out}")
+
+
+COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "reconstruct": reconstruct}
+FLAGS = ("resume", "trust", "mean")  # given without a value
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line; exits with a message and status 1 when the input is at fault."""
+    argv = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    sys.path.insert(0, os.getcwd())  # a user's own classes lie beside their data, not beside this script
+    parser = make_parser()
+    try:
+        settings = parser.parse_args(argv)
+        if settings.subcommand == "train" and settings.train.resume:
+            settings = _resumed(parser, argv, settings.train)
+        command = settings.subcommand
+        arguments = parser.instantiate(settings)[command].as_dict()
+        arguments.pop("config", None)
+        if command == "train":
+            arguments["config"] = _config(settings.train)
+        COMMANDS[command](**arguments)
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        sys.exit(f"pyrovae: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\npyrovae: interrupted. A training run goes on where it was with --resume.")
+
+
+def make_parser() -> ArgumentParser:
+    """Returns the parser of the whole command line."""
+    parser = ArgumentParser(prog="pyrovae", description=pyrovae.__doc__, version=pyrovae.__version__)
+    commands = parser.add_subcommands()
+    for name, function in COMMANDS.items():
+        commands.add_subcommand(name, command_parser(name), help=function.__doc__.splitlines()[0])
+    return parser
+
+
+def command_parser(name: str) -> ArgumentParser:
+    """Returns the parser of one command, made from the function's signature."""
+    function = COMMANDS[name]
+    parser = ArgumentParser(description=function.__doc__.splitlines()[0])
+    parser.add_argument("--config", action="config", help="a file with arguments, as a run's config.yaml")
+    helps = {param.arg_name: param.description for param in docstring_parser.parse(function.__doc__).params}
+    flags = {name: text for name, text in helps.items() if name in FLAGS}
+    parser.add_function_arguments(function, as_positional=True, skip={*flags, "config"})
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    return parser
+
+
+def _config(settings: Any) -> str:
+    """Returns the configuration of a training run as YAML: all but what says where and whether to go on."""
+    config = yaml.safe_load(command_parser("train").dump(settings, skip_unset=False))
+    return yaml.safe_dump({k: v for k, v in config.items() if k not in ("config", "run", *FLAGS)}, sort_keys=False)
+
+
+def build_from_config(config: dict[str, Any], x_shape: tuple[int, ...]) -> VAE:
+    """Returns the VAE that a run's configuration describes, with new weights."""
+    parser = ArgumentParser()
+    names = ("latent_dim", "prior", "likelihood", "encoder")
+    parser.add_function_arguments(train, skip={*inspect.signature(train).parameters} - {*names})
+    parts = parser.instantiate(parser.parse_object({name: config[name] for name in names}))
+    return VAE(
+        parts.prior(parts.latent_dim),
+        parts.likelihood(parts.latent_dim, x_shape),
+        parts.encoder(x_shape, parts.latent_dim),
+    )
+
+
+def default_run(data: str) -> Path:
+    """Returns the run directory for a data set where none is named."""
+    return Path("runs") / Path(data).stem
+
+
+def _with_underscores(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
+
+
+def _resumed(parser: ArgumentParser, argv: list[str], given: Any) -> Any:
+    """Returns the settings of the run that is resumed, with what the command line gives besides."""
+    directory = Path(given.run) if given.run is not None else default_run(given.data)
+    file = directory / "config.yaml"
+    if not file.exists():
+        print(f"nothing to resume in {directory}: starting")
+        return parser.parse_args(argv)
+    storage.read_config(directory, trust=given.trust)
+    at = argv.index("train") + 1
+    settings = parser.parse_args([*argv[:at], "--config", str(file), *argv[at:]])
+    settings.train.run = str(directory)
+    return settings
+
+
+def _load(data: str, data_root: str, preprocessing: Preprocessing) -> tuple[datasets.Splits, str]:
+    """Returns the splits, binarised as asked for except where each batch is to be, and a line that describes them."""
+    splits = datasets.load(data, data_root)
+    words = {
+        "grey": "grey (values as they are)",
+        "static": "static binarisation (once, seed 0)",
+        "dynamic": "dynamic binarisation (training data for each batch, the rest once, seed 0)",
+    }[preprocessing]
+    if preprocessing != "grey":
+        seeds = (None if preprocessing == "dynamic" else 0, 1, 2)
+        splits = datasets.Splits(
+            *(
+                part if seed is None else part._replace(x=datasets.static_binarization(part.x, seed))
+                for part, seed in zip(splits, seeds, strict=True)
+            )
+        )
+    sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in splits._asdict().items())
+    return splits, f"{data}: {sizes} of shape {tuple(splits.train.x.shape[1:])}\npreprocessing: {words}"
+
+
+def _summary(estimate: Estimate) -> dict[str, float]:
+    n = len(estimate.value)
+    return {
+        "log_marginal": estimate.value.mean().item(),
+        "standard_error": estimate.standard_error.square().sum().sqrt().item() / n,
+        "khat_above_0.7": int((estimate.khat > 0.7).sum()),
+        "num_data": n,
+        "num_samples": estimate.num_samples,
+    }
+
+
+def _metrics_writer(path: Path) -> Callable[[History], None]:
+    """Returns a callback that keeps one JSON object an epoch; its first call writes the whole history anew.
+
+    So a resumed run drops what the killed one had written after its last checkpoint.
+    """
+    started = False
+
+    def write(history: History) -> None:
+        nonlocal started
+        _write_metrics(path, history.records[-1:] if started else history.records, append=started)
+        started = True
+
+    return write
+
+
+def _write_metrics(path: Path, records: list[dict], append: bool) -> None:
+    content = "".join(json.dumps(record) + "\n" for record in records)
+    if not append:
+        storage.write_atomically(path, content.encode())
+        return
+    with open(path, "a") as file:
+        file.write(content)
+
+
+_MEANS = "means of p(x | z), z from the prior"
+
+
+@torch.no_grad()
+def _prior_means(vae: VAE, num_samples: int) -> Tensor:
+    return vae.decode(vae.prior().sample((num_samples,))).mean
+
+
+@torch.no_grad()
+def _draw(vae: VAE, splits: datasets.Splits, history: History, directory: Path) -> None:
+    from pyrovae import plots  # matplotlib is slow to import
+
+    device = next(vae.parameters()).device
+    x = splits.test.x[:1000].to(device)
+    labels = splits.test.labels
+    plots.samples(_prior_means(vae, 100), directory / "samples.png", _MEANS)
+    plots.reconstructions(x[:10], vae.reconstruct(x[:10]), directory / "reconstructions.png")
+    plots.latent_space(vae.encode(x).mean, None if labels is None else labels[:1000], directory / "latent_space.png")
+    plots.learning_curve(history, directory / "learning_curve.png")
+
+
+def _new_file(path: str | Path, suffixes: tuple[str, ...]) -> Path:
+    path = Path(path)
+    if path.suffix not in suffixes:
+        raise ValueError(f"output must end in {' or '.join(suffixes)}, got {path}.")
+    if path.exists():
+        raise FileExistsError(f"{path} is there already. Name another place with --output.")
+    return path
+
+
+def _write_array(x: Tensor, path: Path) -> None:
+    array = x.cpu().numpy()
+    if path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        np.savetxt(path, array.reshape(len(array), -1), delimiter=",", fmt="%.9g")
