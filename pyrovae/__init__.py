@@ -4,6 +4,6 @@ from pyrovae import data, encoders, likelihoods, nn, priors
 from pyrovae._version import __version__
 from pyrovae.estimators import Estimate, log_marginal
 from pyrovae.importance import log_weights
-from pyrovae.storage import load, save
+from pyrovae.storage import load, load_run, save
 from pyrovae.training import History, fit
 from pyrovae.vae import VAE

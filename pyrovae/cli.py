@@ -262,7 +262,8 @@ FLAGS = ("resume", "trust", "mean")  # given without a value
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; exits with a message and status 1 when the input is at fault."""
     argv = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)]
-    sys.path.insert(0, os.getcwd())  # a user's own classes lie beside their data, not beside this script
+    if os.getcwd() not in sys.path:  # the classes of a user lie beside their data, not beside this script
+        sys.path.insert(0, os.getcwd())
     parser = make_parser()
     try:
         settings = parser.parse_args(argv)

@@ -40,7 +40,7 @@ class Encoder(nn.Module, ABC):
         self,
         x_shape: Shape,
         latent_dim: int,
-        network: Network | nn.Module = MLP,
+        network: Network = MLP,
         context_dim: int = 0,
         *,
         num_params: int,
@@ -89,7 +89,7 @@ class DiagonalNormal(Encoder):
     torch.Size([5, 3])
     """
 
-    def __init__(self, x_shape: Shape, latent_dim: int, network: Network | nn.Module = MLP, context_dim: int = 0):
+    def __init__(self, x_shape: Shape, latent_dim: int, network: Network = MLP, context_dim: int = 0):
         super().__init__(x_shape, latent_dim, network, context_dim, num_params=2 * latent_dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
@@ -118,7 +118,7 @@ class FullRankNormal(Encoder):
     torch.Size([5, 3])
     """
 
-    def __init__(self, x_shape: Shape, latent_dim: int, network: Network | nn.Module = MLP, context_dim: int = 0):
+    def __init__(self, x_shape: Shape, latent_dim: int, network: Network = MLP, context_dim: int = 0):
         num_params = latent_dim + latent_dim * (latent_dim + 1) // 2
         super().__init__(x_shape, latent_dim, network, context_dim, num_params=num_params)
         rows, cols = torch.tril_indices(latent_dim, latent_dim, offset=-1)

@@ -40,7 +40,7 @@ class Likelihood(nn.Module, ABC):
         self,
         latent_dim: int,
         x_shape: Shape,
-        network: Network | nn.Module = MLP,
+        network: Network = MLP,
         context_dim: int = 0,
         *,
         param_shape: Shape | None = None,
@@ -83,7 +83,7 @@ class Bernoulli(Likelihood):
     torch.Size([5])
     """
 
-    def __init__(self, latent_dim: int, x_shape: Shape, network: Network | nn.Module = MLP, context_dim: int = 0):
+    def __init__(self, latent_dim: int, x_shape: Shape, network: Network = MLP, context_dim: int = 0):
         super().__init__(latent_dim, x_shape, network, context_dim)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
@@ -150,7 +150,7 @@ class Normal(Likelihood):
         self,
         latent_dim: int,
         x_shape: Shape,
-        network: Network | nn.Module = MLP,
+        network: Network = MLP,
         scale: float = 1.0,
         learn_scale: bool = True,
         per_dimension: bool = False,

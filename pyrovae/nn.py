@@ -29,7 +29,7 @@ def as_shape(shape: Shape, name: str) -> tuple[int, ...]:
     return result
 
 
-def build(network: Network | nn.Module, in_shape: Shape, out_shape: Shape, context_dim: int) -> nn.Module:
+def build(network: Network, in_shape: Shape, out_shape: Shape, context_dim: int) -> nn.Module:
     """Returns `network` itself if it is a module already, else what it builds for these shapes."""
     if isinstance(network, nn.Module):
         return network

@@ -70,7 +70,7 @@ def write_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Writes nested dicts, lists, tuples, numbers, strings and tensors to one safetensors file, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     packed = _pack(state, tensors)
-    _write(path, tensors, kind="checkpoint", state=json.dumps(packed))
+    _write(path, tensors, kind="checkpoint", state=packed)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: when the file is corrupt, truncated, or of another kind or version.
     """
     tensors, state = _read(path, kind="checkpoint")
-    return _unpack(json.loads(state), tensors)
+    return _unpack(state, tensors)
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -183,16 +183,15 @@ def _is_known_class(name: str) -> bool:
     )
 
 
-def _write(path: str | Path, tensors: dict[str, Tensor], kind: str, state: str | None) -> None:
+def _write(path: str | Path, tensors: dict[str, Tensor], kind: str, state: Any) -> None:
     # Copies, for safetensors refuses tensors that share memory, as tied weights do.
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    metadata = {"pyrovae": __version__, "format": FORMAT, "kind": kind, "sha256": _digest(tensors, state)}
-    if state is not None:
-        metadata["state"] = state
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    about = {"version": __version__, "format": FORMAT, "kind": kind, "sha256": _digest(tensors, state), "state": state}
+    # One entry, for safetensors writes several in any order, and equal weights are to make equal files.
+    write_atomically(path, safetensors.torch.save(tensors, {"pyrovae": json.dumps(about)}))
 
 
-def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], str | None]:
+def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}. Name a {kind} file that pyrovae wrote.")
     try:
@@ -200,23 +199,25 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], str | None]:
             metadata = file.metadata() or {}
             if "pyrovae" not in metadata:
                 raise ValueError(f"{path} was not written by pyrovae. Name a {kind} file that was.")
-            if metadata["format"] != FORMAT:
+            about = json.loads(metadata["pyrovae"])
+            if about["format"] != FORMAT:
                 raise ValueError(
-                    f"{path} was written by pyrovae {metadata['pyrovae']} in format {metadata['format']}; this is pyrovae "
+                    f"{path} was written by pyrovae {about['version']} in format {about['format']}; this is pyrovae "
                     f"{__version__}, which reads format {FORMAT}. Use that version, or write the file anew."
                 )
-            if metadata["kind"] != kind:
-                raise ValueError(f"{path} holds {metadata['kind']}, not {kind}. Name a {kind} file.")
+            if about["kind"] != kind:
+                raise ValueError(f"{path} holds {about['kind']}, not {kind}. Name a {kind} file.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, KeyError) as error:
+            intact = about["sha256"] == _digest(tensors, about["state"])
+    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is truncated, corrupt or no safetensors file ({error}). Use another copy.") from error
-    if metadata["sha256"] != _digest(tensors, metadata.get("state")):
+    if not intact:
         raise ValueError(f"{path} is corrupt: its content does not have the checksum in it. Use another copy.")
-    return tensors, metadata.get("state")
+    return tensors, about["state"]
 
 
-def _digest(tensors: dict[str, Tensor], state: str | None) -> str:
-    digest = hashlib.sha256((state or "").encode())
+def _digest(tensors: dict[str, Tensor], state: Any) -> str:
+    digest = hashlib.sha256(json.dumps(state).encode())
     for name in sorted(tensors):
         t = tensors[name]
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())

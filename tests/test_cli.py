@@ -1,0 +1,249 @@
+"""The command line on real data: what it writes, refuses, resumes and repeats."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import pyrovae
+from pyrovae import data
+from pyrovae.cli import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory of a short training on the digits, made once; tests must leave it as it is."""
+    directory = tmp_path_factory.mktemp("cli") / "digits"
+    main(["train", "--run", str(directory), "--epochs", "40", "--num-samples", "200"])
+    return directory
+
+
+def digest(directory):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(directory).rglob("*") if p.is_file()}
+
+
+def error_of(*argv):
+    """Returns the message a command line ends with, which must be one line and no traceback."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(arg) for arg in argv])
+    assert isinstance(exit.value.code, str), f"exit status {exit.value.code} without a message"
+    assert "\n" not in exit.value.code
+    return exit.value.code
+
+
+def test_train_leaves_a_whole_run_and_beats_the_baseline(run):
+    assert {p.name for p in run.iterdir()} == {
+        "config.yaml", "run.json", "weights.safetensors", "checkpoint.safetensors", "metrics.jsonl", "samples.png",
+        "reconstructions.png", "latent_space.png", "learning_curve.png",
+    }  # fmt: skip
+    *epochs, result = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert [record["epoch"] for record in epochs] == list(range(1, 41))
+    assert result["split"] == "test" and result["num_data"] == 300 and result["num_samples"] == 200
+    assert result["log_marginal"] - 2 * result["standard_error"] > result["baseline"]
+    for picture in run.glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_output_names_preprocessing_and_baseline(tmp_path, capsys):
+    main(["train", "--run", str(tmp_path / "a"), "--epochs", "1", "--num-samples", "10", "--preprocessing", "static"])
+    out = capsys.readouterr().out
+    assert "preprocessing: static binarisation" in out
+    assert "factorised Bernoulli: -27." in out  # of the digits, binarised; the mean of a product of Bernoullis
+    assert "test: log p(x) = -" in out
+
+
+def test_evaluate_writes_what_log_marginal_gives(run, tmp_path, capsys):
+    out = tmp_path / "scores.csv"
+    main(["evaluate", str(run), "--num-samples", "300", "--output", str(out), "--split", "validation", "--seed", "3"])
+    table = np.genfromtxt(out, delimiter=",", names=True)
+    assert table.dtype.names == ("datum", "value", "standard_error", "ess", "khat")
+
+    vae, _ = pyrovae.load_run(run)
+    x = data.static_binarization(data.load("digits").validation.x, seed=1)
+    torch.manual_seed(3)
+    estimate = pyrovae.log_marginal(vae.model, vae.guide, x, num_samples=300, progress=False)
+    np.testing.assert_allclose(table["value"], estimate.value, rtol=1e-7)
+    assert str(estimate) in capsys.readouterr().out
+    assert "already" in error_of("evaluate", run, "--output", out)
+
+
+def test_sample_and_reconstruct_write_pictures_and_arrays(run, tmp_path):
+    main(["sample", str(run), "--num-samples", "7", "--output", str(tmp_path / "x.npy")])
+    x = np.load(tmp_path / "x.npy")
+    assert x.shape == (7, 1, 8, 8) and set(np.unique(x)) == {0.0, 1.0}
+    main(["sample", str(run), "--num-samples", "7", "--mean", "--output", str(tmp_path / "mean.csv")])
+    mean = np.loadtxt(tmp_path / "mean.csv", delimiter=",")
+    assert mean.shape == (7, 64) and ((mean > 0) & (mean < 1)).any()
+    main(["reconstruct", str(run), "--num-data", "5", "--output", str(tmp_path / "r.npy")])
+    assert np.load(tmp_path / "r.npy").shape == (5, 1, 8, 8)
+    main(["reconstruct", str(run), "--output", str(tmp_path / "r.png")])
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert "must end in" in error_of("sample", run, "--output", tmp_path / "x.jpg")
+
+
+def test_an_existing_directory_is_never_overwritten(run, tmp_path):
+    before = digest(run)
+    message = error_of("train", "--run", run, "--epochs", "1")
+    assert str(run) in message and "--resume" in message
+    assert digest(run) == before
+
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert "there already" in error_of("train", "--run", tmp_path, "--epochs", "1")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_repeated_from_its_config_has_the_same_weights(run, tmp_path):
+    main(["train", "--config", str(run / "config.yaml"), "--run", str(tmp_path / "again")])
+    assert digest(tmp_path / "again")["weights.safetensors"] == digest(run)["weights.safetensors"]
+
+
+def test_resume_with_more_epochs_goes_on_with_the_configuration_of_the_run(tmp_path, run):
+    directory = tmp_path / "digits"
+    main(["train", "--run", str(directory), "--epochs", "15", "--num-samples", "200"])
+    main(["train", "--run", str(directory), "--resume", "--epochs", "40"])
+    assert digest(directory)["weights.safetensors"] == digest(run)["weights.safetensors"]
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("epoch") for line in lines] == [*range(1, 41), None]
+
+
+def test_a_killed_run_resumed_ends_with_the_same_weights(tmp_path, run):
+    directory = tmp_path / "digits"
+    command = [sys.executable, "-m", "pyrovae", "train", "--run", str(directory), "--epochs", "40", "--num-samples", "200"]
+    metrics = directory / "metrics.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 10):
+        assert process.poll() is None and time.monotonic() < deadline, "training ended, or hung, before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (directory / "weights.safetensors").exists()
+    assert "no weights yet" in error_of("evaluate", directory)
+
+    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert digest(directory)["weights.safetensors"] == digest(run)["weights.safetensors"]
+    lines = metrics.read_text().splitlines()
+    assert [json.loads(line).get("epoch") for line in lines] == [*range(1, 41), None]
+
+
+OWN_CLASS = """
+import pathlib
+from pyro import distributions as dist
+from pyrovae.likelihoods import Likelihood
+
+pathlib.Path({marker!r}).touch()
+
+class Laplace(Likelihood):
+    def forward(self, z, context=None):
+        return dist.Laplace(self.parameters_of(z, context), 0.2).to_event(len(self.x_shape))
+"""
+
+
+def test_a_users_class_trains_by_import_path_and_is_loaded_only_when_trusted(tmp_path, monkeypatch):
+    marker = tmp_path / "imported"
+    (tmp_path / "own_laplace.py").write_text(OWN_CLASS.format(marker=str(marker)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    main(["train", "--run", "own", "--preprocessing", "grey", "--likelihood", "own_laplace.Laplace", "--epochs", "2",
+          "--num-samples", "10"])  # fmt: skip
+    marker.unlink()
+    del sys.modules["own_laplace"]
+
+    for argv in (["evaluate", "own"], ["sample", "own"], ["reconstruct", "own"], ["train", "--run", "own", "--resume"]):
+        message = error_of(*argv)
+        assert "own_laplace.Laplace" in message and "--trust" in message
+    assert not marker.exists()
+    main(["evaluate", "own", "--num-samples", "10", "--trust"])
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("name", ["os.system", "pyrovae.storage.os.system", "pyrovae.storage.load", "torch.load", "subprocess.Popen"])
+@pytest.mark.parametrize("where", [("likelihood",), ("likelihood", "class_path"), ("encoder", "init_args", "network"), ("loss", "class_path")])
+def test_a_config_that_names_other_code_is_refused(name, where, run, tmp_path):
+    for file in run.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    place = config
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = name
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert name in error_of("evaluate", tmp_path)
+    assert name in error_of("train", "--run", tmp_path, "--resume")
+
+
+def test_damaged_and_foreign_runs_are_refused(run, tmp_path):
+    def damaged(name, content):
+        for file in run.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        (tmp_path / name).write_bytes(content)
+        return error_of("sample", tmp_path, "--output", tmp_path / "new.npy")
+
+    about = json.loads((run / "run.json").read_text())
+    assert "format 99" in damaged("run.json", json.dumps(about | {"format": "99"}).encode())
+    assert "corrupt" in damaged("run.json", b"{")
+    assert "corrupt" in damaged("config.yaml", b"latent_dim: 16\n")
+    assert "corrupt" in damaged("config.yaml", b"\x80\x81")
+    weights = (run / "weights.safetensors").read_bytes()
+    assert "truncated" in damaged("weights.safetensors", weights[: len(weights) // 2])
+    assert "corrupt" in damaged("weights.safetensors", weights[:-10] + b"0123456789")
+    other = (run / "config.yaml").read_text().replace("latent_dim: 16", "latent_dim: 3").encode()
+    assert "another module" in damaged("config.yaml", other)
+    assert not (tmp_path / "new.npy").exists()
+    assert "no run directory" in error_of("sample", tmp_path / "nothing")
+
+
+def test_bad_data_leaves_nothing_behind(tmp_path):
+    x = np.random.RandomState(0).rand(50, 6).astype(np.float32)
+    np.save(tmp_path / "grey.npy", x)
+    x[7, 2] = np.nan
+    np.save(tmp_path / "nan.npy", x)
+    runs = tmp_path / "runs"
+
+    def message(*argv):
+        return error_of("train", "--run", runs / "a", "--epochs", "2", "--batch-size", "10", *argv)
+
+    assert "row 7" in message("--data", tmp_path / "nan.npy")
+    assert "--preprocessing" in message("--data", tmp_path / "grey.npy", "--preprocessing", "grey")
+    assert "no data set 'mnits'" in message("--data", "mnits")
+    assert "no file" in message("--data", tmp_path / "none.csv")
+    assert "batch_size is 41" in message("--data", tmp_path / "grey.npy", "--batch-size", "41")
+    assert "num_samples" in message("--num-samples", "0")
+    assert not runs.exists() or not any(runs.iterdir())
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in error_of("train", "--run", tmp_path / "file" / "run", "--epochs", "1")
+
+
+def test_a_table_of_real_numbers(tmp_path, capsys):
+    table = np.random.RandomState(0).randn(200, 5)
+    np.savetxt(tmp_path / "table.csv", table, delimiter=",", header="a,b,c,d,e", comments="")
+    main(["train", "--data", str(tmp_path / "table.csv"), "--run", str(tmp_path / "run"), "--preprocessing", "grey",
+          "--likelihood", "Normal", "--likelihood.per-dimension", "true", "--likelihood.network.hidden", "[10]",
+          "--latent-dim", "2", "--epochs", "3", "--num-samples", "10"])  # fmt: skip
+    out = capsys.readouterr().out
+    assert "160 train + 20 validation + 20 test of shape (5,)" in out and "factorised Normal: " in out
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["likelihood"]["init_args"]["per_dimension"] is True
+    assert config["likelihood"]["init_args"]["network"]["init_args"]["hidden"] == [10]
+    main(["sample", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "samples-0.png").exists()
+
+
+def test_an_unknown_option_is_an_error_that_names_it(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--latent-dims", "3"])
+    assert "latent_dims" in capsys.readouterr().err
+
+
+def test_resume_without_a_run_starts_one(tmp_path, capsys):
+    main(["train", "--run", str(tmp_path / "new"), "--resume", "--epochs", "1", "--num-samples", "10"])
+    assert "nothing to resume" in capsys.readouterr().out
+    assert (tmp_path / "new" / "weights.safetensors").exists()
