@@ -10,7 +10,6 @@ from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 __all__ = ["Structure", "check_finite", "evaluation_mode", "inspect", "sample_sites"]
 
@@ -37,6 +36,8 @@ def check_finite(name: str, x: Tensor) -> None:
     """Raises a ValueError that names the argument and the first bad row if x holds NaN or infinity."""
     if not x.is_floating_point() or bool(torch.isfinite(x).all()):
         return
+    if x.dim() == 0:
+        raise ValueError(f"{name} is {x.item()}. Give a finite number.")
     bad = (~torch.isfinite(x)).reshape(len(x), -1).any(dim=-1)
     raise ValueError(
         f"{name} holds NaN or infinity in {int(bad.sum())} of {len(x)} rows, the first of them row "
@@ -86,11 +87,14 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
             in different plates in the two; when a site has batch dimensions that no plate declares; when observed
             data has the wrong shape or is outside its distribution's support. The message names the site.
     """
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    devices = sorted({t.device for t in tensors if t.is_cuda}, key=str)
+    tensors = {name: t for name, t in named_arguments(args, kwargs) if isinstance(t, Tensor)}
+    for name, t in tensors.items():
+        check_finite(name, t)
+    devices = sorted({t.device for t in tensors.values() if t.is_cuda}, key=str)
     with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
         guide_sites = sample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
-        model_sites = sample_sites(poutine.trace(model).get_trace(*args, **kwargs))
+        model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+    model_sites = sample_sites(model_trace)
     latents = {name: site for name, site in model_sites.items() if not site["is_observed"]}
 
     for name, site in latents.items():
@@ -114,9 +118,7 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
             )
     for name, site in [*model_sites.items(), *guide_sites.items()]:
         _check_batch_shape(name, site)
-    for name, site in model_sites.items():
-        if site["is_observed"]:
-            check_observed(name, site["fn"], site["value"])
+    check_all_observed(model_trace)
 
     frames = [f for site in [*model_sites.values(), *guide_sites.values()] for f in site["cond_indep_stack"]]
     data = next((frame for frame in frames if frame.name == DATA and frame.vectorized), None)
@@ -126,6 +128,18 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
         batch_size=None if data is None else data.size,
         problems=tuple(_problems(model_sites, guide_sites)),
     )
+
+
+def named_arguments(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Returns all arguments with the names that messages call them by."""
+    return [*((f"argument {i + 1}", value) for i, value in enumerate(args)), *kwargs.items()]
+
+
+def check_all_observed(trace: poutine.Trace) -> None:
+    """Raises a ValueError if an observed value in a trace does not fit its distribution."""
+    for name, site in sample_sites(trace).items():
+        if site["is_observed"]:
+            check_observed(name, site["fn"], site["value"])
 
 
 def check_observed(name: str, fn: Any, value: Tensor) -> None:
@@ -146,7 +160,7 @@ def check_observed(name: str, fn: Any, value: Tensor) -> None:
     if bool(inside.all()):
         return
     low, high = value.min().item(), value.max().item()
-    bad = (~inside).nonzero()[0].tolist()
+    first = int((~inside).nonzero()[:, -1].min()) if inside.dim() else 0  # the data are the last dimension
     advice = (
         "Binarise grey values: anew for each batch with fit(..., transform=pyrovae.data.dynamic_binarization), once with "
         "pyrovae.data.static_binarization(x), or with --preprocessing on the command line. Or use a likelihood of real "
@@ -156,7 +170,7 @@ def check_observed(name: str, fn: Any, value: Tensor) -> None:
     )
     raise ValueError(
         f'The data at site "{name}" is outside the support of {kind}, {base.support}: it ranges from {low:g} to '
-        f"{high:g}, and the first datum outside is number {bad[-1] if bad else 0} of the batch. {advice}"
+        f"{high:g}, and the first datum outside is number {first} of the batch. {advice}"
     )
 
 
@@ -195,7 +209,7 @@ def _problems(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> Ite
             for frame in frames.values():
                 if frame.full_size not in (None, frame.size):
                     yield f'site "{name}" of the {where} is in the plate "{frame.name}", which is subsampled'
-            if site["infer"].get("is_auxiliary"):
+            if site["infer"].get("is_auxiliary") and not site["is_observed"]:  # pyro.factor is both
                 yield f'site "{name}" of the {where} is auxiliary'
     for name in model_sites.keys() - guide_sites.keys():
         if not model_sites[name]["is_observed"]:

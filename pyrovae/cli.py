@@ -49,7 +49,7 @@ def train(
     likelihood: Callable[[int, Shape], Likelihood] = Bernoulli,
     encoder: Callable[[Shape, int], Encoder] = DiagonalNormal,
     loss: ELBO = lazy_instance(Trace_ELBO),  # noqa: B008, an immutable description
-    optimizer: Callable[[Iterable], Optimizer] = lambda params: torch.optim.Adam(params, lr=1e-3),
+    optimizer: Callable[[Iterable], Optimizer] = lambda params: torch.optim.Adam(params, lr=1e-3, fused=True),
     scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     epochs: int = 500,
     batch_size: int = 128,
@@ -95,6 +95,7 @@ def train(
         )
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    _check_device(device)
     pyro.set_rng_seed(seed)
     splits, described = _load(data, data_root, preprocessing)
     x_shape = tuple(splits.train.x.shape[1:])
@@ -168,6 +169,7 @@ def evaluate(
         trust: let the run's configuration name classes outside pyrovae, and so run their code.
     """
     out = None if output is None else _new_file(output, (".csv",))
+    _check_device(device)
     vae, config = storage.load_run(run, trust=trust)
     splits, described = _load(
         data or config["data"], config["data_root"] if data_root is None else data_root, config["preprocessing"]
@@ -420,6 +422,13 @@ def _draw(vae: VAE, splits: datasets.Splits, history: History, directory: Path) 
     plots.reconstructions(x[:10], vae.reconstruct(x[:10]), directory / "reconstructions.png")
     plots.latent_space(vae.encode(x).mean, None if labels is None else labels[:1000], directory / "latent_space.png")
     plots.learning_curve(history, directory / "learning_curve.png")
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _new_file(path: str | Path, suffixes: tuple[str, ...]) -> Path:

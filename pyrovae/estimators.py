@@ -2,16 +2,18 @@ r"""Estimates of :math:`\log p(x)`, per datum, in nats, each with its error and 
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from pyrovae.checks import check_finite, evaluation_mode, sample_sites
+from pyrovae.checks import check_finite, evaluation_mode, named_arguments, sample_sites
 from pyrovae.importance import Structure, draw, inspect_weights, log_joint
 
 __all__ = ["Estimate", "independent_baseline", "log_marginal"]
@@ -26,7 +28,8 @@ class Estimate(NamedTuple):
             mass that no sample has found: see `khat`.
         ess: effective sample size, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, between 1 and the number of samples.
         khat: shape of the Pareto tail of the weights. Above 0.7 neither value nor error is to be trusted; minus infinity
-            when all weights are equal; NaN when there are fewer than 21 samples.
+            when the weights in the tail are equal (to rounding), infinity when nearly all are zero, NaN for fewer than 21
+            samples.
         num_samples: samples per datum.
 
     >>> weights = Estimate(torch.tensor([-1.0, -3.0]), torch.tensor([0.3, 0.4]), torch.ones(2), torch.zeros(2), 50)
@@ -47,9 +50,13 @@ class Estimate(NamedTuple):
         spread = self.value.std().item() / math.sqrt(n) if n > 1 else math.nan
         return (
             f"log p(x) = {self.value.mean().item():.3f} nats a datum (standard error: {sampling:.3f} from "
-            f"{self.num_samples:,} samples a datum, {spread:.3f} from {n:,} data)\n"
-            f"Pareto k-hat above 0.7, not to be trusted: {int((self.khat > 0.7).sum()):,} of {n:,} data"
+            f"{self.num_samples:,} samples a datum, {spread:.3f} from {n:,} data)\n{self._verdict()}"
         )
+
+    def _verdict(self) -> str:
+        if self.num_samples < 21:
+            return "Pareto k-hat, which says whom to trust: unknown below 21 samples a datum"
+        return f"Pareto k-hat above 0.7, not to be trusted: {int((self.khat > 0.7).sum()):,} of {len(self.khat):,} data"
 
 
 @torch.no_grad()
@@ -117,7 +124,9 @@ def log_marginal(
                 done = 0
                 for k in _split(drawn, slices):
                     part = _slice_trace(trace, slice(done, done + k))
-                    log_p = log_joint(model, part, structure, k, *part_args, **part_kwargs)
+                    # The first score of a datum checks it; Pyro's validation takes time.
+                    with pyro.validation_enabled(False) if done else nullcontext():
+                        log_p = log_joint(model, part, structure, k, *part_args, check_data=not done, **part_kwargs)
                     sums.add(log_p - log_q[done : done + k])
                     done += k
                     bar.update(log_p.numel())
@@ -181,15 +190,18 @@ class _WeightSums:
     def estimate(self) -> Estimate:
         k = self.num_samples
         ess = (2 * self.log_sum - self.log_sum_of_squares).exp().clamp(max=k)
+        ess = torch.where(self.log_sum == -math.inf, 0.0, ess)  # no sample has any weight
         # The delta method: the relative variance of the mean weight, with the unbiased variance of the weights.
         standard_error = ((k / ess - 1) / (k - 1)).sqrt() if k > 1 else torch.full_like(ess, math.nan)
         value = self.log_sum - math.log(k)
-        khat = _pareto_khat(self.largest)
+        khat = _pareto_khat(self.largest, resolution=math.sqrt(torch.finfo(self.dtype).eps))
         return Estimate(*(t.to(self.dtype) for t in (value, standard_error, ess, khat)), k)
 
 
-def _pareto_khat(largest: Tensor) -> Tensor:
+def _pareto_khat(largest: Tensor, resolution: float) -> Tensor:
     """Fits a generalized Pareto distribution to the tails of log weights, shape ``(tail + 1, batch)``, largest first.
+
+    Log weights that differ by less than the resolution are taken to be equal: their differences are rounding.
 
     The estimator of Zhang and Stephens (A New and Efficient Estimation Method for the Generalized Pareto Distribution,
     2009) with the weak prior of Vehtari et al., for a whole batch at once.
@@ -201,7 +213,9 @@ def _pareto_khat(largest: Tensor) -> Tensor:
     x = (weights[:-1] - weights[-1]).flip(0)  # ascending excesses over the threshold, the largest not in the tail
     m = 30 + math.isqrt(n)
     grid = torch.arange(1, m + 1, dtype=x.dtype, device=x.device).unsqueeze(-1)
-    quartile, top = x[int(n / 4 + 0.5) - 1].clamp_min(1e-300), x[-1].clamp_min(1e-300)
+    # Excesses of zero, ties with the threshold, tell nothing of the scale: take the smallest that is none instead.
+    smallest = torch.where(x > 0, x, math.inf).amin(0)
+    quartile, top = torch.maximum(x[int(n / 4 + 0.5) - 1], smallest), x[-1]
     b = 1 / top + (1 - (m / (grid - 0.5)).sqrt()) / (3 * quartile)
 
     def shape_at(b: Tensor) -> Tensor:
@@ -211,17 +225,18 @@ def _pareto_khat(largest: Tensor) -> Tensor:
     posterior = (n * ((-b / k).log() - k - 1)).softmax(dim=0)
     khat = shape_at((posterior * b).sum(0, keepdim=True))[0]
     khat = (n * khat + 5) / (n + 10)
-    return torch.where(x[-1] > 0, khat, -math.inf)
+    khat = torch.where(largest[0] - largest[-1] > resolution, khat, -math.inf)
+    return torch.where(largest[-1] == -math.inf, math.inf, khat)  # nearly all weights are zero: there is no tail to see
 
 
-class _Allocations(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make inside, an upper bound on what they hold at once."""
+class _Allocations(TorchFunctionMode):
+    """Counts the bytes of all tensors that functions return inside, a fair guess of what they hold at once."""
 
     def __init__(self):
         super().__init__()
         self.storages = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -275,8 +290,7 @@ def _split(total: int, size: int) -> list[int]:
 
 
 def _num_data(args: tuple, kwargs: dict) -> int:
-    named = [*((f"argument {i + 1}", a) for i, a in enumerate(args)), *kwargs.items()]
-    tensors = [(name, t) for name, t in named if isinstance(t, Tensor) and t.dim() > 0]
+    tensors = [(name, t) for name, t in named_arguments(args, kwargs) if isinstance(t, Tensor) and t.dim() > 0]
     if not tensors:
         raise ValueError("log_marginal needs at least one tensor with the data along its first dimension, got none.")
     size = len(tensors[0][1])

@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyrovae.checks import Structure, inspect, sample_sites
+from pyrovae.checks import Structure, check_all_observed, inspect, sample_sites
 
 __all__ = ["log_weights"]
 
@@ -69,18 +69,27 @@ def draw(
     guide: Callable, structure: Structure, num_samples: int, *args: Any, **kwargs: Any
 ) -> tuple[poutine.Trace, Tensor]:
     r"""Runs the guide once for `num_samples` draws; returns its trace and :math:`\log q`, ``(num_samples, batch)``."""
-    with _samples(structure, num_samples):
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    return trace, _log_prob_per_datum(trace)
+    with _samples(structure, num_samples), poutine.trace() as tracer:
+        guide(*args, **kwargs)
+    return tracer.trace, _log_prob_per_datum(tracer.trace)
 
 
 def log_joint(
-    model: Callable, draws: poutine.Trace, structure: Structure, num_samples: int, *args: Any, **kwargs: Any
+    model: Callable,
+    draws: poutine.Trace,
+    structure: Structure,
+    num_samples: int,
+    *args: Any,
+    check_data: bool = False,
+    **kwargs: Any,
 ) -> Tensor:
     r"""Returns :math:`\log p(x, z)` at the latents of a guide's trace of `num_samples` draws, in the same shape."""
-    with _samples(structure, num_samples):
-        trace = poutine.trace(poutine.replay(model, trace=draws)).get_trace(*args, **kwargs)
-    return _log_prob_per_datum(trace)
+    # Handlers as contexts, not wrappers: a wrapped model could not take an argument of the name "context".
+    with _samples(structure, num_samples), poutine.trace() as tracer, poutine.replay(trace=draws):
+        model(*args, **kwargs)
+    if check_data:
+        check_all_observed(tracer.trace)
+    return _log_prob_per_datum(tracer.trace)
 
 
 def _samples(structure: Structure, num_samples: int) -> pyro.plate:

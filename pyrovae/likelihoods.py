@@ -91,7 +91,7 @@ class Bernoulli(Likelihood):
 
 
 class IndependentBernoulli(dist.Independent):
-    r"""``Bernoulli(logits=...).to_event(n)`` with a log-probability several times as fast where no gradient is wanted.
+    r"""``Bernoulli(logits=...).to_event(n)`` with a log-probability several times as fast, to the same rounding.
 
     .. math:: \log p(x) = \sum_d \left(x_d l_d - \max(l_d, 0)\right)
         - \sum_g \log \prod_{d \in g} \left(1 + e^{-|l_d|}\right)
@@ -108,17 +108,38 @@ class IndependentBernoulli(dist.Independent):
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        logits = self.base_dist.logits
-        if torch.is_grad_enabled() and logits.requires_grad:  # the gradient of a product is slower than what it saves
+        event_dims = self.reinterpreted_batch_ndims
+        if event_dims == 0:
             return super().log_prob(value)
         if self._validate_args:
             self.base_dist._validate_sample(value)
-        event_dims = self.reinterpreted_batch_ndims
-        size = math.prod(self.event_shape)
+        logits = self.base_dist.logits
+        logits, value = torch.broadcast_tensors(logits, value.to(logits.dtype))
+        return _BernoulliLogProb.apply(logits.flatten(-event_dims), value.flatten(-event_dims))
+
+
+class _BernoulliLogProb(torch.autograd.Function):
+    """The sum over the last dimension, with its derivatives x - sigmoid(l) by l and l by x instead of a product's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, x: Tensor) -> Tensor:
+        size = logits.shape[-1]
         group = max(n for n in range(1, 65) if size % n == 0)
-        factors = logits.abs().neg_().exp_().add_(1).flatten(-event_dims)
-        log_normalizer = factors.unflatten(-1, (group, -1)).prod(-2).log_().sum(-1)
-        return (value * logits).sub_(logits.relu()).flatten(-event_dims).sum(-1) - log_normalizer
+        factors = logits.abs().neg_().exp_().add_(1).unflatten(-1, (group, -1))
+        return (x * logits).sub_(logits.relu()).sum(-1) - factors.prod(-2).log_().sum(-1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        logits, x = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        by_logits = grad * (x - logits.sigmoid()) if ctx.needs_input_grad[0] else None
+        return by_logits, grad * logits if ctx.needs_input_grad[1] else None
 
 
 class Normal(Likelihood):
@@ -160,7 +181,10 @@ class Normal(Likelihood):
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}.")
         log_scale = torch.full(self.x_shape if per_dimension else (), math.log(scale))
-        self.log_scale = nn.Parameter(log_scale, requires_grad=learn_scale)
+        if learn_scale:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         loc = self.parameters_of(z, context)

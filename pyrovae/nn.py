@@ -122,6 +122,9 @@ class MLP(nn.Module):
             layers += [nn.Linear(n_in, n_out), activation()]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], math.prod(self.out_shape)))
 
+    def extra_repr(self) -> str:
+        return _describe(self)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         _check_input(self, x, self.in_shape)
         h = _with_context(self, x.flatten(x.dim() - len(self.in_shape)), context, self.context_dim)
@@ -166,12 +169,16 @@ class ConvNet(nn.Module):
             layers += [nn.Conv2d(n_in, n_out, 3, stride=2, padding=1), activation()]
         self.layers = nn.Sequential(*layers, nn.Flatten())
         height, width = _halved(self.in_shape[1:], len(channels))[-1]
-        self.head = nn.Linear(widths[-1] * height * width + context_dim, math.prod(self.out_shape))
+        self.features = widths[-1] * height * width
+        self.head = nn.Linear(self.features + context_dim, math.prod(self.out_shape))
+
+    def extra_repr(self) -> str:
+        return _describe(self)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         _check_input(self, x, self.in_shape)
         leading = x.shape[:-3]
-        h = self.layers(x.reshape(-1, *self.in_shape)).reshape(*leading, -1)
+        h = self.layers(x.reshape(math.prod(leading), *self.in_shape)).reshape(*leading, self.features)
         return self.head(_with_context(self, h, context, self.context_dim)).unflatten(-1, self.out_shape)
 
 
@@ -214,10 +221,19 @@ class DeconvNet(nn.Module):
             layers += [activation(), nn.ConvTranspose2d(n_in, n_out, 3, 2, padding=1, output_padding=padding)]
         self.layers = nn.Sequential(*layers)
 
+    def extra_repr(self) -> str:
+        return _describe(self)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         _check_input(self, x, self.in_shape)
         h = self.foot(_with_context(self, x.flatten(x.dim() - len(self.in_shape)), context, self.context_dim))
-        return self.layers(h.reshape(-1, h.shape[-1])).reshape(*h.shape[:-1], *self.out_shape)
+        leading = h.shape[:-1]
+        return self.layers(h.reshape(math.prod(leading), h.shape[-1])).reshape(*leading, *self.out_shape)
+
+
+def _describe(network: nn.Module) -> str:
+    context = f", context_dim={network.context_dim}" if network.context_dim else ""
+    return f"in_shape={network.in_shape}, out_shape={network.out_shape}{context}"
 
 
 def _image_shape(shape: Shape, name: str) -> tuple[int, ...]:

@@ -4,10 +4,11 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyro
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from pyrovae import storage
-from pyrovae.checks import check_finite, check_observed, evaluation_mode, inspect, sample_sites
+from pyrovae.checks import check_all_observed, check_finite, evaluation_mode, inspect, sample_sites
 from pyrovae.data import Batches, as_batches
 
 __all__ = ["History", "fit"]
@@ -192,6 +193,7 @@ def fit(
         storage.write_checkpoint(checkpoint, run.state() | rest)
         return time.monotonic() - start
 
+    in_memory, first_epoch = isinstance(batches, Batches), len(history) + 1
     # A place that cannot be written to shows now, not after an epoch.
     cost = 0.0 if checkpoint is None else save()
     saved_at = time.monotonic()
@@ -206,11 +208,14 @@ def fit(
             epoch = len(history) + 1
             bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
             total, count = 0.0, 0
-            for batch in batches:
-                args = run.prepare("data", batch, check=not isinstance(batches, Batches))
-                total += run.step(args, epoch) * len(args[0])
-                count += len(args[0])
-                bar.update()
+            # Data in memory have all passed Pyro's validation, which takes time, once an epoch is over; loaded ones may be new.
+            seen = in_memory and epoch > first_epoch
+            with pyro.validation_enabled(False) if seen else nullcontext():
+                for batch in batches:
+                    args = run.prepare("data", batch, check=not in_memory)
+                    total += run.step(args, epoch) * len(args[0])
+                    count += len(args[0])
+                    bar.update()
             record = {"epoch": epoch, "loss": total / count}
             if held_out is not None:
                 record["validation"] = run.validate(held_out, epoch)
@@ -311,10 +316,9 @@ class _Run:
         self.optimizer.zero_grad()
         try:
             value = self._loss_and_grads(args)
-        except (ValueError, FloatingPointError):
+        except (ValueError, FloatingPointError) as error:
             torch.set_rng_state(noise)
-            self._explain(args, epoch)
-            raise
+            self._explain(args, error, f"at step {self.num_steps} (epoch {epoch})")
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
         self.optimizer.step()
@@ -340,30 +344,28 @@ class _Run:
                     p.grad /= size
         return value
 
-    def _explain(self, args: tuple, epoch: int) -> None:
-        """Raises an error that names the cause of a failed step, if running it again shows one."""
-        where = f"at step {self.num_steps} (epoch {epoch})"
-        advice = "The last checkpoint, if any, is kept. Lower the learning rate, or bound the gradient with clip_norm."
-        self._require_finite_state(f"{where}: {{}}. {advice}")
+    def _explain(self, args: tuple, error: Exception, where: str) -> NoReturn:
+        """Raises an error that names the cause of a failed loss if running it again shows one, else the error itself."""
+        self._require_finite_state(where)
         with torch.no_grad(), pyro.validation_enabled(False):
             guide = poutine.trace(self.guide).get_trace(*args)
             model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(*args)
-            for part, trace in (("guide", guide), ("model", model)):
-                for name, site in sample_sites(trace).items():
-                    if site["is_observed"]:
-                        check_observed(name, site["fn"], site["value"])
-                    for what, x in (("value", site["value"]), ("log-probability", site["fn"].log_prob(site["value"]))):
-                        if not bool(torch.isfinite(x).all()):
-                            raise FloatingPointError(
-                                f'The loss stopped being finite {where}: the {what} of site "{name}" in the {part} is '
-                                f"{x[~torch.isfinite(x)][0].item()}. {advice}"
-                            )
+        check_all_observed(model)
+        for part, trace in (("guide", guide), ("model", model)):
+            for name, site in sample_sites(trace).items():
+                log_prob = site["fn"].log_prob(site["value"])
+                for what, x in (("value", site["value"]), ("log-probability", log_prob)):
+                    if not bool(torch.isfinite(x).all()):
+                        bad = x[~torch.isfinite(x)][0].item()
+                        raise _not_finite(where, f'the {what} of site "{name}" in the {part} is {bad}') from error
+        if isinstance(error, FloatingPointError):
+            raise _not_finite(where, str(error)) from None
+        raise error
 
-    def _require_finite_state(self, message: str) -> None:
+    def _require_finite_state(self, where: str) -> None:
         for name, p in self.params.items():
             if not bool(torch.isfinite(p).all()):
-                what = f"parameter {name.split(' ', 1)[1]!r} is no longer finite"
-                raise FloatingPointError("The loss stopped being finite " + message.format(what))
+                raise _not_finite(where, f"parameter {name.split(' ', 1)[1]!r} is no longer finite")
 
     @torch.no_grad()
     def validate(self, batches: Iterable, epoch: int) -> float:
@@ -377,18 +379,14 @@ class _Run:
                 try:
                     value = self.loss.loss(self.model, self.guide, *args) / (self.data_size or len(args[0]))
                     _require_finite(value)
-                except (ValueError, FloatingPointError):
-                    self._explain(args, epoch)
-                    raise
+                except (ValueError, FloatingPointError) as error:
+                    self._explain(args, error, f"on validation data after epoch {epoch}")
                 total, count = total + value * len(args[0]), count + len(args[0])
         return total / count
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Steps the schedule; raises if the last step spoilt a parameter, before anything is saved."""
-        self._require_finite_state(
-            f"in epoch {record['epoch']}: {{}}. The last checkpoint, if any, is kept. Lower the learning rate, or bound the "
-            "gradient with clip_norm."
-        )
+        self._require_finite_state(f"in epoch {record['epoch']}")
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(record.get("validation", record["loss"]))
         elif self.scheduler is not None:
@@ -435,7 +433,14 @@ class _Run:
 
 def _require_finite(value: float) -> None:
     if not math.isfinite(value):
-        raise FloatingPointError(f"The loss became {value}.")
+        raise FloatingPointError(f"it became {value}")
+
+
+def _not_finite(where: str, cause: str) -> FloatingPointError:
+    return FloatingPointError(
+        f"The loss stopped being finite {where}: {cause}. The last checkpoint, if any, is kept. Lower the learning rate, or "
+        "bound the gradient with clip_norm."
+    )
 
 
 def _out_of_patience(history: History, patience: int | None) -> bool:

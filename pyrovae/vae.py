@@ -18,7 +18,8 @@ class VAE(nn.Module):
     .. math:: p(x, z) = p(z)\, p(x \mid z), \qquad q(z \mid x)
 
     ``vae.model`` and ``vae.guide`` take ``(x, context=None)`` and go wherever Pyro takes a model and a guide. With a
-    context (labels, say, one vector a datum) all three parts see it, and the same class is a conditional VAE.
+    context (labels, say, one vector a datum) all three parts see it, and the same class is a conditional VAE. Pyro's own
+    tools take it by position, ``svi.step(x, context)``: Pyro uses the keyword itself.
 
     Args:
         prior: ``prior(context)`` returns :math:`p(z)`, events of shape ``(latent_dim,)``.
@@ -53,6 +54,7 @@ class VAE(nn.Module):
     def model(self, x: Tensor, context: Tensor | None = None) -> None:
         """The generative process, with the data observed at site "x" and the latents at site "z"."""
         pyro.module(self.name, self)
+        _check_length(x, context)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.prior(context))
             pyro.sample("x", self.likelihood(z, context), obs=x)
@@ -60,6 +62,7 @@ class VAE(nn.Module):
     def guide(self, x: Tensor, context: Tensor | None = None) -> None:
         """The amortised posterior of the latents at site "z"."""
         pyro.module(self.name, self)
+        _check_length(x, context)
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.encoder(x, context))
 
@@ -91,6 +94,12 @@ class VAE(nn.Module):
     def reconstruct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Returns the mean of :math:`p(x' \mid z)` at one draw of :math:`z \sim q(z \mid x)`, shaped like x."""
         return self.decode(self.encode(x, context).sample(), context).mean
+
+
+def _check_length(x: Tensor, context: Tensor | None) -> None:
+    # One context would broadcast over all data without a word.
+    if context is not None and len(context) != len(x):
+        raise ValueError(f"context has {len(context)} rows but x has {len(x)}: give one context a datum.")
 
 
 def _check_equal(attribute: str, **parts: nn.Module) -> None:

@@ -1,0 +1,50 @@
+"""Writes what a benchmark measured into README.md beside it, with the machine it was measured on."""
+
+import os
+import platform
+import re
+import statistics
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).with_name("README.md")
+HEADING = "# Benchmarks\n\nEach part below was written by the script it names, and is written anew by running it.\n"
+
+
+def machine() -> str:
+    """Returns one line about the machine, the versions and the day."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pyro-ppl", "pythae", "pyrovae"))
+    return (
+        f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{platform.system()}, Python {platform.python_version()}, {versions}, {date.today()}."
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table in Markdown, its columns lined up."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def quartiles(values: Sequence[float], digits: int) -> str:
+    """Returns the median of some values and the quartiles around it."""
+    low, middle, high = (f"{q:.{digits}f}" for q in statistics.quantiles(values, n=4, method="inclusive"))
+    return f"{middle} ({low} to {high})"
+
+
+def write(name: str, text: str) -> None:
+    """Puts a text between the README's markers ``<!-- name -->`` and ``<!-- /name -->``, or at its end."""
+    readme = README.read_text() if README.exists() else HEADING
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if start not in readme:
+        readme = f"{readme.rstrip()}\n\n{start}\n{end}\n"
+    before, rest = readme.split(start, 1)
+    after = rest.split(end, 1)[1]
+    README.write_text(f"{before}{start}\n{text.strip()}\n{end}{after}")

@@ -1,0 +1,32 @@
+"""What every test starts from, and what none may leave behind."""
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+
+def global_state() -> dict:
+    """Returns the settings of the process that a library has no business to change."""
+    return {
+        "validation of arguments": torch.distributions.Distribution._validate_args,
+        "pyro.settings": pyro.settings.get(),
+        "default dtype": torch.get_default_dtype(),
+        "number of threads": torch.get_num_threads(),
+        "grad mode": torch.is_grad_enabled(),
+        "global forward pre hooks": list(torch.nn.modules.module._global_forward_pre_hooks),
+        "global forward hooks": list(torch.nn.modules.module._global_forward_hooks),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "numpy error handling": np.geterr(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def clean_start_and_clean_end():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    before = global_state()
+    yield
+    after = global_state()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not changed, f"the test left global state changed (before, after): {changed}"

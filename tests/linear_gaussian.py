@@ -1,0 +1,148 @@
+"""A VAE whose truth is known: linear, Gaussian, in closed form. Shared by the tests that need an exact answer.
+
+With p(z) = N(0, I) and p(x | z) = N(W z + b, s^2 I),
+
+    p(x) = N(b, W W^T + s^2 I),   p(z | x) = N(m(x), S),   S = (I + W^T W / s^2)^-1,   m(x) = S W^T (x - b) / s^2.
+
+All of it is computed here, apart from the library, in double precision.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from pyrovae import VAE
+from pyrovae.encoders import DiagonalNormal, FullRankNormal
+from pyrovae.likelihoods import Normal
+from pyrovae.nn import MLP
+from pyrovae.priors import StandardNormal
+
+AFFINE = partial(MLP, hidden=())
+
+
+class Truth(NamedTuple):
+    """The generative parameters, W of shape (x_dim, latent_dim), and what follows from them."""
+
+    weight: Tensor
+    bias: Tensor
+    scale: float
+
+    def marginal(self) -> MultivariateNormal:
+        noise = self.scale**2 * torch.eye(len(self.bias), dtype=torch.float64)
+        return MultivariateNormal(self.bias, self.weight @ self.weight.T + noise)
+
+    def posterior(self, x: Tensor) -> MultivariateNormal:
+        precision = torch.eye(self.weight.shape[1], dtype=torch.float64) + self.weight.T @ self.weight / self.scale**2
+        covariance = torch.linalg.inv(precision)
+        return MultivariateNormal((x - self.bias) @ self.weight @ covariance / self.scale**2, covariance)
+
+    def elbo(self, x: Tensor, q: MultivariateNormal) -> Tensor:
+        return self.marginal().log_prob(x) - kl_divergence(q, self.posterior(x))
+
+
+def truth(latent_dim: int, x_dim: int, scale: float = 0.5) -> Truth:
+    weight = torch.randn(x_dim, latent_dim, dtype=torch.float64) / math.sqrt(latent_dim)
+    return Truth(weight, torch.randn(x_dim, dtype=torch.float64), scale)
+
+
+def vae_of(known: Truth, widen: float = 1.0, shift: float = 0.0) -> VAE:
+    """Returns the VAE with these parameters, in double precision, whose encoder is the exact posterior.
+
+    With `widen` the encoder's standard deviations are that many times too large: a worse proposal with heavier tails,
+    whose weights are bounded. With `shift` its mean is off by so many posterior standard deviations.
+    """
+    x_dim, latent_dim = known.weight.shape
+    likelihood = Normal(latent_dim, x_dim, AFFINE)
+    vae = VAE(StandardNormal(latent_dim), likelihood, FullRankNormal(x_dim, latent_dim, AFFINE)).double()
+    at_zero = known.posterior(torch.zeros(x_dim, dtype=torch.float64))
+    slope = torch.autograd.functional.jacobian(lambda x: known.posterior(x).mean, torch.zeros_like(known.bias))
+    factor = widen * at_zero.scale_tril
+    set_affine(likelihood.network, known.weight, known.bias)
+    likelihood.log_scale.data.fill_(math.log(known.scale))
+    below = torch.tril_indices(latent_dim, latent_dim, offset=-1)
+    # The encoder's diagonal is softplus(raw + log(e - 1)) + 1e-6.
+    raw = torch.log(torch.expm1(factor.diagonal() - 1e-6)) - math.log(math.e - 1)
+    bias = torch.cat([at_zero.mean + shift * at_zero.stddev, raw, factor[below[0], below[1]]])
+    weight = torch.zeros(len(bias), x_dim, dtype=torch.float64)
+    weight[:latent_dim] = slope
+    set_affine(vae.encoder.network, weight, bias)
+    return vae
+
+
+def diagonal_vae(latent_dim: int, x_dim: int, decoder_weight: float = 1.0) -> VAE:
+    """Returns an untrained linear VAE with a diagonal encoder, for :func:`elbo_of`, its decoder scaled."""
+    likelihood = Normal(latent_dim, x_dim, AFFINE, scale=0.7)
+    vae = VAE(StandardNormal(latent_dim), likelihood, DiagonalNormal(x_dim, latent_dim, AFFINE)).double()
+    likelihood.network.layers[0].weight.data.mul_(decoder_weight)
+    return vae
+
+
+def set_affine(network: MLP, weight: Tensor, bias: Tensor) -> None:
+    (layer,) = network.layers
+    layer.weight.data.copy_(weight)
+    layer.bias.data.copy_(bias)
+
+
+def elbo_of(vae: VAE, x: Tensor) -> Tensor:
+    r"""The ELBO of a linear-Gaussian VAE in closed form, ``(batch,)``, differentiable in all its parameters.
+
+    E_q[log N(x; W z + b, s^2)] = -D/2 log(2 pi s^2) - (|x - W m - b|^2 + tr(W S W^T)) / (2 s^2), less KL(q || p(z)).
+    """
+    (layer,) = vae.likelihood.network.layers
+    q = vae.encoder(x)
+    mean = q.mean
+    covariance = q.covariance_matrix if hasattr(q, "covariance_matrix") else torch.diag_embed(q.variance)
+    log_variance = 2 * vae.likelihood.log_scale
+    misfit = (x - mean @ layer.weight.T - layer.bias).square().sum(-1)
+    spread = torch.einsum("di,bij,dj->b", layer.weight, covariance, layer.weight)
+    constant = -x.shape[-1] / 2 * (math.log(2 * math.pi) + log_variance)
+    expected = constant - (misfit + spread) / (2 * log_variance.exp())
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return expected - 0.5 * (trace + mean.square().sum(-1) - mean.shape[-1] - torch.logdet(covariance))
+
+
+def gradients(value: Tensor, vae: VAE) -> Tensor:
+    """Returns the gradient in all trainable parameters of a VAE as one vector, zero where there is none."""
+    parameters = [p for p in vae.parameters() if p.requires_grad]
+    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+    )
+
+
+def repeat(estimate: Callable[[], Tensor], times: int) -> Tensor:
+    return torch.stack([torch.as_tensor(estimate()).detach().double() for _ in range(times)])
+
+
+def assert_mean(draws: Tensor, expected: Tensor, failure_rate: float) -> None:
+    """Asserts that independent draws ``(times, *shape)`` have this mean: a t test per entry, Bonferroni over entries.
+
+    An entry that does not vary must hit its expectation up to rounding.
+    """
+    times, draws = len(draws), draws.reshape(len(draws), -1)
+    deviation = (draws.mean(0) - expected.detach().double().reshape(-1)).abs()
+    error = draws.std(0) / math.sqrt(times)
+    bound = scipy.stats.t(times - 1).isf(failure_rate / 2 / draws.shape[1])
+    floor = 1e-12 * (1 + draws.abs().amax(0))  # thousands of double-precision roundings of sums
+    worst = (deviation / (bound * error + floor)).max().item()
+    assert worst < 1, f"a mean is {worst * bound:.1f} standard errors from the truth, more than {bound:.1f}"
+
+
+def assert_fraction(successes: int, total: int, probability: float, failure_rate: float) -> None:
+    """Asserts that a number of successes is one that a binomial with this probability gives, but for `failure_rate`."""
+    low, high = scipy.stats.binom(total, probability).interval(1 - failure_rate)
+    assert low <= successes <= high, f"{successes} of {total}, expected {low:.0f} to {high:.0f}"
+
+
+def assert_unit_scores(scores: Tensor, failure_rate: float) -> None:
+    """Asserts that the sum of squares of z-scores is one that the chi-square distribution gives."""
+    low, high = scipy.stats.chi2(scores.numel()).interval(1 - failure_rate)
+    total = np.square(scores.numpy()).sum()
+    assert low <= total <= high, f"the sum of z^2 is {total:.1f}, expected {low:.1f} to {high:.1f}"

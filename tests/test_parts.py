@@ -1,0 +1,495 @@
+"""What holds for every public part, over the registry in cases.py, and what each part promises beyond that."""
+
+import copy
+import importlib
+import inspect
+import itertools
+import math
+
+import pyro
+import pytest
+import scipy.stats
+import torch
+from cases import Case, cases, input_shape, inputs, output_shape
+from pyro import distributions as dist
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor, nn
+
+import pyrovae
+from pyrovae import VAE, encoders, likelihoods, priors
+from pyrovae.encoders import DiagonalNormal, FullRankNormal
+from pyrovae.likelihoods import Bernoulli, IndependentBernoulli, Normal
+from pyrovae.nn import MLP, ConvNet, DeconvNet
+from pyrovae.priors import StandardNormal
+
+EVERYTHING = cases("prior", "likelihood", "encoder", "network")
+DISTRIBUTIONS = cases("prior", "likelihood", "encoder")
+EPS = torch.finfo(torch.float64).eps
+
+# Chance that a statistical test here fails with another seed although the library is right.
+FAILURE_RATE = 1e-4
+
+
+def parametrise(listed: list[Case]):
+    assert listed, "a test over no cases cannot fail"
+    return pytest.mark.parametrize("case", listed, ids=lambda case: case.name)
+
+
+@pytest.mark.parametrize("module", ["priors", "likelihoods", "encoders", "nn"])
+def test_every_public_class_is_registered(module):
+    module = importlib.import_module(f"pyrovae.{module}")
+    public = {getattr(module, name) for name in module.__all__ if inspect.isclass(getattr(module, name))}
+    missing = {cls.__name__ for cls in public if not inspect.isabstract(cls)} - {
+        case.cls.__name__ for case in EVERYTHING
+    }
+    assert not missing, f"add rows to tests/cases.py for {missing}"
+
+
+@parametrise(EVERYTHING)
+def test_a_case_builds_what_it_names(case):
+    assert type(case.build()) is case.cls
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)], ids=str)
+@parametrise(DISTRIBUTIONS)
+def test_distributions_have_the_stated_shapes(case, leading):
+    part = case.build()
+    p = part(*inputs(case, part, *leading))
+    event = output_shape(case, part)
+    # A prior without a context is one distribution for all data.
+    leading = leading if case.kind != "prior" or case.context_dim else ()
+    assert (p.batch_shape, p.event_shape) == (leading, event)
+    x = p.sample((5,))
+    assert x.shape == (5, *leading, *event)
+    assert p.log_prob(x).shape == (5, *leading)
+
+
+@parametrise(cases("network"))
+def test_networks_give_the_same_numbers_however_leading_dimensions_are_arranged(case):
+    network = case.build().double()
+    arguments = inputs(case, network, 2, 3)
+    out = network(*arguments)
+    assert out.shape == (2, 3, *network.out_shape)
+    together = network(*(a.flatten(0, 1) for a in arguments)).unflatten(0, (2, 3))
+    alone = torch.stack([torch.stack([network(*(a[i, j] for a in arguments)) for j in range(3)]) for i in range(2)])
+    assert alone.shape == out.shape
+    # Other batch sizes sum in another order. The rounding of a sum is below eps times its terms times their size; a
+    # network has fewer terms than parameters and inputs, and nothing in it (weights below 1, inputs of 5) exceeds 100.
+    terms = sum(p.numel() for p in network.parameters()) + math.prod(network.in_shape)
+    for other in (together, alone):
+        torch.testing.assert_close(other, out, rtol=0, atol=100 * EPS * terms)
+
+
+@parametrise(cases("network"))
+def test_networks_map_no_data_to_no_data(case):
+    network = case.build()
+    assert network(*inputs(case, network, 0)).shape == (0, *network.out_shape)
+
+
+@parametrise(cases("likelihood", "encoder", "network", context=True))
+def test_a_context_broadcasts_over_leading_dimensions_and_matters(case):
+    part = case.build().double()
+    x, context = inputs(case, part, 4)
+    network = part if case.kind == "network" else part.network
+    particles = x.expand(3, *x.shape)
+    out = network(particles, context)
+    assert torch.equal(out, network(particles, context.expand(3, *context.shape)))
+    other = network(particles, -context)
+    assert (out - other).flatten(2).abs().amax(-1).min() > 1e-6  # for every datum: the context has a part in it
+
+
+@parametrise([case for case in EVERYTHING if any(p.requires_grad for p in case.build().parameters())])
+def test_every_trainable_parameter_gets_a_gradient(case):
+    part = case.build()
+    out = part(*inputs(case, part, 16))
+    if case.kind == "encoder":
+        z = out.rsample()  # through the sample alone: in log_prob(rsample()) the location would cancel
+        loss = (z * torch.randn_like(z)).sum() + z.pow(3).sum()
+    else:
+        loss = (out * torch.randn_like(out)).sum() if case.kind == "network" else out.log_prob(out.sample()).sum()
+    loss.backward()
+    trainable = {name: p for name, p in part.named_parameters() if p.requires_grad}
+    without = [name for name, p in trainable.items() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not without
+    # A scale for each dimension, or a last layer's bias, has no dead units: each entry gets a gradient.
+    last = list(trainable.values())[-1] if case.kind != "likelihood" else trainable.get("log_scale")
+    assert last is None or last.grad.ne(0).all()
+
+
+def cells_of(p: dist.TorchDistribution) -> tuple[Tensor, float]:
+    """Cuts the space of a distribution into small cells: returns their midpoints and their one volume.
+
+    Binary pixels are enumerated, with volume 1. A plane is cut into squares of an eighth of a standard deviation, out
+    to 12: for a function as smooth as a normal density the sum over midpoints equals the integral to rounding.
+    """
+    size = math.prod(p.event_shape)
+    if not p.support.is_discrete:
+        ticks = (torch.arange(-96, 96, dtype=torch.float64) + 0.5) / 8
+        points = torch.cartesian_prod(*[ticks] * size).unflatten(-1, p.event_shape)
+        return p.mean + points * p.stddev, p.stddev.prod().item() / 8**size
+    return torch.tensor(list(itertools.product([0.0, 1.0], repeat=size)), dtype=torch.float64).view(
+        -1, *p.event_shape
+    ), 1.0
+
+
+def one_distribution(case: Case) -> dist.TorchDistribution:
+    part = case.build().double()
+    with torch.no_grad():
+        return part(*inputs(case, part))
+
+
+@parametrise(DISTRIBUTIONS)
+def test_densities_are_normalised(case):
+    p = one_distribution(case)
+    x, volume = cells_of(p)
+    total = p.log_prob(x).exp().sum().item() * volume
+    # Each term errs by eps times the size of its logarithm, below 200 where it counts; the terms add up to 1.
+    assert abs(total - 1) < 200 * EPS
+
+
+@parametrise(DISTRIBUTIONS)
+def test_samples_agree_with_log_prob(case):
+    p = one_distribution(case)
+    x, volume = cells_of(p)
+    probability = p.log_prob(x).exp() * volume
+    bins, count = bin_of(p, x)
+    expected = torch.zeros(count, dtype=torch.float64).scatter_add(0, bins, probability)
+    draws = 4000
+    observed = bin_of(p, p.sample((draws,)))[0].bincount(minlength=count)
+    assert draws * expected.min() > 5  # or the statistic does not follow the chi-square distribution
+    p_value = scipy.stats.chisquare(observed, draws * expected / expected.sum()).pvalue
+    assert p_value > FAILURE_RATE
+
+
+def bin_of(p: dist.TorchDistribution, x: Tensor) -> tuple[Tensor, int]:
+    """Returns a bin for every point and the number of bins: each image, or four bins a real dimension."""
+    if p.support.is_discrete:
+        digits, base = x, 2
+    else:
+        # The edges lie on the edges of the cells, so that no cell is in two bins.
+        edges = torch.tensor([-0.625, 0.0, 0.625], dtype=torch.float64)
+        digits, base = torch.bucketize((x - p.mean) / p.stddev, edges), 4
+    digits = digits.flatten(-len(p.event_shape)).long()
+    return (digits * base ** torch.arange(digits.shape[-1])).sum(-1), base ** digits.shape[-1]
+
+
+@parametrise(EVERYTHING)
+def test_saved_and_loaded_parts_give_the_same_distribution(case, tmp_path):
+    saved, loaded = case.build(), case.build()
+    for p in saved.parameters():  # some start out equal; those that are not trained must travel too
+        p.data.add_(0.1 * torch.randn_like(p))
+    pyrovae.save(saved, tmp_path / "part.safetensors")
+    assert pyrovae.load(loaded, tmp_path / "part.safetensors") is loaded
+    arguments = inputs(case, saved, 4)
+    ours, theirs = saved(*arguments), loaded(*arguments)
+    if case.kind == "network":
+        assert torch.equal(ours, theirs)
+    else:
+        x = ours.sample()
+        assert torch.equal(ours.log_prob(x), theirs.log_prob(x))
+
+
+@parametrise(EVERYTHING)
+def test_repr_states_the_class_and_its_shapes(case):
+    part = case.build()
+    names = {"prior": ["latent_dim"], "network": ["in_shape", "out_shape"]}.get(case.kind, ["latent_dim", "x_shape"])
+    text = repr(part)
+    assert text.startswith(case.cls.__name__)
+    for name in names:
+        assert f"{name}={getattr(part, name)}" in text
+
+
+@parametrise(cases("likelihood", "encoder", "network"))
+def test_integers_are_refused(case):
+    part = case.build()
+    x, *context = inputs(case, part, 3)
+    with pytest.raises(TypeError, match=r"floating-point inputs, got torch.int64"):
+        part(x.long(), *context)
+
+
+@parametrise(cases("likelihood", "encoder", "network"))
+def test_inputs_of_a_wrong_shape_are_refused(case):
+    part = case.build()
+    shape = input_shape(case, part)
+    x, *context = inputs(case, part, 3)
+    for wrong in (torch.zeros(3, *shape[:-1], shape[-1] + 1), torch.zeros(shape[1:])):
+        with pytest.raises(ValueError, match=r"takes inputs of shape \(\.\.\., .*got \("):
+            part(wrong, *context)
+
+
+@parametrise(cases("likelihood", "encoder", "network", context=True))
+def test_a_context_that_does_not_fit_is_refused(case):
+    part = case.build()
+    x, context = inputs(case, part, 4)
+    with pytest.raises(ValueError, match="context_dim=3 and needs a context"):
+        part(x)
+    with pytest.raises(ValueError, match=r"context must have shape \(\.\.\., 3\), got \(4, 2\)"):
+        part(x, context[:, :2])
+    with pytest.raises(ValueError, match=r"context must have shape \(\.\.\., 3\), got \(\)"):
+        part(x, torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"context of shape \(3, 3\) does not match inputs .*\(4,\)"):
+        part(x, context[:3])
+
+
+@parametrise(cases("likelihood", "encoder", "network", context=False))
+def test_a_context_that_is_not_wanted_is_refused(case):
+    part = case.build()
+    with pytest.raises(ValueError, match="was built without a context but was given one of shape"):
+        part(*inputs(case, part, 4), torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "match"),
+    [
+        (lambda: StandardNormal(0), ValueError, "latent_dim must be at least 1, got 0"),
+        (lambda: DiagonalNormal(4, 0), ValueError, "latent_dim must be at least 1, got 0"),
+        (lambda: Bernoulli(0, 4), ValueError, "latent_dim|in_shape"),
+        (lambda: Bernoulli(2, ()), ValueError, "x_shape must be a positive int"),
+        (lambda: DiagonalNormal((1, 0, 3), 2), ValueError, "x_shape must be a positive int"),
+        (lambda: Normal(2, 4, scale=0.0), ValueError, "scale must be positive and finite, got 0"),
+        (lambda: Normal(2, 4, scale=math.inf), ValueError, "scale must be positive and finite, got inf"),
+        (lambda: Normal(2, 4, context_dim=-1), ValueError, "context_dim must be 0 .* got -1"),
+        (lambda: MLP(4, -3), ValueError, "out_shape must be a positive int"),
+        (lambda: ConvNet(784, 3), ValueError, "in_shape must be an image's"),
+        (lambda: DeconvNet(3, (28, 28)), ValueError, "out_shape must be an image's"),
+        (lambda: encoders.Encoder(4, 2, num_params=2), TypeError, "abstract"),
+        (lambda: likelihoods.Likelihood(4, 2), TypeError, "abstract"),
+        (lambda: priors.Prior(4), TypeError, "abstract"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_its_name(build, error, match):
+    with pytest.raises(error, match=match):
+        build()
+
+
+def test_a_network_that_returns_another_shape_is_refused():
+    encoder = DiagonalNormal(4, 2, network=nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"DiagonalNormal: its network must return \(\.\.\., 4\), but .* \(5, 3\)"):
+        encoder(torch.zeros(5, 4))
+
+
+def test_any_module_is_a_network():
+    linear = nn.Linear(4, 4)
+    x = torch.randn(5, 4)
+    assert torch.equal(DiagonalNormal(4, 2, network=linear)(x).mean, linear(x)[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("parts", "match"),
+    [
+        (
+            (StandardNormal(3), Bernoulli(2, 4), DiagonalNormal(4, 2)),
+            "agree on latent_dim: prior has 3, likelihood has 2",
+        ),
+        ((StandardNormal(2), Bernoulli(2, 4), DiagonalNormal(4, 3)), "agree on latent_dim.*encoder has 3"),
+        ((StandardNormal(2), Bernoulli(2, (2, 2)), DiagonalNormal(4, 2)), r"agree on x_shape: likelihood has \(2, 2\)"),
+    ],
+)
+def test_parts_that_disagree_make_no_vae(parts, match):
+    with pytest.raises(ValueError, match=match):
+        VAE(*parts)
+
+
+@parametrise(cases("prior", "likelihood", "encoder", context=False))
+def test_every_part_trains_in_a_vae_without_a_warning(case):
+    part = case.build()
+    x_shape = getattr(part, "x_shape", (4,))
+    parts = {
+        "prior": StandardNormal(part.latent_dim),
+        "likelihood": Normal(part.latent_dim, x_shape, MLP),
+        "encoder": DiagonalNormal(x_shape, part.latent_dim),
+        case.kind: part,
+    }
+    vae = VAE(**parts)
+    x = (torch.rand(8, *x_shape) < 0.5).float()
+    before = weights_of(vae)
+    SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(x)
+    trained = [not torch.equal(p, old) for p, old in zip(vae.parameters(), before, strict=True)]
+    assert trained == [p.requires_grad for p in vae.parameters()]
+
+
+def small_vae() -> VAE:
+    return VAE(StandardNormal(2), Bernoulli(2, 4), DiagonalNormal(4, 2))
+
+
+def weights_of(vae: VAE) -> list[Tensor]:
+    return [p.detach().clone() for p in vae.parameters()]
+
+
+def test_a_copy_of_a_vae_trains_on_its_own():
+    original = small_vae()
+    twin = copy.deepcopy(original)
+    assert twin.name != original.name
+    x = torch.ones(8, 4)
+    for trained, other in ((original, twin), (twin, original)):
+        before, others_before = weights_of(trained), weights_of(other)
+        SVI(trained.model, trained.guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(x)
+        assert not any(torch.equal(a, b) for a, b in zip(weights_of(trained), before, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(weights_of(other), others_before, strict=True))
+
+
+def test_samples_and_reconstructions_of_a_vae_have_the_shape_of_data():
+    vae = VAE(StandardNormal(2), Bernoulli(2, (1, 2, 3)), DiagonalNormal((1, 2, 3), 2))
+    assert vae.sample(5).shape == (5, 1, 2, 3)
+    assert vae.reconstruct(torch.zeros(4, 1, 2, 3)).shape == (4, 1, 2, 3)
+    assert not vae.sample(5).requires_grad
+
+
+def test_a_conditional_vae_samples_for_every_row_of_its_context():
+    vae = VAE(StandardNormal(2), Normal(2, 6, context_dim=3, scale=0.01), DiagonalNormal(6, 2, context_dim=3))
+    context = torch.eye(3)
+    x = vae.sample(50, context)
+    assert x.shape == (50, 3, 6)
+    # Each row has its own latent draws and its own context: no two columns of samples are near one another.
+    assert (x[:, 0] - x[:, 1]).abs().amax(-1).min() > 0.01
+
+
+def test_covariance_of_the_full_rank_normal_is_its_factor_times_its_transpose():
+    d = 4
+    encoder = FullRankNormal(3, d).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    q = encoder(x)
+    params = encoder.network(x)
+    # The documented order, written again with loops: mean, diagonal, strict lower triangle row by row.
+    factor = torch.zeros(6, d, d, dtype=torch.float64)
+    lower = iter(params[:, 2 * d :].unbind(-1))
+    for i in range(d):
+        for j in range(i):
+            factor[:, i, j] = next(lower)
+        factor[:, i, i] = nn.functional.softplus(params[:, d + i] + math.log(math.e - 1)) + 1e-6
+    assert torch.equal(q.mean, params[:, :d])
+    assert (q.scale_tril.diagonal(dim1=-2, dim2=-1) > 0).all()
+    # Sums of d products of numbers of about 1.
+    torch.testing.assert_close(q.covariance_matrix, factor @ factor.mT, rtol=0, atol=10 * d * EPS)
+
+
+def test_every_entry_of_the_full_rank_factor_gets_a_gradient():
+    d = 4
+    encoder = FullRankNormal(3, d, network=MLP)
+    q = encoder(torch.randn(6, 3))
+    (gradient,) = torch.autograd.grad((q.scale_tril * torch.randn(6, d, d)).sum(), encoder.network.layers[-1].bias)
+    assert gradient[:d].eq(0).all()  # the mean has no part in the factor
+    assert gradient[d:].ne(0).all()
+
+
+def test_the_full_rank_normal_works_in_one_dimension():
+    q = FullRankNormal(3, 1)(torch.randn(6, 3))
+    assert (q.batch_shape, q.event_shape) == ((6,), (1,))
+    assert q.scale_tril.gt(0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_normal_log_prob_is_the_closed_form_with_every_constant(scale):
+    likelihood = Normal(2, 5, scale=scale).double()
+    z, x = torch.randn(7, 2, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    loc = likelihood.network(z).detach()
+    truth = torch.from_numpy(scipy.stats.norm(loc.numpy(), scale).logpdf(x.numpy())).sum(-1)
+    # log_scale is kept in float32 when the part is built: its rounding, half an ulp of |log scale| < 8, moves each
+    # term by |dx/scale|^2 at most, and each term is computed to a few eps.
+    moved = 5 * 2 * 2.0**-22 * ((x - loc) / scale).square().sum(-1).clamp_min(1)
+    assert ((likelihood(z).log_prob(x) - truth).abs() <= moved).all()
+
+
+@pytest.mark.parametrize(("per_dimension", "shape"), [(False, ()), (True, (1, 2, 3))])
+def test_normal_learns_one_scale_or_one_per_dimension(per_dimension, shape):
+    likelihood = Normal(2, (1, 2, 3), scale=0.3, per_dimension=per_dimension)
+    assert likelihood.log_scale.shape == shape
+    likelihood.log_scale.data.normal_()
+    stddev = likelihood(torch.randn(4, 2)).stddev
+    assert torch.equal(stddev, likelihood.log_scale.exp().expand(4, 1, 2, 3))
+
+
+# ----------------------------------------------------------------------- the fast path of the Bernoulli likelihood
+
+SIZES = [(1,), (7,), (64,), (97,), (784,), (3, 32, 32), (5, 13)]
+
+
+def standard_log_prob(logits: Tensor, x: Tensor, event_dims: int) -> Tensor:
+    """The textbook formula in double precision."""
+    return dist.Bernoulli(logits=logits.double()).to_event(event_dims).log_prob(x.double())
+
+
+def rounding(logits: Tensor, event_dims: int) -> Tensor:
+    """How far float32 may be off: (size + 64) roundings of half an ulp, of sums below that of |l| + 1.
+
+    64 is for the product of up to 64 factors, each multiplication with its rounding.
+    """
+    magnitude = (logits.double().abs() + 1).flatten(-event_dims)
+    return (magnitude.shape[-1] + 64) * torch.finfo(torch.float32).eps / 2 * magnitude.sum(-1)
+
+
+@pytest.mark.parametrize("extreme", [False, True], ids=["moderate", "extreme"])
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_fast_bernoulli_equals_the_standard_one(shape, extreme):
+    logits = 3 * torch.randn(4, *shape)
+    if extreme:
+        logits = torch.where(torch.rand(4, *shape) < 0.5, 200.0, -200.0)
+    x = (torch.rand(4, *shape) < 0.5).float()
+    p = IndependentBernoulli(dist.Bernoulli(logits=logits), len(shape))
+    with torch.no_grad():
+        error = (p.log_prob(x).double() - standard_log_prob(logits, x, len(shape))).abs()
+    assert (error <= rounding(logits, len(shape))).all()
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_fast_bernoulli_in_double_precision_is_exact_to_double_rounding(shape):
+    logits = 3 * torch.randn(4, *shape, dtype=torch.float64)
+    x = (torch.rand(4, *shape) < 0.5).double()
+    p = IndependentBernoulli(dist.Bernoulli(logits=logits), len(shape))
+    error = (p.log_prob(x) - standard_log_prob(logits, x, len(shape))).abs()
+    ratio = EPS / torch.finfo(torch.float32).eps
+    assert (error <= 2 * ratio * rounding(logits, len(shape))).all()  # twice, for the standard one rounds too
+
+
+@pytest.mark.parametrize("values", [(), (4,), (5, 4), (2, 5, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool], ids=str)
+def test_fast_bernoulli_broadcasts_like_the_standard_one(values, dtype):
+    logits = torch.randn(4, 2, 3)
+    x = (torch.rand(*values, 2, 3) < 0.5).to(dtype)
+    log_prob = IndependentBernoulli(dist.Bernoulli(logits=logits), 2, validate_args=dtype != torch.bool).log_prob(x)
+    truth = standard_log_prob(logits, x, 2)
+    assert log_prob.shape == truth.shape
+    assert ((log_prob.double() - truth).abs() <= rounding(logits, 2)).all()
+
+
+def test_fast_bernoulli_expands():
+    logits = torch.randn(4, 7)
+    x = (torch.rand(5, 4, 7) < 0.5).float()
+    p = IndependentBernoulli(dist.Bernoulli(logits=logits), 1).expand((5, 4))
+    assert isinstance(p, IndependentBernoulli)
+    assert (p.batch_shape, p.event_shape) == ((5, 4), (7,))
+    assert ((p.log_prob(x).double() - standard_log_prob(logits, x, 1)).abs() <= rounding(logits, 1)).all()
+    one = IndependentBernoulli(dist.Bernoulli(logits=logits[0]), 1).expand((5, 4)).log_prob(x)
+    assert one.shape == (5, 4)
+    assert ((one.double() - standard_log_prob(logits[0], x, 1)).abs() <= rounding(logits[0], 1)).all()
+
+
+def test_fast_bernoulli_has_the_standard_gradient():
+    logits = (3 * torch.randn(4, 97, dtype=torch.float64)).requires_grad_()
+    x = (torch.rand(4, 97) < 0.5).double()
+    with torch.no_grad():
+        fast = IndependentBernoulli(dist.Bernoulli(logits=logits), 1).log_prob(x)
+    log_prob = IndependentBernoulli(dist.Bernoulli(logits=logits), 1).log_prob(x)
+    assert ((log_prob - fast).abs() <= 2 * EPS / torch.finfo(torch.float32).eps * rounding(logits.detach(), 1)).all()
+    (gradient,) = torch.autograd.grad(log_prob.sum(), logits)
+    torch.testing.assert_close(gradient, x - logits.detach().sigmoid(), rtol=0, atol=4 * EPS)
+
+
+def test_fast_bernoulli_leaves_its_arguments_as_they_were():
+    logits, x = torch.randn(4, 7), torch.ones(4, 7)
+    before = logits.clone()
+    IndependentBernoulli(dist.Bernoulli(logits=logits), 1).log_prob(x)
+    assert torch.equal(logits, before)
+    assert torch.equal(x, torch.ones(4, 7))
+
+
+def test_fast_bernoulli_without_event_dimensions_is_the_plain_one():
+    logits, x = torch.randn(4, 7), torch.ones(4, 7)
+    log_prob = IndependentBernoulli(dist.Bernoulli(logits=logits), 0).log_prob(x)
+    assert log_prob.shape == (4, 7)
+    assert ((log_prob.double() - standard_log_prob(logits, x, 0)).abs() <= rounding(logits.unsqueeze(-1), 1)).all()
+
+
+def test_fast_bernoulli_refuses_grey_values_like_the_standard_one():
+    with torch.no_grad(), pytest.raises(ValueError, match="support"):
+        IndependentBernoulli(dist.Bernoulli(logits=torch.zeros(3)), 1).log_prob(torch.full((3,), 0.5))
