@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
@@ -140,6 +141,14 @@ def check_all_observed(trace: poutine.Trace) -> None:
     for name, site in sample_sites(trace).items():
         if site["is_observed"]:
             check_observed(name, site["fn"], site["value"])
+
+
+class ObservedChecked(Messenger):
+    """A Pyro handler that checks the data at every observed site, as :func:`check_observed` does."""
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        if msg["is_observed"] and not isinstance(msg["fn"], _Subsample) and not torch.jit.is_tracing():
+            check_observed(msg["name"], msg["fn"], msg["value"])
 
 
 def check_observed(name: str, fn: Any, value: Tensor) -> None:

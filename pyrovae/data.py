@@ -3,6 +3,7 @@
 import gzip
 import math
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -224,7 +225,12 @@ def _torchvision(name: str, root: Path) -> Splits:
         background, evaluation = _download(name, root, background=True), _download(name, root, background=False)
         train, held_out, _ = _shuffled(*background, validation=1_345, test=0)
         return Splits(train, held_out, Split(*evaluation))
+    for x, labels in (train, test):
+        if len(x) != len(labels):
+            raise ValueError(f"{name} in {root} has {len(x)} images but {len(labels)} labels. Fetch the files again.")
     (x, labels), n = train, len(train[0]) - validation
+    if n < 1:
+        raise ValueError(f"{name} in {root} has {len(x)} training images, too few to set {validation:,} aside.")
     return Splits(Split(x[:n], labels[:n]), Split(x[n:], labels[n:]), Split(*test))
 
 
@@ -247,7 +253,7 @@ def _read_idx(path: Path) -> Tensor:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         dims = content[3]
         shape = struct.unpack_from(f">{dims}I", content, 4)
-    except (OSError, EOFError, IndexError, struct.error) as error:
+    except (OSError, EOFError, IndexError, struct.error, zlib.error) as error:
         raise ValueError(f"{path} is truncated or corrupt ({error}). Fetch it again.") from error
     data = np.frombuffer(content, np.uint8, offset=4 + 4 * dims)
     if content[:3] != b"\0\0\x08" or len(data) != math.prod(shape):
@@ -274,9 +280,9 @@ def _download(name: str, root: Path, **part: bool) -> tuple[Tensor, Tensor]:
         x = torch.as_tensor(dataset.data)
         x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
         return _scaled(x), torch.as_tensor(dataset.targets).long()
-    # Omniglot comes as 105 x 105 PNG files, ink 0; the VAE papers use 28 x 28, ink 1.
-    items = [(torch.from_numpy(np.array(image.resize((28, 28)))).float(), label) for image, label in dataset]
-    return 1 - torch.stack([x for x, _ in items]).unsqueeze(1).clamp(0, 1), torch.tensor([label for _, label in items])
+    # Omniglot comes as 105 x 105 PNG files, ink black; the VAE papers use 28 x 28, ink 1.
+    items = [(torch.from_numpy(np.array(image.convert("L").resize((28, 28)))), label) for image, label in dataset]
+    return 1 - _scaled(torch.stack([x for x, _ in items]).unsqueeze(1)), torch.tensor([label for _, label in items])
 
 
 def _scaled(x: Tensor) -> Tensor:
@@ -290,16 +296,24 @@ def _from_file(path: Path) -> Splits:
         if path.suffix == ".csv":
             arrays = {"x": _read_csv(path)}
         else:
-            content = np.load(path, allow_pickle=False)  # pickles run code
-            arrays = {"x": content} if path.suffix == ".npy" else dict(content)
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)) for name, a in arrays.items()}
-    except (ValueError, EOFError, OSError) as error:
+            with open(path, "rb") as file:
+                content = np.load(file, allow_pickle=False)  # pickles run code
+                arrays = {"x": content} if path.suffix == ".npy" else dict(content)
+    except Exception as error:  # numpy and zipfile have no common error for what is damaged
         raise ValueError(f"{path} is truncated, or holds something other than numbers ({error}).") from error
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"{path}: {name} must hold numbers, got {array.dtype}.")
+    with np.errstate(over="ignore"):  # what is beyond float32 becomes infinity, which is refused below
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(a, np.float32)) for name, a in arrays.items()}
     for name, x in tensors.items():
-        if x.dim() < 2 or len(x) == 0:
+        if x.dim() < 2 or x.numel() == 0:
             raise ValueError(f"{path}: {name} must have rows and columns, (size, *x_shape), got shape {tuple(x.shape)}.")
         check_finite(f"{path}: {name}", x)
     if {"train", "validation", "test"} <= tensors.keys():
+        shapes = {name: tuple(x.shape[1:]) for name, x in tensors.items()}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"{path}: train, validation and test must hold data of one shape, got {shapes}.")
         return Splits(*(Split(tensors[part], None) for part in ("train", "validation", "test")))
     if len(tensors) != 1:
         raise ValueError(f"{path} must hold one array, or train, validation and test; it holds {', '.join(tensors)}.")
@@ -311,11 +325,17 @@ def _from_file(path: Path) -> Splits:
 
 
 def _read_csv(path: Path) -> np.ndarray:
-    with open(path) as file:
-        first = file.readline()
+    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if lines and not any(map(_is_number, lines[0].split(","))):  # a line of names
+        lines = lines[1:]
+    if not lines:
+        raise ValueError("no line of numbers")
+    return np.loadtxt(lines, delimiter=",", ndmin=2)
+
+
+def _is_number(cell: str) -> bool:
     try:
-        [float(cell) for cell in first.split(",")]
-        header = 0
-    except ValueError:  # a line of names
-        header = 1
-    return np.loadtxt(path, delimiter=",", skiprows=header, ndmin=2)
+        float(cell)
+    except ValueError:
+        return False
+    return True

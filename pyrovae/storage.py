@@ -1,5 +1,6 @@
 """Files: weights, checkpoints and run directories, written whole or not at all, and read without running code."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import safetensors
 import safetensors.torch
@@ -87,7 +89,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Writes a file whole or not at all: beside it first, then flushed to the disk and renamed."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -95,8 +97,12 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
+        _flush_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):  # Ctrl-C, for one
+            raise
         raise OSError(
             error.errno, f"cannot write {path}: {error.strerror}. What was there before is unchanged. Make room or name "
             "another place"
@@ -183,6 +189,16 @@ def _is_known_class(name: str) -> bool:
     )
 
 
+def _flush_directory(directory: Path) -> None:
+    # The new name, too, is to outlive a power failure. Windows cannot, and need not, open a directory for that.
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _write(path: str | Path, tensors: dict[str, Tensor], kind: str, state: Any) -> None:
     # Copies, for safetensors refuses tensors that share memory, as tied weights do.
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
@@ -229,6 +245,8 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Turns a nested value into what JSON keeps, with tensors put aside by number."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, Tensor):
         tensors[str(len(tensors))] = value
         return {"tensor": str(len(tensors) - 1)}

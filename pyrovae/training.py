@@ -4,7 +4,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,14 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from pyrovae import storage
-from pyrovae.checks import check_all_observed, check_finite, evaluation_mode, inspect, sample_sites
+from pyrovae.checks import ObservedChecked, check_all_observed, check_finite, evaluation_mode, inspect, sample_sites
 from pyrovae.data import Batches, as_batches
 
 __all__ = ["History", "fit"]
 
 Data = Tensor | Sequence[Tensor] | Dataset | DataLoader
 
-# One kernel for all parameters; the same numbers as the loop over them.
+# One kernel for all parameters, which takes a fraction of the time of the loop over them.
 Adam = partial(torch.optim.Adam, lr=1e-3, fused=True)
 
 
@@ -155,9 +154,9 @@ def fit(
     >>> len(history)
     5
     """
-    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("patience", patience, 1)):
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
+        if not (isinstance(value, int) and value >= 1 or name == "patience" and value is None):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}.")
     if patience is not None and validation is None:
@@ -193,7 +192,6 @@ def fit(
         storage.write_checkpoint(checkpoint, run.state() | rest)
         return time.monotonic() - start
 
-    in_memory, first_epoch = isinstance(batches, Batches), len(history) + 1
     # A place that cannot be written to shows now, not after an epoch.
     cost = 0.0 if checkpoint is None else save()
     saved_at = time.monotonic()
@@ -207,15 +205,18 @@ def fit(
         while len(history) < epochs and not _out_of_patience(history, patience):
             epoch = len(history) + 1
             bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
+            run.start_epoch()
             total, count = 0.0, 0
-            # Data in memory have all passed Pyro's validation, which takes time, once an epoch is over; loaded ones may be new.
-            seen = in_memory and epoch > first_epoch
-            with pyro.validation_enabled(False) if seen else nullcontext():
+            # Pyro's validation takes a tenth of a step. The first batch has passed it, and what may change after is looked at:
+            # the data at each observed site, and whether the loss is finite.
+            with pyro.validation_enabled(False), ObservedChecked():
                 for batch in batches:
-                    args = run.prepare("data", batch, check=not in_memory)
+                    args = run.prepare("data", batch, check=not isinstance(batches, Batches))
                     total += run.step(args, epoch) * len(args[0])
                     count += len(args[0])
                     bar.update()
+            if count == 0:
+                raise ValueError(f"data gave no batch in epoch {epoch}. A data set must be iterable anew for every epoch.")
             record = {"epoch": epoch, "loss": total / count}
             if held_out is not None:
                 record["validation"] = run.validate(held_out, epoch)
@@ -224,7 +225,7 @@ def fit(
             record["seconds"] = time.monotonic() - started
             history.records.append(record)
             bar.set_postfix({name: f"{record[name]:.3f}" for name in ("loss", "validation") if name in record}, refresh=False)
-            if patience is not None and history.best_epoch == epoch:
+            if history.best_epoch == epoch:
                 best = run.snapshot()
             stop = any([callback(history) is True for callback in callbacks])
             last = stop or epoch == epochs or _out_of_patience(history, patience)
@@ -248,9 +249,8 @@ class _Run:
         args = self.prepare("data", first_batch, check=True)
         structure = inspect(model, guide, *args)
         # A plate that stands for more data than it holds scales its loss up to all of them.
-        self.data_size = structure.data_size if structure.data_size != structure.batch_size else None
+        self.data_size = structure.data_size if structure.data_size != len(args[0]) else None
         self.params, self.buffers = self._find_state(args)
-        self.num_known = len(pyro.get_param_store())
         self.trained = list({id(p): p for p in self.params.values()}.values())
         self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizer(self.trained)
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -294,6 +294,10 @@ class _Run:
                 self.loss.loss(self.model, self.guide, *args)
         finally:
             handle.remove()
+        for owner in (self.model, self.guide):  # a method's module is used, if not called
+            owner = getattr(owner, "__self__", owner)
+            if isinstance(owner, nn.Module):
+                modules.update((id(m), m) for m in owner.modules())
         params = {
             f"{i} {name.split('$$$')[-1]}": site["value"].unconstrained()
             for i, (name, site) in enumerate(found.trace.nodes.items())
@@ -302,12 +306,25 @@ class _Run:
             raise ValueError(
                 "model and guide have no parameters to train. Register networks with pyro.module, or use pyro.param."
             )
+        known = {id(p) for p in params.values()}
+        for module in modules.values():
+            for name, p in module.named_parameters(recurse=False):
+                if p.requires_grad and id(p) not in known:
+                    raise ValueError(
+                        f"{name} of {module} is used but would not be trained, for Pyro does not know it. Register the "
+                        "network with pyro.module, under a name that no other model has taken (taken: "
+                        f"{', '.join(sorted({key.split('$$$')[0] for key in pyro.get_param_store().keys()}))}); or freeze "
+                        "it with requires_grad_(False)."
+                    )
         buffers = {
             f"{i} {name}": buffer
             for i, module in enumerate(modules.values())
             for name, buffer in module.named_buffers(recurse=False)
         }
         return params, buffers
+
+    def start_epoch(self) -> None:
+        self.num_known = len(pyro.get_param_store())  # callbacks may have made parameters of their own
 
     def step(self, args: tuple, epoch: int) -> float:
         """Takes one step; returns the loss per datum."""
@@ -337,7 +354,8 @@ class _Run:
             _require_finite(value)
             loss.backward()
         else:
-            value = self.loss.loss_and_grads(self.model, self.guide, *args) / size
+            value = self.loss.loss_and_grads(self.model, self.guide, *args)
+            value = (value[0] if isinstance(value, tuple) else value) / size  # wake-sleep: the model's, then the guide's
             _require_finite(value)
             for p in self.trained:
                 if p.grad is not None:
@@ -382,6 +400,8 @@ class _Run:
                 except (ValueError, FloatingPointError) as error:
                     self._explain(args, error, f"on validation data after epoch {epoch}")
                 total, count = total + value * len(args[0]), count + len(args[0])
+        if count == 0:
+            raise ValueError("validation gave no batch. Give at least one datum, and a DataLoader that does not drop it.")
         return total / count
 
     def end_epoch(self, record: dict[str, Any]) -> None:
@@ -409,23 +429,31 @@ class _Run:
                     f"The checkpoint was written for another model: {differing.split(' ', 1)[1]!r} has shape "
                     f"{theirs.get(differing)} in it, {ours.get(differing)} here. Resume with the same model and guide."
                 )
-            for k, t in tensors.items():
-                t.copy_(snapshot[group][k])
+        for k, t in (self.params | self.buffers).items():
+            t.copy_((snapshot["params"] | snapshot["buffers"])[k])
 
     def state(self) -> dict[str, Any]:
         """Returns all that a later process needs to go on."""
         return {
             **self.snapshot(),
+            "kinds": self._kinds(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "num_steps": self.num_steps,
         }
 
+    def _kinds(self) -> dict[str, str | None]:
+        scheduler = None if self.scheduler is None else type(self.scheduler).__name__
+        return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler}
+
     def load_state(self, state: dict[str, Any]) -> None:
+        for name, kind in self._kinds().items():
+            if state["kinds"][name] != kind:
+                raise ValueError(
+                    f"{name} is {kind}, but the checkpoint was written with {state['kinds'][name]}. Resume with the same."
+                )
         self.restore(state)
         self.optimizer.load_state_dict(state["optimizer"])
-        if (self.scheduler is None) != (state["scheduler"] is None):
-            raise ValueError("scheduler: the checkpoint was written with one and this run has none, or the reverse.")
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.num_steps = state["num_steps"]
@@ -444,7 +472,8 @@ def _not_finite(where: str, cause: str) -> FloatingPointError:
 
 
 def _out_of_patience(history: History, patience: int | None) -> bool:
-    return patience is not None and len(history) > 0 and len(history) - history.best_epoch >= patience
+    best = history.best_epoch
+    return patience is not None and best is not None and len(history) - best >= patience
 
 
 def _cell(value: Any) -> str:
@@ -462,7 +491,8 @@ def _length(batches: Iterable) -> int | None:
 
 def _generators(batches: Iterable) -> Iterator[torch.Generator]:
     """The random generators that a loader has of its own, beside torch's global one."""
-    for holder in (batches, getattr(batches, "sampler", None)):
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    for holder in (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
         generator = getattr(holder, "generator", None)
         if isinstance(generator, torch.Generator):
             yield generator

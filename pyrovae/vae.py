@@ -53,7 +53,7 @@ class VAE(nn.Module):
 
     def model(self, x: Tensor, context: Tensor | None = None) -> None:
         """The generative process, with the data observed at site "x" and the latents at site "z"."""
-        pyro.module(self.name, self)
+        self._register()
         _check_length(x, context)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.prior(context))
@@ -61,10 +61,16 @@ class VAE(nn.Module):
 
     def guide(self, x: Tensor, context: Tensor | None = None) -> None:
         """The amortised posterior of the latents at site "z"."""
-        pyro.module(self.name, self)
+        self._register()
         _check_length(x, context)
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.encoder(x, context))
+
+    def _register(self) -> None:
+        # What pyro.module does, without its warning at every call for each parameter that is frozen on purpose.
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                pyro.param(f"{self.name}$$${name}", parameter)
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         r"""Returns :math:`q(z \mid x)`, with ``batch_shape == (batch,)``."""
