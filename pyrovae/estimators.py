@@ -27,9 +27,9 @@ class Estimate(NamedTuple):
         standard_error: of `value`, in nats, from the spread of the weights; NaN for a single sample. It cannot tell of
             mass that no sample has found: see `khat`.
         ess: effective sample size, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, between 1 and the number of samples.
-        khat: shape of the Pareto tail of the weights. Above 0.7 neither value nor error is to be trusted; minus infinity
-            when the weights in the tail are equal (to rounding), infinity when nearly all are zero, NaN for fewer than 21
-            samples.
+        khat: shape of the Pareto tail of the weights. Above 0.7 neither value nor error is to be trusted; minus
+            infinity when the weights in the tail are equal (to rounding), infinity when nearly all are zero, NaN for
+            fewer than 21 samples.
         num_samples: samples per datum.
 
     >>> weights = Estimate(torch.tensor([-1.0, -3.0]), torch.tensor([0.3, 0.4]), torch.ones(2), torch.zeros(2), 50)
@@ -79,7 +79,7 @@ def log_marginal(
     Args:
         model: a Pyro model, called with the same arguments as the guide.
         guide: a Pyro guide. It runs once per datum as long as all latents of a datum fit in the budget (they do up to
-            some 100,000 samples of 20 dimensions).
+            some 100,000 samples of 20 dimensions), and a few times more for the first two, to plan the chunks.
         *args: tensors with the data along their first dimension, or anything else, which is passed on as it is.
         num_samples: samples per datum :math:`K`; exactly so many are drawn.
         max_memory: budget for intermediate results, in bytes. On a CPU more is not faster; on a GPU it is.

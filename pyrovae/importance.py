@@ -1,4 +1,7 @@
-r"""Importance weights of any Pyro model and guide: the one place where :math:`\log p(x, z) - \log q(z \mid x)` is formed."""
+r"""Importance weights of any Pyro model and guide.
+
+The one place where :math:`\log p(x, z) - \log q(z \mid x)` is formed.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-r"""Priors: modules whose ``forward(context=None)`` returns the Pyro distribution :math:`p(z)` or :math:`p(z \mid c)`."""
+r"""Priors: modules whose ``forward(context=None)`` returns a Pyro distribution, :math:`p(z)` or :math:`p(z \mid c)`."""
 
 from abc import ABC, abstractmethod
 
