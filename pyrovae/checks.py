@@ -172,8 +172,8 @@ def check_observed(name: str, fn: Any, value: Tensor) -> None:
     first = int((~inside).nonzero()[:, -1].min()) if inside.dim() else 0  # the data are the last dimension
     advice = (
         "Binarise grey values: anew for each batch with fit(..., transform=pyrovae.data.dynamic_binarization), once with "
-        "pyrovae.data.static_binarization(x), or with --preprocessing on the command line. Or use a likelihood of real "
-        "numbers such as Normal."
+        "pyrovae.data.static_binarization(x); on the command line with --preprocessing dynamic or static. Or use a "
+        "likelihood of real numbers such as Normal."
         if getattr(base.support, "base_constraint", base.support) is torch.distributions.constraints.boolean
         else "Transform the data into the support, or use a likelihood that has it in its support."
     )

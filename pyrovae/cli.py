@@ -85,7 +85,8 @@ def train(
         num_samples: importance samples a datum, for the test log p(x).
         seed: of weights, batches and noise.
         device: cpu, cuda, cuda:1, ...
-        resume: go on with the run in the run directory, with its configuration.
+        resume: go on with the run in the run directory, with its configuration, or start it if there is none. Only epochs
+            (upwards), patience, num_samples, data_root and device may be given anew.
         trust: let a configuration that is resumed name classes outside pyrovae, and so run their code.
     """
     directory = Path(run) if run is not None else default_run(data)
@@ -129,6 +130,11 @@ def train(
                 (directory / name).unlink()
             directory.rmdir()
         raise
+    if len(history) < epochs:
+        print(
+            f"stopped after epoch {len(history)}: no lower validation loss for {patience} epochs. The weights are those of "
+            f"epoch {history.best_epoch}."
+        )
     storage.save(vae, directory / "weights.safetensors")
     vae.eval()
 
@@ -259,6 +265,7 @@ def reconstruct(
 
 COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "reconstruct": reconstruct}
 FLAGS = ("resume", "trust", "mean")  # given without a value
+RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -296,7 +303,8 @@ def command_parser(name: str) -> ArgumentParser:
     """Returns the parser of one command, made from the function's signature."""
     function = COMMANDS[name]
     parser = ArgumentParser(description=function.__doc__.splitlines()[0])
-    parser.add_argument("--config", action="config", help="a file with arguments, as a run's config.yaml")
+    if name == "train":
+        parser.add_argument("--config", action="config", help="a file with arguments, as a run's config.yaml")
     helps = {param.arg_name: param.description for param in docstring_parser.parse(function.__doc__).params}
     flags = {name: text for name, text in helps.items() if name in FLAGS}
     parser.add_function_arguments(function, as_positional=True, skip={*flags, "config"})
@@ -341,10 +349,20 @@ def _resumed(parser: ArgumentParser, argv: list[str], given: Any) -> Any:
     if not file.exists():
         print(f"nothing to resume in {directory}: starting")
         return parser.parse_args(argv)
-    storage.read_config(directory, trust=given.trust)
+    stored = storage.read_config(directory, trust=given.trust)
     at = argv.index("train") + 1
     settings = parser.parse_args([*argv[:at], "--config", str(file), *argv[at:]])
     settings.train.run = str(directory)
+    # The checkpoint holds the optimizer and the noise as they were: a change that it overrules must not seem to be made.
+    changed = yaml.safe_load(_config(settings.train))
+    names = [name for name in changed if changed[name] != stored.get(name) and name not in RENEWABLE]
+    if names:
+        raise ValueError(
+            f"a run is resumed with its own {', '.join(names)}. Leave that out, or start a new run with --run DIRECTORY; "
+            f"what may change is {', '.join(RENEWABLE)}."
+        )
+    if changed["epochs"] < stored["epochs"]:
+        raise ValueError(f"epochs is {changed['epochs']}, but the run in {directory} was made for {stored['epochs']}.")
     return settings
 
 
@@ -436,7 +454,8 @@ def _new_file(path: str | Path, suffixes: tuple[str, ...]) -> Path:
     if path.suffix not in suffixes:
         raise ValueError(f"output must end in {' or '.join(suffixes)}, got {path}.")
     if path.exists():
-        raise FileExistsError(f"{path} is there already. Name another place with --output.")
+        raise FileExistsError(f"{path} is there already. Name another place with --output, or take another --seed.")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

@@ -194,7 +194,7 @@ def _check_grey(x: Tensor) -> None:
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise ValueError(
             f"only values between 0 and 1 can be binarised, but x ranges from {x.min():g} to {x.max():g}. Divide 8-bit "
-            "images by 255."
+            "images by 255; take real numbers as they are (--preprocessing grey) with a likelihood such as Normal."
         )
 
 

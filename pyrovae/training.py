@@ -466,8 +466,8 @@ def _require_finite(value: float) -> None:
 
 def _not_finite(where: str, cause: str) -> FloatingPointError:
     return FloatingPointError(
-        f"The loss stopped being finite {where}: {cause}. The last checkpoint, if any, is kept. Lower the learning rate, or "
-        "bound the gradient with clip_norm."
+        f"The loss stopped being finite {where}: {cause}. The last checkpoint, if any, is kept. Start anew with a lower "
+        "learning rate, or bound the gradient with clip_norm."
     )
 
 

@@ -247,3 +247,17 @@ def test_resume_without_a_run_starts_one(tmp_path, capsys):
     main(["train", "--run", str(tmp_path / "new"), "--resume", "--epochs", "1", "--num-samples", "10"])
     assert "nothing to resume" in capsys.readouterr().out
     assert (tmp_path / "new" / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("option", [("--latent-dim", "8"), ("--optimizer.lr", "0.1"), ("--seed", "4"), ("--epochs", "1")])
+def test_resume_refuses_what_the_checkpoint_would_overrule_and_changes_nothing(option, run):
+    before = digest(run)
+    message = error_of("train", "--run", run, "--resume", *option)
+    assert option[0].strip("-").split(".")[0].replace("-", "_") in message
+    assert digest(run) == before
+
+
+def test_early_stopping_says_so(tmp_path, capsys):
+    main(["train", "--run", str(tmp_path / "a"), "--epochs", "50", "--patience", "1", "--optimizer.lr", "0.03",
+          "--num-samples", "10"])  # fmt: skip
+    assert "stopped after epoch" in capsys.readouterr().out
