@@ -22,14 +22,12 @@ class Structure(NamedTuple):
 
     Args:
         max_plate_nesting: how many dimensions the plates take, from the right.
-        data_size: the size that the data plate claims to have: the number of data it stands for.
-        batch_size: the size that the data plate has: the number of data it holds. None without a data plate.
+        data_size: how many data the data plate stands for, which may be more than it holds. None without one.
         problems: per site, why importance weights per datum are undefined.
     """
 
     max_plate_nesting: int
     data_size: int | None
-    batch_size: int | None
     problems: tuple[str, ...]
 
 
@@ -126,7 +124,6 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
     return Structure(
         max_plate_nesting=max((-frame.dim for frame in frames if frame.vectorized), default=0),
         data_size=None if data is None else data.full_size or data.size,
-        batch_size=None if data is None else data.size,
         problems=tuple(_problems(model_sites, guide_sites)),
     )
 

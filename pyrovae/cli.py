@@ -177,9 +177,7 @@ def evaluate(
     out = None if output is None else _new_file(output, (".csv",))
     _check_device(device)
     vae, config = storage.load_run(run, trust=trust)
-    splits, described = _load(
-        data or config["data"], config["data_root"] if data_root is None else data_root, config["preprocessing"]
-    )
+    splits, described = _load(data or config["data"], data_root or config["data_root"], config["preprocessing"])
     print(described)
     pyro.set_rng_seed(seed)
     vae.to(device)
@@ -247,9 +245,7 @@ def reconstruct(
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
     out = _new_file(output or Path(run) / f"reconstructions-{split}.png", (".png", ".npy", ".csv"))
     vae, config = storage.load_run(run, trust=trust)
-    splits, described = _load(
-        data or config["data"], config["data_root"] if data_root is None else data_root, config["preprocessing"]
-    )
+    splits, described = _load(data or config["data"], data_root or config["data_root"], config["preprocessing"])
     print(described)
     pyro.set_rng_seed(seed)
     x = getattr(splits, split).x[:num_data]
