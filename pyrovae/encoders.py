@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from pyro import distributions as dist
+from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -34,7 +35,12 @@ class Encoder(nn.Module, ABC):
         network: a module, or a callable that builds one from ``(x_shape, num_params)``.
         context_dim: width of the context vector, 0 for none.
         num_params: how many numbers the network returns for a datum.
+
+    An encoder of another space than the real vectors says so in the class attribute `support`, a constraint, which must
+    be its prior's too.
     """
+
+    support: constraints.Constraint = constraints.real_vector
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class Encoder(nn.Module, ABC):
         if latent_dim < 1:
             raise ValueError(f"latent_dim must be at least 1, got {latent_dim}.")
         self.x_shape, self.latent_dim, self.num_params = as_shape(x_shape, "x_shape"), latent_dim, num_params
+        self.context_dim = context_dim
         self.network = build(network, self.x_shape, num_params, context_dim)
 
     def parameters_of(self, x: Tensor, context: Tensor | None = None) -> Tensor:

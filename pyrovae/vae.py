@@ -7,19 +7,42 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
 
+from pyrovae.distributions import center
+
 __all__ = ["VAE"]
 
 _count = itertools.count()
 
 
-class VAE(nn.Module):
+class Registered(nn.Module):
+    """A module that registers its parameters with Pyro, under a name that no other instance or copy has."""
+
+    def __init__(self):
+        super().__init__()
+        self.name = f"vae{next(_count)}"
+
+    def __setstate__(self, state):
+        # Copies come through here. Pyro's parameter store is global and keyed by name: a copy under the same name
+        # would silently train the original's parameters.
+        super().__setstate__(state)
+        self.name = f"vae{next(_count)}"
+
+    def register(self) -> None:
+        """Registers the parameters; every model and guide does so first."""
+        # What pyro.module does, without its warning at every call for each parameter that is frozen on purpose.
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                pyro.param(f"{self.name}$$${name}", parameter)
+
+
+class VAE(Registered):
     r"""A variational autoencoder as a Pyro model and guide.
 
     .. math:: p(x, z) = p(z)\, p(x \mid z), \qquad q(z \mid x)
 
     ``vae.model`` and ``vae.guide`` take ``(x, context=None)`` and go wherever Pyro takes a model and a guide. With a
-    context (labels, say, one vector a datum) all three parts see it, and the same class is a conditional VAE. Pyro's own
-    tools take it by position, ``svi.step(x, context)``: Pyro uses the keyword itself.
+    context (labels, say, one vector a datum) the same class is a conditional VAE: each part that was built for a context
+    sees it. Pyro's own tools take it by position, ``svi.step(x, context)``: Pyro uses the keyword itself.
 
     Args:
         prior: ``prior(context)`` returns :math:`p(z)`, events of shape ``(latent_dim,)``.
@@ -27,7 +50,8 @@ class VAE(nn.Module):
         encoder: ``encoder(x, context)`` returns :math:`q(z \mid x)`, events of shape ``(latent_dim,)``.
 
     Raises:
-        ValueError: when the parts state different latent dimensions or data shapes.
+        ValueError: when the parts state different latent dimensions, latent spaces or data shapes; when a context is
+            given that no part takes, or that has not one row a datum.
 
     References:
         Auto-Encoding Variational Bayes, D. P. Kingma and M. Welling, 2014, https://arxiv.org/abs/1312.6114.
@@ -40,45 +64,33 @@ class VAE(nn.Module):
 
     def __init__(self, prior: nn.Module, likelihood: nn.Module, encoder: nn.Module):
         super().__init__()
-        _check_equal("latent_dim", prior=prior, likelihood=likelihood, encoder=encoder)
-        _check_equal("x_shape", likelihood=likelihood, encoder=encoder)
+        check_equal("latent_dim", prior=prior, likelihood=likelihood, encoder=encoder)
+        check_equal("x_shape", likelihood=likelihood, encoder=encoder)
+        check_equal("support", prior=prior, encoder=encoder)
         self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
-        self.name = f"vae{next(_count)}"
-
-    def __setstate__(self, state):
-        # Copies come through here. Pyro's parameter store is global and keyed by name: a copy under the same name
-        # would silently train the original's parameters.
-        super().__setstate__(state)
-        self.name = f"vae{next(_count)}"
 
     def model(self, x: Tensor, context: Tensor | None = None) -> None:
         """The generative process, with the data observed at site "x" and the latents at site "z"."""
-        self._register()
-        _check_length(x, context)
+        self.register()
+        check_length("context", context, x)
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self.prior(context))
-            pyro.sample("x", self.likelihood(z, context), obs=x)
+            z = pyro.sample("z", self.prior(self._context(self.prior, context)))
+            pyro.sample("x", self.decode(z, context), obs=x)
 
     def guide(self, x: Tensor, context: Tensor | None = None) -> None:
         """The amortised posterior of the latents at site "z"."""
-        self._register()
-        _check_length(x, context)
+        self.register()
+        check_length("context", context, x)
         with pyro.plate("data", len(x)):
-            pyro.sample("z", self.encoder(x, context))
-
-    def _register(self) -> None:
-        # What pyro.module does, without its warning at every call for each parameter that is frozen on purpose.
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                pyro.param(f"{self.name}$$${name}", parameter)
+            pyro.sample("z", self.encode(x, context))
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         r"""Returns :math:`q(z \mid x)`, with ``batch_shape == (batch,)``."""
-        return self.encoder(x, context)
+        return self.encoder(x, self._context(self.encoder, context))
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         r"""Returns :math:`p(x \mid z)` for z of shape ``(*leading, latent_dim)``."""
-        return self.likelihood(z, context)
+        return self.likelihood(z, self._context(self.likelihood, context))
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None) -> Tensor:
@@ -91,25 +103,42 @@ class VAE(nn.Module):
         Returns:
             Shape ``(num_samples, *x_shape)``, or ``(num_samples, batch, *x_shape)`` with a context.
         """
-        prior = self.prior(context)
+        prior = self.prior(self._context(self.prior, context))
         if context is not None:  # a prior may ignore its context; draw for each of its rows all the same
-            prior = prior.expand(context.shape[:-1])
+            prior = prior.expand(context.shape[:1])
         return self.decode(prior.sample((num_samples,)), context).sample()
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Returns the mean of :math:`p(x' \mid z)` at one draw of :math:`z \sim q(z \mid x)`, shaped like x."""
-        return self.decode(self.encode(x, context).sample(), context).mean
+        r"""Returns the centre of :math:`p(x' \mid z)` at one draw of :math:`z \sim q(z \mid x)`, shaped like x.
+
+        The centre is the mean, or the mode of classes, which have no mean.
+        """
+        return center(self.decode(self.encode(x, context).sample(), context))
+
+    def _context(self, part: nn.Module, context: Tensor | None) -> Tensor | None:
+        if context is not None and not any(map(takes_context, (self.prior, self.likelihood, self.encoder))):
+            raise ValueError(
+                f"a context of shape {tuple(context.shape)} was given, but no part takes one. Build the likelihood (or the "
+                f"prior, or the encoder) with context_dim={context.shape[-1] if context.dim() else 1}."
+            )
+        return context if takes_context(part) else None
 
 
-def _check_length(x: Tensor, context: Tensor | None) -> None:
-    # One context would broadcast over all data without a word.
-    if context is not None and len(context) != len(x):
-        raise ValueError(f"context has {len(context)} rows but x has {len(x)}: give one context a datum.")
+def takes_context(part: nn.Module) -> bool:
+    """Whether a part is given the context: if it was built for one, or does not say."""
+    return getattr(part, "context_dim", 1) > 0
 
 
-def _check_equal(attribute: str, **parts: nn.Module) -> None:
+def check_length(name: str, given: Tensor | None, x: Tensor) -> None:
+    """Raises a ValueError unless an argument has one row a datum; one row would broadcast over all without a word."""
+    if given is not None and len(given) != len(x):
+        raise ValueError(f"{name} has {len(given)} rows but x has {len(x)}: give one row of {name} a datum.")
+
+
+def check_equal(attribute: str, **parts: nn.Module) -> None:
+    """Raises a ValueError when parts state different values of an attribute."""
     stated = {name: getattr(part, attribute) for name, part in parts.items() if hasattr(part, attribute)}
-    if len(set(stated.values())) > 1:
+    if len({repr(value) for value in stated.values()}) > 1:
         listing = ", ".join(f"{name} has {value}" for name, value in stated.items())
         raise ValueError(f"The parts of a VAE must agree on {attribute}: {listing}.")

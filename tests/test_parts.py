@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import pyrovae
 from pyrovae import VAE, encoders, likelihoods, priors
+from pyrovae.distributions import IndependentBernoulli
 from pyrovae.encoders import DiagonalNormal, FullRankNormal
-from pyrovae.likelihoods import Bernoulli, IndependentBernoulli, Normal
+from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import MLP, ConvNet, DeconvNet
 from pyrovae.priors import StandardNormal
 
