@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 import pyrovae
 from pyrovae import data as datasets
 from pyrovae import storage
+from pyrovae.distributions import center
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.estimators import Estimate, independent_baseline, log_marginal
 from pyrovae.likelihoods import Bernoulli, Likelihood
@@ -100,7 +101,7 @@ def train(
     pyro.set_rng_seed(seed)
     splits, described = _load(data, data_root, preprocessing)
     x_shape = tuple(splits.train.x.shape[1:])
-    vae = VAE(prior(latent_dim), likelihood(latent_dim, x_shape), encoder(x_shape, latent_dim)).to(device)
+    vae = _build(prior, likelihood, encoder, latent_dim, x_shape).to(device)
     print(f"{described}\n{vae}\nrun directory: {directory}")
 
     is_new = not directory.exists()
@@ -321,11 +322,15 @@ def build_from_config(config: dict[str, Any], x_shape: tuple[int, ...]) -> VAE:
     names = ("latent_dim", "prior", "likelihood", "encoder")
     parser.add_function_arguments(train, skip={*inspect.signature(train).parameters} - {*names})
     parts = parser.instantiate(parser.parse_object({name: config[name] for name in names}))
-    return VAE(
-        parts.prior(parts.latent_dim),
-        parts.likelihood(parts.latent_dim, x_shape),
-        parts.encoder(x_shape, parts.latent_dim),
-    )
+    return _build(parts.prior, parts.likelihood, parts.encoder, parts.latent_dim, x_shape)
+
+
+def _build(prior: Callable, likelihood: Callable, encoder: Callable, latent_dim: int, x_shape: tuple[int, ...]) -> VAE:
+    """Returns the VAE of these parts; a prior whose first argument is the encoder (a VampPrior) is handed it."""
+    p, q = likelihood(latent_dim, x_shape), encoder(x_shape, latent_dim)
+    cls = next((a for a in getattr(prior, "args", ()) if isinstance(a, type)), prior)  # in jsonargparse's partial
+    first = next(iter(inspect.signature(cls).parameters))
+    return VAE(prior(q if first == "encoder" else latent_dim), p, q)
 
 
 def default_run(data: str) -> Path:
@@ -422,7 +427,7 @@ _MEANS = "means of p(x | z), z from the prior"
 
 @torch.no_grad()
 def _prior_means(vae: VAE, num_samples: int) -> Tensor:
-    return vae.decode(vae.prior().sample((num_samples,))).mean
+    return center(vae.decode(vae.prior().sample((num_samples,))))
 
 
 @torch.no_grad()
@@ -434,7 +439,7 @@ def _draw(vae: VAE, splits: datasets.Splits, history: History, directory: Path) 
     labels = splits.test.labels
     plots.samples(_prior_means(vae, 100), directory / "samples.png", _MEANS)
     plots.reconstructions(x[:10], vae.reconstruct(x[:10]), directory / "reconstructions.png")
-    plots.latent_space(vae.encode(x).mean, None if labels is None else labels[:1000], directory / "latent_space.png")
+    plots.latent_space(vae.encode(x).sample().float(), None if labels is None else labels[:1000], directory / "latent_space.png")
     plots.learning_curve(history, directory / "learning_curve.png")
 
 

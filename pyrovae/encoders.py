@@ -1,17 +1,32 @@
 r"""Encoders: modules whose ``forward(x, context=None)`` returns the Pyro distribution :math:`q(z \mid x)`."""
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
 from pyro import distributions as dist
 from pyro.distributions import constraints
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import normalize
 
+from pyrovae import latents
+from pyrovae.latents import positive, tril_of
 from pyrovae.nn import MLP, Network, Shape, apply, as_shape, build
 
-__all__ = ["DiagonalNormal", "Encoder", "FullRankNormal"]
+__all__ = [
+    "Categorical",
+    "Delta",
+    "DiagonalNormal",
+    "Encoder",
+    "FullRankNormal",
+    "GaussianMixture",
+    "InverseAutoregressiveFlow",
+    "LogisticNormal",
+    "LowRankNormal",
+    "NeuralSplineFlow",
+    "OneHotCategorical",
+    "RelaxedOneHotCategorical",
+    "VonMisesFisher",
+]
 
 
 class Encoder(nn.Module, ABC):
@@ -70,14 +85,6 @@ class Encoder(nn.Module, ABC):
         return f"x_shape={self.x_shape}, latent_dim={self.latent_dim}"
 
 
-_ONE = math.log(math.e - 1)  # softplus(_ONE) = 1, so that an untrained encoder starts near the standard normal
-_FLOOR = 1e-6  # a smaller scale beside a prior of scale one is lost to float32 rounding
-
-
-def _positive(raw: Tensor) -> Tensor:
-    return softplus(raw + _ONE) + _FLOOR
-
-
 class DiagonalNormal(Encoder):
     r"""A normal posterior with independent dimensions.
 
@@ -101,7 +108,7 @@ class DiagonalNormal(Encoder):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         loc, raw = self.parameters_of(x, context).chunk(2, dim=-1)
-        return dist.Normal(loc, _positive(raw)).to_event(1)
+        return dist.Normal(loc, positive(raw)).to_event(1)
 
 
 class FullRankNormal(Encoder):
@@ -128,14 +135,452 @@ class FullRankNormal(Encoder):
     def __init__(self, x_shape: Shape, latent_dim: int, network: Network = MLP, context_dim: int = 0):
         num_params = latent_dim + latent_dim * (latent_dim + 1) // 2
         super().__init__(x_shape, latent_dim, network, context_dim, num_params=num_params)
-        rows, cols = torch.tril_indices(latent_dim, latent_dim, offset=-1)
-        self.register_buffer("below", rows * latent_dim + cols, persistent=False)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        params = self.parameters_of(x, context)
+        return dist.MultivariateNormal(params[..., : self.latent_dim], scale_tril=tril_of(params[..., self.latent_dim :]))
+
+
+class LowRankNormal(Encoder):
+    r"""A normal posterior whose covariance is diagonal plus one of low rank.
+
+    .. math:: q(z \mid x) = \mathcal{N}(z; \mu(x), \mathrm{diag}\, \sigma(x)^2 + W(x) W(x)^\top)
+
+    Args:
+        x_shape: shape of one datum.
+        latent_dim: number of latent dimensions.
+        network: a module, or a callable that builds one from ``(x_shape, (2 + rank) * latent_dim)``.
+        rank: columns of W, at least 1.
+        context_dim: width of the context vector, 0 for none.
+
+    Raises:
+        ValueError: when `rank` is below 1.
+
+    References:
+        Stochastic Backpropagation and Approximate Inference in Deep Generative Models, D. J. Rezende, S. Mohamed and
+        D. Wierstra, 2014, https://arxiv.org/abs/1401.4082.
+
+    >>> LowRankNormal(64, 3)(torch.zeros(5, 64)).rsample().shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(
+        self, x_shape: Shape, latent_dim: int, network: Network = MLP, rank: int = 1, context_dim: int = 0
+    ):
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}. With none it is a DiagonalNormal.")
+        super().__init__(x_shape, latent_dim, network, context_dim, num_params=(2 + rank) * latent_dim)
+        self.rank = rank
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         d = self.latent_dim
         params = self.parameters_of(x, context)
-        loc, raw, lower = params[..., :d], params[..., d : 2 * d], params[..., 2 * d :]
-        # Scatter, not assignment: the factor keeps its gradient and any number of leading dimensions.
-        scale_tril = torch.diag_embed(_positive(raw)).flatten(-2)
-        scale_tril = scale_tril.scatter(-1, self.below.expand(lower.shape), lower).unflatten(-1, (d, d))
-        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+        factor = params[..., 2 * d :].unflatten(-1, (d, self.rank))
+        return dist.LowRankMultivariateNormal(params[..., :d], factor, positive(params[..., d : 2 * d]).square())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class GaussianMixture(Encoder):
+    r"""A mixture of normals with independent dimensions as the posterior, reparameterised.
+
+    .. math:: q(z \mid x) = \sum_{k=1}^K \pi_k(x)\, \mathcal{N}(z; \mu_k(x), \mathrm{diag}\, \sigma_k(x)^2)
+
+    Args:
+        x_shape: shape of one datum.
+        latent_dim: number of latent dimensions.
+        network: a module, or a callable that builds one from ``(x_shape, num_components * (1 + 2 * latent_dim))``.
+        num_components: :math:`K`, at least 1.
+        stratified: whether the particles of a datum are spread evenly over the components. Each has the same
+            distribution as without, and their mean varies less; but they are not independent of one another, and a
+            standard error that takes them to be so is too large.
+        context_dim: width of the context vector, 0 for none.
+
+    Raises:
+        ValueError: when `num_components` is below 1.
+
+    References:
+        Pathwise Derivatives for Multivariate Distributions, M. Jankowiak and T. Karaletsos, 2019,
+        https://arxiv.org/abs/1806.01856; Automatic Differentiation Variational Inference with Mixtures, W. Morningstar,
+        S. Vikram, C. Ham, A. Gallagher and J. Dillon, 2021, https://arxiv.org/abs/2003.01687.
+
+    >>> GaussianMixture(64, 3)(torch.zeros(5, 64)).rsample().shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        network: Network = MLP,
+        num_components: int = 5,
+        stratified: bool = False,
+        context_dim: int = 0,
+    ):
+        if num_components < 1:
+            raise ValueError(f"num_components must be at least 1, got {num_components}.")
+        num_params = num_components * (1 + 2 * latent_dim)
+        super().__init__(x_shape, latent_dim, network, context_dim, num_params=num_params)
+        self.num_components, self.stratified = num_components, stratified
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        k = self.num_components
+        params = self.parameters_of(x, context)
+        loc, raw = params[..., k:].unflatten(-1, (2, k, self.latent_dim)).unbind(-3)
+        q = latents.MixtureOfDiagNormals(loc, positive(raw), params[..., :k])
+        if self.stratified:
+            q.categorical = latents.StratifiedCategorical(logits=params[..., :k])
+        return q
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_components={self.num_components}, stratified={self.stratified}"
+
+
+class InverseAutoregressiveFlow(Encoder):
+    r"""A normal posterior bent by inverse autoregressive flows that see features of x.
+
+    .. math:: z = \mu(x) + \sigma(x) \odot f(\epsilon; h(x)), \qquad \epsilon \sim \mathcal{N}(0, I)
+
+    Drawing takes one pass through the flow, with the density of the draw as a by-product. The density of any other z is
+    exact too, and takes as many passes as there are dimensions.
+
+    Args:
+        x_shape: shape of one datum.
+        latent_dim: number of latent dimensions.
+        network: a module, or a callable that builds one from ``(x_shape, 2 * latent_dim + num_features)``: mean, scale and
+            features h.
+        num_transforms: flows one after the other, at least 1.
+        num_features: width of h, at least 1.
+        context_dim: width of the context vector, 0 for none.
+
+    Raises:
+        ValueError: when `num_transforms` or `num_features` is below 1.
+
+    References:
+        Improving Variational Inference with Inverse Autoregressive Flow, D. P. Kingma, T. Salimans, R. Jozefowicz,
+        X. Chen, I. Sutskever and M. Welling, 2016, https://arxiv.org/abs/1606.04934.
+
+    >>> InverseAutoregressiveFlow(64, 3)(torch.zeros(5, 64)).rsample().shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        network: Network = MLP,
+        num_transforms: int = 2,
+        num_features: int = 32,
+        context_dim: int = 0,
+    ):
+        _check_flow(num_transforms, num_features)
+        super().__init__(x_shape, latent_dim, network, context_dim, num_params=2 * latent_dim + num_features)
+        zuko = latents.import_zuko()
+        forwards = torch.arange(latent_dim)
+        transforms = [
+            zuko.flows.MaskedAutoregressiveTransform(
+                latent_dim, num_features, order=forwards.flip(0) if i % 2 else forwards
+            ).inv
+            for i in range(num_transforms)
+        ]
+        self.flow = zuko.flows.Flow(transforms, _standard_base(zuko, latent_dim))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        loc, raw, features = _split(self.parameters_of(x, context), self.latent_dim)
+        return latents.Flow(self.flow(features), loc, positive(raw))
+
+
+class NeuralSplineFlow(Encoder):
+    r"""A normal posterior bent by neural spline flows that see features of x.
+
+    .. math:: z = \mu(x) + \sigma(x) \odot f(\epsilon; h(x)), \qquad \epsilon \sim \mathcal{N}(0, I)
+
+    The flows are coupling ones: drawing, and the density of any z, take two passes through each. They bend what lies
+    within five standard deviations of the mean.
+
+    Args:
+        x_shape: shape of one datum.
+        latent_dim: number of latent dimensions.
+        network: a module, or a callable that builds one from ``(x_shape, 2 * latent_dim + num_features)``: mean, scale and
+            features h.
+        num_transforms: flows one after the other, at least 1.
+        num_features: width of h, at least 1.
+        context_dim: width of the context vector, 0 for none.
+
+    Raises:
+        ValueError: when `num_transforms` or `num_features` is below 1.
+
+    References:
+        Neural Spline Flows, C. Durkan, A. Bekasov, I. Murray and G. Papamakarios, 2019,
+        https://arxiv.org/abs/1906.04032.
+
+    >>> NeuralSplineFlow(64, 3)(torch.zeros(5, 64)).rsample().shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        network: Network = MLP,
+        num_transforms: int = 2,
+        num_features: int = 32,
+        context_dim: int = 0,
+    ):
+        _check_flow(num_transforms, num_features)
+        super().__init__(x_shape, latent_dim, network, context_dim, num_params=2 * latent_dim + num_features)
+        flows = latents.import_zuko().flows
+        self.flow = flows.NSF(latent_dim, num_features, transforms=num_transforms, passes=2)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        loc, raw, features = _split(self.parameters_of(x, context), self.latent_dim)
+        return latents.Flow(self.flow(features), loc, positive(raw))
+
+
+def _check_flow(num_transforms: int, num_features: int) -> None:
+    for name, value in (("num_transforms", num_transforms), ("num_features", num_features)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _split(params: Tensor, latent_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    return params[..., :latent_dim], params[..., latent_dim : 2 * latent_dim], params[..., 2 * latent_dim :]
+
+
+def _standard_base(zuko, latent_dim: int) -> nn.Module:
+    zeros, ones = torch.zeros(latent_dim), torch.ones(latent_dim)
+    return zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, zeros, ones, buffer=True)
+
+
+class VonMisesFisher(Encoder):
+    r"""A von Mises-Fisher posterior on the unit sphere.
+
+    .. math:: q(z \mid x) \propto \exp(\kappa(x)\, \mu(x)^\top z), \qquad \lVert z \rVert = \lVert \mu \rVert = 1
+
+    Args:
+        x_shape: shape of one datum.
+        latent_dim: dimension of the space that the sphere is in, at least 2.
+        network: a module, or a callable that builds one from ``(x_shape, latent_dim + 1)``.
+        context_dim: width of the context vector, 0 for none.
+
+    Raises:
+        ValueError: when `latent_dim` is below 2.
+
+    References:
+        Hyperspherical Variational Auto-Encoders, T. R. Davidson, L. Falorsi, N. De Cao, T. Kipf and J. M. Tomczak, 2018,
+        https://arxiv.org/abs/1804.00891.
+
+    >>> VonMisesFisher(64, 3)(torch.zeros(5, 64)).rsample().shape
+    torch.Size([5, 3])
+    """
+
+    support = constraints.sphere
+
+    def __init__(self, x_shape: Shape, latent_dim: int, network: Network = MLP, context_dim: int = 0):
+        if latent_dim < 2:
+            raise ValueError(f"latent_dim must be at least 2, a sphere's, got {latent_dim}.")
+        super().__init__(x_shape, latent_dim, network, context_dim, num_params=latent_dim + 1)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        params = self.parameters_of(x, context)
+        return latents.VonMisesFisher(normalize(params[..., :-1], dim=-1), positive(params[..., -1]))
+
+
+class Categorical(Encoder):
+    r"""Independent classes as integers; gradients by the score function.
+
+    .. math:: q(z \mid x) = \prod_d \pi_{d, z_d}(x), \qquad z_d \in \{0, \dots, K - 1\}
+
+    Args:
+        x_shape: shape of one datum.
+        latent_dim: number of latent variables.
+        network: a module, or a callable that builds one from ``(x_shape, latent_dim * num_classes)``.
+        num_classes: :math:`K`, at least 2.
+        context_dim: width of the context vector, 0 for none.
+
+    Raises:
+        ValueError: when `num_classes` is below 2.
+
+    References:
+        Neural Variational Inference and Learning in Belief Networks, A. Mnih and K. Gregor, 2014,
+        https://arxiv.org/abs/1402.0030.
+
+    >>> Categorical(64, 3, num_classes=4)(torch.zeros(5, 64)).sample().shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(
+        self, x_shape: Shape, latent_dim: int, network: Network = MLP, num_classes: int = 2, context_dim: int = 0
+    ):
+        latents.check_classes(num_classes)
+        super().__init__(x_shape, latent_dim, network, context_dim, num_params=latent_dim * num_classes)
+        self.num_classes, self.support = num_classes, latents.integers(num_classes)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        logits = self.parameters_of(x, context).unflatten(-1, (self.latent_dim, self.num_classes))
+        return dist.Categorical(logits=logits).to_event(1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_classes={self.num_classes}"
+
+
+class OneHotCategorical(Encoder):
+    r"""One-hot vectors, one beside the other, with the straight-through gradient: that of the probabilities.
+
+    .. math:: q(z \mid x) = \prod_{m=1}^M \prod_{k=1}^K \pi_{mk}(x)^{z_{mk}}, \qquad
+        \frac{\partial z}{\partial \pi} := 1
+
+    The draws are exact, their gradient is biased.
+
+    Args:
+        x_shape: shape of one datum.
+        latent_dim: number of latent dimensions, :math:`M K`.
+        network: a module, or a callable that builds one from ``(x_shape, latent_dim)``.
+        num_classes: length :math:`K` of each one-hot vector, a divisor of `latent_dim`; None for one vector of all.
+        context_dim: width of the context vector, 0 for none.
+
+    Raises:
+        ValueError: when `num_classes` is below 2 or does not divide `latent_dim`.
+
+    References:
+        Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation, Y. Bengio, N. Leonard
+        and A. Courville, 2013, https://arxiv.org/abs/1308.3432.
+
+    >>> OneHotCategorical(64, 6, num_classes=3)(torch.zeros(64)).sample().sum()
+    tensor(2.)
+    """
+
+    def __init__(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        network: Network = MLP,
+        num_classes: int | None = None,
+        context_dim: int = 0,
+    ):
+        super().__init__(x_shape, latent_dim, network, context_dim, num_params=latent_dim)
+        self.blocks = latents.one_hot_blocks(latent_dim, num_classes)
+        self.support = latents.blocks_of(constraints.one_hot, self.blocks)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        logits = self.parameters_of(x, context).unflatten(-1, self.blocks)
+        return latents.Flattened(dist.OneHotCategoricalStraightThrough(logits=logits).to_event(1))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_classes={self.blocks[1]}"
+
+
+class RelaxedOneHotCategorical(Encoder):
+    r"""Relaxed one-hot vectors (Gumbel-softmax, concrete), one beside the other.
+
+    .. math:: z_m = \mathrm{softmax}\left(\frac{\log \pi_m(x) + g_m}{\tau}\right), \qquad
+        g_{mk} \sim \mathrm{Gumbel}
+
+    Its density is one on the simplex, and so must be the prior's: :class:`pyrovae.priors.RelaxedOneHotCategorical`.
+
+    Args:
+        x_shape: shape of one datum.
+        latent_dim: number of latent dimensions, :math:`M K`.
+        network: a module, or a callable that builds one from ``(x_shape, latent_dim)``.
+        num_classes: length :math:`K` of each vector, a divisor of `latent_dim`; None for one vector of all.
+        temperature: :math:`\tau`, positive; the lower, the nearer to one-hot, and the noisier the gradient.
+        context_dim: width of the context vector, 0 for none.
+
+    Raises:
+        ValueError: when `num_classes` is below 2 or does not divide `latent_dim`, or `temperature` is not positive.
+
+    References:
+        Categorical Reparameterization with Gumbel-Softmax, E. Jang, S. Gu and B. Poole, 2017,
+        https://arxiv.org/abs/1611.01144; The Concrete Distribution, C. J. Maddison, A. Mnih and Y. W. Teh, 2017,
+        https://arxiv.org/abs/1611.00712.
+
+    >>> RelaxedOneHotCategorical(64, 6, num_classes=3)(torch.zeros(5, 64)).rsample().shape
+    torch.Size([5, 6])
+    """
+
+    def __init__(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        network: Network = MLP,
+        num_classes: int | None = None,
+        temperature: float = 0.5,
+        context_dim: int = 0,
+    ):
+        super().__init__(x_shape, latent_dim, network, context_dim, num_params=latent_dim)
+        self.blocks = latents.one_hot_blocks(latent_dim, num_classes)
+        self.support = latents.blocks_of(constraints.simplex, self.blocks)
+        self.register_buffer("temperature", torch.tensor(latents.check_temperature(temperature)))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        logits = self.parameters_of(x, context).unflatten(-1, self.blocks)
+        relaxed = latents.RelaxedOneHotCategorical(self.temperature, logits=logits)
+        return latents.Flattened(relaxed.to_event(1))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_classes={self.blocks[1]}, temperature={self.temperature.item():g}"
+
+
+class LogisticNormal(Encoder):
+    r"""A logistic normal posterior on the simplex, for topics: the softmax of a normal vector and a zero.
+
+    .. math:: z = \mathrm{softmax}(y_1, \dots, y_{K-1}, 0), \qquad
+        y \sim \mathcal{N}(\mu(x), \mathrm{diag}\,\sigma(x)^2)
+
+    Args:
+        x_shape: shape of one datum.
+        latent_dim: number of topics :math:`K`, at least 2.
+        network: a module, or a callable that builds one from ``(x_shape, 2 * (latent_dim - 1))``.
+        context_dim: width of the context vector, 0 for none.
+
+    Raises:
+        ValueError: when `latent_dim` is below 2.
+
+    References:
+        Autoencoding Variational Inference for Topic Models, A. Srivastava and C. Sutton, 2017,
+        https://arxiv.org/abs/1703.01488.
+
+    >>> LogisticNormal(64, 3)(torch.zeros(5, 64)).rsample().shape
+    torch.Size([5, 3])
+    """
+
+    support = constraints.simplex
+
+    def __init__(self, x_shape: Shape, latent_dim: int, network: Network = MLP, context_dim: int = 0):
+        latents.check_simplex(latent_dim)
+        super().__init__(x_shape, latent_dim, network, context_dim, num_params=2 * (latent_dim - 1))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        loc, raw = self.parameters_of(x, context).chunk(2, dim=-1)
+        return latents.LogisticNormal(loc, positive(raw))
+
+
+class Delta(Encoder):
+    r"""A single point: the encoder of a plain autoencoder, for comparison.
+
+    .. math:: q(z \mid x) = \delta(z - \mu(x))
+
+    It has no density, so that ``log_marginal`` refuses it. Training maximises :math:`\log p(x, \mu(x))`, which is no
+    bound on :math:`\log p(x)`.
+
+    Args:
+        x_shape: shape of one datum.
+        latent_dim: number of latent dimensions.
+        network: a module, or a callable that builds one from ``(x_shape, latent_dim)``.
+        context_dim: width of the context vector, 0 for none.
+
+    References:
+        Reducing the Dimensionality of Data with Neural Networks, G. E. Hinton and R. R. Salakhutdinov, 2006,
+        https://doi.org/10.1126/science.1127647; From Variational to Deterministic Autoencoders, P. Ghosh et al., 2020,
+        https://arxiv.org/abs/1903.12436.
+
+    >>> Delta(64, 3)(torch.zeros(5, 64)).rsample().shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, x_shape: Shape, latent_dim: int, network: Network = MLP, context_dim: int = 0):
+        super().__init__(x_shape, latent_dim, network, context_dim, num_params=latent_dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        return dist.Delta(self.parameters_of(x, context), event_dim=1)

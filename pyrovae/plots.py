@@ -70,7 +70,8 @@ def latent_space(z: Tensor, labels: Tensor | None = None, path: str | Path | Non
     angle = np.linspace(0, 2 * math.pi, 200)
     for radius in (1, 2):
         ax.plot(radius * np.cos(angle), radius * np.sin(angle), color="grey", linewidth=0.5, linestyle="--")
-    ax.set(xlabel=names[0], ylabel=names[1], aspect="equal", title="posterior means (circles: radius 1 and 2)")
+    title = "a draw of q(z | x) for each datum (circles: radius 1 and 2)"
+    ax.set(xlabel=names[0], ylabel=names[1], aspect="equal", title=title)
     return _write(figure, path)
 
 

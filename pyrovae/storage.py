@@ -177,9 +177,14 @@ def _strings(value: Any) -> list[str]:
 
 
 def _is_known_class(name: str) -> bool:
-    """Whether a name is that of a class that pyrovae, torch or Pyro has loaded already; imports nothing."""
+    """Whether a name is that of a class that pyrovae, torch or Pyro has loaded already; imports nothing.
+
+    The public functions of the priors (kernels, flows) are as harmless.
+    """
     module, _, attribute = name.rpartition(".")
     kind = getattr(sys.modules.get(module), attribute, None)
+    if module == "pyrovae.priors" and attribute in sys.modules[module].__all__:
+        return True
     kinds = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, pyro.infer.ELBO)
     return (
         module.split(".")[0] in ("pyrovae", "torch", "pyro")
