@@ -1,9 +1,9 @@
 """Variational autoencoders as Pyro models and guides."""
 
-from pyrovae import data, encoders, likelihoods, nn, priors
+from pyrovae import data, encoders, likelihoods, nn, priors, structures
 from pyrovae._version import __version__
 from pyrovae.estimators import Estimate, log_marginal
-from pyrovae.importance import log_weights
+from pyrovae.importance import Imputation, impute, log_weights
 from pyrovae.storage import load, load_run, save
 from pyrovae.training import History, fit
 from pyrovae.vae import VAE

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import Delta, MaskedDistribution, constraints
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
+
+from pyrovae.distributions import Blocks, MaskedElements, grid, open_unit_interval
 
 __all__ = ["Structure", "check_finite", "evaluation_mode", "inspect", "sample_sites"]
 
@@ -40,7 +42,8 @@ def check_finite(name: str, x: Tensor) -> None:
     bad = (~torch.isfinite(x)).reshape(len(x), -1).any(dim=-1)
     raise ValueError(
         f"{name} holds NaN or infinity in {int(bad.sum())} of {len(x)} rows, the first of them row "
-        f"{int(bad.nonzero()[0])}. Remove those rows or fill the missing values."
+        f"{int(bad.nonzero()[0])}. Remove those rows or fill the missing values; a MissingDataVAE takes what "
+        "pyrovae.data.split_missing(x) gives."
     )
 
 
@@ -148,36 +151,76 @@ class ObservedChecked(Messenger):
             check_observed(msg["name"], msg["fn"], msg["value"])
 
 
-def check_observed(name: str, fn: Any, value: Tensor) -> None:
+def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None:
     """Raises a ValueError if an observed value does not have its distribution's shape or is outside its support."""
-    base = fn
-    while isinstance(base, (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution)):
-        base = base.base_dist
+    base = _unwrapped(fn)
     kind = type(base).__name__
     if fn.event_shape and value.shape[value.dim() - len(fn.event_shape) :] != fn.event_shape:
         raise ValueError(
             f'The data at site "{name}" has shape {tuple(value.shape)}, but its distribution {kind} has events of '
             f"shape {tuple(fn.event_shape)}. Reshape the data, or build the likelihood for that shape."
         )
+    if isinstance(base, Blocks):
+        for block, x, here in base.split(value):
+            check_observed(name, block, x, f", columns {here.start} to {here.stop - 1}")
+        return
     try:
         inside = fn.support.check(value)
     except NotImplementedError:  # a distribution may leave its support undefined
         return
     if bool(inside.all()):
         return
-    low, high = value.min().item(), value.max().item()
+    observed = value[fn.mask_of_elements.expand(value.shape)] if isinstance(fn, MaskedElements) else value
+    low, high = observed.min().item(), observed.max().item()
     first = int((~inside).nonzero()[:, -1].min()) if inside.dim() else 0  # the data are the last dimension
-    advice = (
-        "Binarise grey values: anew for each batch with fit(..., transform=pyrovae.data.dynamic_binarization), once with "
-        "pyrovae.data.static_binarization(x); on the command line with --preprocessing dynamic or static. Or use a "
-        "likelihood of real numbers such as Normal."
-        if getattr(base.support, "base_constraint", base.support) is torch.distributions.constraints.boolean
-        else "Transform the data into the support, or use a likelihood that has it in its support."
-    )
     raise ValueError(
-        f'The data at site "{name}" is outside the support of {kind}, {base.support}: it ranges from {low:g} to '
-        f"{high:g}, and the first datum outside is number {first} of the batch. {advice}"
+        f'The data at site "{name}"{columns} is outside the support of {kind}, {base.support}: it ranges from {low:g} '
+        f"to {high:g}, and the first datum outside is number {first} of the batch. {_mending(base.support)}"
     )
+
+
+def _unwrapped(fn: Any) -> Any:
+    while isinstance(fn, (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution, MaskedElements)):
+        fn = fn.base_dist
+    return fn
+
+
+def _mending(support: constraints.Constraint) -> str:
+    """Says how to bring data into a support."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if support is constraints.boolean:
+        return (
+            "Binarise grey values: anew for each batch with fit(..., transform=pyrovae.data.dynamic_binarization), "
+            "once with pyrovae.data.static_binarization(x); on the command line with --preprocessing dynamic or "
+            "static. Or use a likelihood of real numbers such as Normal."
+        )
+    if support is constraints.nonnegative_integer:
+        return "Give the raw counts: whole numbers from 0, neither normalised nor logarithms."
+    if isinstance(support, type(constraints.integer_interval(0, 1))):
+        return (
+            f"Number the classes from {support.lower_bound} to {support.upper_bound} in whole numbers, or build the "
+            "likelihood with more classes (num_classes)."
+        )
+    if isinstance(support, grid):
+        top = support.levels - 1
+        return (
+            f"The data must be k / {top} for k from 0 to {top}: divide bytes by 255, round grey values with "
+            f"(x * {top}).round() / {top}, or build the likelihood with other levels."
+        )
+    if support is open_unit_interval:
+        return (
+            "Scale the data to between 0 and 1, and squeeze values of exactly 0 and 1 inside: (x * (n - 1) + 0.5) / n "
+            "for n data."
+        )
+    if support is constraints.unit_interval:
+        return "Scale the data to [0, 1]: divide bytes by 255, or subtract the least value and divide by the range."
+    if support is constraints.positive:
+        return (
+            "Add a floor to data that touches zero, such as x + 1e-6 of its scale; for data that may be negative use a "
+            "likelihood of real numbers such as Normal."
+        )
+    return "Transform the data into the support, or use a likelihood that has it in its support."
 
 
 def _names(sites: dict[str, dict]) -> str:
@@ -215,6 +258,8 @@ def _problems(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> Ite
             for frame in frames.values():
                 if frame.full_size not in (None, frame.size):
                     yield f'site "{name}" of the {where} is in the plate "{frame.name}", which is subsampled'
+            if where == "guide" and isinstance(_unwrapped(site["fn"]), Delta):
+                yield f'site "{name}" of the guide is a point (Delta), which has no density'
             if site["infer"].get("is_auxiliary") and not site["is_observed"]:  # pyro.factor is both
                 yield f'site "{name}" of the {where} is auxiliary'
     for name in model_sites.keys() - guide_sites.keys():

@@ -28,7 +28,7 @@ from pyrovae import storage
 from pyrovae.distributions import center
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.estimators import Estimate, independent_baseline, log_marginal
-from pyrovae.likelihoods import Bernoulli, Likelihood
+from pyrovae.likelihoods import Bernoulli, Likelihood, bits_per_dim
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior, StandardNormal
 from pyrovae.training import History, fit
@@ -189,7 +189,8 @@ def evaluate(
         columns = torch.stack([torch.arange(len(x)), *(getattr(estimate, name).cpu() for name in names)], dim=1)
         np.savetxt(out, columns, delimiter=",", fmt=["%d"] + ["%.9g"] * 4, comments="", header=",".join(("datum", *names)))
         print(f"per datum: {out}")
-    print(f"{split}: {estimate}")
+    bits = bits_per_dim(estimate.value, x.shape[1:]).mean().item()
+    print(f"{split}: {estimate}\n{bits:.4f} bits per dimension, of {x[0].numel():,}")
 
 
 def sample(

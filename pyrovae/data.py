@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyrovae.checks import check_finite
 
-__all__ = ["Batches", "Split", "Splits", "dynamic_binarization", "load", "static_binarization"]
+__all__ = ["Batches", "Split", "Splits", "dynamic_binarization", "load", "split_missing", "static_binarization"]
 
 
 class Split(NamedTuple):
@@ -118,6 +118,22 @@ def static_binarization(x: Tensor, seed: int = 0) -> Tensor:
     """
     _check_grey(x)
     return torch.bernoulli(x, generator=torch.Generator(x.device).manual_seed(seed))
+
+
+def split_missing(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits data with holes, where x is NaN, into data without and a mask; for :class:`MissingDataVAE`.
+
+    Args:
+        x: data of any shape, NaN where a value is missing.
+
+    Returns:
+        x with zeros in the holes, and a mask of the same shape, True where x is observed.
+
+    >>> split_missing(torch.tensor([1.0, float("nan")]))
+    (tensor([1., 0.]), tensor([ True, False]))
+    """
+    mask = ~torch.isnan(x)
+    return torch.where(mask, x, 0), mask
 
 
 class Batches:

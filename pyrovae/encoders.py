@@ -137,8 +137,8 @@ class FullRankNormal(Encoder):
         super().__init__(x_shape, latent_dim, network, context_dim, num_params=num_params)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
-        params = self.parameters_of(x, context)
-        return dist.MultivariateNormal(params[..., : self.latent_dim], scale_tril=tril_of(params[..., self.latent_dim :]))
+        params, d = self.parameters_of(x, context), self.latent_dim
+        return dist.MultivariateNormal(params[..., :d], scale_tril=tril_of(params[..., d:]))
 
 
 class LowRankNormal(Encoder):
@@ -248,8 +248,8 @@ class InverseAutoregressiveFlow(Encoder):
     Args:
         x_shape: shape of one datum.
         latent_dim: number of latent dimensions.
-        network: a module, or a callable that builds one from ``(x_shape, 2 * latent_dim + num_features)``: mean, scale and
-            features h.
+        network: a module, or a callable that builds one from ``(x_shape, 2 * latent_dim + num_features)``: mean, scale
+            and features h.
         num_transforms: flows one after the other, at least 1.
         num_features: width of h, at least 1.
         context_dim: width of the context vector, 0 for none.
@@ -302,8 +302,8 @@ class NeuralSplineFlow(Encoder):
     Args:
         x_shape: shape of one datum.
         latent_dim: number of latent dimensions.
-        network: a module, or a callable that builds one from ``(x_shape, 2 * latent_dim + num_features)``: mean, scale and
-            features h.
+        network: a module, or a callable that builds one from ``(x_shape, 2 * latent_dim + num_features)``: mean, scale
+            and features h.
         num_transforms: flows one after the other, at least 1.
         num_features: width of h, at least 1.
         context_dim: width of the context vector, 0 for none.
@@ -368,8 +368,8 @@ class VonMisesFisher(Encoder):
         ValueError: when `latent_dim` is below 2.
 
     References:
-        Hyperspherical Variational Auto-Encoders, T. R. Davidson, L. Falorsi, N. De Cao, T. Kipf and J. M. Tomczak, 2018,
-        https://arxiv.org/abs/1804.00891.
+        Hyperspherical Variational Auto-Encoders, T. R. Davidson, L. Falorsi, N. De Cao, T. Kipf and J. M. Tomczak,
+        2018, https://arxiv.org/abs/1804.00891.
 
     >>> VonMisesFisher(64, 3)(torch.zeros(5, 64)).rsample().shape
     torch.Size([5, 3])
@@ -444,8 +444,8 @@ class OneHotCategorical(Encoder):
         ValueError: when `num_classes` is below 2 or does not divide `latent_dim`.
 
     References:
-        Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation, Y. Bengio, N. Leonard
-        and A. Courville, 2013, https://arxiv.org/abs/1308.3432.
+        Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation, Y. Bengio, N.
+        Leonard and A. Courville, 2013, https://arxiv.org/abs/1308.3432.
 
     >>> OneHotCategorical(64, 6, num_classes=3)(torch.zeros(64)).sample().sum()
     tensor(2.)

@@ -1,10 +1,11 @@
-r"""Importance weights of any Pyro model and guide.
+r"""Importance weights of any Pyro model and guide, and data drawn by them.
 
 The one place where :math:`\log p(x, z) - \log q(z \mid x)` is formed.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -12,9 +13,13 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyrovae.checks import Structure, check_all_observed, inspect, sample_sites
+from pyrovae.checks import Structure, check_all_observed, evaluation_mode, inspect, named_arguments, sample_sites
+from pyrovae.distributions import center
 
-__all__ = ["log_weights"]
+__all__ = ["Imputation", "impute", "log_weights"]
+
+_SAMPLES = "_num_samples"  # the plate of the draws, left of all others
+_CHUNK = 2**22  # elements of the largest argument, times samples, that impute works on at once
 
 
 def log_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, **kwargs: Any) -> Tensor:
@@ -62,8 +67,8 @@ def inspect_weights(model: Callable, guide: Callable, *args: Any, num_samples: i
     structure = inspect(model, guide, *args, **kwargs)
     if structure.problems:
         raise ValueError(
-            f"Importance weights per datum are undefined: {'; '.join(structure.problems)}. Put everything that belongs "
-            'to a datum under pyro.plate("data", len(x), dim=-1), in the model and in the guide.'
+            f"Importance weights per datum are undefined: {'; '.join(structure.problems)}. What belongs to a datum "
+            'must stand under pyro.plate("data", len(x), dim=-1) in the model and in the guide, drawn from a density.'
         )
     return structure
 
@@ -87,16 +92,133 @@ def log_joint(
     **kwargs: Any,
 ) -> Tensor:
     r"""Returns :math:`\log p(x, z)` at the latents of a guide's trace of `num_samples` draws, in the same shape."""
+    trace = _replay(model, draws, structure, num_samples, *args, **kwargs)
+    if check_data:
+        check_all_observed(trace)
+    return _log_prob_per_datum(trace)
+
+
+class Imputation(NamedTuple):
+    r"""What a model makes of data that it was given, seen through the latents.
+
+    Args:
+        mean: :math:`\mathrm{E}[x' \mid x]`, shape ``(batch, *x_shape)``.
+        draws: draws of :math:`x' \sim p(x' \mid x)`, shape ``(num_draws, batch, *x_shape)``.
+        ess: effective sample size of the weights, shape ``(batch,)``, between 1 and the number of samples; where it is
+            small, neither mean nor draws are to be trusted.
+    """
+
+    mean: Tensor
+    draws: Tensor
+    ess: Tensor
+
+
+@torch.no_grad()
+def impute(
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    num_samples: int = 1000,
+    num_draws: int = 1,
+    site: str = "x",
+    **kwargs: Any,
+) -> Imputation:
+    r"""Draws data anew given the data, by self-normalised importance sampling with the guide as the proposal.
+
+    .. math:: \mathrm{E}[x' \mid x] \approx \sum_{k=1}^K \bar w_k\, \mathrm{E}[x' \mid z_k], \qquad
+        \bar w_k = \frac{w_k}{\sum_j w_j}, \quad w_k = \frac{p(x, z_k)}{q(z_k \mid x)}, \quad z_k \sim q(z \mid x)
+
+    A draw of :math:`x'` takes one :math:`z_k`, each with probability :math:`\bar w_k`, and then
+    :math:`x' \sim p(x' \mid z_k)`. Where elements of x were not observed (masked), :math:`x'` is what the model puts in
+    their place; where they were, a reconstruction. Modules run in evaluation mode. Samples are worked through in chunks;
+    data are not, so hand over only as many as fit in memory.
+
+    Args:
+        model: a Pyro model, called with the same arguments as the guide.
+        guide: a Pyro guide with the model's latent sites.
+        *args: what both are called with.
+        num_samples: samples per datum :math:`K`.
+        num_draws: draws of :math:`x'` per datum.
+        site: name of the observed site of the model to draw.
+        **kwargs: what both are called with.
+
+    Returns:
+        An :class:`Imputation`. Its mean is made of modes where :math:`p(x' \mid z)` has no finite mean (classes).
+
+    Raises:
+        ValueError: when `num_samples` or `num_draws` is below 1, the model has no such observed site, all weights of a
+            datum are zero, or weights per datum are undefined, as in :func:`log_weights`.
+
+    References:
+        MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets, P.-A. Mattei and J. Frellsen, 2019,
+        https://arxiv.org/abs/1812.02633.
+
+    >>> import pyrovae
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
+    >>> imputed = impute(vae.model, vae.guide, torch.zeros(5, 3), num_samples=100, num_draws=4)
+    >>> imputed.mean.shape, imputed.draws.shape, imputed.ess.shape
+    (torch.Size([5, 3]), torch.Size([4, 5, 3]), torch.Size([5]))
+    """
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
+    tensors = [t for _, t in named_arguments(args, kwargs) if isinstance(t, Tensor) and t.dim() > 0]
+    chunk = max(1, _CHUNK // max((t.numel() for t in tensors), default=1))
+    with evaluation_mode():
+        structure = inspect_weights(model, guide, *args, num_samples=num_samples, **kwargs)
+        depth = structure.max_plate_nesting  # the dimension of the data, once samples are the first
+        log_sum = log_sum_of_squares = mean = kept = None
+        for start in range(0, num_samples, chunk):
+            k = min(chunk, num_samples - start)
+            drawn, log_q = draw(guide, structure, k, *args, **kwargs)
+            scored = _replay(model, drawn, structure, k, *args, **kwargs)
+            if start == 0:
+                _check_imputed(scored, site, log_q, tensors)
+            # In double precision, for the sums may run over very many terms.
+            log_w = (_log_prob_per_datum(scored) - log_q).double()
+            log_sum_here = log_w.logsumexp(0)
+            before = torch.full_like(log_sum_here, -math.inf) if log_sum is None else log_sum
+            log_sum = torch.logaddexp(before, log_sum_here)
+            squares = (2 * log_w).logsumexp(0)
+            log_sum_of_squares = squares if start == 0 else torch.logaddexp(log_sum_of_squares, squares)
+
+            # As long as all weights are zero, their shares are 0 / 0: count them as none.
+            w = (log_w - log_sum).exp().nan_to_num(0.0)
+            p = scored.nodes[site]["fn"]
+            part = (_beside(w, depth, p) * center(p)).sum(0)
+            mean = part if start == 0 else part + mean * _beside((before - log_sum).exp().nan_to_num(0.0), depth - 1, p)
+
+            # Each draw keeps a latent of earlier chunks, or takes one of this, by their shares of the weight.
+            choice = torch.multinomial((w + (w.sum(0) == 0)).T, num_draws, replacement=True).T
+            taken = _take(drawn, choice, depth)
+            if start > 0:
+                fresh = torch.rand_like(choice, dtype=w.dtype) < w.sum(0)
+                _replace(taken, kept, ~fresh, depth)
+            kept = taken
+        if bool((log_sum == -math.inf).any()):
+            raise ValueError(
+                f"all {num_samples} samples of datum {int((log_sum == -math.inf).nonzero()[0])} have weight zero, so there "
+                "is nothing to impute from. Train the guide, or draw more samples."
+            )
+        p = _replay(model, kept, structure, num_draws, *args, **kwargs).nodes[site]["fn"]
+        draws = p.sample()
+    ess = (2 * log_sum - log_sum_of_squares).exp().clamp(max=num_samples)
+    shape = _own_shape(scored.nodes[site], mean.shape, depth)
+    return Imputation(mean.to(center(p).dtype).reshape(shape), draws.reshape(num_draws, *shape), ess.to(log_q.dtype))
+
+
+def _replay(
+    model: Callable, draws: poutine.Trace, structure: Structure, num_samples: int, *args: Any, **kwargs: Any
+) -> poutine.Trace:
+    """Runs the model at the latents of a guide's trace of `num_samples` draws; returns its trace."""
     # Handlers as contexts, not wrappers: a wrapped model could not take an argument of the name "context".
     with _samples(structure, num_samples), poutine.trace() as tracer, poutine.replay(trace=draws):
         model(*args, **kwargs)
-    if check_data:
-        check_all_observed(tracer.trace)
-    return _log_prob_per_datum(tracer.trace)
+    return tracer.trace
 
 
 def _samples(structure: Structure, num_samples: int) -> pyro.plate:
-    return pyro.plate("_num_samples", num_samples, dim=-1 - structure.max_plate_nesting)
+    return pyro.plate(_SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting)
 
 
 def _log_prob_per_datum(trace: poutine.Trace) -> Tensor:
@@ -107,3 +229,42 @@ def _log_prob_per_datum(trace: poutine.Trace) -> Tensor:
         log_prob = scale_and_mask(log_prob, mask=site["mask"])
         total = total + (log_prob.flatten(1, -2).sum(1) if log_prob.dim() > 2 else log_prob)
     return total
+
+
+def _check_imputed(trace: poutine.Trace, site: str, log_q: Tensor, tensors: list[Tensor]) -> None:
+    observed = [name for name, node in sample_sites(trace).items() if node["is_observed"]]
+    if site not in observed:
+        raise ValueError(f'The model has no observed site "{site}" to impute; it has {", ".join(observed) or "none"}.')
+    if tensors and len(tensors[0]) != log_q.shape[1]:
+        raise ValueError(
+            f'The plate "data" drew {log_q.shape[1]} of {len(tensors[0])} data that it was given. Impute data in the '
+            'order they come: use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
+        )
+
+
+def _beside(t: Tensor, dim: int, p: Any) -> Tensor:
+    """Returns t, ``(*samples, batch)``, with the data at dimension `dim` and room for the plates and events of p."""
+    shape = t.shape[:-1] + (1,) * (dim + 1 - t.dim()) + t.shape[-1:]
+    return t.reshape(shape + (1,) * len(p.event_shape))
+
+
+def _take(trace: poutine.Trace, choice: Tensor, dim: int) -> poutine.Trace:
+    """Returns a guide's trace at chosen samples, ``(num_draws, batch)``, with the data at dimension `dim`."""
+    rows = torch.arange(choice.shape[1], device=choice.device)
+    taken = trace.copy()
+    for name, node in sample_sites(trace).items():
+        if not node["is_observed"]:
+            taken.nodes[name] = {**node, "value": node["value"].movedim(dim, 1)[choice, rows].movedim(1, dim)}
+    return taken
+
+
+def _replace(trace: poutine.Trace, other: poutine.Trace, where: Tensor, dim: int) -> None:
+    for name, node in sample_sites(trace).items():
+        if not node["is_observed"]:
+            node["value"] = torch.where(_beside(where, dim, node["fn"]), other.nodes[name]["value"], node["value"])
+
+
+def _own_shape(node: dict, shape: torch.Size, depth: int) -> torch.Size:
+    """Returns a shape without the leading dimensions of plates that a site does not stand in."""
+    own = max(-frame.dim for frame in node["cond_indep_stack"] if frame.vectorized and frame.name != _SAMPLES)
+    return shape[depth - own :]

@@ -74,8 +74,8 @@ class NormalMixture(dist.TorchDistribution):
         logits: log weights, normalised or not, shape ``(*batch, components)``.
         loc: means, shape ``(*batch, components, d)``.
         scale: standard deviations, shape ``(*batch, components, d)``, or None.
-        scale_tril: Cholesky factors of covariances, shape ``(*batch, components, d, d)``, or ``(*batch, 1, d, d)`` for one
-            that all components share; instead of `scale`.
+        scale_tril: Cholesky factors of covariances, shape ``(*batch, components, d, d)``, or ``(*batch, 1, d, d)`` for
+            one that all components share; instead of `scale`.
 
     >>> p = NormalMixture(torch.zeros(2), torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1))
     >>> p.log_prob(torch.zeros(1))
@@ -107,12 +107,13 @@ class NormalMixture(dist.TorchDistribution):
             constant = constant - self.scale.log().sum(-1) - 0.5 * (precision * loc.square()).sum(-1)
             return _rows_by_components(features, weights) + constant
         constant = constant - self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+        inverse = torch.linalg.solve_triangular(self.scale_tril, eye, upper=False)
         if self.scale_tril.shape[-3] == 1:  # shared: whiten both sides, and components differ in a product alone
-            z = torch.linalg.solve_triangular(self.scale_tril.squeeze(-3), z.unsqueeze(-1), upper=False).squeeze(-1)
-            loc = torch.linalg.solve_triangular(self.scale_tril, loc.unsqueeze(-1), upper=False).squeeze(-1)
-            squares = 0.5 * (loc.square().sum(-1) - constant * 2)
-            return _rows_by_components(z, loc) - 0.5 * z.square().sum(-1, keepdim=True) - squares
-        inverse = torch.linalg.solve_triangular(self.scale_tril, torch.eye(z.shape[-1], dtype=z.dtype, device=z.device), upper=False)
+            inverse = inverse.squeeze(-3)
+            z, loc = _rows_by_components(z, inverse), loc @ inverse.mT
+            constant = constant - 0.5 * loc.square().sum(-1)
+            return _rows_by_components(z, loc) - 0.5 * z.square().sum(-1, keepdim=True) + constant
         precision = inverse.mT @ inverse
         linear = (precision @ loc.unsqueeze(-1)).squeeze(-1)
         rows, cols = torch.tril_indices(z.shape[-1], z.shape[-1], device=z.device)
@@ -246,8 +247,8 @@ class LogisticNormal(dist.TransformedDistribution):
     .. math:: z = \mathrm{softmax}(y_1, \dots, y_{K-1}, 0), \quad y \sim \mathcal{N}(\mu, \mathrm{diag}\,\sigma^2),
         \qquad \log p(z) = \log \mathcal{N}(y; \mu, \sigma^2) - \sum_{k=1}^K \log z_k
 
-    The density is one of the first K - 1 coordinates, as a Dirichlet's. Torch's distribution of this name breaks a stick
-    instead, so that its parts are not alike.
+    The density is one of the first K - 1 coordinates, as a Dirichlet's. Torch's distribution of this name breaks a
+    stick instead, so that its parts are not alike.
 
     Args:
         loc: :math:`\mu`, shape ``(*batch, K - 1)``.
@@ -371,8 +372,8 @@ class VonMisesFisher(dist.TorchDistribution):
         concentration: :math:`\kappa \ge 0`, shape ``(*batch,)``.
 
     References:
-        Hyperspherical Variational Auto-Encoders, T. R. Davidson, L. Falorsi, N. De Cao, T. Kipf and J. M. Tomczak, 2018,
-        https://arxiv.org/abs/1804.00891; Simulation of the von Mises Fisher Distribution, A. T. A. Wood, 1994,
+        Hyperspherical Variational Auto-Encoders, T. R. Davidson, L. Falorsi, N. De Cao, T. Kipf and J. M. Tomczak,
+        2018, https://arxiv.org/abs/1804.00891; Simulation of the von Mises Fisher Distribution, A. T. A. Wood, 1994,
         https://doi.org/10.1080/03610919408813161; Implicit Reparameterization Gradients, M. Figurnov, S. Mohamed and
         A. Mnih, 2018, https://arxiv.org/abs/1805.08498.
 
@@ -445,7 +446,8 @@ def log_0f1(b: float, kappa: Tensor) -> Tensor:
     """
     dtype, kappa, order = kappa.dtype, kappa.double(), b - 1
     small, large = kappa.clamp(1e-70, 30), kappa.clamp_min(30)
-    j = torch.arange(100, dtype=torch.float64, device=kappa.device)  # the largest term is at j < 15, the last below e^-200
+    # The largest term is at j < 15, the last below e^-200.
+    j = torch.arange(100, dtype=torch.float64, device=kappa.device)
     terms = 2 * j * (small / 2).log().unsqueeze(-1) - torch.lgamma(j + 1) - torch.lgamma(j + b) + math.lgamma(b)
     # Rounding must not give a value below its first term's, 0; its derivative at 0 is 0.
     series = terms.logsumexp(-1)
@@ -489,14 +491,14 @@ def _vmf_slopes(height: Tensor, kappa: Tensor, mean: Tensor, m: int) -> Tensor:
     r"""Returns the derivative of a height by kappa at fixed probability below it.
 
     With :math:`t = \cos\theta`, :math:`\partial_\kappa F(w) = \int_{t < w} (t - \mathrm{E}\, t) f(t)\, dt`. The
-    integrand has one sign on either side of the mean and integrates to zero over all, so the side is taken where nothing
-    cancels, as far as twelve standard deviations.
+    integrand has one sign on either side of the mean and integrates to zero over all, so the side is taken where
+    nothing cancels, as far as twelve standard deviations.
     """
     nodes, weights = (torch.from_numpy(a).to(height) for a in np.polynomial.legendre.leggauss(48))
     angle = height.clamp(-1, 1).acos()
     reach = 12 / torch.maximum(kappa, torch.full_like(kappa, m - 2)).clamp_min(1e-2).sqrt()
     below = height < mean
-    far = torch.where(below, torch.minimum(angle + reach, torch.full_like(angle, math.pi)), (angle - reach).clamp_min(0))
+    far = torch.where(below, (angle + reach).clamp_max(math.pi), (angle - reach).clamp_min(0))
     half = (far - angle).unsqueeze(-1) / 2
     theta = angle.unsqueeze(-1) + half * (nodes + 1)
     t, w = theta.cos(), height.unsqueeze(-1)
@@ -519,7 +521,8 @@ class Resampled(dist.TorchDistribution):
         log_normalizer: :math:`\log Z`, of the proposal's batch shape.
         tries: T, at least 1; the last one is kept whatever comes.
 
-    >>> p = Resampled(dist.Normal(torch.zeros(1), 1.0).to_event(1), lambda z: torch.zeros(z.shape[:-1]), torch.tensor(0.0), 5)
+    >>> proposal = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+    >>> p = Resampled(proposal, lambda z: torch.zeros(z.shape[:-1]), torch.tensor(0.0), tries=5)
     >>> p.log_prob(torch.zeros(1))  # all are accepted
     tensor(-0.9189)
     """
@@ -534,7 +537,8 @@ class Resampled(dist.TorchDistribution):
         log_normalizer: Tensor,
         tries: int,
     ):
-        self.base_dist, self.log_acceptance, self.log_normalizer, self.tries = base_dist, log_acceptance, log_normalizer, tries
+        self.base_dist, self.log_acceptance = base_dist, log_acceptance
+        self.log_normalizer, self.tries = log_normalizer, tries
         super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
 
     def expand(self, batch_shape, _instance=None):
@@ -559,7 +563,8 @@ class Resampled(dist.TorchDistribution):
 
 
 class Exemplars(dist.TorchDistribution):
-    r"""A mixture, with equal weights, of normals of one width around given means, which each datum may leave one out of.
+    r"""A mixture, with equal weights, of normals of one width around given means, which each datum may leave one out
+    of.
 
     .. math:: p(z) = \frac{1}{N} \sum_{n=1}^N \mathcal{N}(z; \mu_n, \sigma^2 I)
 
@@ -676,11 +681,16 @@ def import_zuko():
 
 
 class MixtureOfDiagNormals(dist.MixtureOfDiagNormals):
-    """Pyro's reparameterised mixture of normals, with the moments that it lacks.
+    """Pyro's reparameterised mixture of normals, with the moments that it lacks, and any sample shape.
 
     >>> MixtureOfDiagNormals(torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1), torch.zeros(2)).variance
     tensor([2.])
     """
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:
+        if sample_shape:  # Pyro's gathers from parameters that lack its dimensions
+            return self.expand(torch.Size(sample_shape) + self.batch_shape).rsample()
+        return super().rsample()
 
     @property
     def mean(self) -> Tensor:
@@ -695,8 +705,8 @@ class MixtureOfDiagNormals(dist.MixtureOfDiagNormals):
 class StratifiedCategorical(dist.Categorical):
     """A categorical distribution whose draws along new leading dimensions are spread evenly over its probabilities.
 
-    Each draw alone has the distribution; together, n draws take each class n times its probability, up to one more or
-    less. New dimensions are those of `sample_shape` and those that ``expand`` adds.
+    Each draw alone has the distribution; together, n draws take each class n times its probability, give or take fewer
+    than two. New dimensions are those of `sample_shape` and those that ``expand`` adds.
 
     >>> StratifiedCategorical(torch.tensor([0.25, 0.75])).sample((4,)).sum()
     tensor(3)

@@ -41,8 +41,8 @@ class VAE(Registered):
     .. math:: p(x, z) = p(z)\, p(x \mid z), \qquad q(z \mid x)
 
     ``vae.model`` and ``vae.guide`` take ``(x, context=None)`` and go wherever Pyro takes a model and a guide. With a
-    context (labels, say, one vector a datum) the same class is a conditional VAE: each part that was built for a context
-    sees it. Pyro's own tools take it by position, ``svi.step(x, context)``: Pyro uses the keyword itself.
+    context (labels, say, one vector a datum) the same class is a conditional VAE: each part that was built for a
+    context sees it. Pyro's own tools take it by position, ``svi.step(x, context)``: Pyro uses the keyword itself.
 
     Args:
         prior: ``prior(context)`` returns :math:`p(z)`, events of shape ``(latent_dim,)``.
@@ -72,25 +72,25 @@ class VAE(Registered):
     def model(self, x: Tensor, context: Tensor | None = None) -> None:
         """The generative process, with the data observed at site "x" and the latents at site "z"."""
         self.register()
-        check_length("context", context, x)
+        self._check_context(context, x)
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self.prior(self._context(self.prior, context)))
+            z = pyro.sample("z", self.prior(given(self.prior, context)))
             pyro.sample("x", self.decode(z, context), obs=x)
 
     def guide(self, x: Tensor, context: Tensor | None = None) -> None:
         """The amortised posterior of the latents at site "z"."""
         self.register()
-        check_length("context", context, x)
+        self._check_context(context, x)
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.encode(x, context))
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         r"""Returns :math:`q(z \mid x)`, with ``batch_shape == (batch,)``."""
-        return self.encoder(x, self._context(self.encoder, context))
+        return self.encoder(x, given(self.encoder, context))
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         r"""Returns :math:`p(x \mid z)` for z of shape ``(*leading, latent_dim)``."""
-        return self.likelihood(z, self._context(self.likelihood, context))
+        return self.likelihood(z, given(self.likelihood, context))
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None) -> Tensor:
@@ -103,10 +103,7 @@ class VAE(Registered):
         Returns:
             Shape ``(num_samples, *x_shape)``, or ``(num_samples, batch, *x_shape)`` with a context.
         """
-        prior = self.prior(self._context(self.prior, context))
-        if context is not None:  # a prior may ignore its context; draw for each of its rows all the same
-            prior = prior.expand(context.shape[:1])
-        return self.decode(prior.sample((num_samples,)), context).sample()
+        return self.decode(sample_prior(self.prior, num_samples, context), context).sample()
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -116,18 +113,36 @@ class VAE(Registered):
         """
         return center(self.decode(self.encode(x, context).sample(), context))
 
-    def _context(self, part: nn.Module, context: Tensor | None) -> Tensor | None:
-        if context is not None and not any(map(takes_context, (self.prior, self.likelihood, self.encoder))):
-            raise ValueError(
-                f"a context of shape {tuple(context.shape)} was given, but no part takes one. Build the likelihood (or the "
-                f"prior, or the encoder) with context_dim={context.shape[-1] if context.dim() else 1}."
-            )
-        return context if takes_context(part) else None
+    def _check_context(self, context: Tensor | None, x: Tensor) -> None:
+        check_context(context, x, any(map(takes_context, (self.prior, self.likelihood, self.encoder))))
 
 
 def takes_context(part: nn.Module) -> bool:
     """Whether a part is given the context: if it was built for one, or does not say."""
     return getattr(part, "context_dim", 1) > 0
+
+
+def given(part: nn.Module, context: Tensor | None) -> Tensor | None:
+    """Returns the context for a part that was built for one, None for the others."""
+    return context if takes_context(part) else None
+
+
+def sample_prior(prior: nn.Module, num_samples: int, context: Tensor | None) -> Tensor:
+    """Draws latents, for each row of a context if there is one, even if the prior does not depend on it."""
+    p = prior(given(prior, context))
+    if context is not None:
+        p = p.expand(context.shape[:1])
+    return p.sample((num_samples,))
+
+
+def check_context(context: Tensor | None, x: Tensor, taken: bool) -> None:
+    """Raises a ValueError if a context has not one row a datum, or none of the parts takes it."""
+    check_length("context", context, x)
+    if context is not None and not taken:
+        raise ValueError(
+            f"a context of shape {tuple(context.shape)} was given, but no part takes one. Build the likelihood, say, "
+            f"with context_dim={context.shape[-1] if context.dim() else 1}."
+        )
 
 
 def check_length(name: str, given: Tensor | None, x: Tensor) -> None:

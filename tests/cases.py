@@ -1,53 +1,476 @@
 """The registry of every public part: add a row per new part, and the tests over all parts cover it.
 
 A row names a part and builds a small one. The shapes are small so that tests can go through the whole space that a
-distribution lives on: ``latent_dim`` 2 and two real pixels (a plane, integrated on a grid), or four binary pixels (16
-images, enumerated). Layers of fewer units than these would now and then be dead from the start (ReLU).
+distribution lives on (see spaces.py): two real dimensions (a plane), three corners of a simplex, four binary pixels (16
+images). Layers of fewer units than these would now and then be dead from the start (ReLU).
+
+The first row of a class stands for it in the VAEs of every prior, likelihood and encoder that fit: its builder takes
+what it has to be fitted to, ``(latent_dim, network)`` for a likelihood, ``x_shape`` for an encoder, and ``encoder`` for
+a prior that is built from one. The other rows' builders take nothing.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from pyro.distributions import TorchDistribution
+from spaces import Space, compositions, enumeration, product, space_of
 from torch import Tensor, nn
 
+from pyrovae import encoders, likelihoods, priors
 from pyrovae.encoders import DiagonalNormal, FullRankNormal
+from pyrovae.latents import import_zuko
 from pyrovae.likelihoods import Bernoulli, Normal
-from pyrovae.nn import MLP, ConvNet, DeconvNet
-from pyrovae.priors import StandardNormal
+from pyrovae.nn import (
+    MLP,
+    ConvNet,
+    DeconvNet,
+    GatedMLP,
+    GRUDecoder,
+    GRUEncoder,
+    OneHotInput,
+    ResidualConvNet,
+    ResidualDeconvNet,
+    ResidualMLP,
+)
 
 
 class Case(NamedTuple):
-    """One public part. `context_dim` is the width of the context that the built part needs, 0 for none."""
+    """One public part.
+
+    Args:
+        name: what the tests call it.
+        kind: "prior", "likelihood", "encoder" or "network".
+        cls: its class.
+        build: builds one.
+        context_dim: the width of the context that the built part needs, 0 for none.
+        step: how finely spaces.py has to cut its space: finer for a density with many kinks.
+        accuracy: how far from one the sum over that space may then be.
+        density: False for a distribution that has none (a point mass), which is then only drawn from.
+        space: what space its distribution has, where that cannot be told from the support.
+        without_gradient: names of trainable parameters that ``log_prob`` does not depend on.
+        without_path: names of trainable parameters that no ``rsample`` depends on.
+    """
 
     name: str
-    kind: str  # "prior", "likelihood", "encoder" or "network"
+    kind: str
     cls: type[nn.Module]
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     context_dim: int = 0
+    step: float = 1 / 16
+    accuracy: float = 1e-6
+    density: bool = True
+    space: Callable[[TorchDistribution], Space] | None = None
+    without_gradient: tuple[str, ...] = ()
+    without_path: tuple[str, ...] = ()
 
 
 Z, C = 2, 3  # width of the latents and of contexts
 SMALL = partial(MLP, hidden=(8,))
+KINKS = {"step": 1 / 24, "accuracy": 5e-3}  # densities made of pieces: splines
 CONV, DECONV = partial(ConvNet, channels=(4, 8)), partial(DeconvNet, channels=(16, 8))
 
+
+def normal(context_dim: int = 0) -> DiagonalNormal:
+    return DiagonalNormal(4, Z, SMALL, context_dim=context_dim)
+
+
+def exemplars(encoder: nn.Module) -> Tensor:
+    size = 6 * math.prod(encoder.x_shape)
+    return (7 * torch.arange(size) % 5 < 2).float().view(6, *encoder.x_shape)  # always the same: they are not saved
+
+
+def small_flow(features: int, context: int) -> nn.Module:
+    return import_zuko().flows.NSF(features, context, transforms=1, passes=2, hidden_features=(8,), bins=4)
+
+
+LEVELS = enumeration(torch.arange(5) / 4)  # the grid of the discretised likelihoods here
+
 CASES = [
-    Case("StandardNormal", "prior", StandardNormal, lambda: StandardNormal(Z)),
-    Case("Bernoulli-vector", "likelihood", Bernoulli, lambda: Bernoulli(Z, 4, SMALL)),
+    Case("StandardNormal", "prior", priors.StandardNormal, lambda: priors.StandardNormal(Z)),
+    Case("DiagonalNormal-prior", "prior", priors.DiagonalNormal, lambda: priors.DiagonalNormal(Z)),
+    Case("DiagonalNormal-prior-context", "prior", priors.DiagonalNormal, lambda: priors.DiagonalNormal(Z, SMALL, C), C),
+    Case("Laplace", "prior", priors.Laplace, lambda: priors.Laplace(Z)),
+    Case("Laplace-context", "prior", priors.Laplace, lambda: priors.Laplace(Z, SMALL, C), C),
+    Case("StudentT", "prior", priors.StudentT, lambda: priors.StudentT(Z)),
+    Case("StudentT-context", "prior", priors.StudentT, lambda: priors.StudentT(Z, 3.0, SMALL, C), C),
+    Case("GaussianMixture", "prior", priors.GaussianMixture, lambda: priors.GaussianMixture(Z, 3)),
+    Case(
+        "GaussianMixture-context", "prior", priors.GaussianMixture, lambda: priors.GaussianMixture(Z, 3, SMALL, C), C
+    ),
+    Case(
+        "FullRankGaussianMixture", "prior", priors.FullRankGaussianMixture, lambda: priors.FullRankGaussianMixture(Z, 3)
+    ),
+    Case(
+        "FullRankGaussianMixture-context",
+        "prior",
+        priors.FullRankGaussianMixture,
+        lambda: priors.FullRankGaussianMixture(Z, 3, SMALL, C),
+        C,
+    ),
+    Case("TiedGaussianMixture", "prior", priors.TiedGaussianMixture, lambda: priors.TiedGaussianMixture(Z, 3)),
+    Case(
+        "TiedGaussianMixture-context",
+        "prior",
+        priors.TiedGaussianMixture,
+        lambda: priors.TiedGaussianMixture(Z, 3, SMALL, C),
+        C,
+    ),
+    Case("VampPrior", "prior", priors.VampPrior, lambda encoder=None: priors.VampPrior(encoder or normal(), 3)),
+    Case(
+        "VampPrior-full-rank",
+        "prior",
+        priors.VampPrior,
+        lambda: priors.VampPrior(FullRankNormal(4, Z, SMALL), 3, bounds=None),
+    ),
+    Case("VampPrior-context", "prior", priors.VampPrior, lambda: priors.VampPrior(normal(C), 3), C),
+    Case(
+        "ExemplarPrior",
+        "prior",
+        priors.ExemplarPrior,
+        lambda encoder=None: priors.ExemplarPrior(encoder or normal(), exemplars(encoder or normal()), 2),
+    ),
+    Case("FlowPrior", "prior", priors.FlowPrior, lambda: priors.FlowPrior(Z, small_flow), **KINKS),
+    Case("FlowPrior-context", "prior", priors.FlowPrior, lambda: priors.FlowPrior(Z, small_flow, C), C, **KINKS),
+    Case("HypersphericalUniform", "prior", priors.HypersphericalUniform, lambda: priors.HypersphericalUniform(3)),
+    Case("HypersphericalUniform-circle", "prior", priors.HypersphericalUniform, lambda: priors.HypersphericalUniform(2)),
+    Case("Categorical", "prior", priors.Categorical, lambda: priors.Categorical(2, 3)),
+    Case("Categorical-context", "prior", priors.Categorical, lambda: priors.Categorical(2, 3, SMALL, C), C),
+    Case("OneHotCategorical", "prior", priors.OneHotCategorical, lambda: priors.OneHotCategorical(6, 3)),
+    Case("OneHotCategorical-one", "prior", priors.OneHotCategorical, lambda: priors.OneHotCategorical(3)),
+    Case(
+        "OneHotCategorical-context", "prior", priors.OneHotCategorical, lambda: priors.OneHotCategorical(6, 3, SMALL, C), C
+    ),
+    Case("Relaxed", "prior", priors.RelaxedOneHotCategorical, lambda: priors.RelaxedOneHotCategorical(3)),
+    Case("Relaxed-blocks", "prior", priors.RelaxedOneHotCategorical, lambda: priors.RelaxedOneHotCategorical(4, 2)),
+    Case(
+        "Relaxed-context",
+        "prior",
+        priors.RelaxedOneHotCategorical,
+        lambda: priors.RelaxedOneHotCategorical(3, None, 1.0, SMALL, C),
+        C,
+    ),
+    Case("LogisticNormal", "prior", priors.LogisticNormal, lambda: priors.LogisticNormal(3)),
+    Case("LogisticNormal-context", "prior", priors.LogisticNormal, lambda: priors.LogisticNormal(3, SMALL, C), C),
+    Case("Dirichlet", "prior", priors.Dirichlet, lambda: priors.Dirichlet(3)),
+    Case("Dirichlet-context", "prior", priors.Dirichlet, lambda: priors.Dirichlet(3, 2.0, SMALL, C), C),
+    Case("ResampledPrior", "prior", priors.ResampledPrior, lambda: priors.ResampledPrior(Z, SMALL, 5), accuracy=1e-3),
+    Case(
+        "ResampledPrior-context",
+        "prior",
+        priors.ResampledPrior,
+        lambda: priors.ResampledPrior(Z, SMALL, 5, context_dim=C),
+        C,
+        accuracy=1e-3,
+    ),
+    Case("GaussianProcess", "prior", priors.GaussianProcess, lambda: priors.GaussianProcess(2, 2)),
+    Case("GaussianProcess-times", "prior", priors.GaussianProcess, lambda: priors.GaussianProcess(2, 2), 2),
+    Case("Bernoulli-vector", "likelihood", Bernoulli, lambda z=Z, network=SMALL: Bernoulli(z, 4, network)),
     Case("Bernoulli-image", "likelihood", Bernoulli, lambda: Bernoulli(Z, (1, 2, 2), DECONV)),
     Case("Bernoulli-context", "likelihood", Bernoulli, lambda: Bernoulli(Z, 4, SMALL, context_dim=C), C),
+    Case("Normal-learned", "likelihood", Normal, lambda z=Z, network=SMALL: Normal(z, 2, network, scale=2.0)),
     Case("Normal-fixed", "likelihood", Normal, lambda: Normal(Z, 2, SMALL, scale=0.3, learn_scale=False)),
-    Case("Normal-learned", "likelihood", Normal, lambda: Normal(Z, 2, SMALL, scale=2.0)),
     Case("Normal-per-dimension", "likelihood", Normal, lambda: Normal(Z, 2, SMALL, scale=0.3, per_dimension=True)),
     Case("Normal-image", "likelihood", Normal, lambda: Normal(Z, (1, 1, 2), DECONV, per_dimension=True)),
     Case("Normal-context", "likelihood", Normal, lambda: Normal(Z, 2, SMALL, context_dim=C), C),
-    Case("DiagonalNormal-vector", "encoder", DiagonalNormal, lambda: DiagonalNormal(4, Z, SMALL)),
+    Case(
+        "ContinuousBernoulli",
+        "likelihood",
+        likelihoods.ContinuousBernoulli,
+        lambda z=Z, network=SMALL: likelihoods.ContinuousBernoulli(z, 2, network),
+    ),
+    Case(
+        "ContinuousBernoulli-image",
+        "likelihood",
+        likelihoods.ContinuousBernoulli,
+        lambda: likelihoods.ContinuousBernoulli(Z, (1, 1, 2), DECONV),
+    ),
+    # In training mode the log-probabilities of a batch depend on each other.
+    Case(
+        "OptimalNormal",
+        "likelihood",
+        likelihoods.OptimalNormal,
+        lambda z=Z, network=SMALL: likelihoods.OptimalNormal(z, 2, network).eval(),
+    ),
+    Case(
+        "OptimalNormal-context",
+        "likelihood",
+        likelihoods.OptimalNormal,
+        lambda: likelihoods.OptimalNormal(Z, 2, SMALL, context_dim=C).eval(),
+        C,
+    ),
+    Case(
+        "Laplace-vector",
+        "likelihood",
+        likelihoods.Laplace,
+        lambda z=Z, network=SMALL: likelihoods.Laplace(z, 2, network, scale=0.5),
+    ),
+    Case(
+        "Laplace-per-dimension",
+        "likelihood",
+        likelihoods.Laplace,
+        lambda: likelihoods.Laplace(Z, (1, 1, 2), DECONV, per_dimension=True),
+    ),
+    Case(
+        "StudentT-vector",
+        "likelihood",
+        likelihoods.StudentT,
+        lambda z=Z, network=SMALL: likelihoods.StudentT(z, 2, network, df=3.0),
+    ),
+    Case(
+        "StudentT-per-dimension",
+        "likelihood",
+        likelihoods.StudentT,
+        lambda: likelihoods.StudentT(Z, (1, 1, 2), DECONV, per_dimension=True),
+    ),
+    Case("StudentT-Cauchy", "likelihood", likelihoods.StudentT, lambda: likelihoods.StudentT(Z, 2, SMALL, df=1.0)),
+    Case(
+        "LogNormal",
+        "likelihood",
+        likelihoods.LogNormal,
+        lambda z=Z, network=SMALL: likelihoods.LogNormal(z, 2, network, scale=0.5),
+    ),
+    Case(
+        "LogNormal-per-dimension",
+        "likelihood",
+        likelihoods.LogNormal,
+        lambda: likelihoods.LogNormal(Z, (1, 1, 2), DECONV, per_dimension=True),
+    ),
+    Case("Gamma", "likelihood", likelihoods.Gamma, lambda z=Z, network=SMALL: likelihoods.Gamma(z, 2, network)),
+    Case(
+        "Gamma-learned",
+        "likelihood",
+        likelihoods.Gamma,
+        lambda: likelihoods.Gamma(Z, 2, SMALL, concentration=3.0, learn_concentration=True),
+    ),
+    # Next to 1 there are no numbers for the part of an infinite density's mass that lies there.
+    Case(
+        "Beta",
+        "likelihood",
+        likelihoods.Beta,
+        lambda z=Z, network=SMALL: likelihoods.Beta(z, 2, network),
+        accuracy=1e-4,
+    ),
+    Case("Beta-image", "likelihood", likelihoods.Beta, lambda: likelihoods.Beta(Z, (1, 1, 2), DECONV), accuracy=1e-4),
+    Case("Poisson", "likelihood", likelihoods.Poisson, lambda z=Z, network=SMALL: likelihoods.Poisson(z, 2, network)),
+    Case(
+        "Poisson-library",
+        "likelihood",
+        likelihoods.Poisson,
+        lambda: likelihoods.Poisson(Z, 2, SMALL, library=True, context_dim=C),
+        C,
+    ),
+    Case(
+        "NegativeBinomial",
+        "likelihood",
+        likelihoods.NegativeBinomial,
+        lambda z=Z, network=SMALL: likelihoods.NegativeBinomial(z, 2, network, 3.0),
+    ),
+    Case(
+        "NegativeBinomial-library",
+        "likelihood",
+        likelihoods.NegativeBinomial,
+        lambda: likelihoods.NegativeBinomial(Z, (1, 1, 2), SMALL, library=True, context_dim=C),
+        C,
+    ),
+    Case(
+        "ZeroInflatedNegativeBinomial",
+        "likelihood",
+        likelihoods.ZeroInflatedNegativeBinomial,
+        lambda z=Z, network=SMALL: likelihoods.ZeroInflatedNegativeBinomial(z, 2, network, 3.0),
+    ),
+    Case(
+        "ZeroInflatedNegativeBinomial-library",
+        "likelihood",
+        likelihoods.ZeroInflatedNegativeBinomial,
+        lambda: likelihoods.ZeroInflatedNegativeBinomial(Z, 2, SMALL, library=True, context_dim=C),
+        C,
+    ),
+    Case(
+        "Categorical-vector",
+        "likelihood",
+        likelihoods.Categorical,
+        lambda z=Z, network=SMALL: likelihoods.Categorical(z, 2, network, num_classes=3),
+    ),
+    Case(
+        "Categorical-image",
+        "likelihood",
+        likelihoods.Categorical,
+        lambda: likelihoods.Categorical(Z, (1, 1, 2), DECONV, num_classes=3),
+    ),
+    Case(
+        "Multinomial",
+        "likelihood",
+        likelihoods.Multinomial,
+        lambda z=Z, network=SMALL: likelihoods.Multinomial(z, 3, network, total_count=4),
+        space=lambda p: compositions(4, 3),
+    ),
+    Case(
+        "DiscretizedLogistic",
+        "likelihood",
+        likelihoods.DiscretizedLogistic,
+        lambda z=Z, network=SMALL: likelihoods.DiscretizedLogistic(z, 2, network, levels=5),
+        space=lambda p: product(LEVELS, LEVELS),
+    ),
+    Case(
+        "DiscretizedLogisticMixture",
+        "likelihood",
+        likelihoods.DiscretizedLogisticMixture,
+        lambda z=Z, network=SMALL: likelihoods.DiscretizedLogisticMixture(z, 2, network, num_components=3, levels=5),
+        space=lambda p: product(LEVELS, LEVELS),
+    ),
+    Case(
+        "Mixed",
+        "likelihood",
+        likelihoods.Mixed,
+        lambda z=Z, network=SMALL: likelihoods.Mixed(
+            z,
+            3,
+            [
+                (partial(Normal, network=network), 1),
+                (partial(likelihoods.Categorical, network=network, num_classes=3), 1),
+                (partial(Bernoulli, network=network), 1),
+            ],
+        ),
+        space=lambda p: product(*map(space_of, p.blocks)),
+    ),
+    Case("DiagonalNormal-vector", "encoder", DiagonalNormal, lambda x_shape=4: DiagonalNormal(x_shape, Z, SMALL)),
     Case("DiagonalNormal-image", "encoder", DiagonalNormal, lambda: DiagonalNormal((1, 7, 5), Z, CONV)),
     Case("DiagonalNormal-context", "encoder", DiagonalNormal, lambda: DiagonalNormal(4, Z, SMALL, context_dim=C), C),
-    Case("FullRankNormal-vector", "encoder", FullRankNormal, lambda: FullRankNormal(4, Z, SMALL)),
+    Case("FullRankNormal-vector", "encoder", FullRankNormal, lambda x_shape=4: FullRankNormal(x_shape, Z, SMALL)),
     Case("FullRankNormal-image", "encoder", FullRankNormal, lambda: FullRankNormal((1, 7, 5), Z, CONV)),
     Case("FullRankNormal-context", "encoder", FullRankNormal, lambda: FullRankNormal(4, Z, SMALL, context_dim=C), C),
+    Case(
+        "LowRankNormal", "encoder", encoders.LowRankNormal, lambda x_shape=4: encoders.LowRankNormal(x_shape, Z, SMALL)
+    ),
+    Case(
+        "LowRankNormal-context",
+        "encoder",
+        encoders.LowRankNormal,
+        lambda: encoders.LowRankNormal(4, Z, SMALL, rank=2, context_dim=C),
+        C,
+    ),
+    Case(
+        "GaussianMixture-posterior",
+        "encoder",
+        encoders.GaussianMixture,
+        lambda x_shape=4: encoders.GaussianMixture(x_shape, Z, SMALL, 2),
+    ),
+    # Its draws are not independent, but spread more evenly than independent ones.
+    Case(
+        "GaussianMixture-stratified",
+        "encoder",
+        encoders.GaussianMixture,
+        lambda: encoders.GaussianMixture(4, Z, SMALL, 3, stratified=True),
+    ),
+    Case(
+        "GaussianMixture-posterior-context",
+        "encoder",
+        encoders.GaussianMixture,
+        lambda: encoders.GaussianMixture(4, Z, SMALL, 2, context_dim=C),
+        C,
+    ),
+    Case(
+        "InverseAutoregressiveFlow",
+        "encoder",
+        encoders.InverseAutoregressiveFlow,
+        lambda x_shape=4: encoders.InverseAutoregressiveFlow(x_shape, Z, SMALL, 1, 4),
+        accuracy=1e-5,
+    ),
+    Case(
+        "InverseAutoregressiveFlow-context",
+        "encoder",
+        encoders.InverseAutoregressiveFlow,
+        lambda: encoders.InverseAutoregressiveFlow(4, Z, SMALL, context_dim=C),
+        C,
+        accuracy=1e-5,
+    ),
+    Case(
+        "NeuralSplineFlow",
+        "encoder",
+        encoders.NeuralSplineFlow,
+        lambda x_shape=4: encoders.NeuralSplineFlow(x_shape, Z, SMALL, 1, 4),
+        **KINKS,
+    ),
+    Case(
+        "NeuralSplineFlow-context",
+        "encoder",
+        encoders.NeuralSplineFlow,
+        lambda: encoders.NeuralSplineFlow(4, Z, SMALL, 1, 4, context_dim=C),
+        C,
+        **KINKS,
+    ),
+    Case("VonMisesFisher", "encoder", encoders.VonMisesFisher, lambda x_shape=4: encoders.VonMisesFisher(x_shape, 3, SMALL)),
+    Case("VonMisesFisher-circle", "encoder", encoders.VonMisesFisher, lambda: encoders.VonMisesFisher(4, 2, SMALL)),
+    Case(
+        "VonMisesFisher-context",
+        "encoder",
+        encoders.VonMisesFisher,
+        lambda: encoders.VonMisesFisher(4, 3, SMALL, context_dim=C),
+        C,
+    ),
+    Case(
+        "Categorical-posterior",
+        "encoder",
+        encoders.Categorical,
+        lambda x_shape=4: encoders.Categorical(x_shape, 2, SMALL, num_classes=3),
+    ),
+    Case(
+        "Categorical-posterior-context",
+        "encoder",
+        encoders.Categorical,
+        lambda: encoders.Categorical(4, 2, SMALL, num_classes=3, context_dim=C),
+        C,
+    ),
+    Case(
+        "OneHotCategorical-posterior",
+        "encoder",
+        encoders.OneHotCategorical,
+        lambda x_shape=4: encoders.OneHotCategorical(x_shape, 6, SMALL, num_classes=3),
+    ),
+    Case(
+        "OneHotCategorical-posterior-context",
+        "encoder",
+        encoders.OneHotCategorical,
+        lambda: encoders.OneHotCategorical(4, 3, SMALL, context_dim=C),
+        C,
+    ),
+    Case(
+        "Relaxed-posterior",
+        "encoder",
+        encoders.RelaxedOneHotCategorical,
+        lambda x_shape=4: encoders.RelaxedOneHotCategorical(x_shape, 3, SMALL),
+    ),
+    Case(
+        "Relaxed-posterior-blocks",
+        "encoder",
+        encoders.RelaxedOneHotCategorical,
+        lambda: encoders.RelaxedOneHotCategorical(4, 4, SMALL, num_classes=2),
+    ),
+    Case(
+        "Relaxed-posterior-context",
+        "encoder",
+        encoders.RelaxedOneHotCategorical,
+        lambda: encoders.RelaxedOneHotCategorical(4, 3, SMALL, temperature=1.0, context_dim=C),
+        C,
+    ),
+    Case(
+        "LogisticNormal-posterior",
+        "encoder",
+        encoders.LogisticNormal,
+        lambda x_shape=4: encoders.LogisticNormal(x_shape, 3, SMALL),
+    ),
+    Case(
+        "LogisticNormal-posterior-context",
+        "encoder",
+        encoders.LogisticNormal,
+        lambda: encoders.LogisticNormal(4, 3, SMALL, context_dim=C),
+        C,
+    ),
+    Case("Delta", "encoder", encoders.Delta, lambda x_shape=4: encoders.Delta(x_shape, Z, SMALL), density=False),
+    Case("Delta-context", "encoder", encoders.Delta, lambda: encoders.Delta(4, Z, SMALL, context_dim=C), C, density=False),
     Case("MLP-vector", "network", MLP, lambda: MLP(4, 3)),
     Case("MLP-image", "network", MLP, lambda: MLP((1, 7, 5), (2, 3), hidden=(8, 8), activation=nn.SiLU)),
     Case("MLP-affine", "network", MLP, lambda: MLP(4, 3, hidden=())),
@@ -60,6 +483,67 @@ CASES = [
     Case("DeconvNet-7x5", "network", DeconvNet, lambda: DeconvNet(5, (3, 7, 5), channels=(16, 8, 4))),
     Case("DeconvNet-1x2", "network", DeconvNet, lambda: DeconvNet(5, (2, 1, 1, 2), channels=(16,))),
     Case("DeconvNet-context", "network", DeconvNet, lambda: DeconvNet(5, (1, 8, 8), channels=(4,), context_dim=C), C),
+    Case("GatedMLP-vector", "network", GatedMLP, lambda: GatedMLP(4, 3)),
+    Case("GatedMLP-context", "network", GatedMLP, lambda: GatedMLP(4, (2, 3), hidden=(8, 8), context_dim=C), C),
+    Case("ResidualMLP-vector", "network", ResidualMLP, lambda: ResidualMLP(4, 3, width=16, num_blocks=3)),
+    Case(
+        "ResidualMLP-context",
+        "network",
+        ResidualMLP,
+        lambda: ResidualMLP((1, 7, 5), (2, 3), width=16, context_dim=C),
+        C,
+    ),
+    Case(
+        "ResidualConvNet-28x28",
+        "network",
+        ResidualConvNet,
+        lambda: ResidualConvNet((2, 1, 28, 28), 6, channels=(4, 8)),
+    ),
+    Case(
+        "ResidualConvNet-1x2",
+        "network",
+        ResidualConvNet,
+        lambda: ResidualConvNet((1, 1, 2), 6, channels=(16,), blocks_per_stage=2),
+    ),
+    Case(
+        "ResidualConvNet-context",
+        "network",
+        ResidualConvNet,
+        lambda: ResidualConvNet((1, 7, 5), 6, channels=(4, 8), context_dim=C),
+        C,
+    ),
+    Case(
+        "ResidualDeconvNet-28x28",
+        "network",
+        ResidualDeconvNet,
+        lambda: ResidualDeconvNet(5, (1, 28, 28), channels=(8, 4)),
+    ),
+    Case(
+        "ResidualDeconvNet-1x2",
+        "network",
+        ResidualDeconvNet,
+        lambda: ResidualDeconvNet(5, (2, 1, 1, 2), channels=(16,), blocks_per_stage=2),
+    ),
+    Case(
+        "ResidualDeconvNet-context",
+        "network",
+        ResidualDeconvNet,
+        lambda: ResidualDeconvNet(5, (1, 7, 5), channels=(8, 4), context_dim=C),
+        C,
+    ),
+    Case("GRUEncoder-vector", "network", GRUEncoder, lambda: GRUEncoder((5, 3), 4, width=8)),
+    Case("GRUEncoder-masked", "network", GRUEncoder, lambda: GRUEncoder((2, 5, 3), 4, width=8)),
+    Case("GRUEncoder-context", "network", GRUEncoder, lambda: GRUEncoder((5, 3), 4, width=8, context_dim=C), C),
+    Case("GRUDecoder-vector", "network", GRUDecoder, lambda: GRUDecoder(4, (5, 3), width=8)),
+    Case("GRUDecoder-context", "network", GRUDecoder, lambda: GRUDecoder(4, (2, 5, 3), width=8, context_dim=C), C),
+    Case("OneHotInput-vector", "network", OneHotInput, lambda: OneHotInput(4, 3, num_classes=5, network=SMALL)),
+    Case(
+        "OneHotInput-context",
+        "network",
+        OneHotInput,
+        lambda: OneHotInput(4, 3, num_classes=5, network=SMALL, context_dim=C),
+        C,
+    ),
 ]
 
 
@@ -93,4 +577,7 @@ def inputs(case: Case, part: nn.Module, *leading: int) -> tuple[Tensor, ...]:
     context = (torch.randn(*leading, case.context_dim, dtype=dtype),) if case.context_dim else ()
     if case.kind == "prior":
         return context
-    return torch.randn(*leading, *input_shape(case, part), dtype=dtype), *context
+    shape = (*leading, *input_shape(case, part))
+    if isinstance(part, OneHotInput):
+        return torch.randint(part.num_classes, shape).to(dtype), *context
+    return torch.randn(shape, dtype=dtype), *context

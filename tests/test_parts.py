@@ -5,26 +5,29 @@ import importlib
 import inspect
 import itertools
 import math
+from functools import partial
 
 import pyro
 import pytest
 import scipy.stats
 import torch
-from cases import Case, cases, input_shape, inputs, output_shape
+from cases import SMALL, Case, cases, input_shape, inputs, output_shape
 from pyro import distributions as dist
 from pyro.infer import SVI, Trace_ELBO
+from spaces import Space, agreement, space_of
 from torch import Tensor, nn
 
 import pyrovae
-from pyrovae import VAE, encoders, likelihoods, priors
+from pyrovae import VAE, encoders, fit, likelihoods, log_marginal, priors
 from pyrovae.distributions import IndependentBernoulli
 from pyrovae.encoders import DiagonalNormal, FullRankNormal
 from pyrovae.likelihoods import Bernoulli, Normal
-from pyrovae.nn import MLP, ConvNet, DeconvNet
+from pyrovae.nn import MLP, ConvNet, DeconvNet, OneHotInput
 from pyrovae.priors import StandardNormal
 
 EVERYTHING = cases("prior", "likelihood", "encoder", "network")
 DISTRIBUTIONS = cases("prior", "likelihood", "encoder")
+DENSITIES = [case for case in DISTRIBUTIONS if case.density]
 EPS = torch.finfo(torch.float64).eps
 
 # Chance that a statistical test here fails with another seed although the library is right.
@@ -36,14 +39,16 @@ def parametrise(listed: list[Case]):
     return pytest.mark.parametrize("case", listed, ids=lambda case: case.name)
 
 
+def trainable(part: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in part.named_parameters() if p.requires_grad}
+
+
 @pytest.mark.parametrize("module", ["priors", "likelihoods", "encoders", "nn"])
 def test_every_public_class_is_registered(module):
     module = importlib.import_module(f"pyrovae.{module}")
     public = {getattr(module, name) for name in module.__all__ if inspect.isclass(getattr(module, name))}
-    missing = {cls.__name__ for cls in public if not inspect.isabstract(cls)} - {
-        case.cls.__name__ for case in EVERYTHING
-    }
-    assert not missing, f"add rows to tests/cases.py for {missing}"
+    missing = {cls for cls in public if not inspect.isabstract(cls)} - {case.cls for case in EVERYTHING}
+    assert not missing, f"add rows to tests/cases.py for {sorted(cls.__name__ for cls in missing)}"
 
 
 @parametrise(EVERYTHING)
@@ -99,84 +104,87 @@ def test_a_context_broadcasts_over_leading_dimensions_and_matters(case):
     assert (out - other).flatten(2).abs().amax(-1).min() > 1e-6  # for every datum: the context has a part in it
 
 
-@parametrise([case for case in EVERYTHING if any(p.requires_grad for p in case.build().parameters())])
+@parametrise([case for case in EVERYTHING if case.density and trainable(case.build())])
 def test_every_trainable_parameter_gets_a_gradient(case):
     part = case.build()
     out = part(*inputs(case, part, 16))
-    if case.kind == "encoder":
-        z = out.rsample()  # through the sample alone: in log_prob(rsample()) the location would cancel
-        loss = (z * torch.randn_like(z)).sum() + z.pow(3).sum()
+    if case.kind == "network":
+        loss = (out * torch.randn_like(out)).sum()
     else:
-        loss = (out * torch.randn_like(out)).sum() if case.kind == "network" else out.log_prob(out.sample()).sum()
+        loss = out.log_prob(out.sample()).sum()
+    assert_gradients(part, loss, case.without_gradient)
+    if case.kind == "likelihood" and hasattr(part, "log_scale") and part.log_scale.requires_grad:
+        assert part.log_scale.grad.ne(0).all()  # it has no dead units
+
+
+@parametrise([case for case in cases("prior", "encoder") if trainable(case.build())])
+def test_every_trainable_parameter_gets_a_gradient_through_samples(case):
+    part = case.build()
+    p = part(*inputs(case, part, 16))
+    if not p.has_rsample:
+        with pytest.raises(NotImplementedError):
+            p.rsample()
+        return
+    # Many draws, and no symmetric function of them: at the start some derivatives cancel, or are zero for most draws.
+    z = p.rsample((50,) if part.context_dim or case.kind == "encoder" else (800,))
+    loss = (z * torch.randn_like(z)).sum() + z.pow(3).sum()
+    assert_gradients(part, loss, case.without_path)
+    if case.kind == "encoder" and not case.without_path:
+        bias = list(part.network.parameters())[-1]
+        assert bias.grad.ne(0).all()  # the last layer's: it has no dead units
+
+
+def assert_gradients(part: nn.Module, loss: Tensor, without: tuple[str, ...]) -> None:
+    """Asserts that each trainable parameter but these gets a gradient, and these get none."""
     loss.backward()
-    trainable = {name: p for name, p in part.named_parameters() if p.requires_grad}
-    without = [name for name, p in trainable.items() if p.grad is None or not p.grad.abs().max() > 0]
-    assert not without
-    # A scale for each dimension, or a last layer's bias, has no dead units: each entry gets a gradient.
-    last = list(trainable.values())[-1] if case.kind != "likelihood" else trainable.get("log_scale")
-    assert last is None or last.grad.ne(0).all()
-
-
-def cells_of(p: dist.TorchDistribution) -> tuple[Tensor, float]:
-    """Cuts the space of a distribution into small cells: returns their midpoints and their one volume.
-
-    Binary pixels are enumerated, with volume 1. A plane is cut into squares of an eighth of a standard deviation, out
-    to 12: for a function as smooth as a normal density the sum over midpoints equals the integral to rounding.
-    """
-    size = math.prod(p.event_shape)
-    if not p.support.is_discrete:
-        ticks = (torch.arange(-96, 96, dtype=torch.float64) + 0.5) / 8
-        points = torch.cartesian_prod(*[ticks] * size).unflatten(-1, p.event_shape)
-        return p.mean + points * p.stddev, p.stddev.prod().item() / 8**size
-    return torch.tensor(list(itertools.product([0.0, 1.0], repeat=size)), dtype=torch.float64).view(
-        -1, *p.event_shape
-    ), 1.0
+    lacking = [name for name, p in trainable(part).items() if p.grad is None or not p.grad.abs().max() > 0]
+    assert sorted(lacking) == sorted(without)
 
 
 def one_distribution(case: Case) -> dist.TorchDistribution:
-    part = case.build().double()
+    """Returns the distribution of a part whose parameters are not where it starts, where much is alike."""
+    part = case.build().double().eval()
     with torch.no_grad():
+        for p in part.parameters():
+            p.add_(0.3 * torch.randn_like(p) / math.sqrt(p.shape[-1] if p.dim() > 1 else 1))
         return part(*inputs(case, part))
 
 
-@parametrise(DISTRIBUTIONS)
-def test_densities_are_normalised(case):
+def space_for(case: Case, p: dist.TorchDistribution) -> Space:
+    return case.space(p) if case.space else space_of(p, case.step)
+
+
+@parametrise(DENSITIES)
+@torch.no_grad()
+def test_densities_are_normalised_and_samples_agree_with_them(case):
     p = one_distribution(case)
-    x, volume = cells_of(p)
-    total = p.log_prob(x).exp().sum().item() * volume
-    # Each term errs by eps times the size of its logarithm, below 200 where it counts; the terms add up to 1.
-    assert abs(total - 1) < 200 * EPS
+    space = space_for(case, p)
+    probabilities = space.probabilities(p)
+    # Enumerated terms each err by eps times the size of their logarithm, below 200 where it counts; they add up to 1.
+    accuracy = case.accuracy if space.log_weights.any() else 200 * EPS
+    assert abs(probabilities.sum().item() - 1) < accuracy
+    assert agreement(p.sample((11000,)), space, probabilities) > FAILURE_RATE / len(DENSITIES)
 
 
 @parametrise(DISTRIBUTIONS)
-def test_samples_agree_with_log_prob(case):
-    p = one_distribution(case)
-    x, volume = cells_of(p)
-    probability = p.log_prob(x).exp() * volume
-    bins, count = bin_of(p, x)
-    expected = torch.zeros(count, dtype=torch.float64).scatter_add(0, bins, probability)
-    draws = 4000
-    observed = bin_of(p, p.sample((draws,)))[0].bincount(minlength=count)
-    assert draws * expected.min() > 5  # or the statistic does not follow the chi-square distribution
-    p_value = scipy.stats.chisquare(observed, draws * expected / expected.sum()).pvalue
-    assert p_value > FAILURE_RATE
-
-
-def bin_of(p: dist.TorchDistribution, x: Tensor) -> tuple[Tensor, int]:
-    """Returns a bin for every point and the number of bins: each image, or four bins a real dimension."""
-    if p.support.is_discrete:
-        digits, base = x, 2
-    else:
-        # The edges lie on the edges of the cells, so that no cell is in two bins.
-        edges = torch.tensor([-0.625, 0.0, 0.625], dtype=torch.float64)
-        digits, base = torch.bucketize((x - p.mean) / p.stddev, edges), 4
-    digits = digits.flatten(-len(p.event_shape)).long()
-    return (digits * base ** torch.arange(digits.shape[-1])).sum(-1), base ** digits.shape[-1]
+@torch.no_grad()
+def test_samples_lie_in_the_support(case):
+    part = case.build()
+    p = part(*inputs(case, part, 3))
+    x = p.sample((100,)).float()
+    assert p.support.check(x).all()
+    if case.kind == "likelihood":
+        return
+    assert part.support.check(x).all()
+    # What is outside the one is outside the other: the part's support is no wider, and no narrower.
+    first = torch.eye(x.shape[-1])[0]
+    for other in (x + 0.5, -x, x * first, x * (1 - first), x + first, torch.full_like(x, math.nan)):
+        assert torch.equal(part.support.check(other), p.support.check(other))
 
 
 @parametrise(EVERYTHING)
 def test_saved_and_loaded_parts_give_the_same_distribution(case, tmp_path):
-    saved, loaded = case.build(), case.build()
+    saved, loaded = case.build().eval(), case.build().eval()
     for p in saved.parameters():  # some start out equal; those that are not trained must travel too
         p.data.add_(0.1 * torch.randn_like(p))
     pyrovae.save(saved, tmp_path / "part.safetensors")
@@ -200,7 +208,7 @@ def test_repr_states_the_class_and_its_shapes(case):
         assert f"{name}={getattr(part, name)}" in text
 
 
-@parametrise(cases("likelihood", "encoder", "network"))
+@parametrise([case for case in cases("likelihood", "encoder", "network") if case.cls is not OneHotInput])
 def test_integers_are_refused(case):
     part = case.build()
     x, *context = inputs(case, part, 3)
@@ -212,7 +220,7 @@ def test_integers_are_refused(case):
 def test_inputs_of_a_wrong_shape_are_refused(case):
     part = case.build()
     shape = input_shape(case, part)
-    x, *context = inputs(case, part, 3)
+    _, *context = inputs(case, part, 3)
     for wrong in (torch.zeros(3, *shape[:-1], shape[-1] + 1), torch.zeros(shape[1:])):
         with pytest.raises(ValueError, match=r"takes inputs of shape \(\.\.\., .*got \("):
             part(wrong, *context)
@@ -291,22 +299,76 @@ def test_parts_that_disagree_make_no_vae(parts, match):
         VAE(*parts)
 
 
-@parametrise(cases("prior", "likelihood", "encoder", context=False))
-def test_every_part_trains_in_a_vae_without_a_warning(case):
-    part = case.build()
-    x_shape = getattr(part, "x_shape", (4,))
-    parts = {
-        "prior": StandardNormal(part.latent_dim),
-        "likelihood": Normal(part.latent_dim, x_shape, MLP),
-        "encoder": DiagonalNormal(x_shape, part.latent_dim),
-        case.kind: part,
-    }
-    vae = VAE(**parts)
-    x = (torch.rand(8, *x_shape) < 0.5).float()
+# ------------------------------------------------------------------------------- every prior, likelihood and encoder
+
+
+def representatives(kind: str) -> list[Case]:
+    """Returns the first case of each class."""
+    return list({case.cls: case for case in reversed(cases(kind))}.values())[::-1]
+
+
+def place(part: nn.Module) -> tuple[int, str]:
+    return part.latent_dim, repr(part.support)
+
+
+def apart(prior: Case, encoder: Case) -> bool:
+    return place(prior.build()) != place(encoder.build())
+
+
+def meet(prior: Case, encoder: Case) -> bool:
+    """Whether a prior and an encoder make a VAE: VampPrior goes with all that have a density, whatever their space."""
+    if prior.cls is priors.VampPrior:
+        return encoder.density
+    if prior.cls is priors.ExemplarPrior and encoder.cls in (
+        encoders.InverseAutoregressiveFlow,
+        encoders.NeuralSplineFlow,
+    ):
+        return False  # they have no mean: refused when the prior is built
+    return not apart(prior, encoder)
+
+
+PAIRS = list(itertools.product(representatives("prior"), representatives("encoder")))
+MEETING = [(p, e, x) for p, e in PAIRS if meet(p, e) for x in representatives("likelihood")]
+APART = [(p, e) for p, e in PAIRS if apart(p, e)]
+
+
+def vae_of(prior: Case, encoder: Case, likelihood: Case) -> VAE:
+    x_shape = likelihood.build().x_shape
+    q = encoder.build(x_shape)
+    integers = encoder.cls is encoders.Categorical
+    network = partial(OneHotInput, num_classes=q.num_classes, network=SMALL) if integers else SMALL
+    takes_encoder = "encoder" in inspect.signature(prior.cls).parameters
+    return VAE(prior.build(q) if takes_encoder else prior.build(), likelihood.build(q.latent_dim, network), q)
+
+
+@pytest.mark.parametrize(
+    ("prior", "encoder", "likelihood"), MEETING, ids=[f"{p.name}-{e.name}-{x.name}" for p, e, x in MEETING]
+)
+def test_every_prior_likelihood_and_encoder_that_meet_train_and_score(prior, encoder, likelihood):
+    vae = vae_of(prior, encoder, likelihood)
+    x = vae.sample(8).float()
     before = weights_of(vae)
-    SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(x)
-    trained = [not torch.equal(p, old) for p, old in zip(vae.parameters(), before, strict=True)]
-    assert trained == [p.requires_grad for p in vae.parameters()]
+    fit(vae.model, vae.guide, x, epochs=10, batch_size=8, progress=False)
+    still = [
+        name
+        for (name, p), old in zip(vae.named_parameters(), before, strict=True)
+        if p.requires_grad and torch.equal(p, old)
+    ]
+    assert not still
+    if not encoder.density:
+        with pytest.raises(ValueError, match='site "z" of the guide'):
+            log_marginal(vae.model, vae.guide, x, num_samples=30, progress=False)
+        return
+    estimate = log_marginal(vae.model, vae.guide, x, num_samples=30, progress=False)
+    assert estimate.value.isfinite().all()
+    assert estimate.standard_error.isfinite().all()
+
+
+@pytest.mark.parametrize(("prior", "encoder"), APART, ids=[f"{p.name}-{e.name}" for p, e in APART])
+def test_parts_over_different_spaces_make_no_vae(prior, encoder):
+    p, q = prior.build(), encoder.build()
+    with pytest.raises(ValueError, match="The parts of a VAE must agree on (support|latent_dim): prior has"):
+        VAE(p, Bernoulli(q.latent_dim, q.x_shape, SMALL), q)
 
 
 def small_vae() -> VAE:

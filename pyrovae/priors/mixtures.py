@@ -1,0 +1,328 @@
+"""Priors that are mixtures, of components of their own or of the encoder's."""
+
+import math
+from functools import partial
+
+import torch
+from pyro import distributions as dist
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from pyrovae import latents
+from pyrovae.latents import NormalMixture, positive, tril_of
+from pyrovae.nn import MLP, Network
+from pyrovae.priors.base import Prior
+
+
+class GaussianMixture(Prior):
+    r"""A mixture of normals with independent dimensions.
+
+    .. math:: p(z) = \sum_{k=1}^K \pi_k\, \mathcal{N}(z; \mu_k, \mathrm{diag}\, \sigma_k^2)
+
+    Args:
+        latent_dim: number of latent dimensions.
+        num_components: :math:`K`, at least 1.
+        network: what maps a context to the parameters, a module or a callable that builds one from
+            ``(context_dim, num_components * (1 + 2 * latent_dim))``.
+        context_dim: width of the context vector, 0 for none.
+
+    References:
+        Deep Unsupervised Clustering with Gaussian Mixture Variational Autoencoders, N. Dilokthanakul et al., 2016,
+        https://arxiv.org/abs/1611.02648.
+
+    >>> GaussianMixture(3, num_components=5)().log_prob(torch.zeros(7, 3)).shape
+    torch.Size([7])
+    """
+
+    def __init__(self, latent_dim: int, num_components: int = 10, network: Network = MLP, context_dim: int = 0):
+        start = _mixture_start(latent_dim, num_components, scales=latent_dim * num_components)
+        super().__init__(latent_dim, network, context_dim, start=start)
+        self.num_components = num_components
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        logits, loc, raw = _mixture_parameters(self, context)
+        return NormalMixture(logits, loc, positive(raw).unflatten(-1, loc.shape[-2:]))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_components={self.num_components}"
+
+
+class FullRankGaussianMixture(Prior):
+    r"""A mixture of normals, each with a covariance of its own.
+
+    .. math:: p(z) = \sum_{k=1}^K \pi_k\, \mathcal{N}(z; \mu_k, L_k L_k^\top)
+
+    Args:
+        latent_dim: number of latent dimensions.
+        num_components: :math:`K`, at least 1.
+        network: what maps a context to the parameters, a module or a callable that builds one from ``(context_dim,
+            num_components * (1 + latent_dim + latent_dim * (latent_dim + 1) // 2))``.
+        context_dim: width of the context vector, 0 for none.
+
+    References:
+        Variational Deep Embedding, Z. Jiang, Y. Zheng, H. Tan, B. Tang and H. Zhou, 2017,
+        https://arxiv.org/abs/1611.05148.
+
+    >>> FullRankGaussianMixture(3, num_components=5)().log_prob(torch.zeros(7, 3)).shape
+    torch.Size([7])
+    """
+
+    def __init__(self, latent_dim: int, num_components: int = 10, network: Network = MLP, context_dim: int = 0):
+        triangle = latent_dim * (latent_dim + 1) // 2
+        start = _mixture_start(latent_dim, num_components, scales=num_components * triangle)
+        super().__init__(latent_dim, network, context_dim, start=start)
+        self.num_components = num_components
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        logits, loc, raw = _mixture_parameters(self, context)
+        return NormalMixture(logits, loc, scale_tril=tril_of(raw.unflatten(-1, (self.num_components, -1))))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_components={self.num_components}"
+
+
+class TiedGaussianMixture(Prior):
+    r"""A mixture of normals that share one covariance.
+
+    .. math:: p(z) = \sum_{k=1}^K \pi_k\, \mathcal{N}(z; \mu_k, L L^\top)
+
+    Args:
+        latent_dim: number of latent dimensions.
+        num_components: :math:`K`, at least 1.
+        network: what maps a context to the parameters, a module or a callable that builds one from ``(context_dim,
+            num_components * (1 + latent_dim) + latent_dim * (latent_dim + 1) // 2)``.
+        context_dim: width of the context vector, 0 for none.
+
+    References:
+        Variational Deep Embedding, Z. Jiang, Y. Zheng, H. Tan, B. Tang and H. Zhou, 2017,
+        https://arxiv.org/abs/1611.05148.
+
+    >>> TiedGaussianMixture(3, num_components=5)().log_prob(torch.zeros(7, 3)).shape
+    torch.Size([7])
+    """
+
+    def __init__(self, latent_dim: int, num_components: int = 10, network: Network = MLP, context_dim: int = 0):
+        start = _mixture_start(latent_dim, num_components, scales=latent_dim * (latent_dim + 1) // 2)
+        super().__init__(latent_dim, network, context_dim, start=start)
+        self.num_components = num_components
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        logits, loc, raw = _mixture_parameters(self, context)
+        return NormalMixture(logits, loc, scale_tril=tril_of(raw).unsqueeze(-3))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_components={self.num_components}"
+
+
+def _mixture_start(latent_dim: int, num_components: int, scales: int) -> Tensor:
+    if num_components < 1:
+        raise ValueError(f"num_components must be at least 1, got {num_components}.")
+    # Means apart from one another, for components that are alike stay so.
+    return torch.cat([torch.zeros(num_components), torch.randn(num_components * latent_dim), torch.zeros(scales)])
+
+
+def _mixture_parameters(prior: Prior, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    params, k = prior.parameters_of(context), prior.num_components
+    loc = params[..., k : k + k * prior.latent_dim].unflatten(-1, (k, prior.latent_dim))
+    return params[..., :k], loc, params[..., k + k * prior.latent_dim :]
+
+
+class VampPrior(Prior):
+    r"""A mixture of the encoder's posteriors at learned pseudo-inputs.
+
+    .. math:: p(z) = \frac{1}{K} \sum_{k=1}^K q(z \mid u_k)
+
+    The encoder sees the pseudo-inputs once for each run of the model, however many particles there are. With a context,
+    they are encoded along with each row of it.
+
+    Args:
+        encoder: the encoder of the VAE.
+        num_components: number of pseudo-inputs :math:`K`, at least 1.
+        data: what they start from: shape ``(at least num_components, *x_shape)``, of which the first are taken; None
+            for noise.
+        bounds: smallest and largest value of a pseudo-input; None for any real number.
+
+    Raises:
+        ValueError: when `num_components` is below 1, or `data` has another shape or fewer rows, or lies outside
+            `bounds`.
+
+    References:
+        VAE with a VampPrior, J. M. Tomczak and M. Welling, 2018, https://arxiv.org/abs/1705.07120.
+
+    >>> from pyrovae import encoders
+    >>> VampPrior(encoders.DiagonalNormal(4, 2), num_components=5)().log_prob(torch.zeros(7, 2)).shape
+    torch.Size([7])
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        num_components: int = 500,
+        data: Tensor | None = None,
+        bounds: tuple[float, float] | None = (0.0, 1.0),
+    ):
+        super().__init__(encoder.latent_dim)
+        if num_components < 1:
+            raise ValueError(f"num_components must be at least 1, got {num_components}.")
+        shape = (num_components, *encoder.x_shape)
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ValueError(f"bounds must be a smaller and a larger number, got {bounds}.")
+        self.num_components, self.bounds = num_components, bounds
+        self.support, self.context_dim = encoder.support, getattr(encoder, "context_dim", 0)
+        if data is None:
+            raw = torch.randn(shape)
+        elif data.shape[1:] != shape[1:] or len(data) < num_components:
+            raise ValueError(
+                f"data must have shape (at least {num_components}, *{shape[1:]}), got {tuple(data.shape)}."
+            )
+        else:
+            raw = self._raw(data[:num_components].detach().clone())
+        self.raw_inputs = nn.Parameter(raw)
+        self.encoder = encoder
+        if not self.context_dim:
+            with torch.no_grad():
+                q = encoder(self.pseudo_inputs()[:1])
+            if isinstance(q, dist.Delta):
+                raise ValueError("encoder gives points (Delta), which make no density. Give an encoder that has one.")
+
+    def _raw(self, data: Tensor) -> Tensor:
+        if self.bounds is None:
+            return data
+        low, high = self.bounds
+        if bool(((data < low) | (data > high)).any()):
+            raise ValueError(
+                f"data ranges from {data.min().item():g} to {data.max().item():g}, outside bounds={self.bounds}. Give "
+                "the bounds of the data, or None."
+            )
+        # At the bounds themselves a sigmoid has no slope: pixels that are 0 or 1 start a hundredth inside.
+        return ((data - low) / (high - low)).clamp(0.01, 0.99).logit()
+
+    def pseudo_inputs(self) -> Tensor:
+        """Returns the pseudo-inputs, shape ``(num_components, *x_shape)``."""
+        if self.bounds is None:
+            return self.raw_inputs
+        low, high = self.bounds
+        return low + (high - low) * self.raw_inputs.sigmoid()
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        inputs = self.pseudo_inputs()
+        if self.context_dim:
+            if context is None:
+                raise ValueError("VampPrior: its encoder was built with a context, and so it needs one.")
+            leading, inputs = context.shape[:-1], inputs.expand(*context.shape[:-1], *inputs.shape)
+            context = context.unsqueeze(-2).expand(*leading, self.num_components, -1)
+        q = self.encoder(inputs, context if self.context_dim else None)
+        logits = self.raw_inputs.new_zeros(q.batch_shape)
+        if isinstance(q, dist.MultivariateNormal):
+            return NormalMixture(logits, q.loc, scale_tril=q.scale_tril)
+        if isinstance(q, dist.Independent) and isinstance(q.base_dist, dist.Normal):
+            return NormalMixture(logits, q.base_dist.loc, q.base_dist.scale)
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), q)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_components={self.num_components}, bounds={self.bounds}"
+
+
+class ExemplarPrior(Prior):
+    r"""A mixture of normals of one width around the encoder's means of the training data themselves.
+
+    .. math:: p(z) = \frac{1}{N} \sum_{n=1}^N \mathcal{N}(z; \mu(x_n), \sigma^2 I)
+
+    In training the context is the number of each datum in `data`, shape ``(batch,)``, and its own exemplar is left out
+    (the mean is then over N - 1): ``fit(vae.model, vae.guide, (data, torch.arange(len(data))))``. Without a context
+    none is left out. In training the sum runs over the exemplars nearest to the z of the batch, found among means that
+    were kept from when they were last encoded, and encoded anew; leaving terms out makes it a lower bound. In
+    evaluation mode it is exact, over all of them.
+
+    Args:
+        encoder: the encoder of the VAE, with a mean.
+        data: the exemplars, shape ``(N, *x_shape)``. They are no part of what is saved: build the prior with the same
+            ones before loading.
+        num_neighbors: exemplars taken for each z in training.
+        scale: :math:`\sigma` before training.
+
+    Raises:
+        ValueError: when `data` does not have the encoder's shape, `num_neighbors` is below 1, `scale` is not positive,
+            or the numbers of the data are out of range.
+
+    References:
+        Exemplar VAE: Linking Generative Models, Nearest Neighbor Retrieval, and Data Augmentation, S. Norouzi,
+        D. J. Fleet and M. Norouzi, 2020, https://arxiv.org/abs/2004.04795.
+
+    >>> from pyrovae import encoders
+    >>> ExemplarPrior(encoders.DiagonalNormal(4, 2), torch.rand(100, 4))().log_prob(torch.zeros(7, 2)).shape
+    torch.Size([7])
+    """
+
+    def __init__(self, encoder: nn.Module, data: Tensor, num_neighbors: int = 10, scale: float = 0.5):
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale must be positive and finite, got {scale}.")
+        super().__init__(encoder.latent_dim, start=torch.tensor([math.log(scale)]))
+        self.context_dim = 1
+        if data.shape[1:] != encoder.x_shape or len(data) < 2:
+            raise ValueError(f"data must have shape (at least 2, *{encoder.x_shape}), got {tuple(data.shape)}.")
+        if num_neighbors < 1:
+            raise ValueError(f"num_neighbors must be at least 1, got {num_neighbors}.")
+        if getattr(encoder, "context_dim", 0):
+            raise ValueError("encoder takes a context, but exemplars are encoded without. Build it with context_dim=0.")
+        if encoder.support is not constraints.real_vector:
+            raise ValueError(f"ExemplarPrior is a mixture of normals, but the encoder's latents are {encoder.support}.")
+        try:
+            with torch.no_grad():
+                encoder(data[:1]).mean  # noqa: B018
+        except NotImplementedError as error:
+            raise ValueError(f"{type(encoder).__name__} states no mean, which an ExemplarPrior needs.") from error
+        self.num_neighbors, self.encoder = min(num_neighbors, len(data) - 1), encoder
+        # No buffer: neither a checkpoint nor a file of weights is to hold the data.
+        self.data = data.detach()
+        self.register_buffer("means", torch.full((len(data), encoder.latent_dim), math.nan), persistent=False)
+        self._encoded_with = None
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        left_out = None if context is None else self._numbers(context)
+        if not self.training:
+            weights = tuple((id(t), t._version, t.dtype) for t in [*self.encoder.parameters(), *self.encoder.buffers()])
+            if weights != self._encoded_with:
+                self._encode_all()
+                self._encoded_with = weights
+        elif bool(self.means[0, 0].isnan()):
+            self._encode_all()
+        nearest = partial(self._nearest, left_out) if self.training else None
+        return latents.Exemplars(self.means, self.params.exp(), left_out, nearest)
+
+    def _numbers(self, context: Tensor) -> Tensor:
+        numbers = context.long().flatten()
+        if bool((numbers != context.flatten()).any() | (numbers < 0).any() | (numbers >= len(self.data)).any()):
+            raise ValueError(
+                "the context of an ExemplarPrior is the number of each datum in its data, from 0 to "
+                f"{len(self.data) - 1}, got values from {context.min().item():g} to {context.max().item():g}."
+            )
+        return numbers
+
+    def _encode(self, numbers: Tensor) -> Tensor:
+        return self.encoder(self.data[numbers.to(self.data.device)].to(self.params)).mean
+
+    @torch.no_grad()
+    def _encode_all(self) -> None:
+        for rows in torch.arange(len(self.data)).split(1000):
+            self.means[rows] = self._encode(rows)
+
+    def _nearest(self, left_out: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the numbers of the exemplars nearest to any row of z, and their means, encoded anew."""
+        with torch.no_grad():
+            half_squares = 0.5 * self.means.square().sum(-1)
+            own = None if left_out is None else left_out.expand(z.shape[:-1]).flatten()
+            rows = z.reshape(-1, self.latent_dim)
+            found = [] if left_out is None else [left_out]
+            for start in range(0, len(rows), 256):  # for memory
+                closeness = torch.addmm(-half_squares, rows[start : start + 256], self.means.T)
+                if own is not None:
+                    closeness.scatter_(1, own[start : start + 256, None], -math.inf)
+                found.append(closeness.topk(self.num_neighbors, sorted=False).indices.flatten())
+            numbers = torch.cat(found).unique()
+        means = self._encode(numbers)
+        self.means[numbers] = means.detach()
+        return numbers, means
+
+    def extra_repr(self) -> str:
+        return f"latent_dim={self.latent_dim}, num_exemplars={len(self.data)}, num_neighbors={self.num_neighbors}"
