@@ -15,11 +15,10 @@ import torch
 from sklearn.impute import KNNImputer
 
 import pyrovae
-from pyrovae import data, encoders, likelihoods, nn, plots, priors
+from pyrovae import data, encoders, likelihoods, plots, priors
 from pyrovae.structures import MissingDataVAE
 
 LATENT_DIM, X_SHAPE = 16, (1, 8, 8)
-MLP = partial(nn.MLP, hidden=(200,))
 
 
 def lose(x, fraction):
@@ -29,7 +28,7 @@ def lose(x, fraction):
 
 def lose_more(x, mask):
     """Hides some more of the pixels, others each time, so that the VAE does not learn a digit's holes by heart."""
-    fewer = mask & (torch.rand_like(x) > 0.3)
+    fewer = mask & (torch.rand_like(x) > 0.2)
     return x, torch.where(fewer.flatten(1).any(1).view(-1, 1, 1, 1), fewer, mask)  # but never all of them
 
 
@@ -40,8 +39,8 @@ def main(args):
 
     vae = MissingDataVAE(
         prior=priors.StandardNormal(LATENT_DIM),
-        likelihood=likelihoods.Normal(LATENT_DIM, X_SHAPE, MLP),
-        encoder=encoders.DiagonalNormal((2, *X_SHAPE), LATENT_DIM, MLP),  # the pixels and the mask
+        likelihood=likelihoods.Normal(LATENT_DIM, X_SHAPE, scale=0.3),
+        encoder=encoders.DiagonalNormal((2, *X_SHAPE), LATENT_DIM),  # the pixels and the mask
     )
     history = pyrovae.fit(
         vae.model,

@@ -31,7 +31,7 @@ def hide(labels, per_class):
 
 def supervised(x, labels, steps):
     """Trains the classifier network alone, on labelled data."""
-    classifier = MLP(X_SHAPE, CLASSES)
+    classifier = nn.MLP(X_SHAPE, CLASSES)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=3e-3)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -48,9 +48,10 @@ def main(args):
 
     vae = SemiSupervisedVAE(
         prior=priors.StandardNormal(LATENT_DIM),
-        likelihood=likelihoods.Normal(LATENT_DIM, X_SHAPE, MLP, context_dim=CLASSES),  # the context is the label
+        # The context of these parts is the label, as a vector of zeros and a one.
+        likelihood=likelihoods.Normal(LATENT_DIM, X_SHAPE, MLP, scale=0.3, context_dim=CLASSES),
         encoder=encoders.DiagonalNormal(X_SHAPE, LATENT_DIM, MLP, context_dim=CLASSES),
-        classifier=MLP,
+        classifier=nn.MLP,
         num_classes=CLASSES,
     )
     history = pyrovae.fit(
@@ -73,7 +74,7 @@ def main(args):
     }
     print("accuracy on test digits:")
     for name, accuracy in accuracies.items():
-        print(f"  {name:40s} {accuracy:.3f}")
+        print(f"  {name:41s} {accuracy:.3f}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 import pyrovae
 from pyrovae import data as datasets
 from pyrovae import storage
-from pyrovae.distributions import center
+from pyrovae.distributions import Blocks, center
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.estimators import Estimate, independent_baseline, log_marginal
 from pyrovae.likelihoods import Bernoulli, Likelihood, bits_per_dim
@@ -141,11 +141,15 @@ def train(
 
     test = splits.test.x.to(device)
     estimate = log_marginal(vae.model, vae.guide, test, num_samples=num_samples)
-    name, baseline = independent_baseline(splits.train.x, splits.test.x)
-    result = {"split": "test", **_summary(estimate), "baseline": baseline.mean().item()}
+    result = {"split": "test", **_summary(estimate)}
+    beside = ""
+    if _is_comparable(vae, splits.test.x):
+        name, baseline = independent_baseline(splits.train.x, splits.test.x)
+        result["baseline"] = baseline.mean().item()
+        beside = f"\n{name}: {result['baseline']:.3f} nats a datum (baseline)"
     _write_metrics(directory / "metrics.jsonl", [*history.records, result], append=False)
     _draw(vae, splits, history, directory)
-    print(f"\n{history}\n\ntest: {estimate}\n{name}: {baseline.mean().item():.3f} nats a datum (baseline)")
+    print(f"\n{history}\n\ntest: {estimate}{beside}")
     print(f"\npictures, weights and metrics: {directory}\nscore it again: pyrovae evaluate {directory} --num-samples 5000")
 
 
@@ -421,6 +425,14 @@ def _write_metrics(path: Path, records: list[dict], append: bool) -> None:
         return
     with open(path, "a") as file:
         file.write(content)
+
+
+@torch.no_grad()
+def _is_comparable(vae: VAE, x: Tensor) -> bool:
+    """Whether p(x) is what the baseline's is: a probability of binary data, a density of other."""
+    p = vae.decode(vae.prior().sample((1,)))
+    kinds = {block.support.is_discrete for block in (p.blocks if isinstance(p, Blocks) else [p])}
+    return kinds == {bool(((x == 0) | (x == 1)).all())}
 
 
 _MEANS = "means of p(x | z), z from the prior"

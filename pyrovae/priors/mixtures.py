@@ -170,13 +170,13 @@ class VampPrior(Prior):
         self.num_components, self.bounds = num_components, bounds
         self.support, self.context_dim = encoder.support, getattr(encoder, "context_dim", 0)
         if data is None:
-            raw = torch.randn(shape)
+            raw = torch.randn(shape).to(_weight(encoder))
         elif data.shape[1:] != shape[1:] or len(data) < num_components:
             raise ValueError(
                 f"data must have shape (at least {num_components}, *{shape[1:]}), got {tuple(data.shape)}."
             )
         else:
-            raw = self._raw(data[:num_components].detach().clone())
+            raw = self._raw(data[:num_components].detach().clone().to(_weight(encoder)))
         self.raw_inputs = nn.Parameter(raw)
         self.encoder = encoder
         if not self.context_dim:
@@ -257,7 +257,8 @@ class ExemplarPrior(Prior):
     def __init__(self, encoder: nn.Module, data: Tensor, num_neighbors: int = 10, scale: float = 0.5):
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}.")
-        super().__init__(encoder.latent_dim, start=torch.tensor([math.log(scale)]))
+        weight = _weight(encoder)
+        super().__init__(encoder.latent_dim, start=weight.new_full((1,), math.log(scale)))
         self.context_dim = 1
         if data.shape[1:] != encoder.x_shape or len(data) < 2:
             raise ValueError(f"data must have shape (at least 2, *{encoder.x_shape}), got {tuple(data.shape)}.")
@@ -269,13 +270,14 @@ class ExemplarPrior(Prior):
             raise ValueError(f"ExemplarPrior is a mixture of normals, but the encoder's latents are {encoder.support}.")
         try:
             with torch.no_grad():
-                encoder(data[:1]).mean  # noqa: B018
+                encoder(data[:1].to(weight)).mean  # noqa: B018
         except NotImplementedError as error:
             raise ValueError(f"{type(encoder).__name__} states no mean, which an ExemplarPrior needs.") from error
         self.num_neighbors, self.encoder = min(num_neighbors, len(data) - 1), encoder
         # No buffer: neither a checkpoint nor a file of weights is to hold the data.
         self.data = data.detach()
-        self.register_buffer("means", torch.full((len(data), encoder.latent_dim), math.nan), persistent=False)
+        means = weight.new_full((len(data), encoder.latent_dim), math.nan)
+        self.register_buffer("means", means, persistent=False)
         self._encoded_with = None
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
@@ -326,3 +328,8 @@ class ExemplarPrior(Prior):
 
     def extra_repr(self) -> str:
         return f"latent_dim={self.latent_dim}, num_exemplars={len(self.data)}, num_neighbors={self.num_neighbors}"
+
+
+def _weight(encoder: nn.Module) -> Tensor:
+    """Returns a tensor of the device and type that an encoder works in."""
+    return next((p.detach() for p in encoder.parameters()), torch.zeros(()))

@@ -1,0 +1,50 @@
+r"""Likelihoods: modules whose ``forward(z, context=None)`` returns the Pyro distribution :math:`p(x \mid z)`.
+
+Each holds its decoder network, declares its event dimensions and is normalised: ``log_prob`` is in nats, with every
+constant in it.
+"""
+
+from pyrovae.likelihoods.base import Likelihood, bits_per_dim
+from pyrovae.likelihoods.continuous import (
+    Beta,
+    ContinuousBernoulli,
+    Gamma,
+    Laplace,
+    LogNormal,
+    Normal,
+    OptimalNormal,
+    StudentT,
+)
+from pyrovae.likelihoods.discrete import (
+    Bernoulli,
+    Categorical,
+    DiscretizedLogistic,
+    DiscretizedLogisticMixture,
+    Multinomial,
+    NegativeBinomial,
+    Poisson,
+    ZeroInflatedNegativeBinomial,
+)
+from pyrovae.likelihoods.mixed import Mixed
+
+__all__ = [
+    "Bernoulli",
+    "Beta",
+    "Categorical",
+    "ContinuousBernoulli",
+    "DiscretizedLogistic",
+    "DiscretizedLogisticMixture",
+    "Gamma",
+    "Laplace",
+    "Likelihood",
+    "LogNormal",
+    "Mixed",
+    "Multinomial",
+    "NegativeBinomial",
+    "Normal",
+    "OptimalNormal",
+    "Poisson",
+    "StudentT",
+    "ZeroInflatedNegativeBinomial",
+    "bits_per_dim",
+]

@@ -1,0 +1,145 @@
+"""What likelihoods have in common."""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor, nn
+
+from pyrovae.nn import MLP, Network, Shape, apply, as_shape, build, set_output_bias
+
+
+class Likelihood(nn.Module, ABC):
+    r"""Base of the library's likelihoods, and how to write one.
+
+    A likelihood takes `latent_dim` and `x_shape` first when it is built, and ``forward(z, context=None)`` maps z of
+    shape ``(*leading, latent_dim)`` to a Pyro distribution with ``batch_shape == leading`` and
+    ``event_shape == x_shape``. :meth:`parameters_of` calls the decoder. In a script any module with such a forward
+    will do; the command line looks for subclasses of this one::
+
+        class Exponential(Likelihood):
+            def forward(self, z, context=None):
+                return dist.Exponential(self.parameters_of(z, context).exp()).to_event(len(self.x_shape))
+
+            def output_for(self, x):  # for start_at alone
+                return -x.mean(0).log()
+
+    Args:
+        latent_dim: number of latent dimensions.
+        x_shape: shape of one datum.
+        network: the decoder, a module or a callable that builds one from ``(latent_dim, param_shape)``.
+        context_dim: width of the context vector, 0 for none.
+        param_shape: shape of what the decoder returns, `x_shape` unless the distribution has several parameters.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        x_shape: Shape,
+        network: Network = MLP,
+        context_dim: int = 0,
+        *,
+        param_shape: Shape | None = None,
+    ):
+        super().__init__()
+        self.latent_dim, self.x_shape, self.context_dim = latent_dim, as_shape(x_shape, "x_shape"), context_dim
+        self.param_shape = self.x_shape if param_shape is None else as_shape(param_shape, "param_shape")
+        self.network = build(network, latent_dim, self.param_shape, context_dim)
+
+    def parameters_of(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns the decoder's output for z, of shape ``(*leading, *param_shape)``."""
+        return apply(self.network, z, context, self.param_shape, type(self).__name__)
+
+    @abstractmethod
+    def forward(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        """Returns the distribution."""
+
+    def output_for(self, x: Tensor) -> Tensor:
+        r"""Returns what the decoder must give, of shape `param_shape`, for :math:`p(x \mid z)` to have x's mean."""
+        raise NotImplementedError(
+            f"{type(self).__name__} defines no output_for(x), from which start_at(x) would start."
+        )
+
+    def start_at(self, x: Tensor) -> "Likelihood":
+        r"""Starts the bias of the decoder from data: :math:`p(x \mid z)` has their mean, but for what z adds to it.
+
+        An untrained decoder then need not learn the average datum first.
+
+        Args:
+            x: the training data, ``(size, *x_shape)``.
+
+        Returns:
+            The likelihood itself.
+
+        Raises:
+            ValueError: when x has not the likelihood's shape, when no output is right for its mean (a negative mean of
+                positive data), or when the decoder does not end in a layer with a bias.
+
+        References:
+            Importance Weighted Autoencoders, Y. Burda, R. Grosse and R. Salakhutdinov, 2016,
+            https://arxiv.org/abs/1509.00519, whose code does so.
+
+        >>> from pyrovae.likelihoods import Bernoulli
+        >>> x = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
+        >>> Bernoulli(1, 2).start_at(x)(torch.zeros(3, 1)).mean.shape
+        torch.Size([3, 2])
+        """
+        with torch.no_grad():
+            set_output_bias(self.network, self.output_for(self._check_data(x)))
+        return self
+
+    def _check_data(self, x: Tensor) -> Tensor:
+        if len(x) == 0 or x.shape[1:] != self.x_shape:
+            raise ValueError(f"x must have shape (size, {', '.join(map(str, self.x_shape))}), got {tuple(x.shape)}.")
+        return x if x.is_floating_point() else x.float()
+
+    def extra_repr(self) -> str:
+        return f"latent_dim={self.latent_dim}, x_shape={self.x_shape}"
+
+
+def bits_per_dim(log_prob: Tensor, x_shape: Shape, bin_width: float = 1.0) -> Tensor:
+    r"""Turns log-probabilities in nats into bits per dimension, the fewer the better.
+
+    .. math:: -\frac{\log p(x) + D \log w}{D \log 2}
+
+    Args:
+        log_prob: log p(x) in nats, of any shape.
+        x_shape: shape of one datum, of D dimensions.
+        bin_width: w, for a density of data that had been rounded to bins of this width (and dequantised): it makes the
+            density a probability of the bin, comparable with discrete likelihoods. 1/256 for bytes scaled to [0, 1].
+
+    Raises:
+        ValueError: when `bin_width` is not positive and finite.
+
+    References:
+        A Note on the Evaluation of Generative Models, L. Theis, A. van den Oord and M. Bethge, 2016,
+        https://arxiv.org/abs/1511.01844.
+
+    >>> bits_per_dim(torch.tensor([0.0]), (3, 32, 32), bin_width=1 / 256)
+    tensor([8.])
+    """
+    if not 0 < bin_width < math.inf:
+        raise ValueError(f"bin_width must be positive and finite, got {bin_width}.")
+    return -(log_prob / math.prod(as_shape(x_shape, "x_shape")) + math.log(bin_width)) / math.log(2)
+
+
+def keep_log(part: nn.Module, name: str, value: float, shape: tuple[int, ...], learn: bool = True) -> None:
+    """Keeps the logarithm of a positive number as the parameter (or buffer) ``log_<name>``."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}.")
+    log = torch.full(shape, math.log(value))
+    if learn:
+        part.register_parameter(f"log_{name}", nn.Parameter(log))
+    else:
+        part.register_buffer(f"log_{name}", log)
+
+
+def inside(mean: Tensor, size: int) -> Tensor:
+    """Keeps means of numbers from 0 to 1 off the ends by half a datum's part."""
+    return mean.clamp(0.5 / size, 1 - 0.5 / size)
+
+
+def bounded(log: Tensor) -> Tensor:
+    """Keeps the exponential of a network's output and its inverse within what float32 can hold."""
+    return log.clamp(-60, 60)
