@@ -68,7 +68,7 @@ def main(args):
     for name, completed in completions.items():
         print(f"  {name:22s} {(completed - splits.test.x)[~mask].square().mean().sqrt():.4f}")
 
-    # Seven rows of seven digits. A draw fills the holes as one digit, where a mean blurs all that it could be.
+    # Seven rows of seven digits. A mean blurs all that a digit could be; a draw takes one, and adds the noise of pixels.
     rows = [splits.test.x, torch.where(mask, x, 0.5), imputed.mean, *imputed.draws, neighbours]
     title = "digit, what is left of it, VAE: mean and three draws, nearest neighbours"
     plots.samples(torch.cat([row[:7] for row in rows]), args.output, title)

@@ -2,56 +2,73 @@
 
     python examples/swap_parts.py
 
-The digits have 17 grey levels, and all three likelihoods are distributions over those levels, so that their log p(x) can be
-compared, in nats as in bits per dimension.
+The digits have 17 grey levels. Discrete likelihoods give the levels a probability. Densities see levels with uniform noise
+added, and the density times the width of a level bounds the probability from below (Theis et al., 2016,
+https://arxiv.org/abs/1511.01844), so that all can be compared. Where k-hat is above 0.7 for many data, importance sampling
+is likely to find too little: log p(x) is higher, and the model better, than what is printed.
 """
 
 import argparse
+import math
 from functools import partial
 
 import pyro
+import torch
 
 import pyrovae
 from pyrovae import data, encoders, likelihoods, nn, priors
 
+LATENT_DIM, X_SHAPE, LEVELS = 8, (1, 8, 8), 17
+
+
+def add_noise(x):
+    """Spreads level k of 0, ..., 16 evenly over the interval from k / 17 to (k + 1) / 17."""
+    return ((LEVELS - 1) * x + torch.rand_like(x)) / LEVELS
+
 
 def main(args):
     train, validation, test = data.load("digits")
-    latent_dim, x_shape, levels = 16, (1, 8, 8), 17
     network = partial(nn.GatedMLP, hidden=(200,))
-
-    # A prior is handed what it needs: the encoder's posteriors at pseudo-inputs are the components of a VampPrior.
+    # A prior is handed what it needs: the components of a VampPrior are the encoder's posteriors at pseudo-inputs.
     all_priors = {
-        "StandardNormal": lambda encoder, x: priors.StandardNormal(latent_dim),
-        "GaussianMixture": lambda encoder, x: priors.GaussianMixture(latent_dim, num_components=20),
-        "VampPrior": lambda encoder, x: priors.VampPrior(encoder, num_components=100, data=x, bounds=None),
-        "FlowPrior": lambda encoder, x: priors.FlowPrior(latent_dim),
+        "StandardNormal": lambda encoder: priors.StandardNormal(LATENT_DIM),
+        "GaussianMixture": lambda encoder: priors.GaussianMixture(LATENT_DIM, num_components=20),
+        "VampPrior": lambda encoder: priors.VampPrior(encoder, num_components=100, data=train.x),
+        "FlowPrior": lambda encoder: priors.FlowPrior(LATENT_DIM),
     }
-    # Grey levels are k / 16 for the one kind, and classes k for the other: what to multiply the data by.
-    all_likelihoods = {
-        "DiscretizedLogistic": (partial(likelihoods.DiscretizedLogistic, levels=levels), 1),
-        "DiscretizedLogisticMixture": (partial(likelihoods.DiscretizedLogisticMixture, levels=levels), 1),
-        "Categorical": (partial(likelihoods.Categorical, num_classes=levels), levels - 1),
+    discrete = {
+        "DiscretizedLogistic": partial(likelihoods.DiscretizedLogistic, levels=LEVELS),
+        "DiscretizedLogisticMixture": partial(likelihoods.DiscretizedLogisticMixture, levels=LEVELS),
     }
+    continuous = {"Normal": likelihoods.Normal, "Beta": likelihoods.Beta}
 
-    for likelihood_name, (likelihood, scale) in all_likelihoods.items():
-        x_train, x_validation, x_test = (scale * part.x for part in (train, validation, test))
+    for likelihood_name, likelihood in (discrete | continuous).items():
+        noise = add_noise if likelihood_name in continuous else None
+        x_test = add_noise(test.x) if noise else test.x
+        log_width = -math.prod(X_SHAPE) * math.log(LEVELS) if noise else 0.0
         for prior_name, prior in all_priors.items():
             pyro.set_rng_seed(0)
-            encoder = encoders.DiagonalNormal(x_shape, latent_dim, network)
-            vae = pyrovae.VAE(prior(encoder, x_train), likelihood(latent_dim, x_shape, network), encoder)
-            vae.likelihood.start_at(x_train)
+            encoder = encoders.DiagonalNormal(X_SHAPE, LATENT_DIM, network)
+            vae = pyrovae.VAE(prior(encoder), likelihood(LATENT_DIM, X_SHAPE, network), encoder)
+            vae.likelihood.start_at(noise(train.x) if noise else train.x)
             pyrovae.fit(
-                vae.model, vae.guide, x_train, validation=x_validation, patience=20, epochs=args.epochs, progress=False
+                vae.model,
+                vae.guide,
+                train.x,
+                transform=noise,
+                validation=validation.x,
+                patience=20,
+                epochs=args.epochs,
+                progress=False,
             )
             estimate = pyrovae.log_marginal(
                 vae.model, vae.guide, x_test, num_samples=args.num_samples, progress=False
             )
-            mean = estimate.value.mean().item()
-            bits = likelihoods.bits_per_dim(estimate.value, x_shape).mean().item()
+            log_prob = estimate.value + log_width
             print(
-                f"{prior_name:14}  {likelihood_name:26}  test log p(x) = {mean:.2f} nats a datum, {bits:.3f} bits per dimension, "
-                f"{int((estimate.khat > 0.7).sum())} of {len(x_test)} with k-hat above 0.7"
+                f"{prior_name:15}  {likelihood_name:26}  test log p(x) = {log_prob.mean():.2f} nats a datum, "
+                f"{likelihoods.bits_per_dim(log_prob, X_SHAPE).mean():.3f} bits per dimension, "
+                f"k-hat above 0.7 for {int((estimate.khat > 0.7).sum())} of {len(x_test)}"
             )
 
 

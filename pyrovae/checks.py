@@ -258,7 +258,7 @@ def _problems(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> Ite
             for frame in frames.values():
                 if frame.full_size not in (None, frame.size):
                     yield f'site "{name}" of the {where} is in the plate "{frame.name}", which is subsampled'
-            if where == "guide" and isinstance(_unwrapped(site["fn"]), Delta):
+            if where == "guide" and not site["is_observed"] and isinstance(_unwrapped(site["fn"]), Delta):
                 yield f'site "{name}" of the guide is a point (Delta), which has no density'
             if site["infer"].get("is_auxiliary") and not site["is_observed"]:  # pyro.factor is both
                 yield f'site "{name}" of the {where} is auxiliary'

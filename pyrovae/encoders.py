@@ -201,8 +201,8 @@ class GaussianMixture(Encoder):
         ValueError: when `num_components` is below 1.
 
     References:
-        Pathwise Derivatives for Multivariate Distributions, M. Jankowiak and T. Karaletsos, 2019,
-        https://arxiv.org/abs/1806.01856; Automatic Differentiation Variational Inference with Mixtures, W. Morningstar,
+        Implicit Reparameterization Gradients, M. Figurnov, S. Mohamed and A. Mnih, 2018,
+        https://arxiv.org/abs/1805.08498; Automatic Differentiation Variational Inference with Mixtures, W. Morningstar,
         S. Vikram, C. Ham, A. Gallagher and J. Dillon, 2021, https://arxiv.org/abs/2003.01687.
 
     >>> GaussianMixture(64, 3)(torch.zeros(5, 64)).rsample().shape
@@ -228,10 +228,9 @@ class GaussianMixture(Encoder):
         k = self.num_components
         params = self.parameters_of(x, context)
         loc, raw = params[..., k:].unflatten(-1, (2, k, self.latent_dim)).unbind(-3)
-        q = latents.MixtureOfDiagNormals(loc, positive(raw), params[..., :k])
-        if self.stratified:
-            q.categorical = latents.StratifiedCategorical(logits=params[..., :k])
-        return q
+        categorical = latents.StratifiedCategorical if self.stratified else dist.Categorical
+        components = dist.Normal(loc, positive(raw)).to_event(1)
+        return latents.ReparameterizedMixture(categorical(logits=params[..., :k]), components)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_components={self.num_components}, stratified={self.stratified}"

@@ -130,8 +130,8 @@ def impute(
 
     A draw of :math:`x'` takes one :math:`z_k`, each with probability :math:`\bar w_k`, and then
     :math:`x' \sim p(x' \mid z_k)`. Where elements of x were not observed (masked), :math:`x'` is what the model puts in
-    their place; where they were, a reconstruction. Modules run in evaluation mode. Samples are worked through in chunks;
-    data are not, so hand over only as many as fit in memory.
+    their place; where they were, a reconstruction. Modules run in evaluation mode. Samples are worked through in
+    chunks; data are not, so hand over only as many as fit in memory.
 
     Args:
         model: a Pyro model, called with the same arguments as the guide.

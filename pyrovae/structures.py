@@ -22,7 +22,7 @@ from pyrovae.importance import Imputation, impute
 from pyrovae.likelihoods import Likelihood
 from pyrovae.nn import MLP, Network, apply, build
 from pyrovae.priors import Prior
-from pyrovae.vae import Registered, check_equal, check_length, takes_context
+from pyrovae.vae import Registered, check_context, check_equal, check_length, given, sample_prior, takes_context
 
 __all__ = ["ClassifierELBO", "HierarchicalVAE", "LadderVAE", "MissingDataVAE", "SemiSupervisedVAE"]
 
@@ -51,9 +51,9 @@ class _Hierarchy(Registered, ABC):
         self.register()
         self._check_context(context, x)
         with pyro.plate("data", len(x)):
-            z = pyro.sample(f"z{len(self.encoders)}", self.prior(_given(self.prior, context)))
+            z = pyro.sample(f"z{len(self.encoders)}", self.prior(given(self.prior, context)))
             for level, conditional in reversed(list(enumerate(self.conditionals, start=1))):
-                z = pyro.sample(f"z{level}", conditional(z, _given(conditional, context)))
+                z = pyro.sample(f"z{level}", conditional(z, given(conditional, context)))
             pyro.sample("x", self.decode(z, context), obs=x)
 
     def guide(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -65,7 +65,7 @@ class _Hierarchy(Registered, ABC):
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         r"""Returns :math:`p(x \mid z_1)` for the latents next to the data, of shape ``(*leading, latent_dim)``."""
-        return self.likelihood(z, _given(self.likelihood, context))
+        return self.likelihood(z, given(self.likelihood, context))
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None) -> Tensor:
@@ -78,9 +78,9 @@ class _Hierarchy(Registered, ABC):
         Returns:
             Shape ``(num_samples, *x_shape)``, or ``(num_samples, batch, *x_shape)`` with a context.
         """
-        z = _sample_prior(self.prior, num_samples, context)
+        z = sample_prior(self.prior, num_samples, context)
         for conditional in reversed(self.conditionals):
-            z = conditional(z, _given(conditional, context)).sample()
+            z = conditional(z, given(conditional, context)).sample()
         return self.decode(z, context).sample()
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ class _Hierarchy(Registered, ABC):
     def _check_context(self, context: Tensor | None, x: Tensor) -> None:
         networks = getattr(self, "networks", ())
         parts = [self.prior, *self.conditionals, self.likelihood, *self.encoders]
-        _check_context(context, x, any(map(takes_context, parts)) or any(map(_network_takes_context, networks)))
+        check_context(context, x, any(map(takes_context, parts)) or any(map(_network_takes_context, networks)))
 
 
 class HierarchicalVAE(_Hierarchy):
@@ -153,7 +153,7 @@ class HierarchicalVAE(_Hierarchy):
     def _infer(self, x: Tensor, context: Tensor | None) -> Tensor:
         z = first = None
         for level, encoder in enumerate(self.encoders, start=1):
-            z = pyro.sample(f"z{level}", encoder(x if z is None else z, _given(encoder, context)))
+            z = pyro.sample(f"z{level}", encoder(x if z is None else z, given(encoder, context)))
             first = z if first is None else first
         return first
 
@@ -165,8 +165,8 @@ class LadderVAE(_Hierarchy):
         q(z \mid x) = \mathrm{encoder}_L(d_L) \prod_{l=1}^{L-1} q(z_l \mid z_{l+1}, x), \qquad
         q(z_l \mid z_{l+1}, x) \propto \mathrm{encoder}_l(d_l)\, p(z_l \mid z_{l+1})
 
-    The model is that of :class:`HierarchicalVAE`. Below the top the posterior is the normalised product of what the data
-    say and what the level above says, both diagonal normals, so that precisions add up.
+    The model is that of :class:`HierarchicalVAE`. Below the top the posterior is the normalised product of what the
+    data say and what the level above says, both diagonal normals, so that precisions add up.
 
     Args:
         prior: ``prior(context)`` returns :math:`p(z_L)`.
@@ -217,10 +217,10 @@ class LadderVAE(_Hierarchy):
         d, said_by_data = x, []
         for network, encoder in zip(self.networks, self.encoders, strict=True):
             d = network(d, context) if context is not None and _network_takes_context(network) else network(d)
-            said_by_data.append(encoder(d, _given(encoder, context)))
+            said_by_data.append(encoder(d, given(encoder, context)))
         z = pyro.sample(f"z{len(said_by_data)}", said_by_data[-1])
         for level, conditional in reversed(list(enumerate(self.conditionals, start=1))):
-            said_from_above = conditional(z, _given(conditional, context))
+            said_from_above = conditional(z, given(conditional, context))
             z = pyro.sample(f"z{level}", _product(level, said_by_data[level - 1], said_from_above))
         return z
 
@@ -247,16 +247,17 @@ class MissingDataVAE(Registered):
     .. math:: p(x_{\mathrm{obs}}, z) = p(z) \prod_{d\,:\,m_d = 1} p(x_d \mid z), \qquad
         q(z \mid x_{\mathrm{obs}}) = \mathrm{encoder}(m \odot x,\, m)
 
-    ``vae.model`` and ``vae.guide`` take ``(x, mask, context=None)``. What x holds where the mask is False has no part in
-    anything; :func:`pyrovae.data.split_missing` makes a pair of data with NaN in the holes, which is what
-    :func:`pyrovae.fit` and :func:`pyrovae.log_marginal` take. The latter gives the log-density of the observed elements.
+    ``vae.model`` and ``vae.guide`` take ``(x, mask, context=None)``. What x holds where the mask is False has no part
+    in anything; :func:`pyrovae.data.split_missing` makes a pair of data with NaN in the holes, which is what
+    :func:`pyrovae.fit` and :func:`pyrovae.log_marginal` take. The latter gives the log-density of the observed
+    elements.
 
     Args:
         prior: ``prior(context)`` returns :math:`p(z)`.
         likelihood: ``likelihood(z, context)`` returns :math:`p(x \mid z)`, elements independent given z.
-        encoder: ``encoder(x, context)`` returns a distribution of z, for an x of shape ``(batch, 2, *x_shape)``: the data
-            with zeros in the holes, and the mask. One built for ``(2 * channels, height, width)``, or generally a shape
-            twice as long in the first dimension, gets both one after the other in that dimension.
+        encoder: ``encoder(x, context)`` returns a distribution of z, for an x of shape ``(batch, 2, *x_shape)``: the
+            data with zeros in the holes, and the mask. One built for ``(2 * channels, height, width)``, or generally a
+            shape twice as long in the first dimension, gets both one after the other in that dimension.
 
     Raises:
         ValueError: when the parts state different latent dimensions or spaces, or the encoder was built for another
@@ -291,7 +292,7 @@ class MissingDataVAE(Registered):
         self._check_context(context, x)
         x, mask = _fill(x, mask)
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self.prior(_given(self.prior, context)))
+            z = pyro.sample("z", self.prior(given(self.prior, context)))
             pyro.sample("x", mask_elements(self.decode(z, context), mask), obs=x)
 
     def guide(self, x: Tensor, mask: Tensor, context: Tensor | None = None) -> None:
@@ -306,11 +307,11 @@ class MissingDataVAE(Registered):
         x, mask = _fill(x, mask)
         both = torch.stack([x, mask.to(x.dtype)], dim=1)
         both = both.reshape(len(x), *getattr(self.encoder, "x_shape", both.shape[1:]))
-        return self.encoder(both, _given(self.encoder, context))
+        return self.encoder(both, given(self.encoder, context))
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         r"""Returns :math:`p(x \mid z)`, of complete data, for z of shape ``(*leading, latent_dim)``."""
-        return self.likelihood(z, _given(self.likelihood, context))
+        return self.likelihood(z, given(self.likelihood, context))
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None) -> Tensor:
@@ -323,7 +324,7 @@ class MissingDataVAE(Registered):
         Returns:
             Shape ``(num_samples, *x_shape)``, or ``(num_samples, batch, *x_shape)`` with a context.
         """
-        return self.decode(_sample_prior(self.prior, num_samples, context), context).sample()
+        return self.decode(sample_prior(self.prior, num_samples, context), context).sample()
 
     def impute(
         self,
@@ -351,7 +352,7 @@ class MissingDataVAE(Registered):
         return found._replace(mean=torch.where(mask, x, found.mean), draws=torch.where(mask, x, found.draws))
 
     def _check_context(self, context: Tensor | None, x: Tensor) -> None:
-        _check_context(context, x, any(map(takes_context, (self.prior, self.likelihood, self.encoder))))
+        check_context(context, x, any(map(takes_context, (self.prior, self.likelihood, self.encoder))))
 
 
 def _fill(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -376,18 +377,19 @@ class SemiSupervisedVAE(Registered):
 
     .. math:: p(x, y, z) = p(y)\, p(z)\, p(x \mid y, z), \qquad q(y, z \mid x) = q(y \mid x)\, q(z \mid x, y)
 
-    ``vae.model`` and ``vae.guide`` take ``(x, y=None)``, y of shape ``(batch,)``: a class from 0 to ``num_classes - 1``,
-    or -1 where it is not known. ``log_marginal(vae.model, vae.guide, x, y)`` estimates log p(x, y) where y is known and
-    log p(x) where it is not. Train with :class:`ClassifierELBO`, or Pyro's ``TraceEnum_ELBO(max_plate_nesting=1)``: they
-    sum over the classes, where other losses draw one, with gradients of a large variance.
+    ``vae.model`` and ``vae.guide`` take ``(x, y=None)``, y of shape ``(batch,)``: a class from 0 to ``num_classes -
+    1``, or -1 where it is not known. ``log_marginal(vae.model, vae.guide, x, y)`` estimates log p(x, y) where y is
+    known and log p(x) where it is not. Train with :class:`ClassifierELBO`, or Pyro's
+    ``TraceEnum_ELBO(max_plate_nesting=1)``: they sum over the classes, where other losses draw one, with gradients of a
+    large variance.
 
-    The class at site "y" is latent for all data. Where it is known, the guide draws "y" from p(y), as the model does, so
-    that it adds nothing, what is drawn is not used, and the known class is observed at the site "label".
+    The class at site "y" is latent for all data. Where it is known, the guide draws "y" from p(y), as the model does,
+    so that it adds nothing, what is drawn is not used, and the known class is observed at the site "label".
 
     Args:
         prior: ``prior(context)`` returns :math:`p(z)`, or with ``context_dim=num_classes`` :math:`p(z \mid y)`.
-        likelihood: ``likelihood(z, context)`` returns :math:`p(x \mid y, z)`; built with ``context_dim=num_classes``, for
-            the context is the class as a vector of zeros and a one.
+        likelihood: ``likelihood(z, context)`` returns :math:`p(x \mid y, z)`; built with ``context_dim=num_classes``,
+            for the context is the class as a vector of zeros and a one.
         encoder: ``encoder(x, context)`` returns :math:`q(z \mid x, y)`, or without ``context_dim`` :math:`q(z \mid x)`.
         classifier: the network of q(y | x), a module that returns one logit a class, or a callable that builds one from
             ``(x_shape, num_classes)``.
@@ -395,8 +397,8 @@ class SemiSupervisedVAE(Registered):
         class_probs: :math:`p(y)`, one positive number a class that sum to one; all the same unless given.
 
     Raises:
-        ValueError: when the parts state different sizes or spaces, or neither prior nor likelihood takes the class; when
-            a class is out of range, or y has not one class a datum.
+        ValueError: when the parts state different sizes or spaces, or neither prior nor likelihood takes the class;
+            when a class is out of range, or y has not one class a datum.
 
     References:
         Semi-supervised Learning with Deep Generative Models, D. P. Kingma, D. J. Rezende, S. Mohamed and M. Welling,
@@ -456,8 +458,8 @@ class SemiSupervisedVAE(Registered):
             with poutine.mask(mask=known):
                 pyro.sample("label", dist.Categorical(self.class_probs), obs=y)
             context = self._context(torch.where(known, y, drawn))
-            z = pyro.sample("z", self.prior(_given(self.prior, context)))
-            pyro.sample("x", self.likelihood(z, _given(self.likelihood, context)), obs=x)
+            z = pyro.sample("z", self.prior(given(self.prior, context)))
+            pyro.sample("x", self.likelihood(z, given(self.likelihood, context)), obs=x)
 
     def guide(self, x: Tensor, y: Tensor | None = None) -> None:
         """The classifier where the class is not known, and the amortised posterior of the latents."""
@@ -467,7 +469,7 @@ class SemiSupervisedVAE(Registered):
             logits = torch.where(known.unsqueeze(-1), self.class_probs.log(), self.classify(x).logits)
             drawn = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
             context = self._context(torch.where(known, y, drawn))
-            pyro.sample("z", self.encoder(x, _given(self.encoder, context)))
+            pyro.sample("z", self.encoder(x, given(self.encoder, context)))
 
     def classify(self, x: Tensor) -> dist.Categorical:
         r"""Returns :math:`q(y \mid x)`, with ``batch_shape == (batch,)``."""
@@ -504,8 +506,8 @@ class SemiSupervisedVAE(Registered):
             known, y = self._classes(y, y)
             drawn = torch.where(known, y, dist.Categorical(self.class_probs).sample((num_samples, len(y))))
         context = self._context(drawn)
-        prior = self.prior(_given(self.prior, context)).expand(drawn.shape)
-        return self.likelihood(prior.sample(), _given(self.likelihood, context)).sample()
+        prior = self.prior(given(self.prior, context)).expand(drawn.shape)
+        return self.likelihood(prior.sample(), given(self.likelihood, context)).sample()
 
     def _classes(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns which classes are known, and the classes, zero where they are not; both of shape ``(batch,)``."""
@@ -536,8 +538,8 @@ class ClassifierELBO(TraceEnum_ELBO):
 
     Args:
         classify: ``vae.classify``; ``classify(x)`` returns the Categorical distribution q(y | x).
-        weight: :math:`\alpha`, nats of loss a nat of cross entropy, at least 0. The paper takes a tenth of the number of
-            all data over the number of those with a class.
+        weight: :math:`\alpha`, nats of loss a nat of cross entropy, at least 0. The paper takes a tenth of the number
+            of all data over the number of those with a class.
         **kwargs: arguments of ``pyro.infer.TraceEnum_ELBO``.
 
     Raises:
@@ -584,29 +586,8 @@ class ClassifierELBO(TraceEnum_ELBO):
         return self.weight * cross_entropy(self.classify(x).logits, y.long(), ignore_index=-1, reduction="sum")
 
 
-def _given(part: nn.Module, context: Tensor | None) -> Tensor | None:
-    """Returns the context for a part that was built for one, None for the others."""
-    return context if takes_context(part) else None
-
-
 def _network_takes_context(network: nn.Module) -> bool:
     return getattr(network, "context_dim", 0) > 0  # other than a part, any module will do, and takes one input
-
-
-def _check_context(context: Tensor | None, x: Tensor, taken: bool) -> None:
-    check_length("context", context, x)
-    if context is not None and not taken:
-        raise ValueError(
-            f"a context of shape {tuple(context.shape)} was given, but no part takes one. Build the likelihood, say, with "
-            f"context_dim={context.shape[-1] if context.dim() else 1}."
-        )
-
-
-def _sample_prior(prior: nn.Module, num_samples: int, context: Tensor | None) -> Tensor:
-    p = prior(_given(prior, context))
-    if context is not None:  # a prior may ignore its context; draw for each of its rows all the same
-        p = p.expand(context.shape[:1])
-    return p.sample((num_samples,))
 
 
 def _check_count(name: str, parts: Sequence[nn.Module], count: int, levels: int) -> None:

@@ -97,9 +97,7 @@ CASES = [
     Case("StudentT", "prior", priors.StudentT, lambda: priors.StudentT(Z)),
     Case("StudentT-context", "prior", priors.StudentT, lambda: priors.StudentT(Z, 3.0, SMALL, C), C),
     Case("GaussianMixture", "prior", priors.GaussianMixture, lambda: priors.GaussianMixture(Z, 3)),
-    Case(
-        "GaussianMixture-context", "prior", priors.GaussianMixture, lambda: priors.GaussianMixture(Z, 3, SMALL, C), C
-    ),
+    Case("GaussianMixture-context", "prior", priors.GaussianMixture, lambda: priors.GaussianMixture(Z, 3, SMALL, C), C),
     Case(
         "FullRankGaussianMixture", "prior", priors.FullRankGaussianMixture, lambda: priors.FullRankGaussianMixture(Z, 3)
     ),
@@ -135,13 +133,19 @@ CASES = [
     Case("FlowPrior", "prior", priors.FlowPrior, lambda: priors.FlowPrior(Z, small_flow), **KINKS),
     Case("FlowPrior-context", "prior", priors.FlowPrior, lambda: priors.FlowPrior(Z, small_flow, C), C, **KINKS),
     Case("HypersphericalUniform", "prior", priors.HypersphericalUniform, lambda: priors.HypersphericalUniform(3)),
-    Case("HypersphericalUniform-circle", "prior", priors.HypersphericalUniform, lambda: priors.HypersphericalUniform(2)),
+    Case(
+        "HypersphericalUniform-circle", "prior", priors.HypersphericalUniform, lambda: priors.HypersphericalUniform(2)
+    ),
     Case("Categorical", "prior", priors.Categorical, lambda: priors.Categorical(2, 3)),
     Case("Categorical-context", "prior", priors.Categorical, lambda: priors.Categorical(2, 3, SMALL, C), C),
     Case("OneHotCategorical", "prior", priors.OneHotCategorical, lambda: priors.OneHotCategorical(6, 3)),
     Case("OneHotCategorical-one", "prior", priors.OneHotCategorical, lambda: priors.OneHotCategorical(3)),
     Case(
-        "OneHotCategorical-context", "prior", priors.OneHotCategorical, lambda: priors.OneHotCategorical(6, 3, SMALL, C), C
+        "OneHotCategorical-context",
+        "prior",
+        priors.OneHotCategorical,
+        lambda: priors.OneHotCategorical(6, 3, SMALL, C),
+        C,
     ),
     Case("Relaxed", "prior", priors.RelaxedOneHotCategorical, lambda: priors.RelaxedOneHotCategorical(3)),
     Case("Relaxed-blocks", "prior", priors.RelaxedOneHotCategorical, lambda: priors.RelaxedOneHotCategorical(4, 2)),
@@ -166,7 +170,7 @@ CASES = [
         accuracy=1e-3,
     ),
     Case("GaussianProcess", "prior", priors.GaussianProcess, lambda: priors.GaussianProcess(2, 2)),
-    Case("GaussianProcess-times", "prior", priors.GaussianProcess, lambda: priors.GaussianProcess(2, 2), 2),
+    Case("GaussianProcess-times", "prior", priors.GaussianProcess, lambda: priors.GaussianProcess(2, 2, noise=0.3), 2),
     Case("Bernoulli-vector", "likelihood", Bernoulli, lambda z=Z, network=SMALL: Bernoulli(z, 4, network)),
     Case("Bernoulli-image", "likelihood", Bernoulli, lambda: Bernoulli(Z, (1, 2, 2), DECONV)),
     Case("Bernoulli-context", "likelihood", Bernoulli, lambda: Bernoulli(Z, 4, SMALL, context_dim=C), C),
@@ -315,6 +319,13 @@ CASES = [
         space=lambda p: product(LEVELS, LEVELS),
     ),
     Case(
+        "DiscretizedLogistic-256",
+        "likelihood",
+        likelihoods.DiscretizedLogistic,
+        lambda: likelihoods.DiscretizedLogistic(Z, 1, SMALL),
+        space=lambda p: product(enumeration(torch.arange(256) / 255)),
+    ),
+    Case(
         "DiscretizedLogisticMixture",
         "likelihood",
         likelihoods.DiscretizedLogisticMixture,
@@ -402,7 +413,12 @@ CASES = [
         C,
         **KINKS,
     ),
-    Case("VonMisesFisher", "encoder", encoders.VonMisesFisher, lambda x_shape=4: encoders.VonMisesFisher(x_shape, 3, SMALL)),
+    Case(
+        "VonMisesFisher",
+        "encoder",
+        encoders.VonMisesFisher,
+        lambda x_shape=4: encoders.VonMisesFisher(x_shape, 3, SMALL),
+    ),
     Case("VonMisesFisher-circle", "encoder", encoders.VonMisesFisher, lambda: encoders.VonMisesFisher(4, 2, SMALL)),
     Case(
         "VonMisesFisher-context",
@@ -470,7 +486,9 @@ CASES = [
         C,
     ),
     Case("Delta", "encoder", encoders.Delta, lambda x_shape=4: encoders.Delta(x_shape, Z, SMALL), density=False),
-    Case("Delta-context", "encoder", encoders.Delta, lambda: encoders.Delta(4, Z, SMALL, context_dim=C), C, density=False),
+    Case(
+        "Delta-context", "encoder", encoders.Delta, lambda: encoders.Delta(4, Z, SMALL, context_dim=C), C, density=False
+    ),
     Case("MLP-vector", "network", MLP, lambda: MLP(4, 3)),
     Case("MLP-image", "network", MLP, lambda: MLP((1, 7, 5), (2, 3), hidden=(8, 8), activation=nn.SiLU)),
     Case("MLP-affine", "network", MLP, lambda: MLP(4, 3, hidden=())),

@@ -112,7 +112,9 @@ def space_of(p: dist.TorchDistribution, step: float = 1 / 16) -> Space:
     if isinstance(support, constraints._Boolean):
         factors = [enumeration(torch.arange(2))] * size
     elif isinstance(support, constraints._IntegerInterval):
-        bounds = (torch.as_tensor(b).expand(shape).flatten().tolist() for b in (support.lower_bound, support.upper_bound))
+        bounds = (
+            torch.as_tensor(b).expand(shape).flatten().tolist() for b in (support.lower_bound, support.upper_bound)
+        )
         factors = [enumeration(torch.arange(low, high + 1)) for low, high in zip(*bounds, strict=True)]
     elif isinstance(support, constraints._IntegerGreaterThan):
         # 60 standard deviations on, a tail that falls like a geometric one has less than rounding left.
@@ -160,7 +162,10 @@ def agreement(x: Tensor, space: Space, probabilities: Tensor) -> float:
     first, rest = x[:1000].flatten(1).double(), x[1000:].flatten(1).double()
     # Cosines of directions in which each coordinate, centred and scaled by the first samples, is drawn into (-pi/2, pi/2).
     center, scale = first.median(0).values, (first.quantile(0.8, 0) - first.quantile(0.2, 0)).maximum(first.std(0) / 4)
-    directions, phases = 2 * torch.randn(first.shape[1], 16, dtype=torch.float64), 7 * torch.rand(16, dtype=torch.float64)
+    directions, phases = (
+        2 * torch.randn(first.shape[1], 16, dtype=torch.float64),
+        7 * torch.rand(16, dtype=torch.float64),
+    )
 
     def functions(points: Tensor) -> Tensor:
         return (((points - center) / (scale + 1e-9)).atan() @ directions + phases).cos()

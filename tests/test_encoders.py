@@ -15,7 +15,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from pyrovae import VAE, encoders, likelihoods, log_marginal, log_weights, priors
-from pyrovae.latents import LogisticNormal, MixtureOfDiagNormals, StratifiedCategorical, VonMisesFisher, log_0f1
+from pyrovae.latents import LogisticNormal, ReparameterizedMixture, StratifiedCategorical, VonMisesFisher, log_0f1
 
 EPS = torch.finfo(torch.float64).eps
 FAILURE_RATE = 1e-4  # of each statistical test here, with another seed
@@ -47,7 +47,7 @@ def test_von_mises_fisher_in_three_dimensions_is_the_closed_form():
     log_sinh = kappa + torch.log1p(-(-2 * kappa).exp()) - math.log(2)
     expected = kappa.unsqueeze(-1) * (loc * z).sum(-1) + (kappa.log() - log_sinh - math.log(4 * math.pi)).unsqueeze(-1)
     # Terms as large as kappa, and the asymptotic expansion's error.
-    assert ((log_prob - expected).abs() <= 20 * EPS * (1 + kappa.unsqueeze(-1)) + 1e-8).all()
+    assert ((log_prob - expected).abs() <= 20 * EPS * (1 + kappa.unsqueeze(-1)) + 2e-8).all()
 
 
 @pytest.mark.parametrize("m", [2, 3, 5, 20])
@@ -59,7 +59,7 @@ def test_von_mises_fisher_equals_scipys(m):
             continue
         log_prob = VonMisesFisher(loc, double(kappa)[0]).log_prob(z)
         # Scipy's own normaliser is off by as much as the logarithm of a Bessel function that is small.
-        assert (log_prob - torch.from_numpy(expected)).abs().max() <= 1e-8 + 100 * EPS * (1 + kappa)
+        assert (log_prob - torch.from_numpy(expected)).abs().max() <= 2e-8 + 100 * EPS * (1 + kappa)
 
 
 @pytest.mark.parametrize("m", [2, 3, 5, 20, 100])
@@ -71,14 +71,16 @@ def test_the_normaliser_is_a_bessel_function(m):
     log_bessel = log_0f1(b, KAPPAS) - math.lgamma(b) + (b - 1) * (KAPPAS / 2).log() - KAPPAS
     error = (log_bessel - bessel.log()).abs()[there]
     size = 1 + KAPPAS + (b - 1) * KAPPAS.log().abs() + math.lgamma(b)
-    assert (error <= 1e-8 + 50 * EPS * size[there]).all()
+    assert (error <= 2e-8 + 50 * EPS * size[there]).all()
 
 
 @pytest.mark.parametrize("m", [2, 3, 5, 20, 100])
 def test_the_normaliser_where_kappa_is_small(m):
     # 1 + kappa^2 / (2 m) + ..., and the next term is below kappa^4.
     kappa = double(0.0, 1e-20, 1e-4, 1e-3)
-    assert ((log_0f1(m / 2, kappa) - kappa.square() / (2 * m)).abs() <= kappa**4 + 4 * EPS).all()
+    assert (
+        (log_0f1(m / 2, kappa) - kappa.square() / (2 * m)).abs() <= kappa**4 + 4 * EPS * (1 + math.lgamma(m / 2))
+    ).all()
     at_zero = double(0.0).requires_grad_()
     log_0f1(m / 2, at_zero).sum().backward()
     assert at_zero.grad.abs().max() <= 1e-12
@@ -107,12 +109,10 @@ def test_heights_of_draws_have_the_moments_of_von_mises_fisher(m, kappa):
     height = z @ loc
     first = mean_height(m, double(kappa))[0].item() if kappa else 0.0
     second = 1 - (m - 1) * first / kappa if kappa else 1 / m
-    # A direction across the mean is as likely as its opposite.
-    across = z @ nn.functional.normalize(unit(m) - (unit(m) @ loc) * loc, dim=-1)
-    across = across - height * (z.new_tensor(0.0))
     assert_mean(torch.stack([height, height.square()], -1), double(first, second), FAILURE_RATE)
-    tangent = nn.functional.normalize(torch.eye(m, dtype=torch.float64)[0] - loc[0] * loc, dim=-1)
-    assert_mean(z @ tangent, double(0.0), FAILURE_RATE)
+    # A direction across the mean is as likely as its opposite.
+    across = nn.functional.normalize(torch.eye(m, dtype=torch.float64)[0] - loc[0] * loc, dim=-1)
+    assert_mean(z @ across, double(0.0), FAILURE_RATE)
 
 
 @pytest.mark.parametrize("kappa", [0.3, 5.0, 80.0, 2000.0])
@@ -288,14 +288,13 @@ def test_the_low_rank_normal_is_the_normal_with_that_covariance(rank):
         torch.testing.assert_close(q.log_prob(z), expected.log_prob(z), rtol=0, atol=1e5 * EPS)
 
 
-def mixture(n: int, stratified: bool = False) -> tuple[MixtureOfDiagNormals, list[Tensor]]:
+def mixture(n: int, stratified: bool = False) -> tuple[ReparameterizedMixture, list[Tensor]]:
     """Returns n copies of one mixture of three normals in two dimensions, and their parameters."""
     loc = double(-1.0, 0.5, 1.5, 1.0, 0.3, -2.0).view(3, 2).expand(n, 3, 2).clone().requires_grad_()
     scale = double(0.5, 1.0, 0.8, 0.3, 1.2, 0.6).view(3, 2).expand(n, 3, 2).clone().requires_grad_()
     logits = double(0.2, -0.5, 0.4).expand(n, 3).clone().requires_grad_()
-    q = MixtureOfDiagNormals(loc, scale, logits)
-    if stratified:
-        q.categorical = StratifiedCategorical(logits=logits)
+    categorical = StratifiedCategorical if stratified else dist.Categorical
+    q = ReparameterizedMixture(categorical(logits=logits), dist.Normal(loc, scale).to_event(1))
     return q, [logits, loc, scale]
 
 
@@ -364,14 +363,29 @@ def test_each_stratified_draw_alone_has_the_distribution():
         assert p_value > FAILURE_RATE / 3
 
 
-def test_mixtures_state_their_moments_and_densities():
-    q, _ = mixture(1)
-    components = torch.distributions.Independent(torch.distributions.Normal(q.locs, q.coord_scale), 1)
-    truth = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=q.component_logits), components)
-    z = 2 * torch.randn(20, 1, 2, dtype=torch.float64)
-    torch.testing.assert_close(q.log_prob(z), truth.log_prob(z), rtol=0, atol=1e3 * EPS)
-    torch.testing.assert_close(q.mean, truth.mean, rtol=0, atol=100 * EPS)
-    torch.testing.assert_close(q.variance, truth.variance, rtol=0, atol=100 * EPS)
+@torch.no_grad()
+def test_the_mixture_posterior_is_the_mixture_of_its_parameters():
+    encoder = encoders.GaussianMixture(4, 2, SMALL, num_components=3).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    q, params = encoder(x), encoder.network(x)
+    loc, raw = params[:, 3:].reshape(6, 2, 3, 2).unbind(1)
+    scale = nn.functional.softplus(raw + math.log(math.e - 1)) + 1e-6
+    z = 2 * torch.randn(20, 6, 2, dtype=torch.float64)
+    terms = dist.Normal(loc, scale).log_prob(z.unsqueeze(-2)).sum(-1) + params[:, :3].log_softmax(-1)
+    torch.testing.assert_close(q.log_prob(z), terms.logsumexp(-1), rtol=0, atol=1e3 * EPS)
+    weight = params[:, :3].softmax(-1).unsqueeze(-1)
+    torch.testing.assert_close(q.mean, (weight * loc).sum(1), rtol=0, atol=100 * EPS)
+    second = (weight * (loc.square() + scale.square())).sum(1)
+    torch.testing.assert_close(q.variance, second - q.mean.square(), rtol=0, atol=100 * EPS)
+
+
+def test_gradients_of_mixtures_far_apart_are_finite():
+    loc = (100 * torch.randn(20, 5, 8)).requires_grad_()
+    logits = torch.randn(20, 5, requires_grad=True)
+    scale = (1e-3 + torch.rand(20, 5, 8)).requires_grad_()
+    q = ReparameterizedMixture(dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1))
+    q.rsample((100,)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in (loc, scale, logits))
 
 
 # ---------------------------------------------------------------------------------------- the simplex and one-hot vectors
@@ -387,8 +401,7 @@ def test_the_logistic_normal_of_two_is_the_logit_normal():
 
 @torch.no_grad()
 def test_the_logistic_normal_treats_its_parts_alike():
-    # softmax of (y, 0) is that of (y - y_1, ...): with equal means and the covariance I + 1 1^T of such differences any
-    # order of the parts has the same density. Here: parts but the last may be swapped with their parameters.
+    # A stick-breaking one would not: its first part is drawn otherwise than its second.
     loc, scale = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5
     z = LogisticNormal(loc, scale).sample((20,))
     order = torch.tensor([2, 0, 1])
@@ -427,7 +440,6 @@ def test_a_straight_through_draw_scores_as_its_one_hot_vector():
     encoder = encoders.OneHotCategorical(4, 6, SMALL, num_classes=3)
     q = encoder(torch.randn(50, 4))
     z = q.rsample()
-    logits = encoder.network.layers  # noqa: F841
     log_prob = q.log_prob(z)
     expected = q.log_prob(z.detach().round())
     torch.testing.assert_close(log_prob, expected, rtol=0, atol=1e-5)
@@ -459,9 +471,10 @@ def test_the_relaxed_density_is_the_concrete_one(temperature):
 
 
 def test_low_temperatures_give_nearly_one_hot_vectors_with_finite_densities():
-    q = encoders.RelaxedOneHotCategorical(4, 3, SMALL, temperature=0.01)(torch.randn(500, 4))
+    q = encoders.RelaxedOneHotCategorical(4, 6, SMALL, num_classes=3, temperature=0.01)(torch.randn(5000, 4))
     z = q.rsample()
-    assert (z.amax(-1) > 0.99).float().mean() > 0.9
+    assert q.support.check(z).all()  # which leaves no more than some roundings of a sum
+    assert (z.unflatten(-1, (2, 3)).amax(-1) > 0.99).float().mean() > 0.9
     log_prob = q.log_prob(z)
     assert log_prob.isfinite().all()
     log_prob.sum().backward()
@@ -510,7 +523,10 @@ def test_a_point_is_where_the_network_says_and_has_no_density():
     z = encoder.network(x)
     expected = -(vae.prior().log_prob(z) + vae.likelihood(z).log_prob(x)).sum()
     torch.testing.assert_close(Trace_ELBO().differentiable_loss(vae.model, vae.guide, x), expected)
-    for refuse in (lambda: log_marginal(vae.model, vae.guide, x), lambda: log_weights(vae.model, vae.guide, x, num_samples=3)):
+    for refuse in (
+        lambda: log_marginal(vae.model, vae.guide, x),
+        lambda: log_weights(vae.model, vae.guide, x, num_samples=3),
+    ):
         with pytest.raises(ValueError, match='site "z" of the guide'):
             refuse()
 
@@ -540,7 +556,10 @@ def test_encoders_give_each_datum_its_own_distribution(case):
     [
         (lambda: encoders.LowRankNormal(4, 2, rank=0), "rank must be at least 1, got 0"),
         (lambda: encoders.GaussianMixture(4, 2, num_components=0), "num_components must be at least 1, got 0"),
-        (lambda: encoders.InverseAutoregressiveFlow(4, 2, num_transforms=0), "num_transforms must be at least 1, got 0"),
+        (
+            lambda: encoders.InverseAutoregressiveFlow(4, 2, num_transforms=0),
+            "num_transforms must be at least 1, got 0",
+        ),
         (lambda: encoders.NeuralSplineFlow(4, 2, num_features=0), "num_features must be at least 1, got 0"),
         (lambda: encoders.VonMisesFisher(4, 1), "latent_dim must be at least 2, a sphere's, got 1"),
         (lambda: encoders.LogisticNormal(4, 1), "latent_dim must be at least 2, a simplex's, got 1"),

@@ -417,7 +417,10 @@ def test_pseudo_inputs_stay_in_their_bounds_and_are_no_view_of_the_data():
     ("arguments", "match"),
     [
         ({"num_components": 0}, "num_components must be at least 1, got 0"),
-        ({"num_components": 5, "data": torch.rand(4, 4)}, r"data must have shape \(at least 5, \*\(4,\)\), got \(4, 4\)"),
+        (
+            {"num_components": 5, "data": torch.rand(4, 4)},
+            r"data must have shape \(at least 5, \*\(4,\)\), got \(4, 4\)",
+        ),
         ({"num_components": 5, "data": torch.rand(5, 3)}, r"data must have shape .* got \(5, 3\)"),
         ({"num_components": 5, "data": 2 + torch.rand(5, 4)}, r"data ranges from 2.* outside bounds=\(0.0, 1.0\)"),
         ({"num_components": 5, "bounds": (1.0, 1.0)}, "bounds must be a smaller and a larger number"),
@@ -498,9 +501,7 @@ def test_exemplars_with_all_neighbours_are_exact_and_with_fewer_bounded():
     torch.testing.assert_close(few, nearest, rtol=0, atol=1e5 * EPS)
     assert (few < terms.logsumexp(0) - math.log(30)).all()
     prior.num_neighbors = 30
-    torch.testing.assert_close(
-        prior().log_prob(z), terms.logsumexp(0) - math.log(30), rtol=0, atol=1e5 * EPS
-    )
+    torch.testing.assert_close(prior().log_prob(z), terms.logsumexp(0) - math.log(30), rtol=0, atol=1e5 * EPS)
     many = 0.3 * torch.randn(6, 5, 2, dtype=torch.float64)
     prior.num_neighbors = 2
     exact = terms_of(prior, many).logsumexp(0) - math.log(30)
@@ -554,7 +555,10 @@ def test_a_vae_with_exemplars_trains_on_its_numbered_data():
         (lambda q: priors.ExemplarPrior(q, torch.rand(12, 4), 0), "num_neighbors must be at least 1, got 0"),
         (lambda q: priors.ExemplarPrior(q, torch.rand(12, 4), scale=0.0), "scale must be positive and finite, got 0"),
         (lambda q: priors.ExemplarPrior(q, torch.rand(12, 4))(torch.tensor([12])), "from 0 to 11, got values from 12"),
-        (lambda q: priors.ExemplarPrior(q, torch.rand(12, 4))(torch.tensor([0.5])), "from 0 to 11, got values from 0.5"),
+        (
+            lambda q: priors.ExemplarPrior(q, torch.rand(12, 4))(torch.tensor([0.5])),
+            "from 0 to 11, got values from 0.5",
+        ),
         (lambda q: priors.ExemplarPrior(encoders.VonMisesFisher(4, 2), torch.rand(12, 4)), "mixture of normals"),
         (lambda q: priors.ExemplarPrior(encoders.NeuralSplineFlow(4, 2), torch.rand(12, 4)), "states no mean"),
         (lambda q: priors.ExemplarPrior(encoders.InverseAutoregressiveFlow(4, 2), torch.rand(12, 4)), "states no mean"),
@@ -594,7 +598,8 @@ def test_resampled_prior_is_the_closed_form(tries):
     given_up = (1 - normalizer) ** (tries - 1)
     z = torch.linspace(-4, 4, 33, dtype=torch.float64)
     expected = [
-        scipy.stats.norm.logpdf(v) + math.log(acceptance(v) / normalizer * (1 - given_up) + given_up) for v in z.tolist()
+        scipy.stats.norm.logpdf(v) + math.log(acceptance(v) / normalizer * (1 - given_up) + given_up)
+        for v in z.tolist()
     ]
     error = (prior().log_prob(z.unsqueeze(-1)) - torch.tensor(expected, dtype=torch.float64)).abs().max()
     # What is promised of Z: s / (128 Z), where the standard deviation of a is below a half.
