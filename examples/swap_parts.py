@@ -22,8 +22,8 @@ LATENT_DIM, X_SHAPE, LEVELS = 8, (1, 8, 8), 17
 
 
 def add_noise(x):
-    """Spreads level k of 0, ..., 16 evenly over the interval from k / 17 to (k + 1) / 17."""
-    return ((LEVELS - 1) * x + torch.rand_like(x)) / LEVELS
+    """Spreads level k of 0, ..., 16 evenly over the interval from k / 17 to (k + 1) / 17, its ends left out."""
+    return ((LEVELS - 1) * x + torch.rand_like(x).clamp(1e-5, 1 - 1e-5)) / LEVELS
 
 
 def main(args):
@@ -57,7 +57,7 @@ def main(args):
                 train.x,
                 transform=noise,
                 validation=validation.x,
-                patience=20,
+                patience=10,
                 epochs=args.epochs,
                 progress=False,
             )
@@ -74,7 +74,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--num-samples", type=int, default=1000, help="importance samples a datum")
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     args = parser.parse_args()

@@ -236,7 +236,34 @@ class GaussianMixture(Encoder):
         return f"{super().extra_repr()}, num_components={self.num_components}, stratified={self.stratified}"
 
 
-class InverseAutoregressiveFlow(Encoder):
+class _FlowEncoder(Encoder):
+    """A normal posterior bent by a flow that sees features of x."""
+
+    def __init__(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        network: Network = MLP,
+        num_transforms: int = 2,
+        num_features: int = 32,
+        context_dim: int = 0,
+    ):
+        for name, value in (("num_transforms", num_transforms), ("num_features", num_features)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        super().__init__(x_shape, latent_dim, network, context_dim, num_params=2 * latent_dim + num_features)
+        self.flow = self._flow(num_transforms, num_features)
+
+    @abstractmethod
+    def _flow(self, num_transforms: int, num_features: int) -> nn.Module:
+        """Returns zuko's flow of `latent_dim` numbers given `num_features`."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        d, params = self.latent_dim, self.parameters_of(x, context)
+        return latents.Flow(self.flow(params[..., 2 * d :]), params[..., :d], positive(params[..., d : 2 * d]))
+
+
+class InverseAutoregressiveFlow(_FlowEncoder):
     r"""A normal posterior bent by inverse autoregressive flows that see features of x.
 
     .. math:: z = \mu(x) + \sigma(x) \odot f(\epsilon; h(x)), \qquad \epsilon \sim \mathcal{N}(0, I)
@@ -264,33 +291,19 @@ class InverseAutoregressiveFlow(Encoder):
     torch.Size([5, 3])
     """
 
-    def __init__(
-        self,
-        x_shape: Shape,
-        latent_dim: int,
-        network: Network = MLP,
-        num_transforms: int = 2,
-        num_features: int = 32,
-        context_dim: int = 0,
-    ):
-        _check_flow(num_transforms, num_features)
-        super().__init__(x_shape, latent_dim, network, context_dim, num_params=2 * latent_dim + num_features)
-        zuko = latents.import_zuko()
-        forwards = torch.arange(latent_dim)
+    def _flow(self, num_transforms: int, num_features: int) -> nn.Module:
+        zuko, d = latents.import_zuko(), self.latent_dim
+        orders = [torch.arange(d), torch.arange(d).flip(0)]
         transforms = [
-            zuko.flows.MaskedAutoregressiveTransform(
-                latent_dim, num_features, order=forwards.flip(0) if i % 2 else forwards
-            ).inv
+            zuko.flows.MaskedAutoregressiveTransform(d, num_features, order=orders[i % 2]).inv
             for i in range(num_transforms)
         ]
-        self.flow = zuko.flows.Flow(transforms, _standard_base(zuko, latent_dim))
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
-        loc, raw, features = _split(self.parameters_of(x, context), self.latent_dim)
-        return latents.Flow(self.flow(features), loc, positive(raw))
+        normal = zuko.distributions.DiagNormal
+        base = zuko.lazy.UnconditionalDistribution(normal, torch.zeros(d), torch.ones(d), buffer=True)
+        return zuko.flows.Flow(transforms, base)
 
 
-class NeuralSplineFlow(Encoder):
+class NeuralSplineFlow(_FlowEncoder):
     r"""A normal posterior bent by neural spline flows that see features of x.
 
     .. math:: z = \mu(x) + \sigma(x) \odot f(\epsilon; h(x)), \qquad \epsilon \sim \mathcal{N}(0, I)
@@ -318,38 +331,9 @@ class NeuralSplineFlow(Encoder):
     torch.Size([5, 3])
     """
 
-    def __init__(
-        self,
-        x_shape: Shape,
-        latent_dim: int,
-        network: Network = MLP,
-        num_transforms: int = 2,
-        num_features: int = 32,
-        context_dim: int = 0,
-    ):
-        _check_flow(num_transforms, num_features)
-        super().__init__(x_shape, latent_dim, network, context_dim, num_params=2 * latent_dim + num_features)
+    def _flow(self, num_transforms: int, num_features: int) -> nn.Module:
         flows = latents.import_zuko().flows
-        self.flow = flows.NSF(latent_dim, num_features, transforms=num_transforms, passes=2)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
-        loc, raw, features = _split(self.parameters_of(x, context), self.latent_dim)
-        return latents.Flow(self.flow(features), loc, positive(raw))
-
-
-def _check_flow(num_transforms: int, num_features: int) -> None:
-    for name, value in (("num_transforms", num_transforms), ("num_features", num_features)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-
-
-def _split(params: Tensor, latent_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    return params[..., :latent_dim], params[..., latent_dim : 2 * latent_dim], params[..., 2 * latent_dim :]
-
-
-def _standard_base(zuko, latent_dim: int) -> nn.Module:
-    zeros, ones = torch.zeros(latent_dim), torch.ones(latent_dim)
-    return zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, zeros, ones, buffer=True)
+        return flows.NSF(self.latent_dim, num_features, transforms=num_transforms, passes=2)
 
 
 class VonMisesFisher(Encoder):

@@ -50,8 +50,6 @@ class Case(NamedTuple):
         accuracy: how far from one the sum over that space may then be.
         density: False for a distribution that has none (a point mass), which is then only drawn from.
         space: what space its distribution has, where that cannot be told from the support.
-        without_gradient: names of trainable parameters that ``log_prob`` does not depend on.
-        without_path: names of trainable parameters that no ``rsample`` depends on.
     """
 
     name: str
@@ -63,8 +61,6 @@ class Case(NamedTuple):
     accuracy: float = 1e-6
     density: bool = True
     space: Callable[[TorchDistribution], Space] | None = None
-    without_gradient: tuple[str, ...] = ()
-    without_path: tuple[str, ...] = ()
 
 
 Z, C = 2, 3  # width of the latents and of contexts

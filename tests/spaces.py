@@ -1,8 +1,8 @@
 """The spaces that distributions live on: points and weights that turn an integral or a sum over all of one into a sum.
 
 :func:`space_of` finds the space of a distribution from its support. Continuous spaces are integrated by the
-double-exponential rules of Takahasi and Mori (Double Exponential Formulas for Numerical Integration, 1974), which converge
-to rounding for functions that are smooth inside the space, whatever they do at its edges.
+double-exponential rules of H. Takahasi and M. Mori (Double Exponential Formulas for Numerical Integration, 1974). They
+converge to rounding for functions that are smooth inside the space, whatever they do at its edges.
 """
 
 import itertools
@@ -160,7 +160,7 @@ def agreement(x: Tensor, space: Space, probabilities: Tensor) -> float:
     covariance, and follows a chi-square distribution.
     """
     first, rest = x[:1000].flatten(1).double(), x[1000:].flatten(1).double()
-    # Cosines of directions in which each coordinate, centred and scaled by the first samples, is drawn into (-pi/2, pi/2).
+    # Cosines along directions, after each coordinate was centred and scaled by the first samples and drawn into +-pi/2.
     center, scale = first.median(0).values, (first.quantile(0.8, 0) - first.quantile(0.2, 0)).maximum(first.std(0) / 4)
     directions, phases = (
         2 * torch.randn(first.shape[1], 16, dtype=torch.float64),

@@ -388,7 +388,7 @@ def test_gradients_of_mixtures_far_apart_are_finite():
     assert all(p.grad.isfinite().all() for p in (loc, scale, logits))
 
 
-# ---------------------------------------------------------------------------------------- the simplex and one-hot vectors
+# -------------------------------------------------------------------------------------- the simplex and one-hot vectors
 
 
 def test_the_logistic_normal_of_two_is_the_logit_normal():
