@@ -162,7 +162,8 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
         )
     if isinstance(base, Blocks):
         for block, x, here in base.split(value):
-            check_observed(name, block, x, f", columns {here.start} to {here.stop - 1}")
+            last = here.stop - 1
+            check_observed(name, block, x, f", column{f's {here.start} to' if here.start < last else ''} {last}")
         return
     try:
         inside = fn.support.check(value)
@@ -174,7 +175,7 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
     low, high = observed.min().item(), observed.max().item()
     first = int((~inside).nonzero()[:, -1].min()) if inside.dim() else 0  # the data are the last dimension
     raise ValueError(
-        f'The data at site "{name}"{columns} is outside the support of {kind}, {base.support}: it ranges from {low:g} '
+        f'The data at site "{name}"{columns} is outside the support of {kind}, {_innermost(base.support)}: it ranges from {low:g} '
         f"to {high:g}, and the first datum outside is number {first} of the batch. {_mending(base.support)}"
     )
 
@@ -185,10 +186,15 @@ def _unwrapped(fn: Any) -> Any:
     return fn
 
 
-def _mending(support: constraints.Constraint) -> str:
-    """Says how to bring data into a support."""
+def _innermost(support: constraints.Constraint) -> constraints.Constraint:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
+    return support
+
+
+def _mending(support: constraints.Constraint) -> str:
+    """Says how to bring data into a support."""
+    support = _innermost(support)
     if support is constraints.boolean:
         return (
             "Binarise grey values: anew for each batch with fit(..., transform=pyrovae.data.dynamic_binarization), "

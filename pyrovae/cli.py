@@ -143,7 +143,8 @@ def train(
     estimate = log_marginal(vae.model, vae.guide, test, num_samples=num_samples)
     result = {"split": "test", **_summary(estimate)}
     beside = ""
-    if _is_comparable(vae, splits.test.x):
+    # The baseline is a probability of binary data, a density of other.
+    if _kinds(vae) == {bool(((splits.test.x == 0) | (splits.test.x == 1)).all())}:
         name, baseline = independent_baseline(splits.train.x, splits.test.x)
         result["baseline"] = baseline.mean().item()
         beside = f"\n{name}: {result['baseline']:.3f} nats a datum (baseline)"
@@ -193,8 +194,9 @@ def evaluate(
         columns = torch.stack([torch.arange(len(x)), *(getattr(estimate, name).cpu() for name in names)], dim=1)
         np.savetxt(out, columns, delimiter=",", fmt=["%d"] + ["%.9g"] * 4, comments="", header=",".join(("datum", *names)))
         print(f"per datum: {out}")
-    bits = bits_per_dim(estimate.value, x.shape[1:]).mean().item()
-    print(f"{split}: {estimate}\n{bits:.4f} bits per dimension, of {x[0].numel():,}")
+    print(f"{split}: {estimate}")
+    if _kinds(vae) == {True}:
+        print(f"{bits_per_dim(estimate.value, x.shape[1:]).mean().item():.4f} bits per dimension, of {x[0].numel():,}")
 
 
 def sample(
@@ -286,8 +288,8 @@ def main(argv: list[str] | None = None) -> None:
         if command == "train":
             arguments["config"] = _config(settings.train)
         COMMANDS[command](**arguments)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        sys.exit(f"pyrovae: error: {error}")
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+        sys.exit(f"pyrovae: error: {str(error).partition('Trace Shapes:')[0].rstrip()}")  # Pyro adds a long table
     except KeyboardInterrupt:
         sys.exit("\npyrovae: interrupted. A training run goes on where it was with --resume.")
 
@@ -428,11 +430,10 @@ def _write_metrics(path: Path, records: list[dict], append: bool) -> None:
 
 
 @torch.no_grad()
-def _is_comparable(vae: VAE, x: Tensor) -> bool:
-    """Whether p(x) is what the baseline's is: a probability of binary data, a density of other."""
+def _kinds(vae: VAE) -> set[bool]:
+    """Returns whether the dimensions of the data are discrete, both values where some are."""
     p = vae.decode(vae.prior().sample((1,)))
-    kinds = {block.support.is_discrete for block in (p.blocks if isinstance(p, Blocks) else [p])}
-    return kinds == {bool(((x == 0) | (x == 1)).all())}
+    return {block.support.is_discrete for block in (p.blocks if isinstance(p, Blocks) else [p])}
 
 
 _MEANS = "means of p(x | z), z from the prior"

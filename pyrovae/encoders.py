@@ -341,6 +341,9 @@ class VonMisesFisher(Encoder):
 
     .. math:: q(z \mid x) \propto \exp(\kappa(x)\, \mu(x)^\top z), \qquad \lVert z \rVert = \lVert \mu \rVert = 1
 
+    The concentration starts near twice the dimension. On a sphere of many dimensions one near 1 is next to uniform, and
+    an encoder that starts there tells the decoder nothing and stays.
+
     Args:
         x_shape: shape of one datum.
         latent_dim: dimension of the space that the sphere is in, at least 2.
@@ -367,7 +370,8 @@ class VonMisesFisher(Encoder):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         params = self.parameters_of(x, context)
-        return latents.VonMisesFisher(normalize(params[..., :-1], dim=-1), positive(params[..., -1]))
+        concentration = 2 * self.latent_dim * positive(params[..., -1])
+        return latents.VonMisesFisher(normalize(params[..., :-1], dim=-1), concentration)
 
 
 class Categorical(Encoder):

@@ -82,7 +82,10 @@ def _check_shape(network: nn.Module, x: Tensor, in_shape: tuple[int, ...]) -> No
 def _check_input(network: nn.Module, x: Tensor, in_shape: tuple[int, ...]) -> None:
     _check_shape(network, x, in_shape)
     if not x.is_floating_point():
-        raise TypeError(f"{type(network).__name__} takes floating-point inputs, got {x.dtype}. Convert with .float().")
+        raise TypeError(
+            f"{type(network).__name__} takes floating-point inputs, got {x.dtype}. Convert numbers with .float(); give classes "
+            "to a network that reads them, nn.OneHotInput."
+        )
 
 
 def _with_context(network: nn.Module, h: Tensor, context: Tensor | None, context_dim: int) -> Tensor:

@@ -22,7 +22,7 @@ from pyrovae.importance import Imputation, impute
 from pyrovae.likelihoods import Likelihood
 from pyrovae.nn import MLP, Network, apply, build
 from pyrovae.priors import Prior
-from pyrovae.vae import Registered, check_context, check_equal, check_length, given, sample_prior, takes_context
+from pyrovae.vae import Registered, check_context, check_contexts, check_equal, check_length, given, sample_prior, takes_context
 
 __all__ = ["ClassifierELBO", "HierarchicalVAE", "LadderVAE", "MissingDataVAE", "SemiSupervisedVAE"]
 
@@ -278,6 +278,7 @@ class MissingDataVAE(Registered):
         super().__init__()
         check_equal("latent_dim", prior=prior, likelihood=likelihood, encoder=encoder)
         check_equal("support", prior=prior, encoder=encoder)
+        check_contexts(prior=prior, likelihood=likelihood, encoder=encoder)
         x_shape, stated = getattr(likelihood, "x_shape", None), getattr(encoder, "x_shape", None)
         if x_shape and stated and tuple(stated) not in ((2, *x_shape), (2 * x_shape[0], *x_shape[1:])):
             raise ValueError(
@@ -538,8 +539,9 @@ class ClassifierELBO(TraceEnum_ELBO):
 
     Args:
         classify: ``vae.classify``; ``classify(x)`` returns the Categorical distribution q(y | x).
-        weight: :math:`\alpha`, nats of loss a nat of cross entropy, at least 0. The paper takes a tenth of the number
-            of all data over the number of those with a class.
+        weight: :math:`\alpha`, nats of loss a nat of cross entropy, at least 0. Choose it by validation: with few
+            labels the best may be hundreds (the digits of ``examples/semi_supervised.py`` take 300). The paper takes a
+            tenth of the number of all data over the number of those with a class.
         **kwargs: arguments of ``pyro.infer.TraceEnum_ELBO``.
 
     Raises:

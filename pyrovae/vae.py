@@ -50,8 +50,9 @@ class VAE(Registered):
         encoder: ``encoder(x, context)`` returns :math:`q(z \mid x)`, events of shape ``(latent_dim,)``.
 
     Raises:
-        ValueError: when the parts state different latent dimensions, latent spaces or data shapes; when a context is
-            given that no part takes, or that has not one row a datum.
+        TypeError: when a part is no module, but a class for example.
+        ValueError: when the parts state different latent dimensions, latent spaces, data or context shapes; when a
+            context is given that no part takes, or that has not one row a datum.
 
     References:
         Auto-Encoding Variational Bayes, D. P. Kingma and M. Welling, 2014, https://arxiv.org/abs/1312.6114.
@@ -67,6 +68,7 @@ class VAE(Registered):
         check_equal("latent_dim", prior=prior, likelihood=likelihood, encoder=encoder)
         check_equal("x_shape", likelihood=likelihood, encoder=encoder)
         check_equal("support", prior=prior, encoder=encoder)
+        check_contexts(prior=prior, likelihood=likelihood, encoder=encoder)
         self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
 
     def model(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -151,8 +153,16 @@ def check_length(name: str, given: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"{name} has {len(given)} rows but x has {len(x)}: give one row of {name} a datum.")
 
 
+def check_contexts(**parts: nn.Module) -> None:
+    """Raises a ValueError when parts that take a context state different widths of it."""
+    check_equal("context_dim", **{name: part for name, part in parts.items() if getattr(part, "context_dim", 0)})
+
+
 def check_equal(attribute: str, **parts: nn.Module) -> None:
-    """Raises a ValueError when parts state different values of an attribute."""
+    """Raises a ValueError when parts state different values of an attribute, a TypeError when one is no part."""
+    for name, part in parts.items():
+        if not isinstance(part, nn.Module):
+            raise TypeError(f"{name} must be a module, got {part!r}. Build a class with its arguments first.")
     stated = {name: getattr(part, attribute) for name, part in parts.items() if hasattr(part, attribute)}
     if len({repr(value) for value in stated.values()}) > 1:
         listing = ", ".join(f"{name} has {value}" for name, value in stated.items())

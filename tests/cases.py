@@ -166,7 +166,7 @@ CASES = [
         accuracy=1e-3,
     ),
     Case("GaussianProcess", "prior", priors.GaussianProcess, lambda: priors.GaussianProcess(2, 2)),
-    Case("GaussianProcess-times", "prior", priors.GaussianProcess, lambda: priors.GaussianProcess(2, 2, noise=0.3), 2),
+    Case("GaussianProcess-times", "prior", priors.GaussianProcess, lambda: priors.GaussianProcess(2, 2, noise=0.3, context_dim=2), 2),
     Case("Bernoulli-vector", "likelihood", Bernoulli, lambda z=Z, network=SMALL: Bernoulli(z, 4, network)),
     Case("Bernoulli-image", "likelihood", Bernoulli, lambda: Bernoulli(Z, (1, 2, 2), DECONV)),
     Case("Bernoulli-context", "likelihood", Bernoulli, lambda: Bernoulli(Z, 4, SMALL, context_dim=C), C),

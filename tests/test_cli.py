@@ -52,6 +52,63 @@ def test_train_leaves_a_whole_run_and_beats_the_baseline(run):
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["--prior", "VampPrior", "--prior.num_components", "7"],
+        ["--prior", "FlowPrior", "--encoder", "GaussianMixture"],
+        ["--prior", "GaussianProcess", "--prior.num_times", "4", "--prior.kernel", "pyrovae.priors.matern_32"],
+        ["--prior", "HypersphericalUniform", "--encoder", "VonMisesFisher"],
+        "--prior Categorical --prior.num_classes 3 --encoder Categorical --encoder.num_classes 3 --likelihood.network "
+        "OneHotInput --likelihood.network.num_classes 3".split(),
+    ],
+    ids=lambda parts: parts[1],
+)
+def test_other_parts_train_and_are_loaded_without_trust(parts, tmp_path, capsys):
+    run = tmp_path / "run"
+    main(["train", "--run", str(run), "--epochs", "1", "--num-samples", "10", "--latent-dim", "4", *parts])
+    main(["evaluate", str(run), "--num-samples", "10"])
+    assert "bits per dimension, of 64" in capsys.readouterr().out
+    main(["sample", str(run), "--num-samples", "3", "--output", str(run / "x.npy"), "--mean"])
+    assert np.load(run / "x.npy").shape == (3, 1, 8, 8)
+
+
+def test_a_table_of_mixed_columns_trains_from_a_file_and_has_no_baseline(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=200)
+    columns = [z + rng.normal(size=200), -z, rng.poisson(np.exp(z)), (z > 0).astype(int) + (z > 1)]
+    np.savetxt(tmp_path / "table.csv", np.stack(columns, axis=1), delimiter=",")
+    config = {
+        "data": str(tmp_path / "table.csv"),
+        "preprocessing": "grey",
+        "latent_dim": 2,
+        "likelihood": {
+            "class_path": "Mixed",
+            "init_args": {
+                "blocks": [
+                    [{"class_path": "Normal"}, 2],
+                    [{"class_path": "Poisson"}, 1],
+                    [{"class_path": "Categorical", "init_args": {"num_classes": 3}}, 1],
+                ]
+            },
+        },
+    }
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(config))
+    run = tmp_path / "run"
+    main(["train", "--config", str(tmp_path / "mixed.yaml"), "--run", str(run), "--epochs", "2", "--num-samples", "30"])
+    main(["evaluate", str(run), "--num-samples", "30"])
+    out = capsys.readouterr().out
+    assert "baseline" not in out and "bits per dimension" not in out  # part density, part probability
+    main(["sample", str(run), "--num-samples", "50", "--output", str(run / "x.csv")])
+    x = np.loadtxt(run / "x.csv", delimiter=",")
+    assert set(x[:, 3]) <= {0, 1, 2} and (x[:, 2] == x[:, 2].round()).all() and (x[:, 0] != x[:, 0].round()).all()
+
+
+def test_data_outside_a_likelihoods_support_end_in_one_line_that_says_how_to_mend_them(tmp_path):
+    message = error_of("train", "--run", tmp_path / "run", "--likelihood", "Poisson", "--preprocessing", "grey")
+    assert "outside the support of Poisson" in message and "raw counts" in message
+
+
 def test_the_output_names_preprocessing_and_baseline(tmp_path, capsys):
     main(["train", "--run", str(tmp_path / "a"), "--epochs", "1", "--num-samples", "10", "--preprocessing", "static"])
     out = capsys.readouterr().out

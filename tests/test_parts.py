@@ -296,11 +296,47 @@ def test_any_module_is_a_network():
         ),
         ((StandardNormal(2), Bernoulli(2, 4), DiagonalNormal(4, 3)), "agree on latent_dim.*encoder has 3"),
         ((StandardNormal(2), Bernoulli(2, (2, 2)), DiagonalNormal(4, 2)), r"agree on x_shape: likelihood has \(2, 2\)"),
+        (
+            (StandardNormal(2), Bernoulli(2, 4, context_dim=3), DiagonalNormal(4, 2, context_dim=5)),
+            "agree on context_dim: likelihood has 3, encoder has 5",
+        ),
     ],
 )
 def test_parts_that_disagree_make_no_vae(parts, match):
     with pytest.raises(ValueError, match=match):
         VAE(*parts)
+
+
+def test_a_class_in_place_of_a_part_makes_no_vae():
+    with pytest.raises(TypeError, match="prior must be a module, got <class .*StandardNormal.*Build a class"):
+        VAE(StandardNormal, Bernoulli(2, 4), DiagonalNormal(4, 2))
+
+
+def test_a_context_goes_to_the_parts_that_were_built_for_one():
+    class Recorded(nn.Module):
+        """A part of one's own that does not say whether it takes a context, and so is given it."""
+
+        seen = None
+
+        def forward(self, context=None):
+            self.seen = context
+            return dist.Normal(torch.zeros(2), 1.0).to_event(1)
+
+    context = torch.randn(5, 3)
+    prior = Recorded()
+    vae = VAE(prior, Bernoulli(2, 4, context_dim=3), DiagonalNormal(4, 2))
+    vae.guide(torch.zeros(5, 4), context)  # an encoder without a context would raise if it were given one
+    vae.model(torch.zeros(5, 4), context)
+    assert prior.seen is context
+    assert vae.sample(7, context).shape == (7, 5, 4)
+    with pytest.raises(ValueError, match="was built with context_dim=3 and needs a context"):
+        vae.model(torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("call", ["model", "guide"])
+def test_a_context_that_no_part_takes_is_refused(call):
+    with pytest.raises(ValueError, match=r"a context of shape \(5, 3\) was given, but no part takes one"):
+        getattr(small_vae(), call)(torch.zeros(5, 4), torch.zeros(5, 3))
 
 
 # ------------------------------------------------------------------------------- every prior, likelihood and encoder

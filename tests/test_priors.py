@@ -81,6 +81,20 @@ def test_mixtures_equal_torchs(cls, num_components, dtype):
 
 
 @pytest.mark.parametrize("cls", MIXTURES, ids=lambda cls: cls.__name__)
+def test_narrow_components_far_apart_are_scored_as_well_as_single_precision_holds_them(cls):
+    prior = moved(cls(3, 4))
+    p = prior()
+    with torch.no_grad():  # in units of their scales, the components are a million apart
+        p.loc.mul_(30)
+        (p.scale if p.scale is not None else p.scale_tril).mul_(1e-4)
+        z = p.sample((200,))
+        value, truth = p.log_prob(z), torch_mixture(p).log_prob(z.double())
+    bound = rounding_of(p, z, EPS) + torch.finfo(torch.float32).eps * truth.abs()
+    assert ((value.double() - truth).abs() <= bound).all()
+    assert bound.max() < 0.1  # where single precision would be off by thousands
+
+
+@pytest.mark.parametrize("cls", MIXTURES, ids=lambda cls: cls.__name__)
 def test_mixtures_have_the_gradients_of_torchs(cls):
     prior = moved(cls(3, 4)).double()
     p = prior()
@@ -255,7 +269,7 @@ def test_a_conditional_prior_gives_each_datum_its_own_distribution(case):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in cases("prior", context=True) if c.cls is not priors.GaussianProcess], ids=lambda case: case.name
+    "case", cases("prior", context=True), ids=lambda case: case.name
 )
 def test_a_conditional_prior_asks_for_its_context(case):
     with pytest.raises(ValueError, match="context"):
@@ -281,7 +295,9 @@ def test_a_conditional_prior_asks_for_its_context(case):
         (lambda: priors.GaussianProcess(5, 2), "num_times must divide latent_dim=5, got 2"),
         (lambda: priors.GaussianProcess(4, 2, length_scale=0.0), "length_scale must be positive and finite, got 0"),
         (lambda: priors.GaussianProcess(4, 2, noise=1.0), "noise must be between 0 and 1, got 1"),
+        (lambda: priors.GaussianProcess(4, 2, context_dim=3), "context_dim must be num_times=2, or 0 for none, got 3"),
         (lambda: priors.FlowPrior(3, lambda d, c: import_zuko().flows.MAF(d + 1, c)), r"flow must be .*\(4,\)"),
+        (lambda: priors.FlowPrior(3, lambda d, c: import_zuko().flows.MAF(d, 2)), "flow does not take a context of width 0"),
     ],
 )
 def test_what_cannot_be_built_is_refused(build, match):
@@ -305,7 +321,8 @@ KERNELS = {
 def test_the_gaussian_process_equals_scikit_learns(name, context):
     kernel, theirs = KERNELS[name]
     times, processes, noise = 6, 2, 0.01
-    prior = priors.GaussianProcess(times * processes, times, length_scale=1.5, kernel=kernel, noise=noise).double()
+    width = times if context else 0
+    prior = priors.GaussianProcess(times * processes, times, 1.5, kernel, noise, context_dim=width).double()
     with torch.no_grad():
         prior.params.copy_(torch.tensor([0.8, 2.5], dtype=torch.float64).log())
         t = 5 * torch.rand(3, times, dtype=torch.float64) if context else torch.arange(6.0).double().expand(3, -1)
@@ -334,7 +351,7 @@ def test_the_gaussian_process_has_unit_variance_and_learns_its_length_scales():
 
 def test_the_gaussian_process_refuses_other_numbers_of_times():
     with pytest.raises(ValueError, match=r"context must hold 4 times a datum, got shape \(3, 5\)"):
-        priors.GaussianProcess(8, 4)(torch.rand(3, 5))
+        priors.GaussianProcess(8, 4, context_dim=4)(torch.rand(3, 5))
 
 
 # ----------------------------------------------------------------------------------------------------------- VampPrior

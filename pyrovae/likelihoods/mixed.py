@@ -45,6 +45,12 @@ class Mixed(Likelihood):
         context_dim: int = 0,
     ):
         nn.Module.__init__(self)  # no decoder of its own
+        for block in blocks:
+            if not isinstance(block, (tuple, list)) or len(block) != 2 or isinstance(block[0], nn.Module):
+                raise ValueError(
+                    "blocks must be pairs of a class (or functools.partial of one) and a number of columns, as in "
+                    f"(likelihoods.Normal, 3), got {block!r}."
+                )
         self.latent_dim, self.x_shape, self.context_dim = latent_dim, as_shape(x_shape, "x_shape"), context_dim
         self.sizes = [size for _, size in blocks]
         if not blocks or self.x_shape != (sum(self.sizes),):

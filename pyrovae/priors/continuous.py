@@ -167,8 +167,16 @@ class FlowPrior(Prior):
     ):
         super().__init__(latent_dim, context_dim=context_dim)
         self.flow = flow if isinstance(flow, nn.Module) else flow(latent_dim, context_dim)
-        with torch.no_grad():
-            event_shape = tuple(self.flow(torch.zeros(context_dim) if context_dim else None).event_shape)
+        try:
+            with torch.no_grad():
+                p = self.flow(torch.zeros(context_dim) if context_dim else None)
+                event_shape = tuple(p.event_shape)
+                if event_shape == (latent_dim,):
+                    p.log_prob(torch.zeros(latent_dim))
+        except RuntimeError as error:
+            raise ValueError(
+                f"flow does not take a context of width {context_dim}: {error}. Build it from both widths given."
+            ) from error
         if event_shape != (latent_dim,):
             raise ValueError(f"flow must be one of ({latent_dim},) numbers, but its events have shape {event_shape}.")
         self.register_buffer("zero", torch.zeros(()), persistent=False)
@@ -278,8 +286,8 @@ class GaussianProcess(Prior):
         K_p(t, t') = (1 - s)\, k(|t - t'| / l_p) + s\, [t = t']
 
     The latents of a datum are :math:`P = \mathrm{latent\_dim} / T` independent processes at T times, one process after
-    the other: ``z.unflatten(-1, (P, T))``. The context holds the times of each datum; without one they are
-    0, 1, ..., T - 1. The variance is one, as a decoder may scale its input.
+    the other: ``z.unflatten(-1, (P, T))``. The context holds the times of each datum; a prior without one takes the
+    times 0, 1, ..., T - 1 for all. The variance is one, as a decoder may scale its input.
 
     Args:
         latent_dim: number of latent dimensions, a multiple of `num_times`.
@@ -288,17 +296,18 @@ class GaussianProcess(Prior):
         kernel: :math:`k`, a function of the distance in length scales, with k(0) = 1: `squared_exponential`,
             `matern_32`, `matern_52` or `cauchy`, of :mod:`pyrovae.priors`, or another.
         noise: :math:`s`, the share of the variance that is not smooth, in (0, 1).
+        context_dim: `num_times` if each datum has its own times, 0 if all have 0, 1, ..., T - 1.
 
     Raises:
-        ValueError: when `num_times` does not divide `latent_dim`, or `length_scale` or `noise` is out of range, or the
-            times are not T for each datum.
+        ValueError: when `num_times` does not divide `latent_dim`, or another argument is out of range, or the times are
+            missing or not T for each datum.
 
     References:
         Gaussian Process Prior Variational Autoencoders, F. P. Casale, A. Dalca, L. Saglietti, J. Listgarten and
         N. Fusi, 2018, https://arxiv.org/abs/1810.11738; GP-VAE: Deep Probabilistic Time Series Imputation, V. Fortuin,
         D. Baranchuk, G. Raetsch and S. Mandt, 2020, https://arxiv.org/abs/1907.04155.
 
-    >>> GaussianProcess(10, num_times=5)(torch.rand(7, 5)).sample().shape
+    >>> GaussianProcess(10, num_times=5, context_dim=5)(torch.rand(7, 5)).sample().shape
     torch.Size([7, 10])
     """
 
@@ -309,6 +318,7 @@ class GaussianProcess(Prior):
         length_scale: float = 1.0,
         kernel: Callable[[Tensor], Tensor] = squared_exponential,
         noise: float = 1e-3,
+        context_dim: int = 0,
     ):
         if num_times < 1 or latent_dim % num_times:
             raise ValueError(f"num_times must divide latent_dim={latent_dim}, got {num_times}.")
@@ -316,13 +326,17 @@ class GaussianProcess(Prior):
             raise ValueError(f"length_scale must be positive and finite, got {length_scale}.")
         if not 0 < noise < 1:
             raise ValueError(f"noise must be between 0 and 1, got {noise}.")
-        start = torch.full((latent_dim // num_times,), math.log(length_scale))
-        super().__init__(latent_dim, start=start)
-        self.num_times, self.kernel, self.noise, self.context_dim = num_times, kernel, noise, num_times
+        if context_dim not in (0, num_times):
+            raise ValueError(f"context_dim must be num_times={num_times}, or 0 for none, got {context_dim}.")
+        super().__init__(latent_dim, start=torch.full((latent_dim // num_times,), math.log(length_scale)))
+        self.num_times, self.kernel, self.noise, self.context_dim = num_times, kernel, noise, context_dim
         self.register_buffer("times", torch.arange(num_times, dtype=torch.get_default_dtype()), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        times = self.times if context is None else context.to(self.times)
+        if self.context_dim and context is None:
+            name = f"GaussianProcess was built with context_dim={self.context_dim}"
+            raise ValueError(f"{name} and needs a context, the times.")
+        times = context.to(self.times) if self.context_dim else self.times
         if times.shape[-1:] != (self.num_times,):
             raise ValueError(f"context must hold {self.num_times} times a datum, got shape {tuple(times.shape)}.")
         distance = (times.unsqueeze(-1) - times.unsqueeze(-2)).abs().unsqueeze(-3)
@@ -334,7 +348,7 @@ class GaussianProcess(Prior):
 
     def extra_repr(self) -> str:
         kernel = getattr(self.kernel, "__name__", repr(self.kernel))
-        return f"latent_dim={self.latent_dim}, num_times={self.num_times}, kernel={kernel}, noise={self.noise:g}"
+        return f"{super().extra_repr()}, num_times={self.num_times}, kernel={kernel}, noise={self.noise:g}"
 
 
 class HypersphericalUniform(Prior):

@@ -133,7 +133,8 @@ class VampPrior(Prior):
     .. math:: p(z) = \frac{1}{K} \sum_{k=1}^K q(z \mid u_k)
 
     The encoder sees the pseudo-inputs once for each run of the model, however many particles there are. With a context,
-    they are encoded along with each row of it.
+    they are encoded along with each row of it. Posteriors that are normal are scored by one matrix product; others,
+    flows above all, one by one for every z, which takes as many times as long as there are components.
 
     Args:
         encoder: the encoder of the VAE.
@@ -173,7 +174,8 @@ class VampPrior(Prior):
             raw = torch.randn(shape).to(_weight(encoder))
         elif data.shape[1:] != shape[1:] or len(data) < num_components:
             raise ValueError(
-                f"data must have shape (at least {num_components}, *{shape[1:]}), got {tuple(data.shape)}."
+                f"data must have shape (at least {num_components}, *{shape[1:]}), got {tuple(data.shape)}. Give more, or "
+                "fewer num_components."
             )
         else:
             raw = self._raw(data[:num_components].detach().clone().to(_weight(encoder)))
