@@ -34,7 +34,7 @@ class Splits(NamedTuple):
 
 
 def load(name: str, root: str | Path = "data") -> Splits:
-    """Loads a data set with its fixed splits, images scaled to [0, 1].
+    """Loads a data set with its fixed splits, images scaled to [0, 1], each with `x` and `labels` (None without).
 
     ============================  =========================  ==========================================================
     name                          shape                      train / validation / test

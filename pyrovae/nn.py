@@ -26,12 +26,13 @@ from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pack_padded_sequence
 
 __all__ = [
-    "MLP",
     "ConvNet",
     "DeconvNet",
     "GRUDecoder",
     "GRUEncoder",
     "GatedMLP",
+    "LogInput",
+    "MLP",
     "OneHotInput",
     "ResidualConvNet",
     "ResidualDeconvNet",
@@ -652,6 +653,39 @@ class OneHotInput(_Shaped):
             )
         dtype = next((p.dtype for p in self.network.parameters()), torch.get_default_dtype())
         return apply(self.network, one_hot(classes, self.num_classes).to(dtype), context, self.out_shape, "OneHotInput")
+
+
+class LogInput(_Shaped):
+    r"""Numbers on a logarithmic scale into another network: for counts and powers, which may span decades.
+
+    .. math:: y = \mathrm{network}(\mathrm{sign}(x) \log(1 + |x|))
+
+    An encoder of raw counts is ruled by the few that are large.
+
+    Args:
+        in_shape: shape of one input.
+        out_shape: shape of one output.
+        network: a module, or a callable that builds one from ``(in_shape, out_shape)``.
+        context_dim: width of the context vector, 0 for none.
+
+    Raises:
+        ValueError: when an input or context does not have the stated shape.
+
+    References:
+        Deep Generative Modeling for Single-Cell Transcriptomics, R. Lopez, J. Regier, M. B. Cole, M. I. Jordan and
+        N. Yosef, 2018, https://doi.org/10.1038/s41592-018-0229-2.
+
+    >>> LogInput(4, 10)(torch.tensor([[0.0, 3.0, 1000.0, 7.0]])).shape
+    torch.Size([1, 10])
+    """
+
+    def __init__(self, in_shape: Shape, out_shape: Shape, network: Network = MLP, context_dim: int = 0):
+        super().__init__(as_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), context_dim)
+        self.network = build(network, self.in_shape, self.out_shape, context_dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        _check_input(self, x, self.in_shape)
+        return apply(self.network, x.sign() * x.abs().log1p(), context, self.out_shape, "LogInput")
 
 
 @torch.no_grad()

@@ -254,7 +254,8 @@ class MissingDataVAE(Registered):
 
     Args:
         prior: ``prior(context)`` returns :math:`p(z)`.
-        likelihood: ``likelihood(z, context)`` returns :math:`p(x \mid z)`, elements independent given z.
+        likelihood: ``likelihood(z, context)`` returns :math:`p(x \mid z)`, elements independent given z; or a Multinomial,
+            of which the observed counts given their sum are scored.
         encoder: ``encoder(x, context)`` returns a distribution of z, for an x of shape ``(batch, 2, *x_shape)``: the
             data with zeros in the holes, and the mask. One built for ``(2 * channels, height, width)``, or generally a
             shape twice as long in the first dimension, gets both one after the other in that dimension.

@@ -30,6 +30,7 @@ from pyrovae.nn import (
     GatedMLP,
     GRUDecoder,
     GRUEncoder,
+    LogInput,
     OneHotInput,
     ResidualConvNet,
     ResidualDeconvNet,
@@ -550,6 +551,8 @@ CASES = [
     Case("GRUEncoder-context", "network", GRUEncoder, lambda: GRUEncoder((5, 3), 4, width=8, context_dim=C), C),
     Case("GRUDecoder-vector", "network", GRUDecoder, lambda: GRUDecoder(4, (5, 3), width=8)),
     Case("GRUDecoder-context", "network", GRUDecoder, lambda: GRUDecoder(4, (2, 5, 3), width=8, context_dim=C), C),
+    Case("LogInput-vector", "network", LogInput, lambda: LogInput(4, 3, network=SMALL)),
+    Case("LogInput-context", "network", LogInput, lambda: LogInput(4, 3, network=SMALL, context_dim=C), C),
     Case("OneHotInput-vector", "network", OneHotInput, lambda: OneHotInput(4, 3, num_classes=5, network=SMALL)),
     Case(
         "OneHotInput-context",

@@ -510,7 +510,7 @@ def test_mixed_names_the_columns_that_are_outside():
     for column, value, message in [
         (3, 5.0, "column 3 is outside the support of Categorical.*0 to 4.*num_classes"),
         (6, 0.5, "columns 4 to 7 is outside the support of Bernoulli.*Binarise"),
-        (8, -1.0, "columns 8 to 8 is outside the support of Poisson.*raw counts"),
+        (8, -1.0, "column 8 is outside the support of Poisson.*raw counts"),
     ]:
         x = good.clone()
         x[2, column] = value

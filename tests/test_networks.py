@@ -17,6 +17,7 @@ from pyrovae.nn import (
     GatedMLP,
     GRUDecoder,
     GRUEncoder,
+    LogInput,
     OneHotInput,
     ResidualConvNet,
     ResidualDeconvNet,
@@ -309,6 +310,13 @@ def test_one_hot_input_into_an_affine_map_looks_rows_up(dtype):
     table = affine.weight.T.unflatten(0, (6, 4))
     truth = table[torch.arange(6), x.flatten(1)].sum(1) + affine.bias
     torch.testing.assert_close(network(x.to(dtype)), truth, rtol=0, atol=rounding(network))
+
+
+def test_log_input_is_its_network_of_the_logarithm():
+    network = LogInput(3, 5, network=partial(MLP, hidden=())).double()
+    x = torch.tensor([[0.0, 9.0, -99.0]], dtype=torch.float64)
+    logarithm = torch.tensor([[0.0, math.log(10), -math.log(100)]], dtype=torch.float64)
+    torch.testing.assert_close(network(x), network.network(logarithm), rtol=0, atol=rounding(network))
 
 
 def test_one_hot_input_hands_the_context_on():
