@@ -44,15 +44,15 @@ class Encoder(nn.Module, ABC):
             def forward(self, x, context=None):
                 return dist.Normal(self.parameters_of(x, context), 1.0).to_event(1)
 
+    An encoder of another space than the real vectors says so in the class attribute `support`, a constraint, which must
+    be its prior's too.
+
     Args:
         x_shape: shape of one datum.
         latent_dim: number of latent dimensions.
         network: a module, or a callable that builds one from ``(x_shape, num_params)``.
         context_dim: width of the context vector, 0 for none.
         num_params: how many numbers the network returns for a datum.
-
-    An encoder of another space than the real vectors says so in the class attribute `support`, a constraint, which must
-    be its prior's too.
     """
 
     support: constraints.Constraint = constraints.real_vector
