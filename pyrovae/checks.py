@@ -171,12 +171,13 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
         return
     if bool(inside.all()):
         return
+    space = _innermost(base.support)
     observed = value[fn.mask_of_elements.expand(value.shape)] if isinstance(fn, MaskedElements) else value
     low, high = observed.min().item(), observed.max().item()
     first = int((~inside).nonzero()[:, -1].min()) if inside.dim() else 0  # the data are the last dimension
     raise ValueError(
-        f'The data at site "{name}"{columns} is outside the support of {kind}, {_innermost(base.support)}: it ranges from {low:g} '
-        f"to {high:g}, and the first datum outside is number {first} of the batch. {_mending(base.support)}"
+        f'The data at site "{name}"{columns} is outside the support of {kind}, {space}: it ranges from {low:g} to '
+        f"{high:g}, and the first datum outside is number {first} of the batch. {_mending(space)}"
     )
 
 
@@ -194,7 +195,6 @@ def _innermost(support: constraints.Constraint) -> constraints.Constraint:
 
 def _mending(support: constraints.Constraint) -> str:
     """Says how to bring data into a support."""
-    support = _innermost(support)
     if support is constraints.boolean:
         return (
             "Binarise grey values: anew for each batch with fit(..., transform=pyrovae.data.dynamic_binarization), "

@@ -473,7 +473,6 @@ def log_0f1(b: float, kappa: Tensor) -> Tensor:
     # The largest term is at j < 15, the last below e^-200.
     j = torch.arange(100, dtype=torch.float64, device=kappa.device)
     terms = 2 * j * (small / 2).log().unsqueeze(-1) - torch.lgamma(j + 1) - torch.lgamma(j + b) + math.lgamma(b)
-    # Rounding must not give a value below its first term's, 0; its derivative at 0 is 0.
     series = terms.logsumexp(-1)
     r = (large.square() + order**2).sqrt()
     q = order**2 / r.square()
@@ -587,8 +586,7 @@ class Resampled(dist.TorchDistribution):
 
 
 class Exemplars(dist.TorchDistribution):
-    r"""A mixture, with equal weights, of normals of one width around given means, which each datum may leave one out
-    of.
+    r"""A mixture, equally weighted, of normals of one width around means, of which each datum may leave one out.
 
     .. math:: p(z) = \frac{1}{N} \sum_{n=1}^N \mathcal{N}(z; \mu_n, \sigma^2 I)
 

@@ -22,7 +22,16 @@ from pyrovae.importance import Imputation, impute
 from pyrovae.likelihoods import Likelihood
 from pyrovae.nn import MLP, Network, apply, build
 from pyrovae.priors import Prior
-from pyrovae.vae import Registered, check_context, check_contexts, check_equal, check_length, given, sample_prior, takes_context
+from pyrovae.vae import (
+    OneLatent,
+    Registered,
+    check_context,
+    check_equal,
+    check_length,
+    given,
+    sample_prior,
+    takes_context,
+)
 
 __all__ = ["ClassifierELBO", "HierarchicalVAE", "LadderVAE", "MissingDataVAE", "SemiSupervisedVAE"]
 
@@ -241,7 +250,7 @@ def _product(level: int, q: dist.TorchDistribution, p: dist.TorchDistribution) -
     return dist.Normal(loc, (share * q_variance).sqrt()).to_event(1)
 
 
-class MissingDataVAE(Registered):
+class MissingDataVAE(OneLatent):
     r"""A VAE of data of which each datum may lack some elements, missing at random.
 
     .. math:: p(x_{\mathrm{obs}}, z) = p(z) \prod_{d\,:\,m_d = 1} p(x_d \mid z), \qquad
@@ -276,22 +285,18 @@ class MissingDataVAE(Registered):
     """
 
     def __init__(self, prior: nn.Module, likelihood: nn.Module, encoder: nn.Module):
-        super().__init__()
-        check_equal("latent_dim", prior=prior, likelihood=likelihood, encoder=encoder)
-        check_equal("support", prior=prior, encoder=encoder)
-        check_contexts(prior=prior, likelihood=likelihood, encoder=encoder)
+        super().__init__(prior, likelihood, encoder)
         x_shape, stated = getattr(likelihood, "x_shape", None), getattr(encoder, "x_shape", None)
         if x_shape and stated and tuple(stated) not in ((2, *x_shape), (2 * x_shape[0], *x_shape[1:])):
             raise ValueError(
                 f"The encoder of a MissingDataVAE sees the data and the mask. Build it for {(2, *x_shape)}, or for "
                 f"{(2 * x_shape[0], *x_shape[1:])}, not for {tuple(stated)}."
             )
-        self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
 
     def model(self, x: Tensor, mask: Tensor, context: Tensor | None = None) -> None:
         """The generative process, with what there is of the data observed at site "x" and the latents at site "z"."""
         self.register()
-        self._check_context(context, x)
+        self.check_context(context, x)
         x, mask = _fill(x, mask)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.prior(given(self.prior, context)))
@@ -300,7 +305,7 @@ class MissingDataVAE(Registered):
     def guide(self, x: Tensor, mask: Tensor, context: Tensor | None = None) -> None:
         """The amortised posterior of the latents at site "z"."""
         self.register()
-        self._check_context(context, x)
+        self.check_context(context, x)
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.encode(x, mask, context))
 
@@ -310,23 +315,6 @@ class MissingDataVAE(Registered):
         both = torch.stack([x, mask.to(x.dtype)], dim=1)
         both = both.reshape(len(x), *getattr(self.encoder, "x_shape", both.shape[1:]))
         return self.encoder(both, given(self.encoder, context))
-
-    def decode(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
-        r"""Returns :math:`p(x \mid z)`, of complete data, for z of shape ``(*leading, latent_dim)``."""
-        return self.likelihood(z, given(self.likelihood, context))
-
-    @torch.no_grad()
-    def sample(self, num_samples: int, context: Tensor | None = None) -> Tensor:
-        """Draws complete data from p(x), pixel noise included.
-
-        Args:
-            num_samples: number of draws; with a context, for each of its rows.
-            context: shape ``(batch, context_dim)``, or None.
-
-        Returns:
-            Shape ``(num_samples, *x_shape)``, or ``(num_samples, batch, *x_shape)`` with a context.
-        """
-        return self.decode(sample_prior(self.prior, num_samples, context), context).sample()
 
     def impute(
         self,
@@ -352,9 +340,6 @@ class MissingDataVAE(Registered):
         x, mask = _fill(x, mask)
         found = impute(self.model, self.guide, x, mask, context, num_samples=num_samples, num_draws=num_draws)
         return found._replace(mean=torch.where(mask, x, found.mean), draws=torch.where(mask, x, found.draws))
-
-    def _check_context(self, context: Tensor | None, x: Tensor) -> None:
-        check_context(context, x, any(map(takes_context, (self.prior, self.likelihood, self.encoder))))
 
 
 def _fill(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

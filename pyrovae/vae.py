@@ -35,7 +35,39 @@ class Registered(nn.Module):
                 pyro.param(f"{self.name}$$${name}", parameter)
 
 
-class VAE(Registered):
+class OneLatent(Registered):
+    """What VAEs of one latent share: a prior, a likelihood and an encoder that meet, and p(x | z) and p(x) from them."""
+
+    def __init__(self, prior: nn.Module, likelihood: nn.Module, encoder: nn.Module):
+        super().__init__()
+        check_equal("latent_dim", prior=prior, likelihood=likelihood, encoder=encoder)
+        check_equal("support", prior=prior, encoder=encoder)
+        check_contexts(prior=prior, likelihood=likelihood, encoder=encoder)
+        self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        r"""Returns :math:`p(x \mid z)` for z of shape ``(*leading, latent_dim)``."""
+        return self.likelihood(z, given(self.likelihood, context))
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, context: Tensor | None = None) -> Tensor:
+        """Draws whole data from p(x), pixel noise included; for the means call ``decode(prior().sample((n,))).mean``.
+
+        Args:
+            num_samples: number of draws; with a context, for each of its rows.
+            context: shape ``(batch, context_dim)``, or None.
+
+        Returns:
+            Shape ``(num_samples, *x_shape)``, or ``(num_samples, batch, *x_shape)`` with a context.
+        """
+        return self.decode(sample_prior(self.prior, num_samples, context), context).sample()
+
+    def check_context(self, context: Tensor | None, x: Tensor) -> None:
+        """Raises a ValueError if a context has not one row a datum, or none of the parts takes it."""
+        check_context(context, x, any(map(takes_context, (self.prior, self.likelihood, self.encoder))))
+
+
+class VAE(OneLatent):
     r"""A variational autoencoder as a Pyro model and guide.
 
     .. math:: p(x, z) = p(z)\, p(x \mid z), \qquad q(z \mid x)
@@ -64,17 +96,13 @@ class VAE(Registered):
     """
 
     def __init__(self, prior: nn.Module, likelihood: nn.Module, encoder: nn.Module):
-        super().__init__()
-        check_equal("latent_dim", prior=prior, likelihood=likelihood, encoder=encoder)
+        super().__init__(prior, likelihood, encoder)
         check_equal("x_shape", likelihood=likelihood, encoder=encoder)
-        check_equal("support", prior=prior, encoder=encoder)
-        check_contexts(prior=prior, likelihood=likelihood, encoder=encoder)
-        self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
 
     def model(self, x: Tensor, context: Tensor | None = None) -> None:
         """The generative process, with the data observed at site "x" and the latents at site "z"."""
         self.register()
-        self._check_context(context, x)
+        self.check_context(context, x)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.prior(given(self.prior, context)))
             pyro.sample("x", self.decode(z, context), obs=x)
@@ -82,30 +110,13 @@ class VAE(Registered):
     def guide(self, x: Tensor, context: Tensor | None = None) -> None:
         """The amortised posterior of the latents at site "z"."""
         self.register()
-        self._check_context(context, x)
+        self.check_context(context, x)
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.encode(x, context))
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         r"""Returns :math:`q(z \mid x)`, with ``batch_shape == (batch,)``."""
         return self.encoder(x, given(self.encoder, context))
-
-    def decode(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
-        r"""Returns :math:`p(x \mid z)` for z of shape ``(*leading, latent_dim)``."""
-        return self.likelihood(z, given(self.likelihood, context))
-
-    @torch.no_grad()
-    def sample(self, num_samples: int, context: Tensor | None = None) -> Tensor:
-        """Draws from p(x), pixel noise included; for the mean images call ``decode(prior().sample((n,))).mean``.
-
-        Args:
-            num_samples: number of draws; with a context, for each of its rows.
-            context: shape ``(batch, context_dim)``, or None.
-
-        Returns:
-            Shape ``(num_samples, *x_shape)``, or ``(num_samples, batch, *x_shape)`` with a context.
-        """
-        return self.decode(sample_prior(self.prior, num_samples, context), context).sample()
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -114,9 +125,6 @@ class VAE(Registered):
         The centre is the mean, or the mode of classes, which have no mean.
         """
         return center(self.decode(self.encode(x, context).sample(), context))
-
-    def _check_context(self, context: Tensor | None, x: Tensor) -> None:
-        check_context(context, x, any(map(takes_context, (self.prior, self.likelihood, self.encoder))))
 
 
 def takes_context(part: nn.Module) -> bool:

@@ -53,12 +53,19 @@ class Prior(nn.Module, ABC):
 
     def parameters_of(self, context: Tensor | None = None) -> Tensor:
         """Returns the parameters as one vector, or with a context as vectors of shape ``(*leading, size)``."""
-        if not self.context_dim:
+        context = self.own(context)
+        if context is None:
             return self.params
+        return self.params + apply(self.network, context, None, self.params.shape, type(self).__name__)
+
+    def own(self, context: Tensor | None) -> Tensor | None:
+        """Returns the context if the prior was built for one, else None; raises a ValueError if it is missing."""
+        if not self.context_dim:
+            return None
         if context is None:
             name = type(self).__name__
             raise ValueError(f"{name} was built with context_dim={self.context_dim} and needs a context.")
-        return self.params + apply(self.network, context, None, self.params.shape, type(self).__name__)
+        return context
 
     @abstractmethod
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:

@@ -182,9 +182,7 @@ class FlowPrior(Prior):
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        if self.context_dim and context is None:
-            raise ValueError(f"FlowPrior was built with context_dim={self.context_dim} and needs a context.")
-        return latents.Flow(self.flow(context if self.context_dim else None), self.zero, self.zero + 1)
+        return latents.Flow(self.flow(self.own(context)), self.zero, self.zero + 1)
 
 
 class ResampledPrior(Prior):
@@ -195,8 +193,7 @@ class ResampledPrior(Prior):
 
     In training Z is estimated anew in each step, from `num_samples` draws; in evaluation mode from 16,384 points of a
     Sobol sequence, always the same, so that log p(z) is a fixed function. The density is normalised as well as they
-    know
-    Z: its logarithm is off by about :math:`s / (128 Z)` nats or less, where s is the standard deviation of a(z).
+    know Z: its logarithm is off by about :math:`s / (128 Z)` nats or less, where s is the standard deviation of a(z).
 
     Args:
         latent_dim: number of latent dimensions.
@@ -234,9 +231,7 @@ class ResampledPrior(Prior):
         self.register_buffer("points", _normal_points(latent_dim), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        if self.context_dim and context is None:
-            raise ValueError(f"ResampledPrior was built with context_dim={self.context_dim} and needs a context.")
-        context = context if self.context_dim else None
+        context = self.own(context)
         base = dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)
         points = base.sample((self.num_samples,)) if self.training else self.points
         if context is not None:
@@ -333,10 +328,8 @@ class GaussianProcess(Prior):
         self.register_buffer("times", torch.arange(num_times, dtype=torch.get_default_dtype()), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        if self.context_dim and context is None:
-            name = f"GaussianProcess was built with context_dim={self.context_dim}"
-            raise ValueError(f"{name} and needs a context, the times.")
-        times = context.to(self.times) if self.context_dim else self.times
+        context = self.own(context)
+        times = self.times if context is None else context.to(self.times)
         if times.shape[-1:] != (self.num_times,):
             raise ValueError(f"context must hold {self.num_times} times a datum, got shape {tuple(times.shape)}.")
         distance = (times.unsqueeze(-1) - times.unsqueeze(-2)).abs().unsqueeze(-3)

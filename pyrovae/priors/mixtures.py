@@ -1,6 +1,7 @@
 """Priors that are mixtures, of components of their own or of the encoder's."""
 
 import math
+from abc import ABC, abstractmethod
 from functools import partial
 
 import torch
@@ -14,7 +15,37 @@ from pyrovae.nn import MLP, Network
 from pyrovae.priors.base import Prior
 
 
-class GaussianMixture(Prior):
+class _GaussianMixture(Prior, ABC):
+    """A mixture of normals, whatever their covariances: the parameters are weights, means and what they take."""
+
+    def __init__(self, latent_dim: int, num_components: int = 10, network: Network = MLP, context_dim: int = 0):
+        if num_components < 1:
+            raise ValueError(f"num_components must be at least 1, got {num_components}.")
+        # Means apart from one another, for components that are alike stay so.
+        means, scales = torch.randn(num_components * latent_dim), self._num_scales(latent_dim, num_components)
+        start = torch.cat([torch.zeros(num_components), means, torch.zeros(scales)])
+        super().__init__(latent_dim, network, context_dim, start=start)
+        self.num_components = num_components
+
+    @abstractmethod
+    def _num_scales(self, latent_dim: int, num_components: int) -> int:
+        """Returns how many numbers the covariances take."""
+
+    @abstractmethod
+    def _scales(self, raw: Tensor) -> dict[str, Tensor]:
+        """Returns those numbers as the argument of a :class:`pyrovae.latents.NormalMixture` that they are."""
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        params, k = self.parameters_of(context), self.num_components
+        end = k + k * self.latent_dim
+        loc = params[..., k:end].unflatten(-1, (k, self.latent_dim))
+        return NormalMixture(params[..., :k], loc, **self._scales(params[..., end:]))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_components={self.num_components}"
+
+
+class GaussianMixture(_GaussianMixture):
     r"""A mixture of normals with independent dimensions.
 
     .. math:: p(z) = \sum_{k=1}^K \pi_k\, \mathcal{N}(z; \mu_k, \mathrm{diag}\, \sigma_k^2)
@@ -34,20 +65,14 @@ class GaussianMixture(Prior):
     torch.Size([7])
     """
 
-    def __init__(self, latent_dim: int, num_components: int = 10, network: Network = MLP, context_dim: int = 0):
-        start = _mixture_start(latent_dim, num_components, scales=latent_dim * num_components)
-        super().__init__(latent_dim, network, context_dim, start=start)
-        self.num_components = num_components
+    def _num_scales(self, latent_dim: int, num_components: int) -> int:
+        return num_components * latent_dim
 
-    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        logits, loc, raw = _mixture_parameters(self, context)
-        return NormalMixture(logits, loc, positive(raw).unflatten(-1, loc.shape[-2:]))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_components={self.num_components}"
+    def _scales(self, raw: Tensor) -> dict[str, Tensor]:
+        return {"scale": positive(raw).unflatten(-1, (self.num_components, self.latent_dim))}
 
 
-class FullRankGaussianMixture(Prior):
+class FullRankGaussianMixture(_GaussianMixture):
     r"""A mixture of normals, each with a covariance of its own.
 
     .. math:: p(z) = \sum_{k=1}^K \pi_k\, \mathcal{N}(z; \mu_k, L_k L_k^\top)
@@ -67,21 +92,14 @@ class FullRankGaussianMixture(Prior):
     torch.Size([7])
     """
 
-    def __init__(self, latent_dim: int, num_components: int = 10, network: Network = MLP, context_dim: int = 0):
-        triangle = latent_dim * (latent_dim + 1) // 2
-        start = _mixture_start(latent_dim, num_components, scales=num_components * triangle)
-        super().__init__(latent_dim, network, context_dim, start=start)
-        self.num_components = num_components
+    def _num_scales(self, latent_dim: int, num_components: int) -> int:
+        return num_components * (latent_dim * (latent_dim + 1) // 2)
 
-    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        logits, loc, raw = _mixture_parameters(self, context)
-        return NormalMixture(logits, loc, scale_tril=tril_of(raw.unflatten(-1, (self.num_components, -1))))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_components={self.num_components}"
+    def _scales(self, raw: Tensor) -> dict[str, Tensor]:
+        return {"scale_tril": tril_of(raw.unflatten(-1, (self.num_components, -1)))}
 
 
-class TiedGaussianMixture(Prior):
+class TiedGaussianMixture(_GaussianMixture):
     r"""A mixture of normals that share one covariance.
 
     .. math:: p(z) = \sum_{k=1}^K \pi_k\, \mathcal{N}(z; \mu_k, L L^\top)
@@ -101,30 +119,11 @@ class TiedGaussianMixture(Prior):
     torch.Size([7])
     """
 
-    def __init__(self, latent_dim: int, num_components: int = 10, network: Network = MLP, context_dim: int = 0):
-        start = _mixture_start(latent_dim, num_components, scales=latent_dim * (latent_dim + 1) // 2)
-        super().__init__(latent_dim, network, context_dim, start=start)
-        self.num_components = num_components
+    def _num_scales(self, latent_dim: int, num_components: int) -> int:
+        return latent_dim * (latent_dim + 1) // 2
 
-    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        logits, loc, raw = _mixture_parameters(self, context)
-        return NormalMixture(logits, loc, scale_tril=tril_of(raw).unsqueeze(-3))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_components={self.num_components}"
-
-
-def _mixture_start(latent_dim: int, num_components: int, scales: int) -> Tensor:
-    if num_components < 1:
-        raise ValueError(f"num_components must be at least 1, got {num_components}.")
-    # Means apart from one another, for components that are alike stay so.
-    return torch.cat([torch.zeros(num_components), torch.randn(num_components * latent_dim), torch.zeros(scales)])
-
-
-def _mixture_parameters(prior: Prior, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    params, k = prior.parameters_of(context), prior.num_components
-    loc = params[..., k : k + k * prior.latent_dim].unflatten(-1, (k, prior.latent_dim))
-    return params[..., :k], loc, params[..., k + k * prior.latent_dim :]
+    def _scales(self, raw: Tensor) -> dict[str, Tensor]:
+        return {"scale_tril": tril_of(raw).unsqueeze(-3)}
 
 
 class VampPrior(Prior):
@@ -207,13 +206,11 @@ class VampPrior(Prior):
         return low + (high - low) * self.raw_inputs.sigmoid()
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        inputs = self.pseudo_inputs()
-        if self.context_dim:
-            if context is None:
-                raise ValueError("VampPrior: its encoder was built with a context, and so it needs one.")
+        inputs, context = self.pseudo_inputs(), self.own(context)
+        if context is not None:
             leading, inputs = context.shape[:-1], inputs.expand(*context.shape[:-1], *inputs.shape)
             context = context.unsqueeze(-2).expand(*leading, self.num_components, -1)
-        q = self.encoder(inputs, context if self.context_dim else None)
+        q = self.encoder(inputs, context)
         logits = self.raw_inputs.new_zeros(q.batch_shape)
         if isinstance(q, dist.MultivariateNormal):
             return NormalMixture(logits, q.loc, scale_tril=q.scale_tril)
