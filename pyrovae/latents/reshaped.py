@@ -1,0 +1,169 @@
+"""Distributions over latents made from another: its events flattened, resampled, or sent through a flow."""
+
+from collections.abc import Callable
+
+import torch
+from pyro import distributions as dist
+from pyro.distributions import constraints
+from torch import Tensor
+
+from pyrovae.latents.spaces import blocks_of
+
+
+class Flattened(dist.TorchDistribution):
+    """A distribution whose event dimensions are made one, as the latents of a VAE have only one.
+
+    Args:
+        base_dist: any distribution with events of at least one dimension.
+
+    >>> Flattened(dist.OneHotCategorical(torch.ones(3, 4)).to_event(1)).sample().shape
+    torch.Size([12])
+    """
+
+    arg_constraints = {}
+
+    def __init__(self, base_dist: dist.TorchDistribution):
+        self.base_dist = base_dist
+        super().__init__(base_dist.batch_shape, torch.Size([base_dist.event_shape.numel()]), validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.base_dist.has_rsample
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return blocks_of(self.base_dist.support, self.base_dist.event_shape)
+
+    def expand(self, batch_shape, _instance=None):
+        return Flattened(self.base_dist.expand(batch_shape))
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:
+        return self._flat(self.base_dist.sample(sample_shape))
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:
+        return self._flat(self.base_dist.rsample(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.base_dist.log_prob(value.unflatten(-1, self.base_dist.event_shape))
+
+    @property
+    def mean(self) -> Tensor:
+        return self._flat(self.base_dist.mean)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._flat(self.base_dist.variance)
+
+    def _flat(self, value: Tensor) -> Tensor:
+        return value.flatten(value.dim() - len(self.base_dist.event_shape))
+
+
+class Resampled(dist.TorchDistribution):
+    r"""Rejection sampling with a learned acceptance probability, given up after a number of tries.
+
+    .. math:: p(z) = \pi(z) \left( \frac{a(z)}{Z} \left(1 - (1 - Z)^{T-1}\right) + (1 - Z)^{T-1} \right),
+        \qquad Z = \mathrm{E}_{\pi}[a(z)]
+
+    Args:
+        base_dist: the proposal :math:`\pi`.
+        log_acceptance: returns :math:`\log a(z)` for z of shape ``(*leading, d)``.
+        log_normalizer: :math:`\log Z`, of the proposal's batch shape.
+        tries: T, at least 1; the last one is kept whatever comes.
+
+    >>> proposal = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+    >>> p = Resampled(proposal, lambda z: torch.zeros(z.shape[:-1]), torch.tensor(0.0), tries=5)
+    >>> p.log_prob(torch.zeros(1))  # all are accepted
+    tensor(-0.9189)
+    """
+
+    arg_constraints = {}
+    support = constraints.real_vector
+
+    def __init__(
+        self,
+        base_dist: dist.TorchDistribution,
+        log_acceptance: Callable[[Tensor], Tensor],
+        log_normalizer: Tensor,
+        tries: int,
+    ):
+        self.base_dist, self.log_acceptance = base_dist, log_acceptance
+        self.log_normalizer, self.tries = log_normalizer, tries
+        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return Resampled(self.base_dist.expand(batch_shape), self.log_acceptance, self.log_normalizer, self.tries)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        z = self.log_normalizer.exp().clamp(max=1 - torch.finfo(value.dtype).eps)
+        given_up = (self.tries - 1) * torch.log1p(-z)
+        accepted = self.log_acceptance(value) - self.log_normalizer + torch.log(-torch.expm1(given_up))
+        return self.base_dist.log_prob(value) + torch.logaddexp(accepted, given_up)
+
+    @torch.no_grad()
+    def sample(self, sample_shape=torch.Size()) -> Tensor:
+        value = self.base_dist.sample(sample_shape)
+        todo = torch.ones(value.shape[:-1], dtype=torch.bool, device=value.device)
+        for _ in range(self.tries - 1):
+            todo = todo & (torch.rand_like(value[..., 0]).log() > self.log_acceptance(value))
+            if not bool(todo.any()):
+                break
+            value = torch.where(todo.unsqueeze(-1), self.base_dist.sample(sample_shape), value)
+        return value
+
+
+class Flow(dist.TorchDistribution):
+    r"""A zuko flow, scaled and shifted: :math:`z = \mu + \sigma \odot f(\epsilon)`.
+
+    What it drew last it scores without inverting the flow.
+
+    Args:
+        flow: a distribution of zuko's, events of shape ``(d,)``.
+        loc: :math:`\mu`, shape ``(*batch, d)`` or ``()``.
+        scale: :math:`\sigma`, of the same shape.
+    """
+
+    arg_constraints = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, flow: torch.distributions.Distribution, loc: Tensor, scale: Tensor):
+        self.flow, self.loc, self.scale = flow, loc, scale
+        self._drawn = None, None
+        super().__init__(flow.batch_shape, flow.event_shape, validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return Flow(self.flow.expand(torch.Size(batch_shape)), self.loc, self.scale)
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:
+        value, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))
+        value = self.loc + self.scale * value
+        self._drawn = value, log_prob - self._log_scale()
+        return value
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        drawn, log_prob = self._drawn
+        # Under no_grad the drawing kept no graph; a score that needs one is computed anew.
+        if value is drawn and (log_prob.requires_grad or not torch.is_grad_enabled()):
+            return log_prob
+        return self.flow.log_prob((value - self.loc) / self.scale) - self._log_scale()
+
+    def _log_scale(self) -> Tensor:
+        return self.scale.log().expand(self.scale.shape[:-1] + self.event_shape).sum(-1)
+
+
+def import_zuko():
+    """Imports zuko, and undoes what importing it changes for the whole process: that arguments are not validated."""
+    base = torch.distributions.Distribution
+    before = base._validate_args, base.__dict__["arg_constraints"]
+    import zuko
+
+    base._validate_args, base.arg_constraints = before
+    for name in zuko.distributions.__all__:  # these rely on it
+        kind = getattr(zuko.distributions, name)
+        if isinstance(kind.arg_constraints, property):
+            kind.arg_constraints = {}
+    return zuko

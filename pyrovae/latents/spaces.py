@@ -1,0 +1,101 @@
+"""The spaces that latents live in, and how free numbers are mapped into them."""
+
+import math
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.nn.functional import softplus
+
+_ONE = math.log(math.e - 1)  # softplus(_ONE) = 1
+_FLOOR = 1e-6  # a smaller scale beside a prior of scale one is lost to float32 rounding
+
+
+def positive(raw: Tensor) -> Tensor:
+    """Maps any number to a positive one, zero to one, so that untrained scales start at one.
+
+    >>> positive(torch.zeros(1))
+    tensor([1.0000])
+    """
+    return softplus(raw + _ONE) + _FLOOR
+
+
+def tril_of(raw: Tensor) -> Tensor:
+    """Returns lower triangular matrices with a positive diagonal from d (d + 1) / 2 numbers each.
+
+    The first d numbers are the diagonal before :func:`positive`, the others the strict lower triangle row by row.
+
+    >>> tril_of(torch.tensor([0.0, 0.0, 5.0]))
+    tensor([[1.0000, 0.0000],
+            [5.0000, 1.0000]])
+    """
+    d = (math.isqrt(8 * raw.shape[-1] + 1) - 1) // 2
+    rows, cols = torch.tril_indices(d, d, offset=-1, device=raw.device)
+    lower = raw[..., d:]
+    # Scatter, not assignment: the matrix keeps its gradient and any number of leading dimensions.
+    flat = torch.diag_embed(positive(raw[..., :d])).flatten(-2)
+    return flat.scatter(-1, (rows * d + cols).expand(lower.shape), lower).unflatten(-1, (d, d))
+
+
+def integers(num_classes: int) -> constraints.Constraint:
+    """Returns the support of vectors of class numbers."""
+    return constraints.independent(constraints.integer_interval(0, num_classes - 1), 1)
+
+
+class flattened(constraints.Constraint):
+    """The support of a :class:`Flattened` distribution: a constraint on vectors that are read in another shape.
+
+    Args:
+        base_constraint: the constraint in that shape.
+        event_shape: the shape.
+
+    >>> flattened(constraints.one_hot, (2, 2)).check(torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    tensor(True)
+    """
+
+    event_dim = 1
+
+    def __init__(self, base_constraint: constraints.Constraint, event_shape: tuple[int, ...]):
+        self.base_constraint, self.event_shape = base_constraint, tuple(event_shape)
+        self.is_discrete = base_constraint.is_discrete
+
+    def check(self, value: Tensor) -> Tensor:
+        inside = self.base_constraint.check(value.unflatten(-1, self.event_shape))
+        over = len(self.event_shape) - self.base_constraint.event_dim
+        return inside.flatten(inside.dim() - over).all(-1) if over else inside
+
+    def __repr__(self) -> str:
+        return f"Flattened({self.base_constraint}, {self.event_shape})"
+
+
+def blocks_of(constraint: constraints.Constraint, shape: tuple[int, ...]) -> constraints.Constraint:
+    """Returns the support of vectors that hold several events one after the other; of one event, its own support."""
+    return constraint if constraint.event_dim == 1 and math.prod(shape[:-1]) == 1 else flattened(constraint, shape)
+
+
+def one_hot_blocks(latent_dim: int, num_classes: int | None) -> tuple[int, int]:
+    """Returns how many one-hot vectors of which length make up the latents; raises if they do not."""
+    num_classes = latent_dim if num_classes is None else num_classes
+    check_classes(num_classes)
+    if latent_dim % num_classes:
+        raise ValueError(f"num_classes must divide latent_dim={latent_dim}, got {num_classes}.")
+    return latent_dim // num_classes, num_classes
+
+
+def check_classes(num_classes: int) -> None:
+    """Raises a ValueError unless there are at least two classes."""
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
+
+
+def check_simplex(latent_dim: int) -> None:
+    """Raises a ValueError unless there are at least two parts of a whole."""
+    if latent_dim < 2:
+        raise ValueError(f"latent_dim must be at least 2, a simplex's, got {latent_dim}.")
+
+
+def check_temperature(temperature: float) -> float:
+    """Raises a ValueError unless a temperature is positive."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}.")
+    return temperature
