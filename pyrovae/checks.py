@@ -26,11 +26,13 @@ class Structure(NamedTuple):
         max_plate_nesting: how many dimensions the plates take, from the right.
         data_size: how many data the data plate stands for, which may be more than it holds. None without one.
         problems: per site, why importance weights per datum are undefined.
+        sites: the names of the sites of both.
     """
 
     max_plate_nesting: int
     data_size: int | None
     problems: tuple[str, ...]
+    sites: frozenset[str]
 
 
 def check_finite(name: str, x: Tensor) -> None:
@@ -128,6 +130,7 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
         max_plate_nesting=max((-frame.dim for frame in frames if frame.vectorized), default=0),
         data_size=None if data is None else data.full_size or data.size,
         problems=tuple(_problems(model_sites, guide_sites)),
+        sites=frozenset(model_sites.keys() | guide_sites.keys()),
     )
 
 

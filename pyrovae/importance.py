@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyrovae.checks import Structure, check_all_observed, evaluation_mode, inspect, named_arguments, sample_sites
+from pyrovae.checks import DATA, Structure, check_all_observed, evaluation_mode, inspect, named_arguments, sample_sites
 from pyrovae.distributions import center
 
 __all__ = ["Imputation", "impute", "log_weights"]
@@ -77,9 +77,15 @@ def draw(
     guide: Callable, structure: Structure, num_samples: int, *args: Any, **kwargs: Any
 ) -> tuple[poutine.Trace, Tensor]:
     r"""Runs the guide once for `num_samples` draws; returns its trace and :math:`\log q`, ``(num_samples, batch)``."""
+    trace = trace_guide(guide, structure, num_samples, *args, **kwargs)
+    return trace, _log_prob_per_datum(trace)
+
+
+def trace_guide(guide: Callable, structure: Structure, num_samples: int, *args: Any, **kwargs: Any) -> poutine.Trace:
+    """Runs the guide once for `num_samples` draws; returns its trace."""
     with _samples(structure, num_samples), poutine.trace() as tracer:
         guide(*args, **kwargs)
-    return tracer.trace, _log_prob_per_datum(tracer.trace)
+    return tracer.trace
 
 
 def log_joint(
@@ -92,10 +98,41 @@ def log_joint(
     **kwargs: Any,
 ) -> Tensor:
     r"""Returns :math:`\log p(x, z)` at the latents of a guide's trace of `num_samples` draws, in the same shape."""
-    trace = _replay(model, draws, structure, num_samples, *args, **kwargs)
+    trace = trace_model(model, draws, structure, num_samples, *args, **kwargs)
     if check_data:
         check_all_observed(trace)
     return _log_prob_per_datum(trace)
+
+
+def trace_model(
+    model: Callable, draws: poutine.Trace, structure: Structure, num_samples: int, *args: Any, **kwargs: Any
+) -> poutine.Trace:
+    """Runs the model at the latents of a guide's trace of `num_samples` draws; returns its trace."""
+    # Handlers as contexts, not wrappers: a wrapped model could not take an argument of the name "context".
+    with _samples(structure, num_samples), poutine.trace() as tracer, poutine.replay(trace=draws):
+        model(*args, **kwargs)
+    return tracer.trace
+
+
+def log_prob_of(site: dict) -> Tensor:
+    """Returns the log-probability of a site's value, masked but not scaled, ``(num_samples, *plates, batch)``."""
+    # N/B and training weights belong outside the log of a mean of weights.
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return scale_and_mask(log_prob, mask=site["mask"])
+
+
+def per_datum(site: dict, t: Tensor, event_dim: int = 0) -> Tensor:
+    """Sums a site's ``(num_samples, *plates, batch, *event)`` over its plates but the data's.
+
+    Over all plates for a site that does not stand in the data plate; its batch is one.
+
+    Returns:
+        Shape ``(num_samples, batch, *event)``.
+    """
+    end = t.dim() - event_dim
+    if any(frame.name == DATA and frame.dim == -1 for frame in site["cond_indep_stack"]):
+        return t.flatten(1, end - 2).sum(1) if end > 2 else t
+    return t.flatten(1, end - 1).sum(1, keepdim=True) if end > 1 else t.unsqueeze(1)
 
 
 class Imputation(NamedTuple):
@@ -171,7 +208,7 @@ def impute(
         for start in range(0, num_samples, chunk):
             k = min(chunk, num_samples - start)
             drawn, log_q = draw(guide, structure, k, *args, **kwargs)
-            scored = _replay(model, drawn, structure, k, *args, **kwargs)
+            scored = trace_model(model, drawn, structure, k, *args, **kwargs)
             if start == 0:
                 _check_imputed(scored, site, log_q, tensors)
             # In double precision, for the sums may run over very many terms.
@@ -200,21 +237,11 @@ def impute(
                 f"all {num_samples} samples of datum {int((log_sum == -math.inf).nonzero()[0])} have weight zero, so there "
                 "is nothing to impute from. Train the guide, or draw more samples."
             )
-        p = _replay(model, kept, structure, num_draws, *args, **kwargs).nodes[site]["fn"]
+        p = trace_model(model, kept, structure, num_draws, *args, **kwargs).nodes[site]["fn"]
         draws = p.sample()
     ess = (2 * log_sum - log_sum_of_squares).exp().clamp(max=num_samples)
     shape = _own_shape(scored.nodes[site], mean.shape, depth)
     return Imputation(mean.to(center(p).dtype).reshape(shape), draws.reshape(num_draws, *shape), ess.to(log_q.dtype))
-
-
-def _replay(
-    model: Callable, draws: poutine.Trace, structure: Structure, num_samples: int, *args: Any, **kwargs: Any
-) -> poutine.Trace:
-    """Runs the model at the latents of a guide's trace of `num_samples` draws; returns its trace."""
-    # Handlers as contexts, not wrappers: a wrapped model could not take an argument of the name "context".
-    with _samples(structure, num_samples), poutine.trace() as tracer, poutine.replay(trace=draws):
-        model(*args, **kwargs)
-    return tracer.trace
 
 
 def _samples(structure: Structure, num_samples: int) -> pyro.plate:
@@ -222,13 +249,7 @@ def _samples(structure: Structure, num_samples: int) -> pyro.plate:
 
 
 def _log_prob_per_datum(trace: poutine.Trace) -> Tensor:
-    # Unscaled, for N/B and training weights belong outside the log; summed over all but samples and data.
-    total = 0.0
-    for site in sample_sites(trace).values():
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        log_prob = scale_and_mask(log_prob, mask=site["mask"])
-        total = total + (log_prob.flatten(1, -2).sum(1) if log_prob.dim() > 2 else log_prob)
-    return total
+    return sum(per_datum(site, log_prob_of(site)) for site in sample_sites(trace).values())
 
 
 def _check_imputed(trace: poutine.Trace, site: str, log_q: Tensor, tensors: list[Tensor]) -> None:

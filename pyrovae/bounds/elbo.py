@@ -1,0 +1,364 @@
+r"""The evidence lower bound, and what training does with its KL divergence."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from pyro import distributions as dist
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyrovae.bounds.base import Bound, Sides, Weighed, same_scale
+from pyrovae.bounds.gradients import Gradient
+from pyrovae.bounds.reductions import Reduced, power_mean
+from pyrovae.checks import Structure
+from pyrovae.importance import log_prob_of, per_datum
+from pyrovae.regularizers import Regularizer
+
+
+class Schedule(ABC):
+    """Base of numbers that change from one training step to the next; a bound counts its steps."""
+
+    @abstractmethod
+    def __call__(self, step: int | None) -> float:
+        """Returns the number after so many steps; None for the end, which evaluation takes."""
+
+
+class Linear(Schedule):
+    r"""A straight line, and its end from there on: a warm-up.
+
+    .. math:: \beta_t = \beta_0 + \min(t / T, 1)\, (\beta_T - \beta_0)
+
+    Args:
+        steps: training steps :math:`T`, at least 1.
+        start: the number at the first step, exactly.
+        end: the number from step `steps` on.
+
+    Raises:
+        ValueError: when `steps` is below 1, or a number is negative or not finite.
+
+    References:
+        Generating Sentences from a Continuous Space, S. R. Bowman, L. Vilnis, O. Vinyals, A. M. Dai, R. Jozefowicz and
+        S. Bengio, 2016, https://arxiv.org/abs/1511.06349; Ladder Variational Autoencoders, C. K. Sønderby et al., 2016,
+        https://arxiv.org/abs/1602.02282.
+
+    >>> beta = Linear(steps=100)
+    >>> beta(0), beta(50), beta(1000)
+    (0.0, 0.5, 1.0)
+    """
+
+    def __init__(self, steps: int, start: float = 0.0, end: float = 1.0):
+        if not steps >= 1:
+            raise ValueError(f"steps must be at least 1, got {steps}.")
+        self.steps = steps
+        self.start, self.end = _weight("start", start), _weight("end", end)
+
+    def __call__(self, step: int | None) -> float:
+        share = 1.0 if step is None else min(step / self.steps, 1.0)
+        return self.start + share * (self.end - self.start)
+
+    def __repr__(self) -> str:
+        return f"Linear(steps={self.steps}, start={self.start}, end={self.end})"
+
+
+class Cyclical(Schedule):
+    r"""A warm-up again and again: a straight line over the first part of each period, and its end over the rest.
+
+    .. math:: \beta_t = \beta_0 + \min\left(\frac{t \bmod T}{r T}, 1\right) (\beta_T - \beta_0)
+
+    Args:
+        period: training steps :math:`T` of a cycle, at least 1.
+        start: the number at the first step of a cycle, exactly.
+        end: the number when the line has ended.
+        ramp: the share :math:`r` of a cycle that the line takes, above 0 and at most 1.
+
+    Raises:
+        ValueError: when an argument is out of range.
+
+    References:
+        Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing, H. Fu, C. Li, X. Liu, J. Gao,
+        A. Celikyilmaz and L. Carin, 2019, https://arxiv.org/abs/1903.10145.
+
+    >>> beta = Cyclical(period=100)
+    >>> beta(25), beta(75), beta(100)
+    (0.5, 1.0, 0.0)
+    """
+
+    def __init__(self, period: int, start: float = 0.0, end: float = 1.0, ramp: float = 0.5):
+        if not period >= 1:
+            raise ValueError(f"period must be at least 1, got {period}.")
+        if not 0 < ramp <= 1:
+            raise ValueError(f"ramp must be above 0 and at most 1, got {ramp}.")
+        self.period, self.ramp = period, ramp
+        self.start, self.end = _weight("start", start), _weight("end", end)
+
+    def __call__(self, step: int | None) -> float:
+        share = 1.0 if step is None else min(step % self.period / (self.ramp * self.period), 1.0)
+        return self.start + share * (self.end - self.start)
+
+    def __repr__(self) -> str:
+        return f"Cyclical(period={self.period}, start={self.start}, end={self.end}, ramp={self.ramp})"
+
+
+class Penalty(ABC):
+    """Base of functions of KL divergences that the ELBO takes in their place.
+
+    Args:
+        per_dimension: whether it is given the divergence of each dimension of a latent, or that of the whole.
+    """
+
+    per_dimension: bool = False
+
+    @abstractmethod
+    def __call__(self, kl: Tensor, step: int | None) -> Tensor:
+        """Returns a penalty per datum, ``(batch,)``, which autograd can differentiate.
+
+        Args:
+            kl: divergence of one latent site, ``(batch,)``, or ``(batch, latent_dim)`` of each dimension.
+            step: training steps so far; None in evaluation.
+        """
+
+
+class FreeBits(Penalty):
+    r"""Free bits: divergences below a threshold cost nothing more, so that they are used.
+
+    .. math:: \sum_g \max(\lambda, \overline{\mathrm{KL}}_g)
+
+    over groups of dimensions, with the mean over the data of the batch, as in the paper. Groups need a prior and a
+    posterior whose dimensions are independent.
+
+    Args:
+        nats: threshold :math:`\lambda` for each group, in nats (a bit is 0.693), at least 0.
+        group_size: dimensions a group, the last one perhaps smaller; 1 for each dimension by itself, None for all of a
+            latent site together.
+
+    Raises:
+        ValueError: when `nats` is negative or not finite, or `group_size` is below 1.
+
+    References:
+        Improving Variational Inference with Inverse Autoregressive Flow, D. P. Kingma, T. Salimans, R. Jozefowicz,
+        X. Chen, I. Sutskever and M. Welling, 2016, https://arxiv.org/abs/1606.04934.
+
+    >>> FreeBits(0.5)(torch.tensor([[0.1, 2.0], [0.3, 4.0]]), step=0)
+    tensor([3.5000, 3.5000])
+    """
+
+    def __init__(self, nats: float, group_size: int | None = 1):
+        self.nats = _weight("nats", nats)
+        if group_size is not None and not group_size >= 1:
+            raise ValueError(f"group_size must be at least 1, or None for all dimensions together, got {group_size}.")
+        self.group_size, self.per_dimension = group_size, group_size is not None
+
+    def __call__(self, kl: Tensor, step: int | None) -> Tensor:
+        groups = kl.mean(0).reshape(1) if self.group_size is None else kl.mean(0).split(self.group_size)
+        total = sum(group.sum().clamp_min(self.nats) for group in groups)
+        return total.expand(len(kl))
+
+    def __repr__(self) -> str:
+        return f"FreeBits({self.nats}, group_size={self.group_size})"
+
+
+class Capacity(Penalty):
+    r"""A target for the KL divergence of each latent site, which training raises slowly.
+
+    .. math:: |\mathrm{KL}(q(z \mid x) \,\|\, p(z)) - C_t|
+
+    The ELBO's `beta` is its weight :math:`\gamma`.
+
+    Args:
+        nats: :math:`C_t`, a number or a :class:`Schedule`, at least 0.
+
+    Raises:
+        ValueError: when `nats` is negative or not finite.
+
+    References:
+        Understanding Disentangling in beta-VAE, C. P. Burgess et al., 2018, https://arxiv.org/abs/1804.03599.
+
+    >>> Capacity(Linear(steps=100, end=25.0))(torch.tensor([3.0, 4.0]), step=20)
+    tensor([2., 1.])
+    """
+
+    def __init__(self, nats: float | Schedule):
+        self.nats = nats if isinstance(nats, Schedule) else _weight("nats", nats)
+
+    def __call__(self, kl: Tensor, step: int | None) -> Tensor:
+        return (kl - _at(self.nats, step)).abs()
+
+    def __repr__(self) -> str:
+        return f"Capacity({self.nats})"
+
+
+class ELBO(Bound):
+    r"""The evidence lower bound, with closed-form KL divergences and weights on them.
+
+    .. math:: \mathrm{E}_{q(z \mid x)} \log p(x \mid z) - \beta\, \mathrm{KL}(q(z \mid x) \,\|\, p(z))
+        \;\le\; \log p(x) \quad (\beta \ge 1)
+
+    A latent site's KL divergence is taken in closed form where its pair of distributions has one, given the latents
+    before it; this is right for a hierarchy inferred in the order of the model, and where the guide has another order
+    the term is estimated from the draws. With ``gradient=StickingTheLanding()`` all are, for only then does the variance
+    vanish at the exact posterior. Latents outside the data plate, and ``poutine.scale`` on single sites, are fine.
+
+    Args:
+        num_particles: draws of the guide per datum, at least 1.
+        beta: weight of the KL divergences, a number or a :class:`Schedule`, at least 0. A warm-up may start at 0.
+        penalty: what is made of the divergence of each latent site, :class:`FreeBits` or :class:`Capacity`; None for the
+            divergence itself.
+        closed_form: whether to take divergences in closed form.
+        gradient: the estimator of the gradient.
+        chunk_size: particles that the model is run on at once; None for all.
+        regularizers: what else the loss holds.
+
+    Raises:
+        ValueError: when an argument is out of range.
+
+    References:
+        Auto-Encoding Variational Bayes, D. P. Kingma and M. Welling, 2014, https://arxiv.org/abs/1312.6114; beta-VAE,
+        I. Higgins et al., 2017, https://openreview.net/forum?id=Sy2fzU9gl.
+
+    >>> import pyrovae
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
+    >>> loss = ELBO(beta=Linear(steps=1000), penalty=FreeBits(0.1))
+    >>> len(pyrovae.fit(vae.model, vae.guide, torch.randn(100, 3), loss=loss, epochs=2, progress=False)["kl z"])
+    2
+    """
+
+    linear = True
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        beta: float | Schedule = 1.0,
+        penalty: Penalty | None = None,
+        closed_form: bool = True,
+        gradient: Gradient | None = None,
+        chunk_size: int | None = None,
+        regularizers: Sequence[Regularizer] = (),
+    ):
+        super().__init__(num_particles, gradient, chunk_size, regularizers)
+        self.beta = beta if isinstance(beta, Schedule) else _weight("beta", beta)
+        self.penalty, self.closed_form = penalty, closed_form
+
+    def reduce(self, log_w: Tensor) -> Reduced:
+        return power_mean(log_w, 0.0)
+
+    def _check_structure(self, structure: Structure) -> None:
+        enumerated = [problem for problem in structure.problems if "enumerated" in problem]
+        if enumerated:
+            raise ValueError(f"bounds.ELBO does not enumerate: {'; '.join(enumerated)}. Use pyro.infer.TraceEnum_ELBO.")
+
+    def _pair(self, p: dict, q: dict, closed_form: bool) -> tuple[Tensor, Tensor | None]:
+        each = self.penalty is not None and self.penalty.per_dimension
+        p_fn, q_fn = (_dimensions(p), _dimensions(q)) if each else (p["fn"], q["fn"])
+        event_dim = int(each)
+        alike = p["mask"] is q["mask"] and same_scale(p["scale"], q["scale"])
+        if closed_form and self.closed_form and not self.gradient.reparameterized and alike:
+            kl = kl_in_closed_form(q_fn, p_fn)
+            if kl is not None:
+                return -per_datum(p, _masked(kl, p["mask"], event_dim), event_dim), None
+        if not each:
+            return per_datum(p, log_prob_of(p)), per_datum(q, log_prob_of(q))
+        sides = ((p, p_fn.log_prob(p["value"])), (q, q_fn.log_prob(q["value"])))
+        return tuple(per_datum(site, _masked(t, site["mask"], 1), 1) for site, t in sides)
+
+    def _weigh(self, sides: Sides, batch: int) -> Weighed:
+        step = self.steps if torch.is_grad_enabled() else None
+        beta, scales = _at(self.beta, step), sides.scales
+        log_p = [_shared(t * scales["p", name], batch) for name, t in sides.observed.items()]
+        reconstruction = sum(t.detach().mean(0).sum() for t in log_p)
+        log_q, bound, loss = [], reconstruction, -reconstruction
+        for name in dict.fromkeys([*sides.model, *sides.guide]):
+            p, q = sides.model.get(name), sides.guide.get(name)
+            kl = (0.0 if q is None else q.detach().mean(0)) - (0.0 if p is None else p.detach().mean(0))
+            scaled = (0.0 if q is None else q.detach().mean(0) * scales["q", name]) - (
+                0.0 if p is None else p.detach().mean(0) * scales["p", name]
+            )
+            bound = bound - scaled.sum()
+            if self.penalty is None:
+                weight = torch.full_like(kl, beta)
+                loss = loss + beta * scaled.sum()
+            else:
+                with torch.enable_grad():
+                    kl.requires_grad_()
+                    penalties = beta * self.penalty(kl, step)
+                    (weight,) = torch.autograd.grad(penalties.sum(), kl)
+                side = "q" if q is not None else "p"
+                loss = loss + (penalties.detach() * scales[side, name]).sum()
+            if p is not None:
+                log_p.append(_shared(_per_particle(weight * p) * scales["p", name], batch))
+            if q is not None:
+                log_q.append(_shared(_per_particle(weight * q) * scales["q", name], batch))
+        log_p = sum(log_p)
+        return Weighed(log_p, sum(log_q) + torch.zeros_like(log_p), 1.0, loss, bound)
+
+
+def kl_in_closed_form(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor | None:
+    """Returns KL(q || p) of each element of the batch, or None where no closed form is known.
+
+    >>> q = dist.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    >>> kl_in_closed_form(q, dist.Normal(torch.ones(2), 1.0).to_event(1))
+    tensor(1.)
+    """
+    if isinstance(q, dist.MultivariateNormal | dist.LowRankMultivariateNormal) and _is_diagonal_normal(p):
+        loc, scale = p.base_dist.loc, p.base_dist.scale
+        if isinstance(q, dist.MultivariateNormal):
+            log_det = 2 * q.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        else:
+            log_det = _low_rank_log_det(q)
+        squares = ((q.variance + (q.loc - loc).square()) / scale.square() - 1).sum(-1)
+        return 0.5 * (squares + 2 * scale.log().sum(-1) - log_det)
+    try:
+        return kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+
+
+def _is_diagonal_normal(p: dist.TorchDistribution) -> bool:
+    return (
+        isinstance(p, dist.Independent) and isinstance(p.base_dist, dist.Normal) and p.reinterpreted_batch_ndims == 1
+    )
+
+
+def _low_rank_log_det(q: dist.LowRankMultivariateNormal) -> Tensor:
+    """Returns the log-determinant of a covariance W W' + D, by the matrix determinant lemma."""
+    capacitance = q.cov_factor.mT @ (q.cov_factor / q.cov_diag.unsqueeze(-1))
+    eye = torch.eye(capacitance.shape[-1], dtype=capacitance.dtype, device=capacitance.device)
+    return torch.logdet(capacitance + eye) + q.cov_diag.log().sum(-1)
+
+
+def _dimensions(site: dict) -> dist.TorchDistribution:
+    """Returns the distribution of a site's dimensions one by one."""
+    fn = site["fn"]
+    if isinstance(fn, dist.Independent) and fn.reinterpreted_batch_ndims == 1 and not fn.base_dist.event_shape:
+        return fn.base_dist
+    raise ValueError(
+        f'FreeBits(group_size=...) needs the KL divergence of each dimension, but site "{site["name"]}" has a '
+        f"{type(fn).__name__} whose dimensions are not independent. Take group_size=None, for the site as a whole."
+    )
+
+
+def _masked(t: Tensor, mask: Tensor | bool | None, event_dim: int) -> Tensor:
+    return scale_and_mask(t, mask=mask.unsqueeze(-1) if event_dim and isinstance(mask, Tensor) else mask)
+
+
+def _per_particle(t: Tensor) -> Tensor:
+    return t.sum(-1) if t.dim() > 2 else t
+
+
+def _shared(t: Tensor, batch: int) -> Tensor:
+    """Gives each datum its share of a term that belongs to none."""
+    return t if t.shape[-1] == batch else t / batch
+
+
+def _at(number: float | Schedule, step: int | None) -> float:
+    return number(step) if isinstance(number, Schedule) else number
+
+
+def _weight(name: str, value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}.")
+    return value

@@ -1,0 +1,351 @@
+r"""Terms that a loss may hold besides a bound; with one of them, it is no bound on log p(x) any more."""
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import softplus
+
+from pyrovae.checks import sample_sites
+from pyrovae.distributions import center
+from pyrovae.vae import register
+
+__all__ = [
+    "Adversarial",
+    "Cost",
+    "DensityRatio",
+    "MaximumMeanDiscrepancy",
+    "Regularizer",
+    "Run",
+    "TotalCorrelation",
+    "gaussian_kernel",
+    "inverse_multiquadric_kernel",
+]
+
+_count = itertools.count()
+
+
+class Run(NamedTuple):
+    """One run of a guide and a model, with particles at the leftmost dimension of every value.
+
+    Args:
+        model_trace: trace of the model at the guide's latents.
+        guide_trace: trace of the guide.
+        model: the model, and
+        guide: the guide, to be run again on
+        args: their arguments and
+        kwargs: their keyword arguments.
+    """
+
+    model_trace: poutine.Trace
+    guide_trace: poutine.Trace
+    model: Callable
+    guide: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def site(self, name: str, of_guide: bool) -> dict:
+        """Returns a site of the guide or the model; raises a ValueError if there is none of that name."""
+        sites = sample_sites(self.guide_trace if of_guide else self.model_trace)
+        if name not in sites:
+            where = "guide" if of_guide else "model"
+            raise ValueError(f'the {where} has no site "{name}" to regularize; it has {", ".join(sites) or "none"}.')
+        return sites[name]
+
+
+class Cost(NamedTuple):
+    """What a regularizer adds to a loss, summed over the data.
+
+    Args:
+        value: in nats, with its gradient.
+        aside: of value zero, with the gradient of what is trained along, such as a discriminator.
+    """
+
+    value: Tensor
+    aside: Tensor | float = 0.0
+
+
+class Regularizer(ABC):
+    r"""Base of the regularizers, which any bound takes: ``bounds.ELBO(regularizers=[...])``.
+
+    To write one, derive from it and return a :class:`Cost` from the sites of a :class:`Run`; its latents are
+    differentiable. Where a bound works in chunks of particles it is given the first.
+
+    Args:
+        weight: what it is multiplied by, finite.
+    """
+
+    def __init__(self, weight: float):
+        if not math.isfinite(weight):
+            raise ValueError(f"weight must be finite, got {weight}.")
+        self.weight = weight
+
+    @abstractmethod
+    def __call__(self, run: Run) -> Cost:
+        """Returns the cost of a run."""
+
+
+class TotalCorrelation(Regularizer):
+    r"""The total correlation of the aggregate posterior, from a minibatch: with the ELBO, the beta-TCVAE.
+
+    .. math:: \lambda\, \mathrm{KL}\Big(q(z) \,\Big\|\, \prod_d q(z_d)\Big), \qquad q(z) = \frac{1}{N} \sum_n q(z \mid x_n)
+
+    The ELBO's KL divergence holds the total correlation once, so ``ELBO(regularizers=[TotalCorrelation(beta - 1, N)])``
+    weighs it by beta. The stratified estimate of the density is unbiased,
+    :math:`\hat q(z_i) = \frac{1}{N} q(z_i \mid x_i) + \frac{N - 1}{N} \frac{1}{B - 1} \sum_{j \ne i} q(z_i \mid x_j)`;
+    the weighted one, :math:`\frac{1}{N B} \sum_j q(z_i \mid x_j)`, is not. The logarithm of either is biased
+    downwards, and with the batch the bias falls.
+
+    Args:
+        weight: :math:`\lambda`.
+        dataset_size: number of training data :math:`N`, at least 2.
+        stratified: which estimate.
+        site: the latent, whose posterior must have independent dimensions.
+
+    Raises:
+        ValueError: when an argument is out of range, a batch has fewer than two data or more than `dataset_size`, the
+            guide has no such site, or its dimensions are not independent.
+
+    References:
+        Isolating Sources of Disentanglement in Variational Autoencoders, R. T. Q. Chen, X. Li, R. Grosse and
+        D. Duvenaud, 2018, https://arxiv.org/abs/1802.04942.
+
+    >>> TotalCorrelation(5.0, dataset_size=60_000).weight
+    5.0
+    """
+
+    def __init__(self, weight: float, dataset_size: int, stratified: bool = True, site: str = "z"):
+        super().__init__(weight)
+        if not dataset_size >= 2:
+            raise ValueError(f"dataset_size must be at least 2, got {dataset_size}.")
+        self.dataset_size, self.stratified, self.site = dataset_size, stratified, site
+
+    def __call__(self, run: Run) -> Cost:
+        latent = run.site(self.site, of_guide=True)
+        fn, z = latent["fn"], latent["value"]
+        if not (isinstance(fn, dist.Independent) and fn.reinterpreted_batch_ndims == 1 and not fn.base_dist.event_shape):
+            raise ValueError(
+                f'TotalCorrelation needs a posterior with independent dimensions at site "{self.site}", got a '
+                f"{type(fn).__name__}. DensityRatio needs draws only."
+            )
+        batch, n = z.shape[-2], self.dataset_size
+        if not 2 <= batch <= n:
+            raise ValueError(f"TotalCorrelation needs batches of 2 to dataset_size={n} data, got {batch}.")
+        # Each latent under the posterior of each datum: (batch of z, *samples, batch of x, dimensions).
+        log_q = fn.base_dist.log_prob(z.movedim(-2, 0).unsqueeze(-2))
+        eye = torch.eye(batch, dtype=torch.bool, device=z.device).reshape(batch, *[1] * (z.dim() - 2), batch, 1)
+        if self.stratified:
+            log_share = torch.where(eye, -math.log(n), math.log((n - 1) / (n * (batch - 1)))).to(z.dtype)
+        else:
+            log_share = torch.full_like(eye, -math.log(n * batch), dtype=z.dtype)
+        joint = (log_q.sum(-1, keepdim=True) + log_share).logsumexp(-2).squeeze(-1)
+        marginals = (log_q + log_share).logsumexp(-2).sum(-1)
+        correlation = (joint - marginals).flatten(1).mean(1)
+        return Cost(self.weight * correlation.sum())
+
+
+def gaussian_kernel(a: Tensor, b: Tensor) -> Tensor:
+    r"""Returns :math:`\exp(-\lVert a - b \rVert^2 / d)` for all pairs of rows, as in InfoVAE.
+
+    >>> gaussian_kernel(torch.zeros(2, 3), torch.zeros(4, 3)).shape
+    torch.Size([2, 4])
+    """
+    return (-_squared_distances(a, b) / a.shape[-1]).exp()
+
+
+def inverse_multiquadric_kernel(a: Tensor, b: Tensor) -> Tensor:
+    r"""Returns :math:`\sum_s \frac{2 d s}{2 d s + \lVert a - b \rVert^2}` for all pairs of rows, as in WAE.
+
+    The scales s are 0.1, 0.2, 0.5, 1, 2, 5 and 10. Its tails reach latents that are far from the prior.
+
+    References:
+        Wasserstein Auto-Encoders, I. Tolstikhin, O. Bousquet, S. Gelly and B. Schölkopf, 2018,
+        https://arxiv.org/abs/1711.01558.
+
+    >>> inverse_multiquadric_kernel(torch.zeros(2, 3), torch.zeros(4, 3))[0, 0]
+    tensor(7.)
+    """
+    squares = _squared_distances(a, b)
+    return sum(2 * a.shape[-1] * s / (2 * a.shape[-1] * s + squares) for s in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0))
+
+
+class MaximumMeanDiscrepancy(Regularizer):
+    r"""The squared maximum mean discrepancy between aggregate posterior and prior: with the ELBO, InfoVAE.
+
+    .. math:: \lambda \left(\mathrm{E}\, k(z, z') + \mathrm{E}\, k(\tilde z, \tilde z') - 2\, \mathrm{E}\, k(z, \tilde z)
+        \right), \qquad z, z' \sim q(z), \quad \tilde z, \tilde z' \sim p(z)
+
+    once for each datum, by its unbiased estimate from a batch, which may be negative. InfoVAE with its :math:`\alpha`
+    and :math:`\lambda` is ``ELBO(beta=1 - alpha, regularizers=[MaximumMeanDiscrepancy(alpha + lambda - 1)])``.
+
+    Args:
+        weight: :math:`\lambda`.
+        kernel: ``kernel(a, b)`` returns k for all pairs of rows of two matrices.
+        site: the latent.
+
+    Raises:
+        ValueError: when `weight` is not finite, a batch has fewer than two data, or there is no such site.
+
+    References:
+        InfoVAE: Balancing Learning and Inference in Variational Autoencoders, S. Zhao, J. Song and S. Ermon, 2019,
+        https://arxiv.org/abs/1706.02262; A Kernel Two-Sample Test, A. Gretton, K. M. Borgwardt, M. J. Rasch,
+        B. Schölkopf and A. Smola, 2012, https://jmlr.org/papers/v13/gretton12a.html.
+
+    >>> MaximumMeanDiscrepancy(100.0, inverse_multiquadric_kernel).weight
+    100.0
+    """
+
+    def __init__(
+        self, weight: float, kernel: Callable[[Tensor, Tensor], Tensor] = gaussian_kernel, site: str = "z"
+    ):
+        super().__init__(weight)
+        self.kernel, self.site = kernel, site
+
+    def __call__(self, run: Run) -> Cost:
+        latent = run.site(self.site, of_guide=True)
+        batch, width = latent["value"].shape[-2:]
+        z = latent["value"].reshape(-1, width)
+        prior = run.site(self.site, of_guide=False)["fn"].sample().reshape(-1, width)
+        n = len(z)
+        if n < 2:
+            raise ValueError(f"MaximumMeanDiscrepancy needs at least 2 latents, got {n}.")
+
+        def within(t: Tensor) -> Tensor:
+            k = self.kernel(t, t)
+            return (k.sum() - k.diagonal().sum()) / (n * (n - 1))
+
+        discrepancy = within(z) + within(prior) - 2 * self.kernel(z, prior).mean()
+        return Cost(self.weight * batch * discrepancy)
+
+
+class _Discriminated(Regularizer):
+    """A regularizer with a network that tells two kinds of input apart, trained along by the same optimizer.
+
+    Its parameters are registered with Pyro. What lowers the loss does not move them, and what trains them moves nothing
+    else.
+    """
+
+    def __init__(self, discriminator: nn.Module, weight: float):
+        super().__init__(weight)
+        if not isinstance(discriminator, nn.Module):
+            raise TypeError(f"discriminator must be a module, got {discriminator!r}.")
+        self.discriminator = discriminator
+        self.name = f"discriminator{next(_count)}"
+
+    def _told(self, x: Tensor) -> Tensor:
+        """Returns the logits of inputs by the discriminator as it is, with the inputs' gradient alone."""
+        held = {name: t.detach() for name, t in self.discriminator.named_parameters()}
+        return self._logits(functional_call(self.discriminator, held, (x,)), len(x))
+
+    def _training_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Returns the cross entropy of telling real ones from fake ones, with the discriminator's gradient alone."""
+        register(self.name, self.discriminator)
+        if not torch.is_grad_enabled():
+            return real.new_zeros(())
+        x = torch.cat([real.detach(), fake.detach()])
+        real_logits, fake_logits = self._logits(self.discriminator(x), len(x)).split([len(real), len(fake)])
+        loss = softplus(-real_logits).sum() + softplus(fake_logits).sum()
+        return loss - loss.detach()
+
+    def _logits(self, logits: Tensor, n: int) -> Tensor:
+        if logits.numel() != n:
+            raise ValueError(
+                f"{type(self).__name__} needs a discriminator that returns one logit for each of {n} inputs, got shape "
+                f"{tuple(logits.shape)}."
+            )
+        return logits.reshape(n)
+
+
+class DensityRatio(_Discriminated):
+    r"""The total correlation by a density ratio that a discriminator learns: with the ELBO, FactorVAE.
+
+    .. math:: \gamma\, \mathrm{E}_{q(z)} \log \frac{D(z)}{1 - D(z)} \approx
+        \gamma\, \mathrm{KL}\Big(q(z) \,\Big\|\, \prod_d q(z_d)\Big)
+
+    The discriminator tells latents from latents whose dimensions were permuted among the data of the batch. It is
+    trained along by the optimizer of the loss.
+
+    Args:
+        discriminator: maps latents ``(n, latent_dim)`` to one logit each.
+        weight: :math:`\gamma`.
+        site: the latent.
+
+    Raises:
+        ValueError: when `weight` is not finite, the discriminator returns another shape, or there is no such site.
+        TypeError: when the discriminator is no module.
+
+    References:
+        Disentangling by Factorising, H. Kim and A. Mnih, 2018, https://arxiv.org/abs/1802.05983.
+
+    >>> from pyrovae import nn
+    >>> DensityRatio(nn.MLP(2, 1), weight=10.0).weight
+    10.0
+    """
+
+    def __init__(self, discriminator: nn.Module, weight: float, site: str = "z"):
+        super().__init__(discriminator, weight)
+        self.site = site
+
+    def __call__(self, run: Run) -> Cost:
+        value = run.site(self.site, of_guide=True)["value"]
+        z = value.reshape(-1, *value.shape[-2:])
+        # Each dimension's order of the data, by itself for every particle.
+        order = torch.rand_like(z.detach()).argsort(dim=1)
+        permuted = z.detach().gather(1, order).flatten(0, 1)
+        z = z.flatten(0, 1)
+        cost = self.weight * self._told(z).sum() / len(z) * value.shape[-2]
+        return Cost(cost, self._training_loss(z, permuted))
+
+
+class Adversarial(_Discriminated):
+    r"""An adversarial term on what the model draws, against blurry samples: VAE-GAN's.
+
+    .. math:: -\lambda \left(\log D(\mu(z)) + \log D(\mu(\tilde z))\right), \qquad
+        z \sim q(z \mid x), \quad \tilde z \sim p(z), \quad \mu(z) = \mathrm{E}\, p(x \mid z)
+
+    The discriminator tells data from reconstructions and from samples. It is trained along by the optimizer of the
+    loss, and so is the prior, by the samples.
+
+    Args:
+        discriminator: maps data ``(n, *x_shape)`` to one logit each.
+        weight: :math:`\lambda`.
+        site: the observed site, whose distribution must have a differentiable mean.
+
+    Raises:
+        ValueError: when `weight` is not finite, the discriminator returns another shape, or there is no such site.
+        TypeError: when the discriminator is no module.
+
+    References:
+        Autoencoding beyond Pixels Using a Learned Similarity Metric, A. B. L. Larsen, S. K. Sønderby, H. Larochelle and
+        O. Winther, 2016, https://arxiv.org/abs/1512.09300; Generative Adversarial Networks, I. Goodfellow et al., 2014,
+        https://arxiv.org/abs/1406.2661 (the generator's loss that does not saturate).
+
+    >>> from pyrovae import nn
+    >>> Adversarial(nn.MLP((1, 8, 8), 1), weight=1.0).weight
+    1.0
+    """
+
+    def __init__(self, discriminator: nn.Module, weight: float, site: str = "x"):
+        super().__init__(discriminator, weight)
+        self.site = site
+
+    def __call__(self, run: Run) -> Cost:
+        observed = run.site(self.site, of_guide=False)
+        with poutine.trace() as dream, poutine.uncondition():
+            run.model(*run.args, **run.kwargs)
+        sampled = center(dream.trace.nodes[self.site]["fn"])
+        reconstructed = center(observed["fn"]).reshape(-1, *sampled.shape)[0]
+        real = observed["value"].reshape(-1, *sampled.shape)[0].to(sampled.dtype)
+        fake = torch.cat([reconstructed, sampled])
+        return Cost(self.weight * softplus(-self._told(fake)).sum(), self._training_loss(real, fake))
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    return (a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1)
