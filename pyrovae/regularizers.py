@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
@@ -15,7 +16,6 @@ from torch.nn.functional import softplus
 
 from pyrovae.checks import sample_sites
 from pyrovae.distributions import center
-from pyrovae.vae import register
 
 __all__ = [
     "Adversarial",
@@ -130,7 +130,9 @@ class TotalCorrelation(Regularizer):
     def __call__(self, run: Run) -> Cost:
         latent = run.site(self.site, of_guide=True)
         fn, z = latent["fn"], latent["value"]
-        if not (isinstance(fn, dist.Independent) and fn.reinterpreted_batch_ndims == 1 and not fn.base_dist.event_shape):
+        if not (
+            isinstance(fn, dist.Independent) and fn.reinterpreted_batch_ndims == 1 and not fn.base_dist.event_shape
+        ):
             raise ValueError(
                 f'TotalCorrelation needs a posterior with independent dimensions at site "{self.site}", got a '
                 f"{type(fn).__name__}. DensityRatio needs draws only."
@@ -202,9 +204,7 @@ class MaximumMeanDiscrepancy(Regularizer):
     100.0
     """
 
-    def __init__(
-        self, weight: float, kernel: Callable[[Tensor, Tensor], Tensor] = gaussian_kernel, site: str = "z"
-    ):
+    def __init__(self, weight: float, kernel: Callable[[Tensor, Tensor], Tensor] = gaussian_kernel, site: str = "z"):
         super().__init__(weight)
         self.kernel, self.site = kernel, site
 
@@ -246,7 +246,7 @@ class _Discriminated(Regularizer):
 
     def _training_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         """Returns the cross entropy of telling real ones from fake ones, with the discriminator's gradient alone."""
-        register(self.name, self.discriminator)
+        pyro.module(self.name, self.discriminator)
         if not torch.is_grad_enabled():
             return real.new_zeros(())
         x = torch.cat([real.detach(), fake.detach()])

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from pyrovae import storage
+from pyrovae.bounds import Bound, Terms
 from pyrovae.checks import ObservedChecked, check_all_observed, check_finite, evaluation_mode, inspect, sample_sites
 from pyrovae.data import Batches, as_batches
 
@@ -37,7 +38,9 @@ class History:
     """What training recorded: one record (a dict) an epoch.
 
     A record holds "epoch", "loss" and, where asked for, "validation" (nats a datum: losses, so lower is better),
-    "learning_rate" and "seconds" since the start. Callbacks may add entries to the last one.
+    "learning_rate" and "seconds" since the start. One of :mod:`pyrovae.bounds` adds what the loss is made of, in nats a
+    datum: "bound", "reconstruction", "kl z" for each latent site "z", and each regularizer by its class. Callbacks may
+    add entries to the last one.
 
     Args:
         records: the records in order.
@@ -69,10 +72,15 @@ class History:
         return min(scored, key=lambda record: record["validation"])["epoch"] if scored else None
 
     def table(self, max_rows: int = 20) -> str:
-        """Returns a table of at most `max_rows` records, evenly spaced, the first and the last among them."""
+        """Returns a table of at most `max_rows` records, evenly spaced, the first and the last among them.
+
+        A learning rate that stays the same is left out.
+        """
         count = min(max_rows, len(self))
         shown = [self.records[round(i * (len(self) - 1) / max(count - 1, 1))] for i in range(count)]
         names = list(dict.fromkeys(name for record in self.records for name in record))
+        if "learning_rate" in names and len(set(self["learning_rate"])) == 1:
+            names.remove("learning_rate")
         cells = [names] + [[_cell(record.get(name)) for name in names] for record in shown]
         widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
         return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
@@ -117,7 +125,7 @@ def fit(
         guide: a Pyro guide, called like the model.
         data: a tensor; a tuple of tensors, which become positional arguments; a ``Dataset``; or a ``DataLoader``, which
             then has the say over batches. In-memory data is shuffled and batched without a loop over items.
-        loss: any ``pyro.infer.ELBO``, the default a new ``Trace_ELBO()``.
+        loss: any ``pyro.infer.ELBO``, one of :mod:`pyrovae.bounds` for example; the default a new ``Trace_ELBO()``.
         epochs: passes over the data, those before a resume included.
         batch_size: data a step; the last batch of an epoch may be smaller.
         optimizer: called with the parameters, as in ``functools.partial(torch.optim.Adam, lr=3e-4)``; or a torch
@@ -218,6 +226,7 @@ def fit(
             if count == 0:
                 raise ValueError(f"data gave no batch in epoch {epoch}. A data set must be iterable anew for every epoch.")
             record = {"epoch": epoch, "loss": total / count}
+            record |= {name: value.item() / count for name, value in run.totals.items()}
             if held_out is not None:
                 record["validation"] = run.validate(held_out, epoch)
             record["learning_rate"] = run.optimizer.param_groups[0]["lr"]
@@ -325,6 +334,7 @@ class _Run:
 
     def start_epoch(self) -> None:
         self.num_known = len(pyro.get_param_store())  # callbacks may have made parameters of their own
+        self.totals: dict[str, Tensor] = {}
 
     def step(self, args: tuple, epoch: int) -> float:
         """Takes one step; returns the loss per datum."""
@@ -349,7 +359,13 @@ class _Run:
     def _loss_and_grads(self, args: tuple) -> float:
         size = self.data_size or len(args[0])
         if hasattr(self.loss, "differentiable_loss"):
-            loss = self.loss.differentiable_loss(self.model, self.guide, *args) / size
+            if isinstance(self.loss, Bound):
+                terms = self.loss.terms(self.model, self.guide, *args)
+                loss = terms.loss / size
+                for name, term in _named(terms):
+                    self.totals[name] = self.totals.get(name, 0.0) + term / size * len(args[0])
+            else:
+                loss = self.loss.differentiable_loss(self.model, self.guide, *args) / size
             value = loss.detach().item()
             _require_finite(value)
             loss.backward()
@@ -439,12 +455,13 @@ class _Run:
             "kinds": self._kinds(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "loss": self.loss.state_dict() if isinstance(self.loss, Bound) else {},
             "num_steps": self.num_steps,
         }
 
     def _kinds(self) -> dict[str, str | None]:
         scheduler = None if self.scheduler is None else type(self.scheduler).__name__
-        return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler}
+        return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler, "loss": type(self.loss).__name__}
 
     def load_state(self, state: dict[str, Any]) -> None:
         for name, kind in self._kinds().items():
@@ -456,7 +473,15 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+        if isinstance(self.loss, Bound):
+            self.loss.load_state_dict(state["loss"])
         self.num_steps = state["num_steps"]
+
+
+def _named(terms: Terms) -> list[tuple[str, Tensor]]:
+    """Returns what a loss is made of, with the names of a history's entries."""
+    kl = [(f"kl {name}", t) for name, t in terms.kl.items()]
+    return [("bound", terms.bound), ("reconstruction", terms.reconstruction), *kl, *terms.regularizers.items()]
 
 
 def _require_finite(value: float) -> None:

@@ -29,15 +29,10 @@ class Registered(nn.Module):
 
     def register(self) -> None:
         """Registers the parameters; every model and guide does so first."""
-        register(self.name, self)
-
-
-def register(name: str, module: nn.Module) -> None:
-    """Registers a module's parameters with Pyro under a name that no other module has."""
-    # What pyro.module does, without its warning at every call for each parameter that is frozen on purpose.
-    for key, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            pyro.param(f"{name}$$${key}", parameter)
+        # What pyro.module does, without its warning at every call for each parameter that is frozen on purpose.
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                pyro.param(f"{self.name}$$${name}", parameter)
 
 
 class OneLatent(Registered):

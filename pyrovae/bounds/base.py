@@ -470,7 +470,9 @@ def _joined(sides: list[Sides]) -> Sides:
     if len(sides) == 1:
         return sides[0]
     *contributions, scales = zip(*sides, strict=True)
-    return Sides(*({name: torch.cat([d[name] for d in dicts]) for name in dicts[0]} for dicts in contributions), scales[0])
+    return Sides(
+        *({name: torch.cat([d[name] for d in dicts]) for name in dicts[0]} for dicts in contributions), scales[0]
+    )
 
 
 def _parts(sides: Sides) -> tuple[Tensor, dict[str, Tensor]]:

@@ -222,7 +222,9 @@ class ELBO(Bound):
     >>> from pyrovae import encoders, likelihoods, priors
     >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
     >>> loss = ELBO(beta=Linear(steps=1000), penalty=FreeBits(0.1))
-    >>> len(pyrovae.fit(vae.model, vae.guide, torch.randn(100, 3), loss=loss, epochs=2, progress=False)["kl z"])
+    >>> x = torch.randn(100, 3)
+    >>> history = pyrovae.fit(vae.model, vae.guide, x, loss=loss, batch_size=50, epochs=2, progress=False)
+    >>> len(history["kl z"])
     2
     """
 
@@ -318,9 +320,7 @@ def kl_in_closed_form(q: dist.TorchDistribution, p: dist.TorchDistribution) -> T
 
 
 def _is_diagonal_normal(p: dist.TorchDistribution) -> bool:
-    return (
-        isinstance(p, dist.Independent) and isinstance(p.base_dist, dist.Normal) and p.reinterpreted_batch_ndims == 1
-    )
+    return isinstance(p, dist.Independent) and isinstance(p.base_dist, dist.Normal) and p.reinterpreted_batch_ndims == 1
 
 
 def _low_rank_log_det(q: dist.LowRankMultivariateNormal) -> Tensor:

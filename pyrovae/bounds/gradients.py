@@ -188,7 +188,9 @@ def leave_one_out(reduce: Reduce, log_w: Tensor) -> Tensor:
     # As a linear function does not care, the replacement is the mean: the geometric mean of the weights.
     without = []
     for rows in torch.arange(k, device=log_w.device).split(size):
-        own = (torch.arange(k, device=log_w.device).unsqueeze(1) == rows).reshape(k, len(rows), *[1] * (log_w.dim() - 1))
+        own = (torch.arange(k, device=log_w.device).unsqueeze(1) == rows).reshape(
+            k, len(rows), *[1] * (log_w.dim() - 1)
+        )
         all_but_one = log_w.unsqueeze(1).expand(k, len(rows), *log_w.shape[1:])
         others = all_but_one.masked_fill(own, 0.0).sum(0) / (k - 1)
         without.append(reduce(torch.where(own, others, all_but_one)).value)

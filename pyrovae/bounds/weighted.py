@@ -293,7 +293,9 @@ class CUBO(ImportanceBound):
         if not 1 < n < math.inf:
             raise ValueError(f"n must be above 1 and finite, got {n}. At 1 it is log p(x), whatever the guide.")
         self.n = n
-        super().__init__(num_particles, DoublyReparameterized() if doubly_reparameterized else None, chunk_size, regularizers)
+        super().__init__(
+            num_particles, DoublyReparameterized() if doubly_reparameterized else None, chunk_size, regularizers
+        )
 
     def reduce(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, self.n)
@@ -355,7 +357,9 @@ class TVO(ImportanceBound):
             raise ValueError(f"num_partitions must be at least 1, got {num_partitions}.")
         if not 0 < beta_1 < 1:
             raise ValueError(f"beta_1 must be between 0 and 1, got {beta_1}.")
-        ends = [beta_1 ** (1 - i / (num_partitions - 1)) for i in range(num_partitions)] if num_partitions > 1 else [1.0]
+        ends = (
+            [beta_1 ** (1 - i / (num_partitions - 1)) for i in range(num_partitions)] if num_partitions > 1 else [1.0]
+        )
         self.betas = (0.0, *ends[:-1])
         self.lengths = tuple(end - beta for beta, end in zip(self.betas, ends, strict=True))
         super().__init__(num_particles, gradient, chunk_size, regularizers)
@@ -439,7 +443,9 @@ class ReweightedWakeSleep(ImportanceBound):
         with torch.no_grad(), poutine.trace() as dream, poutine.uncondition():
             run.model(*run.args, **run.kwargs)
         sites = sample_sites(dream.trace)
-        drawn = {id(site["infer"]["obs"]): site["value"] for site in sites.values() if site["infer"].get("was_observed")}
+        drawn = {
+            id(site["infer"]["obs"]): site["value"] for site in sites.values() if site["infer"].get("was_observed")
+        }
         given = [*run.args, *run.kwargs.values()]
         for name, site in sites.items():
             if site["infer"].get("was_observed") and not any(site["infer"]["obs"] is value for value in given):
