@@ -100,8 +100,9 @@ class TotalCorrelation(Regularizer):
     The ELBO's KL divergence holds the total correlation once, so ``ELBO(regularizers=[TotalCorrelation(beta - 1, N)])``
     weighs it by beta. The stratified estimate of the density is unbiased,
     :math:`\hat q(z_i) = \frac{1}{N} q(z_i \mid x_i) + \frac{N - 1}{N} \frac{1}{B - 1} \sum_{j \ne i} q(z_i \mid x_j)`;
-    the weighted one, :math:`\frac{1}{N B} \sum_j q(z_i \mid x_j)`, is not. The logarithm of either is biased
-    downwards, and with the batch the bias falls.
+    the weighted one, :math:`\frac{1}{N B} \sum_j q(z_i \mid x_j)`, is not: even from all data it is N times too small,
+    which adds a constant :math:`(D - 1) \log N` to the total correlation of D dimensions. The logarithm of either is
+    biased downwards, that of the stratified one the less, the larger the batch.
 
     Args:
         weight: :math:`\lambda`.
@@ -144,7 +145,8 @@ class TotalCorrelation(Regularizer):
         log_q = fn.base_dist.log_prob(z.movedim(-2, 0).unsqueeze(-2))
         eye = torch.eye(batch, dtype=torch.bool, device=z.device).reshape(batch, *[1] * (z.dim() - 2), batch, 1)
         if self.stratified:
-            log_share = torch.where(eye, -math.log(n), math.log((n - 1) / (n * (batch - 1)))).to(z.dtype)
+            others = torch.full_like(eye, math.log((n - 1) / (n * (batch - 1))), dtype=z.dtype)
+            log_share = others.masked_fill(eye, -math.log(n))
         else:
             log_share = torch.full_like(eye, -math.log(n * batch), dtype=z.dtype)
         joint = (log_q.sum(-1, keepdim=True) + log_share).logsumexp(-2).squeeze(-1)
@@ -184,8 +186,9 @@ class MaximumMeanDiscrepancy(Regularizer):
     .. math:: \lambda \left(\mathrm{E}\, k(z, z') + \mathrm{E}\, k(\tilde z, \tilde z') - 2\, \mathrm{E}\, k(z, \tilde z)
         \right), \qquad z, z' \sim q(z), \quad \tilde z, \tilde z' \sim p(z)
 
-    once for each datum, by its unbiased estimate from a batch, which may be negative. InfoVAE with its :math:`\alpha`
-    and :math:`\lambda` is ``ELBO(beta=1 - alpha, regularizers=[MaximumMeanDiscrepancy(alpha + lambda - 1)])``.
+    once for each datum, by its unbiased estimate from pairs of different data of a batch, which may be negative.
+    InfoVAE with its :math:`\alpha` and :math:`\lambda` is
+    ``ELBO(beta=1 - alpha, regularizers=[MaximumMeanDiscrepancy(alpha + lambda - 1)])``.
 
     Args:
         weight: :math:`\lambda`.
@@ -193,7 +196,8 @@ class MaximumMeanDiscrepancy(Regularizer):
         site: the latent.
 
     Raises:
-        ValueError: when `weight` is not finite, a batch has fewer than two data, or there is no such site.
+        ValueError: when `weight` is not finite, a batch has fewer than two data, or there is no such site or its latents
+            are no vectors.
 
     References:
         InfoVAE: Balancing Learning and Inference in Variational Autoencoders, S. Zhao, J. Song and S. Ermon, 2019,
@@ -209,20 +213,21 @@ class MaximumMeanDiscrepancy(Regularizer):
         self.kernel, self.site = kernel, site
 
     def __call__(self, run: Run) -> Cost:
-        latent = run.site(self.site, of_guide=True)
-        batch, width = latent["value"].shape[-2:]
-        z = latent["value"].reshape(-1, width)
-        prior = run.site(self.site, of_guide=False)["fn"].sample().reshape(-1, width)
-        n = len(z)
-        if n < 2:
-            raise ValueError(f"MaximumMeanDiscrepancy needs at least 2 latents, got {n}.")
+        value = _vectors(run, self)
+        batch, width = value.shape[-2:]
+        if batch < 2:
+            raise ValueError(f"MaximumMeanDiscrepancy needs batches of at least 2 data, got {batch}.")
+        z = value.reshape(-1, width)
+        # A prior that the latents do not enter has no dimension of particles.
+        prior = run.site(self.site, of_guide=False)["fn"].expand(value.shape[:-1]).sample().reshape(-1, width)
+        particles = len(z) // batch
 
-        def within(t: Tensor) -> Tensor:
-            k = self.kernel(t, t)
-            return (k.sum() - k.diagonal().sum()) / (n * (n - 1))
+        def mean(a: Tensor, b: Tensor) -> Tensor:
+            # Latents of one datum are not independent draws from the aggregate: pairs of different data only.
+            k = self.kernel(a, b).reshape(particles, batch, particles, batch)
+            return (k.sum() - k.diagonal(dim1=1, dim2=3).sum()) / (particles**2 * batch * (batch - 1))
 
-        discrepancy = within(z) + within(prior) - 2 * self.kernel(z, prior).mean()
-        return Cost(self.weight * batch * discrepancy)
+        return Cost(self.weight * batch * (mean(z, z) + mean(prior, prior) - 2 * mean(z, prior)))
 
 
 class _Discriminated(Regularizer):
@@ -239,6 +244,11 @@ class _Discriminated(Regularizer):
         self.discriminator = discriminator
         self.name = f"discriminator{next(_count)}"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Copies come through here: under the same name Pyro would train the original's parameters.
+        self.__dict__.update(state)
+        self.name = f"discriminator{next(_count)}"
+
     def _told(self, x: Tensor) -> Tensor:
         """Returns the logits of inputs by the discriminator as it is, with the inputs' gradient alone."""
         held = {name: t.detach() for name, t in self.discriminator.named_parameters()}
@@ -246,7 +256,10 @@ class _Discriminated(Regularizer):
 
     def _training_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         """Returns the cross entropy of telling real ones from fake ones, with the discriminator's gradient alone."""
-        pyro.module(self.name, self.discriminator)
+        # What pyro.module does, without its warning at every call for each parameter that is frozen on purpose.
+        for name, parameter in self.discriminator.named_parameters():
+            if parameter.requires_grad:
+                pyro.param(f"{self.name}$$${name}", parameter)
         if not torch.is_grad_enabled():
             return real.new_zeros(())
         x = torch.cat([real.detach(), fake.detach()])
@@ -278,7 +291,8 @@ class DensityRatio(_Discriminated):
         site: the latent.
 
     Raises:
-        ValueError: when `weight` is not finite, the discriminator returns another shape, or there is no such site.
+        ValueError: when `weight` is not finite, the discriminator returns another shape, or there is no such site or its
+            latents are no vectors.
         TypeError: when the discriminator is no module.
 
     References:
@@ -294,7 +308,7 @@ class DensityRatio(_Discriminated):
         self.site = site
 
     def __call__(self, run: Run) -> Cost:
-        value = run.site(self.site, of_guide=True)["value"]
+        value = _vectors(run, self)
         z = value.reshape(-1, *value.shape[-2:])
         # Each dimension's order of the data, by itself for every particle.
         order = torch.rand_like(z.detach()).argsort(dim=1)
@@ -345,6 +359,18 @@ class Adversarial(_Discriminated):
         real = observed["value"].reshape(-1, *sampled.shape)[0].to(sampled.dtype)
         fake = torch.cat([reconstructed, sampled])
         return Cost(self.weight * softplus(-self._told(fake)).sum(), self._training_loss(real, fake))
+
+
+def _vectors(run: Run, regularizer: Regularizer) -> Tensor:
+    """Returns the latents of a regularizer's site, ``(*samples, batch, latent_dim)``."""
+    site = run.site(regularizer.site, of_guide=True)
+    shape = tuple(site["fn"].event_shape)
+    if len(shape) != 1:
+        raise ValueError(
+            f'{type(regularizer).__name__} needs latents that are vectors, but site "{regularizer.site}" has events of '
+            f"shape {shape}. Declare the dimensions of a latent with .to_event(1)."
+        )
+    return site["value"]
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -46,6 +46,20 @@ class Truth(NamedTuple):
     def elbo(self, x: Tensor, q: MultivariateNormal) -> Tensor:
         return self.marginal().log_prob(x) - kl_divergence(q, self.posterior(x))
 
+    def log_chernoff(self, x: Tensor, q: MultivariateNormal, power: float) -> Tensor:
+        r"""The logarithm of the integral of p(z | x)^s q(z)^(1 - s): that of the mean of (w / p(x))^s."""
+        total = torch.zeros(len(x), dtype=torch.float64)
+        precision, linear = 0.0, 0.0
+        for s, d in ((power, self.posterior(x)), (1 - power, q)):
+            at = (d.precision_matrix @ d.mean.unsqueeze(-1)).squeeze(-1)
+            precision, linear = precision + s * d.precision_matrix, linear + s * at
+            constant = torch.logdet(d.precision_matrix) - len(self.weight.T) * math.log(2 * math.pi)
+            total = total + 0.5 * s * (constant - (at * d.mean).sum(-1))
+        # The integral of exp(-z'Az/2 + b'z), which is there if A is positive definite.
+        assert (torch.linalg.eigvalsh(precision) > 0).all()
+        square = (linear * torch.linalg.solve(precision, linear)).sum(-1)
+        return total + 0.5 * (square - torch.logdet(precision) + len(self.weight.T) * math.log(2 * math.pi))
+
 
 def truth(latent_dim: int, x_dim: int, scale: float = 0.5) -> Truth:
     weight = torch.randn(x_dim, latent_dim, dtype=torch.float64) / math.sqrt(latent_dim)

@@ -3,12 +3,14 @@ r"""Bounds: training objectives for any Pyro model and guide, each a function of
 from pyrovae.bounds.base import Bound, ImportanceBound, Terms
 from pyrovae.bounds.elbo import ELBO, Capacity, Cyclical, FreeBits, Linear, Penalty, Schedule
 from pyrovae.bounds.gradients import (
+    Coefficients,
     Covariance,
     DoublyReparameterized,
     Gradient,
     Reparameterized,
     StickingTheLanding,
 )
+from pyrovae.bounds.reductions import Reduced, power_mean
 from pyrovae.bounds.weighted import CIWAE, CUBO, IWAE, MIWAE, PIWAE, TVO, Renyi, ReweightedWakeSleep, VRMax
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "CUBO",
     "Bound",
     "Capacity",
+    "Coefficients",
     "Covariance",
     "Cyclical",
     "DoublyReparameterized",
@@ -28,6 +31,7 @@ __all__ = [
     "MIWAE",
     "PIWAE",
     "Penalty",
+    "Reduced",
     "Renyi",
     "Reparameterized",
     "ReweightedWakeSleep",
@@ -36,4 +40,5 @@ __all__ = [
     "TVO",
     "Terms",
     "VRMax",
+    "power_mean",
 ]

@@ -6,6 +6,7 @@ import torch
 from pyro import distributions as dist
 from pyro.distributions import constraints
 from torch import Tensor
+from torch.distributions import kl_divergence, register_kl
 
 from pyrovae.latents.spaces import blocks_of
 
@@ -56,6 +57,13 @@ class Flattened(dist.TorchDistribution):
 
     def _flat(self, value: Tensor) -> Tensor:
         return value.flatten(value.dim() - len(self.base_dist.event_shape))
+
+
+@register_kl(Flattened, Flattened)
+def _kl_flattened(q: Flattened, p: Flattened) -> Tensor:
+    if q.base_dist.event_shape != p.base_dist.event_shape:
+        raise NotImplementedError
+    return kl_divergence(q.base_dist, p.base_dist)
 
 
 class Resampled(dist.TorchDistribution):

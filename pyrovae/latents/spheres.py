@@ -7,6 +7,7 @@ import torch
 from pyro import distributions as dist
 from pyro.distributions import constraints
 from torch import Tensor
+from torch.distributions import register_kl
 from torch.nn.functional import normalize
 
 
@@ -117,6 +118,11 @@ class VonMisesFisher(dist.TorchDistribution):
         radius = (1 - height.square()).clamp_min(torch.finfo(height.dtype).tiny).sqrt()
         height, radius = height.to(noise.dtype).unsqueeze(-1), radius.to(noise.dtype).unsqueeze(-1)
         return normalize(height * self.loc + radius * tangent, dim=-1)  # of length one but for rounding
+
+
+@register_kl(VonMisesFisher, HypersphericalUniform)
+def _kl_von_mises_fisher_uniform(q: VonMisesFisher, p: HypersphericalUniform) -> Tensor:
+    return q.concentration * q._mean_height() - log_0f1(q.event_shape[0] / 2, q.concentration)
 
 
 def log_0f1(b: float, kappa: Tensor) -> Tensor:
