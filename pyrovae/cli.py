@@ -16,8 +16,8 @@ import numpy as np
 import pyro
 import torch
 import yaml
-from jsonargparse import ArgumentParser, lazy_instance
-from pyro.infer import ELBO, Trace_ELBO
+from jsonargparse import ArgumentParser
+from pyro.infer import ELBO
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -49,7 +49,7 @@ def train(
     prior: Callable[[int], Prior] = StandardNormal,
     likelihood: Callable[[int, Shape], Likelihood] = Bernoulli,
     encoder: Callable[[Shape, int], Encoder] = DiagonalNormal,
-    loss: ELBO = lazy_instance(Trace_ELBO),  # noqa: B008, an immutable description
+    loss: ELBO | None = None,
     optimizer: Callable[[Iterable], Optimizer] = lambda params: torch.optim.Adam(params, lr=1e-3, fused=True),
     scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     epochs: int = 500,
@@ -76,7 +76,7 @@ def train(
         prior: the class of p(z).
         likelihood: the class of p(x | z).
         encoder: the class of q(z | x).
-        loss: the class of the training objective.
+        loss: the class of the training objective, one of pyrovae.bounds for example; Pyro's Trace_ELBO unless named.
         optimizer: the class of the optimizer.
         scheduler: the class of a learning-rate schedule, stepped once an epoch.
         epochs: passes over the training data.

@@ -169,8 +169,10 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
 
 
 def _strings(value: Any) -> list[str]:
+    """Returns all strings that may name code; the name of a Pyro site, a word without a dot, does not."""
     if isinstance(value, dict):
-        return [s for v in value.values() for s in _strings(v)]
+        sites = isinstance(value.get("site"), str) and value["site"].isidentifier()
+        return [s for k, v in value.items() if not (k == "site" and sites) for s in _strings(v)]
     if isinstance(value, list):
         return [s for v in value for s in _strings(v)]
     return [value] if isinstance(value, str) else []
@@ -179,11 +181,11 @@ def _strings(value: Any) -> list[str]:
 def _is_known_class(name: str) -> bool:
     """Whether a name is that of a class that pyrovae, torch or Pyro has loaded already; imports nothing.
 
-    The public functions of the priors (kernels, flows) are as harmless.
+    What else the priors, bounds and regularizers make public (kernels, flows, schedules) is as harmless.
     """
     module, _, attribute = name.rpartition(".")
     kind = getattr(sys.modules.get(module), attribute, None)
-    if module == "pyrovae.priors" and attribute in sys.modules[module].__all__:
+    if module in ("pyrovae.priors", "pyrovae.bounds", "pyrovae.regularizers") and attribute in sys.modules[module].__all__:
         return True
     kinds = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, pyro.infer.ELBO)
     return (
