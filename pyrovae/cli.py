@@ -283,6 +283,8 @@ def main(argv: list[str] | None = None) -> None:
         if settings.subcommand == "train" and settings.train.resume:
             settings = _resumed(parser, argv, settings.train)
         command = settings.subcommand
+        # A loss may hold a network, which is built here: from the seed too, but not with the numbers of the VAE's weights.
+        pyro.set_rng_seed((settings[command].seed + 1) % 2**32)
         arguments = parser.instantiate(settings)[command].as_dict()
         arguments.pop("config", None)
         if command == "train":

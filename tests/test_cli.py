@@ -73,6 +73,31 @@ def test_other_parts_train_and_are_loaded_without_trust(parts, tmp_path, capsys)
     assert np.load(run / "x.npy").shape == (3, 1, 8, 8)
 
 
+LOSSES = {
+    "IWAE": "--loss IWAE --loss.num_particles 4 --loss.gradient DoublyReparameterized",
+    "warm-up": "--loss ELBO --loss.beta Linear --loss.beta.steps 25 --loss.penalty FreeBits --loss.penalty.nats 0.1",
+    "wake-sleep": "--loss pyrovae.bounds.ReweightedWakeSleep --loss.num_particles 4 --loss.sleep 0.5",
+    "discriminator": "--loss ELBO --loss.regularizers "
+    "[{class_path:TotalCorrelation,init_args:{weight:5,dataset_size:1197}},"
+    "{class_path:DensityRatio,init_args:{weight:1,discriminator:{class_path:MLP,init_args:{in_shape:4,out_shape:1}}}}]",
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bounds_train_and_are_resumed_to_the_bit_without_trust(loss, tmp_path):
+    parts = [part.replace(":", ": ").replace(",", ", ") for part in LOSSES[loss].split()]
+    common = ["train", "--num-samples", "10", "--latent-dim", "4"]
+    for name, epochs in (("whole", "4"), ("parts", "2")):
+        main([*common, *parts, "--run", str(tmp_path / name), "--epochs", epochs])
+    main(["train", "--resume", "--run", str(tmp_path / "parts"), "--epochs", "4"])
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+    record = json.loads((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()[3])
+    assert {"bound", "reconstruction", "kl z"} <= record.keys()
+    if loss == "discriminator":
+        assert {"TotalCorrelation", "DensityRatio"} <= record.keys()
+
+
 def test_a_table_of_mixed_columns_trains_from_a_file_and_has_no_baseline(tmp_path, capsys):
     rng = np.random.default_rng(0)
     z = rng.normal(size=200)
@@ -223,7 +248,7 @@ def test_a_users_class_trains_by_import_path_and_is_loaded_only_when_trusted(tmp
 
 
 @pytest.mark.parametrize("name", ["os.system", "pyrovae.storage.os.system", "pyrovae.storage.load", "torch.load", "subprocess.Popen"])
-@pytest.mark.parametrize("where", [("likelihood",), ("likelihood", "class_path"), ("encoder", "init_args", "network"), ("loss", "class_path")])
+@pytest.mark.parametrize("where", [("likelihood",), ("likelihood", "class_path"), ("encoder", "init_args", "network"), ("loss",)])
 def test_a_config_that_names_other_code_is_refused(name, where, run, tmp_path):
     for file in run.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
