@@ -75,8 +75,8 @@ class Cost(NamedTuple):
 class Regularizer(ABC):
     r"""Base of the regularizers, which any bound takes: ``bounds.ELBO(regularizers=[...])``.
 
-    To write one, derive from it and return a :class:`Cost` from the sites of a :class:`Run`; its latents are
-    differentiable. Where a bound works in chunks of particles it is given the first.
+    To write one, derive from it and return a :class:`Cost` from the sites of a :class:`Run`; latents
+    with an rsample are differentiable. Where a bound works in chunks of particles it is given the first.
 
     Args:
         weight: what it is multiplied by, finite.
@@ -111,8 +111,7 @@ class TotalCorrelation(Regularizer):
         site: the latent, whose posterior must have independent dimensions.
 
     Raises:
-        ValueError: when an argument is out of range, a batch has fewer than two data or more than `dataset_size`, the
-            guide has no such site, or its dimensions are not independent.
+        ValueError: when an argument is out of range, a batch has more than `dataset_size` data, the guide has no such site, or its dimensions are not independent.
 
     References:
         Isolating Sources of Disentanglement in Variational Autoencoders, R. T. Q. Chen, X. Li, R. Grosse and
@@ -139,8 +138,10 @@ class TotalCorrelation(Regularizer):
                 f"{type(fn).__name__}. DensityRatio needs draws only."
             )
         batch, n = z.shape[-2], self.dataset_size
-        if not 2 <= batch <= n:
-            raise ValueError(f"TotalCorrelation needs batches of 2 to dataset_size={n} data, got {batch}.")
+        if batch > n:
+            raise ValueError(f"TotalCorrelation got a batch of {batch} data, more than dataset_size={n}.")
+        if batch < 2:
+            return Cost(z.new_zeros(()))
         # Each latent under the posterior of each datum: (batch of z, *samples, batch of x, dimensions).
         log_q = fn.base_dist.log_prob(z.movedim(-2, 0).unsqueeze(-2))
         eye = torch.eye(batch, dtype=torch.bool, device=z.device).reshape(batch, *[1] * (z.dim() - 2), batch, 1)
@@ -156,7 +157,7 @@ class TotalCorrelation(Regularizer):
 
 
 def gaussian_kernel(a: Tensor, b: Tensor) -> Tensor:
-    r"""Returns :math:`\exp(-\lVert a - b \rVert^2 / d)` for all pairs of rows, as in InfoVAE.
+    r"""Returns :math:`\exp(-\lVert a - b \rVert^2 / d)` for all pairs of rows, of d dimensions.
 
     >>> gaussian_kernel(torch.zeros(2, 3), torch.zeros(4, 3)).shape
     torch.Size([2, 4])
@@ -186,8 +187,9 @@ class MaximumMeanDiscrepancy(Regularizer):
     .. math:: \lambda \left(\mathrm{E}\, k(z, z') + \mathrm{E}\, k(\tilde z, \tilde z') - 2\, \mathrm{E}\, k(z, \tilde z)
         \right), \qquad z, z' \sim q(z), \quad \tilde z, \tilde z' \sim p(z)
 
-    once for each datum, by its unbiased estimate from pairs of different data of a batch, which may be negative.
-    InfoVAE with its :math:`\alpha` and :math:`\lambda` is
+    once for each datum, by its unbiased estimate from pairs of different data of a batch, which may be negative; a batch
+    of one has none and adds nothing. A learned prior follows where it has an rsample. In a hierarchy the prior of a
+    latent is that given the latents above it, drawn from the guide. InfoVAE with its :math:`\alpha` and :math:`\lambda` is
     ``ELBO(beta=1 - alpha, regularizers=[MaximumMeanDiscrepancy(alpha + lambda - 1)])``.
 
     Args:
@@ -196,8 +198,7 @@ class MaximumMeanDiscrepancy(Regularizer):
         site: the latent.
 
     Raises:
-        ValueError: when `weight` is not finite, a batch has fewer than two data, or there is no such site or its latents
-            are no vectors.
+        ValueError: when `weight` is not finite, or there is no such site or its latents are no vectors.
 
     References:
         InfoVAE: Balancing Learning and Inference in Variational Autoencoders, S. Zhao, J. Song and S. Ermon, 2019,
@@ -216,10 +217,11 @@ class MaximumMeanDiscrepancy(Regularizer):
         value = _vectors(run, self)
         batch, width = value.shape[-2:]
         if batch < 2:
-            raise ValueError(f"MaximumMeanDiscrepancy needs batches of at least 2 data, got {batch}.")
+            return Cost(value.new_zeros(()))
         z = value.reshape(-1, width)
         # A prior that the latents do not enter has no dimension of particles.
-        prior = run.site(self.site, of_guide=False)["fn"].expand(value.shape[:-1]).sample().reshape(-1, width)
+        prior = run.site(self.site, of_guide=False)["fn"].expand(value.shape[:-1])
+        prior = (prior.rsample() if prior.has_rsample else prior.sample()).reshape(-1, width)
         particles = len(z) // batch
 
         def mean(a: Tensor, b: Tensor) -> Tensor:
@@ -254,8 +256,11 @@ class _Discriminated(Regularizer):
         held = {name: t.detach() for name, t in self.discriminator.named_parameters()}
         return self._logits(functional_call(self.discriminator, held, (x,)), len(x))
 
-    def _training_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Returns the cross entropy of telling real ones from fake ones, with the discriminator's gradient alone."""
+    def _training_loss(self, real: Tensor, fake: Tensor, particles: int = 1) -> Tensor:
+        """Returns the cross entropy of telling real ones from fake ones, with the discriminator's gradient alone.
+
+        Summed over the data, a mean over the particles of each.
+        """
         # What pyro.module does, without its warning at every call for each parameter that is frozen on purpose.
         for name, parameter in self.discriminator.named_parameters():
             if parameter.requires_grad:
@@ -265,7 +270,7 @@ class _Discriminated(Regularizer):
         x = torch.cat([real.detach(), fake.detach()])
         real_logits, fake_logits = self._logits(self.discriminator(x), len(x)).split([len(real), len(fake)])
         loss = softplus(-real_logits).sum() + softplus(fake_logits).sum()
-        return loss - loss.detach()
+        return (loss - loss.detach()) / particles
 
     def _logits(self, logits: Tensor, n: int) -> Tensor:
         if logits.numel() != n:
@@ -315,7 +320,7 @@ class DensityRatio(_Discriminated):
         permuted = z.detach().gather(1, order).flatten(0, 1)
         z = z.flatten(0, 1)
         cost = self.weight * self._told(z).sum() / len(z) * value.shape[-2]
-        return Cost(cost, self._training_loss(z, permuted))
+        return Cost(cost, self._training_loss(z, permuted, len(z) // value.shape[-2]))
 
 
 class Adversarial(_Discriminated):

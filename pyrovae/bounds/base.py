@@ -16,7 +16,7 @@ from pyrovae.bounds.gradients import Coefficients, Gradient, Reparameterized
 from pyrovae.bounds.reductions import Reduced
 from pyrovae.checks import DATA, Structure, inspect, sample_sites
 from pyrovae.importance import log_prob_of, per_datum, trace_guide, trace_model
-from pyrovae.regularizers import Regularizer, Run
+from pyrovae.regularizers import Cost, Regularizer, Run
 
 
 class Terms(NamedTuple):
@@ -28,7 +28,7 @@ class Terms(NamedTuple):
         bound: the bound itself, on :math:`\log p(x)`, apart from training weights and regularizers.
         reconstruction: :math:`\mathrm{E}_q \log p(x \mid z)`, of all observed sites.
         kl: :math:`\mathrm{E}_q [\log q(z \mid x) - \log p(z)]`, for each latent site.
-        regularizers: what each regularizer added to the loss, by the name of its class.
+        regularizers: what each regularizer added to the loss, by the name of its class; numbered where one comes again.
     """
 
     loss: Tensor
@@ -162,7 +162,7 @@ class Bound(PyroELBO, ABC):
         weighed = self._weigh(sides, batch)
         run = Run(first.model_trace, first.guide_trace, model, guide, args, kwargs)
         share = full / batch
-        costs = {type(regularizer).__name__: regularizer(run) for regularizer in self.regularizers}
+        costs = _numbered([(type(regularizer).__name__, regularizer(run)) for regularizer in self.regularizers])
         values = {name: share * cost.value.detach() for name, cost in costs.items()}
         loss = weighed.loss + sum(values.values())
         if training:
@@ -225,7 +225,9 @@ class Bound(PyroELBO, ABC):
     def _particles(
         self, model: Callable, guide: Callable, structure: Structure, k: int, keep: bool, args: tuple, kwargs: dict
     ) -> "_Chunk":
-        cut = None if self._whole or not torch.is_grad_enabled() else _Cut(self._follows_path)
+        cut = (
+            None if self._whole or not torch.is_grad_enabled() else _Cut(self._follows_path or bool(self.regularizers))
+        )
         if cut is None:
             guide_trace = trace_guide(guide, structure, k, *args, **kwargs)
         else:
@@ -309,9 +311,9 @@ class Bound(PyroELBO, ABC):
         for coefficient, t in ((c.model, weighed.log_p), (c.guide, weighed.log_q)):
             if coefficient is not None:
                 held = held + _dot(coefficient, t)
-        if c.path is None:
-            return held
-        along = _dot(c.path, weighed.log_p - weighed.log_q) + score - extra
+        along = score - extra
+        if c.path is not None:
+            along = along + _dot(c.path, weighed.log_p - weighed.log_q)
         return held + _path(along, [chunk.cut for chunk in chunks])
 
 
@@ -370,11 +372,18 @@ class _Chunk(NamedTuple):
     cut: _Cut | None
 
 
-def _path(along: Tensor, cuts: list[_Cut]) -> Tensor:
+def _numbered(costs: list[tuple[str, Cost]]) -> dict[str, Cost]:
+    """Returns costs by name, the second of a name and those after it with a number."""
+    names = [name for name, _ in costs]
+    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return {f"{name} {n}" if n > 1 else name: cost for (name, cost), n in zip(costs, counts, strict=True)}
+
+
+def _path(along: Tensor | float, cuts: list[_Cut]) -> Tensor | float:
     """Returns a number whose gradient is that of another through the latents that were cut off."""
     latents = [z for cut in cuts for z in cut.latents.values()]
-    if not latents:
-        return along.new_zeros(())
+    if not latents or not isinstance(along, Tensor) or not along.requires_grad:
+        return 0.0
     gradients = iter(torch.autograd.grad(along, latents, retain_graph=True, allow_unused=True))
     total = along.new_zeros(())
     for cut in cuts:
