@@ -193,8 +193,9 @@ class GaussianMixture(Encoder):
         network: a module, or a callable that builds one from ``(x_shape, num_components * (1 + 2 * latent_dim))``.
         num_components: :math:`K`, at least 1.
         stratified: whether the particles of a datum are spread evenly over the components. Each has the same
-            distribution as without, and their mean varies less; but they are not independent of one another, and a
-            standard error that takes them to be so is too large.
+            distribution as without, and their mean varies less; but they are not independent of one another: a
+            standard error that takes them to be so is too large, and of the bounds only the ELBO has an unbiased
+            gradient.
         context_dim: width of the context vector, 0 for none.
 
     Raises:

@@ -465,7 +465,7 @@ class _Run:
 
     def load_state(self, state: dict[str, Any]) -> None:
         for name, kind in self._kinds().items():
-            if state["kinds"][name] != kind:
+            if state["kinds"].get(name, kind) != kind:
                 raise ValueError(
                     f"{name} is {kind}, but the checkpoint was written with {state['kinds'][name]}. Resume with the same."
                 )
@@ -473,7 +473,7 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        if isinstance(self.loss, Bound):
+        if isinstance(self.loss, Bound) and "loss" in state:  # not in a checkpoint of pyrovae 0.1
             self.loss.load_state_dict(state["loss"])
         self.num_steps = state["num_steps"]
 

@@ -4,6 +4,7 @@ import copy
 import inspect
 import itertools
 import math
+import pickle
 from functools import partial
 
 import pyro
@@ -15,15 +16,17 @@ from linear_gaussian import AFFINE, assert_mean, diagonal_vae, elbo_of, gradient
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
 from test_structures import bottom_up, hierarchy, ladder
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrovae import VAE, bounds, encoders, fit, likelihoods, log_weights, priors
+from pyrovae import VAE, bounds, encoders, fit, likelihoods, log_weights, priors, storage
 from pyrovae.bounds import elbo as elbo_module
 from pyrovae.latents import Flattened, HypersphericalUniform, LogisticNormal, VonMisesFisher
 from pyrovae.nn import MLP, OneHotInput
-from pyrovae.structures import HierarchicalVAE, MissingDataVAE
+from pyrovae.regularizers import MaximumMeanDiscrepancy
+from pyrovae.structures import HierarchicalVAE, MissingDataVAE, SemiSupervisedVAE
 
 # Chance that a statistical test here fails with another seed although the library is right.
 FAILURE_RATE = 1e-4
@@ -179,6 +182,17 @@ def test_renyi_bounds_near_one_keep_single_precision():
     assert (value_of(bounds.Renyi(7, 1 - 1e-4), log_w) - exact).abs().max() < 1e3 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_impossible_particles_count_as_nothing(dtype):
+    log_w = torch.tensor([0.0, 1.0, -math.inf, -2e4], dtype=dtype)
+    found = {p: value_of(bounds.Renyi(4, 1 - p), log_w).item() for p in (1.0, 0.5, 0.009)}
+    for power, value in found.items():
+        exact = math.log((1 + math.exp(power)) / 4) / power
+        assert value == pytest.approx(exact, rel=1e3 * torch.finfo(dtype).eps)
+    assert value_of(bounds.CIWAE(4, 0.0), log_w).item() == found[1.0]
+    assert value_of(bounds.ELBO(4), log_w).item() == -math.inf
+
+
 def test_the_thermodynamic_objective_lies_between_elbo_and_importance_weighted_bound():
     log_w = 3 * torch.randn(7, 100, dtype=torch.float64)
     low, high = value_of(bounds.ELBO(7), log_w), value_of(bounds.IWAE(7), log_w)
@@ -331,6 +345,72 @@ def test_closed_forms_of_kl_divergences(pair):
     assert_mean(q.log_prob(z) - p.log_prob(z), elbo_module.kl_in_closed_form(q, p), FAILURE_RATE)
 
 
+def same_as_pyro(model, guide, *args, num_particles: int = 1, absolute: float = ROUNDING, **kwargs) -> None:
+    losses = []
+    for bound in (bounds.ELBO(num_particles, **kwargs), Trace_ELBO(num_particles, vectorize_particles=True)):
+        bound.loss(model, guide, *args)  # looks at the pair, and guesses its plates
+        pyro.set_rng_seed(1)
+        losses.append(bound.loss(model, guide, *args))
+    assert losses[0] == pytest.approx(losses[1], abs=absolute)
+
+
+def test_points_keep_their_density():
+    # An automatic guide of positive latents is a point made from a normal, with the density of the change of variables.
+    def model(x):
+        scale = pyro.sample("scale", dist.LogNormal(torch.zeros(3).double(), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.zeros(3).double(), scale).to_event(1), obs=x)
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    guide = AutoNormal(model)
+    guide(x)
+    same_as_pyro(model, guide, x)
+
+
+def test_hidden_elements_have_no_part_in_closed_forms():
+    mask = torch.tensor([True, False, True, True, False])
+    vae, x = diagonal_vae(2, 3), torch.randn(5, 3, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", vae.prior().expand((len(x),)).mask(mask))
+            pyro.sample("x", vae.likelihood(z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", vae.encoder(x).mask(mask))
+
+    def unmasked(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", vae.encoder(x))
+
+    same_as_pyro(model, guide, x)
+    same_as_pyro(model, unmasked, x)
+
+
+@pytest.mark.parametrize("closed_form", [True, False])
+def test_binary_latents_have_a_closed_form(closed_form):
+    logits = torch.randn(3, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.3).double()).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=logits).to_event(1))
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    p = logits.sigmoid()
+    kl = (p * (p / 0.3).log() + (1 - p) * ((1 - p) / 0.7).log()).sum()
+    misfit = p * (x - 1).square() + (1 - p) * x.square()
+    exact = -(0.5 * misfit + 0.5 * math.log(2 * math.pi)).sum() - 4 * kl
+    with torch.no_grad():
+        found = repeat(lambda: bounds.ELBO(50, closed_form=closed_form).terms(model, guide, x).bound, 50)
+    assert_mean(found, exact, FAILURE_RATE)
+
+
 def test_where_there_is_no_closed_form_draws_serve():
     vae = VAE(priors.FlowPrior(2), likelihoods.Normal(2, 3, SMALL), encoders.DiagonalNormal(3, 2, SMALL)).double()
     x = torch.randn(20, 3, dtype=torch.float64)
@@ -444,16 +524,35 @@ def test_free_bits(group_size, groups, closed_form):
             torch.testing.assert_close(a, b, rtol=0, atol=50 * ROUNDING)
 
 
-def test_capacity():
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_capacity(sign):
     vae, x = diagonal_vae(2, 3), torch.randn(50, 3, dtype=torch.float64)
-    target = kl_per_dimension(vae, x).sum(-1).median().item() + 0.01  # some are above and some below
+    target = kl_per_dimension(vae, x).sum(-1).mean().item() + 0.3 * sign
     pyro.set_rng_seed(1)
     loss = bounds.ELBO(beta=7.0, penalty=bounds.Capacity(target)).differentiable_loss(vae.model, vae.guide, x)
     pyro.set_rng_seed(1)
     plain = bounds.ELBO(beta=0.0).differentiable_loss(vae.model, vae.guide, x)
-    exact = plain + 7.0 * (kl_per_dimension(vae, x).sum(-1) - target).abs().sum()
+    exact = plain + 7.0 * len(x) * (kl_per_dimension(vae, x).sum(-1).mean() - target).abs()
     torch.testing.assert_close(loss, exact, rtol=0, atol=50 * ROUNDING)
     torch.testing.assert_close(gradients(loss, vae), gradients(exact, vae), rtol=0, atol=50 * ROUNDING)
+
+
+def test_free_bits_of_classes_and_numbers_count_as_one_dimension():
+    vae = SemiSupervisedVAE(
+        prior=priors.StandardNormal(2),
+        likelihood=likelihoods.Normal(2, 3, SMALL, context_dim=2),
+        encoder=encoders.DiagonalNormal(3, 2, SMALL, context_dim=2),
+        classifier=SMALL,
+        num_classes=2,
+    ).double()
+    x = torch.randn(20, 3, dtype=torch.float64)
+    q = vae.classify(x)
+    kl = (q.probs * (q.logits - math.log(0.5))).sum(-1)
+    with torch.no_grad():
+        terms = bounds.ELBO(2, penalty=bounds.FreeBits(5.0)).terms(vae.model, vae.guide, x)
+    # Far below the threshold, each dimension costs just that: two of z, one of y.
+    assert terms.loss.item() == pytest.approx((20 * 3 * 5.0 - terms.reconstruction).item(), abs=20 * ROUNDING)
+    assert terms.kl["y"].item() == pytest.approx(kl.sum().item(), abs=20 * ROUNDING)
 
 
 def test_schedules():
@@ -603,6 +702,39 @@ def test_a_scale_on_one_side_alone_is_that_of_pyro():
     assert losses[0] == pytest.approx(losses[1], abs=ROUNDING)
 
 
+@pytest.mark.parametrize("num_particles", [1, 3, 1000])
+def test_a_tensor_of_scales_in_nested_plates_is_that_of_pyro(num_particles):
+    weights = torch.tensor([[1.0], [2.0], [0.5]]).double()
+
+    def model(x):
+        with pyro.plate("data", 4, dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0).double(), 1.0))
+            with pyro.plate("inner", 3, dim=-2), poutine.scale(scale=weights):
+                y = pyro.sample("y", dist.Normal(z, 1.0))
+                pyro.sample("x", dist.Normal(y, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 4, dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.2).double(), 0.7))
+            with pyro.plate("inner", 3, dim=-2), poutine.scale(scale=weights):
+                pyro.sample("y", dist.Normal(0.5 * z, 1.2))
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    same_as_pyro(model, guide, x, num_particles=num_particles, closed_form=False)
+    closed, draws = (
+        repeat(lambda c=c: torch.tensor(bounds.ELBO(100, closed_form=c).loss(model, guide, x)), 50)
+        for c in (True, False)
+    )
+    assert scipy.stats.ttest_ind(closed, draws, equal_var=False).pvalue > FAILURE_RATE
+
+
+def test_a_tensor_of_scales_has_no_place_in_a_penalty():
+    vae, x = diagonal_vae(2, 3), torch.randn(5, 3, dtype=torch.float64)
+    model, guide = (poutine.scale(f, scale=torch.rand(5).double()) for f in (vae.model, vae.guide))
+    with pytest.raises(ValueError, match=r'site "z" is scaled by a tensor.*FreeBits'):
+        bounds.ELBO(penalty=bounds.FreeBits(0.1)).loss(model, guide, x)
+
+
 def test_a_scale_of_one_site_has_no_place_inside_a_logarithm():
     vae, x = diagonal_vae(2, 3), torch.randn(5, 3, dtype=torch.float64)
     model, guide = annealed(vae, 0.25)
@@ -700,7 +832,6 @@ def test_latents_outside_the_data_plate_are_fine_for_the_elbo(gradient, closed_f
 
 @every_bound
 def test_chunks_of_particles_change_nothing(case):
-    # 16 data of 4 dimensions, so that torch's generator gives the same noise for 8 particles at once as in chunks of 4.
     vae, x = diagonal_vae(4, 5), torch.randn(16, 5, dtype=torch.float64)
     seen = []
     hook = vae.likelihood.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
@@ -717,6 +848,25 @@ def test_chunks_of_particles_change_nothing(case):
     assert {4} <= set(seen) <= {4, 16}  # particles, or the data that the sleep phase draws; never 8
     if case.name == "ReweightedWakeSleep-sleep":
         return  # its dreams differ
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e4 * EPS, atol=16 * ROUNDING)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 8])
+def test_chunks_are_of_the_same_subsample_and_run_the_guide_once(chunk_size):
+    known = truth(2, 3)
+    vae = vae_of(known, widen=1.3)
+    model, guide = plated(vae, known.marginal().sample((12,)), 4)
+    runs = []
+    vae.encoder.register_forward_hook(lambda *_: runs.append(1))
+    found = []
+    for bound in (bounds.IWAE(8), bounds.IWAE(8, chunk_size=chunk_size)):
+        bound.loss(model, guide)
+        runs.clear()
+        pyro.set_rng_seed(1)
+        loss = bound.differentiable_loss(model, guide)
+        found.append((loss.detach(), gradients(loss, vae)))
+        assert len(runs) == 1
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e4 * EPS, atol=16 * ROUNDING)
 
@@ -896,8 +1046,43 @@ def test_one_bound_serves_several_pairs_and_is_copied():
         vae, x = diagonal_vae(latent_dim, 4), torch.randn(5, 4, dtype=torch.float64)
         pyro.set_rng_seed(1)
         loss = bound.loss(vae.model, vae.guide, x)
+        for other in (copy.deepcopy(bound), pickle.loads(pickle.dumps(bound))):
+            pyro.set_rng_seed(1)
+            assert other.loss(vae.model, vae.guide, x) == loss
+
+
+def test_a_model_with_other_plates_for_other_data_is_looked_at_anew():
+    def model(x):
+        with pyro.plate("data", x.shape[-1], dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0).double(), 1.0))
+            if x.dim() == 1:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            else:
+                with pyro.plate("inner", len(x), dim=-2):
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", x.shape[-1], dim=-1):
+            pyro.sample("z", dist.Normal(torch.tensor(0.0).double(), 1.0))
+
+    bound = bounds.IWAE(3)
+    for x in (torch.randn(4).double(), torch.randn(2, 4).double(), torch.randn(4).double()):
         pyro.set_rng_seed(1)
-        assert copy.deepcopy(bound).loss(vae.model, vae.guide, x) == loss
+        loss = bound.loss(model, guide, x)
+        pyro.set_rng_seed(1)
+        assert loss == bounds.IWAE(3).loss(model, guide, x)
+
+
+def test_a_checkpoint_from_before_bounds_is_resumed(tmp_path):
+    vae = VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3, SMALL), encoders.DiagonalNormal(3, 2, SMALL))
+    run = partial(
+        fit, vae.model, vae.guide, torch.randn(20, 3), batch_size=10, checkpoint=tmp_path / "c", progress=False
+    )
+    run(epochs=1)
+    state = storage.read_checkpoint(tmp_path / "c")
+    del state["loss"], state["kinds"]["loss"]
+    storage.write_checkpoint(tmp_path / "c", state)
+    assert len(run(epochs=3, resume=True)) == 3
 
 
 # Bad input.
@@ -921,7 +1106,7 @@ def x_of(size: int = 5) -> Tensor:
         (lambda: bounds.CUBO(4, n=1.0), "n must be above 1 and finite, got 1.0"),
         (lambda: bounds.MIWAE(6, 4), "num_groups must divide num_particles=6, got 4"),
         (lambda: bounds.PIWAE(6, 0), "num_groups must divide num_particles=6, got 0"),
-        (lambda: bounds.TVO(4, num_partitions=0), "num_partitions must be at least 1, got 0"),
+        (lambda: bounds.TVO(4, num_partitions=0), "num_partitions must be an integer of at least 1, got 0"),
         (lambda: bounds.TVO(4, beta_1=1.0), "beta_1 must be between 0 and 1, got 1.0"),
         (lambda: bounds.ReweightedWakeSleep(4, wake=-1.0), "wake must be at least 0"),
         (lambda: bounds.ReweightedWakeSleep(4, wake=0.0), "wake and sleep are both 0"),
@@ -930,8 +1115,16 @@ def x_of(size: int = 5) -> Tensor:
         (lambda: bounds.Cyclical(period=0), "period must be at least 1, got 0"),
         (lambda: bounds.Cyclical(period=10, ramp=0.0), "ramp must be above 0"),
         (lambda: bounds.FreeBits(-0.1), "nats must be at least 0"),
-        (lambda: bounds.FreeBits(0.1, group_size=0), "group_size must be at least 1"),
+        (lambda: bounds.FreeBits(0.1, group_size=0), "group_size must be an integer of at least 1"),
         (lambda: bounds.Capacity(math.inf), "nats must be at least 0 and finite"),
+        (lambda: bounds.ReweightedWakeSleep(1), "wake phase needs num_particles of at least 2"),
+        (lambda: bounds.CUBO(1), "CUBO needs num_particles of at least 2"),
+        (lambda: bounds.TVO(1, gradient=bounds.Covariance()), "Covariance gradients need num_particles of at least 2"),
+        (lambda: bounds.MIWAE(8, 2.0), "num_groups must divide num_particles=8, got 2.0"),
+        (lambda: bounds.TVO(4, 2.5), "num_partitions must be an integer of at least 1, got 2.5"),
+        (lambda: bounds.FreeBits(0.1, group_size=1.5), "group_size must be an integer of at least 1"),
+        (lambda: bounds.ELBO(penalty=bounds.FreeBits(0.1), gradient=bounds.StickingTheLanding()), "biased for ELBO"),
+        (lambda: bounds.ELBO(penalty=bounds.FreeBits(0.1), gradient=bounds.DoublyReparameterized()), "a penalty"),
         (lambda: bounds.IWAE(4, bounds.StickingTheLanding()), "biased for IWAE.*DoublyReparameterized"),
         (lambda: bounds.Renyi(4, 0.5, bounds.StickingTheLanding()), "biased for Renyi"),
         (lambda: bounds.IWAE(4, bounds.Covariance()), "those of the TVO, not of IWAE"),
@@ -942,9 +1135,36 @@ def test_bad_arguments(build, message):
         build()
 
 
-def test_a_gradient_must_be_one():
-    with pytest.raises(TypeError, match="gradient must be an estimator"):
-        bounds.IWAE(4, gradient="DReG")
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: bounds.IWAE(4, gradient="DReG"), "gradient must be an estimator"),
+        (lambda: bounds.ELBO(penalty=0.5), "penalty must be one that is built"),
+        (lambda: bounds.ELBO(penalty=bounds.FreeBits), "penalty must be one that is built"),
+        (lambda: bounds.ELBO(regularizers=MaximumMeanDiscrepancy(1.0)), "regularizers must be a list"),
+        (lambda: bounds.ELBO(regularizers=[MaximumMeanDiscrepancy]), "regularizers must be a list"),
+    ],
+)
+def test_parts_must_be_built(build, message):
+    with pytest.raises(TypeError, match=message):
+        build()
+
+
+def test_a_network_that_takes_no_particles():
+    layer = torch.nn.Linear(6, 4)
+
+    def model(x):
+        pyro.module("layer", layer)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+            pyro.sample("x", dist.Normal(layer(z.reshape(len(x), -1)), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+
+    with pytest.raises(ValueError, match=r"not with 4 particles in front.*\(num_particles, batch, \*event\)"):
+        bounds.IWAE(4).loss(model, guide, torch.randn(5, 4))
 
 
 IMPORTANCE = [case for case in BOUNDS if not case.name.startswith("ELBO")]
@@ -971,6 +1191,8 @@ def test_one_particle_has_no_baseline():
     x = torch.randn(5, 3)
     with pytest.raises(ValueError, match=r'site "z" of the guide is a Categorical.*num_particles of at least 2'):
         bounds.ELBO().differentiable_loss(vae.model, vae.guide, x)
+    with pytest.raises(ValueError, match=r"num_particles of at least 2"):
+        bounds.PIWAE(1, 1).differentiable_loss(vae.model, vae.guide, x)
     assert math.isfinite(bounds.ELBO().loss(vae.model, vae.guide, x))  # evaluation needs none
 
 

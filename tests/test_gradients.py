@@ -18,6 +18,7 @@ from torch.distributions import MultivariateNormal
 
 from pyrovae import VAE, bounds, encoders, likelihoods, priors
 from pyrovae.bounds import Coefficients, DoublyReparameterized
+from pyrovae.bounds.gradients import leave_one_out
 from pyrovae.nn import MLP, OneHotInput
 from pyrovae.structures import HierarchicalVAE, LadderVAE, SemiSupervisedVAE
 
@@ -118,7 +119,7 @@ def test_unbiased_gradients_have_the_mean_of_plain_ones(pair, name):
 class Single(DoublyReparameterized):
     """What sticking the landing would be for importance weights: it leaves out a score function that has a mean."""
 
-    def coefficients(self, bound, log_w: Tensor, scored: bool) -> Coefficients:
+    def coefficients(self, bound, log_w: Tensor) -> Coefficients:
         first = bound.reduce(log_w).first
         return Coefficients(model=first, path=first)
 
@@ -366,19 +367,138 @@ def test_a_class_and_a_normal_latent_have_the_mean_of_enumeration_and_quadrature
 
 
 def test_leave_one_out_baselines_quieten_the_score_function():
-    # With the bound itself as the signal the variance is many times as large; at a table of weights all alike it is zero.
-    log_w = torch.randn(8, 1000, dtype=torch.float64) - 30
-    signal = bounds.gradients.leave_one_out(bounds.IWAE(8).reduce, log_w)
-    assert signal.square().mean() < 0.01 * bounds.IWAE(8).reduce(log_w).value.square().mean()
-    assert bounds.gradients.leave_one_out(bounds.IWAE(8).reduce, torch.full((8, 3), -30.0)).abs().max() < 1e-5
-    # In blocks as at once.
-    whole = bounds.gradients.leave_one_out(bounds.IWAE(8).reduce, log_w)
+    # With the bound itself as the signal the variance is many times as large; with weights all alike there is none.
+    bound, log_w = bounds.IWAE(8), torch.randn(8, 1000, dtype=torch.float64) - 30
+    signal = leave_one_out(bound, log_w)
+    assert signal.square().mean() < 0.01 * bound.reduce(log_w).value.square().mean()
+    assert leave_one_out(bound, torch.full((8, 3), -30.0)).abs().max() < 1e-5
     each = []
     for k in range(8):
         others = torch.cat([log_w[:k], log_w[k + 1 :]])
         replaced = torch.cat([others, others.mean(0, keepdim=True)])
         each.append(log_w.logsumexp(0) - replaced.logsumexp(0))
-    torch.testing.assert_close(whole, torch.stack(each), rtol=0, atol=1e3 * EPS)
+    torch.testing.assert_close(signal, torch.stack(each), rtol=0, atol=1e3 * EPS)
+    # Of a linear function it has a short form.
+    linear = leave_one_out(bounds.ELBO(8), log_w)
+    others = (log_w.sum(0) - log_w) / 7
+    torch.testing.assert_close(linear, (log_w - others) / 8, rtol=0, atol=1e3 * EPS)
+
+
+def test_baselines_count_no_particle_that_is_impossible():
+    log_w = torch.tensor([[0.0, 1.0, 3.0], [-math.inf, 0.0, -math.inf], [-math.inf, -math.inf, 2.0]]).double()
+    signal = leave_one_out(bounds.IWAE(3), log_w)
+    assert torch.isfinite(signal).all()
+    # Without the only particle that is possible there is no baseline; without an impossible one it is the others' mean.
+    values = bounds.IWAE(3).reduce(log_w).value
+    assert signal[0, 0] == values[0]
+    alone = bounds.IWAE(3).reduce(torch.tensor([3.0, 2.5, 2.0]).double()).value
+    torch.testing.assert_close(signal[1, 2], values[2] - alone, rtol=0, atol=10 * EPS)
+
+
+def outside_pair():
+    """Local binary latents whose sum is observed outside the plate, and a shared binary latent drawn first."""
+    logits = torch.tensor([0.3, -0.5]).double().requires_grad_()
+    shared = torch.tensor(0.4).double().requires_grad_()
+
+    def model(x):
+        g = pyro.sample("g", dist.Bernoulli(torch.tensor(0.3).double()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.6).double()))
+            pyro.sample("x", dist.Normal(z + g, 1.0), obs=x)
+        pyro.sample("sum", dist.Normal(2.0 * z.sum(-1, keepdim=True), 1.0), obs=torch.tensor(3.0).double())
+
+    def guide(x):
+        pyro.sample("g", dist.Bernoulli(logits=shared))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=logits))
+
+    return model, guide, [logits, shared]
+
+
+@pytest.mark.parametrize("closed_form", [True, False])
+def test_what_belongs_to_no_datum_is_heard_by_all(closed_form):
+    model, guide, parameters = outside_pair()
+    x = torch.tensor([0.5, -1.0]).double()
+    # All eight values of the shared latent and the two local ones.
+    values = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3))).double()
+    g, z = values[:, 0], values[:, 1:]
+    logits, shared = parameters
+    log_q = dist.Bernoulli(logits=shared).log_prob(g) + dist.Bernoulli(logits=logits).log_prob(z).sum(-1)
+    log_p = dist.Bernoulli(torch.tensor(0.3).double()).log_prob(g)
+    log_p = log_p + dist.Bernoulli(torch.tensor(0.6).double()).log_prob(z).sum(-1)
+    log_p = log_p + dist.Normal(z + g.unsqueeze(-1), 1.0).log_prob(x).sum(-1)
+    log_p = log_p + dist.Normal(2 * z.sum(-1), 1.0).log_prob(torch.tensor(3.0).double())
+    exact = -(log_q.exp() * (log_p - log_q)).sum()
+    expected = torch.cat([exact.reshape(1), *(t.reshape(-1) for t in torch.autograd.grad(exact, parameters))])
+    bound = bounds.ELBO(200, closed_form=closed_form)
+
+    def draw() -> Tensor:
+        terms = bound.terms(model, guide, x)
+        found = torch.autograd.grad(terms.loss, parameters)
+        assert terms.bound == pytest.approx(-terms.loss.item(), abs=ROUNDING)
+        assert terms.bound == pytest.approx((terms.reconstruction - sum(terms.kl.values())).item(), abs=ROUNDING)
+        return torch.cat([terms.loss.detach().reshape(1), *(t.reshape(-1) for t in found)])
+
+    assert_mean(repeat(draw, 100), expected, FAILURE_RATE)
+
+
+def test_a_shared_latent_that_is_drawn_after_local_classes_is_refused():
+    logits = torch.zeros(2).double().requires_grad_()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.6).double()))
+        pyro.sample("g", dist.Normal(z.sum(-1, keepdim=True), 1.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=logits))
+        pyro.sample("g", dist.Normal(torch.tensor(0.0).double(), 1.0))
+
+    with pytest.raises(ValueError, match=r'outside the plate "data" is drawn after site "z".*first'):
+        bounds.ELBO(2).differentiable_loss(model, guide, torch.zeros(2))
+
+
+def test_the_sleep_phase_dreams_of_a_subsampled_plate():
+    # The plate hands out the rows it was given; a dream's rows are those that were dreamt.
+    vae = discrete_vae()
+    x = torch.bernoulli(torch.full((4, PIXELS), 0.5)).double()
+
+    def model(x):
+        with pyro.plate("data", 8, subsample=x) as rows:
+            z = pyro.sample("z", vae.prior())
+            pyro.sample("x", vae.likelihood(z), obs=rows)
+
+    def guide(x):
+        with pyro.plate("data", 8, subsample=x) as rows:
+            pyro.sample("z", vae.encoder(rows))
+
+    every_x = torch.tensor(list(itertools.product([0.0, 1.0], repeat=PIXELS)), dtype=torch.float64)
+    dreamt_p, dreamt_q = joint_table(vae, every_x)
+    exact = -8 * (dreamt_p.exp().detach() * dreamt_q).sum()
+    parameters = list(vae.encoder.parameters())
+    exact = torch.cat([t.flatten() for t in torch.autograd.grad(exact, parameters)])
+    bound = bounds.ReweightedWakeSleep(2, wake=0.0, sleep=1.0)
+
+    def draw() -> Tensor:
+        loss = bound.differentiable_loss(model, guide, x)
+        return torch.cat([t.flatten() for t in torch.autograd.grad(loss, parameters)])
+
+    # Plain pairs, with x as it is observed: the model observes the plate's rows, which are the argument itself.
+    assert_mean(repeat(draw, 400), exact, FAILURE_RATE)
+
+
+def test_stratified_particles_are_for_the_elbo_alone():
+    q = encoders.GaussianMixture(3, 2, SMALL, 2, stratified=True)
+    vae = VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3, SMALL), q).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for bound in (bounds.IWAE(4), bounds.IWAE(4, DoublyReparameterized()), bounds.PIWAE(4, 2)):
+        with pytest.raises(ValueError, match=r'site "z" of the guide are stratified.*bounds\.ELBO'):
+            bound.differentiable_loss(vae.model, vae.guide, x)
+    vae.encoder.stratified = False
+    plain = repeat(lambda: gradient_of(bounds.ELBO(4), vae, x.repeat(50, 1)), 40)
+    vae.encoder.stratified = True
+    assert_same_mean(repeat(lambda: gradient_of(bounds.ELBO(4), vae, x.repeat(50, 1)), 40), plain)
 
 
 def test_an_impossible_particle_does_no_harm():

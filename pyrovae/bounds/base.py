@@ -2,6 +2,7 @@ r"""What all bounds have in common: log weights of particles, a function of them
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pyrovae.bounds.gradients import Coefficients, Gradient, Reparameterized
+from pyrovae.bounds.gradients import Coefficients, Gradient, Reparameterized, leave_one_out
 from pyrovae.bounds.reductions import Reduced
 from pyrovae.checks import DATA, Structure, inspect, sample_sites
 from pyrovae.importance import log_prob_of, per_datum, trace_guide, trace_model
@@ -45,14 +46,13 @@ class Sides(NamedTuple):
         observed: of observed sites, :math:`\log p(x \mid z)`.
         model: of latent sites, :math:`\log p(z)`, or minus a KL divergence in closed form.
         guide: of latent sites, :math:`\log q(z \mid x)`; none where the KL divergence is in closed form.
-        scores: :math:`\log q(z \mid x)` of latent sites without an rsample.
-        scales: what a site's contribution is scaled by, for each site of the model ("p", name) and guide ("q", name).
+        scales: what a site's contribution is still to be scaled by, for each site of the model ("p", name) and of the
+            guide ("q", name).
     """
 
     observed: dict[str, Tensor]
     model: dict[str, Tensor]
     guide: dict[str, Tensor]
-    scores: dict[str, Tensor]
     scales: dict[tuple[str, str], float | Tensor]
 
 
@@ -62,6 +62,7 @@ class Weighed(NamedTuple):
     Args:
         log_p: all that stands on the model's side of the log weights, ``(num_particles, batch)``.
         log_q: all that stands on the guide's, of the same shape.
+        outside: the part of the log weights that belongs to no datum, ``(num_particles, 1)``; each datum has its share.
         scale: what the bound of each datum is scaled by.
         loss: the loss, and
         bound: the bound, both summed over the data.
@@ -69,6 +70,7 @@ class Weighed(NamedTuple):
 
     log_p: Tensor
     log_q: Tensor
+    outside: Tensor | float
     scale: float | Tensor
     loss: Tensor
     bound: Tensor
@@ -90,7 +92,7 @@ class Bound(PyroELBO, ABC):
         num_particles: draws of the guide per datum :math:`K`, at least 1.
         gradient: the estimator of its gradient, plain reparameterisation unless given.
         chunk_size: particles that the model is run on at once, to bound memory; their gradients are accumulated, at the
-            price of running the model twice. None for all of them.
+            price of running it again when the gradient passes. The guide is run on all of them, once. None for no chunks.
         regularizers: what else the loss holds, for which it is then no bound.
     """
 
@@ -112,6 +114,8 @@ class Bound(PyroELBO, ABC):
         self.gradient = Reparameterized() if gradient is None else gradient
         if not isinstance(self.gradient, Gradient):
             raise TypeError(f"gradient must be an estimator such as bounds.Reparameterized(), got {gradient!r}.")
+        if not (isinstance(regularizers, Sequence) and all(isinstance(r, Regularizer) for r in regularizers)):
+            raise TypeError(f"regularizers must be a list of regularizers that are built, got {regularizers!r}.")
         self.chunk_size, self.regularizers = chunk_size, tuple(regularizers)
         self.steps = 0
         self._inspected, self._structure = None, None
@@ -129,10 +133,6 @@ class Bound(PyroELBO, ABC):
     def _weigh(self, sides: Sides, batch: int) -> Weighed:
         """Returns log weights and loss from the contributions of sites."""
 
-    def _pair(self, p: dict, q: dict, closed_form: bool) -> tuple[Tensor, Tensor | None]:
-        """Returns the contributions of a latent site on the model's and the guide's side, from its site in each."""
-        return per_datum(p, log_prob_of(p)), per_datum(q, log_prob_of(q))
-
     @abstractmethod
     def _check_structure(self, structure: Structure) -> None:
         """Raises a ValueError, which names the site, if the bound is not defined for a model and a guide."""
@@ -149,29 +149,20 @@ class Bound(PyroELBO, ABC):
         Raises:
             ValueError: when model and guide do not fit each other, the data or the bound; the message names the site.
         """
-        structure = self._inspect(model, guide, args, kwargs)
-        training = torch.is_grad_enabled()
-        chunks = [
-            self._particles(model, guide, structure, k, i == 0, args, kwargs)
-            for i, k in enumerate(_split(self.num_particles, self.chunk_size or self.num_particles))
-        ]
-        first = chunks[0]
-        self._check_scored(first.guide_trace)
-        sides = _joined([chunk.sides for chunk in chunks])
-        batch, full = _data_size([*sample_sites(first.model_trace).values(), *sample_sites(first.guide_trace).values()])
-        weighed = self._weigh(sides, batch)
-        run = Run(first.model_trace, first.guide_trace, model, guide, args, kwargs)
-        share = full / batch
-        costs = _numbered([(type(regularizer).__name__, regularizer(run)) for regularizer in self.regularizers])
-        values = {name: share * cost.value.detach() for name, cost in costs.items()}
-        loss = weighed.loss + sum(values.values())
-        if training:
-            extra = share * sum(cost.value + cost.aside for cost in costs.values())
-            surrogate = self._surrogate(weighed, sides.scores, chunks, extra) + share * self._also(run)
-            # The value of the loss with the gradient of its estimator.
-            loss = loss.detach() - (surrogate - surrogate.detach())
-            self.steps += 1
-        return Terms(loss, weighed.bound.detach(), *_parts(sides), values)
+        look = (model, guide, _form(args, kwargs))
+        if self._inspected != look:
+            structure = inspect(model, guide, *args, **kwargs)
+            self._check_structure(structure)
+            try:
+                terms = self._terms(model, guide, structure, args, kwargs)
+            except (RuntimeError, IndexError) as error:
+                raise ValueError(
+                    f"model and guide ran alone, but not with {self.num_particles} particles in front of the data: {error} "
+                    "Latents come as (num_particles, batch, *event): what is made of them must work on the last dimensions."
+                ) from error
+            self._inspected, self._structure = look, structure
+            return terms
+        return self._terms(model, guide, self._structure, args, kwargs)
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Returns an estimate of the loss; schedules are taken at their end, so that epochs can be compared."""
@@ -197,6 +188,10 @@ class Bound(PyroELBO, ABC):
         """Puts back what :meth:`state_dict` returned."""
         self.steps = state["steps"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy looks for itself, and takes no model with it.
+        return self.__dict__ | {"_inspected": None, "_structure": None}
+
     def _get_trace(self, model, guide, args, kwargs):
         raise NotImplementedError(f"{type(self).__name__} makes its traces in terms().")
 
@@ -210,101 +205,189 @@ class Bound(PyroELBO, ABC):
         """Whether the gradient goes through the latents."""
         return self.gradient.whole or self.gradient.reparameterized
 
-    def _coefficients(self, log_w: Tensor, scored: bool) -> Coefficients:
-        return self.gradient.coefficients(self, log_w, scored)
+    @property
+    def _scored(self) -> bool:
+        """Whether latents without an rsample have score functions."""
+        return self.gradient.scored
 
-    def _inspect(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Structure:
-        """Looks at a model and a guide once, and again only when they or the form of their arguments change."""
-        form = [(name, type(value)) for name, value in [*enumerate(args), *kwargs.items()]]
-        if self._inspected != (model, guide, form):
-            structure = inspect(model, guide, *args, **kwargs)
-            self._check_structure(structure)
-            self._inspected, self._structure = (model, guide, form), structure
-        return self._structure
+    def _coefficients(self, log_w: Tensor) -> Coefficients:
+        return self.gradient.coefficients(self, log_w)
 
-    def _particles(
-        self, model: Callable, guide: Callable, structure: Structure, k: int, keep: bool, args: tuple, kwargs: dict
-    ) -> "_Chunk":
-        cut = (
-            None if self._whole or not torch.is_grad_enabled() else _Cut(self._follows_path or bool(self.regularizers))
-        )
-        if cut is None:
-            guide_trace = trace_guide(guide, structure, k, *args, **kwargs)
-        else:
-            with cut:
-                guide_trace = trace_guide(guide, structure, k, *args, **kwargs)
-        kept = []
+    def _model_side(self, p: dict, q: dict, closed_form: bool) -> tuple[Tensor, bool]:
+        """Returns the contribution of a latent on the model's side, and whether it is all, a KL divergence."""
+        return per_datum(p, log_prob_of(p)), False
 
-        def score() -> Sides:
-            model_trace = trace_model(model, guide_trace, structure, k, *args, **kwargs)
-            _check_sites(structure, guide_trace, model_trace)
-            if keep and not kept:
-                kept.append(model_trace)
-            return self._sides(guide_trace, model_trace, cut is not None)
+    def _guide_side(self, q: dict, shared: bool) -> Tensor:
+        """Returns the contribution of a latent on the guide's side, one that the model has too or not."""
+        return per_datum(q, log_prob_of(q))
 
-        if k < self.num_particles and torch.is_grad_enabled():
-            # Forgets what the model computed, and computes it again when the gradient passes.
-            sides = checkpoint(score, use_reentrant=False)
-        else:
-            sides = score()
-        return _Chunk(guide_trace, kept[0] if kept else None, sides, cut)
+    def _scale_of(self, site: dict) -> float | Tensor:
+        """Returns what a site's contribution is still to be scaled by."""
+        return site["scale"]
 
-    def _sides(self, guide_trace: poutine.Trace, model_trace: poutine.Trace, was_cut: bool) -> Sides:
-        model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
-        sides = Sides({}, {}, {}, {}, {})
-        for name, p in model_sites.items():
-            sides.scales["p", name] = p["scale"]
-            if p["is_observed"]:
-                sides.observed[name] = per_datum(p, log_prob_of(p))
-        exact = _conditioned_alike(list(model_sites), list(guide_sites))
-        for name, q in guide_sites.items():
-            sides.scales["q", name] = q["scale"]
-            try:
-                if name in model_sites and not q["is_observed"]:
-                    p_side, q_side = self._pair(model_sites[name], q, name in exact)
-                    sides.model[name] = p_side
-                else:
-                    q_side = per_datum(q, log_prob_of(q))
-                if not q["is_observed"] and not q["fn"].has_rsample:
-                    sides.scores[name] = per_datum(q, log_prob_of(q))
-            except (KeyError, NotImplementedError) as error:
-                if not was_cut:
-                    raise
-                raise ValueError(
-                    f'{type(self.gradient).__name__} scores the latents of site "{name}" apart from their draw, which '
-                    f"{type(q['fn']).__name__} cannot do ({error}). Take gradient=Reparameterized(), or a distribution "
-                    "that scores any value, such as a flow of zuko's."
-                ) from error
-            if q_side is not None:
-                sides.guide[name] = q_side
-        return sides
-
-    def _check_scored(self, guide_trace: poutine.Trace) -> None:
+    def _terms(self, model: Callable, guide: Callable, structure: Structure, args: tuple, kwargs: dict) -> Terms:
+        training = torch.is_grad_enabled()
+        cut = _Cut(self._follows_path or bool(self.regularizers)) if training and not self._whole else None
+        with cut or nullcontext():
+            guide_trace = trace_guide(guide, structure, self.num_particles, *args, **kwargs)
+        latents = {name: site for name, site in sample_sites(guide_trace).items() if not site["is_observed"]}
+        scores = self._check_latents(latents) if training else {}
+        traces, observed, side, closed, scales = self._score(model, guide, structure, guide_trace, args, kwargs)
+        sides = Sides(observed, side, {}, scales)
         for name, q in sample_sites(guide_trace).items():
-            if q["is_observed"]:
-                continue
+            scales["q", name] = self._scale_of(q)
+            if name not in closed:
+                sides.guide[name] = self._log_q(q, name in side, cut is not None)
+        batch, full = _data_size([*sample_sites(traces[0]).values(), *latents.values()])
+        weighed = self._weigh(sides, batch)
+        run = Run(*traces, model, guide, args, kwargs)
+        costs = _numbered([(type(regularizer).__name__, regularizer(run)) for regularizer in self.regularizers])
+        values = {name: full / batch * cost.value.detach() for name, cost in costs.items()}
+        loss = weighed.loss + sum(values.values())
+        if training:
+            extra = full / batch * sum(cost.value + cost.aside for cost in costs.values())
+            surrogate = self._surrogate(weighed, scores, extra, cut) + self._also(run, weighed.scale)
+            # The value of the loss with the gradient of its estimator.
+            loss = loss.detach() - (surrogate - surrogate.detach())
+            self.steps += 1
+        return Terms(loss, weighed.bound.detach(), *_parts(sides), values)
+
+    def _score(
+        self, model: Callable, guide: Callable, structure: Structure, draws: poutine.Trace, args: tuple, kwargs: dict
+    ) -> tuple[
+        tuple[poutine.Trace, poutine.Trace],
+        dict[str, Tensor],
+        dict[str, Tensor],
+        set[str],
+        dict[tuple[str, str], float | Tensor],
+    ]:
+        """Runs the model at a guide's draws, in chunks.
+
+        Returns:
+            The traces of model and guide for the first chunk; what observed sites and latents contribute on the model's
+            side; the names of the latents for which this is all, a KL divergence; and what sites are still scaled by.
+        """
+        names = [name for name, site in sample_sites(draws).items() if not site["is_observed"]]
+        values = [draws.nodes[name]["value"] for name in names]
+        size = min(self.chunk_size or self.num_particles, self.num_particles) if values else self.num_particles
+        traces, closed, scales = [], set(), {}
+
+        def score(first: bool, *values: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            part = draws.copy()
+            for name, value in zip(names, values, strict=True):
+                part.nodes[name] = {**draws.nodes[name], "value": value}
+            k = len(values[0]) if values else size
+            model_trace = trace_model(model, part, structure, k, *args, **kwargs)
+            _check_sites(structure, draws, model_trace)
+            if size < self.num_particles and (self._closes or first and self.regularizers):
+                part = trace_model(guide, part, structure, k, *args, **kwargs)  # its distributions for these draws
+            sites, observed, side = sample_sites(model_trace), {}, {}
+            exact = _conditioned_alike(list(sites), names)
+            for name, p in sites.items():
+                scales["p", name] = self._scale_of(p)
+                if p["is_observed"]:
+                    observed[name] = per_datum(p, self._scaled(p, log_prob_of(p)))
+                elif name in names:
+                    side[name], all_of_it = self._model_side(p, part.nodes[name], name in exact)
+                    closed.update([name] if all_of_it else [])
+            if first and not traces:
+                traces.extend([model_trace, part])
+            return observed, side
+
+        if size == self.num_particles:
+            return traces, *score(True, *values), closed, scales
+        found = []
+        for i, part in enumerate(zip(*(value.split(size) for value in values), strict=True)):
+            if torch.is_grad_enabled():
+                # Forgets what the model computed, and computes it again when the gradient passes. The latents are
+                # arguments, for by them it knows whose random state to put back.
+                found.append(checkpoint(score, i == 0, *part, use_reentrant=False))
+            else:
+                found.append(score(i == 0, *part))
+        observed, side = (
+            {name: torch.cat([contributions[name] for contributions in chunks]) for name in chunks[0]}
+            for chunks in zip(*found, strict=True)
+        )
+        return traces, observed, side, closed, scales
+
+    @property
+    def _closes(self) -> bool:
+        """Whether KL divergences may be taken in closed form."""
+        return False
+
+    def _scaled(self, site: dict, t: Tensor, event_dim: int = 0) -> Tensor:
+        """Scales a site's ``(num_particles, *plates, batch, *event)`` by what cannot be done later."""
+        return t
+
+    def _log_q(self, q: dict, shared: bool, was_cut: bool) -> Tensor:
+        try:
+            return self._guide_side(q, shared)
+        except (KeyError, NotImplementedError) as error:
+            if not was_cut:
+                raise
+            raise ValueError(
+                f'{type(self).__name__} scores the latents of site "{q["name"]}" apart from their draw for this gradient, '
+                f"which {type(q['fn']).__name__} cannot do ({error}). Take gradient=Reparameterized(), or a distribution "
+                "that scores any value, such as a flow of zuko's."
+            ) from error
+
+    def _check_latents(self, latents: dict[str, dict]) -> dict[str, Tensor]:
+        """Returns log q of latents whose score functions are needed; raises where the gradient needs another latent."""
+        scores = {}
+        for name, q in latents.items():
             if self.gradient.reparameterized and (not q["fn"].has_rsample or q["fn"].support.is_discrete):
                 raise ValueError(
                     f'{type(self.gradient).__name__} needs a latent whose draws are differentiable, but site "{name}" of '
                     f"the guide is a {_name(q['fn'])} of {q['fn'].support}. Take gradient=Reparameterized(), which uses "
                     "leave-one-out baselines there, or ReweightedWakeSleep."
                 )
-            if self._whole and not q["fn"].has_rsample and self.num_particles == 1 and torch.is_grad_enabled():
+            if (
+                self._follows_path
+                and not self.linear
+                and self.num_particles > 1
+                and getattr(q["fn"], "stratified", False)
+            ):
                 raise ValueError(
-                    f'site "{name}" of the guide is a {_name(q["fn"])}, which has no rsample: its gradient needs a '
-                    "baseline from other particles. Take num_particles of at least 2, or ReweightedWakeSleep; or sum over "
-                    "all values with pyro.infer.TraceEnum_ELBO."
+                    f'the particles of site "{name}" of the guide are stratified, and so depend on one another: the '
+                    f"gradient of {type(self).__name__} would be biased. Build the encoder with stratified=False, or train "
+                    "with bounds.ELBO."
                 )
+            if self._scored and not q["fn"].has_rsample:
+                if self.num_particles == 1:
+                    raise ValueError(
+                        f'site "{name}" of the guide is a {_name(q["fn"])}, which has no rsample: its gradient needs a '
+                        "baseline from other particles. Take num_particles of at least 2, or ReweightedWakeSleep; or sum "
+                        "over all values with pyro.infer.TraceEnum_ELBO."
+                    )
+                scores[name] = per_datum(q, log_prob_of(q))
+        outside = [i for i, q in enumerate(latents.values()) if not _in_data(q)]
+        for i, name in enumerate(latents):
+            if name in scores and _in_data(latents[name]) and any(j > i for j in outside):
+                raise ValueError(
+                    f'a latent outside the plate "{DATA}" is drawn after site "{name}" of the guide, which has no rsample: '
+                    "its score function would have to hear all data at once. Draw what all data share first."
+                )
+        return scores
 
-    def _also(self, run: Run) -> Tensor | float:
+    def _also(self, run: Run, scale: float | Tensor) -> Tensor | float:
         """Returns a number whose gradient is a part of minus the loss's that no particle has."""
         return 0.0
 
-    def _surrogate(self, weighed: Weighed, scores: dict[str, Tensor], chunks: list["_Chunk"], extra: Tensor) -> Tensor:
+    def _surrogate(
+        self, weighed: Weighed, scores: dict[str, Tensor], extra: Tensor | float, cut: "_Cut | None"
+    ) -> Tensor:
         """Returns a number whose gradient is the estimate of the gradient of minus the loss."""
         log_w = (weighed.log_p - weighed.log_q).detach()
-        c = Coefficients(*(None if t is None else t * weighed.scale for t in self._coefficients(log_w, bool(scores))))
-        score = _total_score(c.score, scores)
+        c = Coefficients(*(None if t is None else t * weighed.scale for t in self._coefficients(log_w)))
+        score = 0.0
+        for t in scores.values():
+            # A latent moves the weights of its datum and what belongs to none; one that all data share moves all.
+            if t.shape[-1] == log_w.shape[-1]:
+                outside = weighed.outside * (1 - 1 / log_w.shape[-1])
+                signal = leave_one_out(self, log_w + outside) * weighed.scale
+            else:
+                signal = leave_one_out(self, log_w.sum(-1, keepdim=True))
+            score = score + _dot(signal, t)
         if self._whole:
             return _dot(c.model, weighed.log_p - weighed.log_q) + score - extra
         held = score - extra
@@ -314,7 +397,7 @@ class Bound(PyroELBO, ABC):
         along = score - extra
         if c.path is not None:
             along = along + _dot(c.path, weighed.log_p - weighed.log_q)
-        return held + _path(along, [chunk.cut for chunk in chunks])
+        return held + _path(along, cut)
 
 
 class ImportanceBound(Bound):
@@ -335,7 +418,7 @@ class ImportanceBound(Bound):
         log_q = sum(sides.guide.values()) + torch.zeros_like(log_p)
         value = self._value((log_p - log_q).detach())
         bound = (value * scale).sum()
-        return Weighed(log_p, log_q, scale, bound if self.is_upper else -bound, bound)
+        return Weighed(log_p, log_q, 0.0, scale, bound if self.is_upper else -bound, bound)
 
     def _value(self, log_w: Tensor) -> Tensor:
         """Returns what the bound is reported to be, per datum."""
@@ -365,13 +448,6 @@ class _Cut(Messenger):
             self.latents[msg["name"]] = msg["value"].requires_grad_()
 
 
-class _Chunk(NamedTuple):
-    guide_trace: poutine.Trace
-    model_trace: poutine.Trace | None  # of the first chunk
-    sides: Sides
-    cut: _Cut | None
-
-
 def _numbered(costs: list[tuple[str, Cost]]) -> dict[str, Cost]:
     """Returns costs by name, the second of a name and those after it with a number."""
     names = [name for name, _ in costs]
@@ -379,41 +455,29 @@ def _numbered(costs: list[tuple[str, Cost]]) -> dict[str, Cost]:
     return {f"{name} {n}" if n > 1 else name: cost for (name, cost), n in zip(costs, counts, strict=True)}
 
 
-def _path(along: Tensor | float, cuts: list[_Cut]) -> Tensor | float:
+def _path(along: Tensor | float, cut: _Cut) -> Tensor | float:
     """Returns a number whose gradient is that of another through the latents that were cut off."""
-    latents = [z for cut in cuts for z in cut.latents.values()]
+    latents, drawn = list(cut.latents.values()), list(cut.drawn.values())
     if not latents or not isinstance(along, Tensor) or not along.requires_grad:
         return 0.0
-    gradients = iter(torch.autograd.grad(along, latents, retain_graph=True, allow_unused=True))
+    found = list(torch.autograd.grad(along, latents, retain_graph=True, allow_unused=True))
     total = along.new_zeros(())
-    for cut in cuts:
-        found = [next(gradients) for _ in cut.latents]
-        latents, drawn = list(cut.latents.values()), list(cut.drawn.values())
-        # A latent is drawn given those before it, and so its gradient goes on to theirs.
-        for i in reversed(range(len(latents))):
-            if found[i] is None:
-                continue
-            if i > 0:
-                further = torch.autograd.grad(drawn[i], latents[:i], found[i], retain_graph=True, allow_unused=True)
-                for j, gradient in enumerate(further):
-                    if gradient is not None:
-                        found[j] = gradient if found[j] is None else found[j] + gradient
-            total = total + (found[i] * drawn[i]).sum()
+    # A latent is drawn given those before it, and so its gradient goes on to theirs.
+    for i in reversed(range(len(latents))):
+        if found[i] is None:
+            continue
+        if i > 0:
+            further = torch.autograd.grad(drawn[i], latents[:i], found[i], retain_graph=True, allow_unused=True)
+            for j, gradient in enumerate(further):
+                if gradient is not None:
+                    found[j] = gradient if found[j] is None else found[j] + gradient
+        total = total + (found[i] * drawn[i]).sum()
     return total
 
 
 def _dot(coefficient: Tensor, t: Tensor) -> Tensor:
     # A particle of weight zero may be infinitely far off, and zero times infinity is none.
     return (coefficient * t.masked_fill(coefficient == 0, 0.0)).sum()
-
-
-def _total_score(signal: Tensor | None, scores: dict[str, Tensor]) -> Tensor | float:
-    """Returns the sum over sites of the signal times log q; a site outside the data plate hears that of all data."""
-    if signal is None:
-        return 0.0
-    return sum(
-        _dot(signal if t.shape[-1] == signal.shape[-1] else signal.sum(-1, keepdim=True), t) for t in scores.values()
-    )
 
 
 def _conditioned_alike(model_names: list[str], guide_names: list[str]) -> set[str]:
@@ -475,15 +539,6 @@ def _data_size(sites: list[dict]) -> tuple[int, int]:
     return 1, 1
 
 
-def _joined(sides: list[Sides]) -> Sides:
-    if len(sides) == 1:
-        return sides[0]
-    *contributions, scales = zip(*sides, strict=True)
-    return Sides(
-        *({name: torch.cat([d[name] for d in dicts]) for name in dicts[0]} for dicts in contributions), scales[0]
-    )
-
-
 def _parts(sides: Sides) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the reconstruction and the KL divergence of each latent, means over particles and summed over the data."""
 
@@ -501,8 +556,20 @@ def _parts(sides: Sides) -> tuple[Tensor, dict[str, Tensor]]:
     return sum(observed) if observed else torch.zeros(()), kl
 
 
-def _split(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]
+def _in_data(site: dict) -> bool:
+    return any(frame.name == DATA and frame.dim == -1 for frame in site["cond_indep_stack"])
+
+
+def _form(args: tuple, kwargs: dict[str, Any]) -> list[tuple]:
+    """Returns what about arguments may change which sites and plates there are."""
+    return [
+        (
+            name,
+            type(value),
+            value.dim() if isinstance(value, Tensor) else len(value) if hasattr(value, "__len__") else None,
+        )
+        for name, value in [*enumerate(args), *kwargs.items()]
+    ]
 
 
 def _name(fn: Any) -> str:

@@ -147,8 +147,10 @@ class FreeBits(Penalty):
 
     def __init__(self, nats: float, group_size: int | None = 1):
         self.nats = _weight("nats", nats)
-        if group_size is not None and not group_size >= 1:
-            raise ValueError(f"group_size must be at least 1, or None for all dimensions together, got {group_size}.")
+        if group_size is not None and not (isinstance(group_size, int) and group_size >= 1):
+            raise ValueError(
+                f"group_size must be an integer of at least 1, or None for all together, got {group_size}."
+            )
         self.group_size, self.per_dimension = group_size, group_size is not None
 
     def __call__(self, kl: Tensor, step: int | None) -> Tensor:
@@ -163,9 +165,10 @@ class FreeBits(Penalty):
 class Capacity(Penalty):
     r"""A target for the KL divergence of each latent site, which training raises slowly.
 
-    .. math:: |\mathrm{KL}(q(z \mid x) \,\|\, p(z)) - C_t|
+    .. math:: |\overline{\mathrm{KL}} - C_t|
 
-    The ELBO's `beta` is its weight :math:`\gamma`.
+    of the mean over the data of the batch, so that the noise of an estimated divergence hardly counts. The ELBO's `beta`
+    is its weight :math:`\gamma`.
 
     Args:
         nats: :math:`C_t`, a number or a :class:`Schedule`, at least 0.
@@ -177,14 +180,14 @@ class Capacity(Penalty):
         Understanding Disentangling in beta-VAE, C. P. Burgess et al., 2018, https://arxiv.org/abs/1804.03599.
 
     >>> Capacity(Linear(steps=100, end=25.0))(torch.tensor([3.0, 4.0]), step=20)
-    tensor([2., 1.])
+    tensor([1.5000, 1.5000])
     """
 
     def __init__(self, nats: float | Schedule):
         self.nats = nats if isinstance(nats, Schedule) else _weight("nats", nats)
 
     def __call__(self, kl: Tensor, step: int | None) -> Tensor:
-        return (kl - _at(self.nats, step)).abs()
+        return (kl.mean() - _at(self.nats, step)).abs().expand(len(kl))
 
     def __repr__(self) -> str:
         return f"Capacity({self.nats})"
@@ -228,8 +231,6 @@ class ELBO(Bound):
     2
     """
 
-    linear = True
-
     def __init__(
         self,
         num_particles: int = 1,
@@ -241,9 +242,13 @@ class ELBO(Bound):
         chunk_size: int | None = None,
         regularizers: Sequence[Regularizer] = (),
     ):
-        super().__init__(num_particles, gradient, chunk_size, regularizers)
+        if not (penalty is None or isinstance(penalty, Penalty)):
+            raise TypeError(f"penalty must be one that is built, such as bounds.FreeBits(0.1), got {penalty!r}.")
         self.beta = beta if isinstance(beta, Schedule) else _weight("beta", beta)
         self.penalty, self.closed_form = penalty, closed_form
+        # A penalty of divergences that are estimated is no function of the mean log weight any more.
+        self.linear = self.smooth = penalty is None
+        super().__init__(num_particles, gradient, chunk_size, regularizers)
 
     def reduce(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, 0.0)
@@ -253,49 +258,102 @@ class ELBO(Bound):
         if enumerated:
             raise ValueError(f"bounds.ELBO does not enumerate: {'; '.join(enumerated)}. Use pyro.infer.TraceEnum_ELBO.")
 
-    def _pair(self, p: dict, q: dict, closed_form: bool) -> tuple[Tensor, Tensor | None]:
-        each = self.penalty is not None and self.penalty.per_dimension
-        p_fn, q_fn = (_dimensions(p), _dimensions(q)) if each else (p["fn"], q["fn"])
-        event_dim = int(each)
-        alike = p["mask"] is q["mask"] and same_scale(p["scale"], q["scale"])
-        if closed_form and self.closed_form and not self.gradient.reparameterized and alike:
-            kl = kl_in_closed_form(q_fn, p_fn)
-            if kl is not None:
-                return -per_datum(p, _masked(kl, p["mask"], event_dim), event_dim), None
-        if not each:
-            return per_datum(p, log_prob_of(p)), per_datum(q, log_prob_of(q))
-        sides = ((p, p_fn.log_prob(p["value"])), (q, q_fn.log_prob(q["value"])))
-        return tuple(per_datum(site, _masked(t, site["mask"], 1), 1) for site, t in sides)
+    @property
+    def _closes(self) -> bool:
+        return self.closed_form and not self.gradient.reparameterized
+
+    @property
+    def _each(self) -> bool:
+        return self.penalty is not None and self.penalty.per_dimension
+
+    def _model_side(self, p: dict, q: dict, closed_form: bool) -> tuple[Tensor, bool]:
+        p_fn, event_dim = (_dimensions(p), 1) if self._each else (p["fn"], 0)
+        kl = None
+        if closed_form and self._closes and p["mask"] is q["mask"] and same_scale(p["scale"], q["scale"]):
+            kl = kl_in_closed_form(_dimensions(q) if self._each else q["fn"], p_fn)
+        # A divergence that does not depend on the draw is the same for all.
+        batch = p["value"].shape[: p["value"].dim() - len(p_fn.event_shape)]
+        t = self._masked(p, p_fn.log_prob(p["value"]) if kl is None else -kl.expand(batch))
+        return per_datum(p, self._scaled(p, t, event_dim), event_dim), kl is not None
+
+    def _guide_side(self, q: dict, shared: bool) -> Tensor:
+        if not (self._each and shared):
+            return per_datum(q, self._scaled(q, log_prob_of(q)))
+        return per_datum(q, self._scaled(q, self._masked(q, _dimensions(q).log_prob(q["value"])), 1), 1)
+
+    def _masked(self, site: dict, t: Tensor) -> Tensor:
+        """Masks the contribution of a latent, or of each of its dimensions, of which a number is the only one."""
+        mask = site["mask"]
+        if self._each:
+            t = t if site["fn"].event_shape else t.unsqueeze(-1)
+            mask = mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask
+        return scale_and_mask(t, mask=mask)
+
+    def _scale_of(self, site: dict) -> float | Tensor:
+        return 1.0 if _varies(site["scale"]) else site["scale"]
+
+    def _scaled(self, site: dict, t: Tensor, event_dim: int = 0) -> Tensor:
+        if not _varies(site["scale"]):
+            return t
+        if self.penalty is not None and not site["is_observed"]:
+            raise ValueError(
+                f'site "{site["name"]}" is scaled by a tensor, which has no place in {type(self.penalty).__name__}, a '
+                "function of the divergence itself. Scale it by one number, or leave out the penalty."
+            )
+        return t * (site["scale"].unsqueeze(-1) if event_dim else site["scale"])
 
     def _weigh(self, sides: Sides, batch: int) -> Weighed:
-        step = self.steps if torch.is_grad_enabled() else None
+        training = torch.is_grad_enabled()
+        step = self.steps if training else None
         beta, scales = _at(self.beta, step), sides.scales
-        log_p = [_shared(t * scales["p", name], batch) for name, t in sides.observed.items()]
+        log_p = [t * scales["p", name] for name, t in sides.observed.items()]
         reconstruction = sum(t.detach().mean(0).sum() for t in log_p)
         log_q, bound, loss = [], reconstruction, -reconstruction
         for name in dict.fromkeys([*sides.model, *sides.guide]):
-            p, q = sides.model.get(name), sides.guide.get(name)
-            kl = (0.0 if q is None else q.detach().mean(0)) - (0.0 if p is None else p.detach().mean(0))
-            scaled = (0.0 if q is None else q.detach().mean(0) * scales["q", name]) - (
-                0.0 if p is None else p.detach().mean(0) * scales["p", name]
+            both = [(sides.model, "p", -1), (sides.guide, "q", 1)]
+            found = {side: (t[name], sign) for t, side, sign in both if name in t}
+            bound = bound - sum(
+                sign * (t.detach().mean(0) * scales[side, name]).sum() for side, (t, sign) in found.items()
             )
-            bound = bound - scaled.sum()
-            if self.penalty is None:
-                weight = torch.full_like(kl, beta)
-                loss = loss + beta * scaled.sum()
+            kl = sum(sign * t.detach().mean(0) for t, sign in found.values())
+            penalized = self.penalty is not None and name in sides.model
+            weight, penalty = _penalty(self.penalty if penalized else None, kl, step, training)
+            if penalized:
+                side = next(iter(found))
+                loss = loss + beta * (penalty * scales[side, name]).sum()
             else:
-                with torch.enable_grad():
-                    kl.requires_grad_()
-                    penalties = beta * self.penalty(kl, step)
-                    (weight,) = torch.autograd.grad(penalties.sum(), kl)
-                side = "q" if q is not None else "p"
-                loss = loss + (penalties.detach() * scales[side, name]).sum()
-            if p is not None:
-                log_p.append(_shared(_per_particle(weight * p) * scales["p", name], batch))
-            if q is not None:
-                log_q.append(_shared(_per_particle(weight * q) * scales["q", name], batch))
-        log_p = sum(log_p)
-        return Weighed(log_p, sum(log_q) + torch.zeros_like(log_p), 1.0, loss, bound)
+                loss = loss + beta * sum(
+                    sign * (t.detach().mean(0) * scales[side, name]).sum() for side, (t, sign) in found.items()
+                )
+            for side, (t, _) in found.items():
+                t = beta * weight * t * scales[side, name]
+                (log_p if side == "p" else log_q).append(t.sum(-1) if t.dim() > 2 else t)
+        return Weighed(*_by_datum(log_p, log_q, batch), 1.0, loss, bound)
+
+
+def _penalty(penalty: Penalty | None, kl: Tensor, step: int | None, training: bool) -> tuple[Tensor | float, Tensor]:
+    """Returns the slopes of a penalty at the KL divergences of the data, and what it is for each datum."""
+    if penalty is None:
+        return 1.0, kl
+    if not training:
+        return 1.0, penalty(kl, step)
+    with torch.enable_grad():
+        value = penalty(kl.requires_grad_(), step)
+        (slopes,) = torch.autograd.grad(value.sum(), kl)
+    return slopes, value.detach()
+
+
+def _by_datum(log_p: list[Tensor], log_q: list[Tensor], batch: int) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Returns both sides of the log weights, and the part that belongs to no datum, of which each has its share."""
+    sides, outside = [], 0.0
+    for terms, sign in ((log_p, 1), (log_q, -1)):
+        own = [t for t in terms if t.shape[-1] == batch]
+        shared = [t for t in terms if t.shape[-1] != batch]
+        total = sum(own) + sum(t.expand(-1, batch) / batch for t in shared)
+        outside = outside + sign * sum(t.detach() for t in shared)
+        sides.append(total)
+    like = sides[0] if isinstance(sides[0], Tensor) else sides[1]
+    return *(side + torch.zeros_like(like) for side in sides), outside
 
 
 def kl_in_closed_form(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor | None:
@@ -305,6 +363,13 @@ def kl_in_closed_form(q: dist.TorchDistribution, p: dist.TorchDistribution) -> T
     >>> kl_in_closed_form(q, dist.Normal(torch.ones(2), 1.0).to_event(1))
     tensor(1.)
     """
+    kinds = [type(t) for t in (*_layers(q), *_layers(p))]
+    # Torch and Pyro leave a point's density, and what a mask hides, out of account.
+    if any(issubclass(kind, dist.Delta | dist.MaskedDistribution) for kind in kinds):
+        return None
+    if q.batch_shape != p.batch_shape:  # some closed forms do not broadcast
+        shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+        q, p = q.expand(shape), p.expand(shape)
     if isinstance(q, dist.MultivariateNormal | dist.LowRankMultivariateNormal) and _is_diagonal_normal(p):
         loc, scale = p.base_dist.loc, p.base_dist.scale
         if isinstance(q, dist.MultivariateNormal):
@@ -319,6 +384,10 @@ def kl_in_closed_form(q: dist.TorchDistribution, p: dist.TorchDistribution) -> T
         return None
 
 
+def _layers(fn: dist.TorchDistribution) -> list[dist.TorchDistribution]:
+    return [fn, *(_layers(fn.base_dist) if hasattr(fn, "base_dist") else [])]
+
+
 def _is_diagonal_normal(p: dist.TorchDistribution) -> bool:
     return isinstance(p, dist.Independent) and isinstance(p.base_dist, dist.Normal) and p.reinterpreted_batch_ndims == 1
 
@@ -331,8 +400,10 @@ def _low_rank_log_det(q: dist.LowRankMultivariateNormal) -> Tensor:
 
 
 def _dimensions(site: dict) -> dist.TorchDistribution:
-    """Returns the distribution of a site's dimensions one by one."""
+    """Returns the distribution of a site's dimensions one by one, as elements of its batch; of a number, its own."""
     fn = site["fn"]
+    if not fn.event_shape:
+        return fn
     if isinstance(fn, dist.Independent) and fn.reinterpreted_batch_ndims == 1 and not fn.base_dist.event_shape:
         return fn.base_dist
     raise ValueError(
@@ -341,17 +412,8 @@ def _dimensions(site: dict) -> dist.TorchDistribution:
     )
 
 
-def _masked(t: Tensor, mask: Tensor | bool | None, event_dim: int) -> Tensor:
-    return scale_and_mask(t, mask=mask.unsqueeze(-1) if event_dim and isinstance(mask, Tensor) else mask)
-
-
-def _per_particle(t: Tensor) -> Tensor:
-    return t.sum(-1) if t.dim() > 2 else t
-
-
-def _shared(t: Tensor, batch: int) -> Tensor:
-    """Gives each datum its share of a term that belongs to none."""
-    return t if t.shape[-1] == batch else t / batch
+def _varies(scale: float | Tensor) -> bool:
+    return isinstance(scale, Tensor) and scale.dim() > 0
 
 
 def _at(number: float | Schedule, step: int | None) -> float:

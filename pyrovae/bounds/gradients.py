@@ -6,18 +6,14 @@ that are held, what moves :math:`\log q` at latents that are held, and what move
 coefficient a particle for each of them.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyrovae.bounds.reductions import Reduced
-
 _CHUNK = 2**22  # log weights that leave_one_out works on at once
-
-Reduce = Callable[[Tensor], Reduced]
 
 
 class Coefficients(NamedTuple):
@@ -27,13 +23,11 @@ class Coefficients(NamedTuple):
         model: of :math:`\nabla \log p(x, z_k)` at held latents.
         guide: of :math:`\nabla \log q(z_k \mid x)` at held latents.
         path: of :math:`\frac{\partial \ell_k}{\partial z_k} \nabla z_k`, through the latents that have an rsample.
-        score: of :math:`\nabla \log q(z_k \mid x)` for latents without an rsample, besides.
     """
 
     model: Tensor | None = None
     guide: Tensor | None = None
     path: Tensor | None = None
-    score: Tensor | None = None
 
 
 class Gradient(ABC):
@@ -43,19 +37,20 @@ class Gradient(ABC):
         whole: whether all parts have the coefficient :math:`\partial f / \partial \ell_k`, so that one backward pass
             through the log weights gives them.
         reparameterized: whether all latents must have an rsample.
+        scored: whether latents without one have score functions with leave-one-out baselines.
     """
 
     whole: bool = False
     reparameterized: bool = False
+    scored: bool = False
 
     @abstractmethod
-    def coefficients(self, bound, log_w: Tensor, scored: bool) -> Coefficients:
+    def coefficients(self, bound, log_w: Tensor) -> Coefficients:
         """Returns the coefficients for log weights of shape ``(num_particles, batch)``.
 
         Args:
             bound: the bound, with `reduce`, its f for the guide's parameters, and `reduce_model`, for the model's.
             log_w: log weights, detached.
-            scored: whether there are latents without an rsample.
         """
 
     def check(self, bound) -> None:
@@ -86,10 +81,11 @@ class Reparameterized(Gradient):
     """
 
     whole = True
+    scored = True
 
-    def coefficients(self, bound, log_w: Tensor, scored: bool) -> Coefficients:
+    def coefficients(self, bound, log_w: Tensor) -> Coefficients:
         model, guide = bound.reduce_model(log_w).first, bound.reduce(log_w).first
-        return Coefficients(model, -guide, guide, leave_one_out(bound.reduce, log_w) if scored else None)
+        return Coefficients(model, -guide, guide)
 
 
 class DoublyReparameterized(Gradient):
@@ -114,15 +110,15 @@ class DoublyReparameterized(Gradient):
 
     reparameterized = True
 
-    def coefficients(self, bound, log_w: Tensor, scored: bool) -> Coefficients:
+    def coefficients(self, bound, log_w: Tensor) -> Coefficients:
         reduced = bound.reduce(log_w)
         return Coefficients(model=bound.reduce_model(log_w).first, path=reduced.first - reduced.second)
 
     def check(self, bound) -> None:
         if not bound.smooth:
             raise ValueError(
-                f"{type(bound).__name__} has a kink, which DoublyReparameterized gradients would leave out. Take "
-                "gradient=Reparameterized()."
+                f"{type(bound).__name__} has a kink (a penalty of estimated divergences is one), which DoublyReparameterized "
+                "gradients would leave out. Take gradient=Reparameterized()."
             )
 
 
@@ -144,15 +140,16 @@ class StickingTheLanding(Gradient):
 
     reparameterized = True
 
-    def coefficients(self, bound, log_w: Tensor, scored: bool) -> Coefficients:
+    def coefficients(self, bound, log_w: Tensor) -> Coefficients:
         first = bound.reduce(log_w).first
         return Coefficients(model=first, path=first)
 
     def check(self, bound) -> None:
         if not bound.linear:
             raise ValueError(
-                f"StickingTheLanding is biased for {type(bound).__name__}: the score function that it drops has a mean "
-                "other than zero under weights. Take gradient=DoublyReparameterized(), or the ELBO."
+                f"StickingTheLanding is biased for {type(bound).__name__}, which is not linear in the log weights: the score "
+                "function that it drops has a mean other than zero. Take gradient=DoublyReparameterized(), or the ELBO "
+                "without a penalty."
             )
 
 
@@ -173,25 +170,31 @@ class Covariance(Gradient):
     Covariance()
     """
 
-    def coefficients(self, bound, log_w: Tensor, scored: bool) -> Coefficients:
+    def coefficients(self, bound, log_w: Tensor) -> Coefficients:
         return Coefficients(model=bound.reduce_model(log_w).first, guide=bound.influence(log_w))
 
     def check(self, bound) -> None:
         if not hasattr(bound, "influence"):
             raise ValueError(f"Covariance gradients are those of the TVO, not of {type(bound).__name__}.")
+        if bound.num_particles < 2:
+            raise ValueError("Covariance gradients need num_particles of at least 2, got 1.")
 
 
-def leave_one_out(reduce: Reduce, log_w: Tensor) -> Tensor:
+def leave_one_out(bound, log_w: Tensor) -> Tensor:
     """Returns f(log_w) less f with each particle's weight replaced by what the others say, shape of `log_w`."""
     k = len(log_w)
+    if bound.linear:
+        return (log_w - log_w.mean(0)) / (k - 1)
     size = max(1, _CHUNK // log_w.numel())
-    # As a linear function does not care, the replacement is the mean: the geometric mean of the weights.
+    # As a linear function does not care, the replacement is the mean: the geometric mean of the weights. What is
+    # impossible has no part in it, and where all others are, any number is as good a baseline.
     without = []
     for rows in torch.arange(k, device=log_w.device).split(size):
-        own = (torch.arange(k, device=log_w.device).unsqueeze(1) == rows).reshape(
-            k, len(rows), *[1] * (log_w.dim() - 1)
-        )
-        all_but_one = log_w.unsqueeze(1).expand(k, len(rows), *log_w.shape[1:])
-        others = all_but_one.masked_fill(own, 0.0).sum(0) / (k - 1)
-        without.append(reduce(torch.where(own, others, all_but_one)).value)
-    return reduce(log_w).value - torch.cat(without)
+        own = torch.arange(k, device=log_w.device).unsqueeze(1) == rows
+        own = own.reshape(k, len(rows), *[1] * (log_w.dim() - 1))
+        weights = log_w.unsqueeze(1).expand(k, len(rows), *log_w.shape[1:])
+        counted = ~own & (weights > -math.inf)
+        others = weights.masked_fill(~counted, 0.0).sum(0) / counted.sum(0)
+        baseline = bound.reduce(torch.where(own, others, weights)).value
+        without.append(baseline.masked_fill(~counted.any(0), 0.0))
+    return bound.reduce(log_w).value - torch.cat(without)

@@ -21,8 +21,8 @@ class Reduced(NamedTuple):
     second: Tensor
 
     def scaled(self, factor: float) -> "Reduced":
-        """Returns the function times a number."""
-        return Reduced(*(factor * t for t in self))
+        """Returns the function times a number; nothing of it where that is zero, be it infinite."""
+        return Reduced(*(torch.zeros_like(t) if factor == 0 else factor * t for t in self))
 
     def plus(self, other: "Reduced") -> "Reduced":
         """Returns the sum of two functions."""
@@ -47,12 +47,13 @@ def power_mean(log_w: Tensor, power: float) -> Reduced:
         largest = log_w.max(0)
         first = torch.zeros_like(log_w).scatter_(0, largest.indices.unsqueeze(0), 1.0)
         return Reduced(largest.values, first, torch.zeros_like(log_w))
+    value = ((power * log_w).logsumexp(0) - math.log(k)) / power
     if abs(power) < 1e-2:
         # Near zero, what is divided by the power must not have been rounded against one.
         mean = log_w.mean(0)
-        value = mean + torch.expm1(power * (log_w - mean)).mean(0).log1p() / power
-    else:
-        value = ((power * log_w).logsumexp(0) - math.log(k)) / power
+        exponent = power * (log_w - mean)
+        precise = mean + torch.expm1(exponent).mean(0).log1p() / power
+        value = torch.where(exponent.abs().amax(0) < 1, precise, value)
     first = (power * log_w).softmax(0)
     return Reduced(value, first, power * first * (1 - first))
 

@@ -11,7 +11,7 @@ from pyrovae.bounds.base import ImportanceBound
 from pyrovae.bounds.gradients import Coefficients, DoublyReparameterized, Gradient
 from pyrovae.bounds.reductions import Reduced, mean_of_groups, power_mean, tempered, thermodynamic_sum
 from pyrovae.checks import sample_sites
-from pyrovae.importance import log_prob_of
+from pyrovae.importance import log_prob_of, per_datum
 from pyrovae.regularizers import Regularizer, Run
 
 
@@ -262,7 +262,7 @@ class CUBO(ImportanceBound):
     bound, not that of the estimate, whose minimum over q is minus infinity. It is consistent in K.
 
     Args:
-        num_particles: :math:`K`, at least 1.
+        num_particles: :math:`K`, at least 2; 1 will do if doubly reparameterised.
         n: :math:`n`, above 1.
         doubly_reparameterized: whether to take :math:`(1 - n) \sum_k \bar w_k (\partial \log w_k / \partial z_k) \nabla
             z_k` as the gradient, which has the same limit and less noise, and needs latents with an rsample.
@@ -292,6 +292,8 @@ class CUBO(ImportanceBound):
     ):
         if not 1 < n < math.inf:
             raise ValueError(f"n must be above 1 and finite, got {n}. At 1 it is log p(x), whatever the guide.")
+        if not doubly_reparameterized and num_particles == 1:
+            raise ValueError("CUBO needs num_particles of at least 2: the gradient of one particle is noise alone.")
         self.n = n
         super().__init__(
             num_particles, DoublyReparameterized() if doubly_reparameterized else None, chunk_size, regularizers
@@ -308,7 +310,11 @@ class CUBO(ImportanceBound):
     def _follows_path(self) -> bool:
         return self.gradient.reparameterized
 
-    def _coefficients(self, log_w: Tensor, scored: bool) -> Coefficients:
+    @property
+    def _scored(self) -> bool:
+        return False
+
+    def _coefficients(self, log_w: Tensor) -> Coefficients:
         w = (self.n * log_w).softmax(0)
         if self.gradient.reparameterized:
             return Coefficients(path=(self.n - 1) * w)
@@ -353,8 +359,8 @@ class TVO(ImportanceBound):
         chunk_size: int | None = None,
         regularizers: Sequence[Regularizer] = (),
     ):
-        if not num_partitions >= 1:
-            raise ValueError(f"num_partitions must be at least 1, got {num_partitions}.")
+        if not (isinstance(num_partitions, int) and num_partitions >= 1):
+            raise ValueError(f"num_partitions must be an integer of at least 1, got {num_partitions}.")
         if not 0 < beta_1 < 1:
             raise ValueError(f"beta_1 must be between 0 and 1, got {beta_1}.")
         ends = (
@@ -388,7 +394,7 @@ class ReweightedWakeSleep(ImportanceBound):
     needs a model that observes its arguments as they were given.
 
     Args:
-        num_particles: :math:`K`, at least 1.
+        num_particles: :math:`K`, at least 2; 1 will do for the sleep phase alone.
         wake: weight :math:`\alpha` of the guide's wake phase, at least 0.
         sleep: weight :math:`\gamma` of the guide's sleep phase, at least 0.
         chunk_size: particles that the model is run on at once; None for all.
@@ -419,6 +425,10 @@ class ReweightedWakeSleep(ImportanceBound):
                 raise ValueError(f"{name} must be at least 0 and finite, got {value}.")
         if wake == sleep == 0:
             raise ValueError("wake and sleep are both 0, so that the guide would not be trained. Give one a weight.")
+        if wake > 0 and num_particles == 1:
+            raise ValueError(
+                "The wake phase needs num_particles of at least 2: of a single one the guide's gradient is noise alone."
+            )
         self.wake, self.sleep = wake, sleep
         super().__init__(num_particles, None, chunk_size, regularizers)
 
@@ -433,34 +443,42 @@ class ReweightedWakeSleep(ImportanceBound):
     def _follows_path(self) -> bool:
         return False
 
-    def _coefficients(self, log_w: Tensor, scored: bool) -> Coefficients:
+    @property
+    def _scored(self) -> bool:
+        return False
+
+    def _coefficients(self, log_w: Tensor) -> Coefficients:
         w = log_w.softmax(0)
         return Coefficients(model=w, guide=self.wake * w)
 
-    def _also(self, run: Run) -> Tensor | float:
+    def _also(self, run: Run, scale: float | Tensor) -> Tensor | float:
         if self.sleep == 0:
             return 0.0
-        with torch.no_grad(), poutine.trace() as dream, poutine.uncondition():
+        with torch.no_grad(), poutine.trace() as tracer, poutine.uncondition():
             run.model(*run.args, **run.kwargs)
-        sites = sample_sites(dream.trace)
-        drawn = {
-            id(site["infer"]["obs"]): site["value"] for site in sites.values() if site["infer"].get("was_observed")
-        }
-        given = [*run.args, *run.kwargs.values()]
+        dream, sites = tracer.trace.copy(), sample_sites(tracer.trace)
+        for name in tracer.trace.nodes.keys() - sites.keys():
+            dream.remove_node(name)  # a plate's choice of data, which are dreamt of now
+        dreamt, given = {}, [*run.args, *run.kwargs.values()]
         for name, site in sites.items():
-            if site["infer"].get("was_observed") and not any(site["infer"]["obs"] is value for value in given):
-                raise ValueError(
-                    f'The sleep phase puts data drawn at site "{name}" in the place of the argument that the site observes, '
-                    "but what it observes is none of the arguments as given. Leave sleep=0, or observe the argument itself."
-                )
-        args = tuple(drawn.get(id(value), value) for value in run.args)
-        kwargs = {name: drawn.get(id(value), value) for name, value in run.kwargs.items()}
-        with poutine.trace() as tracer, poutine.replay(trace=dream.trace):
+            if site["infer"].get("was_observed") and not site["infer"].get("_deterministic"):
+                seen = site["infer"]["obs"]
+                if not any(seen is value for value in given):
+                    raise ValueError(
+                        f'The sleep phase puts data drawn at site "{name}" in the place of the argument that the site '
+                        "observes, but what it observes is none of the arguments as given. Leave sleep=0, or observe the "
+                        "argument itself."
+                    )
+                dreamt[id(seen)] = site["value"]
+        args = tuple(dreamt.get(id(value), value) for value in run.args)
+        kwargs = {name: dreamt.get(id(value), value) for name, value in run.kwargs.items()}
+        with poutine.trace() as tracer, poutine.replay(trace=dream):
             run.guide(*args, **kwargs)
-        return self.sleep * sum(log_prob_of(site).sum() for site in sample_sites(tracer.trace).values())
+        log_q = sum(per_datum(site, log_prob_of(site).unsqueeze(0)) for site in sample_sites(tracer.trace).values())
+        return self.sleep * (log_q * scale).sum()
 
 
 def _divisor(num_groups: int, num_particles: int) -> int:
-    if not num_groups >= 1 or num_particles % num_groups:
+    if not (isinstance(num_groups, int) and num_groups >= 1) or num_particles % num_groups:
         raise ValueError(f"num_groups must divide num_particles={num_particles}, got {num_groups}.")
     return num_groups

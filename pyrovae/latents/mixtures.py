@@ -222,6 +222,11 @@ class ReparameterizedMixture(dist.MixtureSameFamily):
 
     has_rsample = True
 
+    @property
+    def stratified(self) -> bool:
+        """Whether draws along new dimensions depend on one another."""
+        return isinstance(self.mixture_distribution, StratifiedCategorical)
+
     def rsample(self, sample_shape=torch.Size()) -> Tensor:
         z = self.sample(sample_shape)
         if not torch.is_grad_enabled():
