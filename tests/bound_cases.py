@@ -52,7 +52,7 @@ BOUNDS = [
     BoundCase("CUBO", lambda k, **kw: bounds.CUBO(k, **kw), kind="upper", unbiased=False),
     BoundCase(
         "CUBO-DReG",
-        lambda k, **kw: bounds.CUBO(k, doubly_reparameterized=True, **kw),
+        lambda k, **kw: bounds.CUBO(k, gradient=DREG, **kw),
         kind="upper",
         reparameterized=True,
         unbiased=False,

@@ -1118,6 +1118,7 @@ def x_of(size: int = 5) -> Tensor:
         (lambda: bounds.FreeBits(0.1, group_size=0), "group_size must be an integer of at least 1"),
         (lambda: bounds.Capacity(math.inf), "nats must be at least 0 and finite"),
         (lambda: bounds.ReweightedWakeSleep(1), "wake phase needs num_particles of at least 2"),
+        (lambda: bounds.CUBO(4, gradient=bounds.StickingTheLanding()), "CUBO has a gradient of its own"),
         (lambda: bounds.CUBO(1), "CUBO needs num_particles of at least 2"),
         (lambda: bounds.TVO(1, gradient=bounds.Covariance()), "Covariance gradients need num_particles of at least 2"),
         (lambda: bounds.MIWAE(8, 2.0), "num_groups must divide num_particles=8, got 2.0"),

@@ -816,7 +816,7 @@ LEAVES = {
     "PIWAE": lambda k, **kw: bounds.PIWAE(k, 2, **kw),
     "PIWAE-DReG": lambda k, **kw: bounds.PIWAE(k, 2, bounds.DoublyReparameterized(), **kw),
     "ELBO-STL": lambda k, **kw: bounds.ELBO(k, gradient=bounds.StickingTheLanding(), **kw),
-    "CUBO-DReG": lambda k, **kw: bounds.CUBO(k, doubly_reparameterized=True, **kw),
+    "CUBO-DReG": lambda k, **kw: bounds.CUBO(k, gradient=DREG, **kw),
 }
 
 

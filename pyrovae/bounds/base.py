@@ -416,13 +416,8 @@ class ImportanceBound(Bound):
         scale = _common_scale(type(self).__name__, sides.scales)
         log_p = sum([*sides.observed.values(), *sides.model.values()])
         log_q = sum(sides.guide.values()) + torch.zeros_like(log_p)
-        value = self._value((log_p - log_q).detach())
-        bound = (value * scale).sum()
+        bound = (self.reduce_model((log_p - log_q).detach()).value * scale).sum()
         return Weighed(log_p, log_q, 0.0, scale, bound if self.is_upper else -bound, bound)
-
-    def _value(self, log_w: Tensor) -> Tensor:
-        """Returns what the bound is reported to be, per datum."""
-        return self.reduce_model(log_w).value
 
 
 class _Cut(Messenger):

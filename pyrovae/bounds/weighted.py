@@ -264,8 +264,8 @@ class CUBO(ImportanceBound):
     Args:
         num_particles: :math:`K`, at least 2; 1 will do if doubly reparameterised.
         n: :math:`n`, above 1.
-        doubly_reparameterized: whether to take :math:`(1 - n) \sum_k \bar w_k (\partial \log w_k / \partial z_k) \nabla
-            z_k` as the gradient, which has the same limit and less noise, and needs latents with an rsample.
+        gradient: ``DoublyReparameterized()`` for :math:`(1 - n) \sum_k \bar w_k (\partial \log w_k / \partial z_k)
+            \nabla z_k`, which has the same limit and less noise, and needs latents with an rsample; or None.
         chunk_size: particles that the model is run on at once; None for all.
         regularizers: what else the loss holds.
 
@@ -286,18 +286,18 @@ class CUBO(ImportanceBound):
         self,
         num_particles: int,
         n: float = 2.0,
-        doubly_reparameterized: bool = False,
+        gradient: DoublyReparameterized | None = None,
         chunk_size: int | None = None,
         regularizers: Sequence[Regularizer] = (),
     ):
         if not 1 < n < math.inf:
             raise ValueError(f"n must be above 1 and finite, got {n}. At 1 it is log p(x), whatever the guide.")
-        if not doubly_reparameterized and num_particles == 1:
+        if not (gradient is None or isinstance(gradient, DoublyReparameterized)):
+            raise ValueError(f"CUBO has a gradient of its own, or takes DoublyReparameterized(), got {gradient!r}.")
+        if gradient is None and num_particles == 1:
             raise ValueError("CUBO needs num_particles of at least 2: the gradient of one particle is noise alone.")
         self.n = n
-        super().__init__(
-            num_particles, DoublyReparameterized() if doubly_reparameterized else None, chunk_size, regularizers
-        )
+        super().__init__(num_particles, gradient, chunk_size, regularizers)
 
     def reduce(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, self.n)
