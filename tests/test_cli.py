@@ -79,7 +79,7 @@ LOSSES = {
     "wake-sleep": "--loss pyrovae.bounds.ReweightedWakeSleep --loss.num_particles 4 --loss.sleep 0.5",
     "discriminator": "--loss ELBO --loss.regularizers "
     "[{class_path:TotalCorrelation,init_args:{weight:5,dataset_size:1197}},"
-    "{class_path:DensityRatio,init_args:{weight:1,discriminator:{class_path:MLP,init_args:{in_shape:4,out_shape:1}}}}]",
+    "{class_path:DensityRatio,init_args:{weight:1,discriminator:{class_path:pyrovae.nn.MLP,init_args:{in_shape:4,out_shape:1}}}}]",
 }
 
 

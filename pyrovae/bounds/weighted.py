@@ -49,7 +49,27 @@ class IWAE(ImportanceBound):
         return power_mean(log_w, 1.0)
 
 
-class MIWAE(ImportanceBound):
+class _Grouped(ImportanceBound):
+    """A bound whose guide follows the mean of the importance-weighted bounds of groups of particles."""
+
+    def __init__(
+        self,
+        num_particles: int,
+        num_groups: int,
+        gradient: Gradient | None = None,
+        chunk_size: int | None = None,
+        regularizers: Sequence[Regularizer] = (),
+    ):
+        super().__init__(num_particles, gradient, chunk_size, regularizers)
+        if not (isinstance(num_groups, int) and num_groups >= 1) or num_particles % num_groups:
+            raise ValueError(f"num_groups must divide num_particles={num_particles}, got {num_groups}.")
+        self.num_groups = num_groups
+
+    def reduce(self, log_w: Tensor) -> Reduced:
+        return mean_of_groups(log_w, self.num_groups)
+
+
+class MIWAE(_Grouped):
     r"""A mean of importance-weighted bounds, each of a group of the particles.
 
     .. math:: \frac{1}{M} \sum_{m=1}^M \log \frac{M}{K} \sum_{k \in G_m} w_k \;\le\; \log p(x) \quad \text{in expectation}
@@ -73,22 +93,8 @@ class MIWAE(ImportanceBound):
     tensor([0., 0., 0., 0., 0.])
     """
 
-    def __init__(
-        self,
-        num_particles: int,
-        num_groups: int,
-        gradient: Gradient | None = None,
-        chunk_size: int | None = None,
-        regularizers: Sequence[Regularizer] = (),
-    ):
-        super().__init__(num_particles, gradient, chunk_size, regularizers)
-        self.num_groups = _divisor(num_groups, num_particles)
 
-    def reduce(self, log_w: Tensor) -> Reduced:
-        return mean_of_groups(log_w, self.num_groups)
-
-
-class PIWAE(ImportanceBound):
+class PIWAE(_Grouped):
     r"""The importance-weighted bound for the model, a mean of those of groups for the guide.
 
     The model's parameters follow the gradient of :class:`IWAE` with all particles, the guide's that of :class:`MIWAE`,
@@ -112,20 +118,6 @@ class PIWAE(ImportanceBound):
     >>> PIWAE(num_particles=8, num_groups=8).reduce_model(torch.zeros(8, 5)).first[0, 0]
     tensor(0.1250)
     """
-
-    def __init__(
-        self,
-        num_particles: int,
-        num_groups: int,
-        gradient: Gradient | None = None,
-        chunk_size: int | None = None,
-        regularizers: Sequence[Regularizer] = (),
-    ):
-        super().__init__(num_particles, gradient, chunk_size, regularizers)
-        self.num_groups = _divisor(num_groups, num_particles)
-
-    def reduce(self, log_w: Tensor) -> Reduced:
-        return mean_of_groups(log_w, self.num_groups)
 
     def reduce_model(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, 1.0)
@@ -476,9 +468,3 @@ class ReweightedWakeSleep(ImportanceBound):
             run.guide(*args, **kwargs)
         log_q = sum(per_datum(site, log_prob_of(site).unsqueeze(0)) for site in sample_sites(tracer.trace).values())
         return self.sleep * (log_q * scale).sum()
-
-
-def _divisor(num_groups: int, num_particles: int) -> int:
-    if not (isinstance(num_groups, int) and num_groups >= 1) or num_particles % num_groups:
-        raise ValueError(f"num_groups must divide num_particles={num_particles}, got {num_groups}.")
-    return num_groups
