@@ -87,5 +87,5 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     args = parser.parse_args()
     if args.smoke:
-        args.num_particles, args.epochs, args.num_samples = 5, 2, 20
+        args.num_particles, args.epochs, args.num_samples = 5, 2, 25
     main(args)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -132,6 +133,16 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
         problems=tuple(_problems(model_sites, guide_sites)),
         sites=frozenset(model_sites.keys() | guide_sites.keys()),
     )
+
+
+def described(thing: Any) -> str:
+    """Returns how an object was built, from the arguments of its class that are its attributes, defaults left out."""
+    given = []
+    for name, parameter in signature(type(thing)).parameters.items():
+        value = getattr(thing, name, parameter.default)
+        if not (value is parameter.default or isinstance(value, (int, float, str, tuple)) and value == parameter.default):
+            given.append(f"{name}={type(value).__name__ if isinstance(value, nn.Module) else repr(value)}")
+    return f"{type(thing).__name__}({', '.join(given)})"
 
 
 def named_arguments(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:

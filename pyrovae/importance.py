@@ -85,7 +85,7 @@ def trace_guide(guide: Callable, structure: Structure, num_samples: int, *args: 
     """Runs the guide once for `num_samples` draws; returns its trace."""
     with _samples(structure, num_samples), poutine.trace() as tracer:
         guide(*args, **kwargs)
-    return tracer.trace
+    return _of_depth(tracer.trace, structure)
 
 
 def log_joint(
@@ -111,7 +111,20 @@ def trace_model(
     # Handlers as contexts, not wrappers: a wrapped model could not take an argument of the name "context".
     with _samples(structure, num_samples), poutine.trace() as tracer, poutine.replay(trace=draws):
         model(*args, **kwargs)
-    return tracer.trace
+    return _of_depth(tracer.trace, structure)
+
+
+def _of_depth(trace: poutine.Trace, structure: Structure) -> poutine.Trace:
+    """Returns a trace, after checking that its samples lie right in front of its plates, where they are looked for."""
+    for name, site in sample_sites(trace).items():
+        shape = site["fn"].batch_shape
+        if len(shape) > structure.max_plate_nesting + 1:
+            raise ValueError(
+                f'site "{name}" has batch shape {tuple(shape)}, too many dimensions for samples in front of '
+                f"{structure.max_plate_nesting} dimensions of plates. Latents come as (num_samples, *plates, *event), with a "
+                "one for each plate that they do not stand in: keep that order in what is made of them."
+            )
+    return trace
 
 
 def log_prob_of(site: dict) -> Tensor:

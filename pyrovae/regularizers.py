@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
-from pyrovae.checks import sample_sites
+from pyrovae.checks import described, sample_sites
 from pyrovae.distributions import center
 
 __all__ = [
@@ -75,7 +75,9 @@ class Cost(NamedTuple):
 class Regularizer(ABC):
     r"""Base of the regularizers, which any bound takes: ``bounds.ELBO(regularizers=[...])``.
 
-    To write one, derive from it and return a :class:`Cost` from the sites of a :class:`Run`; latents
+    To write one, derive from it and return a :class:`Cost` of the sites of a :class:`Run`:
+    ``run.site("z", of_guide=True)`` is the node of Pyro's trace, with the distribution as ``["fn"]`` and the latents,
+    ``(num_particles, batch, *event)``, as ``["value"]``; latents
     with an rsample are differentiable. Where a bound works in chunks of particles it is given the first.
 
     Args:
@@ -86,6 +88,9 @@ class Regularizer(ABC):
         if not math.isfinite(weight):
             raise ValueError(f"weight must be finite, got {weight}.")
         self.weight = weight
+
+    def __repr__(self) -> str:
+        return described(self)
 
     @abstractmethod
     def __call__(self, run: Run) -> Cost:
@@ -146,10 +151,10 @@ class TotalCorrelation(Regularizer):
         log_q = fn.base_dist.log_prob(z.movedim(-2, 0).unsqueeze(-2))
         eye = torch.eye(batch, dtype=torch.bool, device=z.device).reshape(batch, *[1] * (z.dim() - 2), batch, 1)
         if self.stratified:
-            others = torch.full_like(eye, math.log((n - 1) / (n * (batch - 1))), dtype=z.dtype)
+            others = torch.full_like(eye, math.log((n - 1) / (n * (batch - 1))), dtype=log_q.dtype)
             log_share = others.masked_fill(eye, -math.log(n))
         else:
-            log_share = torch.full_like(eye, -math.log(n * batch), dtype=z.dtype)
+            log_share = torch.full_like(eye, -math.log(n * batch), dtype=log_q.dtype)
         joint = (log_q.sum(-1, keepdim=True) + log_share).logsumexp(-2).squeeze(-1)
         marginals = (log_q + log_share).logsumexp(-2).sum(-1)
         correlation = (joint - marginals).flatten(1).mean(1)
@@ -254,7 +259,13 @@ class _Discriminated(Regularizer):
     def _told(self, x: Tensor) -> Tensor:
         """Returns the logits of inputs by the discriminator as it is, with the inputs' gradient alone."""
         held = {name: t.detach() for name, t in self.discriminator.named_parameters()}
-        return self._logits(functional_call(self.discriminator, held, (x,)), len(x))
+        try:
+            logits = functional_call(self.discriminator, held, (x,))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the discriminator of {type(self).__name__} does not take inputs of shape {tuple(x.shape)}: {error}."
+            ) from error
+        return self._logits(logits, len(x))
 
     def _training_loss(self, real: Tensor, fake: Tensor, particles: int = 1) -> Tensor:
         """Returns the cross entropy of telling real ones from fake ones, with the discriminator's gradient alone.
@@ -314,6 +325,7 @@ class DensityRatio(_Discriminated):
 
     def __call__(self, run: Run) -> Cost:
         value = _vectors(run, self)
+        value = value if value.is_floating_point() else value.to(torch.get_default_dtype())  # classes
         z = value.reshape(-1, *value.shape[-2:])
         # Each dimension's order of the data, by itself for every particle.
         order = torch.rand_like(z.detach()).argsort(dim=1)

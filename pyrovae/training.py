@@ -3,6 +3,7 @@
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -179,8 +180,11 @@ def fit(
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("data gives no batch. Give at least one datum, and a DataLoader that does not drop it.")
+    if loss is not None and (isinstance(loss, type) or not callable(getattr(loss, "loss", None))):
+        raise TypeError(f"loss must be an ELBO that is built, such as bounds.IWAE(16), got {loss!r}.")
     run = _Run(model, guide, loss or Trace_ELBO(), optimizer, scheduler, transform, clip_norm, device, first)
     history, best, steps = History(), None, _length(batches)
+    _warn_of_schedules(run.loss, steps, epochs, patience)
     fingerprint = {"steps an epoch": steps, "data in the first batch": len(first[0] if isinstance(first, (tuple, list)) else first)}
 
     if resume and Path(checkpoint).exists():
@@ -253,6 +257,8 @@ class _Run:
 
     def __init__(self, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first_batch):
         self.model, self.guide, self.loss = model, guide, loss
+        if isinstance(loss, Bound):
+            loss.load_state_dict({"steps": 0})  # schedules start with the run
         self.transform, self.clip_norm, self.device = transform, clip_norm, device
         self.num_steps = 0
         args = self.prepare("data", first_batch, check=True)
@@ -461,7 +467,7 @@ class _Run:
 
     def _kinds(self) -> dict[str, str | None]:
         scheduler = None if self.scheduler is None else type(self.scheduler).__name__
-        return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler, "loss": type(self.loss).__name__}
+        return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler, "loss": repr(self.loss) if isinstance(self.loss, Bound) else type(self.loss).__name__}
 
     def load_state(self, state: dict[str, Any]) -> None:
         for name, kind in self._kinds().items():
@@ -476,6 +482,18 @@ class _Run:
         if isinstance(self.loss, Bound) and "loss" in state:  # not in a checkpoint of pyrovae 0.1
             self.loss.load_state_dict(state["loss"])
         self.num_steps = state["num_steps"]
+
+
+def _warn_of_schedules(loss: ELBO, steps: int | None, epochs: int, patience: int | None) -> None:
+    """Warns if training ends, or may be stopped, before the schedules of a loss have."""
+    span = math.ceil(loss.span / steps) if isinstance(loss, Bound) and steps else 0
+    for name, value in (("epochs", epochs), ("patience", patience)):
+        if value is not None and value < span:
+            warnings.warn(
+                f"the schedule of {type(loss).__name__} takes {loss.span} steps, which are {span} epochs of this data, but "
+                f"{name}={value}. Make the schedule shorter, or {name} larger.",
+                stacklevel=3,
+            )
 
 
 def _named(terms: Terms) -> list[tuple[str, Tensor]]:

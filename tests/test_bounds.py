@@ -760,8 +760,8 @@ def test_masks_are_inside(case):
     torch.testing.assert_close(terms.loss, same.loss, rtol=0, atol=ROUNDING)
     torch.testing.assert_close(gradients(terms.loss, vae), gradients(same.loss, vae), rtol=0, atol=ROUNDING)
     with torch.no_grad():
-        found = repeat(lambda: bound.terms(model, guide, x).loss, 200)
-        without = repeat(lambda: bound.terms(vae.model, vae.guide, x[:3]).loss, 200)
+        found = repeat(lambda: bound.terms(model, guide, x).loss, 60)
+        without = repeat(lambda: bound.terms(vae.model, vae.guide, x[:3]).loss, 60)
     assert scipy.stats.ttest_ind(found, without, equal_var=False).pvalue > FAILURE_RATE
 
 
@@ -979,6 +979,7 @@ def test_fit_logs_the_terms_of_its_bound():
     assert "bound" not in history.records[0]
 
 
+@pytest.mark.filterwarnings("ignore:the schedule of ELBO")
 def test_a_warm_up_is_resumed_to_the_bit(tmp_path):
     x = torch.randn(40, 3)
 
@@ -1007,6 +1008,7 @@ def test_a_warm_up_is_resumed_to_the_bit(tmp_path):
     assert all(torch.equal(resumed[name], t) for name, t in whole.items())
 
 
+@pytest.mark.filterwarnings("ignore:the schedule of ELBO")
 def test_validation_during_a_warm_up_takes_its_end():
     x = torch.randn(40, 3)
     vae = VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3, SMALL), encoders.DiagonalNormal(3, 2, SMALL))
@@ -1124,10 +1126,16 @@ def x_of(size: int = 5) -> Tensor:
         (lambda: bounds.MIWAE(8, 2.0), "num_groups must divide num_particles=8, got 2.0"),
         (lambda: bounds.TVO(4, 2.5), "num_partitions must be an integer of at least 1, got 2.5"),
         (lambda: bounds.FreeBits(0.1, group_size=1.5), "group_size must be an integer of at least 1"),
-        (lambda: bounds.ELBO(penalty=bounds.FreeBits(0.1), gradient=bounds.StickingTheLanding()), "biased for ELBO"),
-        (lambda: bounds.ELBO(penalty=bounds.FreeBits(0.1), gradient=bounds.DoublyReparameterized()), "a penalty"),
-        (lambda: bounds.IWAE(4, bounds.StickingTheLanding()), "biased for IWAE.*DoublyReparameterized"),
-        (lambda: bounds.Renyi(4, 0.5, bounds.StickingTheLanding()), "biased for Renyi"),
+        (
+            lambda: bounds.ELBO(penalty=bounds.FreeBits(0.1), gradient=bounds.StickingTheLanding()),
+            r"ELBO.*Reparameterized\(\)",
+        ),
+        (
+            lambda: bounds.ELBO(penalty=bounds.FreeBits(0.1), gradient=bounds.DoublyReparameterized()),
+            "a penalty sees estimates",
+        ),
+        (lambda: bounds.IWAE(4, bounds.StickingTheLanding()), "biased for this IWAE.*DoublyReparameterized"),
+        (lambda: bounds.Renyi(4, 0.5, bounds.StickingTheLanding()), "biased for this Renyi"),
         (lambda: bounds.IWAE(4, bounds.Covariance()), "those of the TVO, not of IWAE"),
     ],
 )
@@ -1140,6 +1148,11 @@ def test_bad_arguments(build, message):
     ("build", "message"),
     [
         (lambda: bounds.IWAE(4, gradient="DReG"), "gradient must be an estimator"),
+        (
+            lambda: bounds.ELBO(beta=bounds.Linear),
+            "beta must be a number, or where it may change a schedule that is built",
+        ),
+        (lambda: bounds.FreeBits("0.1"), "nats must be a number"),
         (lambda: bounds.ELBO(penalty=0.5), "penalty must be one that is built"),
         (lambda: bounds.ELBO(penalty=bounds.FreeBits), "penalty must be one that is built"),
         (lambda: bounds.ELBO(regularizers=MaximumMeanDiscrepancy(1.0)), "regularizers must be a list"),
@@ -1149,6 +1162,69 @@ def test_bad_arguments(build, message):
 def test_parts_must_be_built(build, message):
     with pytest.raises(TypeError, match=message):
         build()
+
+
+def test_a_loss_must_be_built():
+    vae = VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3, SMALL), encoders.DiagonalNormal(3, 2, SMALL))
+    for loss in (bounds.IWAE, "IWAE", bounds.DoublyReparameterized()):
+        with pytest.raises(TypeError, match="loss must be an ELBO that is built"):
+            fit(vae.model, vae.guide, torch.randn(20, 3), batch_size=10, loss=loss, progress=False)
+    with pytest.raises(ValueError, match=r"num_particles must be an integer of at least 1, got a method\.$"):
+        bounds.IWAE(vae.model)
+
+
+def test_a_warm_up_that_training_cuts_short_is_warned_of():
+    vae = VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3, SMALL), encoders.DiagonalNormal(3, 2, SMALL))
+    x = torch.randn(20, 3)
+    run = partial(fit, vae.model, vae.guide, x, batch_size=10, progress=False, validation=x)
+    with pytest.warns(UserWarning, match=r"takes 100 steps, which are 50 epochs.*epochs=2"):
+        run(loss=bounds.ELBO(beta=bounds.Linear(100)), epochs=2)
+    with pytest.warns(UserWarning, match=r"takes 6 steps, which are 3 epochs.*patience=2"):
+        run(loss=bounds.ELBO(penalty=bounds.Capacity(bounds.Cyclical(6))), epochs=4, patience=2)
+    run(loss=bounds.ELBO(beta=bounds.Linear(6)), epochs=3, patience=3)
+
+
+def test_every_run_starts_its_schedules_anew():
+    x, loss = torch.randn(20, 3), bounds.ELBO(beta=bounds.Linear(4))
+    for _ in range(2):
+        vae = VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3, SMALL), encoders.DiagonalNormal(3, 2, SMALL))
+        history = fit(vae.model, vae.guide, x, batch_size=10, loss=loss, epochs=2, progress=False)
+        assert loss.steps == 4
+        first = history.records[0]
+        assert first["loss"] == pytest.approx(first["kl z"] / 8 - first["reconstruction"], rel=0.2)  # beta 0, then 1/4
+
+
+class Scalar(bounds.ImportanceBound):
+    def reduce(self, log_w: Tensor) -> bounds.Reduced:
+        return bounds.Reduced(log_w.mean(), torch.ones_like(log_w), torch.zeros_like(log_w))
+
+
+def test_a_bound_of_ones_own_must_keep_the_data_apart():
+    vae, x = diagonal_vae(2, 3), x_of()
+    with pytest.raises(ValueError, match=r"Scalar\.reduce returned a value of shape \(\).*\(4, 5\)"):
+        Scalar(4).loss(vae.model, vae.guide, x)
+
+
+def test_particles_that_go_astray_are_found():
+    # A second plate puts a dimension of one beside the particles, which the decoder turns into the wrong place.
+    layer = torch.nn.Linear(2, 6)
+
+    def model(x):
+        pyro.module("layer", layer)
+        data = pyro.plate("data", len(x), dim=-1)
+        with data:
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("pixels", 6, dim=-2), data:
+            pyro.sample("x", dist.Bernoulli(logits=layer(z).transpose(-1, -2)), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    x = torch.bernoulli(torch.full((5, 6), 0.5))
+    for call in (partial(bounds.IWAE(4).loss), partial(log_weights, num_samples=4)):
+        with pytest.raises(ValueError, match=r'site "x" has batch shape \(4, \d, 6, 5\), too many dimensions'):
+            call(model, guide, x)
 
 
 def test_a_network_that_takes_no_particles():
@@ -1164,7 +1240,7 @@ def test_a_network_that_takes_no_particles():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
 
-    with pytest.raises(ValueError, match=r"not with 4 particles in front.*\(num_particles, batch, \*event\)"):
+    with pytest.raises(ValueError, match=r"num_particles=4.*\(num_particles, batch, \*event\)"):
         bounds.IWAE(4).loss(model, guide, torch.randn(5, 4))
 
 
@@ -1183,7 +1259,7 @@ def test_weights_of_a_latent_outside_the_plate_are_refused(case):
 def test_latents_that_cannot_be_differentiated_are_refused(case, encoder):
     prior = priors.Categorical(2, 2) if encoder is encoders.Categorical else priors.OneHotCategorical(2)
     vae = VAE(prior, likelihoods.Normal(2, 3, READS_CLASSES), encoder(3, 2, SMALL))
-    with pytest.raises(ValueError, match=r'site "z" of the guide.*Reparameterized\(\).*ReweightedWakeSleep'):
+    with pytest.raises(ValueError, match=r'site "z" of the guide.*ReweightedWakeSleep.*Reparameterized\(\)'):
         case.build(4).differentiable_loss(vae.model, vae.guide, torch.randn(5, 3))
 
 
@@ -1279,5 +1355,7 @@ def test_a_checkpoint_of_another_bound_is_refused(tmp_path):
         fit, vae.model, vae.guide, torch.randn(20, 3), batch_size=10, checkpoint=tmp_path / "c", progress=False
     )
     run(epochs=1, loss=bounds.ELBO())
-    with pytest.raises(ValueError, match="loss is IWAE, but the checkpoint was written with ELBO"):
+    with pytest.raises(ValueError, match=r"loss is IWAE\(num_particles=2.*, but the checkpoint was written with ELBO"):
         run(epochs=2, loss=bounds.IWAE(2), resume=True)
+    with pytest.raises(ValueError, match=r"written with ELBO\("):
+        run(epochs=2, loss=bounds.ELBO(2), resume=True)

@@ -75,7 +75,7 @@ def test_other_parts_train_and_are_loaded_without_trust(parts, tmp_path, capsys)
 
 LOSSES = {
     "IWAE": "--loss IWAE --loss.num_particles 4 --loss.gradient DoublyReparameterized",
-    "warm-up": "--loss ELBO --loss.beta Linear --loss.beta.steps 25 --loss.penalty FreeBits --loss.penalty.nats 0.1",
+    "warm-up": "--loss ELBO --loss.beta Linear --loss.beta.steps 20 --loss.penalty FreeBits --loss.penalty.nats 0.1",
     "wake-sleep": "--loss pyrovae.bounds.ReweightedWakeSleep --loss.num_particles 4 --loss.sleep 0.5",
     "discriminator": "--loss ELBO --loss.regularizers "
     "[{class_path:TotalCorrelation,init_args:{weight:5,dataset_size:1197}},"

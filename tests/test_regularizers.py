@@ -816,7 +816,7 @@ LEAVES = {
     "PIWAE": lambda k, **kw: bounds.PIWAE(k, 2, **kw),
     "PIWAE-DReG": lambda k, **kw: bounds.PIWAE(k, 2, bounds.DoublyReparameterized(), **kw),
     "ELBO-STL": lambda k, **kw: bounds.ELBO(k, gradient=bounds.StickingTheLanding(), **kw),
-    "CUBO-DReG": lambda k, **kw: bounds.CUBO(k, gradient=DREG, **kw),
+    "CUBO-DReG": lambda k, **kw: bounds.CUBO(k, gradient=bounds.DoublyReparameterized(), **kw),
 }
 
 
@@ -1013,6 +1013,23 @@ def test_a_batch_of_one_adds_nothing(regularizer):
         losses.append((loss.item(), gradients(loss, vae)))
     assert losses[0][0] == losses[1][0]
     assert torch.equal(losses[0][1], losses[1][1])
+
+
+def test_the_total_correlation_of_classes_alike_for_all_data_is_zero():
+    # Integer latents: the logarithms of shares must not be rounded to integers.
+    logits = torch.randn(4, 3, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(torch.ones(4, 3).double()).to_event(1))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(logits=logits).to_event(1))
+
+    with torch.no_grad():
+        terms = bounds.ELBO(3, regularizers=[TotalCorrelation(1.0, 50)]).terms(model, guide, data_of(6))
+    assert abs(terms.regularizers["TotalCorrelation"].item()) < 100 * ROUNDING
 
 
 def test_two_of_one_class_both_count_and_are_numbered():

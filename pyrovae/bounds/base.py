@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyrovae.bounds.gradients import Coefficients, Gradient, Reparameterized, leave_one_out
 from pyrovae.bounds.reductions import Reduced
-from pyrovae.checks import DATA, Structure, inspect, sample_sites
+from pyrovae.checks import DATA, Structure, described, inspect, sample_sites
 from pyrovae.importance import log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.regularizers import Cost, Regularizer, Run
 
@@ -86,7 +86,10 @@ class Bound(PyroELBO, ABC):
     vectorised. :meth:`terms` gives what the loss is made of. The loss is minus the sum over the data of the bound; the
     N/B of a subsampled data plate stands outside f, masks inside.
 
-    To add a bound, derive from :class:`ImportanceBound` and write :meth:`reduce`, f with its first two derivatives.
+    To add a bound, derive from :class:`ImportanceBound` and write :meth:`reduce`, f with its first two derivatives, as a
+    :class:`Reduced` over the first dimension of the log weights. Class attributes say the rest: `smooth` is False if f has
+    a kink, which its second derivative leaves out; `linear` is True if f is a mean; `is_upper` is True if training is to
+    lower it.
 
     Args:
         num_particles: draws of the guide per datum :math:`K`, at least 1.
@@ -109,7 +112,8 @@ class Bound(PyroELBO, ABC):
     ):
         for name, value in (("num_particles", num_particles), ("chunk_size", chunk_size)):
             if not (isinstance(value, int) and value >= 1 or name == "chunk_size" and value is None):
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+                given = repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
+                raise ValueError(f"{name} must be an integer of at least 1, got {given}.")
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.gradient = Reparameterized() if gradient is None else gradient
         if not isinstance(self.gradient, Gradient):
@@ -155,10 +159,14 @@ class Bound(PyroELBO, ABC):
             self._check_structure(structure)
             try:
                 terms = self._terms(model, guide, structure, args, kwargs)
-            except (RuntimeError, IndexError) as error:
+            except (RuntimeError, IndexError, ValueError) as error:
+                if isinstance(error, ValueError) and not str(error).startswith("Shape mismatch"):  # Pyro's
+                    raise
                 raise ValueError(
-                    f"model and guide ran alone, but not with {self.num_particles} particles in front of the data: {error} "
-                    "Latents come as (num_particles, batch, *event): what is made of them must work on the last dimensions."
+                    f"model and guide ran alone, but not with particles in front of the data (num_particles="
+                    f"{self.num_particles}): {str(error).partition('Trace Shapes')[0].rstrip(' .')}. Latents come as "
+                    "(num_particles, batch, *event), also if there is one: let networks work on the last dimensions (flatten "
+                    "the leading ones before a convolution, and put them back)."
                 ) from error
             self._inspected, self._structure = look, structure
             return terms
@@ -187,6 +195,14 @@ class Bound(PyroELBO, ABC):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Puts back what :meth:`state_dict` returned."""
         self.steps = state["steps"]
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    @property
+    def span(self) -> int:
+        """Training steps until the schedules have had their way, once; 0 without any."""
+        return 0
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks for itself, and takes no model with it.
@@ -336,10 +352,11 @@ class Bound(PyroELBO, ABC):
         scores = {}
         for name, q in latents.items():
             if self.gradient.reparameterized and (not q["fn"].has_rsample or q["fn"].support.is_discrete):
+                kind = "whose straight-through gradient is biased" if q["fn"].has_rsample else "which has none"
                 raise ValueError(
-                    f'{type(self.gradient).__name__} needs a latent whose draws are differentiable, but site "{name}" of '
-                    f"the guide is a {_name(q['fn'])} of {q['fn'].support}. Take gradient=Reparameterized(), which uses "
-                    "leave-one-out baselines there, or ReweightedWakeSleep."
+                    f'{type(self.gradient).__name__} needs a latent with an rsample, but site "{name}" of the guide is a '
+                    f"{_name(q['fn'])}, {kind}. Take ReweightedWakeSleep, or gradient=Reparameterized() with a distribution "
+                    "without rsample (Categorical), whose score function has leave-one-out baselines."
                 )
             if (
                 self._follows_path
@@ -416,7 +433,14 @@ class ImportanceBound(Bound):
         scale = _common_scale(type(self).__name__, sides.scales)
         log_p = sum([*sides.observed.values(), *sides.model.values()])
         log_q = sum(sides.guide.values()) + torch.zeros_like(log_p)
-        bound = (self.reduce_model((log_p - log_q).detach()).value * scale).sum()
+        log_w = (log_p - log_q).detach()
+        value = self.reduce_model(log_w).value
+        if value.shape != log_w.shape[1:]:
+            raise ValueError(
+                f"{type(self).__name__}.reduce returned a value of shape {tuple(value.shape)} for log weights of shape "
+                f"{tuple(log_w.shape)}: reduce over the first dimension alone."
+            )
+        bound = (value * scale).sum()
         return Weighed(log_p, log_q, 0.0, scale, bound if self.is_upper else -bound, bound)
 
 

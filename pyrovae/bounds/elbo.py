@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence
 from pyrovae.bounds.base import Bound, Sides, Weighed, same_scale
 from pyrovae.bounds.gradients import Gradient
 from pyrovae.bounds.reductions import Reduced, power_mean
-from pyrovae.checks import Structure
+from pyrovae.checks import Structure, described
 from pyrovae.importance import log_prob_of, per_datum
 from pyrovae.regularizers import Regularizer
 
@@ -21,9 +21,17 @@ from pyrovae.regularizers import Regularizer
 class Schedule(ABC):
     """Base of numbers that change from one training step to the next; a bound counts its steps."""
 
+    @property
+    @abstractmethod
+    def span(self) -> int:
+        """Steps until the end is reached, once."""
+
     @abstractmethod
     def __call__(self, step: int | None) -> float:
         """Returns the number after so many steps; None for the end, which evaluation takes."""
+
+    def __repr__(self) -> str:
+        return described(self)
 
 
 class Linear(Schedule):
@@ -59,8 +67,9 @@ class Linear(Schedule):
         share = 1.0 if step is None else min(step / self.steps, 1.0)
         return self.start + share * (self.end - self.start)
 
-    def __repr__(self) -> str:
-        return f"Linear(steps={self.steps}, start={self.start}, end={self.end})"
+    @property
+    def span(self) -> int:
+        return self.steps
 
 
 class Cyclical(Schedule):
@@ -98,8 +107,9 @@ class Cyclical(Schedule):
         share = 1.0 if step is None else min(step % self.period / (self.ramp * self.period), 1.0)
         return self.start + share * (self.end - self.start)
 
-    def __repr__(self) -> str:
-        return f"Cyclical(period={self.period}, start={self.start}, end={self.end}, ramp={self.ramp})"
+    @property
+    def span(self) -> int:
+        return self.period
 
 
 class Penalty(ABC):
@@ -119,6 +129,9 @@ class Penalty(ABC):
             kl: divergence of one latent site, ``(batch,)``, or ``(batch, latent_dim)`` of each dimension.
             step: training steps so far; None in evaluation.
         """
+
+    def __repr__(self) -> str:
+        return described(self)
 
 
 class FreeBits(Penalty):
@@ -158,9 +171,6 @@ class FreeBits(Penalty):
         total = sum(group.sum().clamp_min(self.nats) for group in groups)
         return total.expand(len(kl))
 
-    def __repr__(self) -> str:
-        return f"FreeBits({self.nats}, group_size={self.group_size})"
-
 
 class Capacity(Penalty):
     r"""A target for the KL divergence of each latent site, which training raises slowly.
@@ -188,9 +198,6 @@ class Capacity(Penalty):
 
     def __call__(self, kl: Tensor, step: int | None) -> Tensor:
         return (kl.mean() - _at(self.nats, step)).abs().expand(len(kl))
-
-    def __repr__(self) -> str:
-        return f"Capacity({self.nats})"
 
 
 class ELBO(Bound):
@@ -224,7 +231,7 @@ class ELBO(Bound):
     >>> import pyrovae
     >>> from pyrovae import encoders, likelihoods, priors
     >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
-    >>> loss = ELBO(beta=Linear(steps=1000), penalty=FreeBits(0.1))
+    >>> loss = ELBO(beta=Linear(steps=4), penalty=FreeBits(0.1))
     >>> x = torch.randn(100, 3)
     >>> history = pyrovae.fit(vae.model, vae.guide, x, loss=loss, batch_size=50, epochs=2, progress=False)
     >>> len(history["kl z"])
@@ -252,6 +259,11 @@ class ELBO(Bound):
 
     def reduce(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, 0.0)
+
+    @property
+    def span(self) -> int:
+        numbers = (self.beta, getattr(self.penalty, "nats", None))
+        return max((number.span for number in numbers if isinstance(number, Schedule)), default=0)
 
     def _check_structure(self, structure: Structure) -> None:
         enumerated = [problem for problem in structure.problems if "enumerated" in problem]
@@ -421,6 +433,8 @@ def _at(number: float | Schedule, step: int | None) -> float:
 
 
 def _weight(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, or where it may change a schedule that is built, got {value!r}.")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}.")
     return value

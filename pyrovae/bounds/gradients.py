@@ -68,7 +68,8 @@ class Reparameterized(Gradient):
 
     where :math:`\ell^{-k}` has the mean of the other log weights in place of the k-th. Unbiased. With the
     importance-weighted bound of discrete latents it is VIMCO, with the ELBO REINFORCE leave-one-out; both need at least
-    two particles.
+    two particles. A straight-through distribution, ``encoders.OneHotCategorical``'s, claims to have an rsample and keeps
+    its biased gradient: take ``encoders.Categorical`` for these.
 
     References:
         Auto-Encoding Variational Bayes, D. P. Kingma and M. Welling, 2014, https://arxiv.org/abs/1312.6114; Variational
@@ -117,8 +118,8 @@ class DoublyReparameterized(Gradient):
     def check(self, bound) -> None:
         if not bound.smooth:
             raise ValueError(
-                f"{type(bound).__name__} has a kink (a penalty of estimated divergences is one), which DoublyReparameterized "
-                "gradients would leave out. Take gradient=Reparameterized()."
+                f"DoublyReparameterized gradients are biased for this {type(bound).__name__}, which is no smooth function of "
+                "the log weights (the largest has a kink, a penalty sees estimates). Take gradient=Reparameterized()."
             )
 
 
@@ -146,10 +147,10 @@ class StickingTheLanding(Gradient):
 
     def check(self, bound) -> None:
         if not bound.linear:
+            instead = "DoublyReparameterized()" if bound.smooth else "Reparameterized()"
             raise ValueError(
-                f"StickingTheLanding is biased for {type(bound).__name__}, which is not linear in the log weights: the score "
-                "function that it drops has a mean other than zero. Take gradient=DoublyReparameterized(), or the ELBO "
-                "without a penalty."
+                f"StickingTheLanding is biased for this {type(bound).__name__}, which is not linear in the log weights: the "
+                f"score function that it drops has a mean other than zero. Take gradient={instead}, or the plain ELBO."
             )
 
 

@@ -358,6 +358,7 @@ class TVO(ImportanceBound):
         ends = (
             [beta_1 ** (1 - i / (num_partitions - 1)) for i in range(num_partitions)] if num_partitions > 1 else [1.0]
         )
+        self.num_partitions, self.beta_1 = num_partitions, beta_1
         self.betas = (0.0, *ends[:-1])
         self.lengths = tuple(end - beta for beta, end in zip(self.betas, ends, strict=True))
         super().__init__(num_particles, gradient, chunk_size, regularizers)
