@@ -903,7 +903,7 @@ def test_chunks_bring_back_the_noise_of_the_model():
 # Bounds as a part of Pyro and of fit.
 
 
-@every_bound
+@pytest.mark.parametrize("case", {type(case.build(2)): case for case in BOUNDS}.values(), ids=lambda case: case.name)
 def test_every_bound_trains_in_svi(case):
     known = truth(2, 3)
     vae = vae_of(known, widen=1.4, shift=1.0)
