@@ -134,6 +134,11 @@ def log_prob_of(site: dict) -> Tensor:
     return scale_and_mask(log_prob, mask=site["mask"])
 
 
+def in_data(site: dict) -> bool:
+    """Whether a site stands in the data plate."""
+    return any(frame.name == DATA and frame.dim == -1 for frame in site["cond_indep_stack"])
+
+
 def per_datum(site: dict, t: Tensor, event_dim: int = 0) -> Tensor:
     """Sums a site's ``(num_samples, *plates, batch, *event)`` over its plates but the data's.
 
@@ -143,7 +148,7 @@ def per_datum(site: dict, t: Tensor, event_dim: int = 0) -> Tensor:
         Shape ``(num_samples, batch, *event)``.
     """
     end = t.dim() - event_dim
-    if any(frame.name == DATA and frame.dim == -1 for frame in site["cond_indep_stack"]):
+    if in_data(site):
         return t.flatten(1, end - 2).sum(1) if end > 2 else t
     return t.flatten(1, end - 1).sum(1, keepdim=True) if end > 1 else t.unsqueeze(1)
 

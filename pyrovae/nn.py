@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import pyro
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
@@ -50,6 +51,14 @@ def as_shape(shape: Shape, name: str) -> tuple[int, ...]:
     if not result or not all(isinstance(n, int) and n > 0 for n in result):
         raise ValueError(f"{name} must be a positive int or a non-empty tuple of them, got {shape!r}.")
     return result
+
+
+def register(name: str, module: nn.Module) -> None:
+    """Registers a module's parameters with Pyro, under a name that no other module has."""
+    # What pyro.module does, without its warning at every call for each parameter that is frozen on purpose.
+    for key, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            pyro.param(f"{name}$$${key}", parameter)
 
 
 def build(network: Network, in_shape: Shape, out_shape: Shape, context_dim: int) -> nn.Module:

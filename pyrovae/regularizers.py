@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
@@ -16,6 +15,7 @@ from torch.nn.functional import softplus
 
 from pyrovae.checks import described, sample_sites
 from pyrovae.distributions import center
+from pyrovae.nn import register
 
 __all__ = [
     "Adversarial",
@@ -77,8 +77,8 @@ class Regularizer(ABC):
 
     To write one, derive from it and return a :class:`Cost` of the sites of a :class:`Run`:
     ``run.site("z", of_guide=True)`` is the node of Pyro's trace, with the distribution as ``["fn"]`` and the latents,
-    ``(num_particles, batch, *event)``, as ``["value"]``; latents
-    with an rsample are differentiable. Where a bound works in chunks of particles it is given the first.
+    ``(num_particles, batch, *event)``, as ``["value"]``. Latents with an rsample are differentiable. Where a bound works
+    in chunks of particles it is given the first.
 
     Args:
         weight: what it is multiplied by, finite.
@@ -116,7 +116,8 @@ class TotalCorrelation(Regularizer):
         site: the latent, whose posterior must have independent dimensions.
 
     Raises:
-        ValueError: when an argument is out of range, a batch has more than `dataset_size` data, the guide has no such site, or its dimensions are not independent.
+        ValueError: when an argument is out of range, a batch has more than `dataset_size` data, the guide has no such
+            site, or its dimensions are not independent.
 
     References:
         Isolating Sources of Disentanglement in Variational Autoencoders, R. T. Q. Chen, X. Li, R. Grosse and
@@ -272,10 +273,7 @@ class _Discriminated(Regularizer):
 
         Summed over the data, a mean over the particles of each.
         """
-        # What pyro.module does, without its warning at every call for each parameter that is frozen on purpose.
-        for name, parameter in self.discriminator.named_parameters():
-            if parameter.requires_grad:
-                pyro.param(f"{self.name}$$${name}", parameter)
+        register(self.name, self.discriminator)
         if not torch.is_grad_enabled():
             return real.new_zeros(())
         x = torch.cat([real.detach(), fake.detach()])

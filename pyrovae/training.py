@@ -467,7 +467,8 @@ class _Run:
 
     def _kinds(self) -> dict[str, str | None]:
         scheduler = None if self.scheduler is None else type(self.scheduler).__name__
-        return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler, "loss": repr(self.loss) if isinstance(self.loss, Bound) else type(self.loss).__name__}
+        loss = repr(self.loss) if isinstance(self.loss, Bound) else type(self.loss).__name__
+        return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler, "loss": loss}
 
     def load_state(self, state: dict[str, Any]) -> None:
         for name, kind in self._kinds().items():

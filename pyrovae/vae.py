@@ -8,6 +8,7 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from pyrovae.distributions import center
+from pyrovae.nn import register
 
 __all__ = ["VAE"]
 
@@ -29,10 +30,7 @@ class Registered(nn.Module):
 
     def register(self) -> None:
         """Registers the parameters; every model and guide does so first."""
-        # What pyro.module does, without its warning at every call for each parameter that is frozen on purpose.
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                pyro.param(f"{self.name}$$${name}", parameter)
+        register(self.name, self)
 
 
 class OneLatent(Registered):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from pyrovae.bounds.gradients import Coefficients, Gradient, Reparameterized, leave_one_out
 from pyrovae.bounds.reductions import Reduced
 from pyrovae.checks import DATA, Structure, described, inspect, sample_sites
-from pyrovae.importance import log_prob_of, per_datum, trace_guide, trace_model
+from pyrovae.importance import in_data, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.regularizers import Cost, Regularizer, Run
 
 
@@ -134,8 +134,8 @@ class Bound(PyroELBO, ABC):
         return self.reduce(log_w)
 
     @abstractmethod
-    def _weigh(self, sides: Sides, batch: int) -> Weighed:
-        """Returns log weights and loss from the contributions of sites."""
+    def _weigh(self, sides: Sides, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> Weighed:
+        """Returns log weights and loss from the contributions of sites, and from what the terms are of those."""
 
     @abstractmethod
     def _check_structure(self, structure: Structure) -> None:
@@ -248,14 +248,14 @@ class Bound(PyroELBO, ABC):
             guide_trace = trace_guide(guide, structure, self.num_particles, *args, **kwargs)
         latents = {name: site for name, site in sample_sites(guide_trace).items() if not site["is_observed"]}
         scores = self._check_latents(latents) if training else {}
-        traces, observed, side, closed, scales = self._score(model, guide, structure, guide_trace, args, kwargs)
-        sides = Sides(observed, side, {}, scales)
+        traces, sides, closed = self._score(model, guide, structure, guide_trace, args, kwargs)
         for name, q in sample_sites(guide_trace).items():
-            scales["q", name] = self._scale_of(q)
+            sides.scales["q", name] = self._scale_of(q)
             if name not in closed:
-                sides.guide[name] = self._log_q(q, name in side, cut is not None)
+                sides.guide[name] = self._log_q(q, name in sides.model, cut is not None)
+        reconstruction, kl = _parts(sides)
         batch, full = _data_size([*sample_sites(traces[0]).values(), *latents.values()])
-        weighed = self._weigh(sides, batch)
+        weighed = self._weigh(sides, reconstruction, kl, batch)
         run = Run(*traces, model, guide, args, kwargs)
         costs = _numbered([(type(regularizer).__name__, regularizer(run)) for regularizer in self.regularizers])
         values = {name: full / batch * cost.value.detach() for name, cost in costs.items()}
@@ -266,22 +266,16 @@ class Bound(PyroELBO, ABC):
             # The value of the loss with the gradient of its estimator.
             loss = loss.detach() - (surrogate - surrogate.detach())
             self.steps += 1
-        return Terms(loss, weighed.bound.detach(), *_parts(sides), values)
+        return Terms(loss, weighed.bound.detach(), reconstruction, kl, values)
 
     def _score(
         self, model: Callable, guide: Callable, structure: Structure, draws: poutine.Trace, args: tuple, kwargs: dict
-    ) -> tuple[
-        tuple[poutine.Trace, poutine.Trace],
-        dict[str, Tensor],
-        dict[str, Tensor],
-        set[str],
-        dict[tuple[str, str], float | Tensor],
-    ]:
+    ) -> tuple[tuple[poutine.Trace, poutine.Trace], Sides, set[str]]:
         """Runs the model at a guide's draws, in chunks.
 
         Returns:
-            The traces of model and guide for the first chunk; what observed sites and latents contribute on the model's
-            side; the names of the latents for which this is all, a KL divergence; and what sites are still scaled by.
+            The traces of model and guide for the first chunk; the contributions of the model's sites, with none of the
+            guide's; and the names of the latents of which these are all, a KL divergence.
         """
         names = [name for name, site in sample_sites(draws).items() if not site["is_observed"]]
         values = [draws.nodes[name]["value"] for name in names]
@@ -311,7 +305,7 @@ class Bound(PyroELBO, ABC):
             return observed, side
 
         if size == self.num_particles:
-            return traces, *score(True, *values), closed, scales
+            return traces, Sides(*score(True, *values), {}, scales), closed
         found = []
         for i, part in enumerate(zip(*(value.split(size) for value in values), strict=True)):
             if torch.is_grad_enabled():
@@ -324,7 +318,7 @@ class Bound(PyroELBO, ABC):
             {name: torch.cat([contributions[name] for contributions in chunks]) for name in chunks[0]}
             for chunks in zip(*found, strict=True)
         )
-        return traces, observed, side, closed, scales
+        return traces, Sides(observed, side, {}, scales), closed
 
     @property
     def _closes(self) -> bool:
@@ -377,9 +371,9 @@ class Bound(PyroELBO, ABC):
                         "over all values with pyro.infer.TraceEnum_ELBO."
                     )
                 scores[name] = per_datum(q, log_prob_of(q))
-        outside = [i for i, q in enumerate(latents.values()) if not _in_data(q)]
+        outside = [i for i, q in enumerate(latents.values()) if not in_data(q)]
         for i, name in enumerate(latents):
-            if name in scores and _in_data(latents[name]) and any(j > i for j in outside):
+            if name in scores and in_data(latents[name]) and any(j > i for j in outside):
                 raise ValueError(
                     f'a latent outside the plate "{DATA}" is drawn after site "{name}" of the guide, which has no rsample: '
                     "its score function would have to hear all data at once. Draw what all data share first."
@@ -429,7 +423,7 @@ class ImportanceBound(Bound):
                 "pyro.infer.TraceEnum_ELBO)."
             )
 
-    def _weigh(self, sides: Sides, batch: int) -> Weighed:
+    def _weigh(self, sides: Sides, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> Weighed:
         scale = _common_scale(type(self).__name__, sides.scales)
         log_p = sum([*sides.observed.values(), *sides.model.values()])
         log_q = sum(sides.guide.values()) + torch.zeros_like(log_p)
@@ -575,10 +569,6 @@ def _parts(sides: Sides) -> tuple[Tensor, dict[str, Tensor]]:
     return sum(observed) if observed else torch.zeros(()), kl
 
 
-def _in_data(site: dict) -> bool:
-    return any(frame.name == DATA and frame.dim == -1 for frame in site["cond_indep_stack"])
-
-
 def _form(args: tuple, kwargs: dict[str, Any]) -> list[tuple]:
     """Returns what about arguments may change which sites and plates there are."""
     return [
@@ -591,7 +581,10 @@ def _form(args: tuple, kwargs: dict[str, Any]) -> list[tuple]:
     ]
 
 
+def layers(fn: Any) -> list:
+    """Returns a distribution and those that it wraps, the innermost last."""
+    return [fn, *(layers(fn.base_dist) if hasattr(fn, "base_dist") else [])]
+
+
 def _name(fn: Any) -> str:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return type(fn).__name__
+    return type(layers(fn)[-1]).__name__

@@ -10,7 +10,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyrovae.bounds.base import Bound, Sides, Weighed, same_scale
+from pyrovae.bounds.base import Bound, Sides, Weighed, layers, same_scale
 from pyrovae.bounds.gradients import Gradient
 from pyrovae.bounds.reductions import Reduced, power_mean
 from pyrovae.checks import Structure, described
@@ -314,40 +314,28 @@ class ELBO(Bound):
             )
         return t * (site["scale"].unsqueeze(-1) if event_dim else site["scale"])
 
-    def _weigh(self, sides: Sides, batch: int) -> Weighed:
-        training = torch.is_grad_enabled()
-        step = self.steps if training else None
+    def _weigh(self, sides: Sides, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> Weighed:
+        step = self.steps if torch.is_grad_enabled() else None
         beta, scales = _at(self.beta, step), sides.scales
         log_p = [t * scales["p", name] for name, t in sides.observed.items()]
-        reconstruction = sum(t.detach().mean(0).sum() for t in log_p)
-        log_q, bound, loss = [], reconstruction, -reconstruction
-        for name in dict.fromkeys([*sides.model, *sides.guide]):
-            both = [(sides.model, "p", -1), (sides.guide, "q", 1)]
-            found = {side: (t[name], sign) for t, side, sign in both if name in t}
-            bound = bound - sum(
-                sign * (t.detach().mean(0) * scales[side, name]).sum() for side, (t, sign) in found.items()
-            )
-            kl = sum(sign * t.detach().mean(0) for t, sign in found.values())
-            penalized = self.penalty is not None and name in sides.model
-            weight, penalty = _penalty(self.penalty if penalized else None, kl, step, training)
-            if penalized:
-                side = next(iter(found))
-                loss = loss + beta * (penalty * scales[side, name]).sum()
+        log_q, loss = [], -reconstruction
+        for name, divergence in kl.items():
+            sites = {side: t[name] for side, t in (("p", sides.model), ("q", sides.guide)) if name in t}
+            if self.penalty is not None and "p" in sites:
+                signed = (-t.detach().mean(0) if side == "p" else t.detach().mean(0) for side, t in sites.items())
+                slope, penalty = _penalize(self.penalty, sum(signed), step)
+                loss = loss + beta * (penalty * scales["p", name]).sum()
             else:
-                loss = loss + beta * sum(
-                    sign * (t.detach().mean(0) * scales[side, name]).sum() for side, (t, sign) in found.items()
-                )
-            for side, (t, _) in found.items():
-                t = beta * weight * t * scales[side, name]
+                slope, loss = 1.0, loss + beta * divergence
+            for side, t in sites.items():
+                t = beta * slope * t * scales[side, name]
                 (log_p if side == "p" else log_q).append(t.sum(-1) if t.dim() > 2 else t)
-        return Weighed(*_by_datum(log_p, log_q, batch), 1.0, loss, bound)
+        return Weighed(*_by_datum(log_p, log_q, batch), 1.0, loss, reconstruction - sum(kl.values()))
 
 
-def _penalty(penalty: Penalty | None, kl: Tensor, step: int | None, training: bool) -> tuple[Tensor | float, Tensor]:
-    """Returns the slopes of a penalty at the KL divergences of the data, and what it is for each datum."""
-    if penalty is None:
-        return 1.0, kl
-    if not training:
+def _penalize(penalty: Penalty, kl: Tensor, step: int | None) -> tuple[Tensor | float, Tensor]:
+    """Returns the slopes of a penalty at the KL divergences of the data, in training, and what it is for each datum."""
+    if step is None:
         return 1.0, penalty(kl, step)
     with torch.enable_grad():
         value = penalty(kl.requires_grad_(), step)
@@ -375,9 +363,8 @@ def kl_in_closed_form(q: dist.TorchDistribution, p: dist.TorchDistribution) -> T
     >>> kl_in_closed_form(q, dist.Normal(torch.ones(2), 1.0).to_event(1))
     tensor(1.)
     """
-    kinds = [type(t) for t in (*_layers(q), *_layers(p))]
     # Torch and Pyro leave a point's density, and what a mask hides, out of account.
-    if any(issubclass(kind, dist.Delta | dist.MaskedDistribution) for kind in kinds):
+    if any(isinstance(fn, dist.Delta | dist.MaskedDistribution) for fn in (*layers(q), *layers(p))):
         return None
     if q.batch_shape != p.batch_shape:  # some closed forms do not broadcast
         shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
@@ -394,10 +381,6 @@ def kl_in_closed_form(q: dist.TorchDistribution, p: dist.TorchDistribution) -> T
         return kl_divergence(q, p)
     except NotImplementedError:
         return None
-
-
-def _layers(fn: dist.TorchDistribution) -> list[dist.TorchDistribution]:
-    return [fn, *(_layers(fn.base_dist) if hasattr(fn, "base_dist") else [])]
 
 
 def _is_diagonal_normal(p: dist.TorchDistribution) -> bool:

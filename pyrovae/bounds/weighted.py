@@ -242,7 +242,23 @@ class VRMax(ImportanceBound):
         return power_mean(log_w, math.inf)
 
 
-class CUBO(ImportanceBound):
+class _SelfNormalized(ImportanceBound):
+    """A bound with a gradient of its own by self-normalised weights, at held latents unless it is reparameterised."""
+
+    @property
+    def _whole(self) -> bool:
+        return False
+
+    @property
+    def _follows_path(self) -> bool:
+        return self.gradient.reparameterized
+
+    @property
+    def _scored(self) -> bool:
+        return False
+
+
+class CUBO(_SelfNormalized):
     r"""The chi upper bound; lowering it fits the guide to the model's posterior, and leaves the model as it is.
 
     .. math:: \log p(x) \;\le\; \frac{1}{n} \log \mathrm{E}_{q(z \mid x)} w^n \;\approx\;
@@ -293,18 +309,6 @@ class CUBO(ImportanceBound):
 
     def reduce(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, self.n)
-
-    @property
-    def _whole(self) -> bool:
-        return False
-
-    @property
-    def _follows_path(self) -> bool:
-        return self.gradient.reparameterized
-
-    @property
-    def _scored(self) -> bool:
-        return False
 
     def _coefficients(self, log_w: Tensor) -> Coefficients:
         w = (self.n * log_w).softmax(0)
@@ -375,7 +379,7 @@ class TVO(ImportanceBound):
         return total
 
 
-class ReweightedWakeSleep(ImportanceBound):
+class ReweightedWakeSleep(_SelfNormalized):
     r"""Reweighted wake-sleep: the model follows the importance-weighted bound, the guide the model's posterior.
 
     .. math:: \text{model: } \sum_k \bar w_k \nabla \log p(x, z_k), \qquad
@@ -427,18 +431,6 @@ class ReweightedWakeSleep(ImportanceBound):
 
     def reduce(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, 1.0)
-
-    @property
-    def _whole(self) -> bool:
-        return False
-
-    @property
-    def _follows_path(self) -> bool:
-        return False
-
-    @property
-    def _scored(self) -> bool:
-        return False
 
     def _coefficients(self, log_w: Tensor) -> Coefficients:
         w = log_w.softmax(0)
