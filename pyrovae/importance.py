@@ -127,6 +127,36 @@ def _of_depth(trace: poutine.Trace, structure: Structure) -> poutine.Trace:
     return trace
 
 
+def simulate(model: Callable, *args: Any, **kwargs: Any) -> tuple[poutine.Trace, tuple, dict]:
+    r"""Draws latents and data from a model; returns their trace, and the arguments with the data in their places.
+
+    .. math:: z, x \sim p(x, z)
+
+    The latents are exact draws of :math:`p(z \mid x)` given the data: what a guide would have to find. Data take the
+    place of the arguments that the model observes, of which there are as many.
+
+    Raises:
+        ValueError: when what a site observes is none of the arguments.
+    """
+    with torch.no_grad(), poutine.trace() as tracer, poutine.uncondition():
+        model(*args, **kwargs)
+    drawn, sites = tracer.trace.copy(), sample_sites(tracer.trace)
+    for name in tracer.trace.nodes.keys() - sites.keys():
+        drawn.remove_node(name)  # a plate's choice of data, which are drawn now
+    in_place, given = {}, [*args, *kwargs.values()]
+    for name, site in sites.items():
+        if site["infer"].get("was_observed") and not site["infer"].get("_deterministic"):
+            seen = site["infer"]["obs"]
+            if not any(seen is value for value in given):
+                raise ValueError(
+                    f'Data drawn from the model at site "{name}" cannot be handed back to it: what the site observes is '
+                    "none of the arguments as given. Observe the argument itself."
+                )
+            in_place[id(seen)] = site["value"]
+    swapped = {name: in_place.get(id(value), value) for name, value in kwargs.items()}
+    return drawn, tuple(in_place.get(id(value), value) for value in args), swapped
+
+
 def log_prob_of(site: dict) -> Tensor:
     """Returns the log-probability of a site's value, masked but not scaled, ``(num_samples, *plates, batch)``."""
     # N/B and training weights belong outside the log of a mean of weights.

@@ -11,7 +11,7 @@ from pyrovae.bounds.base import ImportanceBound
 from pyrovae.bounds.gradients import Coefficients, DoublyReparameterized, Gradient
 from pyrovae.bounds.reductions import Reduced, mean_of_groups, power_mean, tempered, thermodynamic_sum
 from pyrovae.checks import sample_sites
-from pyrovae.importance import log_prob_of, per_datum
+from pyrovae.importance import log_prob_of, per_datum, simulate
 from pyrovae.regularizers import Regularizer, Run
 
 
@@ -439,24 +439,7 @@ class ReweightedWakeSleep(_SelfNormalized):
     def _also(self, run: Run, scale: float | Tensor) -> Tensor | float:
         if self.sleep == 0:
             return 0.0
-        with torch.no_grad(), poutine.trace() as tracer, poutine.uncondition():
-            run.model(*run.args, **run.kwargs)
-        dream, sites = tracer.trace.copy(), sample_sites(tracer.trace)
-        for name in tracer.trace.nodes.keys() - sites.keys():
-            dream.remove_node(name)  # a plate's choice of data, which are dreamt of now
-        dreamt, given = {}, [*run.args, *run.kwargs.values()]
-        for name, site in sites.items():
-            if site["infer"].get("was_observed") and not site["infer"].get("_deterministic"):
-                seen = site["infer"]["obs"]
-                if not any(seen is value for value in given):
-                    raise ValueError(
-                        f'The sleep phase puts data drawn at site "{name}" in the place of the argument that the site '
-                        "observes, but what it observes is none of the arguments as given. Leave sleep=0, or observe the "
-                        "argument itself."
-                    )
-                dreamt[id(seen)] = site["value"]
-        args = tuple(dreamt.get(id(value), value) for value in run.args)
-        kwargs = {name: dreamt.get(id(value), value) for name, value in run.kwargs.items()}
+        dream, args, kwargs = simulate(run.model, *run.args, **run.kwargs)
         with poutine.trace() as tracer, poutine.replay(trace=dream):
             run.guide(*args, **kwargs)
         log_q = sum(per_datum(site, log_prob_of(site).unsqueeze(0)) for site in sample_sites(tracer.trace).values())

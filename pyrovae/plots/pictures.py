@@ -1,4 +1,4 @@
-"""The pictures. Each function returns a matplotlib figure, and writes it if a path is given."""
+"""Pictures of data, latents and training."""
 
 import math
 from pathlib import Path

@@ -1,0 +1,1 @@
+"""What a model learned, and where it loses nats."""

@@ -1,0 +1,134 @@
+"""What all diagnoses have in common: data that can print, draw and summarise itself; latents and data by site."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyrovae.checks import DATA, Structure, inspect, named_arguments, sample_sites
+from pyrovae.distributions import center
+from pyrovae.importance import in_data, trace_guide, trace_model
+
+
+class Diagnosis(ABC):
+    """Base of what a diagnostic returns: numbers as data, which print as a table with a verdict, and draw themselves.
+
+    A diagnostic is a function of a model, a guide and data that returns one of these, a frozen dataclass. It writes
+    :meth:`__str__`, a table no wider than 80 characters; :meth:`summary`, what of it goes into a JSON file; :attr:`verdict`,
+    one line that says what was found and what usually mends it; and :meth:`plot`.
+    """
+
+    @property
+    @abstractmethod
+    def verdict(self) -> str:
+        """One line: what was found, and what usually mends it."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """Returns the numbers that sum it up, as JSON takes them."""
+
+    @abstractmethod
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draws it; returns a matplotlib figure, and writes it if a path is given."""
+
+
+class Latents(NamedTuple):
+    r"""Draws of all latents of each datum, one beside the other.
+
+    Args:
+        values: shape ``(num_draws, batch, total)``.
+        columns: where in the last dimension each site's latents are.
+    """
+
+    values: Tensor
+    columns: dict[str, slice]
+
+
+def latents_of(trace: poutine.Trace, structure: Structure) -> Latents:
+    """Returns the latents of each datum in a trace of several draws; those outside the data plate are left out."""
+    depth, parts, columns, at = structure.max_plate_nesting, [], {}, 0
+    for name, site in sample_sites(trace).items():
+        if site["is_observed"] or site["infer"].get("is_auxiliary") or not in_data(site):
+            continue
+        value, fn = site["value"], site["fn"]
+        value = value.expand(fn.batch_shape + fn.event_shape).movedim(depth, 1).flatten(2).to(torch.get_default_dtype())
+        parts.append(value)
+        columns[name] = slice(at, at + value.shape[-1])
+        at += value.shape[-1]
+    if not parts:
+        raise ValueError(f'The guide has no latent site in the plate "{DATA}", so there is nothing to look at.')
+    return Latents(torch.cat(parts, dim=-1), columns)
+
+
+def at_latents(trace: poutine.Trace, structure: Structure, latents: Latents) -> poutine.Trace:
+    """Returns a trace of ``num_draws`` draws whose latents are given, as :func:`latents_of` lays them out."""
+    depth, moved = structure.max_plate_nesting, trace.copy()
+    for name, columns in latents.columns.items():
+        site = trace.nodes[name]
+        shape = site["fn"].batch_shape + site["fn"].event_shape
+        plates = [n for i, n in enumerate(shape) if i not in (0, depth)]
+        value = latents.values[..., columns].reshape(*latents.values.shape[:2], *plates).movedim(1, depth)
+        moved.nodes[name] = {**site, "value": value.to(site["value"].dtype)}
+    return moved
+
+
+def observed_site(trace: poutine.Trace, site: str | None) -> str:
+    """Returns the name of the observed site to look at: the one that is named, or the only one."""
+    sites = [name for name, node in sample_sites(trace).items() if node["is_observed"] and in_data(node)]
+    if site is None and len(sites) == 1:
+        return sites[0]
+    if site not in sites:
+        raise ValueError(f"site must be one of the model's observed sites, {', '.join(sites) or 'none'}; got {site!r}.")
+    return site
+
+
+def expected_data(trace: poutine.Trace, structure: Structure, site: str) -> Tensor:
+    r"""Returns the centre of :math:`p(x \mid z)` in a model's trace of several draws, ``(num_draws, batch, *x_shape)``."""
+    p = trace.nodes[site]["fn"]
+    return beside_draws(center(p), trace, structure, site)
+
+
+def drawn_data(trace: poutine.Trace, structure: Structure, site: str) -> Tensor:
+    r"""Draws from :math:`p(x \mid z)` in a model's trace of several draws, ``(num_draws, batch, *x_shape)``."""
+    return beside_draws(trace.nodes[site]["fn"].sample(), trace, structure, site)
+
+
+def beside_draws(value: Tensor, trace: poutine.Trace, structure: Structure, site: str) -> Tensor:
+    """Moves the data of a site's value, ``(num_draws, *plates, batch, *event)``, next to the draws."""
+    fn, depth = trace.nodes[site]["fn"], structure.max_plate_nesting
+    value = value.expand(fn.batch_shape + fn.event_shape)
+    lead = fn.batch_shape
+    # A site under the data plate alone has ones in the place of other plates.
+    keep = [i for i in range(1, depth) if lead[i] > 1]
+    value = value.reshape(lead[0], *[lead[i] for i in keep], *value.shape[depth:])
+    return value.movedim(1 + len(keep), 1)
+
+
+def look(
+    model: Callable, guide: Callable, num_draws: int, *args: Any, **kwargs: Any
+) -> tuple[Structure, poutine.Trace, poutine.Trace]:
+    """Runs a guide, and the model at its draws; returns the structure of both and their traces."""
+    structure = inspect(model, guide, *args, **kwargs)
+    drawn = trace_guide(guide, structure, num_draws, *args, **kwargs)
+    return structure, drawn, trace_model(model, drawn, structure, num_draws, *args, **kwargs)
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raises a ValueError unless an argument is at least so large."""
+    if not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def num_data(minimum: int, what_for: str, args: tuple, kwargs: dict) -> int:
+    """Returns the number of data; raises a ValueError when there are too few for a diagnostic."""
+    tensors = [(name, t) for name, t in named_arguments(args, kwargs) if isinstance(t, Tensor) and t.dim() > 0]
+    if not tensors:
+        raise ValueError(f"{what_for} needs a tensor with the data along its first dimension, got none.")
+    size = len(tensors[0][1])
+    if size < minimum:
+        raise ValueError(f"{what_for} needs at least {minimum} data, got {size} in {tensors[0][0]}. Give it more.")
+    return size
