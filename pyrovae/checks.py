@@ -28,12 +28,16 @@ class Structure(NamedTuple):
         data_size: how many data the data plate stands for, which may be more than it holds. None without one.
         problems: per site, why importance weights per datum are undefined.
         sites: the names of the sites of both.
+        latents: the names of the model's latent sites.
+        discrete: those of them whose latents are discrete.
     """
 
     max_plate_nesting: int
     data_size: int | None
     problems: tuple[str, ...]
     sites: frozenset[str]
+    latents: frozenset[str]
+    discrete: frozenset[str]
 
 
 def check_finite(name: str, x: Tensor) -> None:
@@ -132,7 +136,16 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
         data_size=None if data is None else data.full_size or data.size,
         problems=tuple(_problems(model_sites, guide_sites)),
         sites=frozenset(model_sites.keys() | guide_sites.keys()),
+        latents=frozenset(latents),
+        discrete=frozenset(name for name, site in latents.items() if _is_discrete(site["fn"])),
     )
+
+
+def _is_discrete(fn: Any) -> bool:
+    try:
+        return fn.support.is_discrete
+    except NotImplementedError:  # a distribution may leave its support undefined
+        return False
 
 
 def described(thing: Any) -> str:

@@ -16,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyrovae import VAE, Estimate, log_marginal, log_weights
+from pyrovae.estimators import ImportanceSampling
 from pyrovae.encoders import DiagonalNormal
 from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import MLP
@@ -618,7 +619,7 @@ def test_log_marginal_builds_no_graph():
 def test_estimates_have_the_precision_of_the_model(dtype):
     vae = small_vae().to(dtype)
     estimate = log_marginal(vae.model, vae.guide, torch.randn(5, 3, dtype=dtype), num_samples=30)
-    assert {t.dtype for t in estimate[:-1]} == {dtype}
+    assert {estimate.value.dtype, estimate.standard_error.dtype, estimate.ess.dtype, estimate.khat.dtype} == {dtype}
 
 
 # --------------------------------------------------------------------------------------------- weights made to measure
@@ -746,10 +747,17 @@ def test_data_that_no_draw_can_explain_are_not_to_be_trusted():
 
 def test_an_estimate_prints_its_errors_and_what_is_not_to_be_trusted():
     estimate = Estimate(
-        torch.tensor([-1.0, -3.0]), torch.tensor([0.3, 0.4]), torch.ones(2), torch.tensor([0.1, 0.9]), 50
+        torch.tensor([-1.0, -3.0]),
+        torch.tensor([0.3, 0.4]),
+        torch.ones(2),
+        torch.tensor([0.1, 0.9]),
+        50,
+        ImportanceSampling(50),
+        remedy="Do better.",
     )
     text = str(estimate)
     assert "log p(x) = -2.000 nats" in text
     assert "0.250 from 50 samples" in text  # sqrt(0.3^2 + 0.4^2) / 2
     assert "1.000 from 2 data" in text  # sqrt(2) / sqrt(2)
-    assert "not to be trusted: 1 of 2 data" in text
+    assert text.endswith("not to be trusted: 1 of 2 data. Do better.")
+    assert estimate.trusted.tolist() == [True, False]

@@ -55,13 +55,27 @@ def latents_of(trace: poutine.Trace, structure: Structure) -> Latents:
         if site["is_observed"] or site["infer"].get("is_auxiliary") or not in_data(site):
             continue
         value, fn = site["value"], site["fn"]
-        value = value.expand(fn.batch_shape + fn.event_shape).movedim(depth, 1).flatten(2).to(torch.get_default_dtype())
-        parts.append(value)
+        value = value.expand(fn.batch_shape + fn.event_shape).movedim(depth, 1)
+        value = value.reshape(*value.shape[:2], -1)  # a number's dimension too
+        parts.append(value if value.is_floating_point() else value.to(torch.get_default_dtype()))
         columns[name] = slice(at, at + value.shape[-1])
         at += value.shape[-1]
     if not parts:
         raise ValueError(f'The guide has no latent site in the plate "{DATA}", so there is nothing to look at.')
     return Latents(torch.cat(parts, dim=-1), columns)
+
+
+def names_of(columns: dict[str, slice]) -> list[str]:
+    """Returns the names of the dimensions of all latents, a site's only one by the name of the site.
+
+    >>> names_of({"a": slice(0, 1), "b": slice(1, 3)})
+    ['a', 'b[0]', 'b[1]']
+    """
+    return [
+        name if here.stop - here.start == 1 else f"{name}[{i - here.start}]"
+        for name, here in columns.items()
+        for i in range(here.start, here.stop)
+    ]
 
 
 def at_latents(trace: poutine.Trace, structure: Structure, latents: Latents) -> poutine.Trace:
@@ -78,7 +92,14 @@ def at_latents(trace: poutine.Trace, structure: Structure, latents: Latents) -> 
 
 def observed_site(trace: poutine.Trace, site: str | None) -> str:
     """Returns the name of the observed site to look at: the one that is named, or the only one."""
-    sites = [name for name, node in sample_sites(trace).items() if node["is_observed"] and in_data(node)]
+    # pyro.deterministic and pyro.factor make observed sites that hold no data.
+    sites = [
+        name
+        for name, node in sample_sites(trace).items()
+        if node["is_observed"]
+        and in_data(node)
+        and not (node["infer"].get("_deterministic") or node["infer"].get("is_auxiliary"))
+    ]
     if site is None and len(sites) == 1:
         return sites[0]
     if site not in sites:

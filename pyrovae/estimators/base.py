@@ -1,11 +1,12 @@
-r"""Estimates of :math:`\log p(x)`, per datum, in nats, each with its error and diagnostics."""
+r"""What all estimates of log p(x) have in common: what they return, the data and the memory they are worked through in."""
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -13,29 +14,41 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from pyrovae.checks import check_finite, evaluation_mode, named_arguments, sample_sites
-from pyrovae.importance import Structure, draw, inspect_weights, log_joint
+from pyrovae.checks import (
+    Structure,
+    check_all_observed,
+    check_finite,
+    described,
+    evaluation_mode,
+    named_arguments,
+    sample_sites,
+)
+from pyrovae.importance import draw, inspect_weights, log_prob_of, per_datum, trace_model
 
-__all__ = ["Estimate", "independent_baseline", "log_marginal"]
 
-
-class Estimate(NamedTuple):
+@dataclass(frozen=True)
+class Estimate:
     r"""Estimates of :math:`\log p(x)` with what says how far to trust them; every tensor has shape ``(batch,)``.
 
     Args:
-        value: :math:`\log \hat p(x)` in nats; a lower bound in expectation.
-        standard_error: of `value`, in nats, from the spread of the weights; NaN for a single sample. It cannot tell of
-            mass that no sample has found: see `khat`.
-        ess: effective sample size, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, between 1 and the number of samples.
+        value: :math:`\log \hat p(x)` in nats.
+        standard_error: of `value`, in nats, from the spread of the samples; NaN for a single one. It cannot tell of mass
+            that no sample has found: see `trusted`. Of a :class:`Quadrature`, what halving its points changes.
+        ess: effective sample size, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, between 1 and the number of samples; NaN where
+            nothing is sampled.
         khat: shape of the Pareto tail of the weights. Above 0.7 neither value nor error is to be trusted; minus
             infinity when the weights in the tail are equal (to rounding), infinity when nearly all are zero, NaN for
             fewer than 21 samples.
-        num_samples: samples per datum.
+        num_samples: samples per datum: weights, chains, runs or points.
+        method: the estimator.
+        diagnostics: what else the estimator says of each datum, by name.
+        remedy: what to use for the data that are not to be trusted; empty where all are.
 
-    >>> weights = Estimate(torch.tensor([-1.0, -3.0]), torch.tensor([0.3, 0.4]), torch.ones(2), torch.zeros(2), 50)
-    >>> print(weights)
-    log p(x) = -2.000 nats a datum (standard error: 0.250 from 50 samples a datum, 1.000 from 2 data)
-    Pareto k-hat above 0.7, not to be trusted: 0 of 2 data
+    >>> from pyrovae.estimators import ImportanceSampling
+    >>> one, half = torch.ones(2), torch.full((2,), 0.5)
+    >>> print(Estimate(torch.tensor([-1.0, -3.0]), half, one, one, 50, ImportanceSampling(50), remedy="Take more samples."))
+    log p(x) = -2.000 nats a datum (standard error: 0.354 from 50 samples a datum, 1.000 from 2 data)
+    Pareto k-hat above 0.7, not to be trusted: 2 of 2 data. Take more samples.
     """
 
     value: Tensor
@@ -43,55 +56,180 @@ class Estimate(NamedTuple):
     ess: Tensor
     khat: Tensor
     num_samples: int
+    method: "Estimator"
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    remedy: str = ""
+
+    @property
+    def trusted(self) -> Tensor:
+        """Whether the value and the error of each datum are to be trusted, as far as the estimator can tell."""
+        return self.method.trusts(self)
 
     def __str__(self) -> str:
         n = len(self.value)
         sampling = self.standard_error.square().sum().sqrt().item() / n
         spread = self.value.std().item() / math.sqrt(n) if n > 1 else math.nan
+        verdict = self.method.describe(self)
         return (
-            f"log p(x) = {self.value.mean().item():.3f} nats a datum (standard error: {sampling:.3f} from "
-            f"{self.num_samples:,} samples a datum, {spread:.3f} from {n:,} data)\n{self._verdict()}"
+            f"log p(x) {self.method.relation} {self.value.mean().item():.3f} nats a datum (standard error: {sampling:.3f} from "
+            f"{self.num_samples:,} {self.method.unit} a datum, {spread:.3f} from {n:,} data)\n{verdict}"
+            + (f". {self.remedy}" if self.remedy else "")
         )
 
-    def _verdict(self) -> str:
+
+class Estimator(ABC):
+    r"""Base of the estimators of :math:`\log p(x)`; :func:`log_marginal` takes any of them.
+
+    To add one, write :meth:`estimate`, which scores the data of a :class:`Task`; :meth:`trusts` and :meth:`describe`, which
+    say of which data the result is not to be trusted. `unit` is what it draws, `relation` what stands between log p(x) and
+    the value, `needs_guide` whether it looks at the guide.
+
+    Args:
+        num_samples: what it draws per datum, at least 1.
+    """
+
+    unit = "samples"
+    relation = "="
+    needs_guide = True
+
+    def __init__(self, num_samples: int):
+        check_count("num_samples", num_samples)
+        self.num_samples = num_samples
+
+    @abstractmethod
+    def estimate(self, task: "Task") -> Estimate:
+        """Scores all data of a task."""
+
+    def trusts(self, estimate: Estimate) -> Tensor:
+        """Returns whether each datum's value and error are to be trusted, ``(batch,)``; by the tail of its weights."""
+        return estimate.khat <= 0.7
+
+    def describe(self, estimate: Estimate) -> str:
+        """Returns what to print of it."""
         if self.num_samples < 21:
             return "Pareto k-hat, which says whom to trust: unknown below 21 samples a datum"
-        return f"Pareto k-hat above 0.7, not to be trusted: {int((self.khat > 0.7).sum()):,} of {len(self.khat):,} data"
+        untrusted = int((~estimate.trusted).sum())
+        return f"Pareto k-hat above 0.7, not to be trusted: {untrusted:,} of {len(estimate.value):,} data"
+
+    def remedy(self, structure: Structure) -> str:
+        """Returns what to use for data that the estimator is not to be trusted for, given what the latents are."""
+        if structure.latents == structure.discrete:
+            return "Score them by method=Enumeration()."
+        if structure.discrete:
+            return "Draw more samples."
+        return "Score them by method=AnnealedImportanceSampling()."
+
+    def __repr__(self) -> str:
+        return described(self)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, a guide and data to score, with the memory to do it in.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide; without one, :func:`prior_of` the model.
+        structure: of both.
+        args: what both are called with.
+        kwargs: what both are called with.
+        size: number of data.
+        max_memory: budget for intermediate results, in bytes.
+        bar: of progress.
+    """
+
+    model: Callable
+    guide: Callable
+    structure: Structure
+    args: tuple
+    kwargs: dict[str, Any]
+    size: int
+    max_memory: float
+    bar: tqdm
+
+    def rows(self, rows: slice) -> "Task":
+        """Returns the task for some of the data."""
+        args, kwargs = _rows(rows, self.args, self.kwargs)
+        return replace(self, args=args, kwargs=kwargs, size=len(range(self.size)[rows]))
+
+    def split(self, data: int) -> Iterator["Task"]:
+        """Returns tasks for so many data each, one after the other."""
+        return (self.rows(slice(start, start + data)) for start in range(0, self.size, data))
+
+    @contextmanager
+    def progress(self, total: int, unit: str) -> Iterator[None]:
+        """Starts the bar at nothing of a total."""
+        self.bar.unit = unit
+        self.bar.reset(total)
+        yield
+
+    def draw(self, num_samples: int, guide: Callable | None = None) -> tuple[poutine.Trace, Tensor]:
+        r"""Runs a guide, this one's unless given; returns its trace and :math:`\log q`, ``(num_samples, batch)``."""
+        return draw(guide or self.guide, self.structure, num_samples, *self.args, **self.kwargs)
+
+    def score(self, trace: poutine.Trace, num_samples: int, check_data: bool = False) -> tuple[Tensor, Tensor]:
+        r"""Returns :math:`\log p(z)` and :math:`\log p(x \mid z)` at the latents of a trace, ``(num_samples, batch)`` each."""
+        scored = trace_model(self.model, trace, self.structure, num_samples, *self.args, **self.kwargs)
+        if check_data:
+            check_all_observed(scored)
+        sides = [0.0, 0.0]
+        for site in sample_sites(scored).values():
+            sides[site["is_observed"]] = sides[site["is_observed"]] + per_datum(site, log_prob_of(site))
+        prior, likelihood = (s if isinstance(s, Tensor) else torch.zeros(()) for s in sides)
+        if max(prior.shape[-1:], likelihood.shape[-1:]) != (self.size,):
+            drawn = max(prior.shape[-1:], likelihood.shape[-1:])
+            raise ValueError(
+                f'The plate "data" drew {drawn[0]} of {self.size} data that it was given. Score data in the order they come: '
+                'use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
+            )
+        return prior, likelihood
+
+
+def prior_of(model: Callable) -> Callable:
+    """Returns a guide that draws the latents of a model as the model does, whatever the data."""
+
+    def guide(*args: Any, **kwargs: Any) -> None:
+        with poutine.block(hide_fn=lambda site: site["type"] == "sample" and site["is_observed"]):
+            model(*args, **kwargs)
+
+    return guide
 
 
 @torch.no_grad()
 def log_marginal(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     *args: Any,
-    num_samples: int = 1000,
+    method: Estimator | None = None,
+    num_samples: int | None = None,
     max_memory: float = 64e6,
     progress: bool = True,
     **kwargs: Any,
 ) -> Estimate:
-    r"""Estimates :math:`\log p(x)` per datum by importance sampling with the guide as the proposal.
+    r"""Estimates :math:`\log p(x)` per datum, by importance sampling with the guide as the proposal unless told otherwise.
 
     .. math:: \log \hat p(x) = \log \frac{1}{K} \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k \mid x)}, \qquad z_k \sim q(z \mid x)
 
-    Data and samples are worked through in chunks that fit the memory budget, with weights summed as they come, so any
-    number of either will do. Modules run in evaluation mode and are put back afterwards.
+    Data and samples are worked through in chunks that fit the memory budget, so any number of either will do. Modules
+    run in evaluation mode and are put back afterwards.
 
     Args:
         model: a Pyro model, called with the same arguments as the guide.
-        guide: a Pyro guide. It runs once per datum as long as all latents of a datum fit in the budget (they do up to
-            some 100,000 samples of 20 dimensions), and a few times more for the first two, to plan the chunks.
+        guide: a Pyro guide; None will do for a method that makes no use of it.
         *args: tensors with the data along their first dimension, or anything else, which is passed on as it is.
-        num_samples: samples per datum :math:`K`; exactly so many are drawn.
+        method: an estimator of :mod:`pyrovae.estimators`; :class:`ImportanceSampling` unless given.
+        num_samples: short for ``method=ImportanceSampling(num_samples)``, 1,000 unless given.
         max_memory: budget for intermediate results, in bytes. On a CPU more is not faster; on a GPU it is.
         progress: whether to show a progress bar.
         **kwargs: as `args`.
 
     Returns:
-        An :class:`Estimate`.
+        An :class:`Estimate`; of data for which the method is not to be trusted, its `remedy` names what to use.
 
     Raises:
         ValueError: when an argument is out of range, holds NaN or infinity, or has another length than the data; when
-            model and guide do not fit each other or the data, or weights per datum are undefined.
+            model and guide do not fit each other or the data, or weights per datum are undefined; when the method is
+            not for such latents.
 
     References:
         Importance Weighted Autoencoders, Y. Burda, R. Grosse and R. Salakhutdinov, 2016,
@@ -105,35 +243,70 @@ def log_marginal(
     >>> estimate.value.shape, estimate.standard_error.shape
     (torch.Size([5]), torch.Size([5]))
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    from pyrovae.estimators.weighted import ImportanceSampling  # which derives from what is above
+
+    if method is None:
+        method = ImportanceSampling(1000 if num_samples is None else num_samples)
+    elif not isinstance(method, Estimator):
+        raise TypeError(f"method must be an estimator such as estimators.ImportanceSampling(), got {method!r}.")
+    elif num_samples is not None:
+        raise ValueError(
+            f"num_samples={num_samples} and method={method} were both given. Give the method its own number."
+        )
+    with open_task(model, guide, method, args, kwargs, max_memory, progress) as task:
+        estimate = method.estimate(task)
+        return replace(estimate, remedy="" if bool(estimate.trusted.all()) else method.remedy(task.structure))
+
+
+@contextmanager
+def open_task(
+    model: Callable,
+    guide: Callable | None,
+    method: Estimator,
+    args: tuple,
+    kwargs: dict,
+    max_memory: float,
+    progress: bool,
+) -> Iterator[Task]:
+    """Checks a model, a guide and data; returns the task of scoring them, in evaluation mode."""
     if not max_memory > 0:
         raise ValueError(f"max_memory must be a positive number of bytes, got {max_memory}.")
+    if guide is None or not method.needs_guide:
+        if method.needs_guide:
+            raise ValueError(f"{type(method).__name__} needs a guide, got None.")
+        guide = prior_of(model)
     size = _num_data(args, kwargs)
     head = _rows(slice(0, 1), args, kwargs)
-    bar = tqdm(desc="log p(x)", total=size * num_samples, unit="sample", unit_scale=True, disable=not progress)
+    bar = tqdm(desc="log p(x)", total=size, unit_scale=True, disable=not progress)
     with evaluation_mode(), bar:
-        structure = inspect_weights(model, guide, *head[0], num_samples=num_samples, **head[1])
-        data, draws, slices = _chunk_sizes(model, guide, structure, args, kwargs, size, num_samples, max_memory)
-        chunks = []
-        for start in range(0, size, data):
-            part_args, part_kwargs = _rows(slice(start, start + data), args, kwargs)
-            sums = _WeightSums(num_samples)
-            for drawn in _split(num_samples, draws):
-                trace, log_q = draw(guide, structure, drawn, *part_args, **part_kwargs)
-                done = 0
-                for k in _split(drawn, slices):
-                    part = _slice_trace(trace, slice(done, done + k))
-                    # The first score of a datum checks it; Pyro's validation takes time.
-                    with pyro.validation_enabled(False) if done else nullcontext():
-                        log_p = log_joint(model, part, structure, k, *part_args, check_data=not done, **part_kwargs)
-                    sums.add(log_p - log_q[done : done + k])
-                    done += k
-                    bar.update(log_p.numel())
-            chunks.append(sums.estimate())
-            _check_length(chunks[-1].value, min(data, size - start))
-        columns = list(zip(*chunks, strict=True))[:-1]
-    return Estimate(*(torch.cat(column) for column in columns), num_samples)
+        structure = inspect_weights(model, guide, *head[0], num_samples=1, **head[1])
+        yield Task(model, guide, structure, args, kwargs, size, max_memory, bar)
+
+
+def join(method: Estimator, parts: list[Estimate]) -> Estimate:
+    """Returns the estimates of several chunks of data as one."""
+    columns = [
+        torch.cat([getattr(part, name) for part in parts]) for name in ("value", "standard_error", "ess", "khat")
+    ]
+    names = parts[0].diagnostics
+    diagnostics = {name: torch.cat([part.diagnostics[name] for part in parts]) for name in names}
+    return Estimate(*columns, parts[0].num_samples, method, diagnostics)
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises a ValueError unless an argument is an integer of at least so much."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        given = repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
+        raise ValueError(f"{name} must be an integer of at least {least}, got {given}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_positive(name: str, value: float, largest: float = math.inf) -> None:
+    """Raises a ValueError unless an argument is positive, finite and not above the largest that it may be."""
+    if not (0 < value <= largest and value < math.inf):
+        most = "" if largest == math.inf else f" and at most {largest:g}"
+        raise ValueError(f"{name} must be positive and finite{most}, got {value}.")
 
 
 def independent_baseline(train: Tensor, test: Tensor) -> tuple[str, Tensor]:
@@ -162,73 +335,6 @@ def independent_baseline(train: Tensor, test: Tensor) -> tuple[str, Tensor]:
     return "factorised Normal", model.log_prob(test).flatten(1).sum(1)
 
 
-class _WeightSums:
-    """Sums over log weights that arrive in pieces of shape (any number, batch): all that an estimate needs.
-
-    Everything is in double precision, for the sums run over far more terms than float32 can tell apart.
-    """
-
-    def __init__(self, num_samples: int):
-        self.num_samples = num_samples
-        self.tail_size = math.ceil(min(0.2 * num_samples, 3 * math.sqrt(num_samples)))  # as in the PSIS paper
-        self.log_sum = self.log_sum_of_squares = self.largest = None
-
-    def add(self, log_w: Tensor) -> None:
-        dtype = log_w.dtype
-        log_w = log_w.double()
-        log_sum, log_sum_of_squares = log_w.logsumexp(0), (2 * log_w).logsumexp(0)
-        largest = log_w
-        if self.log_sum is None:
-            self.dtype = dtype
-        else:
-            log_sum = torch.logaddexp(self.log_sum, log_sum)
-            log_sum_of_squares = torch.logaddexp(self.log_sum_of_squares, log_sum_of_squares)
-            largest = torch.cat([self.largest, log_w])
-        self.log_sum, self.log_sum_of_squares = log_sum, log_sum_of_squares
-        self.largest = largest.topk(min(self.tail_size + 1, len(largest)), dim=0).values
-
-    def estimate(self) -> Estimate:
-        k = self.num_samples
-        ess = (2 * self.log_sum - self.log_sum_of_squares).exp().clamp(max=k)
-        ess = torch.where(self.log_sum == -math.inf, 0.0, ess)  # no sample has any weight
-        # The delta method: the relative variance of the mean weight, with the unbiased variance of the weights.
-        standard_error = ((k / ess - 1) / (k - 1)).sqrt() if k > 1 else torch.full_like(ess, math.nan)
-        value = self.log_sum - math.log(k)
-        khat = _pareto_khat(self.largest, resolution=math.sqrt(torch.finfo(self.dtype).eps))
-        return Estimate(*(t.to(self.dtype) for t in (value, standard_error, ess, khat)), k)
-
-
-def _pareto_khat(largest: Tensor, resolution: float) -> Tensor:
-    """Fits a generalized Pareto distribution to the tails of log weights, shape ``(tail + 1, batch)``, largest first.
-
-    Log weights that differ by less than the resolution are taken to be equal: their differences are rounding.
-
-    The estimator of Zhang and Stephens (A New and Efficient Estimation Method for the Generalized Pareto Distribution,
-    2009) with the weak prior of Vehtari et al., for a whole batch at once.
-    """
-    n = len(largest) - 1
-    if n < 5:
-        return torch.full_like(largest[0], math.nan)
-    weights = (largest - largest[0]).exp()
-    x = (weights[:-1] - weights[-1]).flip(0)  # ascending excesses over the threshold, the largest not in the tail
-    m = 30 + math.isqrt(n)
-    grid = torch.arange(1, m + 1, dtype=x.dtype, device=x.device).unsqueeze(-1)
-    # Excesses of zero, ties with the threshold, tell nothing of the scale: take the smallest that is none instead.
-    smallest = torch.where(x > 0, x, math.inf).amin(0)
-    quartile, top = torch.maximum(x[int(n / 4 + 0.5) - 1], smallest), x[-1]
-    b = 1 / top + (1 - (m / (grid - 0.5)).sqrt()) / (3 * quartile)
-
-    def shape_at(b: Tensor) -> Tensor:
-        return torch.stack([torch.log1p(-row * x).mean(0) for row in b])  # row by row, for memory
-
-    k = shape_at(b)
-    posterior = (n * ((-b / k).log() - k - 1)).softmax(dim=0)
-    khat = shape_at((posterior * b).sum(0, keepdim=True))[0]
-    khat = (n * khat + 5) / (n + 10)
-    khat = torch.where(largest[0] - largest[-1] > resolution, khat, -math.inf)
-    return torch.where(largest[-1] == -math.inf, math.inf, khat)  # nearly all weights are zero: there is no tail to see
-
-
 class _Allocations(TorchFunctionMode):
     """Counts the bytes of all tensors that functions return inside, a fair guess of what they hold at once."""
 
@@ -246,37 +352,6 @@ class _Allocations(TorchFunctionMode):
 
     def bytes(self) -> int:
         return sum(storage.nbytes() for storage in self.storages.values())
-
-
-def _chunk_sizes(
-    model: Callable,
-    guide: Callable,
-    structure: Structure,
-    args: tuple,
-    kwargs: dict,
-    size: int,
-    num_samples: int,
-    max_memory: float,
-) -> tuple[int, int, int]:
-    """Returns how many data, draws of the guide and draws scored by the model make a chunk, from what small ones took."""
-
-    def bytes_of(samples: int, data: int) -> tuple[int, int]:
-        part_args, part_kwargs = _rows(slice(0, data), args, kwargs)
-        with _Allocations() as in_guide:
-            trace, _ = draw(guide, structure, samples, *part_args, **part_kwargs)
-        with _Allocations() as in_model:
-            log_joint(model, trace, structure, samples, *part_args, **part_kwargs)
-        return in_guide.bytes(), in_model.bytes()
-
-    one_guide, one_model = bytes_of(1, 1)
-    two_guide, two_model = bytes_of(2, 1)
-    per_draw = max(two_guide - one_guide, 1)
-    per_score = max(two_model - one_model, 1)
-    per_datum = max(sum(bytes_of(1, 2)) - one_guide - one_model, 1) if size > 1 else 1
-    data = _clamp(max_memory / max(num_samples * per_draw, per_datum), size)
-    draws = _clamp(max_memory / (data * per_draw), num_samples)
-    slices = _clamp(max_memory / (data * per_score), draws)
-    return data, draws, slices
 
 
 def _clamp(n: float, largest: int) -> int:
@@ -308,19 +383,3 @@ def _rows(rows: slice, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return value[rows] if isinstance(value, Tensor) and value.dim() > 0 else value
 
     return tuple(map(take, args)), {name: take(value) for name, value in kwargs.items()}
-
-
-def _slice_trace(trace: poutine.Trace, samples: slice) -> poutine.Trace:
-    """Returns a trace with some of the draws of another; samples are the leftmost dimension of every value."""
-    part = trace.copy()
-    for name, site in sample_sites(trace).items():
-        part.nodes[name] = {**site, "value": site["value"][samples]}
-    return part
-
-
-def _check_length(value: Tensor, size: int) -> None:
-    if len(value) != size:
-        raise ValueError(
-            f'The plate "data" drew {len(value)} of {size} data that it was given. Score data in the order they come: '
-            'use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
-        )

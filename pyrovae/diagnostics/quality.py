@@ -1,0 +1,336 @@
+"""How samples compare with data in a space of features: precision, recall and Fréchet distance, and their floor."""
+
+import math
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyrovae.checks import check_finite, evaluation_mode, inspect, named_arguments, sample_sites
+from pyrovae.diagnostics.base import Diagnosis, check_at_least, latents_of, num_data
+from pyrovae.distributions import center
+from pyrovae.estimators.base import _num_data, _rows
+from pyrovae.importance import in_data, simulate, trace_guide
+
+__all__ = ["PrecisionRecall", "Quality", "QualityScores", "frechet_distance", "precision_recall", "quality"]
+
+_CHUNK = 2**20  # elements of the data, or distances, worked on at once
+_NUM_DRAWS = 8  # of the guide, over which features are averaged where they depend on draws
+_NUM_EXAMPLES = 36
+_ERRORS = 2  # differences from the floor by less than so many standard errors are chance
+_FAR = 2.0  # a Fréchet distance of more than so many times the floor is far
+
+
+class PrecisionRecall(NamedTuple):
+    """Precision, the share of samples that look like data, and recall, the share of data that look like samples."""
+
+    precision: float
+    recall: float
+
+
+class QualityScores(NamedTuple):
+    """Precision, recall and Fréchet distance of samples to data."""
+
+    precision: float
+    recall: float
+    frechet: float
+
+
+def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> PrecisionRecall:
+    r"""Shares of samples within the manifold of the data, and of data within that of the samples.
+
+    .. math:: \mathrm{precision} = \frac{1}{M} \sum_{j=1}^M
+        \mathbb{1}\!\left[\exists i : \lVert g_j - r_i \rVert \le \rho_k(r_i)\right], \qquad
+        \mathrm{recall} = \frac{1}{N} \sum_{i=1}^N
+        \mathbb{1}\!\left[\exists j : \lVert r_i - g_j \rVert \le \rho_k(g_j)\right]
+
+    The manifold of a set is the union of balls around its members that reach to their k-th nearest neighbour in it, at
+    distance :math:`\rho_k`; that of an outlier is large. Both shares depend on the sizes of the sets: compare at equal
+    sizes alone.
+
+    Args:
+        real: features of data, shape ``(n, d)``.
+        generated: features of samples, shape ``(m, d)``.
+        k: which nearest neighbour.
+
+    Returns:
+        A :class:`PrecisionRecall`.
+
+    Raises:
+        ValueError: when features are not two-dimensional, differ in width, hold NaN or infinity or have fewer than
+            ``k + 2`` rows, or k is below 1.
+
+    References:
+        Improved Precision and Recall Metric for Assessing Generative Models, T. Kynkäänniemi, T. Karras, S. Laine, J.
+        Lehtinen and T. Aila, 2019, https://arxiv.org/abs/1904.06991.
+
+    >>> real = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> precision_recall(real, torch.tensor([[0.5], [0.6], [9.0]]), k=1)
+    PrecisionRecall(precision=0.6666666666666666, recall=0.6666666666666666)
+    """
+    check_at_least("k", k, 1)
+    real, generated = _check_features(real, generated, at_least=k + 2)
+    return PrecisionRecall(_share_inside(real, generated, k), _share_inside(generated, real, k))
+
+
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    r"""Squared Fréchet (2-Wasserstein) distance between normal distributions with the moments of two sets of features.
+
+    .. math:: \lVert m_r - m_g \rVert^2
+        + \operatorname{tr}\!\left(C_r + C_g - 2 \left(C_r^{1/2} C_g C_r^{1/2}\right)^{1/2}\right)
+
+    What is known as FID where the features are those of an Inception network. In double precision, and right for
+    covariances without full rank. The fewer the rows, the larger: compare at equal sizes alone.
+
+    Args:
+        real: features of data, shape ``(n, d)``.
+        generated: features of samples, shape ``(m, d)``.
+
+    Raises:
+        ValueError: when features are not two-dimensional, differ in width, hold NaN or infinity or have fewer than 2
+            rows.
+
+    References:
+        GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium, M. Heusel, H. Ramsauer, T.
+        Unterthiner, B. Nessler and S. Hochreiter, 2017, https://arxiv.org/abs/1706.08500.
+
+    >>> x = torch.tensor([[-1.0], [1.0]])
+    >>> round(frechet_distance(x, 3 * x + 1), 6)  # means 0 and 1, standard deviations sqrt(2) and 3 sqrt(2)
+    9.0
+    """
+    real, generated = _check_features(real, generated, at_least=2)
+    # With C = R'R, the trace of the root is the sum of the singular values of R_r R_g', with no root of a rounding.
+    cross = torch.linalg.matrix_norm(_factor(real) @ _factor(generated).T, ord="nuc")
+    spread = real.var(0).sum() + generated.var(0).sum() - 2 * cross
+    return ((real.mean(0) - generated.mean(0)).square().sum() + spread.clamp_min(0)).item()
+
+
+@dataclass(frozen=True)
+class Quality(Diagnosis):
+    """How samples from a model compare with its data in a space of features.
+
+    Args:
+        model: the scores of samples beside data, the mean over the two halves of the data.
+        floor: the same of one half of the data beside the other: what a perfect model would get at this size.
+        size: number of data in each half, and of samples beside it.
+        k: which nearest neighbour the radii reach to.
+        features: name of the features.
+        real: features of the data, shape ``(n, d)``.
+        generated: features of the samples, of the same shape.
+        data: the first data, for the picture.
+        samples: the first samples, for the picture.
+    """
+
+    model: QualityScores
+    floor: QualityScores
+    size: int
+    k: int
+    features: str
+    real: Tensor
+    generated: Tensor
+    data: Tensor
+    samples: Tensor
+
+    @property
+    def verdict(self) -> str:
+        found = []
+        if self._below("precision"):
+            found.append(
+                f"{1 - self.model.precision:.0%} of samples are unlike data (floor {1 - self.floor.precision:.0%}): "
+                "a prior nearer to the encoded data (priors.VampPrior, priors.FlowPrior), or a learned scale "
+                "(likelihoods.OptimalNormal) where pixels are noisy"
+            )
+        if self._below("recall"):
+            found.append(
+                f"{1 - self.model.recall:.0%} of data are unlike any sample (floor {1 - self.floor.recall:.0%}): "
+                "modes are missing; a larger latent_dim, a tighter bound (bounds.IWAE) or a lower beta in bounds.ELBO"
+            )
+        if not found and self.model.frechet > _FAR * self.floor.frechet:
+            found.append(
+                "Precision and recall are as good as they get, but the Fréchet distance is more than "
+                f"{_FAR:g} times the floor: means or covariances differ; a richer prior (priors.FlowPrior)"
+            )
+        return ". ".join(found or [f"{self.size:,} samples cannot be told from data by these features"]) + "."
+
+    def _below(self, score: str) -> bool:
+        model, floor = getattr(self.model, score), getattr(self.floor, score)
+        # Binomial errors, of a share of 2 n for the model (both halves) and of n for the floor.
+        variance = (model * (1 - model) / 2 + floor * (1 - floor)) / self.size
+        return floor - model > _ERRORS * math.sqrt(variance) + 1 / self.size
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "size": self.size,
+            "k": self.k,
+            "features": self.features,
+            "model": self.model._asdict(),
+            "floor": self.floor._asdict(),
+            "verdict": self.verdict,
+        }
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        from pyrovae.plots.quality import quality
+
+        return quality(self, path)
+
+    def __str__(self) -> str:
+        lines = [
+            *textwrap.wrap(f"quality of samples by {self.features} ({self.real.shape[1]} features)", 80),
+            f"{self.size:,} samples beside {self.size:,} data, twice; {self.k} nearest neighbours",
+            f"{'':30}{'precision':>10}{'recall':>10}{'Fréchet distance':>20}",
+        ]
+        for name, scores in (("samples beside data", self.model), ("data beside data, the floor", self.floor)):
+            lines.append(f"{name:30}{scores.precision:10.3f}{scores.recall:10.3f}{scores.frechet:20.4g}")
+        return "\n".join([*lines, textwrap.fill(self.verdict, 80)])
+
+
+@torch.no_grad()
+def quality(
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    features: Callable[[Tensor], Tensor] | None = None,
+    k: int = 3,
+    **kwargs: Any,
+) -> Quality:
+    """Compares samples from a model with data: are they plausible (precision), and are all kinds there (recall)?
+
+    A sample is drawn from p(x) for each datum, with its context. Data and samples are split into halves at random, and
+    each half of the samples is held beside one of the data; one half of the data beside the other is the floor, which
+    no model of the data beats but by chance. All numbers depend on the size, which is that of a half for all of them.
+
+    Args:
+        model: a Pyro model that observes one of its arguments, called with the same arguments as the guide.
+        guide: a Pyro guide with the model's latent sites.
+        *args: what both are called with; tensors have the data along their first dimension.
+        features: from data ``(batch, *x_shape)`` to features ``(batch, d)`` in which distances mean something: a
+            network that classifies, say. Left out, the means of the guide's latents, which know nothing of what the
+            encoder does not look at.
+        k: which nearest neighbour the radii of :func:`precision_recall` reach to.
+        **kwargs: as `args`.
+
+    Returns:
+        A :class:`Quality`.
+
+    Raises:
+        ValueError: when there are fewer than ``2 (k + 2)`` data, k is below 1, features are not ``(batch, d)`` or hold
+            NaN or infinity, the guide has no latents in the data plate, or what the model observes is none of its
+            arguments.
+
+    References:
+        Improved Precision and Recall Metric for Assessing Generative Models, T. Kynkäänniemi, T. Karras, S. Laine, J.
+        Lehtinen and T. Aila, 2019, https://arxiv.org/abs/1904.06991; GANs Trained by a Two Time-Scale Update Rule
+        Converge to a Local Nash Equilibrium, M. Heusel et al., 2017, https://arxiv.org/abs/1706.08500.
+
+    >>> import pyrovae
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
+    >>> quality(vae.model, vae.guide, torch.randn(40, 3)).size
+    20
+    """
+    check_at_least("k", k, 1)
+    num_data(2 * (k + 2), f"quality with k={k}", args, kwargs)
+    size = _num_data(args, kwargs)
+    first = next(t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.dim() > 0)
+    chunk = max(1, _CHUNK // (_NUM_DRAWS * max(first[0].numel(), 1)))
+    real, generated, pairs = [], [], None
+    with evaluation_mode():
+        for start in range(0, size, chunk):
+            part_args, part_kwargs = _rows(slice(start, start + chunk), args, kwargs)
+            inspect(model, guide, *part_args, **part_kwargs)
+            _, drawn_args, drawn_kwargs = simulate(model, *part_args, **part_kwargs)
+            x, drawn = _observed((part_args, part_kwargs), (drawn_args, drawn_kwargs))
+            if pairs is None:
+                pairs = x[:_NUM_EXAMPLES], drawn[:_NUM_EXAMPLES]
+            if features is None:
+                real.append(_latent_means(model, guide, part_args, part_kwargs))
+                generated.append(_latent_means(model, guide, drawn_args, drawn_kwargs))
+            else:
+                real.append(features(x))
+                generated.append(features(drawn))
+                for given, found in ((x, real[-1]), (drawn, generated[-1])):
+                    if found.dim() != 2 or len(found) != len(given):
+                        raise ValueError(
+                            f"features must be (batch, d), but for data of shape {tuple(given.shape)} they have shape "
+                            f"{tuple(found.shape)}. Flatten them to one row a datum."
+                        )
+    real, generated = _check_features(torch.cat(real), torch.cat(generated), at_least=2 * (k + 2))
+    half = size // 2
+    a, b = torch.randperm(size)[: 2 * half].split(half)
+    both = [_scores(real[rows], generated[rows], k) for rows in (a, b)]
+    return Quality(
+        model=QualityScores(*((one + other) / 2 for one, other in zip(*both, strict=True))),
+        floor=_scores(real[a], real[b], k),
+        size=half,
+        k=k,
+        features="means of the guide's latents" if features is None else _name_of(features),
+        real=real,
+        generated=generated,
+        data=pairs[0],
+        samples=pairs[1],
+    )
+
+
+def _scores(real: Tensor, generated: Tensor, k: int) -> QualityScores:
+    return QualityScores(*precision_recall(real, generated, k), frechet_distance(real, generated))
+
+
+def _observed(given: tuple[tuple, dict], drawn: tuple[tuple, dict]) -> tuple[Tensor, Tensor]:
+    """Returns the first argument that the model observes, as it was given and as it was drawn."""
+    for (_, x), (_, sample) in zip(named_arguments(*given), named_arguments(*drawn), strict=True):
+        if sample is not x:
+            return x, sample
+    raise ValueError("The model observes none of its arguments, so there are no data to compare samples with.")
+
+
+def _latent_means(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Tensor:
+    structure = inspect(model, guide, *args, **kwargs)
+    trace = trace_guide(guide, structure, _NUM_DRAWS, *args, **kwargs)
+    for name, site in sample_sites(trace).items():
+        if in_data(site) and not site["is_observed"]:
+            try:
+                trace.nodes[name] = {**site, "value": center(site["fn"])}
+            except NotImplementedError:  # a flow has no mean but that of its draws
+                pass
+    return latents_of(trace, structure).values.mean(0)
+
+
+def _name_of(features: Callable) -> str:
+    return getattr(features, "__name__", type(features).__name__)
+
+
+def _check_features(real: Tensor, generated: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
+    """Returns two sets of features in double precision, or raises because they cannot be compared."""
+    for name, x in (("real", real), ("generated", generated)):
+        if x.dim() != 2:
+            raise ValueError(f"{name} must be features of shape (n, d), got {tuple(x.shape)}. Flatten them.")
+        if len(x) < at_least:
+            raise ValueError(f"{name} needs at least {at_least} rows, got {len(x)}. Give it more.")
+        if not bool(torch.isfinite(x).all()):
+            check_finite(f"{name} (features)", x)
+    if real.shape[1] != generated.shape[1]:
+        raise ValueError(f"real has {real.shape[1]} features but generated has {generated.shape[1]}.")
+    return real.double(), generated.double()
+
+
+def _share_inside(centers: Tensor, points: Tensor, k: int) -> float:
+    """Returns the share of points that are in a ball around a centre up to its k-th nearest neighbour."""
+    rows = max(1, _CHUNK // max(len(centers), len(points)))
+    # A centre is its own nearest neighbour.
+    radius = torch.cat([_distances(part, centers).kthvalue(k + 1, dim=1).values for part in centers.split(rows)])
+    inside = [(_distances(part, centers) <= radius).any(1) for part in points.split(rows)]
+    return torch.cat(inside).double().mean().item()
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    # By matrix products, distances of points to themselves would not be zero, and those of ties not equal.
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _factor(x: Tensor) -> Tensor:
+    """Returns R with R'R the covariance of features."""
+    return torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R
