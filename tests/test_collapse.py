@@ -304,7 +304,12 @@ def test_a_learned_prior_counts_and_draws_from_it_are_shown():
 @pytest.mark.parametrize(
     "slope, scale, spread, said",
     [
-        (0.0, 1.0, 1.0, "Collapsed: the latents tell 0.000 nats of the data, 0 of 1 dimensions are active; warm up"),
+        (
+            0.0,
+            1.0,
+            1.0,
+            "Collapsed: the latents tell 0.000 nats of the data, and none of 1 dimensions is active: warm up",
+        ),
         (0.9, 0.4, 1.0, "Healthy: 1 of 1 dimensions is active, and the prior is within"),
         (1.0, 1e-4, 1.0, "Whether the prior fits is open: from 30 data"),
     ],

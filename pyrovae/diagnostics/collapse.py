@@ -105,8 +105,10 @@ class Collapse(Diagnosis):
             "warm up with bounds.ELBO(beta=bounds.Linear(...)), keep nats with bounds.FreeBits, or weaken the decoder"
         )
         if self.mutual_information < _NOTHING:
+            but = "and none" if active == 0 else f"though {active}"
             return (
-                f"Collapsed: the latents tell {max(self.mutual_information, 0.0):.3f} nats of the data, {used}; {mend}."
+                f"Collapsed: the latents tell {max(self.mutual_information, 0.0):.3f} nats of the data, {but} of {total} "
+                f"dimensions {'is' if active < 2 else 'are'} active: {mend}."
             )
         found, shares = [], {name: kl.mean().item() for name, kl in self.kl_by_site.items()}
         empty = [name for name, share in shares.items() if share < _NOTHING]
@@ -177,19 +179,18 @@ class Collapse(Diagnosis):
             rest = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
             lines.extend(textwrap.wrap(f"KL of each dimension, sorted: {listed}{rest}", 80, subsequent_indent="  "))
         n = f"{len(self.kl):,}"
-        rows = [
-            (f"of these {n} data", "error", "of their distribution"),
+        lines.append(f"{'':29}{f'of these {n} data':>20}{'error':>8}{'of their distribution':>23}")
+        for name, value, error, bound in (
             ("mean KL", self.kl.double().mean().item(), self.kl_error, ""),
             (
                 "= mutual information I(x; z)",
                 self.mutual_information,
                 self.mutual_information_error,
-                f"to {self.mutual_information_upper:.3f}",
+                f"to {_near(self.mutual_information_upper):.3f}",
             ),
             ("+ KL(q(z) || p(z))", self.aggregate_kl, self.aggregate_kl_error, f"from {self.aggregate_kl_lower:.3f}"),
-        ]
-        lines.append(f"{'':29}{rows[0][0]:>20}{rows[0][1]:>8}{rows[0][2]:>23}")
-        lines.extend(f"{name:29}{value:20.3f}{error:8.3f}{bound:>23}" for name, value, error, bound in rows[1:])
+        ):
+            lines.append(f"{name:29}{_near(value):20.3f}{error:8.3f}{bound:>23}".rstrip())
         lines.append(f"the most that I(x; z) of {n} data can be, log N: {self.ceiling:.3f}")
         return "\n".join([*lines, textwrap.fill(self.verdict, 80)])
 
@@ -504,9 +505,10 @@ def _variance(means: Tensor) -> tuple[Tensor, Tensor]:
     average, noise = means.mean(0), means.var(0) / num_draws
     squares = (average - average.mean(0)).square()
     variance = squares.sum(0) / (size - 1) - noise.mean(0)
-    # The variance of a square of a normal variable, and of the estimate of the noise.
-    error = 4 * (squares - noise).clamp(min=0) * noise + 2 * noise.square() * num_draws / (num_draws - 1)
-    return variance.sum(-1), (error.sum((0, -1)) / size**2).sqrt()
+    # For normal noise of variance v and a deviation d: 4 d^2 v of the square, 2 v^2 S / (S - 1) of it and of the noise taken
+    # off. Of estimates of both, this has that mean.
+    error = 4 * squares * noise - noise.square() * (2 * num_draws - 4) / (num_draws + 1)
+    return variance.sum(-1), (error.sum((0, -1)).clamp(min=0) / size**2).sqrt()
 
 
 def _error(draws: Tensor) -> float:
@@ -517,3 +519,8 @@ def _error(draws: Tensor) -> float:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _near(value: float) -> float:
+    """Returns a number as it is printed to three places, without minus zero."""
+    return round(value, 3) + 0.0

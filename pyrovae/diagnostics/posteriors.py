@@ -28,6 +28,7 @@ _WIDTH = 80
 _NARROW, _WIDE = 0.8, 1.25  # ratios of standard deviations
 _SHIFT = 0.25  # posterior standard deviations
 _CORRELATION = 0.3
+_SURE = 4  # standard errors: no fault is what chance makes of few draws and many dimensions
 _SHARE = 0.05  # of the dimensions: fewer may be chance
 _RHAT, _ESS = 1.05, 100
 _STARTS = 100  # tries to find a place with a density
@@ -112,11 +113,12 @@ class PosteriorCheck(Diagnosis):
                 f"shifted in {shares['shifted']:.0%} of the dimensions (a larger encoder network, longer training, "
                 "more data)"
             )
-        missed = int((self._correlation_gap()[use] > _CORRELATION).sum())
+        error = (1 / self.ess.amin(-1) + 1 / len(self.guide_draws)).sqrt()
+        missed = int((self._correlation_gap() > (_SURE * error).clamp(min=_CORRELATION))[use].sum())
         if missed:
             found.append(
-                f"without the correlations of {missed} of {int(use.sum())} data (encoders.FullRankNormal, LowRankNormal "
-                "or NeuralSplineFlow)"
+                f"without the correlations of {missed} of {int(use.sum())} data (encoders.FullRankNormal, "
+                "LowRankNormal or NeuralSplineFlow)"
             )
         said = f"The guide is {'; '.join(found)}." if found else "The guide is right wherever NUTS can tell."
         if doubtful:
@@ -144,8 +146,8 @@ class PosteriorCheck(Diagnosis):
         lines.append(
             textwrap.fill(
                 f"distance: mean over dimensions, in posterior standard deviations (sd); narrow: ratio of sd below "
-                f"{_NARROW}; wide: above {_WIDE}; shifted: by more than {_SHIFT} sd; corr.: largest difference of a "
-                "correlation; worst: the most distant dimension",
+                f"{_NARROW}; wide: above {_WIDE}; shifted: by more than {_SHIFT} sd (each beyond {_SURE} standard "
+                "errors as well); corr.: largest difference of a correlation; worst: the most distant dimension",
                 _WIDTH,
             )
         )
@@ -185,7 +187,11 @@ class PosteriorCheck(Diagnosis):
         return posteriors.posterior_check(self, path)
 
     def _faults(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.ratio < _NARROW, self.ratio > _WIDE, self.difference.abs() > _SHIFT
+        """Returns where the guide is too narrow, too wide and shifted, each of shape ``(batch, total)``."""
+        n, far = len(self.guide_draws), self.ratio.log().abs()
+        sure = far > _SURE * (0.5 / self.ess + 0.5 / n).sqrt()
+        shifted = self.difference.abs() > (_SURE * (1 / self.ess + self.ratio.square() / n).sqrt()).clamp(min=_SHIFT)
+        return sure & (self.ratio < _NARROW), sure & (self.ratio > _WIDE), shifted
 
     def _shares(self) -> dict[str, float]:
         """Returns the shares of the dimensions with a fault, among data whose chains settled."""
@@ -232,9 +238,9 @@ def posterior_check(
         A :class:`PosteriorCheck`.
 
     Raises:
-        ValueError: when an argument is out of range; a latent is discrete or lies in a space that is no image of the real
-            vectors (a sphere); no start has a density; model and guide do not fit each other or the data; or a latent
-            lies outside the data plate.
+        ValueError: when an argument is out of range; a latent is discrete or lies in a space that is no image of the
+            real vectors (a sphere); no start has a density; model and guide do not fit each other or the data; or a
+            latent lies outside the data plate.
 
     References:
         The No-U-Turn Sampler, M. D. Hoffman and A. Gelman, 2014, https://arxiv.org/abs/1111.4246.
@@ -410,10 +416,11 @@ def calibration(
     r"""Ranks true latents among the guide's draws, in data simulated from the model: uniform if the guide is exact.
 
     .. math:: z, x \sim p(x, z), \quad z_l \sim q(z \mid x), \qquad
-        r = \sum_{l=1}^L 1[f(x, z_l) < f(x, z)] \sim \mathrm{Uniform}\{0, \dots, L\} \ \text{ if } q(z \mid x) = p(z \mid x)
+        r = \sum_{l=1}^L 1[f(x, z_l) < f(x, z)] \sim \mathrm{Uniform}\{0, \dots, L\}
+        \ \text{ if } q(z \mid x) = p(z \mid x)
 
-    with each latent dimension as :math:`f`, and :math:`\log p(x, z)`, which alone sees a guide that ignores the data and
-    draws from the prior. Ties, of discrete latents, are broken at random. Unevenness is the sum of squares of the
+    with each latent dimension as :math:`f`, and :math:`\log p(x, z)`, which alone sees a guide that ignores the data
+    and draws from the prior. Ties, of discrete latents, are broken at random. Unevenness is the sum of squares of the
     ranks' components along orthogonal polynomials of degrees 1 to 4 (Neyman's smooth test), of which the first is the
     slope and the second the bowl; under an exact guide it is chi-square with 4 degrees of freedom.
 
@@ -423,8 +430,8 @@ def calibration(
     Args:
         model: a Pyro model, called with the same arguments as the guide, which observes some of them.
         guide: a Pyro guide with the model's latent sites.
-        *args: tensors with the data along their first dimension; as many are simulated, anything that the model does not
-            observe (a context) stays as it is.
+        *args: tensors with the data along their first dimension; as many are simulated, anything that the model does
+            not observe (a context) stays as it is.
         num_draws: draws of the guide a datum :math:`L`, at least 19.
         num_rounds: how often as many data as there are in `args` are simulated.
         progress: whether to show a progress bar.
@@ -434,8 +441,8 @@ def calibration(
         A :class:`Calibration`.
 
     Raises:
-        ValueError: when an argument is out of range; fewer than 50 data are simulated; what the model observes is none of
-            the arguments; model and guide do not fit each other or the data; or a latent lies outside the data plate.
+        ValueError: when an argument is out of range; fewer than 50 data are simulated; what the model observes is none
+            of the arguments; model and guide do not fit each other or the data; or a latent lies outside the data plate.
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration, S. Talts, M. Betancourt, D. Simpson,
@@ -456,8 +463,8 @@ def calibration(
     size = _num_data(args, kwargs)
     if size * num_rounds < 50:
         raise ValueError(
-            f"calibration needs at least 50 simulated data, got {size} data in num_rounds={num_rounds}. Set num_rounds to "
-            f"{math.ceil(50 / size)} or more."
+            f"calibration needs at least 50 simulated data, got {size} data in num_rounds={num_rounds}. Set num_rounds "
+            f"to {math.ceil(50 / size)} or more."
         )
     width = max(t.numel() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)) / size
     chunk = max(1, int(_CHUNK / ((num_draws + 1) * max(width, 1))))
@@ -519,7 +526,8 @@ class Reliability(Diagnosis):
             return f"The guide is a good proposal: {bad}."
         return (
             f"The guide misses mass of the posterior: {bad}, whose log p(x) is likely to be too low. A richer guide "
-            "(encoders.FullRankNormal, encoders.NeuralSplineFlow), bounds.IWAE, or a larger num_samples make them fewer."
+            "(encoders.FullRankNormal, encoders.NeuralSplineFlow), bounds.IWAE, or a larger num_samples makes them "
+            "fewer."
         )
 
     def __str__(self) -> str:
@@ -562,7 +570,8 @@ def reliability(
 ) -> Reliability:
     r"""Says for how many data the guide is a good proposal, by the Pareto tail of its importance weights.
 
-    .. math:: \Pr(w > t) \propto t^{-1 / \hat k} \ \text{ for large } t, \qquad w = \frac{p(x, z)}{q(z \mid x)}, \quad z \sim q(z \mid x)
+    .. math:: \Pr(w > t) \propto t^{-1 / \hat k} \ \text{ for large } t, \qquad
+        w = \frac{p(x, z)}{q(z \mid x)}, \quad z \sim q(z \mid x)
 
     Below 0.5 the weights have a variance, and log p(x) its usual error; above 0.7 no practical number of samples finds
     the mass that the guide misses. An exact guide has equal weights and a k-hat of minus infinity.
@@ -603,8 +612,8 @@ def _inspect(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Str
     structure = inspect(model, guide, *args, **kwargs)
     if structure.problems:
         raise ValueError(
-            f"The posterior of a datum is undefined: {'; '.join(structure.problems)}. What belongs to a datum must stand "
-            'under pyro.plate("data", len(x), dim=-1) in the model and in the guide, drawn from a density.'
+            f"The posterior of a datum is undefined: {'; '.join(structure.problems)}. What belongs to a datum must "
+            'stand under pyro.plate("data", len(x), dim=-1) in the model and in the guide, drawn from a density.'
         )
     return structure
 
@@ -637,8 +646,8 @@ def _unconstrained(trace: poutine.Trace, structure: Structure) -> dict[str, Tran
             spaces[name] = biject_to(site["fn"].support)
         except NotImplementedError:
             raise ValueError(
-                f'The latent site "{name}" of a {type(site["fn"]).__name__} lies in a space that is no image of the real '
-                "vectors, where NUTS cannot go. pyrovae.diagnostics.calibration and reliability take any latents."
+                f'The latent site "{name}" of a {type(site["fn"]).__name__} lies in a space that is no image of the '
+                "real vectors, where NUTS cannot go. pyrovae.diagnostics.calibration and reliability take any latents."
             ) from None
     return spaces
 
@@ -668,8 +677,8 @@ def _chain(
             break
     else:
         raise ValueError(
-            f"none of {_STARTS} draws of the {'model' if start is model else 'guide'} has a finite log p(x, z), so that "
-            "NUTS has nowhere to start. Train the model first."
+            f"none of {_STARTS} draws of the {'model' if start is model else 'guide'} has a finite log p(x, z), so "
+            "that NUTS has nowhere to start. Train the model first."
         )
     kernel, kept = NUTS(potential_fn=potential), []
     kernel.initial_params = z

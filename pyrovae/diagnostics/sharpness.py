@@ -161,10 +161,8 @@ class Sharpness(Diagnosis):
             error = values.std() / math.sqrt(len(values))
             lines.append(f"{shown:22}{values.mean():10.4g}{error:9.2g}{self._relative(name):16.2f}")
         if self.width is not None:
-            fits = "" if self.ratio is None else f", {self.ratio:.2f} times as wide"
-            lines.append(
-                f"root mean square width of p(x | z): {self.width:.4g}; of residuals: {self.residual:.4g}{fits}"
-            )
+            fits = "" if self.ratio is None else f": {self.ratio:.2f} times"
+            lines.append(f"root mean square width of p(x | z) {self.width:.4g}, of residuals {self.residual:.4g}{fits}")
         return "\n".join([*lines, textwrap.fill(self.verdict, 80)])
 
     def _relative(self, name: str) -> float:

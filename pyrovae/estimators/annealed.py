@@ -309,11 +309,11 @@ class AnnealedImportanceSampling(_Annealed):
     def __init__(
         self,
         num_samples: int = 32,
-        num_temperatures: int = 100,
-        num_leapfrog: int = 5,
+        num_temperatures: int = 200,
+        num_leapfrog: int = 2,
         start: Proposal | None = None,
         schedule: Schedule | None = None,
-        acceptance: float = 0.65,
+        acceptance: float = 0.8,
     ):
         super().__init__(num_samples, num_leapfrog, start, acceptance)
         check_count("num_temperatures", num_temperatures)
@@ -363,10 +363,10 @@ class SequentialMonteCarlo(_Annealed):
         self,
         num_samples: int = 24,
         num_particles: int = 32,
-        num_leapfrog: int = 5,
+        num_leapfrog: int = 2,
         start: Proposal | None = None,
         kept: float = 0.9,
-        acceptance: float = 0.65,
+        acceptance: float = 0.8,
     ):
         super().__init__(num_samples, num_leapfrog, start, acceptance)
         check_count("num_particles", num_particles, least=2)

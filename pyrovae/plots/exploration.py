@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pyrovae.diagnostics.base import names_of
@@ -131,5 +132,6 @@ def _curves(
         axes[i, 0].set_ylabel(labels[i])
     for ax in axes[-1]:
         ax.set_xlabel("element of the data (dots: data)")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, fontsize=10)
     return _write(figure, path)

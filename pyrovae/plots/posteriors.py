@@ -131,7 +131,7 @@ def _pair(ax, check, i: int, guide_draws: np.ndarray, draws: np.ndarray) -> None
     circle = 2 * np.stack([np.cos(angle), np.sin(angle)])
     for t, colour in ((draws, _NUTS), (guide_draws, _GUIDE)):
         ax.scatter(t[::step, a], t[::step, b], s=5, color=colour, alpha=0.25, linewidths=0)
-        # The normal of the same mean and covariance, at two standard deviations; a singular covariance has its root too.
+        # The normal of the same mean and covariance, at two standard deviations; not by Cholesky, which may not exist.
         values, vectors = np.linalg.eigh(np.cov(t[:, a], t[:, b]))
         x, y = t[:, [a, b]].mean(0)[:, None] + vectors * np.sqrt(values.clip(0)) @ circle
         ax.plot(x, y, color=colour, linewidth=1.5)

@@ -25,8 +25,9 @@ def sharpness(found, path: str | Path | None = None) -> Figure:
         found: a :class:`pyrovae.diagnostics.Sharpness`.
         path: where to write the picture.
     """
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
+    images = _are_images(found.examples["data"])
+    figure = Figure(figsize=(11, 5.4 if images else 6.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 0.65 if images else 1))
     spectrum, lost, sharp = above.subplots(1, 3)
     frequency = found.frequency.cpu().numpy()
     spectrum.plot(frequency, found.power.cpu().numpy(), marker="o", markersize=3, label="data about their mean")
@@ -61,7 +62,7 @@ def sharpness(found, path: str | Path | None = None) -> Figure:
     values = torch.cat([x.flatten() for x in found.examples.values()])
     limits = values.min().item(), values.max().item()
     for ax, name in zip(below.subplots(2, 2).flat, names, strict=True):
-        if _are_images(shown[name]):
+        if images:
             ax.imshow(_grid(shown[name], len(shown[name])).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             ax.set_axis_off()
         else:
