@@ -118,11 +118,15 @@ def _of_depth(trace: poutine.Trace, structure: Structure) -> poutine.Trace:
     """Returns a trace, after checking that its samples lie right in front of its plates, where they are looked for."""
     for name, site in sample_sites(trace).items():
         shape = site["fn"].batch_shape
-        if len(shape) > structure.max_plate_nesting + 1:
+        plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+        stray = [dim for dim in range(-min(len(shape), structure.max_plate_nesting), 0) if dim not in plates and shape[dim] > 1]
+        if len(shape) > structure.max_plate_nesting + 1 or stray:
+            wrong = f"{shape[stray[0]]} at dimension {stray[0]}, where it stands in no plate," if stray else "too many dimensions"
             raise ValueError(
-                f'site "{name}" has batch shape {tuple(shape)}, too many dimensions for samples in front of '
+                f'site "{name}" has batch shape {tuple(shape)}, {wrong} for samples in front of '
                 f"{structure.max_plate_nesting} dimensions of plates. Latents come as (num_samples, *plates, *event), with a "
-                "one for each plate that they do not stand in: keep that order in what is made of them."
+                "one for each plate that they do not stand in: keep that order in what is made of them, and sum over a plate "
+                "with keepdim=True."
             )
     return trace
 

@@ -179,17 +179,16 @@ def test_a_decoder_that_ignores_the_latents():
 
 
 def test_a_map_has_the_principal_components_and_counts_neighbours():
-    vae, x, *_ = pair(5, 6)
-    labels = torch.randint(3, (50,))
+    vae, x, labels = pair(5, 6)[0], torch.randn(400, 6).double(), torch.randint(3, (400,))
     found = latent_map(vae.model, vae.guide, x, labels=labels)
     z = means(vae, x).numpy()
     values, vectors = np.linalg.eigh(np.cov(z.T))
     scores = (z - z.mean(0)) @ vectors[:, ::-1][:, :2]
     np.testing.assert_allclose(found.coordinates.abs(), np.abs(scores), rtol=1e-6)  # an axis has no sign
     np.testing.assert_allclose(found.explained, values[::-1][:2] / values.sum())
-    distance = ((z[:, None] - z[None]) ** 2).sum(-1) + np.diag(np.full(50, np.inf))
+    distance = ((z[:, None] - z[None]) ** 2).sum(-1) + np.diag(np.full(400, np.inf))
     assert found.agreement == (labels[distance.argmin(1)] == labels).double().mean().item()
-    others = [(labels[np.arange(50) != i] == labels[i]).double().mean().item() for i in range(50)]
+    others = [(labels[np.arange(400) != i] == labels[i]).double().mean().item() for i in range(400)]
     assert found.chance == pytest.approx(np.mean(others))
     assert "hardly tell labels apart" in found.verdict  # which are random
     assert found.grid is None and found.decoded is None

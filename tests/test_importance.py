@@ -761,3 +761,26 @@ def test_an_estimate_prints_its_errors_and_what_is_not_to_be_trusted():
     assert "1.000 from 2 data" in text  # sqrt(2) / sqrt(2)
     assert text.endswith("not to be trusted: 1 of 2 data. Do better.")
     assert estimate.trusted.tolist() == [True, False]
+
+
+def test_a_plate_that_is_summed_away_does_not_take_the_place_of_the_samples():
+    # Without keepdim, what is left of (samples, plate, data) broadcasts against (samples, 1, data) to (samples, samples, data).
+    def model(x, keepdim=False):
+        with pyro.plate("data", len(x), dim=-1):
+            a = pyro.sample("a", dist.Normal(torch.zeros(()), 1.0))
+            with pyro.plate("parts", 3, dim=-2):
+                b = pyro.sample("b", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(a + (b.sum(-2, keepdim=True) if keepdim else b.sum(-2)), 1.0), obs=x)
+
+    def guide(x, keepdim=False):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("a", dist.Normal(torch.zeros(()), 1.0))
+            with pyro.plate("parts", 3, dim=-2):
+                pyro.sample("b", dist.Normal(torch.zeros(()), 1.0))
+
+    x = torch.randn(4)
+    with pytest.raises(ValueError, match=r'site "x" has batch shape \(7, 7, 4\), 7 at dimension -2, where it stands in no'):
+        log_weights(model, guide, x, num_samples=7)
+    estimate = log_marginal(model, guide, x, keepdim=True, num_samples=20_000, progress=False)
+    truth = dist.Normal(torch.zeros(()), math.sqrt(5)).log_prob(x)
+    assert_unit_scores((estimate.value - truth) / estimate.standard_error, FAILURE_RATE)
