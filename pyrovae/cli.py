@@ -27,7 +27,7 @@ from pyrovae import data as datasets
 from pyrovae import storage
 from pyrovae.distributions import Blocks, center
 from pyrovae.encoders import DiagonalNormal, Encoder
-from pyrovae.estimators import Estimate, independent_baseline, log_marginal
+from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, independent_baseline, log_marginal
 from pyrovae.likelihoods import Bernoulli, Likelihood, bits_per_dim
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior, StandardNormal
@@ -151,13 +151,17 @@ def train(
     _write_metrics(directory / "metrics.jsonl", [*history.records, result], append=False)
     _draw(vae, splits, history, directory)
     print(f"\n{history}\n\ntest: {estimate}{beside}")
-    print(f"\npictures, weights and metrics: {directory}\nscore it again: pyrovae evaluate {directory} --num-samples 5000")
+    again = "--num-samples 5000" if bool(estimate.trusted.all()) else "--method AnnealedImportanceSampling"
+    print(f"\npictures, weights and metrics: {directory}\nscore it again: pyrovae evaluate {directory} {again}")
+    print(f"what it learned, and where it loses nats: pyrovae diagnose {directory}")
 
 
 def evaluate(
     run: str,
     split: Part = "test",
-    num_samples: int = 5000,
+    method: Estimator | None = None,
+    num_samples: int | None = None,
+    num_data: int | None = None,
     output: str | None = None,
     data: str | None = None,
     data_root: str | None = None,
@@ -166,13 +170,17 @@ def evaluate(
     device: str = "cpu",
     trust: bool = False,
 ) -> None:
-    """Estimates log p(x) per datum of a trained run by importance sampling.
+    """Estimates log p(x) per datum of a trained run, by importance sampling or any other estimator.
 
     Args:
         run: the run directory.
         split: the part of the data to score.
-        num_samples: importance samples a datum.
-        output: a .csv file for the estimate, standard error, effective sample size and k-hat of each datum.
+        method: the class of the estimator, one of pyrovae.estimators; ImportanceSampling unless named.
+        num_samples: importance samples a datum, 5000 unless given; other methods take their own, as
+            --method.num_samples.
+        num_data: score the first so many only; all unless given.
+        output: a .csv file for what is known of each datum: estimate, standard error, effective sample size, k-hat,
+            whether it is to be trusted, and what else the method says.
         data: another data set of the same shape to score; the run's own unless named.
         data_root: where the images are; as in training unless named.
         max_memory: budget for intermediate results, in bytes.
@@ -181,18 +189,26 @@ def evaluate(
         trust: let the run's configuration name classes outside pyrovae, and so run their code.
     """
     out = None if output is None else _new_file(output, (".csv",))
+    if num_data is not None and num_data < 1:
+        raise ValueError(f"num_data must be at least 1, got {num_data}.")
+    if method is None:
+        method = ImportanceSampling(5000 if num_samples is None else num_samples)
+    elif num_samples is not None:
+        raise ValueError(f"a method has its own number: give --method.num_samples {num_samples} instead of --num-samples.")
     _check_device(device)
     vae, config = storage.load_run(run, trust=trust)
     splits, described = _load(data or config["data"], data_root or config["data_root"], config["preprocessing"])
     print(described)
     pyro.set_rng_seed(seed)
     vae.to(device)
-    x = getattr(splits, split).x.to(device)
-    estimate = log_marginal(vae.model, vae.guide, x, num_samples=num_samples, max_memory=max_memory)
+    x = getattr(splits, split).x[:num_data].to(device)
+    estimate = log_marginal(vae.model, vae.guide, x, method=method, max_memory=max_memory)
     if out is not None:
-        names = ("value", "standard_error", "ess", "khat")
-        columns = torch.stack([torch.arange(len(x)), *(getattr(estimate, name).cpu() for name in names)], dim=1)
-        np.savetxt(out, columns, delimiter=",", fmt=["%d"] + ["%.9g"] * 4, comments="", header=",".join(("datum", *names)))
+        columns = {name: getattr(estimate, name) for name in ("value", "standard_error", "ess", "khat", "trusted")}
+        columns |= estimate.diagnostics
+        table = torch.stack([torch.arange(len(x)), *(column.double().cpu() for column in columns.values())], dim=1)
+        header = ",".join(("datum", *columns))
+        np.savetxt(out, table, delimiter=",", fmt=["%d"] + ["%.9g"] * len(columns), comments="", header=header)
         print(f"per datum: {out}")
     print(f"{split}: {estimate}")
     if _kinds(vae) == {True}:

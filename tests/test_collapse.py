@@ -222,7 +222,7 @@ def test_a_hierarchy_is_taken_as_a_whole():
 
 
 def two_sites(probs, shift):
-    """A class and two numbers a datum in a plate of their own, by hand; the posterior of these is at x times `shift`."""
+    """By hand: a class, and in a plate of their own two numbers, whose posterior is around x times `shift`."""
 
     def model(x, context):
         with pyro.plate("data", len(x)):

@@ -1,4 +1,4 @@
-"""Whether the latents are used: KL divergences, active units, mutual information, and how the prior meets what is inferred."""
+"""Whether the latents are used: KL divergences, active units, mutual information, and a prior that fits or not."""
 
 import math
 import textwrap
@@ -33,21 +33,23 @@ _MISFIT = 1.0  # nats a datum that the ELBO would gain from a prior that fits
 
 @dataclass(frozen=True)
 class Collapse(Diagnosis):
-    r"""How much of x the latents hold, and how the prior meets the aggregate posterior :math:`q(z) = \frac{1}{N} \sum_n q(z \mid x_n)`.
+    r"""How much of x the latents hold, and how the prior meets the aggregate posterior.
 
-    .. math:: \frac{1}{N} \sum_n \mathrm{KL}(q(z \mid x_n) \,\|\, p(z)) = \mathrm{I}(x; z) + \mathrm{KL}(q(z) \,\|\, p(z))
+    .. math:: \frac{1}{N} \sum_n \mathrm{KL}(q(z \mid x_n) \,\|\, p(z))
+        = \mathrm{I}(x; z) + \mathrm{KL}(q(z) \,\|\, p(z)), \qquad q(z) = \frac{1}{N} \sum_n q(z \mid x_n)
 
-    For the N data by themselves this holds exactly, with the first two fields of each below. The mutual information of
-    the N data is at most log N, though, and that of the distribution they come from may be far larger: in expectation it
-    lies between `mutual_information` and `mutual_information_upper`, and so does the divergence between
-    `aggregate_kl_lower` and `aggregate_kl`.
+    `kl`, `mutual_information` and `aggregate_kl` are the three terms for these N data. Their mutual information is at
+    most log N, though, and that of the distribution they come from may be far larger: in expectation it lies between
+    `mutual_information` and `mutual_information_upper`, and the divergence between `aggregate_kl_lower` and
+    `aggregate_kl`.
 
     Args:
         kl: divergence of each datum, of all latents, in nats, shape ``(batch,)``.
         kl_by_site: that of each site, its share of the divergence given the latents before it.
         kl_by_dimension: mean over the data for each dimension, shape ``(total,)``; NaN where posterior or prior has no
             independent dimensions.
-        variance: of the posterior means over the data, shape ``(total,)``; of a class that of its one-hot vector, summed.
+        variance: of the posterior means over the data, shape ``(total,)``; of a class that of its one-hot vector,
+            summed.
         variance_error: standard error of `variance`, from draws; 0 where the posterior states its mean.
         columns: which of the `total` dimensions belong to which site.
         kl_error: standard error of the mean of `kl` for these data, from draws; 0 in closed form.
@@ -79,7 +81,7 @@ class Collapse(Diagnosis):
 
     @property
     def active(self) -> Tensor:
-        """Which dimensions have posterior means that vary by more than 0.01, and two standard errors, shape ``(total,)``."""
+        """Which dimensions have posterior means with a variance above 0.01, by two standard errors, ``(total,)``."""
         return self.variance - 2 * self.variance_error > _ACTIVE
 
     @property
@@ -107,8 +109,8 @@ class Collapse(Diagnosis):
         if self.mutual_information < _NOTHING:
             but = "and none" if active == 0 else f"though {active}"
             return (
-                f"Collapsed: the latents tell {max(self.mutual_information, 0.0):.3f} nats of the data, {but} of {total} "
-                f"dimensions {'is' if active < 2 else 'are'} active: {mend}."
+                f"Collapsed: the latents tell {max(self.mutual_information, 0.0):.3f} nats of the data, {but} of "
+                f"{total} dimensions {'is' if active < 2 else 'are'} active: {mend}."
             )
         found, shares = [], {name: kl.mean().item() for name, kl in self.kl_by_site.items()}
         empty = [name for name, share in shares.items() if share < _NOTHING]
@@ -122,13 +124,13 @@ class Collapse(Diagnosis):
             )
         if self.aggregate_kl_lower > _MISFIT + 2 * self.aggregate_kl_error:
             found.append(
-                f"A hole in the prior: it misses the aggregate posterior by at least {self.aggregate_kl_lower:.2f} nats a "
-                "datum, which priors.VampPrior, priors.FlowPrior or priors.GaussianMixture may gain"
+                f"A hole in the prior: it misses the aggregate posterior by at least {self.aggregate_kl_lower:.2f} "
+                "nats a datum, which priors.VampPrior, priors.FlowPrior or priors.GaussianMixture may gain"
             )
         elif self.aggregate_kl > _MISFIT:
             found.append(
-                f"Whether the prior fits is open: from {len(self.kl):,} data, its divergence to the aggregate posterior is "
-                f"between {self.aggregate_kl_lower:.2f} and {self.aggregate_kl:.2f} nats; give more data"
+                f"Whether the prior fits is open: from {len(self.kl):,} data, its divergence to the aggregate "
+                f"posterior is between {self.aggregate_kl_lower:.2f} and {self.aggregate_kl:.2f} nats; give more data"
             )
         healthy = "Healthy: " + used
         if self.aggregate_kl <= _MISFIT:
@@ -204,11 +206,11 @@ def collapse(
     .. math:: \mathrm{I}(x; z) = \frac{1}{N} \sum_n \mathrm{E}_{q(z \mid x_n)}
         \left[\log q(z \mid x_n) - \log q(z)\right], \qquad q(z) = \frac{1}{N} \sum_m q(z \mid x_m)
 
-    A dimension is active if :math:`\mathrm{Var}_x\, \mathrm{E}_{q(z \mid x)}[z]` is above 0.01, a threshold for latents
-    of unit scale; variances that draws add to their mean are taken off. KL divergences are in closed form where there is
-    one, given the latents before. All latents of a datum are taken together in I(x; z). With a prior that depends on a
-    context, :math:`\log p(z)` is given it. Every latent is scored by the posterior of every datum, so time grows with the
-    square of the data: some thousand will do. Modules run in evaluation mode.
+    A dimension is active if :math:`\mathrm{Var}_x\, \mathrm{E}_{q(z \mid x)}[z]` is above 0.01, a threshold for
+    latents of unit scale; variances that draws add to their mean are taken off. KL divergences are in closed form where
+    there is one, given the latents before. All latents of a datum are taken together in I(x; z). With a prior that
+    depends on a context, :math:`\log p(z)` is given it. Every latent is scored by the posterior of every datum, so time
+    grows with the square of the data: some thousand will do. Modules run in evaluation mode.
 
     Args:
         model: a Pyro model, called with the same arguments as the guide.
@@ -249,8 +251,9 @@ def collapse(
         structure = inspect(model, guide, *head[0], **head[1])
         if structure.problems:
             raise ValueError(
-                f"KL divergences per datum are undefined: {'; '.join(structure.problems)}. What belongs to a datum must "
-                'stand under pyro.plate("data", len(x), dim=-1) in the model and in the guide, drawn from a density.'
+                f"KL divergences per datum are undefined: {'; '.join(structure.problems)}. What belongs to a datum "
+                'must stand under pyro.plate("data", len(x), dim=-1) in the model and in the guide, drawn from a '
+                "density."
             )
         drawn, step = [], max(1, _ROWS // num_draws)
         for start in range(0, size, step):
@@ -259,8 +262,8 @@ def collapse(
         z, kl_by_site, each, prior = (torch.cat(t, dim=1) for t in zip(*(d.tensors for d in drawn), strict=True))
         if z.shape[1] != size:
             raise ValueError(
-                f'The plate "data" drew {z.shape[1]} of {size} data that it was given. Look at data in the order they come: '
-                'use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
+                f'The plate "data" drew {z.shape[1]} of {size} data that it was given. Look at data in the order they '
+                'come: use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
             )
         latents = Latents(z, drawn[0].columns)
         log_q = _score_all(guide, structure, latents, drawn[0].template, args, kwargs, progress)
@@ -380,8 +383,8 @@ def _draw(model: Callable, guide: Callable, structure: Structure, num_draws: int
         q, p = trace.nodes[name], scored.nodes[name]
         if q["mask"] is not None or p["mask"] is not None:
             raise ValueError(
-                f'site "{name}" is masked, and the mutual information of latents that some data lack is undefined. Look at '
-                "data that have all latents, or draw the latents of the others from the prior in the guide too."
+                f'site "{name}" is masked, and the mutual information of latents that some data lack is undefined. '
+                "Look at data that have all latents, or draw the latents of the others from the prior in the guide too."
             )
         kl, each = _divergence(q, p, name in alike)
         kl_by_site.append(kl)
@@ -401,9 +404,9 @@ def _draw(model: Callable, guide: Callable, structure: Structure, num_draws: int
 
 
 def _divergence(q: dict, p: dict, given_alike: bool) -> tuple[Tensor, Tensor | None]:
-    """Returns log q - log p of a latent site, or their mean over it, per datum; and by dimension where those are independent.
+    """Returns log q - log p of a latent site, or their mean over it, per datum, ``(num_draws, batch)``.
 
-    Shapes are ``(num_draws, batch)`` and that of the latents.
+    And in the shape of the latents, by dimension, where those are independent.
     """
     each = [_dimensions(site["fn"]) for site in (q, p)]
     alone = all(fn is not None for fn in each)
@@ -418,14 +421,14 @@ def _divergence(q: dict, p: dict, given_alike: bool) -> tuple[Tensor, Tensor | N
 
 
 def _dimensions(fn: dist.TorchDistribution) -> dist.TorchDistribution | None:
-    """Returns the distribution of independent dimensions one by one, as elements of its batch; None where they are not."""
+    """Returns the distribution of independent dimensions one by one, as elements of its batch; None without."""
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
     return None if fn.event_shape or isinstance(fn, dist.MaskedDistribution) else fn
 
 
 def _mean(site: dict) -> Tensor:
-    """Returns the mean of a latent, or its draws where the mean is unknown; of classes that of their one-hot vectors."""
+    """Returns the mean of a latent, or its draws where the mean is unknown; of classes that of one-hot vectors."""
     each = _dimensions(site["fn"])
     if isinstance(each, torch.distributions.Categorical):
         return each.probs
@@ -451,7 +454,7 @@ def _score_all(
     kwargs: dict,
     progress: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns log-densities of latents by their own datum's posterior, by the mean of all, and by the mean of the others.
+    """Returns log-densities of latents by their own posterior, by the mean of all, and by the mean of the others.
 
     Each of shape ``(num_draws, batch)``, in double precision.
     """
@@ -491,8 +494,8 @@ def _log_q(site: dict) -> Tensor:
     except (KeyError, NotImplementedError) as error:
         raise ValueError(
             f'the latents of site "{site["name"]}" must be scored by the posteriors of all data, which '
-            f"{type(layers(site['fn'])[-1]).__name__} cannot do ({error}). Take a distribution that scores any value, such as "
-            "a flow of zuko's."
+            f"{type(layers(site['fn'])[-1]).__name__} cannot do ({error}). Take a distribution that scores any value, "
+            "such as a flow of zuko's."
         ) from error
 
 
@@ -505,8 +508,8 @@ def _variance(means: Tensor) -> tuple[Tensor, Tensor]:
     average, noise = means.mean(0), means.var(0) / num_draws
     squares = (average - average.mean(0)).square()
     variance = squares.sum(0) / (size - 1) - noise.mean(0)
-    # For normal noise of variance v and a deviation d: 4 d^2 v of the square, 2 v^2 S / (S - 1) of it and of the noise taken
-    # off. Of estimates of both, this has that mean.
+    # For normal noise of variance v and a deviation d, 4 d^2 v of the square and 2 v^2 S / (S - 1) of it and of the
+    # noise that is taken off. Of estimates of both, this has that mean.
     error = 4 * squares * noise - noise.square() * (2 * num_draws - 4) / (num_draws + 1)
     return variance.sum(-1), (error.sum((0, -1)).clamp(min=0) / size**2).sqrt()
 

@@ -303,8 +303,8 @@ def interpolations(
         :class:`Interpolations`.
 
     Raises:
-        ValueError: when an argument is out of range, there are fewer than 2 data, latents are discrete, or a path leaves
-            their space.
+        ValueError: when an argument is out of range, there are fewer than 2 data, latents are discrete, or a path
+            leaves their space.
 
     References:
         Sampling Generative Networks, T. White, 2016, https://arxiv.org/abs/1609.04468.
@@ -361,7 +361,8 @@ class LatentMap(Diagnosis):
             shape ``(batch, 2)``.
         explained: share of the variance of the latents along both axes, shape ``(2,)``.
         labels: classes of the data, shape ``(batch,)``, or None.
-        agreement: share of the data whose nearest neighbour, in all dimensions, has the same label; None without labels.
+        agreement: share of the data whose nearest neighbour, in all dimensions, has the same label; None without
+            labels.
         chance: the same for a neighbour at random.
         grid: where the plane is decoded along each axis, shape ``(2, points)``; None unless the latents have two
             dimensions that are free to move.
@@ -388,7 +389,8 @@ class LatentMap(Diagnosis):
         else:
             found = f"The map shows {share:.0%} of the variance of {total} latent dimensions"
         if self.agreement is not None:
-            found += f"; {self.agreement:.0%} of the data have a nearest neighbour of their own label ({self.chance:.0%} by chance)"
+            found += f"; {self.agreement:.0%} of the data have a nearest neighbour of their own label "
+            found += f"({self.chance:.0%} by chance)"
             if self.agreement - self.chance < 0.2 * (1 - self.chance):
                 found += (
                     ": the latents hardly tell labels apart, which more latent dimensions or a smaller beta may mend"
@@ -538,8 +540,8 @@ class _Space:
         self.means, self.draws = torch.cat(means), torch.cat(draws)
         if len(self.means) != size:
             raise ValueError(
-                f'The plate "data" drew {len(self.means)} of {size} data that it was given. Look at data in the order they '
-                'come: use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
+                f'The plate "data" drew {len(self.means)} of {size} data that it was given. Look at data in the order '
+                'they come: use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
             )
 
     def inside(self, moved: Tensor) -> bool:
@@ -563,8 +565,9 @@ class _Space:
             name = self._outside(there)
             if name is not None:
                 raise ValueError(
-                    f'latents of site "{name}" leave their space, {there.nodes[name]["fn"].support}, when they move along '
-                    "straight lines. On a sphere use interpolations(..., spherical=True), on a simplex interpolations."
+                    f'latents of site "{name}" leave their space, {there.nodes[name]["fn"].support}, when they move '
+                    "along straight lines. On a sphere use interpolations(..., spherical=True), on a simplex "
+                    "interpolations."
                 )
             with _Following(before) if following else nullcontext():
                 after = trace_model(self.model, there, self.structure, len(part), *args, **kwargs)
@@ -602,7 +605,7 @@ class _AtMeans(Messenger):
 
 
 class _Following(Messenger):
-    """A Pyro handler that keeps the distance of normal latents to their means, in standard deviations, as in a trace."""
+    """A Pyro handler that keeps normal latents as many standard deviations from their means as in a trace."""
 
     def __init__(self, before: poutine.Trace):
         super().__init__()

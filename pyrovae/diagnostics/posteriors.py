@@ -398,7 +398,7 @@ _MENDS = {
     _WIDE_SHAPE: "longer training or a larger encoder network",
     _LOW: "longer training or a larger encoder network",
     _HIGH: "longer training or a larger encoder network",
-    _IMPROBABLE: "longer training or a larger encoder network",
+    _IMPROBABLE: "longer training, a larger encoder network, or a richer guide such as encoders.FullRankNormal",
     _UNEVEN: "a richer guide such as encoders.NeuralSplineFlow",
 }
 
@@ -442,7 +442,8 @@ def calibration(
 
     Raises:
         ValueError: when an argument is out of range; fewer than 50 data are simulated; what the model observes is none
-            of the arguments; model and guide do not fit each other or the data; or a latent lies outside the data plate.
+            of the arguments; model and guide do not fit each other or the data; or a latent lies outside the data
+            plate.
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration, S. Talts, M. Betancourt, D. Simpson,

@@ -14,7 +14,7 @@ _NAMED = 24  # dimensions whose names there is room for
 
 
 def collapse(found: Any, path: str | Path | None = None) -> Figure:
-    """Draws the KL divergence of each dimension, and the aggregate posterior beside the prior where the means vary most.
+    """Draws the KL divergence of each dimension, and aggregate posterior and prior where the means vary most.
 
     Without divergences by dimension, the variances of the posterior means take their place.
 
