@@ -1,6 +1,6 @@
 """Variational autoencoders as Pyro models and guides."""
 
-from pyrovae import bounds, data, encoders, likelihoods, nn, priors, regularizers, structures
+from pyrovae import bounds, data, diagnostics, encoders, estimators, likelihoods, nn, priors, regularizers, structures
 from pyrovae._version import __version__
 from pyrovae.estimators import Estimate, log_marginal
 from pyrovae.importance import Imputation, impute, log_weights

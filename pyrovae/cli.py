@@ -1,4 +1,4 @@
-"""The command line: ``pyrovae train | evaluate | sample | reconstruct``.
+"""The command line: ``pyrovae train | evaluate | diagnose | sample | reconstruct``.
 
 Arguments come from the signatures below: jsonargparse reads their type hints and docstrings.
 """
@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +22,11 @@ from pyro.infer import ELBO
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
 
 import pyrovae
 from pyrovae import data as datasets
-from pyrovae import storage
+from pyrovae import diagnostics, storage
 from pyrovae.distributions import Blocks, center
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, independent_baseline, log_marginal
@@ -34,7 +36,9 @@ from pyrovae.priors import Prior, StandardNormal
 from pyrovae.training import History, fit
 from pyrovae.vae import VAE
 
-__all__ = ["evaluate", "main", "reconstruct", "sample", "train"]
+__all__ = ["diagnose", "evaluate", "main", "reconstruct", "sample", "train"]
+
+_MONITORED = 300  # data that are looked at during training for a collapse of the latents
 
 Preprocessing = Literal["grey", "static", "dynamic"]
 Part = Literal["train", "validation", "test"]
@@ -104,6 +108,8 @@ def train(
     vae = _build(prior, likelihood, encoder, latent_dim, x_shape).to(device)
     print(f"{described}\n{vae}\nrun directory: {directory}")
 
+    held_out = splits.validation.x[:_MONITORED].to(device)
+    monitors = [_monitor(vae, held_out, max(1, epochs // 50))] if len(held_out) > 1 else []
     is_new = not directory.exists()
     storage.create_run(directory, config, x_shape)
     try:
@@ -120,7 +126,7 @@ def train(
             clip_norm=clip_norm,
             validation=splits.validation.x,
             patience=patience,
-            callbacks=[_metrics_writer(directory / "metrics.jsonl")],
+            callbacks=[*monitors, _metrics_writer(directory / "metrics.jsonl")],
             checkpoint=directory / "checkpoint.safetensors",
             resume=resume,
             device=device,
@@ -201,7 +207,7 @@ def evaluate(
     print(described)
     pyro.set_rng_seed(seed)
     vae.to(device)
-    x = getattr(splits, split).x[:num_data].to(device)
+    x = _scored(splits, split, config["preprocessing"])[:num_data].to(device)
     estimate = log_marginal(vae.model, vae.guide, x, method=method, max_memory=max_memory)
     if out is not None:
         columns = {name: getattr(estimate, name) for name in ("value", "standard_error", "ess", "khat", "trusted")}
@@ -283,7 +289,109 @@ def reconstruct(
     print(f"{len(x)} reconstructions: {out}")
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "reconstruct": reconstruct}
+def diagnose(
+    run: str,
+    split: Part = "test",
+    num_data: int = 300,
+    method: Estimator | None = None,
+    other: str | None = None,
+    output: str | None = None,
+    data: str | None = None,
+    data_root: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    trust: bool = False,
+) -> None:
+    """Says what a trained run learned and where it loses nats: tables with verdicts, a JSON file, pictures.
+
+    Args:
+        run: the run directory.
+        split: the part of the data to look at.
+        num_data: look at the first so many; the slower looks take a third of them, and posteriors are checked for three.
+        method: the class of the estimator of log p(x) that gaps are measured from, one of pyrovae.estimators;
+            AnnealedImportanceSampling unless named.
+        other: a second data set of the same shape to tell from the first; without one, the most unusual data are listed.
+        output: a directory for the results; diagnosis-<split> in the run directory unless named.
+        data: another data set of the same shape; the run's own unless named.
+        data_root: where the images are; as in training unless named.
+        seed: of everything drawn.
+        device: cpu, cuda, cuda:1, ...
+        trust: let the run's configuration name classes outside pyrovae, and so run their code.
+    """
+    if num_data < 30:
+        raise ValueError(f"num_data must be at least 30 for a diagnosis, got {num_data}.")
+    out = Path(output) if output is not None else Path(run) / f"diagnosis-{split}"
+    if out.exists():
+        raise FileExistsError(f"{out} is there already. Name another place with --output.")
+    _check_device(device)
+    vae, config = storage.load_run(run, trust=trust)
+    root, preprocessing = data_root or config["data_root"], config["preprocessing"]
+    splits, described = _load(data or config["data"], root, preprocessing)
+    print(described)
+    vae.to(device)
+    part = getattr(splits, split)
+    x = _scored(splits, split, preprocessing)[:num_data].to(device)
+    train = _scored(splits, "train", preprocessing)[:num_data].to(device)
+    few = max(30, len(x) // 3)
+    labels = None if part.labels is None else part.labels[: len(x)].to(device)
+    strange = None
+    if other is not None:
+        strange = _scored(_load(other, root, preprocessing)[0], "test", preprocessing)[:num_data].to(device)
+        if strange.shape[1:] != x.shape[1:]:
+            raise ValueError(f"other has data of shape {tuple(strange.shape[1:])}, the run of {tuple(x.shape[1:])}.")
+
+    pair = vae.model, vae.guide
+    looks = {
+        "gaps": lambda: diagnostics.gaps(*pair, x[:few], train=None if split == "train" else train[:few], method=method),
+        "collapse": lambda: diagnostics.collapse(*pair, x),
+        "reliability": lambda: diagnostics.reliability(*pair, x),
+        "posterior": lambda: diagnostics.posterior_check(*pair, x[:3]),
+        "calibration": lambda: diagnostics.calibration(*pair, x),
+        "sharpness": lambda: diagnostics.sharpness(*pair, x),
+        "quality": lambda: diagnostics.quality(*pair, x),
+        "anomalies": lambda: diagnostics.anomalies(*pair, x, other=strange, reference=train),
+        "traversals": lambda: diagnostics.traversals(*pair, x),
+        "interpolations": lambda: diagnostics.interpolations(*pair, x),
+        "latent_map": lambda: diagnostics.latent_map(*pair, x, labels=labels),
+    }
+    results, verdicts = {}, []
+    for name, look in looks.items():
+        print(f"\n== {name.replace('_', ' ')}: {QUESTIONS[name]}")
+        pyro.set_rng_seed(seed)  # each look draws the same, whichever there are before it
+        try:
+            found = look()
+        except (ValueError, NotImplementedError) as error:
+            reason = str(error).partition("Trace Shapes:")[0].rstrip()
+            print(f"not for this model or these data: {reason}")
+            results[name] = {"skipped": reason}
+        else:
+            print(found)
+            out.mkdir(parents=True, exist_ok=True)
+            found.plot(out / f"{name}.png")
+            results[name] = found.summary()
+            verdicts.append((QUESTIONS[name], found.verdict))
+        storage.write_atomically(out / "diagnosis.json", (json.dumps(results, indent=1) + "\n").encode())
+    _draw_collapse(Path(run) / "metrics.jsonl", out / "collapse_history.png")
+    print("\n== in short")
+    for question, verdict in verdicts:
+        print(textwrap.fill(f"{question} {verdict}", 80, subsequent_indent="  "))
+    print(f"\npictures and numbers: {out}")
+
+
+QUESTIONS = {
+    "gaps": "Where are my nats lost?",
+    "collapse": "Is it collapsing?",
+    "reliability": "Can importance sampling be trusted?",
+    "posterior": "Is the posterior right?",
+    "calibration": "Is the encoder calibrated?",
+    "sharpness": "Is it blurry?",
+    "quality": "Are samples like the data?",
+    "anomalies": "What is unusual?",
+    "traversals": "What does each dimension do?",
+    "interpolations": "What lies between data?",
+    "latent_map": "Where are the data?",
+}
+COMMANDS = {"train": train, "evaluate": evaluate, "diagnose": diagnose, "sample": sample, "reconstruct": reconstruct}
 FLAGS = ("resume", "trust", "mean")  # given without a value
 RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
 
@@ -410,6 +518,38 @@ def _load(data: str, data_root: str, preprocessing: Preprocessing) -> tuple[data
         )
     sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in splits._asdict().items())
     return splits, f"{data}: {sizes} of shape {tuple(splits.train.x.shape[1:])}\npreprocessing: {words}"
+
+
+def _scored(splits: datasets.Splits, split: Part, preprocessing: Preprocessing) -> Tensor:
+    """Returns the data of a part as a likelihood of binary data scores them, binarised once."""
+    x = getattr(splits, split).x
+    return datasets.static_binarization(x, 0) if preprocessing == "dynamic" and split == "train" else x
+
+
+def _monitor(vae: VAE, x: Tensor, every: int) -> Callable[[History], None]:
+    """Returns a callback that records how much the latents hold, as long as that can be said of these parts."""
+    monitor = diagnostics.CollapseMonitor(vae.model, vae.guide, x, every=every)
+
+    def record(history: History) -> None:
+        nonlocal monitor
+        try:
+            monitor = None if monitor is None else (monitor(history), monitor)[1]
+        except (ValueError, NotImplementedError) as error:
+            tqdm.write(f"whether the latents collapse is not recorded: {error}")
+            monitor = None
+
+    return record
+
+
+def _draw_collapse(metrics: Path, path: Path) -> None:
+    """Draws how much the latents held over training, if a run recorded it."""
+    from pyrovae import plots
+
+    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    records = [record for record in records if "mutual_information" in record]
+    if len(records) > 1:
+        plots.collapse_history(records, path)
+        print(f"\nover training: {path}")
 
 
 def _summary(estimate: Estimate) -> dict[str, float]:

@@ -75,13 +75,14 @@ class History:
     def table(self, max_rows: int = 20) -> str:
         """Returns a table of at most `max_rows` records, evenly spaced, the first and the last among them.
 
-        A learning rate that stays the same is left out.
+        A learning rate that stays the same is left out, and what fewer than half of the records hold.
         """
         count = min(max_rows, len(self))
         shown = [self.records[round(i * (len(self) - 1) / max(count - 1, 1))] for i in range(count)]
         names = list(dict.fromkeys(name for record in self.records for name in record))
         if "learning_rate" in names and len(set(self["learning_rate"])) == 1:
             names.remove("learning_rate")
+        names = [name for name in names if 2 * sum(name in record for record in self.records) >= len(self)]
         cells = [names] + [[_cell(record.get(name)) for name in names] for record in shown]
         widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
         return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)

@@ -190,7 +190,9 @@ class _Annealed(Estimator):
         log_z = torch.zeros_like(log_w[:, 0])
         acceptance, diverged = torch.zeros_like(u[0, :, 0]), torch.zeros_like(u[0, :, 0])
         for t in range(1, steps + 1):
-            log_w = log_w + ((betas[t] - betas[t - 1]) * at.rise).double().view(runs, n, batch)
+            rise = betas[t] - betas[t - 1]
+            # Of data that are there before others nothing rises, not even an impossible draw's 0 times infinity.
+            log_w = log_w + torch.where(rise == 0, 0.0, rise * at.rise).double().view(runs, n, batch)
             if t < steps:
                 if n > 1:
                     u, at, log_w, log_z = _resample(u, at, log_w, log_z)
@@ -199,11 +201,12 @@ class _Annealed(Estimator):
                 u, at = moved.u, moved.at
                 acceptance += moved.acceptance.mean(0) / (steps - 1)
                 diverged += moved.diverged.to(diverged).mean(0) / (steps - 1)
-            task.bar.update(0.5 * batch / steps)
+            task.advance(0.5 * batch / steps)
         sums = _WeightSums(runs)
         sums.add((log_z + log_w.logsumexp(1) - math.log(n)).to(u.dtype))
         estimate = sums.estimate(self)
-        estimate.diagnostics.update(diverged=diverged, **({"acceptance": acceptance} if steps > 1 else {}))
+        # At a single temperature nothing moves: it is importance sampling.
+        estimate.diagnostics.update(diverged=diverged, acceptance=acceptance if steps > 1 else acceptance + math.nan)
         return estimate
 
     def _pilot(self, target: Target, task: Task) -> Path:
@@ -221,7 +224,10 @@ class _Annealed(Estimator):
             betas.append(beta)
             steps.append(step)
             scales.append(variance.sqrt())
-            speeds.append(at.rise.nan_to_num(nan=-1e30, neginf=-1e30).std(0))
+            # Impossible draws have no weight from the first temperature on, however near it is.
+            possible = at.rise.isfinite()
+            lowest = torch.where(possible, at.rise, math.inf).amin(0)
+            speeds.append(torch.where(possible, at.rise, lowest).nan_to_num(posinf=0.0).std(0))
 
         record()
         while bool((beta < 1).any()):
@@ -235,7 +241,7 @@ class _Annealed(Estimator):
             # Few chains tell the scale to a fifth: go on from what the temperatures before said.
             variance = torch.lerp(variance, u.var(0).clamp(min=1e-12), 0.3)
             record()
-            task.bar.update(0.5 * (beta - before).sum().item())
+            task.advance(0.5 * (beta - before).sum().item())
         return Path(torch.stack(betas), torch.stack(steps), torch.stack(scales), torch.stack(speeds))
 
     @abstractmethod
@@ -247,17 +253,16 @@ class _Annealed(Estimator):
 
         The tail of so few weights says little; that few of them count says more.
         """
-        trusted = estimate.ess >= 0.2 * self.num_samples
-        if "acceptance" in estimate.diagnostics:  # it is not, at a single temperature: importance sampling
-            trusted &= (estimate.diagnostics["acceptance"] >= 0.2) & (estimate.diagnostics["diverged"] <= 0.05)
-        return trusted
+        fails = (estimate.diagnostics["acceptance"] < 0.2) | (estimate.diagnostics["diverged"] > 0.05)
+        return (estimate.ess >= 0.2 * self.num_samples) & ~fails
 
     def describe(self, estimate: Estimate) -> str:
         n = len(estimate.value)
         said = f"fewer than a fifth of the {self.unit} count, or moves fail; not to be trusted: {int((~estimate.trusted).sum()):,} of {n:,} data"
-        if "acceptance" not in estimate.diagnostics:
-            return said
         acceptance, diverged = estimate.diagnostics["acceptance"], estimate.diagnostics["diverged"]
+        acceptance = acceptance[~acceptance.isnan()]
+        if not len(acceptance):
+            return said
         moves = f"moves accepted: {acceptance.mean().item():.0%} (least: {acceptance.min().item():.0%})"
         share = f"diverged: {diverged.mean().item():.1%} of moves, of {int((diverged > 0).sum()):,} of {n:,} data"
         return f"{moves}; {share}\n{said}"
@@ -324,6 +329,8 @@ class AnnealedImportanceSampling(_Annealed):
 
     def _betas(self, path: Path) -> Tensor:
         betas = self.schedule.betas(self.num_temperatures, path).to(path.betas)
+        if bool((betas[0] != 0).any() | (betas[-1] != 1).any() | (betas.diff(dim=0) < 0).any()):
+            raise ValueError(f"the temperatures of {self.schedule} must rise from 0 to 1.")
         return betas.expand(-1, path.betas.shape[1])
 
 

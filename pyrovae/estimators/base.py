@@ -163,6 +163,10 @@ class Task:
         self.bar.reset(total)
         yield
 
+    def advance(self, amount: float) -> None:
+        """Moves the bar on; sums of fractions do not pass its end."""
+        self.bar.update(max(0.0, min(amount, self.bar.total - self.bar.n)))
+
     def draw(self, num_samples: int, guide: Callable | None = None) -> tuple[poutine.Trace, Tensor]:
         r"""Runs a guide, this one's unless given; returns its trace and :math:`\log q`, ``(num_samples, batch)``."""
         return draw(guide or self.guide, self.structure, num_samples, *self.args, **self.kwargs)
@@ -277,7 +281,8 @@ def open_task(
         guide = prior_of(model)
     size = _num_data(args, kwargs)
     head = _rows(slice(0, 1), args, kwargs)
-    bar = tqdm(desc="log p(x)", total=size, unit_scale=True, disable=not progress)
+    # It shows itself once the method has said what there is to do.
+    bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
     with evaluation_mode(), bar:
         structure = inspect_weights(model, guide, *head[0], num_samples=1, **head[1])
         yield Task(model, guide, structure, args, kwargs, size, max_memory, bar)

@@ -23,6 +23,15 @@ class _Deterministic(Estimator):
 
     needs_guide = False
 
+    def _check_unmasked(self, trace: poutine.Trace) -> None:
+        for name, site in sample_sites(trace).items():
+            masks = (site["mask"], getattr(site["fn"], "_mask", None))
+            if not site["is_observed"] and not all(mask is None or bool(torch.as_tensor(mask).all()) for mask in masks):
+                raise ValueError(
+                    f'the latents at site "{name}" are masked for some data, so that they have no density to go over. Take '
+                    "ImportanceSampling()."
+                )
+
     def _estimate(self, value: Tensor, error: Tensor) -> Estimate:
         nothing = torch.full_like(value, math.nan)
         return Estimate(value, error, nothing, nothing, self.num_samples, self)
@@ -86,22 +95,24 @@ class Quadrature(_Deterministic):
 
     def _score(self, task: Task, side: int, slices: int) -> Estimate:
         target = Target(task, Weighed(prior_of(task.model), is_prior=True))
+        self._check_unmasked(target.template)
         draws = target.draw(_PRIOR_DRAWS)
         low, high = draws.amin(0), draws.amax(0)
         low, high = low - 0.5 * (high - low), high + 0.5 * (high - low)  # (batch, dim)
         shape = (side,) * target.dim
         line = torch.linspace(0, 1, side, dtype=low.dtype, device=low.device)
         unit = torch.cartesian_prod(*[line] * target.dim).view(-1, 1, target.dim)
+        closer = low, high
         for _ in range(_ROUNDS):
+            low, high = closer
             log_f = torch.cat([target.log_joint(low + part * (high - low)) for part in unit.split(slices)])
             log_f = log_f.double().unflatten(0, shape)
             closer = _closer(log_f, low, high, side)
             if closer is None:
                 break
-            low, high = closer
         value = _log_integral(log_f, low, high, 1)
         error = (value - _log_integral(log_f, low, high, 2)).abs()
-        task.bar.update(task.size)
+        task.advance(task.size)
         return self._estimate(value.to(low.dtype), error.to(low.dtype))
 
     def trusts(self, estimate: Estimate) -> Tensor:
@@ -118,7 +129,8 @@ class Quadrature(_Deterministic):
 def _closer(log_f: Tensor, low: Tensor, high: Tensor, side: int) -> tuple[Tensor, Tensor] | None:
     """Returns the box of all points that count, a cell wider, or None where no box would change by much."""
     dim = low.shape[-1]
-    counts = log_f > log_f.flatten(0, dim - 1).amax(0) - _DEPTH
+    # Between points there may be a peak of which they see little: as long as the grid is coarse, that may be any of several.
+    counts = log_f + _hidden(log_f, dim) > log_f.flatten(0, dim - 1).amax(0) - _DEPTH
     lows, highs = [], []
     for d in range(dim):
         along = counts.movedim(d, 0)
@@ -134,6 +146,17 @@ def _closer(log_f: Tensor, low: Tensor, high: Tensor, side: int) -> tuple[Tensor
     grown = (new_low < low) | (new_high > high)
     shrunk = (new_high - new_low) < 0.8 * (high - low)
     return (new_low, new_high) if bool((grown | shrunk).any()) else None
+
+
+def _hidden(log_f: Tensor, dim: int) -> Tensor:
+    """Returns by how much a parabola with the differences at each point may rise above it within half a cell."""
+    bend = torch.zeros_like(log_f)
+    for d in range(dim):
+        along = log_f.movedim(d, 0)
+        second = along.diff(n=2, dim=0).abs().nan_to_num(0.0, posinf=0.0)
+        bend += torch.cat([second[:1], second, second[-1:]]).movedim(0, d)
+    # At most dim times the trace of its curvature, in whatever direction a ridge runs.
+    return 0.125 * dim * bend
 
 
 def _log_integral(log_f: Tensor, low: Tensor, high: Tensor, stride: int) -> Tensor:
@@ -212,13 +235,14 @@ class Enumeration(_Deterministic):
         with task.progress(task.size * total, "combination"):
             for part in task.split(data):
                 template, _ = part.draw(1, prior_of(part.model))
+                self._check_unmasked(template)
                 log_sum = None
                 for numbers in torch.arange(total).split(slices):
                     prior, likelihood = part.score(_assigned(template, supports, numbers, part), len(numbers))
                     log_p = prior + likelihood
                     here = log_p.double().logsumexp(0)
                     log_sum = here if log_sum is None else torch.logaddexp(log_sum, here)
-                    part.bar.update(len(numbers) * part.size)
+                    part.advance(len(numbers) * part.size)
                 value = log_sum.to(log_p.dtype)
                 parts.append(
                     Estimate(value, torch.zeros_like(value), *[torch.full_like(value, math.nan)] * 2, total, self)

@@ -2,6 +2,7 @@ r"""Proposals: what latents are drawn from, and where annealing starts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -148,6 +149,9 @@ class Mixed(Proposal):
             raise ValueError(
                 f"shares must hold one number a proposal, got {len(self.shares)} for {len(self.proposals)}."
             )
+        for proposal in self.proposals:
+            if not isinstance(proposal, Proposal):
+                raise TypeError(f"proposals must be ones such as estimators.Widened(), got {proposal!r}.")
         for share in self.shares:
             check_positive("shares", share)
 
@@ -279,6 +283,7 @@ def _tuned(
     args: tuple,
     kwargs: dict,
 ) -> Callable:
+    bound = copy(bound)  # it counts steps, and those of its training are others
     changes: dict[tuple[str, ...], Tensor] = {}
     tuned = _Changed(
         guide, lambda name, p: _shifted(p, (name,), changes, structure.max_plate_nesting, len(p.batch_shape))

@@ -6,7 +6,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 from pyrovae.checks import sample_sites
 from pyrovae.estimators.base import Task, prior_of
@@ -63,14 +63,14 @@ class Target:
         self.task, self.start, self.depth = task, start, structure.max_plate_nesting
         with torch.no_grad():
             trace, _ = task.draw(1, start.guide)
-            prior, _ = task.draw(1, prior_of(task.model))
-        self._layout(trace, prior)
+            prior, other = (task.draw(1, prior_of(task.model))[0] for _ in range(2))
+        self._layout(trace, prior, other)
         own = [site for site in sample_sites(trace).values() if not site["is_observed"]]
         # The distribution of a single site depends on nothing that is drawn: its encoder need not run again.
         self._fixed = own[0]["fn"] if len(own) == 1 else None
-        self._template = trace
+        self.template = trace
 
-    def _layout(self, trace: poutine.Trace, prior: poutine.Trace) -> None:
+    def _layout(self, trace: poutine.Trace, prior: poutine.Trace, other: poutine.Trace) -> None:
         self.sites, at = [], 0
         for name, site in sample_sites(trace).items():
             if site["is_observed"]:
@@ -85,6 +85,12 @@ class Target:
                     f'the latents at site "{name}" live in a space ({support}) that real numbers are not mapped to one to '
                     "one, and gradients would lead out of it. Take ImportanceSampling()."
                 ) from None
+            bounds = zip(_bounds(support), _bounds(other.nodes[name]["fn"].support), strict=True)
+            if not all(torch.equal(a, b) for a, b in bounds):
+                raise ValueError(
+                    f'the space of the latents at site "{name}" ({support}) depends on other latents. Draw them from one that '
+                    "does not, and map them in the model; or take ImportanceSampling()."
+                )
             shape = tuple(transform.inverse_shape(event)) if event else ()
             if _is_identity(transform):
                 transform = None
@@ -123,7 +129,7 @@ class Target:
 
     def _unpack(self, u: Tensor) -> tuple[poutine.Trace, Tensor | float]:
         """Returns a trace with the latents, and the log of how much volume the maps from real numbers make."""
-        trace, log_det = self._template.copy(), 0.0
+        trace, log_det = self.template.copy(), 0.0
         for site in self.sites:
             part = u[..., site.columns].reshape(*u.shape[:2], *site.plates, *site.event).movedim(1, self.depth)
             value = part
@@ -144,7 +150,7 @@ class Target:
                 return prior + log_det, likelihood.expand(u.shape[:2])
             if self._fixed is not None:
                 (site,) = self.sites
-                node = self._template.nodes[site.name]
+                node = self.template.nodes[site.name]
                 log_q = per_datum(node, log_prob_of({**node, "value": trace.nodes[site.name]["value"]}))
             else:
                 log_q = log_density(self.task, self.start.guide, trace, chains)
@@ -178,6 +184,11 @@ def _gradient(term: Tensor, u: Tensor, retain: bool) -> Tensor:
         return torch.zeros_like(u)
     (gradient,) = torch.autograd.grad(term.sum(), u, retain_graph=retain, allow_unused=True)
     return torch.zeros_like(u) if gradient is None else gradient
+
+
+def _bounds(support: constraints.Constraint) -> list[Tensor]:
+    own = [bound for bound in vars(support).values() if isinstance(bound, Tensor)]
+    return own + (_bounds(support.base_constraint) if hasattr(support, "base_constraint") else [])
 
 
 def _is_identity(transform: torch.distributions.Transform) -> bool:

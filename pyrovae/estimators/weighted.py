@@ -50,7 +50,7 @@ class _Weighted(Estimator):
                     checked = True
                     sums.add(prior + likelihood - log_q_here)
                     done += k
-                    task.bar.update(k * task.size)
+                    task.advance(k * task.size)
         return sums.estimate(self, self.smoothed)
 
 

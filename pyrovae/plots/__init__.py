@@ -3,6 +3,30 @@
 matplotlib is imported here and nowhere else.
 """
 
+from pyrovae.plots.exploration import interpolations, latent_map, traversals
+from pyrovae.plots.features import quality
+from pyrovae.plots.information import collapse, collapse_history
+from pyrovae.plots.nats import gaps
 from pyrovae.plots.pictures import latent_space, learning_curve, reconstructions, samples
+from pyrovae.plots.posteriors import calibration, posterior_check, reliability
+from pyrovae.plots.scores import anomalies
+from pyrovae.plots.spectra import sharpness
 
-__all__ = ["latent_space", "learning_curve", "reconstructions", "samples"]
+__all__ = [
+    "anomalies",
+    "calibration",
+    "collapse",
+    "collapse_history",
+    "gaps",
+    "interpolations",
+    "latent_map",
+    "latent_space",
+    "learning_curve",
+    "posterior_check",
+    "quality",
+    "reconstructions",
+    "reliability",
+    "samples",
+    "sharpness",
+    "traversals",
+]

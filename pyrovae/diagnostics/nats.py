@@ -144,7 +144,7 @@ class Gaps(Diagnosis):
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
-        from pyrovae.plots.gaps import gaps as draw
+        from pyrovae.plots.nats import gaps as draw
 
         return draw(self, path)
 

@@ -12,7 +12,7 @@ from pyro import distributions as dist
 
 from pyrovae import VAE, encoders, likelihoods, nn, priors, structures
 from pyrovae.data import split_missing
-from pyrovae.diagnostics.sharpness import _bands, _laplacian, _power, sharpness
+from pyrovae.diagnostics.spectra import _bands, _laplacian, _power, sharpness
 
 FAILURE_RATE = 1e-4
 
@@ -145,7 +145,7 @@ def test_flat_images_are_seen_as_what_they_are():
 def test_chunks_change_nothing(monkeypatch):
     x, pair = torch.randn(23, 1, 5, 5).double(), constant_pair(torch.zeros(1, 5, 5), 1.0)
     whole = sharpness(*pair, x)
-    monkeypatch.setattr("pyrovae.diagnostics.sharpness._CHUNK", 4 * 25)
+    monkeypatch.setattr("pyrovae.diagnostics.spectra._CHUNK", 4 * 25)
     parts = sharpness(*pair, x)
     torch.testing.assert_close(parts.power, whole.power)
     torch.testing.assert_close(parts.error, whole.error)

@@ -139,7 +139,7 @@ class Sharpness(Diagnosis):
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
-        from pyrovae.plots.sharpness import sharpness
+        from pyrovae.plots.spectra import sharpness
 
         return sharpness(self, path)
 

@@ -160,7 +160,7 @@ class Collapse(Diagnosis):
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
-        from pyrovae.plots.collapse import collapse
+        from pyrovae.plots.information import collapse
 
         return collapse(self, path)
 
@@ -348,7 +348,7 @@ class CollapseMonitor:
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draws the records by epoch; returns the matplotlib figure, and writes it if a path is given."""
-        from pyrovae.plots.collapse import collapse_history
+        from pyrovae.plots.information import collapse_history
 
         return collapse_history(self.records, path)
 

@@ -173,7 +173,7 @@ class Quality(Diagnosis):
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
-        from pyrovae.plots.quality import quality
+        from pyrovae.plots.features import quality
 
         return quality(self, path)
 
