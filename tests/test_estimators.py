@@ -156,8 +156,8 @@ def over(space: Space, vae: VAE, x: Tensor, context: Tensor | None = None) -> Te
 def nonlinear(activation: type[nn.Module], latent_dim: int = 2, context_dim: int = 0) -> VAE:
     network = partial(MLP, hidden=(8,), activation=activation)
     likelihood = likelihoods.Normal(latent_dim, 3, network, scale=0.2, context_dim=context_dim)
-    for layer in likelihood.network.layers:
-        layer.weight.data.mul_(3)
+    for p in likelihood.network.parameters():
+        p.data.mul_(2)
     q = encoders.DiagonalNormal(3, latent_dim, AFFINE, context_dim=context_dim)
     return VAE(priors.StandardNormal(latent_dim), likelihood, q).double()
 

@@ -1,6 +1,7 @@
 r"""Where a model loses nats: between log p(x) and the bound that it was trained by."""
 
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,8 +121,8 @@ class Gaps(Diagnosis):
             error = self._generalization_error()
             lines.append(f"{'generalisation gap':26}{f'{self.generalization.item():.3f} ± {error:.3f}':>24}")
         untrusted = sum(int((~losses.estimate.trusted).sum()) for losses in sides.values())
-        lines.append(f"nats a datum ± standard error over data; log p(x) not to be trusted for {untrusted} of them")
-        return "\n".join([*lines, self.verdict])
+        lines.append(f"nats a datum ± standard error over data; log p(x) not to be trusted: {untrusted:,}")
+        return "\n".join([*lines, textwrap.fill(self.verdict, 80)])
 
     def summary(self) -> dict[str, Any]:
         def of(losses: Losses) -> dict[str, float]:
@@ -158,7 +159,7 @@ def gaps(
     method: Estimator | None = None,
     num_samples: int = 500,
     num_steps: int = 300,
-    learning_rate: float = 0.05,
+    learning_rate: float = 0.1,
     progress: bool = True,
     **kwargs: Any,
 ) -> Gaps:
@@ -237,7 +238,7 @@ def _losses(
     with evaluation_mode(), tqdm(total=size, desc=f"best q, {what}", unit="datum", disable=not progress) as bar:
         for start in range(0, size, _DATA):
             part, named = _rows(slice(start, start + _DATA), args, kwargs)
-            bound = bounds.ELBO(num_particles=8)
+            bound = bounds.ELBO(num_particles=16)
             tuned = refine(model, guide, *part, bound=bound, num_steps=num_steps, learning_rate=learning_rate, **named)
             row = []
             for q in (tuned, guide):

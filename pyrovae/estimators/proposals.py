@@ -192,7 +192,7 @@ class Refined(Proposal):
     Refined(num_steps=50)
     """
 
-    def __init__(self, num_steps: int = 100, learning_rate: float = 0.05, bound: Bound | None = None):
+    def __init__(self, num_steps: int = 100, learning_rate: float = 0.1, bound: Bound | None = None):
         check_count("num_steps", num_steps)
         check_positive("learning_rate", learning_rate)
         if bound is not None and not isinstance(bound, Bound):
@@ -213,7 +213,7 @@ def refine(
     *args: Any,
     bound: Bound | None = None,
     num_steps: int = 100,
-    learning_rate: float = 0.05,
+    learning_rate: float = 0.1,
     **kwargs: Any,
 ) -> Callable:
     r"""Tunes a guide to each of some data by gradient steps; returns a Pyro guide for these data, in this order.
