@@ -294,6 +294,7 @@ def diagnose(
     split: Part = "test",
     num_data: int = 300,
     method: Estimator | None = None,
+    nuts_samples: int = 1000,
     other: str | None = None,
     output: str | None = None,
     data: str | None = None,
@@ -307,9 +308,11 @@ def diagnose(
     Args:
         run: the run directory.
         split: the part of the data to look at.
-        num_data: look at the first so many; the slower looks take a third of them, and posteriors are checked for three.
+        num_data: look at the first so many; gaps are measured on a third of them.
         method: the class of the estimator of log p(x) that gaps are measured from, one of pyrovae.estimators;
             AnnealedImportanceSampling unless named.
+        nuts_samples: draws of each of two NUTS chains that the posteriors of three data are compared with, after half as many
+            to warm up: the slowest part. At least 100, or 0 to leave it out.
         other: a second data set of the same shape to tell from the first; without one, the most unusual data are listed.
         output: a directory for the results; diagnosis-<split> in the run directory unless named.
         data: another data set of the same shape; the run's own unless named.
@@ -320,6 +323,8 @@ def diagnose(
     """
     if num_data < 30:
         raise ValueError(f"num_data must be at least 30 for a diagnosis, got {num_data}.")
+    if nuts_samples and nuts_samples < 100:
+        raise ValueError(f"nuts_samples must be at least 100, or 0 to leave NUTS out; got {nuts_samples}.")
     out = Path(output) if output is not None else Path(run) / f"diagnosis-{split}"
     if out.exists():
         raise FileExistsError(f"{out} is there already. Name another place with --output.")
@@ -345,8 +350,10 @@ def diagnose(
         "gaps": lambda: diagnostics.gaps(*pair, x[:few], train=None if split == "train" else train[:few], method=method),
         "collapse": lambda: diagnostics.collapse(*pair, x),
         "reliability": lambda: diagnostics.reliability(*pair, x),
-        "posterior": lambda: diagnostics.posterior_check(*pair, x[:3]),
-        "calibration": lambda: diagnostics.calibration(*pair, x),
+        "posterior": lambda: diagnostics.posterior_check(
+            *pair, x[:3], num_samples=nuts_samples, warmup_steps=nuts_samples // 2
+        ),
+        "calibration": lambda: diagnostics.calibration(*pair, x, num_rounds=-(-300 // len(x))),
         "sharpness": lambda: diagnostics.sharpness(*pair, x),
         "quality": lambda: diagnostics.quality(*pair, x),
         "anomalies": lambda: diagnostics.anomalies(*pair, x, other=strange, reference=train),
@@ -354,6 +361,8 @@ def diagnose(
         "interpolations": lambda: diagnostics.interpolations(*pair, x),
         "latent_map": lambda: diagnostics.latent_map(*pair, x, labels=labels),
     }
+    if nuts_samples == 0:
+        del looks["posterior"]
     results, verdicts = {}, []
     for name, look in looks.items():
         print(f"\n== {name.replace('_', ' ')}: {QUESTIONS[name]}")

@@ -15,7 +15,7 @@ import yaml
 
 import pyrovae
 from pyrovae import data
-from pyrovae.cli import main
+from pyrovae.cli import QUESTIONS, main
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_evaluate_writes_what_log_marginal_gives(run, tmp_path, capsys):
     out = tmp_path / "scores.csv"
     main(["evaluate", str(run), "--num-samples", "300", "--output", str(out), "--split", "validation", "--seed", "3"])
     table = np.genfromtxt(out, delimiter=",", names=True)
-    assert table.dtype.names == ("datum", "value", "standard_error", "ess", "khat")
+    assert table.dtype.names == ("datum", "value", "standard_error", "ess", "khat", "trusted")
 
     vae, _ = pyrovae.load_run(run)
     x = data.static_binarization(data.load("digits").validation.x, seed=1)
@@ -155,6 +155,77 @@ def test_evaluate_writes_what_log_marginal_gives(run, tmp_path, capsys):
     np.testing.assert_allclose(table["value"], estimate.value, rtol=1e-7)
     assert str(estimate) in capsys.readouterr().out
     assert "already" in error_of("evaluate", run, "--output", out)
+
+
+@pytest.mark.parametrize(
+    ("options", "unit"),
+    [
+        (["AnnealedImportanceSampling", "--method.num_temperatures", "20", "--method.schedule", "Sigmoid"], "32 chains"),
+        (["ImportanceSampling", "--method.num_samples", "100", "--method.proposal", "Mixed"], "100 samples"),
+    ],
+    ids=["annealed", "mixed"],
+)
+def test_evaluate_takes_an_estimator(options, unit, run, tmp_path, capsys):
+    out = tmp_path / "scores.csv"
+    main(["evaluate", str(run), "--num-data", "20", "--output", str(out), "--method", *options])
+    text = capsys.readouterr().out
+    assert f"from {unit} a datum" in text and "from 20 data" in text
+    table = np.genfromtxt(out, delimiter=",", names=True)
+    assert len(table) == 20 and np.isfinite(table["value"]).all() and set(table["trusted"]) <= {0.0, 1.0}
+    if "AnnealedImportanceSampling" in options:
+        assert (table["acceptance"] > 0.2).all() and (table["diverged"] == 0).all()
+    # Both estimate the same: their difference is within their errors.
+    main(["evaluate", str(run), "--num-data", "20", "--num-samples", "2000", "--output", str(tmp_path / "plain.csv")])
+    plain = np.genfromtxt(tmp_path / "plain.csv", delimiter=",", names=True)
+    error = np.sqrt(np.square(table["standard_error"]).sum() + np.square(plain["standard_error"]).sum())
+    assert abs((table["value"] - plain["value"]).sum()) < 5 * error
+
+
+def test_evaluate_scores_training_data_that_were_binarised_for_each_batch(run, capsys):
+    main(["evaluate", str(run), "--split", "train", "--num-data", "30", "--num-samples", "50"])
+    assert "train: log p(x) = -" in capsys.readouterr().out
+
+
+def test_a_method_that_is_not_for_the_run_ends_in_one_line(run):
+    assert "up to 3 latent dimensions, got 16" in error_of("evaluate", run, "--method", "Quadrature")
+    assert "--method.num_samples 7" in error_of("evaluate", run, "--method", "CUBO", "--num-samples", "7")
+
+
+def test_diagnose_says_what_a_run_learned(run, tmp_path, capsys):
+    out, before = tmp_path / "diagnosis", digest(run)
+    options = ["--nuts-samples", "0", "--method", "ImportanceSampling", "--num-data", "40", "--output", str(out)]
+    main(["diagnose", str(run), *options])
+    text = capsys.readouterr().out
+    results = json.loads((out / "diagnosis.json").read_text())
+    assert {name for name, result in results.items() if "skipped" not in result} == {*QUESTIONS} - {"posterior"}
+    assert {p.stem for p in out.glob("*.png")} == {*results, "collapse_history"}
+    for name in results:
+        assert f": {QUESTIONS[name]}" in text
+        assert results[name]["verdict"].split()[0] in text
+    assert max(map(len, text.split("== in short")[1].splitlines()[:-1])) <= 80
+    assert digest(run) == before
+    assert "is there already" in error_of("diagnose", run, "--output", out)
+    assert "nuts_samples must be at least 100, or 0" in error_of("diagnose", run, "--nuts-samples", "5")
+    assert "num_data must be at least 30" in error_of("diagnose", run, "--num-data", "5")
+
+
+def test_training_records_whether_the_latents_collapse(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][:-1]
+    looked = [record for record in records if "mutual_information" in record]
+    assert len(looked) == 40 and all(0 <= record["active_units"] <= 16 for record in looked)
+    assert looked[-1]["mutual_information"] > looked[0]["mutual_information"]
+
+
+def test_diagnose_leaves_out_what_is_not_for_the_parts(tmp_path, capsys):
+    parts = ["--prior", "OneHotCategorical", "--prior.num_classes", "4", "--encoder", "OneHotCategorical"]
+    parts += ["--encoder.num_classes", "4", "--latent-dim", "8"]
+    directory = tmp_path / "classes"
+    main(["train", "--run", str(directory), "--epochs", "2", "--num-samples", "20", *parts])
+    main(["diagnose", str(directory), "--num-data", "30"])
+    results = json.loads((directory / "diagnosis-test" / "diagnosis.json").read_text())
+    assert "skipped" in results["posterior"] and "skipped" in results["traversals"]
+    assert results["gaps"]["test"]["untrusted"] == 0  # by enumeration
+    assert "not for this model" in capsys.readouterr().out
 
 
 def test_sample_and_reconstruct_write_pictures_and_arrays(run, tmp_path):

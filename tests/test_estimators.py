@@ -142,15 +142,17 @@ def test_a_mixture_of_normals_for_a_prior_has_its_closed_form(method):
 
 def over(space: Space, vae: VAE, x: Tensor, context: Tensor | None = None) -> Tensor:
     """Returns log p(x) by a sum over a space of latents, one datum at a time."""
-    z = space.points
-    prior = vae.prior().log_prob(z) + space.log_weights
-    rows = zip(x, [None] * len(x) if context is None else context, strict=True)
-    return torch.stack(
-        [
-            (prior + vae.decode(z, None if c is None else c.expand(len(z), -1)).log_prob(row)).logsumexp(0)
-            for row, c in rows
+    prior = vae.prior().log_prob(space.points) + space.log_weights
+
+    def one(row: Tensor, context: Tensor | None) -> Tensor:
+        likelihood = [
+            vae.decode(z, None if context is None else context.expand(len(z), -1)).log_prob(row)
+            for z in space.points.split(50_000)
         ]
-    ).detach()
+        return (prior + torch.cat(likelihood)).logsumexp(0)
+
+    with torch.no_grad():
+        return torch.stack([one(*pair) for pair in zip(x, [None] * len(x) if context is None else context, strict=True)])
 
 
 def nonlinear(activation: type[nn.Module], latent_dim: int = 2, context_dim: int = 0) -> VAE:
@@ -174,7 +176,7 @@ def test_a_nonlinear_decoder_agrees_with_an_independent_quadrature(method):
     x = vae.sample(20)
     estimate = log_marginal(vae.model, vae.guide, x, method=method)
     if isinstance(method, Quadrature):
-        torch.testing.assert_close(estimate.value, over(grid(2, 0.01), vae, x), rtol=0, atol=1e-6)
+        torch.testing.assert_close(estimate.value, over(grid(2, 0.02), vae, x), rtol=0, atol=1e-6)
     else:
         trusted = estimate.trusted
         assert trusted.float().mean() > 0.5
@@ -186,7 +188,7 @@ def test_quadrature_says_how_far_kinks_may_lead_it_astray():
     vae = nonlinear(nn.ReLU)
     x = vae.sample(20)
     estimate = log_marginal(vae.model, None, x, method=Quadrature())
-    error = (estimate.value - over(grid(2, 0.005), vae, x)).abs()
+    error = (estimate.value - over(grid(2, 0.01), vae, x)).abs()
     assert (error < estimate.standard_error + 1e-4).all()  # 1e-4: of the other grid, by halving its step
     assert estimate.standard_error.max() < 0.02
 
@@ -260,9 +262,9 @@ def hierarchy() -> structures.HierarchicalVAE:
     tanh = partial(MLP, hidden=(6,), activation=nn.Tanh)
     return structures.HierarchicalVAE(
         prior=priors.StandardNormal(1),
-        conditionals=[encoders.DiagonalNormal(1, 2, tanh)],
-        likelihood=likelihoods.Normal(2, 4, tanh, scale=0.5),
-        encoders=[encoders.DiagonalNormal(4, 2, tanh), encoders.DiagonalNormal(2, 1, tanh)],
+        conditionals=[encoders.DiagonalNormal(1, 1, tanh)],
+        likelihood=likelihoods.Normal(1, 4, tanh, scale=0.5),
+        encoders=[encoders.DiagonalNormal(4, 1, tanh), encoders.DiagonalNormal(1, 1, tanh)],
     ).double()
 
 
@@ -279,7 +281,7 @@ def hierarchy() -> structures.HierarchicalVAE:
 def test_a_hierarchy_agrees_with_its_quadrature(method):
     vae = hierarchy()
     x = vae.sample(20)
-    expected = log_marginal(vae.model, None, x, method=Quadrature(80_000))
+    expected = log_marginal(vae.model, None, x, method=Quadrature(10_000))
     assert expected.standard_error.max() < 1e-3
     assert_agrees(log_marginal(vae.model, vae.guide, x, method=method), expected.value)
 
@@ -304,7 +306,7 @@ def test_an_inner_plate_of_continuous_latents_is_gone_over():
 def test_contexts_reach_every_method():
     vae, context = nonlinear(nn.Tanh, 1, context_dim=2), doubles(15, 2)
     x = vae.sample(1, context)[0]
-    expected = over(line(0.0, 1.0, 1 / 32), vae, x, context)
+    expected = over(product(line(0.0, 1.0, 1 / 32)), vae, x, context)
     for method in (Quadrature(2000), ImportanceSampling(4000, Mixed()), ImportanceSampling(2000, Refined(60)), ANNEALED[0]):
         by_name = log_marginal(vae.model, vae.guide, x, context=context, method=method, max_memory=1e6)
         if isinstance(method, Quadrature):
@@ -416,7 +418,7 @@ def test_cubo_is_its_closed_form_and_above_the_truth(order):
     q = torch.distributions.MultivariateNormal(q.mean.detach(), q.covariance_matrix.detach())
     expected = known.marginal().log_prob(x) + known.log_chernoff(x, q, order) / order
     assert_agrees(estimate, expected)
-    assert ((expected - known.marginal().log_prob(x)) > 0.1).all()
+    assert ((expected - known.marginal().log_prob(x)) > 0.05).all()
     assert (estimate.value > known.marginal().log_prob(x)).all()
     assert "log p(x) <= " in str(estimate)
 
@@ -444,7 +446,7 @@ def test_mixtures_weigh_draws_against_the_density_of_the_whole():
     mixture = torch.logaddexp(math.log(76 / 101) + vae.encode(x).log_prob(z), math.log(25 / 101) + prior)
     log_w = prior + likelihood - mixture
     torch.testing.assert_close(estimate.value, log_w.logsumexp(0) - math.log(101), rtol=0, atol=ROUNDING)
-    assert (log_w <= math.log(101 / 25) + likelihood).all()
+    assert (log_w <= math.log(101 / 25) + likelihood + ROUNDING).all()
     largest = -1.5 * math.log(2 * math.pi * known.scale**2)  # of p(x | z)
     assert (estimate.value <= math.log(101 / 25) + largest).all()
 
@@ -543,11 +545,14 @@ def fitting(case: Case) -> VAE:
 @pytest.mark.parametrize("case", ENCODERS, ids=lambda case: case.name)
 def test_refining_raises_the_bound_of_every_encoder_and_trains_nothing(case):
     vae = fitting(case)
-    arguments = inputs(case, vae.encoder, 6)
+    x, *rest = inputs(case, vae.encoder, 6)
+    arguments = (3 * x, *rest)  # far from what an encoder that has learned nothing makes of it
     for p in vae.parameters():
         p.grad = torch.full_like(p, 3.0)
     state = {name: t.clone() for name, t in vae.state_dict().items()}
-    refined = refine(vae.model, vae.guide, *arguments, num_steps=40, learning_rate=0.1)
+    stratified = case.name.endswith("stratified")  # whose draws depend on one another: for the ELBO alone
+    bound = ELBO(8) if stratified else IWAE(8)
+    refined = refine(vae.model, vae.guide, *arguments, bound=bound, num_steps=80)
     assert all(torch.equal(t, state[name]) for name, t in vae.state_dict().items())
     assert all((p.grad == 3.0).all() for p in vae.parameters())
 

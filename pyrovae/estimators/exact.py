@@ -109,6 +109,7 @@ class Quadrature(_Deterministic):
             log_f = log_f.double().unflatten(0, shape)
             found = _log_integral(log_f, low, high, 1)
             changed = (found - _log_integral(log_f, low, high, 2)).abs().nan_to_num(nan=math.inf)
+            changed = changed + _share_outside(log_f, low.shape[-1])
             # Of all grids the one whose points matter least: a heavy tail can lead the last ones astray.
             value, error = torch.where(changed <= error, found, value), torch.minimum(changed, torch.as_tensor(error))
             low, high, moved = _closer(log_f, low, high, side)
@@ -147,6 +148,13 @@ def _closer(log_f: Tensor, low: Tensor, high: Tensor, side: int) -> tuple[Tensor
     shrunk = (new_high - new_low) < 0.8 * (high - low)
     moved = (grown | shrunk).any(-1, keepdim=True)
     return torch.where(moved, new_low, low), torch.where(moved, new_high, high), bool(moved.any())
+
+
+def _share_outside(log_f: Tensor, dim: int) -> Tensor:
+    """Returns the outermost points' share of all, as a guess of what lies beyond them; as nats, infinite if it is all."""
+    edge = max(1, len(log_f) // 20)
+    inside = log_f[(slice(edge, -edge),) * dim].flatten(0, dim - 1).logsumexp(0)
+    return (log_f.flatten(0, dim - 1).logsumexp(0) - inside).nan_to_num(nan=math.inf)
 
 
 def _log_integral(log_f: Tensor, low: Tensor, high: Tensor, stride: int) -> Tensor:
