@@ -178,6 +178,7 @@ class PosteriorCheck(Diagnosis):
                 }
                 for i, d in enumerate(worst.tolist())
             ],
+            "verdict": self.verdict,
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -381,6 +382,7 @@ class Calibration(Diagnosis):
                 }
                 for i, name in enumerate(self.names)
             },
+            "verdict": self.verdict,
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -551,6 +553,7 @@ class Reliability(Diagnosis):
             **dict(zip(("good", "usable", "untrusted"), self.counts, strict=True)),
             "ess_quantiles": [_plain(value) for value in self._ess_quantiles()],
             "worst": [{"datum": i, "khat": _plain(self.khat[i]), "ess": _plain(self.ess[i])} for i in self._worst(5)],
+            "verdict": self.verdict,
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
