@@ -2,22 +2,18 @@
 
 import itertools
 import math
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pyro
 import pytest
 import scipy.stats
 import torch
-from cases import SMALL, Case, cases, inputs
+from cases import SMALL
 from linear_gaussian import (
     AFFINE,
     Truth,
-    assert_fraction,
-    assert_mean,
     assert_unit_scores,
-    elbo_of,
-    repeat,
     set_affine,
     truth,
     vae_of,
@@ -27,7 +23,7 @@ from pyro import poutine
 from spaces import Space, line, product, simplex
 from torch import Tensor, nn
 
-from pyrovae import VAE, Estimate, encoders, likelihoods, log_marginal, log_weights, priors, structures
+from pyrovae import VAE, Estimate, encoders, likelihoods, log_marginal, priors, structures
 from pyrovae.bounds import ELBO, IWAE, StickingTheLanding
 from pyrovae.estimators import (
     CUBO,
@@ -44,9 +40,7 @@ from pyrovae.estimators import (
     SequentialMonteCarlo,
     Sigmoid,
     Widened,
-    refine,
 )
-from pyrovae.estimators.weighted import _shares, _WeightSums
 from pyrovae.nn import MLP, OneHotInput
 
 # Chance that a statistical test here fails with another seed although the library is right.
@@ -63,7 +57,7 @@ CONTINUOUS = [
     ImportanceSampling(4000, Widened(1.3)),
     ImportanceSampling(4000, Mixed()),
     ImportanceSampling(4000, Mixed([Guide(), Widened(2.0), Prior()], [0.6, 0.3, 0.1])),
-    ImportanceSampling(2000, Refined(30)),
+    ImportanceSampling(2000, Refined(60, 0.05)),
     *ANNEALED,
 ]
 each = partial(pytest.mark.parametrize, ids=repr)
@@ -153,7 +147,9 @@ def over(space: Space, vae: VAE, x: Tensor, context: Tensor | None = None) -> Te
         return (prior + torch.cat(likelihood)).logsumexp(0)
 
     with torch.no_grad():
-        return torch.stack([one(*pair) for pair in zip(x, [None] * len(x) if context is None else context, strict=True)])
+        return torch.stack(
+            [one(*pair) for pair in zip(x, [None] * len(x) if context is None else context, strict=True)]
+        )
 
 
 def nonlinear(activation: type[nn.Module], latent_dim: int = 2, context_dim: int = 0) -> VAE:
@@ -171,36 +167,44 @@ def grid(latent_dim: int, step: float) -> Space:
     return product(*[Space(points, torch.full_like(points, math.log(step)))] * latent_dim)
 
 
-@each("method", [ImportanceSampling(4000, Refined(60)), *ANNEALED, Quadrature()])
-def test_a_nonlinear_decoder_agrees_with_an_independent_quadrature(method):
+@cache
+def curved() -> tuple[VAE, Tensor, Tensor]:
+    """A model with a tanh decoder, data, and their log p(x)."""
     vae = nonlinear(nn.Tanh)
     x = vae.sample(20)
+    return vae, x, over(grid(2, 0.04), vae, x)
+
+
+@each("method", [ImportanceSampling(4000, Refined(60)), *ANNEALED, Quadrature()])
+def test_a_nonlinear_decoder_agrees_with_an_independent_quadrature(method):
+    vae, x, expected = curved()
     estimate = log_marginal(vae.model, vae.guide, x, method=method)
     if isinstance(method, Quadrature):
-        torch.testing.assert_close(estimate.value, over(grid(2, 0.02), vae, x), rtol=0, atol=1e-6)
+        torch.testing.assert_close(estimate.value, expected, rtol=0, atol=1e-6)
     else:
         trusted = estimate.trusted
         assert trusted.float().mean() > 0.5
-        z = (estimate.value - over(grid(2, 0.02), vae, x)) / estimate.standard_error
-        assert_unit_scores(z[trusted], FAILURE_RATE)
+        assert_unit_scores(((estimate.value - expected) / estimate.standard_error)[trusted], FAILURE_RATE)
 
 
-def test_quadrature_says_how_far_kinks_may_lead_it_astray():
+def test_quadrature_says_how_far_kinks_lead_it_astray():
     vae = nonlinear(nn.ReLU)
-    x = vae.sample(20)
+    x = vae.sample(8)
     estimate = log_marginal(vae.model, None, x, method=Quadrature())
-    error = (estimate.value - over(grid(2, 0.01), vae, x)).abs()
-    assert (error < estimate.standard_error + 1e-4).all()  # 1e-4: of the other grid, by halving its step
-    assert estimate.standard_error.max() < 0.02
+    error = (estimate.value - over(grid(2, 0.02), vae, x)).abs()
+    assert error.mean() < estimate.standard_error.mean()  # of one datum, either may be small by chance
+    assert estimate.standard_error.max() < 0.01
+    assert estimate.trusted.all()
 
 
 @each("latent_dim", [1, 2, 3])
 def test_quadrature_finds_a_posterior_that_is_narrow_and_far_away(latent_dim):
     # A thousandth of the prior's width, 5 of its standard deviations off; correlated, so that no axis follows it.
-    known = Truth(truth(latent_dim, 4).weight, doubles(4), 1e-3)
+    left, _, right = torch.linalg.svd(doubles(4, latent_dim), full_matrices=False)
+    known = Truth(left * torch.linspace(1, 0.5, latent_dim) @ right, doubles(4), 1e-3)
     vae, x = vae_of(known), known.bias + 5 * doubles(5, latent_dim).sign() @ known.weight.T
     estimate = log_marginal(vae.model, None, x, method=Quadrature())
-    assert known.posterior(x).stddev.max() < 0.02
+    assert known.posterior(x).stddev.max() < 3e-3
     torch.testing.assert_close(estimate.value, known.marginal().log_prob(x), rtol=1e-7, atol=1e-4)
     assert estimate.trusted.all()
 
@@ -268,14 +272,20 @@ def test_latents_on_a_simplex_agree_with_a_quadrature_there(build, method):
         assert_agrees(estimate, expected)
 
 
-def hierarchy() -> structures.HierarchicalVAE:
+@cache
+def hierarchy() -> tuple[structures.HierarchicalVAE, Tensor, Tensor]:
+    """A model of two levels, data, and their log p(x)."""
     tanh = partial(MLP, hidden=(6,), activation=nn.Tanh)
-    return structures.HierarchicalVAE(
+    vae = structures.HierarchicalVAE(
         prior=priors.StandardNormal(1),
         conditionals=[encoders.DiagonalNormal(1, 1, tanh)],
         likelihood=likelihoods.Normal(1, 4, tanh, scale=0.5),
         encoders=[encoders.DiagonalNormal(4, 1, tanh), encoders.DiagonalNormal(1, 1, tanh)],
     ).double()
+    x = vae.sample(20)
+    exact = log_marginal(vae.model, None, x, method=Quadrature(10_000))
+    assert exact.standard_error.max() < 1e-3
+    return vae, x, exact.value
 
 
 @each(
@@ -289,11 +299,8 @@ def hierarchy() -> structures.HierarchicalVAE:
     ],
 )
 def test_a_hierarchy_agrees_with_its_quadrature(method):
-    vae = hierarchy()
-    x = vae.sample(20)
-    expected = log_marginal(vae.model, None, x, method=Quadrature(10_000))
-    assert expected.standard_error.max() < 1e-3
-    assert_agrees(log_marginal(vae.model, vae.guide, x, method=method), expected.value)
+    vae, x, expected = hierarchy()
+    assert_agrees(log_marginal(vae.model, vae.guide, x, method=method), expected)
 
 
 def test_an_inner_plate_of_continuous_latents_is_gone_over():
@@ -317,7 +324,12 @@ def test_contexts_reach_every_method():
     vae, context = nonlinear(nn.Tanh, 1, context_dim=2), doubles(15, 2)
     x = vae.sample(1, context)[0]
     expected = over(product(line(0.0, 1.0, 1 / 32)), vae, x, context)
-    for method in (Quadrature(2000), ImportanceSampling(4000, Mixed()), ImportanceSampling(2000, Refined(60)), ANNEALED[0]):
+    for method in (
+        Quadrature(2000),
+        ImportanceSampling(4000, Mixed()),
+        ImportanceSampling(2000, Refined(60)),
+        ANNEALED[0],
+    ):
         by_name = log_marginal(vae.model, vae.guide, x, context=context, method=method, max_memory=1e6)
         if isinstance(method, Quadrature):
             torch.testing.assert_close(by_name.value, expected, rtol=0, atol=1e-5)
@@ -389,34 +401,9 @@ def test_enumeration_goes_over_sites_that_depend_on_each_other_and_plates():
     x = doubles(12, 2)
     estimate = log_marginal(model, None, x, method=Enumeration())
     assert estimate.num_samples == 12
-    torch.testing.assert_close(estimate.value, torch.tensor([log_prob(r) for r in x.tolist()]).double(), rtol=0, atol=1e-6)
-
-
-# --------------------------------------------------------------------------------------------- what the theory says
-
-
-UNBIASED = [Guide(), Widened(1.3), Mixed(), Mixed([Guide(), Widened(1.5), Prior()], [0.5, 0.3, 0.2]), Refined(20)]
-
-
-@each("proposal", UNBIASED)
-def test_the_estimate_of_p_is_unbiased_whatever_is_drawn_from(proposal):
-    known = truth(2, 3)
-    vae, x = vae_of(known, widen=1.5, shift=0.5), known.marginal().sample().expand(2000, -1)
-    estimate = log_marginal(vae.model, vae.guide, x, method=ImportanceSampling(8, proposal))
-    ratio = (estimate.value - known.marginal().log_prob(x)).exp()
-    assert_mean(ratio, torch.tensor(1.0), FAILURE_RATE)
-    assert 0.01 < ratio.std() < 1.5
-
-
-@each("proposal", [Guide(), Widened(1.2), Mixed(), Refined(20)])
-def test_intervals_cover_the_truth_as_often_as_they_say(proposal):
-    known = truth(2, 3)
-    vae, x = vae_of(known, widen=1.4), known.marginal().sample((1000,))
-    estimate = log_marginal(vae.model, vae.guide, x, method=ImportanceSampling(500, proposal))
-    covered = ((estimate.value - known.marginal().log_prob(x)).abs() <= 1.96 * estimate.standard_error).sum().item()
-    # The window is four standard errors of a share of 1,000 wide, to either side.
-    assert 920 <= covered <= 980
-    assert_fraction(covered, 1000, 0.95, FAILURE_RATE)
+    torch.testing.assert_close(
+        estimate.value, torch.tensor([log_prob(r) for r in x.tolist()]).double(), rtol=0, atol=1e-6
+    )
 
 
 @each("order", [2.0, 3.0])
@@ -431,211 +418,6 @@ def test_cubo_is_its_closed_form_and_above_the_truth(order):
     assert ((expected - known.marginal().log_prob(x)) > 0.05).all()
     assert (estimate.value > known.marginal().log_prob(x)).all()
     assert "log p(x) <= " in str(estimate)
-
-
-class Recorded:
-    """Keeps the latents that a VAE's model scores, the last ones last."""
-
-    def __init__(self, vae: VAE):
-        self.vae, self.z = vae, []
-
-    def model(self, x: Tensor) -> None:
-        with poutine.trace() as tracer:
-            self.vae.model(x)
-        self.z.append(tracer.trace.nodes["z"]["value"])
-
-
-def test_mixtures_weigh_draws_against_the_density_of_the_whole():
-    known = truth(2, 3)
-    vae, x = vae_of(known, shift=1.0), known.marginal().sample((7,))
-    recorded = Recorded(vae)
-    method = ImportanceSampling(101, Mixed([Guide(), Prior()], [3.0, 1.0]))
-    estimate = log_marginal(recorded.model, vae.guide, x, method=method)
-    z = torch.cat([next(z for z in reversed(recorded.z) if z.shape[:2] == (n, 7)) for n in (76, 25)])
-    prior, likelihood = vae.prior().log_prob(z), vae.decode(z).log_prob(x)
-    mixture = torch.logaddexp(math.log(76 / 101) + vae.encode(x).log_prob(z), math.log(25 / 101) + prior)
-    log_w = prior + likelihood - mixture
-    torch.testing.assert_close(estimate.value, log_w.logsumexp(0) - math.log(101), rtol=0, atol=ROUNDING)
-    assert (log_w <= math.log(101 / 25) + likelihood + ROUNDING).all()
-    largest = -1.5 * math.log(2 * math.pi * known.scale**2)  # of p(x | z)
-    assert (estimate.value <= math.log(101 / 25) + largest).all()
-
-
-@pytest.mark.parametrize(
-    ("total", "shares", "counts"),
-    [(10, [0.9, 0.1], [9, 1]), (1, [0.9, 0.1], [1, 0]), (7, [1, 1, 1], [3, 2, 2]), (5, [0.5, 0.3, 0.2], [3, 1, 1])],
-)
-def test_shares_make_whole_numbers_that_add_up(total, shares, counts):
-    assert sorted(_shares(total, shares), reverse=True) == counts
-    assert all(abs(n - total * s / sum(shares)) < 1 for n, s in zip(_shares(total, shares), shares, strict=True))
-
-
-def widened_by_hand(p: dist.TorchDistribution, scale: float, z: Tensor) -> Tensor:
-    return p.log_prob(p.mean + (z - p.mean) / scale) - z.shape[-1] * math.log(scale)
-
-
-def test_widening_moves_draws_away_from_the_mean_and_knows_its_density():
-    known = truth(2, 3)
-    vae, x = vae_of(known), known.marginal().sample((5,))
-    recorded = Recorded(vae)
-    estimate = log_marginal(recorded.model, vae.guide, x, method=ImportanceSampling(4000, Widened(1.7)))
-    z, q = recorded.z[-1], vae.encode(x)
-    assert_mean((z - q.mean).square(), 1.7**2 * q.variance, FAILURE_RATE)
-    log_w = vae.prior().log_prob(z) + vae.decode(z).log_prob(x) - widened_by_hand(q, 1.7, z)
-    torch.testing.assert_close(estimate.value, log_w.logsumexp(0) - math.log(4000), rtol=0, atol=ROUNDING)
-
-
-# -------------------------------------------------------------------------------------------------- Pareto smoothing
-
-
-def psis(w: np.ndarray) -> tuple[float, float]:
-    """Returns the mean of smoothed weights and k-hat, one column at a time, as Vehtari et al. write it down."""
-    size = len(w)
-    tail = math.ceil(min(0.2 * size, 3 * math.sqrt(size)))
-    order = np.argsort(w)
-    threshold = w[order[-tail - 1]]
-    x = np.sort(w[order[-tail:]] - threshold)
-    m = 30 + int(math.sqrt(tail))
-    j = np.arange(1, m + 1)
-    theta = 1 / x[-1] + (1 - np.sqrt(m / (j - 0.5))) / (3 * x[int(tail / 4 + 0.5) - 1])
-    k = np.array([np.mean(np.log(1 - t * x)) for t in theta])
-    profile = tail * (np.log(-theta / k) - k - 1)
-    share = np.array([1 / np.sum(np.exp(profile - p)) for p in profile])
-    best = np.sum(theta * share)
-    k = np.mean(np.log(1 - best * x))
-    sigma, khat = -k / best, (tail * k + 10 * 0.5) / (tail + 10)
-    probabilities = (np.arange(1, tail + 1) - 0.5) / tail
-    smooth = w.copy()
-    smooth[order[-tail:]] = np.minimum(threshold + sigma / khat * ((1 - probabilities) ** -khat - 1), w.max())
-    return smooth.mean(), khat
-
-
-def smoothed(log_w: Tensor, smooth: bool = True) -> Estimate:
-    sums = _WeightSums(len(log_w))
-    for part in log_w.split(300):
-        sums.add(part)
-    return sums.estimate(ImportanceSampling(len(log_w)), smooth)
-
-
-@pytest.mark.parametrize("k", [0.2, 0.6, 1.1])
-def test_pareto_smoothing_is_that_of_the_paper(k):
-    log_w = -k * torch.rand(1000, 4, dtype=torch.float64).log() - 700.0
-    estimate = smoothed(log_w)
-    for datum in range(4):
-        mean, khat = psis((log_w[:, datum] + 700).exp().numpy())
-        assert estimate.value[datum].item() == pytest.approx(math.log(mean) - 700, abs=ROUNDING)
-        assert estimate.khat[datum].item() == pytest.approx(khat, abs=ROUNDING)
-
-
-def test_pareto_smoothing_lowers_the_error_of_heavy_tails():
-    log_w = -0.6 * torch.rand(1000, 1000, dtype=torch.float64).log()
-    raw, smooth = ((smoothed(log_w, s).value + math.log(0.4)).abs() for s in (False, True))  # the mean is 1 / 0.4
-    gain = raw - smooth
-    assert gain.mean() > 4 * gain.std() / math.sqrt(len(gain))
-
-
-# ------------------------------------------------------------------------------------------------------------- refine
-
-
-ENCODERS = [case for case in cases("encoder") if case.density]
-
-
-def fitting(case: Case) -> VAE:
-    q = case.build()
-    integers = case.cls is encoders.Categorical
-    network = partial(OneHotInput, num_classes=q.num_classes, network=SMALL) if integers else SMALL
-    p = next(
-        p
-        for p in (c.build() for c in cases("prior", context=False) if c.cls is not priors.VampPrior)
-        if (p.latent_dim, repr(p.support)) == (q.latent_dim, repr(q.support))
-    )
-    return VAE(p, likelihoods.Normal(q.latent_dim, q.x_shape, network, scale=0.5), q).eval()
-
-
-@pytest.mark.parametrize("case", ENCODERS, ids=lambda case: case.name)
-def test_refining_raises_the_bound_of_every_encoder_and_trains_nothing(case):
-    vae = fitting(case)
-    x, *rest = inputs(case, vae.encoder, 6)
-    arguments = (3 * x, *rest)  # far from what an encoder that has learned nothing makes of it
-    for p in vae.parameters():
-        p.grad = torch.full_like(p, 3.0)
-    state = {name: t.clone() for name, t in vae.state_dict().items()}
-    stratified = case.name.endswith("stratified")  # whose draws depend on one another: for the ELBO alone
-    bound = ELBO(8) if stratified else IWAE(8)
-    refined = refine(vae.model, vae.guide, *arguments, bound=bound, num_steps=80)
-    assert all(torch.equal(t, state[name]) for name, t in vae.state_dict().items())
-    assert all((p.grad == 3.0).all() for p in vae.parameters())
-
-    def bounds(guide) -> Tensor:
-        log_w = log_weights(vae.model, guide, *arguments, num_samples=8 * 100).detach()
-        return (log_w.unflatten(0, (100, 8)).logsumexp(1) - math.log(8)).mean(-1)  # over the data
-
-    before, after = bounds(vae.guide), bounds(refined)
-    assert after.mean() - before.mean() > 4 * (before.std() + after.std()) / math.sqrt(100)
-
-
-def test_refining_by_the_elbo_finds_the_posterior_where_the_family_holds_it():
-    # Sticking the landing, the gradient has no variance at the posterior: what is left is what Adam has still to go,
-    # below a hundredth of a standard deviation after 400 steps.
-    known = truth(2, 3)
-    vae, x = vae_of(known, widen=2.0, shift=1.0), known.marginal().sample((6,))
-    bound = ELBO(4, gradient=StickingTheLanding())
-    refined = refine(vae.model, vae.guide, x, bound=bound, num_steps=400)
-    q, posterior = poutine.trace(refined).get_trace(x).nodes["z"]["fn"], known.posterior(x)
-    assert ((q.mean - posterior.mean) / posterior.stddev).abs().max() < 0.01
-    torch.testing.assert_close(q.covariance_matrix / posterior.covariance_matrix.diagonal().mean(), posterior.covariance_matrix.expand(6, 2, 2) / posterior.covariance_matrix.diagonal().mean(), rtol=0, atol=0.02)
-    assert log_weights(vae.model, refined, x, num_samples=100).std(0).max() < 0.03
-    assert bound.steps == 0  # it is not in training
-
-
-def test_refining_by_the_elbo_finds_the_best_normal_of_independent_dimensions():
-    # Its means are the posterior's, its variances one over the precision's diagonal. The ELBO is flat there to first
-    # order: the noise of a rate that falls to zero leaves less than a hundredth of a nat.
-    known = truth(2, 3)
-    likelihood, q = likelihoods.Normal(2, 3, AFFINE, scale=known.scale), encoders.DiagonalNormal(3, 2, AFFINE)
-    vae, x = VAE(priors.StandardNormal(2), likelihood, q).double(), known.marginal().sample((6,))
-    set_affine(likelihood.network, known.weight, known.bias)
-    refined = refine(vae.model, vae.guide, x, bound=ELBO(16), num_steps=400)
-    found, posterior = poutine.trace(refined).get_trace(x).nodes["z"]["fn"], known.posterior(x)
-    best = posterior.precision_matrix.diagonal(dim1=-2, dim2=-1).rsqrt().expand(6, 2)
-    assert ((found.mean - posterior.mean) / best).abs().max() < 0.1
-    assert (found.stddev / best).log().abs().max() < 0.1
-    loss = known.elbo(x, dist.MultivariateNormal(posterior.mean, torch.diag_embed(best.square()))) - known.elbo(
-        x, dist.MultivariateNormal(found.mean, torch.diag_embed(found.variance))
-    )
-    assert ((loss > -ROUNDING) & (loss < 0.01)).all()
-    assert (elbo_of(vae, x) < known.elbo(x, dist.MultivariateNormal(found.mean, torch.diag_embed(found.variance)))).all()
-
-
-def test_refining_can_change_nothing_of_a_guide_without_parameters():
-    def model(x):
-        with data_plate(x):
-            pyro.sample("x", dist.Normal(pyro.sample("z", FixedNormal()), 1.0), obs=x)
-
-    def guide(x):
-        with data_plate(x):
-            pyro.sample("z", FixedNormal())
-
-    with pytest.raises(ValueError, match="no parameters that can be tuned"):
-        refine(model, guide, torch.zeros(3))
-
-
-class FixedNormal(dist.TorchDistribution):
-    """A standard normal that takes no argument."""
-
-    arg_constraints, support, has_rsample = {}, dist.constraints.real, True
-
-    def __init__(self, batch_shape: torch.Size = torch.Size()):
-        super().__init__(batch_shape, validate_args=False)
-
-    def expand(self, batch_shape, _instance=None):
-        return FixedNormal(torch.Size(batch_shape))
-
-    def rsample(self, sample_shape=torch.Size()):
-        return torch.randn(self._extended_shape(sample_shape))
-
-    def log_prob(self, value):
-        return dist.Normal(0.0, 1.0).log_prob(value).expand(torch.broadcast_shapes(value.shape, self.batch_shape))
 
 
 # -------------------------------------------------------------------------------- any method: memory, precision, state
@@ -797,7 +579,12 @@ def test_models_that_a_method_is_not_for_are_refused(method, model, match):
 
 
 def test_models_without_a_guide_are_scored_by_what_needs_none():
-    methods = [ImportanceSampling(4000, Prior()), AnnealedImportanceSampling(64, 20), SequentialMonteCarlo(64, 16), Quadrature(900)]
+    methods = [
+        ImportanceSampling(4000, Prior()),
+        AnnealedImportanceSampling(64, 20),
+        SequentialMonteCarlo(64, 16),
+        Quadrature(900),
+    ]
     for method in methods:
         assert_agrees_roughly(log_marginal(two, None, X, method=method), dist.Normal(0.0, math.sqrt(3)).log_prob(X))
 

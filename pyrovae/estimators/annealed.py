@@ -155,11 +155,12 @@ class _Annealed(Estimator):
         return self.start.needs_guide
 
     def estimate(self, task: Task) -> Estimate:
+        data, runs = self._fit(task)
         with task.progress(task.size, "datum"):
-            return join(self, [self._score(part) for part in task.split(self._data(task))])
+            return join(self, [self._score(part, runs) for part in task.split(data)])
 
-    def _data(self, task: Task) -> int:
-        """Returns how many data fit in the budget at once."""
+    def _fit(self, task: Task) -> tuple[int, int]:
+        """Returns how many data, and of each how many runs, fit in the budget at once."""
         few = task.rows(slice(0, 1))
         target = Target(few, self.start.single(few, f"{type(self).__name__} starts"))
         used = []
@@ -168,8 +169,9 @@ class _Annealed(Estimator):
             with _Allocations() as counted:
                 target(u)
             used.append(counted.bytes())
-        chains = max(self.num_samples * self.num_particles, _PILOT_CHAINS)
-        return _clamp(task.max_memory / (max(used[1] - used[0], 1) * chains), task.size)
+        at_once = task.max_memory / max(used[1] - used[0], 1)  # chains
+        data = _clamp(at_once / max(self.num_samples * self.num_particles, _PILOT_CHAINS), task.size)
+        return data, _clamp(at_once / (data * self.num_particles), self.num_samples)
 
     def _prepare(self, task: Task) -> tuple[Target, Path, Tensor]:
         """Returns where chains move for some data, what a run before the one that counts found, and the temperatures."""
@@ -177,12 +179,34 @@ class _Annealed(Estimator):
         path = self._pilot(target, task)
         return target, path, self._betas(path)
 
-    def _score(self, task: Task) -> Estimate:
+    def _score(self, task: Task, runs: int) -> Estimate:
         target, path, betas = self._prepare(task)
-        return self._run(target, path, betas, target.draw(self.num_samples * self.num_particles), task)
+        return self._run(target, path, betas, target.draw(self.num_samples * self.num_particles), task, runs)
 
-    def _run(self, target: Target, path: Path, betas: Tensor, u: Tensor, task: Task) -> Estimate:
-        """Takes chains from u through temperatures, up or down; returns the estimate of the ratio of the constants."""
+    def _run(self, target: Target, path: Path, betas: Tensor, u: Tensor, task: Task, runs: int) -> Estimate:
+        """Takes chains from u through temperatures, so many runs at once; returns the ratio of the constants at the ends."""
+        sums = _WeightSums(self.num_samples)
+        acceptance = diverged = 0.0
+        for some in u.split(runs * self.num_particles):
+            share = len(some) / len(u)
+            log_w, accepted, failed = self._anneal(target, path, betas, some, task, share)
+            sums.add(log_w.to(u.dtype))
+            acceptance, diverged = acceptance + share * accepted, diverged + share * failed
+        estimate = sums.estimate(self)
+        # At a single temperature nothing moves: it is importance sampling.
+        estimate.diagnostics.update(
+            diverged=diverged, acceptance=acceptance if len(betas) > 2 else acceptance + math.nan
+        )
+        return estimate
+
+    def _anneal(
+        self, target: Target, path: Path, betas: Tensor, u: Tensor, task: Task, share: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes chains from u through temperatures, up or down.
+
+        Returns:
+            Log weights, ``(runs, batch)``, and the shares of moves that were accepted and that diverged, ``(batch,)``.
+        """
         runs, n, batch = len(u) // self.num_particles, self.num_particles, u.shape[1]
         at, steps = target(u), len(betas) - 1
         # Sums of many terms, and products of small numbers: in double precision.
@@ -201,13 +225,8 @@ class _Annealed(Estimator):
                 u, at = moved.u, moved.at
                 acceptance += moved.acceptance.mean(0) / (steps - 1)
                 diverged += moved.diverged.to(diverged).mean(0) / (steps - 1)
-            task.advance(0.5 * batch / steps)
-        sums = _WeightSums(runs)
-        sums.add((log_z + log_w.logsumexp(1) - math.log(n)).to(u.dtype))
-        estimate = sums.estimate(self)
-        # At a single temperature nothing moves: it is importance sampling.
-        estimate.diagnostics.update(diverged=diverged, acceptance=acceptance if steps > 1 else acceptance + math.nan)
-        return estimate
+            task.advance(0.5 * batch * share / steps)
+        return log_z + log_w.logsumexp(1) - math.log(n), acceptance, diverged
 
     def _pilot(self, target: Target, task: Task) -> Path:
         """Runs chains to the posterior by adaptive tempering, to learn step sizes, scales and temperatures from them."""
@@ -562,11 +581,12 @@ def bidirectional(
         task.progress(1.5 * task.size, "datum"),
     ):
         lower, upper, done = [], [], 0
-        for part in task.split(method._data(task)):
+        data, runs = method._fit(task)
+        for part in task.split(data):
             target, path, betas = method._prepare(part)
             exact = target.pack_rows(latents, slice(done, done + part.size)).expand(method.num_samples, -1, -1)
-            lower.append(method._run(target, path, betas, target.draw(method.num_samples), part))
-            upper.append(method._run(target, path, betas.flip(0), exact, part))
+            lower.append(method._run(target, path, betas, target.draw(method.num_samples), part, runs))
+            upper.append(method._run(target, path, betas.flip(0), exact, part, runs))
             done += part.size
     reverse = join(method, upper)
     return Bracket(join(method, lower), replace(reverse, value=-reverse.value), drawn, named)

@@ -102,7 +102,6 @@ class Quadrature(_Deterministic):
         shape = (side,) * target.dim
         line = torch.linspace(0, 1, side, dtype=low.dtype, device=low.device)
         unit = torch.cartesian_prod(*[line] * target.dim).view(-1, 1, target.dim)
-        closer = low, high
         value, error = torch.full_like(low[:, 0], -math.inf, dtype=torch.float64), math.inf
         for _ in range(_ROUNDS):
             log_f = torch.cat([target.log_joint(low + part * (high - low)) for part in unit.split(slices)])

@@ -331,7 +331,7 @@ def _shifted(p: Any, path: tuple[str, ...], changes: dict, nesting: int, lead: i
     names = signature(type(p)).parameters
     # What its class is built from and holds: some, such as mixtures, behind a property.
     held = [name for name in names if name in vars(p) or f"_{name}" in vars(p) and hasattr(p, name)]
-    held = held or [name for name in p.arg_constraints if name in names]
+    held = held or [name for name in names if hasattr(p, name)]
     for first, others in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
         if first in held:
             held = [name for name in held if name not in others]
