@@ -261,7 +261,7 @@ class _FlowEncoder(Encoder):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         d, params = self.latent_dim, self.parameters_of(x, context)
-        return latents.Flow(self.flow(params[..., 2 * d :]), params[..., :d], positive(params[..., d : 2 * d]))
+        return latents.Flow(self.flow, params[..., :d], positive(params[..., d : 2 * d]), params[..., 2 * d :])
 
 
 class InverseAutoregressiveFlow(_FlowEncoder):

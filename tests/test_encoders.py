@@ -193,7 +193,7 @@ def test_flows_score_by_the_change_of_variables(cls):
     encoder = flow_of(cls)
     q = encoder(torch.randn(4, dtype=torch.float64))
     base = dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1)
-    transform = q.flow.transform.inv
+    transform = q.flow(q.features).transform.inv
 
     def forward(noise: Tensor) -> Tensor:
         return q.loc + q.scale * transform(noise)

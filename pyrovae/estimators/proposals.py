@@ -218,7 +218,7 @@ def refine(
 ) -> Callable:
     r"""Tunes a guide to each of some data by gradient steps; returns a Pyro guide for these data, in this order.
 
-    See :class:`Refined`. Modules of the model are run as they are, in training or evaluation mode.
+    See :class:`Refined`, which is what estimators take, for they work through data in chunks. Modules of the model are run as they are, in training or evaluation mode.
 
     Args:
         model: a Pyro model, called with the same arguments as the guide.
@@ -230,7 +230,8 @@ def refine(
         **kwargs: what both are called with.
 
     Raises:
-        ValueError: when the guide's distributions have no parameters that can be changed.
+        ValueError: when the guide's distributions have no parameters that can be changed; when the refined guide is called
+            with another number of data.
 
     >>> import pyrovae
     >>> from pyrovae import encoders, likelihoods, priors
@@ -350,8 +351,14 @@ def _shifted(p: Any, path: tuple[str, ...], changes: dict, nesting: int, lead: i
                 full = p.batch_shape + value.shape[value.dim() - constraint.event_dim :]
                 raw = free.inv(value.expand(full))
                 key = (*path, name)
+                shape = raw.shape[max(0, lead - nesting) :]
+                if key in changes and changes[key].shape != shape:
+                    raise ValueError(
+                        f'site "{path[0]}" was refined for other data: changes of shape {tuple(changes[key].shape)} do not fit '
+                        f"{tuple(shape)}. Call the refined guide with the very data, in one piece; what works through data in "
+                        "chunks takes the proposal estimators.Refined() instead."
+                    )
                 if key not in changes:
-                    shape = raw.shape[max(0, lead - nesting) :]
                     changes[key] = torch.zeros(shape, dtype=raw.dtype, device=raw.device, requires_grad=True)
                 value = free(raw + changes[key])
                 changed = True

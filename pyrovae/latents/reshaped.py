@@ -1,6 +1,7 @@
 """Distributions over latents made from another: its events flattened, resampled, or sent through a flow."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pyro import distributions as dist
@@ -125,25 +126,35 @@ class Flow(dist.TorchDistribution):
     What it drew last it scores without inverting the flow.
 
     Args:
-        flow: a distribution of zuko's, events of shape ``(d,)``.
+        flow: a distribution of zuko's, events of shape ``(d,)``; or with features, what makes one from them.
         loc: :math:`\mu`, shape ``(*batch, d)`` or ``()``.
         scale: :math:`\sigma`, of the same shape.
+        features: what the flow is made from, shape ``(*batch, num_features)``, or None.
     """
 
-    arg_constraints = {}
+    arg_constraints = {
+        "loc": constraints.real_vector,
+        "scale": constraints.independent(constraints.positive, 1),
+        "features": constraints.real_vector,
+    }
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, flow: torch.distributions.Distribution, loc: Tensor, scale: Tensor):
-        self.flow, self.loc, self.scale = flow, loc, scale
+    def __init__(self, flow: Any, loc: Tensor, scale: Tensor, features: Tensor | None = None):
+        self.flow, self.loc, self.scale, self.features = flow, loc, scale, features
+        self._made = flow if features is None else flow(features)
         self._drawn = None, None
-        super().__init__(flow.batch_shape, flow.event_shape, validate_args=False)
+        super().__init__(self._made.batch_shape, self._made.event_shape, validate_args=False)
 
     def expand(self, batch_shape, _instance=None):
-        return Flow(self.flow.expand(torch.Size(batch_shape)), self.loc, self.scale)
+        new = self._get_checked_instance(Flow, _instance)
+        new.flow, new.loc, new.scale, new.features = self.flow, self.loc, self.scale, self.features
+        new._made, new._drawn = self._made.expand(torch.Size(batch_shape)), (None, None)
+        super(Flow, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
+        return new
 
     def rsample(self, sample_shape=torch.Size()) -> Tensor:
-        value, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))
+        value, log_prob = self._made.rsample_and_log_prob(torch.Size(sample_shape))
         value = self.loc + self.scale * value
         self._drawn = value, log_prob - self._log_scale()
         return value
@@ -157,7 +168,7 @@ class Flow(dist.TorchDistribution):
         # Under no_grad the drawing kept no graph; a score that needs one is computed anew.
         if value is drawn and (log_prob.requires_grad or not torch.is_grad_enabled()):
             return log_prob
-        return self.flow.log_prob((value - self.loc) / self.scale) - self._log_scale()
+        return self._made.log_prob((value - self.loc) / self.scale) - self._log_scale()
 
     def _log_scale(self) -> Tensor:
         return self.scale.log().expand(self.scale.shape[:-1] + self.event_shape).sum(-1)
