@@ -98,7 +98,7 @@ FIFTY = [
     # Gently: of 1,325 numbers that are nearly right, large steps would leave few so.
     ImportanceSampling(2000, Refined(40, 0.02, ELBO(8, gradient=StickingTheLanding()))),
     AnnealedImportanceSampling(100, 300),
-    SequentialMonteCarlo(48, 24),
+    SequentialMonteCarlo(64, 32),
 ]
 
 
@@ -291,7 +291,7 @@ def hierarchy() -> tuple[structures.HierarchicalVAE, Tensor, Tensor]:
 @each(
     "method",
     [
-        ImportanceSampling(20_000),
+        ImportanceSampling(20_000, Mixed()),
         ImportanceSampling(4000, Widened(1.2)),
         ImportanceSampling(4000, Refined(40)),
         ImportanceSampling(4000, Mixed([Widened(1.2), Prior()])),

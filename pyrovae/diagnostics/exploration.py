@@ -28,7 +28,7 @@ from pyrovae.diagnostics.base import (
     num_data,
     observed_site,
 )
-from pyrovae.estimators.base import _num_data, _rows
+from pyrovae.estimators.base import count_data, take_rows
 from pyrovae.importance import trace_guide, trace_model
 
 __all__ = ["Interpolations", "LatentMap", "Traversals", "interpolations", "latent_map", "traversals"]
@@ -519,11 +519,11 @@ class _Space:
 
     def __init__(self, model: Callable, guide: Callable, size: int, args: tuple, kwargs: dict):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        head = _rows(slice(0, 2), args, kwargs)
+        head = take_rows(slice(0, 2), args, kwargs)
         self.structure = inspect(model, guide, *head[0], **head[1])
         means, draws = [], []
         for start in range(0, size, _ROWS // _DRAWS):
-            part_args, part_kwargs = _rows(slice(start, start + _ROWS // _DRAWS), args, kwargs)
+            part_args, part_kwargs = take_rows(slice(start, start + _ROWS // _DRAWS), args, kwargs)
             trace = trace_guide(guide, self.structure, _DRAWS, *part_args, **part_kwargs)
             found = latents_of(trace, self.structure)
             for name in found.columns:
@@ -555,7 +555,7 @@ class _Space:
 
         With `following`, normal latents below others that moved keep their standardised distance to their mean.
         """
-        args, kwargs = _rows(rows, self.args, self.kwargs)
+        args, kwargs = take_rows(rows, self.args, self.kwargs)
         here = self._at(rows, self.means[rows].unsqueeze(0))
         before = trace_model(self.model, here, self.structure, 1, *args, **kwargs)
         self.site = observed_site(before, site)
@@ -577,7 +577,7 @@ class _Space:
 
     def _at(self, rows: slice | Tensor, moved: Tensor) -> poutine.Trace:
         """Returns a trace of the guide on some rows, at given latents."""
-        args, kwargs = _rows(rows, self.args, self.kwargs)
+        args, kwargs = take_rows(rows, self.args, self.kwargs)
         trace = trace_guide(self.guide, self.structure, 1, *args, **kwargs)
         return at_latents(trace, self.structure, Latents(moved, self.columns))
 
@@ -647,7 +647,7 @@ def _agreement(z: Tensor, labels: Tensor) -> tuple[float, float]:
 
 def _size(minimum: int, what_for: str, args: tuple, kwargs: dict) -> int:
     size = num_data(minimum, what_for, args, kwargs)
-    _num_data(args, kwargs)  # one row a datum in each
+    count_data(args, kwargs)  # one row a datum in each
     return size
 
 

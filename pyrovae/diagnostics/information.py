@@ -18,7 +18,7 @@ from pyrovae.bounds.base import _conditioned_alike, layers
 from pyrovae.bounds.elbo import kl_in_closed_form
 from pyrovae.checks import Structure, check_all_observed, evaluation_mode, inspect, named_arguments, sample_sites
 from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, latents_of, num_data
-from pyrovae.estimators.base import _num_data, _rows
+from pyrovae.estimators.base import count_data, take_rows
 from pyrovae.importance import log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.training import History
 
@@ -245,9 +245,9 @@ def collapse(
     """
     check_at_least("num_draws", num_draws, 2)
     size = num_data(2, "collapse", args, kwargs)
-    _num_data(args, kwargs)
+    count_data(args, kwargs)
     with evaluation_mode():
-        head = _rows(slice(0, 2), args, kwargs)
+        head = take_rows(slice(0, 2), args, kwargs)
         structure = inspect(model, guide, *head[0], **head[1])
         if structure.problems:
             raise ValueError(
@@ -257,7 +257,7 @@ def collapse(
             )
         drawn, step = [], max(1, _ROWS // num_draws)
         for start in range(0, size, step):
-            part = _rows(slice(start, start + step), args, kwargs)
+            part = take_rows(slice(start, start + step), args, kwargs)
             drawn.append(_draw(model, guide, structure, num_draws, *part[0], **part[1]))
         z, kl_by_site, each, prior = (torch.cat(t, dim=1) for t in zip(*(d.tensors for d in drawn), strict=True))
         if z.shape[1] != size:
@@ -472,7 +472,7 @@ def _score_all(
         tqdm(desc="I(x; z)", total=len(z) * size, unit="pair", unit_scale=True, disable=not progress) as bar,
     ):
         for start in range(0, size, side):
-            part_args, part_kwargs = _rows(slice(start, start + side), args, kwargs)
+            part_args, part_kwargs = take_rows(slice(start, start + side), args, kwargs)
             data = torch.arange(start, min(start + side, size), device=z.device)
             for rows in torch.arange(len(z), device=z.device).split(max(1, _PAIRS // side)):
                 # Each latent in a row of its own, the same in the columns of all data.

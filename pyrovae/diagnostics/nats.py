@@ -23,7 +23,7 @@ from pyrovae.estimators import (
     log_marginal,
     refine,
 )
-from pyrovae.estimators.base import _num_data, _rows
+from pyrovae.estimators.base import count_data, take_rows
 from pyrovae.importance import log_weights
 
 _DATA = 100  # tuned at once
@@ -225,9 +225,9 @@ def _losses(
     progress: bool,
     what: str,
 ) -> Losses:
-    size = _num_data(args, kwargs)
+    size = count_data(args, kwargs)
     if method is None:
-        head, named = _rows(slice(0, 1), args, kwargs)
+        head, named = take_rows(slice(0, 1), args, kwargs)
         structure = inspect(model, guide, *head, **named)
         if structure.latents == structure.discrete:
             method = Enumeration()
@@ -237,7 +237,7 @@ def _losses(
     found = []
     with evaluation_mode(), tqdm(total=size, desc=f"best q, {what}", unit="datum", disable=not progress) as bar:
         for start in range(0, size, _DATA):
-            part, named = _rows(slice(start, start + _DATA), args, kwargs)
+            part, named = take_rows(slice(start, start + _DATA), args, kwargs)
             bound = bounds.ELBO(num_particles=16)
             tuned = refine(model, guide, *part, bound=bound, num_steps=num_steps, learning_rate=learning_rate, **named)
             row = []

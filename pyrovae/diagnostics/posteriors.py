@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from pyrovae.checks import Structure, evaluation_mode, inspect, sample_sites
 from pyrovae.diagnostics import base
 from pyrovae.diagnostics.base import Diagnosis, Latents, check_at_least, latents_of
-from pyrovae.estimators.base import _num_data, _rows, log_marginal
+from pyrovae.estimators.base import count_data, log_marginal, take_rows
 from pyrovae.importance import log_joint, simulate, trace_guide, trace_model
 
 __all__ = ["Calibration", "PosteriorCheck", "Reliability", "calibration", "posterior_check", "reliability"]
@@ -258,14 +258,14 @@ def posterior_check(
     check_at_least("warmup_steps", warmup_steps, 1)
     check_at_least("num_chains", num_chains, 2)
     base.num_data(1, "posterior_check", args, kwargs)
-    num_data = min(num_data, _num_data(args, kwargs))
+    num_data = min(num_data, count_data(args, kwargs))
     bar = tqdm(
         desc="NUTS", total=num_data * num_chains * (warmup_steps + num_samples), unit="step", disable=not progress
     )
     guide_draws, draws, divergences = [], [], []
     with evaluation_mode(), bar:
         for i in range(num_data):
-            row, named = _rows(slice(i, i + 1), args, kwargs)
+            row, named = take_rows(slice(i, i + 1), args, kwargs)
             structure = _inspect(model, guide, row, named)
             drawn = trace_guide(guide, structure, num_chains * num_samples, *row, **named)
             guide_draws.append(latents_of(drawn, structure))
@@ -463,7 +463,7 @@ def calibration(
     check_at_least("num_draws", num_draws, 19)
     check_at_least("num_rounds", num_rounds, 1)
     base.num_data(1, "calibration", args, kwargs)
-    size = _num_data(args, kwargs)
+    size = count_data(args, kwargs)
     if size * num_rounds < 50:
         raise ValueError(
             f"calibration needs at least 50 simulated data, got {size} data in num_rounds={num_rounds}. Set num_rounds "
@@ -475,7 +475,7 @@ def calibration(
     with evaluation_mode(), tqdm(desc="ranks", total=size * num_rounds, unit="datum", disable=not progress) as bar:
         for _ in range(num_rounds):
             for start in range(0, size, chunk):
-                part = _rows(slice(start, start + chunk), args, kwargs)
+                part = take_rows(slice(start, start + chunk), args, kwargs)
                 structure = _inspect(model, guide, *part)
                 latents, ranked = _ranks(model, guide, structure, num_draws, *part)
                 ranks.append(ranked)

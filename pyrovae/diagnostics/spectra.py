@@ -22,7 +22,7 @@ from pyrovae.diagnostics.base import (
     observed_site,
 )
 from pyrovae.distributions import MaskedElements
-from pyrovae.estimators.base import _num_data, _rows
+from pyrovae.estimators.base import count_data, take_rows
 from pyrovae.importance import trace_model
 
 __all__ = ["Sharpness", "sharpness"]
@@ -225,13 +225,13 @@ def sharpness(
     """
     check_at_least("num_draws", num_draws, 1)
     num_data(2, "sharpness", args, kwargs)
-    size = _num_data(args, kwargs)
+    size = count_data(args, kwargs)
     first = next(t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.dim() > 0)
     chunk = max(1, _CHUNK // (num_draws * max(first[0].numel(), 1)))
     parts = []
     with evaluation_mode():
         for start in range(0, size, chunk):
-            part_args, part_kwargs = _rows(slice(start, start + chunk), args, kwargs)
+            part_args, part_kwargs = take_rows(slice(start, start + chunk), args, kwargs)
             structure, _, scored = look(model, guide, num_draws, *part_args, **part_kwargs)
             name = observed_site(scored, site)
             # Unconditioned from outside, a run of the model at no latents draws all of its sites.

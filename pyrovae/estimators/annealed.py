@@ -11,19 +11,19 @@ from torch import Tensor
 
 from pyrovae.checks import Structure, described
 from pyrovae.estimators.base import (
+    Allocations,
     Estimate,
     Estimator,
     Task,
-    _Allocations,
-    _clamp,
     check_count,
     check_positive,
+    clamp,
     join,
     open_task,
 )
 from pyrovae.estimators.proposals import Prior, Proposal
 from pyrovae.estimators.targets import Densities, Target
-from pyrovae.estimators.weighted import _WeightSums
+from pyrovae.estimators.weighted import WeightSums
 from pyrovae.importance import simulate
 
 _DIVERGED = 1000.0  # an error of the energy, in nats, that no useful step makes; as in Stan
@@ -166,12 +166,12 @@ class _Annealed(Estimator):
         used = []
         for chains in (1, 2):
             u = target.draw(chains)
-            with _Allocations() as counted:
+            with Allocations() as counted:
                 target(u)
             used.append(counted.bytes())
         at_once = task.max_memory / max(used[1] - used[0], 1)  # chains
-        data = _clamp(at_once / max(self.num_samples * self.num_particles, _PILOT_CHAINS), task.size)
-        return data, _clamp(at_once / (data * self.num_particles), self.num_samples)
+        data = clamp(at_once / max(self.num_samples * self.num_particles, _PILOT_CHAINS), task.size)
+        return data, clamp(at_once / (data * self.num_particles), self.num_samples)
 
     def _prepare(self, task: Task) -> tuple[Target, Path, Tensor]:
         """Returns where chains move for some data, what a run before the one that counts found, and the temperatures."""
@@ -185,7 +185,7 @@ class _Annealed(Estimator):
 
     def _run(self, target: Target, path: Path, betas: Tensor, u: Tensor, task: Task, runs: int) -> Estimate:
         """Takes chains from u through temperatures, so many runs at once; returns the ratio of the constants at the ends."""
-        sums = _WeightSums(self.num_samples)
+        sums = WeightSums(self.num_samples)
         acceptance = diverged = 0.0
         for some in u.split(runs * self.num_particles):
             share = len(some) / len(u)

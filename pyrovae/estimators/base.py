@@ -149,7 +149,7 @@ class Task:
 
     def rows(self, rows: slice) -> "Task":
         """Returns the task for some of the data."""
-        args, kwargs = _rows(rows, self.args, self.kwargs)
+        args, kwargs = take_rows(rows, self.args, self.kwargs)
         return replace(self, args=args, kwargs=kwargs, size=len(range(self.size)[rows]))
 
     def split(self, data: int) -> Iterator["Task"]:
@@ -279,8 +279,8 @@ def open_task(
         if method.needs_guide:
             raise ValueError(f"{type(method).__name__} needs a guide, got None.")
         guide = prior_of(model)
-    size = _num_data(args, kwargs)
-    head = _rows(slice(0, 1), args, kwargs)
+    size = count_data(args, kwargs)
+    head = take_rows(slice(0, 1), args, kwargs)
     # It shows itself once the method has said what there is to do.
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
     with evaluation_mode(), bar:
@@ -340,7 +340,7 @@ def independent_baseline(train: Tensor, test: Tensor) -> tuple[str, Tensor]:
     return "factorised Normal", model.log_prob(test).flatten(1).sum(1)
 
 
-class _Allocations(TorchFunctionMode):
+class Allocations(TorchFunctionMode):
     """Counts the bytes of all tensors that functions return inside, a fair guess of what they hold at once."""
 
     def __init__(self):
@@ -359,20 +359,20 @@ class _Allocations(TorchFunctionMode):
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-def _clamp(n: float, largest: int) -> int:
+def clamp(n: float, largest: int) -> int:
     return max(1, min(int(n), largest))
 
 
-def _split(total: int, size: int) -> list[int]:
+def split_evenly(total: int, size: int) -> list[int]:
     """Returns sizes of parts, as equal as can be, none above `size`, that add up to the total."""
     parts = -(-total // size)
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
-def _num_data(args: tuple, kwargs: dict) -> int:
+def count_data(args: tuple, kwargs: dict) -> int:
     tensors = [(name, t) for name, t in named_arguments(args, kwargs) if isinstance(t, Tensor) and t.dim() > 0]
     if not tensors:
-        raise ValueError("log_marginal needs at least one tensor with the data along its first dimension, got none.")
+        raise ValueError("there is no tensor among the arguments: give at least one, with the data along its first dimension.")
     size = len(tensors[0][1])
     if size == 0:
         raise ValueError(f"{tensors[0][0]} is empty: shape {tuple(tensors[0][1].shape)}.")
@@ -383,7 +383,7 @@ def _num_data(args: tuple, kwargs: dict) -> int:
     return size
 
 
-def _rows(rows: slice, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def take_rows(rows: slice, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     def take(value: Any) -> Any:
         return value[rows] if isinstance(value, Tensor) and value.dim() > 0 else value
 

@@ -8,7 +8,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.checks import Structure, _unwrapped, sample_sites
-from pyrovae.estimators.base import Estimate, Estimator, Task, _Allocations, _clamp, join, prior_of
+from pyrovae.estimators.base import Allocations, Estimate, Estimator, Task, clamp, join, prior_of
 from pyrovae.estimators.proposals import Weighed
 from pyrovae.estimators.targets import Target
 from pyrovae.latents import Flattened
@@ -85,11 +85,11 @@ class Quadrature(_Deterministic):
             raise ValueError(
                 f"num_samples must be at least {5**dim}, 5 points for each of {dim} latent dimensions; got {self.num_samples}."
             )
-        with _Allocations() as counted:
+        with Allocations() as counted:
             target.log_joint(target.draw(64))
         per_point = max(counted.bytes() / 64, 1)
-        data = _clamp(task.max_memory / (side**dim * dim * 16), task.size)
-        slices = _clamp(task.max_memory / (data * per_point), side**dim)
+        data = clamp(task.max_memory / (side**dim * dim * 16), task.size)
+        slices = clamp(task.max_memory / (data * per_point), side**dim)
         with task.progress(task.size, "datum"):
             return join(self, [self._score(part, side, slices) for part in task.split(data)])
 
@@ -224,10 +224,10 @@ class Enumeration(_Deterministic):
                 f"the latents of a datum have {total:,} combinations of values, more than num_samples={self.num_samples:,}. Raise "
                 "it, or take ImportanceSampling()."
             )
-        with _Allocations() as counted:
+        with Allocations() as counted:
             few.score(_assigned(trace, supports, torch.zeros(1, dtype=torch.long), few), 1)
-        slices = _clamp(task.max_memory / counted.bytes(), total)
-        data = _clamp(task.max_memory / (counted.bytes() * slices), task.size)
+        slices = clamp(task.max_memory / counted.bytes(), total)
+        data = clamp(task.max_memory / (counted.bytes() * slices), task.size)
         parts = []
         with task.progress(task.size * total, "combination"):
             for part in task.split(data):

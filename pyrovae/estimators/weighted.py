@@ -9,7 +9,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.checks import sample_sites
-from pyrovae.estimators.base import Estimate, Estimator, Task, _Allocations, _clamp, _split, check_positive, join
+from pyrovae.estimators.base import Allocations, Estimate, Estimator, Task, check_positive, clamp, join, split_evenly
 from pyrovae.estimators.proposals import Guide, Proposal, Weighed, log_density
 
 
@@ -32,15 +32,15 @@ class _Weighted(Estimator):
 
     def _score(self, task: Task, draws: int, slices: int) -> Estimate:
         proposals = self.proposal.guides(task)
-        sums = _WeightSums(self.num_samples, self.order)
+        sums = WeightSums(self.num_samples, self.order)
         counts = _shares(self.num_samples, [weighed.share for weighed in proposals])
         mixed = [w._replace(share=n / self.num_samples) for w, n in zip(proposals, counts, strict=True) if n]
         checked = False
         for weighed, count in zip(mixed, filter(None, counts), strict=True):
-            for drawn in _split(count, draws):
+            for drawn in split_evenly(count, draws):
                 trace, log_q = task.draw(drawn, weighed.guide)
                 done = 0
-                for k in _split(drawn, slices):
+                for k in split_evenly(drawn, slices):
                     part = _slice_trace(trace, slice(done, done + k))
                     # The first score of a datum checks it; Pyro's validation takes time.
                     with pyro.validation_enabled(False) if checked else nullcontext():
@@ -146,7 +146,7 @@ def _log_mixture(
     return torch.stack(terms).logsumexp(0)
 
 
-class _WeightSums:
+class WeightSums:
     """Sums over log weights that arrive in pieces of shape (any number, batch): all that an estimate needs.
 
     Everything is in double precision, for the sums run over far more terms than float32 can tell apart.
@@ -240,9 +240,9 @@ def _chunk_sizes(task: Task, num_samples: int) -> tuple[int, int, int]:
 
     def bytes_of(samples: int, data: int) -> tuple[int, int]:
         part = task.rows(slice(0, data))
-        with _Allocations() as in_guide:
+        with Allocations() as in_guide:
             trace, _ = part.draw(samples)
-        with _Allocations() as in_model:
+        with Allocations() as in_model:
             part.score(trace, samples)
         return in_guide.bytes(), in_model.bytes()
 
@@ -251,9 +251,9 @@ def _chunk_sizes(task: Task, num_samples: int) -> tuple[int, int, int]:
     per_draw = max(two_guide - one_guide, 1)
     per_score = max(two_model - one_model, 1)
     per_datum = max(sum(bytes_of(1, 2)) - one_guide - one_model, 1) if task.size > 1 else 1
-    data = _clamp(task.max_memory / max(num_samples * per_draw, per_datum), task.size)
-    draws = _clamp(task.max_memory / (data * per_draw), num_samples)
-    slices = _clamp(task.max_memory / (data * per_score), draws)
+    data = clamp(task.max_memory / max(num_samples * per_draw, per_datum), task.size)
+    draws = clamp(task.max_memory / (data * per_draw), num_samples)
+    slices = clamp(task.max_memory / (data * per_score), draws)
     return data, draws, slices
 
 

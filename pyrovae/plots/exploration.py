@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pyrovae.diagnostics.base import names_of
-from pyrovae.plots.pictures import _are_images, _grid, _write
+from pyrovae.plots.pictures import are_images, grid_of, write
 
 _PANELS = 3  # data from which traversals are drawn, at most
 
@@ -27,7 +27,7 @@ def traversals(found: Any, path: str | Path | None = None) -> Figure:
     order = found.change.argsort(descending=True).tolist()
     labels = [f"{found.names[i]}\n±{found.change[i].item():.2g}" for i in order]
     title = "from the lowest to the highest value of a dimension (±: root mean square change)"
-    if not _are_images(found.data):
+    if not are_images(found.data):
         rows = [[found.decoded[n, i] for n in range(count)] for i in order]
         data = [[found.data[n]] * len(order) for n in range(count)]
         return _curves(rows, [list(row) for row in zip(*data, strict=True)], labels, title, path)
@@ -47,7 +47,7 @@ def interpolations(found: Any, path: str | Path | None = None) -> Figure:
     """
     labels = [f"{a} to {b}" for a, b in found.pairs]
     title = f"data at both ends, and decoded along {'arcs' if found.spherical else 'lines'} between their latents"
-    if not _are_images(found.ends[:, 0]):
+    if not are_images(found.ends[:, 0]):
         return _curves([[decoded] for decoded in found.decoded], [[ends] for ends in found.ends], labels, title, path)
     rows = torch.cat([found.ends[:, :1], found.decoded, found.ends[:, 1:]], dim=1)
     return _rows_of_images([rows], labels, [0, rows.shape[1] - 2], title, path)
@@ -60,7 +60,7 @@ def latent_map(found: Any, path: str | Path | None = None) -> Figure:
         found: what :func:`pyrovae.diagnostics.latent_map` returned.
         path: where to write the picture.
     """
-    decoded = found.decoded is not None and _are_images(found.decoded.flatten(0, 1))
+    decoded = found.decoded is not None and are_images(found.decoded.flatten(0, 1))
     figure = Figure(figsize=(11 if decoded else 6, 5), layout="constrained")
     axes = figure.subplots(1, 2 if decoded else 1, squeeze=False)[0]
     ax, z = axes[0], found.coordinates.cpu().numpy()
@@ -77,7 +77,7 @@ def latent_map(found: Any, path: str | Path | None = None) -> Figure:
         ]
     ax.set(xlabel=names[0], ylabel=names[1], aspect="equal", title="means of q(z | x)")
     if decoded:
-        grid = _grid(found.decoded.flatten(0, 1), found.decoded.shape[1]).squeeze(-1).numpy()
+        grid = grid_of(found.decoded.flatten(0, 1), found.decoded.shape[1]).squeeze(-1).numpy()
         half = [(line[1] - line[0]).item() / 2 for line in found.grid]
         (left, right), (bottom, top) = (
             (line[0].item() - h, line[-1].item() + h) for line, h in zip(found.grid, half, strict=True)
@@ -86,7 +86,7 @@ def latent_map(found: Any, path: str | Path | None = None) -> Figure:
             grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=(left, right, bottom, top), aspect="auto"
         )
         axes[1].set(xlabel=names[0], ylabel=names[1], title="means of p(x | z) over the plane")
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def _rows_of_images(
@@ -99,7 +99,7 @@ def _rows_of_images(
     figure = Figure(figsize=(across, down + 0.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, rows in zip(axes, panels, strict=True):
-        picture = _grid(rows.flatten(0, 1), columns)
+        picture = grid_of(rows.flatten(0, 1), columns)
         picture[:: height + 1] = picture[:, :: width + 1] = 0.6  # neither black nor white: binary images end there
         ax.imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         for bar in bars:
@@ -110,7 +110,7 @@ def _rows_of_images(
     axes[0].set_yticks([(i + 0.5) * (height + 1) for i in range(count)], labels)
     axes[0].tick_params(length=0)
     figure.suptitle(title, fontsize=10)
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def _curves(
@@ -134,4 +134,4 @@ def _curves(
         ax.set_xlabel("element of the data (dots: data)")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, fontsize=10)
-    return _write(figure, path)
+    return write(figure, path)

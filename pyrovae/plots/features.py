@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from pyrovae.plots.pictures import _are_images, _grid, _write
+from pyrovae.plots.pictures import are_images, grid_of, write
 
 __all__ = ["quality"]
 
@@ -17,7 +17,7 @@ def quality(found, path: str | Path | None = None) -> Figure:
         found: a :class:`pyrovae.diagnostics.Quality`.
         path: where to write the picture.
     """
-    images = _are_images(found.data)
+    images = are_images(found.data)
     figure = Figure(figsize=(14 if images else 10, 4.6), layout="constrained")
     axes = figure.subplots(1, 4 if images else 2, width_ratios=[1.2, 0.8, 1, 1] if images else [1.2, 0.8])
     plane, bars = axes[:2]
@@ -46,7 +46,7 @@ def quality(found, path: str | Path | None = None) -> Figure:
         low, high = found.data.min(), found.data.max()
         for ax, x, name in zip(axes[2:], (found.data, found.samples), ("data", "samples"), strict=True):
             shown = (x - low) / (high - low).clamp_min(1e-12)  # the range of the data for both
-            ax.imshow(_grid(shown, 6).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            ax.imshow(grid_of(shown, 6).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             ax.set_axis_off()
             ax.set_title(name)
-    return _write(figure, path)
+    return write(figure, path)

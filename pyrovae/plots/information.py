@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pyrovae.diagnostics.base import names_of
-from pyrovae.plots.pictures import _write
+from pyrovae.plots.pictures import write
 
 _NAMED = 24  # dimensions whose names there is room for
 
@@ -63,7 +63,7 @@ def collapse(found: Any, path: str | Path | None = None) -> Figure:
         right.set(xlabel=names[top[0]], ylabel=names[top[1]], aspect="equal")
     right.set_title(f"KL(q(z) || p(z)): {_between(found.aggregate_kl_lower, found.aggregate_kl)}")
     right.legend()
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def collapse_history(records: list[dict[str, Any]], path: str | Path | None = None) -> Figure:
@@ -92,7 +92,7 @@ def collapse_history(records: list[dict[str, Any]], path: str | Path | None = No
     for ax in (left, right):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.yaxis.set_major_locator(MaxNLocator(integer=True))
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def _between(low: float, high: float) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from pyrovae.plots.pictures import _write
+from pyrovae.plots.pictures import write
 
 if TYPE_CHECKING:
     from pyrovae.diagnostics.nats import Gaps
@@ -45,4 +45,4 @@ def gaps(found: "Gaps", path: str | Path | None = None) -> Figure:
     spread.set_xticks([i + j * (n + 0.5) for j in range(2) for i in range(n)], list(sides) * 2)
     spread.axhline(0, color="grey", linewidth=0.5)
     spread.set(ylabel="nats", title="over data (quartiles, 5 and 95 %)")
-    return _write(figure, path)
+    return write(figure, path)

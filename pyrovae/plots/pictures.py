@@ -22,9 +22,9 @@ def samples(x: Tensor, path: str | Path | None = None, title: str = "") -> Figur
     >>> samples(torch.rand(9, 1, 8, 8)).axes[0].get_images()[0].get_array().shape
     (28, 28)
     """
-    if not _are_images(x):
+    if not are_images(x):
         return _curves([(x, "sample")], path, title)
-    return _picture(_grid(x, math.ceil(math.sqrt(len(x)))), path, title)
+    return _picture(grid_of(x, math.ceil(math.sqrt(len(x)))), path, title)
 
 
 def reconstructions(x: Tensor, reconstructed: Tensor, path: str | Path | None = None) -> Figure:
@@ -38,9 +38,9 @@ def reconstructions(x: Tensor, reconstructed: Tensor, path: str | Path | None = 
     >>> reconstructions(torch.rand(5, 1, 8, 8), torch.rand(5, 1, 8, 8)).axes[0].get_images()[0].get_array().shape
     (19, 46)
     """
-    if not _are_images(x):
+    if not are_images(x):
         return _curves([(x, "data"), (reconstructed, "reconstruction")], path, "")
-    return _picture(_grid(torch.cat([x, reconstructed]), len(x)), path, "data above, reconstructions below")
+    return _picture(grid_of(torch.cat([x, reconstructed]), len(x)), path, "data above, reconstructions below")
 
 
 def latent_space(z: Tensor, labels: Tensor | None = None, path: str | Path | None = None) -> Figure:
@@ -72,7 +72,7 @@ def latent_space(z: Tensor, labels: Tensor | None = None, path: str | Path | Non
         ax.plot(radius * np.cos(angle), radius * np.sin(angle), color="grey", linewidth=0.5, linestyle="--")
     title = "a draw of q(z | x) for each datum (circles: radius 1 and 2)"
     ax.set(xlabel=names[0], ylabel=names[1], aspect="equal", title=title)
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def learning_curve(history, path: str | Path | None = None) -> Figure:
@@ -96,14 +96,14 @@ def learning_curve(history, path: str | Path | None = None) -> Figure:
         ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     ax.set(xlabel="epoch", ylabel="loss (nats a datum)")
     ax.legend()
-    return _write(figure, path)
+    return write(figure, path)
 
 
-def _are_images(x: Tensor) -> bool:
+def are_images(x: Tensor) -> bool:
     return x.dim() == 4 and x.shape[1] in (1, 3)
 
 
-def _grid(x: Tensor, columns: int) -> Tensor:
+def grid_of(x: Tensor, columns: int) -> Tensor:
     """Returns images side by side in rows, a pixel of white between them, as (height, width, channels)."""
     x = x.detach().cpu().float().clamp(0, 1)
     n, channels, height, width = x.shape
@@ -122,7 +122,7 @@ def _picture(grid: Tensor, path: str | Path | None, title: str) -> Figure:
     ax.imshow(grid.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
     ax.set_title(title)
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def _curves(groups: list[tuple[Tensor, str]], path: str | Path | None, title: str) -> Figure:
@@ -133,10 +133,10 @@ def _curves(groups: list[tuple[Tensor, str]], path: str | Path | None, title: st
         lines[0].set_label(name)
     ax.set(xlabel="dimension", ylabel="value", title=title)
     ax.legend()
-    return _write(figure, path)
+    return write(figure, path)
 
 
-def _write(figure: Figure, path: str | Path | None) -> Figure:
+def write(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure

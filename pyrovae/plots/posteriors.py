@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from pyrovae.plots.pictures import _write
+from pyrovae.plots.pictures import write
 
 __all__ = ["calibration", "posterior_check", "reliability"]
 
@@ -52,7 +52,7 @@ def posterior_check(check, path: str | Path | None = None) -> Figure:
     ]
     left_out = f"the {len(data)} worst of {batch} data" if batch > len(data) else None
     figure.legend(handles=handles, loc="outside upper center", ncols=2, title=left_out, frameon=False)
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def calibration(calibrated, path: str | Path | None = None) -> Figure:
@@ -89,7 +89,7 @@ def calibration(calibrated, path: str | Path | None = None) -> Figure:
     figure.supylabel("frequency, 1 if right", fontsize=9)
     left_out = f"; {total - len(shown)} with larger p are left out" if total > len(shown) else ""
     figure.suptitle(f"{n:,} data from the model; between the dotted lines: 99% of bars, if right{left_out}", fontsize=9)
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def reliability(reliable, path: str | Path | None = None) -> Figure:
@@ -118,7 +118,7 @@ def reliability(reliable, path: str | Path | None = None) -> Figure:
     right.axhline(reliable.num_samples, color="grey", linewidth=0.5, linestyle="--")
     label = f"effective of {reliable.num_samples:,} samples"
     right.set(xlabel="Pareto k-hat", ylabel=label, yscale="log", xlim=(low - 0.05, high + 0.05))
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def _pair(ax, check, i: int, guide_draws: np.ndarray, draws: np.ndarray) -> None:

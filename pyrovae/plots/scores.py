@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from pyrovae.plots.pictures import _are_images, _grid, _write
+from pyrovae.plots.pictures import are_images, grid_of, write
 
 __all__ = ["anomalies"]
 
@@ -20,7 +20,7 @@ def anomalies(found, path: str | Path | None = None) -> Figure:
         found: a :class:`pyrovae.diagnostics.Anomalies`.
         path: where to write the picture.
     """
-    images, several = _are_images(found.x), found.other is not None
+    images, several = are_images(found.x), found.other is not None
     columns = len(found.scores) + several
     figure = Figure(figsize=(3.6 * columns, 3.4 + 2 * images), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(3.4, 2)) if images else (figure, None)
@@ -49,11 +49,11 @@ def anomalies(found, path: str | Path | None = None) -> Figure:
         for ax, (title, chosen) in zip(below.subplots(2, 1), rows, strict=True):
             shown = (found.x[chosen.to(found.x.device)] - low) / (high - low).clamp_min(1e-12)
             ax.imshow(
-                _grid(shown, len(shown)).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+                grid_of(shown, len(shown)).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
             )
             ax.set_axis_off()
             ax.set_title(title, fontsize="medium")
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def _curve(usual: torch.Tensor, unusual: torch.Tensor) -> tuple:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from pyrovae.plots.pictures import _are_images, _grid, _write
+from pyrovae.plots.pictures import are_images, grid_of, write
 
 __all__ = ["sharpness"]
 
@@ -25,7 +25,7 @@ def sharpness(found, path: str | Path | None = None) -> Figure:
         found: a :class:`pyrovae.diagnostics.Sharpness`.
         path: where to write the picture.
     """
-    images = _are_images(found.examples["data"])
+    images = are_images(found.examples["data"])
     figure = Figure(figsize=(11, 5.4 if images else 6.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 0.65 if images else 1))
     spectrum, lost, sharp = above.subplots(1, 3)
@@ -63,7 +63,7 @@ def sharpness(found, path: str | Path | None = None) -> Figure:
     limits = values.min().item(), values.max().item()
     for ax, name in zip(below.subplots(2, 2).flat, names, strict=True):
         if images:
-            ax.imshow(_grid(shown[name], len(shown[name])).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            ax.imshow(grid_of(shown[name], len(shown[name])).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             ax.set_axis_off()
         else:
             x = found.examples[name].cpu()
@@ -71,4 +71,4 @@ def sharpness(found, path: str | Path | None = None) -> Figure:
             ax.plot(x.T.numpy(), linewidth=0.7, alpha=0.7, color=f"C{names.index(name)}")
             ax.set(xlabel="pixel", ylim=limits)
         ax.set_title(_NAMES[name], fontsize="small")
-    return _write(figure, path)
+    return write(figure, path)
