@@ -420,7 +420,7 @@ def test_the_monitor_leaves_training_as_it_is_to_the_bit_and_writes_into_the_his
     (records,) = [m.records for m in monitors]
     assert [r["epoch"] for r in records] == [2, 4]
     assert history["active_units"] == [None, records[0]["active_units"], None, records[1]["active_units"], None]
-    assert "mutual_information" in str(history)
+    assert "mutual_information" not in str(history)  # a table leaves out what few of its rows would hold
     last = train(x, 4, [])[0]
     assert last.training  # as it was
     pyro.set_rng_seed(0)

@@ -297,7 +297,7 @@ class CollapseMonitor:
     """A callback of :func:`pyrovae.fit` that looks at every so many epochs whether the latents are used.
 
     It adds "kl", "active_units" and "mutual_information" of the data that it is given to the history's last record, as
-    :func:`collapse` finds them, so that they are printed, written and kept in checkpoints with it. Each time the noise
+    :func:`collapse` finds them, so that they are written and kept in checkpoints with it. Each time the noise
     is the same, and the random state of training is put back: a run ends with the same weights, to the bit, with it or
     without. Some hundred data take about a step's time.
 

@@ -268,12 +268,12 @@ class _Annealed(Estimator):
         """Returns the temperatures of the run that counts, ``(steps + 1, batch)``."""
 
     def trusts(self, estimate: Estimate) -> Tensor:
-        """Returns whether a fifth of the chains count, enough moves were accepted and hardly any diverged.
+        """Returns whether a fifth of the chains and at least four count, and moves were accepted and hardly ever diverged.
 
         The tail of so few weights says little; that few of them count says more.
         """
         fails = (estimate.diagnostics["acceptance"] < 0.2) | (estimate.diagnostics["diverged"] > 0.05)
-        return (estimate.ess >= 0.2 * self.num_samples) & ~fails
+        return (estimate.ess >= max(0.2 * self.num_samples, 4)) & ~fails
 
     def describe(self, estimate: Estimate) -> str:
         n = len(estimate.value)
@@ -504,7 +504,8 @@ class Bracket(NamedTuple):
 
     Args:
         lower: the estimate by annealing from the start to the posterior, a stochastic lower bound.
-        upper: by annealing back from an exact draw of the posterior, a stochastic upper bound.
+        upper: by annealing back from an exact draw of the posterior, a stochastic upper bound. All chains of a datum start
+            from the one draw, whose chance its standard error does not hold; the spread over data does.
         args: the model's arguments, with the data that were drawn.
         kwargs: its keyword arguments.
     """

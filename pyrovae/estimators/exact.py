@@ -125,13 +125,14 @@ class Quadrature(_Deterministic):
         return f"half of the points change more than 0.1 nats, not to be trusted: {rough:,} of {len(estimate.value):,} data"
 
     def remedy(self, structure: Structure) -> str:
-        return "Take more points (num_samples)."
+        return "Take more points (num_samples), or AnnealedImportanceSampling()."
 
 
 def _closer(log_f: Tensor, low: Tensor, high: Tensor, side: int) -> tuple[Tensor, Tensor, bool]:
     """Returns the box of all points that count, a cell wider, where it is another by much; and whether any is."""
     dim = low.shape[-1]
-    counts = log_f > log_f.flatten(0, dim - 1).amax(0) - _DEPTH
+    # Between points there may be a peak of which they see little: as long as the grid is coarse, that may be any of several.
+    counts = log_f + _hidden(log_f, dim) > log_f.flatten(0, dim - 1).amax(0) - _DEPTH
     lows, highs = [], []
     for d in range(dim):
         hit = counts.movedim(d, 0).flatten(1, -2).any(1) if dim > 1 else counts  # (side, batch)
@@ -147,6 +148,17 @@ def _closer(log_f: Tensor, low: Tensor, high: Tensor, side: int) -> tuple[Tensor
     shrunk = (new_high - new_low) < 0.8 * (high - low)
     moved = (grown | shrunk).any(-1, keepdim=True)
     return torch.where(moved, new_low, low), torch.where(moved, new_high, high), bool(moved.any())
+
+
+def _hidden(log_f: Tensor, dim: int) -> Tensor:
+    """Returns by how much a parabola with the differences at each point may rise above it within half a cell."""
+    bend = torch.zeros_like(log_f)
+    for d in range(dim):
+        along = log_f.movedim(d, 0)
+        second = along.diff(n=2, dim=0).abs().nan_to_num(0.0, posinf=0.0)
+        bend += torch.cat([second[:1], second, second[-1:]]).movedim(0, d)
+    # At most dim times the trace of its curvature, in whatever direction a ridge runs.
+    return 0.125 * dim * bend
 
 
 def _share_outside(log_f: Tensor, dim: int) -> Tensor:

@@ -16,7 +16,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import transform_to
 
-from pyrovae.bounds import IWAE
+from pyrovae.bounds import ELBO
 from pyrovae.bounds.base import Bound
 from pyrovae.checks import Structure, described, inspect, sample_sites
 from pyrovae.estimators.base import Task, check_count, check_positive, prior_of
@@ -181,8 +181,8 @@ class Refined(Proposal):
     Args:
         num_steps: steps of Adam, at least 1, at a rate that falls to zero.
         learning_rate: the rate it starts at, positive.
-        bound: the bound to raise, of :mod:`pyrovae.bounds`; ``IWAE(8)`` unless given, which makes a guide for
-            importance sampling. The ELBO's is narrower.
+        bound: the bound to raise, of :mod:`pyrovae.bounds`; ``ELBO(8)`` unless given. An :class:`IWAE` makes wider
+            proposals, but in many dimensions its gradient needs far more particles.
 
     References:
         Semi-Amortized Variational Autoencoders, Y. Kim, S. Wiseman, A. C. Miller, D. Sontag and A. M. Rush, 2018,
@@ -192,7 +192,7 @@ class Refined(Proposal):
     Refined(num_steps=50)
     """
 
-    def __init__(self, num_steps: int = 100, learning_rate: float = 0.1, bound: Bound | None = None):
+    def __init__(self, num_steps: int = 100, learning_rate: float = 0.05, bound: Bound | None = None):
         check_count("num_steps", num_steps)
         check_positive("learning_rate", learning_rate)
         if bound is not None and not isinstance(bound, Bound):
@@ -200,7 +200,7 @@ class Refined(Proposal):
         self.num_steps, self.learning_rate, self.bound = num_steps, learning_rate, bound
 
     def guides(self, task: Task) -> list[Weighed]:
-        bound = IWAE(8) if self.bound is None else self.bound
+        bound = ELBO(8) if self.bound is None else self.bound
         guide = _tuned(
             task.model, task.guide, task.structure, bound, self.num_steps, self.learning_rate, task.args, task.kwargs
         )
@@ -213,7 +213,7 @@ def refine(
     *args: Any,
     bound: Bound | None = None,
     num_steps: int = 100,
-    learning_rate: float = 0.1,
+    learning_rate: float = 0.05,
     **kwargs: Any,
 ) -> Callable:
     r"""Tunes a guide to each of some data by gradient steps; returns a Pyro guide for these data, in this order.
@@ -224,7 +224,7 @@ def refine(
         model: a Pyro model, called with the same arguments as the guide.
         guide: a Pyro guide.
         *args: what both are called with.
-        bound: the bound to raise, of :mod:`pyrovae.bounds`; ``IWAE(8)`` unless given.
+        bound: the bound to raise, of :mod:`pyrovae.bounds`; ``ELBO(8)`` unless given.
         num_steps: steps of Adam, at least 1.
         learning_rate: the rate it starts at, positive.
         **kwargs: what both are called with.
@@ -243,7 +243,7 @@ def refine(
     """
     proposal = Refined(num_steps, learning_rate, bound)
     structure = inspect(model, guide, *args, **kwargs)
-    bound = IWAE(8) if proposal.bound is None else proposal.bound
+    bound = ELBO(8) if proposal.bound is None else proposal.bound
     return _tuned(model, guide, structure, bound, num_steps, learning_rate, args, kwargs)
 
 
