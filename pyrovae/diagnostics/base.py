@@ -18,8 +18,8 @@ class Diagnosis(ABC):
     """Base of what a diagnostic returns: numbers as data, which print as a table with a verdict, and draw themselves.
 
     A diagnostic is a function of a model, a guide and data that returns one of these, a frozen dataclass. It writes
-    :meth:`__str__`, a table no wider than 80 characters; :meth:`summary`, what of it goes into a JSON file; :attr:`verdict`,
-    one line that says what was found and what usually mends it; and :meth:`plot`.
+    :meth:`__str__`, a table no wider than 80 characters; :meth:`summary`, what of it goes into a JSON file;
+    :attr:`verdict`, one line that says what was found and what usually mends it; and :meth:`plot`.
     """
 
     @property

@@ -34,8 +34,8 @@ class Schedule(ABC):
     r"""Base of the schedules of temperatures :math:`0 = \beta_0 < \dots < \beta_T = 1`; write :meth:`betas` for another.
 
     References:
-        On the Quantitative Analysis of Decoder-Based Generative Models, Y. Wu, Y. Burda, R. Salakhutdinov and R. Grosse,
-        2017, https://arxiv.org/abs/1611.04273.
+        On the Quantitative Analysis of Decoder-Based Generative Models, Y. Wu, Y. Burda, R. Salakhutdinov and R.
+        Grosse, 2017, https://arxiv.org/abs/1611.04273.
     """
 
     @abstractmethod
@@ -299,8 +299,8 @@ class AnnealedImportanceSampling(_Annealed):
 
     where each move :math:`\mathcal{T}_\beta` leaves :math:`q(z)^{1-\beta} p(x, z)^\beta` as it is. It is unbiased, like
     importance sampling, and its weights vary less with each temperature. A run before the one that counts finds step
-    sizes, scales and temperatures for each datum, so that the run that counts adapts to nothing. Latents must be continuous;
-    bounded ones are moved in the space of real numbers that is mapped to theirs.
+    sizes, scales and temperatures for each datum, so that the run that counts adapts to nothing. Latents must be
+    continuous; bounded ones are moved in the space of real numbers that is mapped to theirs.
 
     Args:
         num_samples: chains per datum K, at least 1; below 21 there is no k-hat.
@@ -315,8 +315,8 @@ class AnnealedImportanceSampling(_Annealed):
         ValueError: when latents are discrete, or live where real numbers are not mapped to one to one (a sphere).
 
     References:
-        Annealed Importance Sampling, R. M. Neal, 2001, https://arxiv.org/abs/physics/9803008; On the Quantitative Analysis
-        of Decoder-Based Generative Models, Y. Wu, Y. Burda, R. Salakhutdinov and R. Grosse, 2017,
+        Annealed Importance Sampling, R. M. Neal, 2001, https://arxiv.org/abs/physics/9803008; On the Quantitative
+        Analysis of Decoder-Based Generative Models, Y. Wu, Y. Burda, R. Salakhutdinov and R. Grosse, 2017,
         https://arxiv.org/abs/1611.04273.
 
     >>> import pyrovae
@@ -359,9 +359,10 @@ class SequentialMonteCarlo(_Annealed):
     .. math:: \hat p(x) = \prod_{t=1}^T \frac{1}{N} \sum_{n=1}^N w_{tn}, \qquad
         w_{tn} = \left(\frac{p(x, z_{t-1,n})}{q(z_{t-1,n})}\right)^{\beta_t - \beta_{t-1}}
 
-    Temperatures are found for each datum by a run before the one that counts, each as far as keeps a share of the effective
-    sample size; being fixed then, they leave the estimate unbiased. Particles are resampled (systematically) where less than
-    half of their effective sample size is left. The runs are independent: the error comes from their spread.
+    Temperatures are found for each datum by a run before the one that counts, each as far as keeps a share of the
+    effective sample size; being fixed then, they leave the estimate unbiased. Particles are resampled (systematically)
+    where less than half of their effective sample size is left. The runs are independent: the error comes from their
+    spread.
 
     Args:
         num_samples: runs per datum, at least 1; below 21 there is no k-hat.
@@ -376,8 +377,8 @@ class SequentialMonteCarlo(_Annealed):
 
     References:
         Sequential Monte Carlo Samplers, P. Del Moral, A. Doucet and A. Jasra, 2006,
-        https://doi.org/10.1111/j.1467-9868.2006.00553.x; Toward Automatic Model Comparison: An Adaptive Sequential Monte
-        Carlo Approach, Y. Zhou, A. M. Johansen and J. A. D. Aston, 2016, https://arxiv.org/abs/1303.3123.
+        https://doi.org/10.1111/j.1467-9868.2006.00553.x; Toward Automatic Model Comparison: An Adaptive Sequential
+        Monte Carlo Approach, Y. Zhou, A. M. Johansen and J. A. D. Aston, 2016, https://arxiv.org/abs/1303.3123.
 
     >>> SequentialMonteCarlo(num_samples=24, num_particles=16).num_particles
     16
@@ -504,8 +505,8 @@ class Bracket(NamedTuple):
 
     Args:
         lower: the estimate by annealing from the start to the posterior, a stochastic lower bound.
-        upper: by annealing back from an exact draw of the posterior, a stochastic upper bound. All chains of a datum start
-            from the one draw, whose chance its standard error does not hold; the spread over data does.
+        upper: by annealing back from an exact draw of the posterior, a stochastic upper bound. All chains of a datum
+            start from the one draw, whose chance its standard error does not hold; the spread over data does.
         args: the model's arguments, with the data that were drawn.
         kwargs: its keyword arguments.
     """
@@ -544,9 +545,9 @@ def bidirectional(
 
     .. math:: \mathrm{E}[\log \hat p(x)] \le \log p(x) \le \mathrm{E}[-\log \widehat{1/p(x)}]
 
-    Of data that the model drew, the latents are an exact draw of the posterior, and chains can be run back from there: the mean
-    of one over their weights is unbiased for :math:`1/p(x)`. The gap says how far the method is from the truth at this
-    number of chains and temperatures; on real data it can be trusted as far as the model is like them.
+    Of data that the model drew, the latents are an exact draw of the posterior, and chains can be run back from there:
+    the mean of one over their weights is unbiased for :math:`1/p(x)`. The gap says how far the method is from the truth
+    at this number of chains and temperatures; on real data it can be trusted as far as the model is like them.
 
     Args:
         model: a Pyro model, which observes arguments of its own.
@@ -561,8 +562,8 @@ def bidirectional(
         ValueError: as :func:`log_marginal`; when what the model observes is none of its arguments.
 
     References:
-        Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo, R. B. Grosse, Z. Ghahramani and R. P. Adams,
-        2015, https://arxiv.org/abs/1511.02543.
+        Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo, R. B. Grosse, Z. Ghahramani and R. P.
+        Adams, 2015, https://arxiv.org/abs/1511.02543.
 
     >>> import pyrovae
     >>> from pyrovae import encoders, likelihoods, priors

@@ -32,10 +32,10 @@ class Estimate:
 
     Args:
         value: :math:`\log \hat p(x)` in nats.
-        standard_error: of `value`, in nats, from the spread of the samples; NaN for a single one. It cannot tell of mass
-            that no sample has found: see `trusted`. Of a :class:`Quadrature`, what halving its points changes.
-        ess: effective sample size, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, between 1 and the number of samples; NaN where
-            nothing is sampled.
+        standard_error: of `value`, in nats, from the spread of the samples; NaN for a single one. It cannot tell of
+            mass that no sample has found: see `trusted`. Of a :class:`Quadrature`, what halving its points changes.
+        ess: effective sample size, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, between 1 and the number of samples; NaN
+            where nothing is sampled.
         khat: shape of the Pareto tail of the weights. Above 0.7 neither value nor error is to be trusted; minus
             infinity when the weights in the tail are equal (to rounding), infinity when nearly all are zero, NaN for
             fewer than 21 samples.
@@ -80,9 +80,9 @@ class Estimate:
 class Estimator(ABC):
     r"""Base of the estimators of :math:`\log p(x)`; :func:`log_marginal` takes any of them.
 
-    To add one, write :meth:`estimate`, which scores the data of a :class:`Task`; :meth:`trusts` and :meth:`describe`, which
-    say of which data the result is not to be trusted. `unit` is what it draws, `relation` what stands between log p(x) and
-    the value, `needs_guide` whether it looks at the guide.
+    To add one, write :meth:`estimate`, which scores the data of a :class:`Task`; :meth:`trusts` and :meth:`describe`,
+    which say of which data the result is not to be trusted. `unit` is what it draws, `relation` what stands between log
+    p(x) and the value, `needs_guide` whether it looks at the guide.
 
     Args:
         num_samples: what it draws per datum, at least 1.

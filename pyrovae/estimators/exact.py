@@ -43,16 +43,17 @@ class Quadrature(_Deterministic):
     .. math:: p(x) = \int p(x, u)\, du \approx \prod_d h_d \sum_j p(x, u_j)
 
     The grid starts as wide as the prior's draws and closes in on all that is within 25 nats of the highest point. The
-    rule's error falls exponentially with the number of points for smooth integrands that vanish at both ends, and with its
-    square where a decoder has kinks (ReLU). The error that is stated is what half as many points a dimension would change: for
-    smooth integrands far more than the true one. Bounded latents are integrated in the space of real numbers mapped to theirs.
-    The guide is not looked at.
+    rule's error falls exponentially with the number of points for smooth integrands that vanish at both ends, and with
+    its square where a decoder has kinks (ReLU). The error that is stated is what half as many points a dimension would
+    change: for smooth integrands far more than the true one. Bounded latents are integrated in the space of real
+    numbers mapped to theirs. The guide is not looked at.
 
     Args:
         num_samples: points of the grid, at least 5 a dimension.
 
     Raises:
-        ValueError: when there are more than three latent dimensions a datum, too few points for them, or latents that are discrete.
+        ValueError: when there are more than three latent dimensions a datum, too few points for them, or latents that
+            are discrete.
 
     References:
         The Exponentially Convergent Trapezoidal Rule, L. N. Trefethen and J. A. C. Weideman, 2014,

@@ -40,9 +40,9 @@ class Weighed(NamedTuple):
 class Proposal(ABC):
     r"""Base of the proposals: what the latents of a datum are drawn from, for an estimator.
 
-    To add one, write :meth:`guides`, which returns Pyro guides made from those of a :class:`Task`, for all its data, with their
-    shares of the draws. Whatever is drawn from, weights have the right mean: a proposal decides about the variance alone. `needs_guide` says
-    whether it looks at the guide.
+    To add one, write :meth:`guides`, which returns Pyro guides made from those of a :class:`Task`, for all its data,
+    with their shares of the draws. Whatever is drawn from, weights have the right mean: a proposal decides about the
+    variance alone. `needs_guide` says whether it looks at the guide.
     """
 
     needs_guide = True
@@ -83,8 +83,8 @@ class Widened(Proposal):
 
     .. math:: z = \mu + s\,(z' - \mu), \qquad z' \sim q(z \mid x), \quad \mu = \mathrm{E}_q[z']
 
-    at each latent site by itself, whose latents must be any real numbers. The tails of the weights get lighter; of a guide that is right
-    they get more variance.
+    at each latent site by itself, whose latents must be any real numbers. The tails of the weights get lighter; of a
+    guide that is right they get more variance.
 
     Args:
         scale: s, positive.
@@ -174,9 +174,9 @@ class Refined(Proposal):
 
     .. math:: \max_{\delta_n} \mathcal{L}\left(x_n; q(z \mid \eta(x_n) + \delta_n)\right)
 
-    with :math:`\eta` what parametrises the guide's distributions (means, log standard deviations, logits, features of a flow) and
-    :math:`\delta_n` a change of them for the datum alone, the same for all draws. The family stays as it is. Neither
-    model nor guide is trained.
+    with :math:`\eta` what parametrises the guide's distributions (means, log standard deviations, logits, features of a
+    flow) and :math:`\delta_n` a change of them for the datum alone, the same for all draws. The family stays as it is.
+    Neither model nor guide is trained.
 
     Args:
         num_steps: steps of Adam, at least 1, at a rate that falls to zero.
@@ -218,7 +218,8 @@ def refine(
 ) -> Callable:
     r"""Tunes a guide to each of some data by gradient steps; returns a Pyro guide for these data, in this order.
 
-    See :class:`Refined`, which is what estimators take, for they work through data in chunks. Modules of the model are run as they are, in training or evaluation mode.
+    See :class:`Refined`, which is what estimators take, for they work through data in chunks. Modules of the model are
+    run as they are, in training or evaluation mode.
 
     Args:
         model: a Pyro model, called with the same arguments as the guide.
@@ -230,8 +231,8 @@ def refine(
         **kwargs: what both are called with.
 
     Raises:
-        ValueError: when the guide's distributions have no parameters that can be changed; when the refined guide is called
-            with another number of data.
+        ValueError: when the guide's distributions have no parameters that can be changed; when the refined guide is
+            called with another number of data.
 
     >>> import pyrovae
     >>> from pyrovae import encoders, likelihoods, priors

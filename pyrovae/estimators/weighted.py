@@ -59,22 +59,22 @@ class ImportanceSampling(_Weighted):
 
     .. math:: \hat p(x) = \frac{1}{K} \sum_{k=1}^K w_k, \qquad w_k = \frac{p(x, z_k)}{q(z_k \mid x)}, \quad z_k \sim q(z \mid x)
 
-    is unbiased, and its logarithm a lower bound on log p(x) in expectation. A mixture of proposals is sampled by its shares,
-    each draw weighed against the density of the whole mixture; the standard error then is a little too large. With the
-    guide alone, the guide runs once per datum as long as all latents of a datum fit in the memory budget (they do up to some
-    100,000 samples of 20 dimensions), and a few times more for the first two, to plan the chunks.
+    is unbiased, and its logarithm a lower bound on log p(x) in expectation. A mixture of proposals is sampled by its
+    shares, each draw weighed against the density of the whole mixture; the standard error then is a little too large.
+    With the guide alone, the guide runs once per datum as long as all latents of a datum fit in the memory budget (they
+    do up to some 100,000 samples of 20 dimensions), and a few times more for the first two, to plan the chunks.
 
     Args:
         num_samples: samples per datum :math:`K`, at least 1; exactly so many are drawn.
         proposal: what the latents are drawn from, the guide unless given.
-        smoothed: replace the largest weights of each datum by what the Pareto distribution fitted to them expects (PSIS).
-            It lowers the variance at the price of a bias, where k-hat is between some 0.5 and 0.7.
+        smoothed: replace the largest weights of each datum by what the Pareto distribution fitted to them expects
+            (PSIS). It lowers the variance at the price of a bias, where k-hat is between some 0.5 and 0.7.
 
     References:
         Importance Weighted Autoencoders, Y. Burda, R. Grosse and R. Salakhutdinov, 2016,
         https://arxiv.org/abs/1509.00519; Pareto Smoothed Importance Sampling, A. Vehtari, D. Simpson, A. Gelman, Y. Yao
-        and J. Gabry, 2024, https://arxiv.org/abs/1507.02646; Safe and Effective Importance Sampling, A. Owen and Y. Zhou,
-        2000, https://doi.org/10.1080/01621459.2000.10473909.
+        and J. Gabry, 2024, https://arxiv.org/abs/1507.02646; Safe and Effective Importance Sampling, A. Owen and Y.
+        Zhou, 2000, https://doi.org/10.1080/01621459.2000.10473909.
 
     >>> ImportanceSampling(5000, smoothed=True)
     ImportanceSampling(num_samples=5000, proposal=Guide(), smoothed=True)
@@ -92,8 +92,8 @@ class CUBO(_Weighted):
 
     .. math:: \mathrm{CUBO}_n(x) = \frac{1}{n} \log \mathrm{E}_{q(z \mid x)}\left[w^n\right] \ge \log p(x)
 
-    The expectation is estimated by the mean over K samples, so that it bounds log p(x) in the limit of many; from few it
-    is too low. Its error is that of :math:`w^n`, whose tail is n times as heavy.
+    The expectation is estimated by the mean over K samples, so that it bounds log p(x) in the limit of many; from few
+    it is too low. Its error is that of :math:`w^n`, whose tail is n times as heavy.
 
     Args:
         num_samples: samples per datum :math:`K`, at least 1.
