@@ -28,6 +28,7 @@ class Structure(NamedTuple):
         data_size: how many data the data plate stands for, which may be more than it holds. None without one.
         problems: per site, why importance weights per datum are undefined.
         sites: the names of the sites of both.
+        observed: the names of the model's observed sites.
         latents: the names of the model's latent sites.
         discrete: those of them whose latents are discrete.
     """
@@ -36,6 +37,7 @@ class Structure(NamedTuple):
     data_size: int | None
     problems: tuple[str, ...]
     sites: frozenset[str]
+    observed: frozenset[str]
     latents: frozenset[str]
     discrete: frozenset[str]
 
@@ -96,6 +98,9 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
             in different plates in the two; when a site has batch dimensions that no plate declares; when observed
             data has the wrong shape or is outside its distribution's support. The message names the site.
     """
+    for name, function in (("model", model), ("guide", guide)):
+        if not callable(function):
+            raise TypeError(f"{name} must be a Pyro {name}, a function or a module's method; got {function!r}.")
     tensors = {name: t for name, t in named_arguments(args, kwargs) if isinstance(t, Tensor)}
     for name, t in tensors.items():
         check_finite(name, t)
@@ -136,6 +141,7 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
         data_size=None if data is None else data.full_size or data.size,
         problems=tuple(_problems(model_sites, guide_sites)),
         sites=frozenset(model_sites.keys() | guide_sites.keys()),
+        observed=frozenset(model_sites.keys() - latents.keys()),
         latents=frozenset(latents),
         discrete=frozenset(name for name, site in latents.items() if _is_discrete(site["fn"])),
     )

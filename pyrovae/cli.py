@@ -217,7 +217,7 @@ def evaluate(
         np.savetxt(out, table, delimiter=",", fmt=["%d"] + ["%.9g"] * len(columns), comments="", header=header)
         print(f"per datum: {out}")
     print(f"{split}: {estimate}")
-    if _kinds(vae) == {True}:
+    if _kinds(vae) == {True} and method.relation == "=":
         print(f"{bits_per_dim(estimate.value, x.shape[1:]).mean().item():.4f} bits per dimension, of {x[0].numel():,}")
 
 

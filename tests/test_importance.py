@@ -651,6 +651,7 @@ class Made(NamedTuple):
     def model(self, x):
         with data_plate(x):
             pyro.sample("u", Tilted(x.new_zeros(()), self.log_w))
+            pyro.factor("nothing", torch.zeros_like(x))  # there are no weights without something observed
 
     def estimate(self, num_samples: int, data: int = 5) -> tuple[Estimate, Tensor]:
         """Returns the estimate and the log weights that it was formed of, in one piece."""

@@ -68,7 +68,7 @@ def test_nuts_and_guide_agree_with_the_exact_posterior():
     # the latents themselves, by no more than the half of the draws here.
     assert (check.ratio.log().abs() / (1 / check.ess.clamp(max=150) / 2 + 1 / 600).sqrt()).max() < bound
     assert bool((check.discrepancy < 0.3).all()) and bool((check.distance >= check.difference.abs() - 1e-9).all())
-    assert check.verdict == "The guide is right wherever NUTS can tell."
+    assert check.verdict.startswith("The guide is right wherever NUTS can tell: with these draws, of shifts above 0.")
 
 
 def test_distances_are_those_of_scipy():
@@ -140,7 +140,7 @@ def test_data_whose_chains_did_not_settle_are_left_out():
     ratio[0] = 5.0
     doubtful = replace(check, rhat=rhat, ratio=ratio)
     assert doubtful.converged.tolist() == [False, True] and doubtful.summary()["wide"] == 0
-    assert "The guide is right wherever NUTS can tell. 1 of 2 data left out" in doubtful.verdict
+    assert "The guide is right wherever NUTS can tell" in doubtful.verdict and "1 of 2 data left out" in doubtful.verdict
 
 
 def test_latents_with_a_constrained_support_and_a_scaled_loss():

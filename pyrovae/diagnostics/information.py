@@ -188,7 +188,7 @@ class Collapse(Diagnosis):
                 "= mutual information I(x; z)",
                 self.mutual_information,
                 self.mutual_information_error,
-                f"to {_near(self.mutual_information_upper):.3f}",
+                f"to {_near(min(self.mutual_information_upper, self.kl.double().mean().item())):.3f}",
             ),
             ("+ KL(q(z) || p(z))", self.aggregate_kl, self.aggregate_kl_error, f"from {self.aggregate_kl_lower:.3f}"),
         ):

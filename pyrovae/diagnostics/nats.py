@@ -100,7 +100,8 @@ class Gaps(Diagnosis):
             "generalisation": "the model knows the training data better: more data, a smaller decoder, weight decay, earlier stopping",
         }
         if losses[largest] < 0.5:
-            return f"Little is lost: no gap is above {max(losses[largest], 0):.2f} nats a datum."
+            inference = self.test.inference.mean().item()
+            return f"Little is lost: {inference:.2f} nats a datum lie between log p(x) and the ELBO, no gap of 0.5 or more."
         return f"Most is lost by {largest} ({losses[largest]:.2f} nats a datum): {mends[largest]}."
 
     def __str__(self) -> str:

@@ -120,7 +120,12 @@ class PosteriorCheck(Diagnosis):
                 f"without the correlations of {missed} of {int(use.sum())} data (encoders.FullRankNormal, "
                 "LowRankNormal or NeuralSplineFlow)"
             )
-        said = f"The guide is {'; '.join(found)}." if found else "The guide is right wherever NUTS can tell."
+        seen = max(_SHIFT, _SURE * error[use].amax().item())
+        said = (
+            f"The guide is {'; '.join(found)}."
+            if found
+            else f"The guide is right wherever NUTS can tell: with these draws, of shifts above {seen:.2f} sd."
+        )
         if doubtful:
             said += f" {doubtful} of {len(use)} data left out: their chains did not settle, raise warmup_steps."
         return said

@@ -147,9 +147,11 @@ class Sharpness(Diagnosis):
         columns = zip(self.frequency, self.power, self.error, self.lost, self.excess, strict=True)
         total, error = self.power.sum(), self.error.sum()
         rows = [(f"{f:.3f}", *rest) for f, *rest in columns]
+        images = next(iter(self.examples.values())).dim() > 3
         rows.append(("all", total, error, error / total if total > 0 else math.nan, 1.0))
         lines = [
             f'sharpness of "{self.site}": {self.num_data:,} data, power per element about the mean datum',
+            f"read as {'images' if images else 'sequences; shape=(height, width) reads them as images'}",
             "cycles per pixel   power of data   of error   share lost   error / white noise",
         ]
         for name, power, error, lost, excess in rows:

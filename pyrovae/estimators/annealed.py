@@ -277,7 +277,8 @@ class _Annealed(Estimator):
 
     def describe(self, estimate: Estimate) -> str:
         n = len(estimate.value)
-        said = f"fewer than a fifth of the {self.unit} count, or moves fail; not to be trusted: {int((~estimate.trusted).sum()):,} of {n:,} data"
+        untrusted = int((~estimate.trusted).sum())
+        said = f"not to be trusted (few {self.unit} count, or moves fail): {untrusted:,} of {n:,} data"
         acceptance, diverged = estimate.diagnostics["acceptance"], estimate.diagnostics["diverged"]
         acceptance = acceptance[~acceptance.isnan()]
         if not len(acceptance):

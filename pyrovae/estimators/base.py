@@ -38,7 +38,7 @@ class Estimate:
             where nothing is sampled.
         khat: shape of the Pareto tail of the weights. Above 0.7 neither value nor error is to be trusted; minus
             infinity when the weights in the tail are equal (to rounding), infinity when nearly all are zero, NaN for
-            fewer than 21 samples.
+            fewer than 21 samples and for discrete latents, of which it cannot tell.
         num_samples: samples per datum: weights, chains, runs or points.
         method: the estimator.
         diagnostics: what else the estimator says of each datum, by name.
@@ -277,7 +277,8 @@ def open_task(
         raise ValueError(f"max_memory must be a positive number of bytes, got {max_memory}.")
     if guide is None or not method.needs_guide:
         if method.needs_guide:
-            raise ValueError(f"{type(method).__name__} needs a guide, got None.")
+            raise ValueError(f"{type(method).__name__} needs a guide, got None. Take "
+                "AnnealedImportanceSampling(), or ImportanceSampling(proposal=Prior()).")
         guide = prior_of(model)
     size = count_data(args, kwargs)
     head = take_rows(slice(0, 1), args, kwargs)
@@ -285,6 +286,11 @@ def open_task(
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
     with evaluation_mode(), bar:
         structure = inspect_weights(model, guide, *head[0], num_samples=1, **head[1])
+        if not structure.observed:
+            raise ValueError(
+                "the model observes nothing, so that there is no log p(x): give its data to a site, "
+                'pyro.sample("x", ..., obs=x). Were model and guide swapped?'
+            )
         yield Task(model, guide, structure, args, kwargs, size, max_memory, bar)
 
 
@@ -372,7 +378,8 @@ def split_evenly(total: int, size: int) -> list[int]:
 def count_data(args: tuple, kwargs: dict) -> int:
     tensors = [(name, t) for name, t in named_arguments(args, kwargs) if isinstance(t, Tensor) and t.dim() > 0]
     if not tensors:
-        raise ValueError("there is no tensor among the arguments: give at least one, with the data along its first dimension.")
+        raise ValueError("there is no tensor among the arguments: give at least one, with the data along its first "
+            "dimension (torch.from_numpy takes an array).")
     size = len(tensors[0][1])
     if size == 0:
         raise ValueError(f"{tensors[0][0]} is empty: shape {tuple(tensors[0][1].shape)}.")

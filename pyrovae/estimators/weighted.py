@@ -2,13 +2,14 @@ r"""Importance sampling: of p(x) from the guide or a better proposal, and of an 
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.checks import sample_sites
+from pyrovae.checks import Structure, sample_sites
 from pyrovae.estimators.base import Allocations, Estimate, Estimator, Task, check_positive, clamp, join, split_evenly
 from pyrovae.estimators.proposals import Guide, Proposal, Weighed, log_density
 
@@ -51,7 +52,16 @@ class _Weighted(Estimator):
                     sums.add(prior + likelihood - log_q_here)
                     done += k
                     task.advance(k * task.size)
-        return sums.estimate(self, self.smoothed)
+        estimate = sums.estimate(self, self.smoothed)
+        if task.structure.discrete:  # weights that are all alike may be those of the only value that was ever drawn
+            return replace(estimate, khat=torch.full_like(estimate.khat, math.nan))
+        return estimate
+
+    def describe(self, estimate: Estimate) -> str:
+        biased = "smoothed weights: less variance, some bias. " if self.smoothed else ""
+        if self.num_samples >= 21 and bool(estimate.khat.isnan().all()):
+            return f"{biased}latents are discrete, and k-hat sees no value that was never drawn: whom to trust is unknown"
+        return biased + super().describe(estimate)
 
 
 class ImportanceSampling(_Weighted):
@@ -118,6 +128,9 @@ class CUBO(_Weighted):
         self.order, self.proposal = order, Guide() if proposal is None else proposal
         if not isinstance(self.proposal, Proposal):
             raise TypeError(f"proposal must be one such as estimators.Widened(), got {proposal!r}.")
+
+    def remedy(self, structure: Structure) -> str:
+        return "It may be below log p(x): take a lower order, or more samples."
 
 
 def _shares(total: int, shares: list[float]) -> list[int]:
