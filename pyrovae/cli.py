@@ -6,6 +6,7 @@ Arguments come from the signatures below: jsonargparse reads their type hints an
 import inspect
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
@@ -157,7 +158,8 @@ def train(
     _write_metrics(directory / "metrics.jsonl", [*history.records, result], append=False)
     _draw(vae, splits, history, directory)
     print(f"\n{history}\n\ntest: {estimate}{beside}")
-    again = "--num-samples 5000" if bool(estimate.trusted.all()) else "--method AnnealedImportanceSampling"
+    named = re.search(r"method=(\w+)", estimate.remedy)
+    again = f"--method {named[1]}" if named else "--num-samples 5000"
     print(f"\npictures, weights and metrics: {directory}\nscore it again: pyrovae evaluate {directory} {again}")
     print(f"what it learned, and where it loses nats: pyrovae diagnose {directory}")
 
