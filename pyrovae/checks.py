@@ -12,6 +12,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
+from torch.distributions import biject_to
 
 from pyrovae.distributions import Blocks, MaskedElements, grid, open_unit_interval
 
@@ -31,6 +32,7 @@ class Structure(NamedTuple):
         observed: the names of the model's observed sites.
         latents: the names of the model's latent sites.
         discrete: those of them whose latents are discrete.
+        curved: those of them whose space is none that real numbers are mapped to one to one, such as a sphere.
     """
 
     max_plate_nesting: int
@@ -40,6 +42,7 @@ class Structure(NamedTuple):
     observed: frozenset[str]
     latents: frozenset[str]
     discrete: frozenset[str]
+    curved: frozenset[str]
 
 
 def check_finite(name: str, x: Tensor) -> None:
@@ -144,6 +147,7 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
         observed=frozenset(model_sites.keys() - latents.keys()),
         latents=frozenset(latents),
         discrete=frozenset(name for name, site in latents.items() if _is_discrete(site["fn"])),
+        curved=frozenset(name for name, site in latents.items() if _is_curved(site["fn"])),
     )
 
 
@@ -152,6 +156,14 @@ def _is_discrete(fn: Any) -> bool:
         return fn.support.is_discrete
     except NotImplementedError:  # a distribution may leave its support undefined
         return False
+
+
+def _is_curved(fn: Any) -> bool:
+    try:
+        biject_to(fn.support)
+    except NotImplementedError:
+        return not _is_discrete(fn)
+    return False
 
 
 def described(thing: Any) -> str:

@@ -649,3 +649,10 @@ def test_data_that_are_not_to_be_trusted_have_a_remedy_that_will_take_them(build
     name = estimate.remedy.removeprefix("Score them by method=").removesuffix("().")
     method: Estimator = {"Enumeration": Enumeration(), "AnnealedImportanceSampling": AIS}[name]
     assert log_marginal(vae.model, vae.guide, x, method=method).value.isfinite().all()
+
+
+def test_latents_on_a_sphere_are_not_sent_to_annealing():
+    vae = VAE(priors.HypersphericalUniform(3), likelihoods.Normal(3, 20, SMALL), encoders.VonMisesFisher(20, 3, SMALL))
+    vae.likelihood.log_scale.data.fill_(-4.0)  # a posterior far narrower than the guide's
+    estimate = log_marginal(vae.model, vae.guide, torch.randn(5, 20), num_samples=100, progress=False)
+    assert not estimate.trusted.all() and estimate.remedy == "Draw more samples."

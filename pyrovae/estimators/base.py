@@ -115,7 +115,7 @@ class Estimator(ABC):
         """Returns what to use for data that the estimator is not to be trusted for, given what the latents are."""
         if structure.latents == structure.discrete:
             return "Score them by method=Enumeration()."
-        if structure.discrete:
+        if structure.discrete or structure.curved:  # gradients cannot move these
             return "Draw more samples."
         return "Score them by method=AnnealedImportanceSampling()."
 
