@@ -738,6 +738,8 @@ def test_history_gives_columns_and_tables(tmp_path):
     assert history["note"] == [None, None, "late"]
     with pytest.raises(KeyError, match="no record holds 'accuracy'; they hold .*'loss'"):
         history["accuracy"]
+    assert "note" not in str(history)  # most of its rows would be empty
+    history.records[0]["note"] = "early"
     lines = str(history).splitlines()
     assert lines[0].split() == ["epoch", "loss", "validation", "learning_rate", "seconds", "note"]
     assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"] and lines[3].endswith("late")
