@@ -90,7 +90,7 @@ class Sharpness(Diagnosis):
         if self.power.sum() > 0 and self.error.sum() > _NOTHING * self.power.sum():
             found.append(
                 f"Reconstructions tell no more than the mean datum: {self.error.sum() / self.power.sum():.0%} is lost, "
-                "latents are not used. Start from a smaller scale (likelihoods.Normal with scale=0.1), warm up "
+                "latents are not used. Start from a smaller scale, if there is one (likelihoods.Normal, scale=0.1), warm up "
                 "(bounds.ELBO with beta=bounds.Linear) or keep free bits (bounds.FreeBits)"
             )
         elif bool(structured.any()):
