@@ -543,8 +543,10 @@ def _monitor(vae: VAE, x: Tensor, every: int) -> Callable[[History], None]:
 
     def record(history: History) -> None:
         nonlocal monitor
+        if monitor is None:
+            return
         try:
-            monitor = None if monitor is None else (monitor(history), monitor)[1]
+            monitor(history)
         except (ValueError, NotImplementedError) as error:
             tqdm.write(f"whether the latents collapse is not recorded: {error}")
             monitor = None

@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyrovae.checks import DATA, Structure, check_all_observed, evaluation_mode, inspect, named_arguments, sample_sites
+from pyrovae.checks import DATA, Structure, evaluation_mode, inspect, named_arguments, sample_sites
 from pyrovae.distributions import center
 
 __all__ = ["Imputation", "impute", "log_weights"]
@@ -94,13 +94,10 @@ def log_joint(
     structure: Structure,
     num_samples: int,
     *args: Any,
-    check_data: bool = False,
     **kwargs: Any,
 ) -> Tensor:
     r"""Returns :math:`\log p(x, z)` at the latents of a guide's trace of `num_samples` draws, in the same shape."""
     trace = trace_model(model, draws, structure, num_samples, *args, **kwargs)
-    if check_data:
-        check_all_observed(trace)
     return _log_prob_per_datum(trace)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyrovae.checks import DATA, Structure, inspect, named_arguments, sample_sites
 from pyrovae.distributions import center
+from pyrovae.estimators.base import count_data
 from pyrovae.importance import in_data, trace_guide, trace_model
 
 
@@ -152,4 +153,4 @@ def num_data(minimum: int, what_for: str, args: tuple, kwargs: dict) -> int:
     size = len(tensors[0][1])
     if size < minimum:
         raise ValueError(f"{what_for} needs at least {minimum} data, got {size} in {tensors[0][0]}. Give it more.")
-    return size
+    return count_data(args, kwargs)  # which looks at all rows of all tensors

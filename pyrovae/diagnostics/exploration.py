@@ -28,7 +28,7 @@ from pyrovae.diagnostics.base import (
     num_data,
     observed_site,
 )
-from pyrovae.estimators.base import count_data, take_rows
+from pyrovae.estimators.base import take_rows
 from pyrovae.importance import trace_guide, trace_model
 
 __all__ = ["Interpolations", "LatentMap", "Traversals", "interpolations", "latent_map", "traversals"]
@@ -647,7 +647,6 @@ def _agreement(z: Tensor, labels: Tensor) -> tuple[float, float]:
 
 def _size(minimum: int, what_for: str, args: tuple, kwargs: dict) -> int:
     size = num_data(minimum, what_for, args, kwargs)
-    count_data(args, kwargs)  # one row a datum in each
     return size
 
 

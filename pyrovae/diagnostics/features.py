@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrovae.checks import check_finite, evaluation_mode, inspect, named_arguments, sample_sites
 from pyrovae.diagnostics.base import Diagnosis, check_at_least, latents_of, num_data
 from pyrovae.distributions import center
-from pyrovae.estimators.base import count_data, take_rows
+from pyrovae.estimators.base import take_rows
 from pyrovae.importance import in_data, simulate, trace_guide
 
 __all__ = ["PrecisionRecall", "Quality", "QualityScores", "frechet_distance", "precision_recall", "quality"]
@@ -233,8 +233,7 @@ def quality(
     20
     """
     check_at_least("k", k, 1)
-    num_data(2 * (k + 2), f"quality with k={k}", args, kwargs)
-    size = count_data(args, kwargs)
+    size = num_data(2 * (k + 2), f"quality with k={k}", args, kwargs)
     first = next(t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.dim() > 0)
     chunk = max(1, _CHUNK // (_NUM_DRAWS * max(first[0].numel(), 1)))
     real, generated, pairs = [], [], None

@@ -18,7 +18,7 @@ from pyrovae.bounds.base import _conditioned_alike, layers
 from pyrovae.bounds.elbo import kl_in_closed_form
 from pyrovae.checks import Structure, check_all_observed, evaluation_mode, inspect, named_arguments, sample_sites
 from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, latents_of, num_data
-from pyrovae.estimators.base import count_data, take_rows
+from pyrovae.estimators.base import take_rows
 from pyrovae.importance import log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.training import History
 
@@ -245,7 +245,6 @@ def collapse(
     """
     check_at_least("num_draws", num_draws, 2)
     size = num_data(2, "collapse", args, kwargs)
-    count_data(args, kwargs)
     with evaluation_mode():
         head = take_rows(slice(0, 2), args, kwargs)
         structure = inspect(model, guide, *head[0], **head[1])

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from pyrovae.checks import Structure, evaluation_mode, inspect, sample_sites
 from pyrovae.diagnostics import base
 from pyrovae.diagnostics.base import Diagnosis, Latents, check_at_least, latents_of
-from pyrovae.estimators.base import count_data, log_marginal, take_rows
+from pyrovae.estimators.base import log_marginal, take_rows
 from pyrovae.importance import log_joint, simulate, trace_guide, trace_model
 
 __all__ = ["Calibration", "PosteriorCheck", "Reliability", "calibration", "posterior_check", "reliability"]
@@ -262,8 +262,7 @@ def posterior_check(
     check_at_least("num_samples", num_samples, 100)
     check_at_least("warmup_steps", warmup_steps, 1)
     check_at_least("num_chains", num_chains, 2)
-    base.num_data(1, "posterior_check", args, kwargs)
-    num_data = min(num_data, count_data(args, kwargs))
+    num_data = min(num_data, base.num_data(1, "posterior_check", args, kwargs))
     bar = tqdm(
         desc="NUTS", total=num_data * num_chains * (warmup_steps + num_samples), unit="step", disable=not progress
     )
@@ -467,8 +466,7 @@ def calibration(
     """
     check_at_least("num_draws", num_draws, 19)
     check_at_least("num_rounds", num_rounds, 1)
-    base.num_data(1, "calibration", args, kwargs)
-    size = count_data(args, kwargs)
+    size = base.num_data(1, "calibration", args, kwargs)
     if size * num_rounds < 50:
         raise ValueError(
             f"calibration needs at least 50 simulated data, got {size} data in num_rounds={num_rounds}. Set num_rounds "

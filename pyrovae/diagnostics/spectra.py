@@ -22,7 +22,7 @@ from pyrovae.diagnostics.base import (
     observed_site,
 )
 from pyrovae.distributions import MaskedElements
-from pyrovae.estimators.base import count_data, take_rows
+from pyrovae.estimators.base import take_rows
 from pyrovae.importance import trace_model
 
 __all__ = ["Sharpness", "sharpness"]
@@ -226,8 +226,7 @@ def sharpness(
     (torch.Size([6]), 1.0)
     """
     check_at_least("num_draws", num_draws, 1)
-    num_data(2, "sharpness", args, kwargs)
-    size = count_data(args, kwargs)
+    size = num_data(2, "sharpness", args, kwargs)
     first = next(t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.dim() > 0)
     chunk = max(1, _CHUNK // (num_draws * max(first[0].numel(), 1)))
     parts = []

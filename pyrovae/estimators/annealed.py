@@ -113,15 +113,13 @@ class Path(NamedTuple):
 
     def at(self, beta: Tensor) -> tuple[Tensor, Tensor]:
         """Returns step sizes and scales at temperatures ``(batch,)``."""
-        upper = torch.searchsorted(self.betas.T.contiguous(), beta.unsqueeze(-1).contiguous()).squeeze(-1)
-        upper = upper.clamp(1, len(self.betas) - 1)
+        upper, share = _between(self.betas, beta.unsqueeze(0))
         rows = torch.arange(len(beta), device=beta.device)
-        low, high = self.betas[upper - 1, rows], self.betas[upper, rows]
-        share = ((beta - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-        step = torch.lerp(self.step_sizes[upper - 1, rows].log(), self.step_sizes[upper, rows].log(), share).exp()
-        scale = torch.lerp(
-            self.scales[upper - 1, rows].log(), self.scales[upper, rows].log(), share.unsqueeze(-1)
-        ).exp()
+
+        def at(values: Tensor, share: Tensor) -> Tensor:
+            return torch.lerp(values[upper[0] - 1, rows].log(), values[upper[0], rows].log(), share).exp()
+
+        step, scale = at(self.step_sizes, share[0]), at(self.scales, share[0].unsqueeze(-1))
         return step, scale
 
 
@@ -156,8 +154,8 @@ class _Annealed(Estimator):
 
     def estimate(self, task: Task) -> Estimate:
         data, runs = self._fit(task)
-        with task.progress(task.size, "datum"):
-            return join(self, [self._score(part, runs) for part in task.split(data)])
+        task.start(task.size, "datum")
+        return join(self, [self._score(part, runs) for part in task.split(data)])
 
     def _fit(self, task: Task) -> tuple[int, int]:
         """Returns how many data, and of each how many runs, fit in the budget at once."""
@@ -495,10 +493,15 @@ def _resample(
 
 def _interpolate(x: Tensor, known: Tensor, values: Tensor) -> Tensor:
     """Returns values at x by lines between those at known places, ascending; all ``(places, batch)``."""
+    upper, share = _between(known, x)
+    return torch.lerp(values.gather(0, upper - 1), values.gather(0, upper), share)
+
+
+def _between(known: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns which known place is the next above x, and how far x is on the way there from the one below it."""
     upper = torch.searchsorted(known.T.contiguous(), x.T.contiguous()).T.clamp(1, len(known) - 1)
     low, high = known.gather(0, upper - 1), known.gather(0, upper)
-    share = ((x - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    return torch.lerp(values.gather(0, upper - 1), values.gather(0, upper), share)
+    return upper, ((x - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
 
 
 class Bracket(NamedTuple):
@@ -579,10 +582,8 @@ def bidirectional(
         raise TypeError(f"method must be an AnnealedImportanceSampling, got {method!r}.")
     with open_task(model, guide, method, args, kwargs, max_memory, progress=False):
         latents, drawn, named = simulate(model, *args, **kwargs)
-    with (
-        open_task(model, guide, method, drawn, named, max_memory, progress) as task,
-        task.progress(1.5 * task.size, "datum"),
-    ):
+    with open_task(model, guide, method, drawn, named, max_memory, progress) as task:
+        task.start(1.5 * task.size, "datum")
         lower, upper, done = [], [], 0
         data, runs = method._fit(task)
         for part in task.split(data):

@@ -156,12 +156,10 @@ class Task:
         """Returns tasks for so many data each, one after the other."""
         return (self.rows(slice(start, start + data)) for start in range(0, self.size, data))
 
-    @contextmanager
-    def progress(self, total: int, unit: str) -> Iterator[None]:
+    def start(self, total: float, unit: str) -> None:
         """Starts the bar at nothing of a total."""
         self.bar.unit = unit
         self.bar.reset(total)
-        yield
 
     def advance(self, amount: float) -> None:
         """Moves the bar on; sums of fractions do not pass its end."""
@@ -277,8 +275,10 @@ def open_task(
         raise ValueError(f"max_memory must be a positive number of bytes, got {max_memory}.")
     if guide is None or not method.needs_guide:
         if method.needs_guide:
-            raise ValueError(f"{type(method).__name__} needs a guide, got None. Take "
-                "AnnealedImportanceSampling(), or ImportanceSampling(proposal=Prior()).")
+            raise ValueError(
+                f"{type(method).__name__} needs a guide, got None. Take "
+                "AnnealedImportanceSampling(), or ImportanceSampling(proposal=Prior())."
+            )
         guide = prior_of(model)
     size = count_data(args, kwargs)
     head = take_rows(slice(0, 1), args, kwargs)
@@ -378,8 +378,10 @@ def split_evenly(total: int, size: int) -> list[int]:
 def count_data(args: tuple, kwargs: dict) -> int:
     tensors = [(name, t) for name, t in named_arguments(args, kwargs) if isinstance(t, Tensor) and t.dim() > 0]
     if not tensors:
-        raise ValueError("there is no tensor among the arguments: give at least one, with the data along its first "
-            "dimension (torch.from_numpy takes an array).")
+        raise ValueError(
+            "there is no tensor among the arguments: give at least one, with the data along its first "
+            "dimension (torch.from_numpy takes an array)."
+        )
     size = len(tensors[0][1])
     if size == 0:
         raise ValueError(f"{tensors[0][0]} is empty: shape {tuple(tensors[0][1].shape)}.")

@@ -32,9 +32,9 @@ class _Deterministic(Estimator):
                     "ImportanceSampling()."
                 )
 
-    def _estimate(self, value: Tensor, error: Tensor) -> Estimate:
+    def _estimate(self, value: Tensor, error: Tensor, num_samples: int) -> Estimate:
         nothing = torch.full_like(value, math.nan)
-        return Estimate(value, error, nothing, nothing, self.num_samples, self)
+        return Estimate(value, error, nothing, nothing, num_samples, self)
 
 
 class Quadrature(_Deterministic):
@@ -91,8 +91,8 @@ class Quadrature(_Deterministic):
         per_point = max(counted.bytes() / 64, 1)
         data = clamp(task.max_memory / (side**dim * dim * 16), task.size)
         slices = clamp(task.max_memory / (data * per_point), side**dim)
-        with task.progress(task.size, "datum"):
-            return join(self, [self._score(part, side, slices) for part in task.split(data)])
+        task.start(task.size, "datum")
+        return join(self, [self._score(part, side, slices) for part in task.split(data)])
 
     def _score(self, task: Task, side: int, slices: int) -> Estimate:
         target = Target(task, Weighed(prior_of(task.model), is_prior=True))
@@ -116,7 +116,7 @@ class Quadrature(_Deterministic):
             if not moved:
                 break
         task.advance(task.size)
-        return self._estimate(value.to(low.dtype), error.to(low.dtype))
+        return self._estimate(value.to(low.dtype), error.to(low.dtype), self.num_samples)
 
     def trusts(self, estimate: Estimate) -> Tensor:
         return estimate.standard_error < 0.1
@@ -242,21 +242,19 @@ class Enumeration(_Deterministic):
         slices = clamp(task.max_memory / counted.bytes(), total)
         data = clamp(task.max_memory / (counted.bytes() * slices), task.size)
         parts = []
-        with task.progress(task.size * total, "combination"):
-            for part in task.split(data):
-                template, _ = part.draw(1, prior_of(part.model))
-                self._check_unmasked(template)
-                log_sum = None
-                for numbers in torch.arange(total).split(slices):
-                    prior, likelihood = part.score(_assigned(template, supports, numbers, part), len(numbers))
-                    log_p = prior + likelihood
-                    here = log_p.double().logsumexp(0)
-                    log_sum = here if log_sum is None else torch.logaddexp(log_sum, here)
-                    part.advance(len(numbers) * part.size)
-                value = log_sum.to(log_p.dtype)
-                parts.append(
-                    Estimate(value, torch.zeros_like(value), *[torch.full_like(value, math.nan)] * 2, total, self)
-                )
+        task.start(task.size * total, "combination")
+        for part in task.split(data):
+            template, _ = part.draw(1, prior_of(part.model))
+            self._check_unmasked(template)
+            log_sum = None
+            for numbers in torch.arange(total).split(slices):
+                prior, likelihood = part.score(_assigned(template, supports, numbers, part), len(numbers))
+                log_p = prior + likelihood
+                here = log_p.double().logsumexp(0)
+                log_sum = here if log_sum is None else torch.logaddexp(log_sum, here)
+                part.advance(len(numbers) * part.size)
+            value = log_sum.to(log_p.dtype)
+            parts.append(self._estimate(value, torch.zeros_like(value), total))
         return join(self, parts)
 
     def trusts(self, estimate: Estimate) -> Tensor:

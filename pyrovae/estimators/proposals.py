@@ -18,9 +18,9 @@ from torch.distributions import transform_to
 
 from pyrovae.bounds import ELBO
 from pyrovae.bounds.base import Bound
-from pyrovae.checks import Structure, described, inspect, sample_sites
+from pyrovae.checks import Structure, described, inspect
 from pyrovae.estimators.base import Task, check_count, check_positive, prior_of
-from pyrovae.importance import in_data, log_prob_of, per_datum, trace_model
+from pyrovae.importance import in_data, log_joint
 
 
 class Weighed(NamedTuple):
@@ -200,11 +200,33 @@ class Refined(Proposal):
         self.num_steps, self.learning_rate, self.bound = num_steps, learning_rate, bound
 
     def guides(self, task: Task) -> list[Weighed]:
-        bound = ELBO(8) if self.bound is None else self.bound
-        guide = _tuned(
-            task.model, task.guide, task.structure, bound, self.num_steps, self.learning_rate, task.args, task.kwargs
+        return [Weighed(self.tune(task.model, task.guide, task.structure, task.args, task.kwargs))]
+
+    def tune(self, model: Callable, guide: Callable, structure: Structure, args: tuple, kwargs: dict) -> Callable:
+        """Returns the guide tuned to each of some data."""
+        # A copy, for a bound counts steps, and those of a training are others.
+        bound = ELBO(8) if self.bound is None else copy(self.bound)
+        changes: dict[tuple[str, ...], Tensor] = {}
+        tuned = _Changed(
+            guide, lambda name, p: _shifted(p, (name,), changes, structure.max_plate_nesting, len(p.batch_shape))
         )
-        return [Weighed(guide)]
+        with torch.enable_grad():
+            bound.differentiable_loss(model, tuned, *args, **kwargs)  # finds out what there is to change
+            if not changes:
+                raise ValueError("the guide's distributions have no parameters that can be tuned to each datum.")
+            optimizer = torch.optim.Adam(changes.values(), lr=self.learning_rate)
+            for step in range(self.num_steps):
+                optimizer.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.num_steps)
+                loss = bound.differentiable_loss(model, tuned, *args, **kwargs)
+                # Not backward: the gradients of model and guide belong to whoever trains them.
+                for change, gradient in zip(
+                    changes.values(), torch.autograd.grad(loss, list(changes.values()), allow_unused=True), strict=True
+                ):
+                    change.grad = gradient
+                optimizer.step()
+        for change in changes.values():
+            change.requires_grad_(False)
+        return tuned
 
 
 def refine(
@@ -243,15 +265,12 @@ def refine(
     torch.Size([4, 5])
     """
     proposal = Refined(num_steps, learning_rate, bound)
-    structure = inspect(model, guide, *args, **kwargs)
-    bound = ELBO(8) if proposal.bound is None else proposal.bound
-    return _tuned(model, guide, structure, bound, num_steps, learning_rate, args, kwargs)
+    return proposal.tune(model, guide, inspect(model, guide, *args, **kwargs), args, kwargs)
 
 
 def log_density(task: Task, guide: Callable, trace: Trace, num_samples: int) -> Tensor:
     r"""Returns the log-density of a guide at the latents of another's trace, ``(num_samples, batch)``."""
-    scored = trace_model(guide, trace, task.structure, num_samples, *task.args, **task.kwargs)
-    return sum(per_datum(site, log_prob_of(site)) for site in sample_sites(scored).values())
+    return log_joint(guide, trace, task.structure, num_samples, *task.args, **task.kwargs)
 
 
 class _Changed(Messenger):
@@ -273,40 +292,6 @@ class _Changed(Messenger):
     def _pyro_sample(self, msg: dict) -> None:
         if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample) and in_data(msg):
             msg["fn"] = self.change(msg["name"], msg["fn"])
-
-
-def _tuned(
-    model: Callable,
-    guide: Callable,
-    structure: Structure,
-    bound: Bound,
-    num_steps: int,
-    rate: float,
-    args: tuple,
-    kwargs: dict,
-) -> Callable:
-    bound = copy(bound)  # it counts steps, and those of its training are others
-    changes: dict[tuple[str, ...], Tensor] = {}
-    tuned = _Changed(
-        guide, lambda name, p: _shifted(p, (name,), changes, structure.max_plate_nesting, len(p.batch_shape))
-    )
-    with torch.enable_grad():
-        bound.differentiable_loss(model, tuned, *args, **kwargs)  # finds out what there is to change
-        if not changes:
-            raise ValueError("the guide's distributions have no parameters that can be tuned to each datum.")
-        optimizer = torch.optim.Adam(changes.values(), lr=rate)
-        for step in range(num_steps):
-            optimizer.param_groups[0]["lr"] = rate * (1 - step / num_steps)
-            loss = bound.differentiable_loss(model, tuned, *args, **kwargs)
-            # Not backward: the gradients of model and guide belong to whoever trains them.
-            for change, gradient in zip(
-                changes.values(), torch.autograd.grad(loss, list(changes.values()), allow_unused=True), strict=True
-            ):
-                change.grad = gradient
-            optimizer.step()
-    for change in changes.values():
-        change.requires_grad_(False)
-    return tuned
 
 
 def _shifted(p: Any, path: tuple[str, ...], changes: dict, nesting: int, lead: int) -> Any:

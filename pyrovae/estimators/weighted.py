@@ -17,9 +17,14 @@ from pyrovae.estimators.proposals import Guide, Proposal, Weighed, log_density
 class _Weighted(Estimator):
     """What the weights of draws from a proposal tell."""
 
-    proposal: Proposal
     smoothed = False
     order = 1.0
+
+    def __init__(self, num_samples: int, proposal: Proposal | None):
+        super().__init__(num_samples)
+        self.proposal = Guide() if proposal is None else proposal
+        if not isinstance(self.proposal, Proposal):
+            raise TypeError(f"proposal must be one such as estimators.Widened(), got {proposal!r}.")
 
     @property
     def needs_guide(self) -> bool:
@@ -27,9 +32,9 @@ class _Weighted(Estimator):
         return self.proposal.needs_guide
 
     def estimate(self, task: Task) -> Estimate:
-        with task.progress(task.size * self.num_samples, "sample"):
-            data, draws, slices = _chunk_sizes(task, self.num_samples)
-            return join(self, [self._score(part, draws, slices) for part in task.split(data)])
+        task.start(task.size * self.num_samples, "sample")
+        data, draws, slices = _chunk_sizes(task, self.num_samples)
+        return join(self, [self._score(part, draws, slices) for part in task.split(data)])
 
     def _score(self, task: Task, draws: int, slices: int) -> Estimate:
         proposals = self.proposal.guides(task)
@@ -60,7 +65,9 @@ class _Weighted(Estimator):
     def describe(self, estimate: Estimate) -> str:
         biased = "smoothed weights: less variance, some bias. " if self.smoothed else ""
         if self.num_samples >= 21 and bool(estimate.khat.isnan().all()):
-            return f"{biased}latents are discrete, and k-hat sees no value that was never drawn: whom to trust is unknown"
+            return (
+                f"{biased}latents are discrete, and k-hat sees no value that was never drawn: whom to trust is unknown"
+            )
         return biased + super().describe(estimate)
 
 
@@ -91,10 +98,8 @@ class ImportanceSampling(_Weighted):
     """
 
     def __init__(self, num_samples: int = 1000, proposal: Proposal | None = None, smoothed: bool = False):
-        super().__init__(num_samples)
-        self.proposal, self.smoothed = Guide() if proposal is None else proposal, smoothed
-        if not isinstance(self.proposal, Proposal):
-            raise TypeError(f"proposal must be one such as estimators.Widened(), got {proposal!r}.")
+        super().__init__(num_samples, proposal)
+        self.smoothed = smoothed
 
 
 class CUBO(_Weighted):
@@ -121,13 +126,11 @@ class CUBO(_Weighted):
     relation = "<="
 
     def __init__(self, num_samples: int = 1000, order: float = 2.0, proposal: Proposal | None = None):
-        super().__init__(num_samples)
+        super().__init__(num_samples, proposal)
         check_positive("order", order)
         if order <= 1:
             raise ValueError(f"order must be above 1, got {order}: at 1 it is importance sampling, no upper bound.")
-        self.order, self.proposal = order, Guide() if proposal is None else proposal
-        if not isinstance(self.proposal, Proposal):
-            raise TypeError(f"proposal must be one such as estimators.Widened(), got {proposal!r}.")
+        self.order = order
 
     def remedy(self, structure: Structure) -> str:
         return "It may be below log p(x): take a lower order, or more samples."
