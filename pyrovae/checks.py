@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, MaskedDistribution, constraints
@@ -189,11 +190,35 @@ def check_all_observed(trace: poutine.Trace) -> None:
 
 
 class ObservedChecked(Messenger):
-    """A Pyro handler that checks the data at every observed site, as :func:`check_observed` does."""
+    """A Pyro handler that checks the data at every observed site, as :func:`check_observed` does.
+
+    Args:
+        later: keep what was found, for :meth:`inside`, and raise nothing: a look at a GPU would have to wait for it.
+    """
+
+    def __init__(self, later: bool = False):
+        super().__init__()
+        self.later = later
+        self._inside: list[Tensor] = []
 
     def _pyro_post_sample(self, msg: dict) -> None:
-        if msg["is_observed"] and not isinstance(msg["fn"], _Subsample) and not torch.jit.is_tracing():
+        if not msg["is_observed"] or isinstance(msg["fn"], _Subsample) or torch.jit.is_tracing():
+            return
+        if self.later:
+            self._inside.append(_support_check(msg["fn"], msg["value"]).all())
+        else:
             check_observed(msg["name"], msg["fn"], msg["value"])
+
+    def inside(self) -> Tensor:
+        """Returns whether all data were in the support of their distributions, a tensor."""
+        return torch.stack(self._inside).all() if self._inside else torch.ones((), dtype=torch.bool)
+
+
+def check_observed_by(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> None:
+    """Raises a ValueError if what a model observes, at latents of the guide, does not fit its distributions."""
+    with torch.no_grad(), pyro.validation_enabled(False):
+        latents = poutine.trace(guide).get_trace(*args, **kwargs)
+        check_all_observed(poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args, **kwargs))
 
 
 def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None:
@@ -210,10 +235,7 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
             last = here.stop - 1
             check_observed(name, block, x, f", column{f's {here.start} to' if here.start < last else ''} {last}")
         return
-    try:
-        inside = fn.support.check(value)
-    except NotImplementedError:  # a distribution may leave its support undefined
-        return
+    inside = _support_check(fn, value)
     if bool(inside.all()):
         return
     space = _innermost(base.support)
@@ -224,6 +246,14 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
         f'The data at site "{name}"{columns} is outside the support of {kind}, {space}: it ranges from {low:g} to '
         f"{high:g}, and the first datum outside is number {first} of the batch. {_mending(space)}"
     )
+
+
+def _support_check(fn: Any, value: Tensor) -> Tensor:
+    """Returns where a value is in the support of a distribution; everywhere if it leaves its support undefined."""
+    try:
+        return fn.support.check(value)
+    except NotImplementedError:
+        return torch.ones((), dtype=torch.bool, device=value.device)
 
 
 def _unwrapped(fn: Any) -> Any:

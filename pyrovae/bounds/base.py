@@ -200,6 +200,11 @@ class Bound(PyroELBO, ABC):
         return described(self)
 
     @property
+    def schedules(self) -> list:
+        """The numbers that change from step to step, none unless a bound says otherwise."""
+        return []
+
+    @property
     def span(self) -> int:
         """Training steps until the schedules have had their way, once; 0 without any."""
         return 0

@@ -3,6 +3,7 @@ r"""The evidence lower bound, and what training does with its KL divergence."""
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from pyro import distributions as dist
@@ -16,6 +17,7 @@ from pyrovae.bounds.reductions import Reduced, power_mean
 from pyrovae.checks import Structure, described
 from pyrovae.importance import log_prob_of, per_datum
 from pyrovae.regularizers import Regularizer
+from pyrovae.states import Untraceable
 
 
 class Schedule(ABC):
@@ -261,9 +263,13 @@ class ELBO(Bound):
         return power_mean(log_w, 0.0)
 
     @property
+    def schedules(self) -> list[Schedule]:
+        held = [self.beta, *vars(self.penalty).values()] if self.penalty is not None else [self.beta]
+        return [number for number in held if isinstance(number, Schedule)]
+
+    @property
     def span(self) -> int:
-        numbers = (self.beta, getattr(self.penalty, "nats", None))
-        return max((number.span for number in numbers if isinstance(number, Schedule)), default=0)
+        return max((schedule.span for schedule in self.schedules), default=0)
 
     def _check_structure(self, structure: Structure) -> None:
         enumerated = [problem for problem in structure.problems if "enumerated" in problem]
@@ -411,8 +417,38 @@ def _varies(scale: float | Tensor) -> bool:
     return isinstance(scale, Tensor) and scale.dim() > 0
 
 
-def _at(number: float | Schedule, step: int | None) -> float:
-    return number(step) if isinstance(number, Schedule) else number
+def _at(number: float | Schedule, step: "int | ScheduledStep | None") -> float | Tensor:
+    if not isinstance(number, Schedule):
+        return number
+    return step.at(number) if isinstance(step, ScheduledStep) else number(step)
+
+
+class ScheduledStep:
+    """Any training step, with what schedules give at it: what stands in a graph for all steps.
+
+    Args:
+        numbers: tensors without dimensions, by the identity of a schedule.
+
+    Raises:
+        Untraceable: when it is used as a number, for which it would have to be a certain step.
+    """
+
+    def __init__(self, numbers: dict[int, Tensor]):
+        self.numbers = numbers
+
+    def at(self, schedule: Schedule) -> Tensor:
+        if id(schedule) not in self.numbers:
+            raise Untraceable(f"{schedule!r} is no attribute of the bound or of its penalty")
+        return self.numbers[id(schedule)]
+
+    def __add__(self, steps: int) -> "ScheduledStep":
+        return self
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise Untraceable("it computes with the training step, which would stay the same: make it an attribute that is a Schedule")
+
+    __index__ = __int__ = __float__ = __bool__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __sub__ = __rsub__ = __mod__ = __floordiv__ = _refuse
 
 
 def _weight(name: str, value: float) -> float:

@@ -1,0 +1,500 @@
+r"""Objectives as compiled graphs: what Pyro's handlers do is done once, and what they read is watched."""
+
+import random
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyrovae.bounds import Bound, Terms
+from pyrovae.bounds.elbo import ScheduledStep
+from pyrovae.checks import ObservedChecked, check_observed_by
+from pyrovae.states import ATOMS, State, Untraceable, tensor_kind
+
+__all__ = ["Compiled", "Graphs", "compile"]
+
+# Graphs for inputs of one kind: with more, what they differ in changes too often.
+_MOST = 8
+_ASK_EVERY = 50
+# What a bound and its schedules change at every step, and give to a graph as inputs.
+_SKIP = {Bound: frozenset({"steps", "_inspected", "_structure"})}
+
+
+class Graphs:
+    r"""A function of tensors as compiled graphs, one for each kind of inputs and each state of what it reads.
+
+    The function runs as it is first, and once more to be traced, with what it reads as further inputs: parameters,
+    buffers and any other tensor that it can reach. What else it can reach (numbers, flags, which objects there are) is
+    compared before every call; where something has changed, there is a graph anew. At the first, second, fourth,
+    eighth ... call a graph is held against the function itself, with the same noise.
+
+    Args:
+        name: what messages call it.
+        report: called with a line of text before something that takes long.
+    """
+
+    def __init__(self, name: str, report: Callable[[str], Any]):
+        self.name, self.report = name, report
+        self.graphs: dict[tuple, list[_Graph]] = {}
+        self.calls = 0
+
+    def __call__(
+        self, function: Callable[[list[Tensor], list[Tensor]], Any], inputs: list[Tensor], roots: tuple, static: Any
+    ) -> tuple[Any, State]:
+        """Returns what a function returns, outside of autograd, and the state that it read.
+
+        Args:
+            function: called with the inputs and with the leaves of autograd that it reads; returns a pytree of tensors. It
+                may draw torch's random numbers and change buffers of modules; what else it reads is not to change.
+            inputs: what is computed from.
+            roots: objects from which all can be reached that the function reads.
+            static: what else tells one function from another, hashable.
+
+        Raises:
+            Untraceable: when there can be no graph; the message says why. Nothing has happened then.
+            RuntimeError: when a graph gives something else than the function.
+        """
+        self.calls += 1
+        kind = (static, tuple(map(tensor_kind, inputs)), _process(inputs))
+        graphs, change = self.graphs.setdefault(kind, []), None
+        for i, graph in enumerate(graphs):
+            change = graph.state.change(roots)
+            if change is None:
+                if i:
+                    graphs.insert(0, graphs.pop(i))  # tried first the next time
+                return graph(function, inputs), graph.state
+        if len(graphs) == _MOST:
+            raise Untraceable(f"{change}, which is the value number {_MOST + 1}, and each takes a graph of its own")
+        self.report(f"compiling {self.name}" + (f" anew, for {change}" if change else ""))
+        graph, result = _make(function, self.name, inputs, roots)
+        graphs.insert(0, graph)
+        return result, graph.state
+
+
+class _Graph:
+    """A compiled graph, for one state of what its function reads."""
+
+    def __init__(self, name: str, state: State, run: Callable, given: list[Tensor | int], form: Any):
+        self.name, self.state, self.run, self.form = name, state, run, form
+        self.given = given  # tensors, and the places of inputs
+        self.calls = 0
+
+    def __call__(self, function: Callable, inputs: list[Tensor]) -> Any:
+        self.calls += 1
+        if self.calls & (self.calls - 1):
+            return self.compute(inputs)
+        return self.checked(inputs, *_undone(self.state, lambda: function(inputs, self.state.leaves)))
+
+    def compute(self, inputs: list[Tensor]) -> Any:
+        given = [inputs[t] if isinstance(t, int) else t for t in self.given]
+        # Casts are in the graph already.
+        with torch.no_grad(), _no_autocast(given):
+            return tree_unflatten(self.run(*given), self.form)
+
+    def checked(self, inputs: list[Tensor], expected: Any, buffers: list[tuple[Tensor, Tensor]]) -> Any:
+        """Returns what the graph computes, after holding it and the buffers against what the function made of them."""
+        result = self.compute(inputs)
+        pairs = [*zip(tree_flatten(result)[0], tree_flatten(expected)[0], strict=True), *buffers]
+        # What should be zero is as large as the rounding of what it is made of.
+        sizes = {scalar: max((_size(b) for _, b in pairs if _is_scalar(b) == scalar), default=0.0) for scalar in (True, False)}
+        for got, wanted in pairs:
+            if not _agree(got, wanted, sizes[_is_scalar(wanted)] / 100):
+                raise RuntimeError(
+                    f"the graph of {self.name} gives something else than {self.name} itself with the same noise: "
+                    f"{_shown(got)} where it should be {_shown(wanted)}. Something that it depends on changed unseen (a file, "
+                    "a NumPy array), or torch.compile erred. Hand what changes over as an argument, or leave out compile."
+                )
+        return result
+
+
+def _make(function: Callable, name: str, inputs: list[Tensor], roots: tuple) -> tuple[_Graph, Any]:
+    """Runs a function as it is, traces and compiles it; returns the graph, and what it computes, held against the former."""
+    # A first call may make what later ones find: parameters, and what objects keep.
+    with poutine.trace(param_only=True) as found:
+        _undone(State(roots, skip=_SKIP), lambda: function(inputs, []))
+    state = State(roots, tuple(found.trace.nodes), _SKIP)
+    expected, buffers = _undone(state, lambda: function(inputs, state.leaves))
+    given = list({id(t): t for t in [*inputs, *state.tensors]}.values())
+    forms = []
+
+    def flat(*_: Tensor) -> list:
+        # The very tensors of `given` are followed, wherever the function finds them.
+        leaves, form = tree_flatten(function(inputs, state.leaves))
+        forms.append(form)
+        return leaves
+
+    others = _other_random_states()
+    try:
+        with _no_host_looks():
+            module, _ = _undone(state, lambda: make_fx(flat)(*given))
+    except Exception as error:
+        raise Untraceable(_reason(error)) from error
+    change = state.change(roots)
+    if change is not None:
+        raise Untraceable(f"a run changes what the next one reads: {change}")
+    if others != _other_random_states():
+        raise Untraceable("random numbers of Python or NumPy would be the same in every run: draw torch's")
+    places, used = {id(t): i for i, t in enumerate(inputs)}, []
+    for node, t in zip(module.graph.find_nodes(op="placeholder"), given, strict=True):
+        if node.users:
+            used.append(places.get(id(t), t))
+        else:
+            module.graph.erase_node(node)
+    module.recompile()
+    # Eager noise, so that a run is the same one compiled or not; and no guards, for what they guard is looked at here.
+    options = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
+    if any(t.is_cuda for t in given):
+        options["triton.cudagraphs"] = True
+    run = torch.compile(module, fullgraph=True, dynamic=False, options=options)
+    graph = _Graph(name, state, run, used, forms[-1])
+    try:
+        _undone(state, lambda: graph.compute(inputs))
+    except Exception as error:
+        raise Untraceable(f"torch.compile failed: {_reason(error)}") from error
+    graph.calls = 1
+    return graph, graph.checked(inputs, expected, buffers)
+
+
+def _undone(state: State, function: Callable[[], Any]) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    """Runs a function and undoes what it did to random states and buffers.
+
+    Returns:
+        Its result, and the buffers that it changed, each with what it made of it.
+    """
+    versions = [t._version for t in state.tensors]
+    kept = [b.clone() for b in state.buffers]
+    devices = sorted({t.device for t in state.tensors if t.is_cuda}, key=str)
+    torch.clear_autocast_cache()  # holds copies of weights that are no longer theirs
+    try:
+        with torch.random.fork_rng(devices):
+            result = function()
+    finally:
+        torch.clear_autocast_cache()
+        known = {id(b) for b in state.buffers}
+        changed = [t for t, version in zip(state.tensors, versions, strict=True) if t._version != version]
+        after = [(t, t.clone()) for t in changed]
+        with torch.no_grad():
+            for b, before in zip(state.buffers, kept, strict=True):
+                b.copy_(before)
+    if not all(id(t) in known for t in changed):
+        raise Untraceable("it changes a tensor in place that is no buffer of a module: make it one with register_buffer")
+    return result, after
+
+
+@contextmanager
+def _no_host_looks() -> Iterator[None]:
+    """Keeps Pyro's own ELBOs from fetching numbers from tensors, which they do for what they print and to warn of NaN."""
+    instead = {
+        "torch_item": lambda x: x.detach() if isinstance(x, Tensor) else x,
+        "warn_if_nan": lambda value, *args, **kwargs: value,
+    }
+    replaced = []
+    for module in [m for name, m in sys.modules.items() if name.startswith("pyro.infer.")]:
+        for name, substitute in instead.items():
+            if name in vars(module):
+                replaced.append((module, name, getattr(module, name)))
+                setattr(module, name, substitute)
+    try:
+        yield
+    finally:
+        for module, name, original in replaced:
+            setattr(module, name, original)
+
+
+def _process(inputs: list[Tensor]) -> tuple:
+    """Returns the settings of the process that a graph depends on."""
+    kinds = {"cpu", *(t.device.type for t in inputs)}
+    casts = tuple((kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if torch.is_autocast_enabled(kind))
+    return casts, torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+
+
+@contextmanager
+def _no_autocast(tensors: list[Tensor]) -> Iterator[None]:
+    on = [kind for kind in {t.device.type for t in tensors} if torch.is_autocast_enabled(kind)]
+    with ExitStack() as stack:
+        for kind in on:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _other_random_states() -> tuple:
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, keys.tobytes(), *rest
+
+
+def _is_scalar(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 0
+
+
+def _size(x: Any) -> float:
+    """Returns the largest finite magnitude in a tensor."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return 0.0
+    finite = x.detach().abs()[x.isfinite()]
+    return finite.max().item() if finite.numel() else 0.0
+
+
+def _agree(got: Any, wanted: Any, floor: float) -> bool:
+    """Returns whether two results are the same to half the digits of the least precise numbers that took part."""
+    if not (isinstance(got, Tensor) and isinstance(wanted, Tensor)):
+        return got is wanted or got == wanted
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return False
+    if not got.is_floating_point():
+        return torch.equal(got, wanted)
+    kind = got.device.type
+    types = [got.dtype, *([torch.get_autocast_dtype(kind)] if torch.is_autocast_enabled(kind) else [])]
+    tolerance = max(torch.finfo(dtype).eps for dtype in types) ** 0.5 * (_size(wanted) + floor)
+    return torch.allclose(got.double(), wanted.double(), rtol=0, atol=tolerance, equal_nan=True)
+
+
+def _shown(x: Any) -> str:
+    if not isinstance(x, Tensor):
+        return repr(x)
+    return f"{x.item():.6g}" if x.dim() == 0 else f"a tensor {tuple(x.shape)} of norm {x.double().norm().item():.6g}"
+
+
+def _reason(error: Exception) -> str:
+    """Returns the first line of what went wrong, for a warning."""
+    text = str(error)
+    if "_local_scalar_dense" in text or "Could not guard on data-dependent" in text or "aten.nonzero" in text:
+        place = _place(error)
+        return f"a value is fetched from a tensor, which decides what is computed{place}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}{_place(error)}"
+
+
+def _place(error: Exception) -> str:
+    """Returns the last line of code that is neither torch's nor Pyro's that an error came through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    here = [f for f in frames if f.filename != __file__]
+    return f" ({Path(here[-1].filename).name}, line {here[-1].lineno}: {here[-1].line})" if here else ""
+
+
+class Step(NamedTuple):
+    """What a step of training computes.
+
+    Args:
+        loss: summed over the data, as the ELBO gives it.
+        terms: what it is made of; None for one of Pyro's ELBOs.
+        inside: whether all observed data are in the support of their distributions.
+        gradients: of the loss times a scale, for each leaf that it reads; None where there is none.
+    """
+
+    loss: Tensor
+    terms: Terms | None
+    inside: Tensor
+    gradients: list[Tensor | None]
+
+
+class Compiled(ELBO):
+    r"""An ELBO whose loss and gradient are computed together by a compiled graph; see :func:`compile`.
+
+    Args:
+        elbo: the ELBO.
+        report: called with a line of text before a graph is compiled.
+    """
+
+    def __init__(self, elbo: ELBO, report: Callable[[str], Any] = lambda line: None):
+        super().__init__(num_particles=elbo.num_particles, vectorize_particles=elbo.vectorize_particles)
+        self.elbo = elbo
+        self.graphs = Graphs(type(elbo).__name__, report)
+        self.reason: str | None = None
+
+    def step(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], scale: float = 1.0
+    ) -> tuple[Step, State] | None:
+        """Computes a loss, and the gradient of the loss times a scale.
+
+        Returns:
+            What was computed and the state that it was computed from; None where there can be no graph, after one
+            warning that says why. Nothing has happened then.
+        """
+        if self.reason is not None:
+            return None
+        leaves, form = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        schedules = self.elbo.schedules if isinstance(self.elbo, Bound) else []
+        others = tuple(leaf for leaf in leaves if not isinstance(leaf, (Tensor, *ATOMS)))
+
+        def function(inputs: list[Tensor], leaves_of_autograd: list[Tensor]) -> Step:
+            values = iter(inputs)
+            given = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            inner_args, inner_kwargs = tree_unflatten(given, form)
+            numbers = dict(zip(map(id, schedules), values, strict=True))
+            return _step(self.elbo, model, guide, inner_args, inner_kwargs, numbers, scale, leaves_of_autograd)
+
+        try:
+            if not hasattr(self.elbo, "differentiable_loss"):
+                raise Untraceable(f"{type(self.elbo).__name__} has no differentiable_loss")
+            if any(t.requires_grad for t in tensors):
+                raise Untraceable("an argument requires a gradient")
+            like = next((t for t in tensors if t.dtype in (torch.float, torch.double)), torch.empty(()))
+            numbers = [torch.tensor(s(self.elbo.steps), dtype=like.dtype, device=like.device) for s in schedules]
+            static = (form, scale, _handlers(), *((type(x), x) if isinstance(x, ATOMS) else type(x) for x in leaves))
+            found = self.graphs(function, [*tensors, *numbers], (model, guide, self.elbo, *others), static)
+        except Untraceable as error:
+            self.reason = str(error)
+            warnings.warn(f"{self.graphs.name} is not compiled, but run as it is: {error}.", stacklevel=3)
+            return None
+        if isinstance(self.elbo, Bound):
+            self.elbo.steps += 1
+        return found
+
+    def terms(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Terms:
+        """Estimates the loss of a bound and what it is made of, as :meth:`pyrovae.bounds.Bound.terms` does."""
+        found = self._checked_step(model, guide, args, kwargs) if torch.is_grad_enabled() else None
+        if found is None:
+            return self.elbo.terms(model, guide, *args, **kwargs)
+        step, state = found
+        return step.terms._replace(loss=_attached(step, state))
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Returns an estimate of the loss, not compiled."""
+        return self.elbo.loss(model, guide, *args, **kwargs)
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns an estimate of the loss that can be differentiated, once, by the parameters."""
+        found = self._checked_step(model, guide, args, kwargs) if torch.is_grad_enabled() else None
+        return self.elbo.differentiable_loss(model, guide, *args, **kwargs) if found is None else _attached(*found)
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor | float:
+        """Returns an estimate of the loss and adds its gradient to the parameters'."""
+        found = self._checked_step(model, guide, args, kwargs)
+        if found is None:
+            return self.elbo.loss_and_grads(model, guide, *args, **kwargs)
+        step, state = found
+        for p, gradient in zip(state.leaves, step.gradients, strict=True):
+            if gradient is not None:
+                # The next run of a CUDA graph writes where this one did.
+                p.grad = p.grad + gradient if p.grad is not None else gradient.clone() if gradient.is_cuda else gradient
+        return step.loss.clone()
+
+    def _checked_step(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Step, State] | None:
+        found = self.step(model, guide, args, kwargs)
+        if found is None:
+            return None
+        step, state = found
+        # To ask a GPU is to wait for it; it is asked now and then.
+        if (not step.inside.is_cuda or self.graphs.calls % _ASK_EVERY == 0) and not bool(step.inside):
+            check_observed_by(model, guide, *args, **kwargs)
+        if _PYRO_STACK:  # SVI finds the parameters by these
+            for name in state.params:
+                pyro.param(name)
+        return found
+
+    def _get_trace(self, model, guide, args, kwargs):
+        raise NotImplementedError("Compiled makes no traces of its own.")
+
+    def __repr__(self) -> str:
+        return f"compile({self.elbo!r})"
+
+
+def compile(elbo: ELBO) -> Compiled:
+    r"""Returns an ELBO that gives the same losses and gradients as another, from compiled graphs: as fast as by hand.
+
+    The loss over a Pyro model and guide and its gradient are traced into one graph of tensor operations, through Pyro's
+    handlers, and given to ``torch.compile``. It goes wherever the other does: into ``pyro.infer.SVI``, into loops of
+    your own by ``loss_and_grads``, into :func:`pyrovae.fit`, which takes ``compile=True`` for short. Noise is the same
+    as without, for the same seed.
+
+    Nothing is frozen that may change: there is a graph for each shape of the data and for each state of what model and
+    guide can reach (numbers, flags, train and eval mode, global variables); schedules of a bound are inputs. Each graph is
+    held against the ELBO itself at its first call, its second, fourth, eighth and so on. Where there can be no graph (no
+    C++ compiler, control flow that depends on values in tensors, state that every run changes) one warning says why, and
+    the ELBO itself runs.
+
+    Args:
+        elbo: one of :mod:`pyrovae.bounds`, or one of Pyro's with a ``differentiable_loss`` (``Trace_ELBO``,
+            ``TraceMeanField_ELBO``, ``TraceEnum_ELBO``).
+
+    Raises:
+        TypeError: when `elbo` is none.
+        RuntimeError: at a call, when a graph gives something else than the ELBO itself.
+
+    References:
+        PyTorch 2: Faster Machine Learning Through Dynamic Python Bytecode Transformation and Graph Compilation, J. Ansel
+        et al., 2024, https://doi.org/10.1145/3620665.3640366.
+
+    >>> from pyrovae import bounds
+    >>> compile(bounds.IWAE(num_particles=16))
+    compile(IWAE(num_particles=16))
+    """
+    if not isinstance(elbo, ELBO):
+        raise TypeError(f"elbo must be an ELBO that is built, such as bounds.IWAE(16), got {elbo!r}.")
+    return elbo if isinstance(elbo, Compiled) else Compiled(elbo)
+
+
+def _step(
+    elbo: ELBO,
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    numbers: dict[int, Tensor],
+    scale: float,
+    leaves: list[Tensor],
+) -> Step:
+    terms = None
+    with torch.enable_grad(), pyro.validation_enabled(False), ObservedChecked(later=True) as data:
+        if isinstance(elbo, Bound):
+            steps = elbo.steps
+            elbo.steps = ScheduledStep(numbers)
+            try:
+                terms = elbo.terms(model, guide, *args, **kwargs)
+            finally:
+                elbo.steps = steps
+            loss = terms.loss
+            terms = terms._replace(loss=loss.detach())
+        else:
+            loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
+        gradients = [None] * len(leaves)
+        if leaves and loss.requires_grad:
+            gradients = list(torch.autograd.grad(loss * scale, leaves, allow_unused=True))
+    return Step(loss.detach(), terms, data.inside(), gradients)
+
+
+class _Attach(torch.autograd.Function):
+    """A loss with the gradient that was computed along with it."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, outer: Tensor) -> tuple:
+        return None, None, *(outer * gradient for gradient in ctx.gradients)
+
+
+def _attached(step: Step, state: State) -> Tensor:
+    pairs = [(g, p) for g, p in zip(step.gradients, state.leaves, strict=True) if g is not None]
+    return _Attach.apply(step.loss, [g for g, _ in pairs], *(p for _, p in pairs))
+
+
+def _handlers() -> tuple:
+    """Returns what tells the Pyro handlers that are at work outside from others."""
+    told = []
+    for handler in _PYRO_STACK:
+        if isinstance(handler, (TraceMessenger, ObservedChecked)):
+            continue
+        state = {name: value for name, value in vars(handler).items() if isinstance(value, ATOMS)}
+        if any(value is not None and name not in state and value != [] for name, value in vars(handler).items()):
+            raise Untraceable(f"it runs inside {type(handler).__name__}, whose state cannot be told from a later one")
+        told.append((type(handler), *sorted(state.items())))
+    return tuple(told)
