@@ -159,11 +159,15 @@ class Batches:
         if not self.shuffle:
             yield from zip(*(t.split(self.batch_size) for t in self.tensors), strict=True)
             return
-        for rows in torch.randperm(self.size).split(self.batch_size):
-            yield tuple(t.index_select(0, rows.to(t.device)) for t in self.tensors)
+        # Drawn on the CPU, and so the same wherever the data are; moved there in one go.
+        order = torch.randperm(self.size).to(self.tensors[0].device, non_blocking=True)
+        for rows in order.split(self.batch_size):
+            yield tuple(t.index_select(0, rows) for t in self.tensors)
 
 
-def as_batches(name: str, data: Any, batch_size: int | None, shuffle: bool) -> Batches | DataLoader:
+def as_batches(
+    name: str, data: Any, batch_size: int | None, shuffle: bool, device: torch.device | str | None = None
+) -> Batches | DataLoader:
     """Returns what `fit` iterates over for each kind of data it takes, after checking what is in memory.
 
     Args:
@@ -171,16 +175,18 @@ def as_batches(name: str, data: Any, batch_size: int | None, shuffle: bool) -> B
         data: a tensor, a tuple of tensors, a ``Dataset`` or a ``DataLoader``.
         batch_size: data a batch, None for large ones where no gradient is taken.
         shuffle: whether the order is new in every pass.
+        device: where to move what is in memory; None to leave it.
     """
     if isinstance(data, DataLoader):
         return data
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, Dataset):
+        pin = device is not None and torch.device(device).type == "cuda"  # so that copies need not be waited for
         if isinstance(data, IterableDataset):
-            return DataLoader(data, batch_size or 1000)
+            return DataLoader(data, batch_size or 1000, pin_memory=pin)
         _check_sizes(name, len(data), batch_size)
-        return DataLoader(data, batch_size or 1000, shuffle=shuffle)
+        return DataLoader(data, batch_size or 1000, shuffle=shuffle, pin_memory=pin)
     tensors = (data,) if isinstance(data, Tensor) else data
     if not isinstance(tensors, (tuple, list)) or not tensors or not all(isinstance(t, Tensor) for t in tensors):
         raise TypeError(
@@ -196,7 +202,10 @@ def as_batches(name: str, data: Any, batch_size: int | None, shuffle: bool) -> B
     _check_sizes(name, len(tensors[0]), batch_size)
     for t in tensors:
         check_finite(name, t)
-    return Batches(tensors, batch_size or 1000, shuffle)
+    devices = {t.device for t in tensors}
+    if device is None and len(devices) > 1:
+        raise ValueError(f"{name} holds tensors on {' and '.join(map(str, devices))}. Put them on one device.")
+    return Batches([t if device is None else t.to(device) for t in tensors], batch_size or 1000, shuffle)
 
 
 def _check_sizes(name: str, size: int, batch_size: int | None) -> None:
@@ -207,6 +216,8 @@ def _check_sizes(name: str, size: int, batch_size: int | None) -> None:
 
 
 def _check_grey(x: Tensor) -> None:
+    if x.is_cuda:  # a look would have to wait for it, and what it is for is checked on the GPU
+        return
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise ValueError(
             f"only values between 0 and 1 can be binarised, but x ranges from {x.min():g} to {x.max():g}. Divide 8-bit "

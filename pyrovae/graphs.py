@@ -6,6 +6,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
 
 from pyrovae.bounds import Bound, Terms
 from pyrovae.bounds.elbo import ScheduledStep
@@ -29,60 +30,109 @@ __all__ = ["Compiled", "Graphs", "compile"]
 
 # Graphs for inputs of one kind: with more, what they differ in changes too often.
 _MOST = 8
+# Calls after which inputs of another shape than the first get a graph of their own, which takes seconds to make.
+_WORTH_IT = 32
+# Calls between looks at a GPU.
 _ASK_EVERY = 50
 # What a bound and its schedules change at every step, and give to a graph as inputs.
 _SKIP = {Bound: frozenset({"steps", "_inspected", "_structure"})}
 
 
 class Graphs:
-    r"""A function of tensors as compiled graphs, one for each kind of inputs and each state of what it reads.
+    r"""Functions of tensors as compiled graphs, one for each kind of inputs and each state of what is read.
 
-    The function runs as it is first, and once more to be traced, with what it reads as further inputs: parameters,
-    buffers and any other tensor that it can reach. What else it can reach (numbers, flags, which objects there are) is
-    compared before every call; where something has changed, there is a graph anew. At the first, second, fourth,
-    eighth ... call a graph is held against the function itself, with the same noise.
+    A function runs as it is first, and once more to be traced, with what it reads as further inputs: parameters, buffers
+    and any other tensor that it can reach. What else it can reach (numbers, flags, which objects there are) is compared
+    before every call; where something has changed, there is a graph anew. At the first, second, fourth, eighth ... call a
+    graph is held against the function itself, with the same noise. Inputs of another shape than the first wait for a
+    graph until they have come often enough to be worth it; until then the function runs as it is.
 
     Args:
-        name: what messages call it.
+        name: what messages call the functions.
         report: called with a line of text before something that takes long.
     """
 
-    def __init__(self, name: str, report: Callable[[str], Any]):
+    def __init__(self, name: str, report: Callable[[str], Any] = lambda line: None):
         self.name, self.report = name, report
-        self.graphs: dict[tuple, list[_Graph]] = {}
         self.calls = 0
+        self.reason: str | None = None
+        self._kinds: dict[tuple, _Kind] = {}
 
     def __call__(
-        self, function: Callable[[list[Tensor], list[Tensor]], Any], inputs: list[Tensor], roots: tuple, static: Any
-    ) -> tuple[Any, State]:
+        self, function: Callable[[list[Tensor]], Any], inputs: list[Tensor], roots: tuple, static: Any
+    ) -> tuple[Any, State] | None:
         """Returns what a function returns, outside of autograd, and the state that it read.
 
+        None where there can be no graph, after one warning that says why; nothing has happened then.
+
         Args:
-            function: called with the inputs and with the leaves of autograd that it reads; returns a pytree of tensors. It
-                may draw torch's random numbers and change buffers of modules; what else it reads is not to change.
-            inputs: what is computed from.
-            roots: objects from which all can be reached that the function reads.
-            static: what else tells one function from another, hashable.
+            function: called with the leaves of autograd that it reads; returns a pytree of tensors. It may draw torch's
+                random numbers and change buffers of modules; what else it reads is not to change.
+            inputs: tensors that it reads, others at each call.
+            roots: objects from which all else can be reached that it reads.
+            static: what tells one function from another, hashable.
 
         Raises:
-            Untraceable: when there can be no graph; the message says why. Nothing has happened then.
             RuntimeError: when a graph gives something else than the function.
         """
+        if self.reason is not None:
+            return None
         self.calls += 1
-        kind = (static, tuple(map(tensor_kind, inputs)), _process(inputs))
-        graphs, change = self.graphs.setdefault(kind, []), None
-        for i, graph in enumerate(graphs):
+        try:
+            if any(t.requires_grad for t in inputs):
+                raise Untraceable("an argument requires a gradient")
+            return self._call(function, inputs, roots, static)
+        except Untraceable as error:
+            self.refuse(error)
+            return None
+
+    def refuse(self, error: Untraceable) -> None:
+        """Makes no graph any more, and warns of it."""
+        self.reason = str(error)
+        warnings.warn(f"{self.name} is not compiled, but run as it is: {error}.", stacklevel=4)
+
+    def _call(self, function: Callable, inputs: list[Tensor], roots: tuple, static: Any) -> tuple[Any, State]:
+        inner = (static, _handlers(), _process(inputs))
+        key = (inner, tuple(map(tensor_kind, inputs)))
+        if key not in self._kinds:
+            others = any(other[0] == inner for other in self._kinds)
+            self._kinds[key] = _Kind(calls=0, wait=_WORTH_IT if others else 0, graphs=[], state=None)
+        kind, change = self._kinds[key], None
+        for i, graph in enumerate(kind.graphs):
             change = graph.state.change(roots)
             if change is None:
                 if i:
-                    graphs.insert(0, graphs.pop(i))  # tried first the next time
+                    kind.graphs.insert(0, kind.graphs.pop(i))  # tried first the next time
                 return graph(function, inputs), graph.state
-        if len(graphs) == _MOST:
-            raise Untraceable(f"{change}, which is the value number {_MOST + 1}, and each takes a graph of its own")
-        self.report(f"compiling {self.name}" + (f" anew, for {change}" if change else ""))
+        kind.calls += 1
+        if kind.calls <= kind.wait:
+            if kind.state is None or kind.state.change(roots) is not None:
+                kind.state = _found(function, roots)
+            with pyro.validation_enabled(False):
+                return function(kind.state.leaves), kind.state
+        if len(kind.graphs) == _MOST:
+            raise Untraceable(f"{change}, and there are {_MOST} graphs for earlier values of such already")
+        self.report(f"compiling {self.name}" + (f", for {change}" if change else ""))
         graph, result = _make(function, self.name, inputs, roots)
-        graphs.insert(0, graph)
+        kind.graphs.insert(0, graph)
         return result, graph.state
+
+
+@dataclass
+class _Kind:
+    """What there is for inputs of one kind.
+
+    Args:
+        calls: without a graph.
+        wait: how many such calls there are to be.
+        graphs: those made, the last used first.
+        state: what was read in the last call without one.
+    """
+
+    calls: int
+    wait: int
+    graphs: list["_Graph"]
+    state: State | None
 
 
 class _Graph:
@@ -97,7 +147,7 @@ class _Graph:
         self.calls += 1
         if self.calls & (self.calls - 1):
             return self.compute(inputs)
-        return self.checked(inputs, *_undone(self.state, lambda: function(inputs, self.state.leaves)))
+        return self.checked(inputs, *_undone(self.state, lambda: function(self.state.leaves)))
 
     def compute(self, inputs: list[Tensor]) -> Any:
         given = [inputs[t] if isinstance(t, int) else t for t in self.given]
@@ -123,17 +173,14 @@ class _Graph:
 
 def _make(function: Callable, name: str, inputs: list[Tensor], roots: tuple) -> tuple[_Graph, Any]:
     """Runs a function as it is, traces and compiles it; returns the graph, and what it computes, held against the former."""
-    # A first call may make what later ones find: parameters, and what objects keep.
-    with poutine.trace(param_only=True) as found:
-        _undone(State(roots, skip=_SKIP), lambda: function(inputs, []))
-    state = State(roots, tuple(found.trace.nodes), _SKIP)
-    expected, buffers = _undone(state, lambda: function(inputs, state.leaves))
+    state = _found(function, roots)
+    expected, buffers = _undone(state, lambda: function(state.leaves))
     given = list({id(t): t for t in [*inputs, *state.tensors]}.values())
     forms = []
 
     def flat(*_: Tensor) -> list:
         # The very tensors of `given` are followed, wherever the function finds them.
-        leaves, form = tree_flatten(function(inputs, state.leaves))
+        leaves, form = tree_flatten(function(state.leaves))
         forms.append(form)
         return leaves
 
@@ -159,7 +206,7 @@ def _make(function: Callable, name: str, inputs: list[Tensor], roots: tuple) -> 
     options = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
     if any(t.is_cuda for t in given):
         options["triton.cudagraphs"] = True
-    run = torch.compile(module, fullgraph=True, dynamic=False, options=options)
+    run = torch.compile(module.forward, fullgraph=True, dynamic=False, options=options)
     graph = _Graph(name, state, run, used, forms[-1])
     try:
         _undone(state, lambda: graph.compute(inputs))
@@ -167,6 +214,13 @@ def _make(function: Callable, name: str, inputs: list[Tensor], roots: tuple) -> 
         raise Untraceable(f"torch.compile failed: {_reason(error)}") from error
     graph.calls = 1
     return graph, graph.checked(inputs, expected, buffers)
+
+
+def _found(function: Callable, roots: tuple) -> State:
+    """Runs a function and returns the state that it reads, with what a first call makes: parameters, what objects keep."""
+    with poutine.trace(param_only=True) as trace:
+        _undone(State(roots, skip=_SKIP), lambda: function([]))
+    return State(roots, tuple(trace.trace.nodes), _SKIP)
 
 
 def _undone(state: State, function: Callable[[], Any]) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
@@ -180,7 +234,7 @@ def _undone(state: State, function: Callable[[], Any]) -> tuple[Any, list[tuple[
     devices = sorted({t.device for t in state.tensors if t.is_cuda}, key=str)
     torch.clear_autocast_cache()  # holds copies of weights that are no longer theirs
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), pyro.validation_enabled(False):
             result = function()
     finally:
         torch.clear_autocast_cache()
@@ -313,7 +367,6 @@ class Compiled(ELBO):
         super().__init__(num_particles=elbo.num_particles, vectorize_particles=elbo.vectorize_particles)
         self.elbo = elbo
         self.graphs = Graphs(type(elbo).__name__, report)
-        self.reason: str | None = None
 
     def step(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], scale: float = 1.0
@@ -324,34 +377,20 @@ class Compiled(ELBO):
             What was computed and the state that it was computed from; None where there can be no graph, after one
             warning that says why. Nothing has happened then.
         """
-        if self.reason is not None:
-            return None
-        leaves, form = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        others = [x for x in tree_leaves((args, kwargs)) if not isinstance(x, Tensor)]
         schedules = self.elbo.schedules if isinstance(self.elbo, Bound) else []
-        others = tuple(leaf for leaf in leaves if not isinstance(leaf, (Tensor, *ATOMS)))
+        like = next((t for t in tensors if t.dtype in (torch.float, torch.double)), torch.empty(()))
+        numbers = [torch.tensor(s(self.elbo.steps), dtype=like.dtype, device=like.device) for s in schedules]
+        given = dict(zip(map(id, schedules), numbers, strict=True))
 
-        def function(inputs: list[Tensor], leaves_of_autograd: list[Tensor]) -> Step:
-            values = iter(inputs)
-            given = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            inner_args, inner_kwargs = tree_unflatten(given, form)
-            numbers = dict(zip(map(id, schedules), values, strict=True))
-            return _step(self.elbo, model, guide, inner_args, inner_kwargs, numbers, scale, leaves_of_autograd)
+        def function(leaves: list[Tensor]) -> Step:
+            return _step(self.elbo, model, guide, args, kwargs, given, scale, leaves)
 
-        try:
-            if not hasattr(self.elbo, "differentiable_loss"):
-                raise Untraceable(f"{type(self.elbo).__name__} has no differentiable_loss")
-            if any(t.requires_grad for t in tensors):
-                raise Untraceable("an argument requires a gradient")
-            like = next((t for t in tensors if t.dtype in (torch.float, torch.double)), torch.empty(()))
-            numbers = [torch.tensor(s(self.elbo.steps), dtype=like.dtype, device=like.device) for s in schedules]
-            static = (form, scale, _handlers(), *((type(x), x) if isinstance(x, ATOMS) else type(x) for x in leaves))
-            found = self.graphs(function, [*tensors, *numbers], (model, guide, self.elbo, *others), static)
-        except Untraceable as error:
-            self.reason = str(error)
-            warnings.warn(f"{self.graphs.name} is not compiled, but run as it is: {error}.", stacklevel=3)
-            return None
-        if isinstance(self.elbo, Bound):
+        roots = (model, guide, self.elbo, *(x for x in others if not isinstance(x, ATOMS)))
+        static = (scale, tree_structure((args, kwargs)), *((type(x), x) if isinstance(x, ATOMS) else type(x) for x in others))
+        found = self.graphs(function, [*tensors, *numbers], roots, static)
+        if found is not None and isinstance(self.elbo, Bound):
             self.elbo.steps += 1
         return found
 
@@ -450,7 +489,9 @@ def _step(
     leaves: list[Tensor],
 ) -> Step:
     terms = None
-    with torch.enable_grad(), pyro.validation_enabled(False), ObservedChecked(later=True) as data:
+    if not hasattr(elbo, "differentiable_loss"):
+        raise Untraceable(f"{type(elbo).__name__} has no differentiable_loss")
+    with torch.enable_grad(), ObservedChecked(later=True) as data:
         if isinstance(elbo, Bound):
             steps = elbo.steps
             elbo.steps = ScheduledStep(numbers)

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from pyrovae import storage
+from pyrovae import graphs, storage
 from pyrovae.bounds import Bound, Terms
 from pyrovae.checks import ObservedChecked, check_all_observed, check_finite, evaluation_mode, inspect, sample_sites
 from pyrovae.data import Batches, as_batches
@@ -29,6 +29,9 @@ from pyrovae.data import Batches, as_batches
 __all__ = ["History", "fit"]
 
 Data = Tensor | Sequence[Tensor] | Dataset | DataLoader
+
+# Steps on a GPU between looks at whether all is well.
+_ASK_EVERY = 50
 
 # One kernel for all parameters, which takes a fraction of the time of the loop over them.
 Adam = partial(torch.optim.Adam, lr=1e-3, fused=True)
@@ -115,6 +118,7 @@ def fit(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     device: torch.device | str | None = None,
+    compile: bool = False,
     progress: bool = True,
 ) -> History:
     r"""Trains the parameters of any Pyro model and guide by gradient descent on an ELBO.
@@ -143,7 +147,9 @@ def fit(
             the end, whole or not at all.
         resume: go on from the checkpoint if it is there. The result is the same to the bit as that of a run that was not
             interrupted, on the same machine.
-        device: where to move batches; the default leaves them where they are.
+        device: where to move data in memory, once, and batches of a loader; the default leaves them where they are.
+        compile: whether to compute loss and gradient by a compiled graph, as :func:`pyrovae.compile` does, the noise
+            being the same. It takes some seconds for each shape of a batch, in the first epoch of this process.
         progress: whether to show a progress bar.
 
     Returns:
@@ -176,14 +182,15 @@ def fit(
     if resume and checkpoint is None:
         raise ValueError("resume=True needs a checkpoint to go on from.")
 
-    batches = as_batches("data", data, batch_size, shuffle=True)
-    held_out = None if validation is None else as_batches("validation", validation, None, shuffle=False)
+    batches = as_batches("data", data, batch_size, shuffle=True, device=device)
+    held_out = None if validation is None else as_batches("validation", validation, None, shuffle=False, device=device)
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("data gives no batch. Give at least one datum, and a DataLoader that does not drop it.")
     if loss is not None and (isinstance(loss, type) or not callable(getattr(loss, "loss", None))):
         raise TypeError(f"loss must be an ELBO that is built, such as bounds.IWAE(16), got {loss!r}.")
-    run = _Run(model, guide, loss or Trace_ELBO(), optimizer, scheduler, transform, clip_norm, device, first)
+    loss = Trace_ELBO() if loss is None else loss
+    run = _Run(model, guide, graphs.compile(loss) if compile else loss, optimizer, scheduler, transform, clip_norm, device, first)
     history, best, steps = History(), None, _length(batches)
     _warn_of_schedules(run.loss, steps, epochs, patience)
     fingerprint = {"steps an epoch": steps, "data in the first batch": len(first[0] if isinstance(first, (tuple, list)) else first)}
@@ -215,23 +222,24 @@ def fit(
         unit="step",
         disable=not progress,
     ) as bar:
+        if run.compiled is not None:
+            run.compiled.graphs.report = bar.set_description
         while len(history) < epochs and not _out_of_patience(history, patience):
             epoch = len(history) + 1
-            bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
             run.start_epoch()
-            total, count = 0.0, 0
+            count = 0
             # Pyro's validation takes a tenth of a step. The first batch has passed it, and what may change after is looked at:
             # the data at each observed site, and whether the loss is finite.
-            with pyro.validation_enabled(False), ObservedChecked():
+            with pyro.validation_enabled(False):
                 for batch in batches:
+                    bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)  # there may be another while it compiles
                     args = run.prepare("data", batch, check=not isinstance(batches, Batches))
-                    total += run.step(args, epoch) * len(args[0])
+                    run.step(args, epoch)
                     count += len(args[0])
                     bar.update()
             if count == 0:
                 raise ValueError(f"data gave no batch in epoch {epoch}. A data set must be iterable anew for every epoch.")
-            record = {"epoch": epoch, "loss": total / count}
-            record |= {name: value.item() / count for name, value in run.totals.items()}
+            record = {"epoch": epoch} | run.means(count)
             if held_out is not None:
                 record["validation"] = run.validate(held_out, epoch)
             record["learning_rate"] = run.optimizer.param_groups[0]["lr"]
@@ -257,9 +265,11 @@ class _Run:
     """The parameters, buffers, optimizer and schedule of one training run, found by running model and guide once."""
 
     def __init__(self, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first_batch):
-        self.model, self.guide, self.loss = model, guide, loss
-        if isinstance(loss, Bound):
-            loss.load_state_dict({"steps": 0})  # schedules start with the run
+        self.model, self.guide = model, guide
+        self.compiled = loss if isinstance(loss, graphs.Compiled) else None
+        self.loss = loss if self.compiled is None else self.compiled.elbo
+        if isinstance(self.loss, Bound):
+            self.loss.load_state_dict({"steps": 0})  # schedules start with the run
         self.transform, self.clip_norm, self.device = transform, clip_norm, device
         self.num_steps = 0
         args = self.prepare("data", first_batch, check=True)
@@ -341,52 +351,79 @@ class _Run:
 
     def start_epoch(self) -> None:
         self.num_known = len(pyro.get_param_store())  # callbacks may have made parameters of their own
-        self.totals: dict[str, Tensor] = {}
+        self.names: list[str] = []
+        self.totals: Tensor | float = 0.0
+        self.fine: Tensor | bool = True
 
-    def step(self, args: tuple, epoch: int) -> float:
-        """Takes one step; returns the loss per datum."""
+    def step(self, args: tuple, epoch: int) -> None:
+        """Takes one step, and adds the loss of its data to the totals."""
         self.num_steps += 1
         noise = torch.get_rng_state()
+        self.latest = args, noise, f"at step {self.num_steps} (epoch {epoch})"
         self.optimizer.zero_grad()
         try:
-            value = self._loss_and_grads(args)
-        except (ValueError, FloatingPointError) as error:
-            torch.set_rng_state(noise)
-            self._explain(args, error, f"at step {self.num_steps} (epoch {epoch})")
+            named, inside = self._loss_and_grads(args)
+        except ValueError as error:
+            self._explain(error)
+        values = torch.stack([*named.values()])
+        self.fine = self.fine & values[0].isfinite() & inside
+        # To ask a GPU for a number is to wait until it has done all before: seldom, then.
+        if not values.is_cuda or self.num_steps % _ASK_EVERY == 0:
+            self._require_fine()
+        self.names, self.totals = list(named), self.totals + values.double() * len(args[0])
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
         self.optimizer.step()
+        torch.clear_autocast_cache()  # holds the weights as they were before, where autocast is on outside
         if len(pyro.get_param_store()) != self.num_known:
             raise ValueError(
                 f"model or guide made a new parameter at step {self.num_steps}, which the optimizer does not know: "
                 f"{list(pyro.get_param_store().keys())[-1]!r}. Make all parameters in the first call."
             )
-        return value
 
-    def _loss_and_grads(self, args: tuple) -> float:
+    def _loss_and_grads(self, args: tuple) -> tuple[dict[str, Tensor], Tensor | bool]:
+        """Returns the loss per datum and what it is made of, and whether the data are in the support; sets gradients."""
         size = self.data_size or len(args[0])
-        if hasattr(self.loss, "differentiable_loss"):
-            if isinstance(self.loss, Bound):
-                terms = self.loss.terms(self.model, self.guide, *args)
-                loss = terms.loss / size
-                for name, term in _named(terms):
-                    self.totals[name] = self.totals.get(name, 0.0) + term / size * len(args[0])
+        if self.compiled is not None:
+            found = self.compiled.step(self.model, self.guide, args, {}, 1 / size)
+            if found is not None:
+                step, state = found
+                for p, gradient in zip(state.leaves, step.gradients, strict=True):
+                    p.grad = gradient
+                terms = {} if step.terms is None else _named(step.terms)
+                return {name: t / size for name, t in ({"loss": step.loss} | terms).items()}, step.inside
+        with ObservedChecked(later=any(x.is_cuda for x in args)) as data:
+            if hasattr(self.loss, "differentiable_loss"):
+                if isinstance(self.loss, Bound):
+                    terms = self.loss.terms(self.model, self.guide, *args)
+                    loss, named = terms.loss, _named(terms)
+                else:
+                    loss, named = self.loss.differentiable_loss(self.model, self.guide, *args), {}
+                (loss / size).backward()
+                named = {"loss": loss.detach()} | named
             else:
-                loss = self.loss.differentiable_loss(self.model, self.guide, *args) / size
-            value = loss.detach().item()
-            _require_finite(value)
-            loss.backward()
-        else:
-            value = self.loss.loss_and_grads(self.model, self.guide, *args)
-            value = (value[0] if isinstance(value, tuple) else value) / size  # wake-sleep: the model's, then the guide's
-            _require_finite(value)
-            for p in self.trained:
-                if p.grad is not None:
-                    p.grad /= size
-        return value
+                loss = self.loss.loss_and_grads(self.model, self.guide, *args)
+                # Wake-sleep gives the model's, then the guide's.
+                named = {"loss": torch.as_tensor(loss[0] if isinstance(loss, tuple) else loss)}
+                for p in self.trained:
+                    if p.grad is not None:
+                        p.grad /= size
+        return {name: t / size for name, t in named.items()}, data.inside()
 
-    def _explain(self, args: tuple, error: Exception, where: str) -> NoReturn:
+    def _require_fine(self) -> None:
+        """Raises if, since the epoch began, a loss was not finite or data were outside of their support."""
+        if not bool(self.fine):
+            self._explain(FloatingPointError("it became NaN or infinite"))
+
+    def means(self, count: int) -> dict[str, float]:
+        """Returns the loss of an epoch per datum, and what it is made of."""
+        self._require_fine()
+        return dict(zip(self.names, (self.totals / count).tolist(), strict=True))
+
+    def _explain(self, error: Exception) -> NoReturn:
         """Raises an error that names the cause of a failed loss if running it again shows one, else the error itself."""
+        args, noise, where = self.latest
+        torch.set_rng_state(noise)
         self._require_finite_state(where)
         with torch.no_grad(), pyro.validation_enabled(False):
             guide = poutine.trace(self.guide).get_trace(*args)
@@ -417,11 +454,14 @@ class _Run:
             torch.manual_seed(0)
             for batch in batches:
                 args = self.prepare("validation", batch, check=not isinstance(batches, Batches))
+                self.latest = args, torch.get_rng_state(), f"on validation data after epoch {epoch}"
                 try:
-                    value = self.loss.loss(self.model, self.guide, *args) / (self.data_size or len(args[0]))
-                    _require_finite(value)
+                    with ObservedChecked():
+                        value = self.loss.loss(self.model, self.guide, *args) / (self.data_size or len(args[0]))
+                    if not math.isfinite(value):
+                        raise FloatingPointError(f"it became {value}")
                 except (ValueError, FloatingPointError) as error:
-                    self._explain(args, error, f"on validation data after epoch {epoch}")
+                    self._explain(error)
                 total, count = total + value * len(args[0]), count + len(args[0])
         if count == 0:
             raise ValueError("validation gave no batch. Give at least one datum, and a DataLoader that does not drop it.")
@@ -498,15 +538,10 @@ def _warn_of_schedules(loss: ELBO, steps: int | None, epochs: int, patience: int
             )
 
 
-def _named(terms: Terms) -> list[tuple[str, Tensor]]:
-    """Returns what a loss is made of, with the names of a history's entries."""
-    kl = [(f"kl {name}", t) for name, t in terms.kl.items()]
-    return [("bound", terms.bound), ("reconstruction", terms.reconstruction), *kl, *terms.regularizers.items()]
-
-
-def _require_finite(value: float) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(f"it became {value}")
+def _named(terms: Terms) -> dict[str, Tensor]:
+    """Returns what a loss is made of, by the names of a history's entries."""
+    kl = {f"kl {name}": t for name, t in terms.kl.items()}
+    return {"bound": terms.bound, "reconstruction": terms.reconstruction, **kl, **terms.regularizers}
 
 
 def _not_finite(where: str, cause: str) -> FloatingPointError:

@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from pyrovae.checks import (
     named_arguments,
     sample_sites,
 )
+from pyrovae.graphs import Graphs
 from pyrovae.importance import draw, inspect_weights, log_prob_of, per_datum, trace_model
 
 
@@ -136,6 +139,7 @@ class Task:
         size: number of data.
         max_memory: budget for intermediate results, in bytes.
         bar: of progress.
+        graphs: of what is computed again and again; None to compute it as it is.
     """
 
     model: Callable
@@ -146,6 +150,7 @@ class Task:
     size: int
     max_memory: float
     bar: tqdm
+    graphs: Graphs | None = None
 
     def rows(self, rows: slice) -> "Task":
         """Returns the task for some of the data."""
@@ -153,8 +158,9 @@ class Task:
         return replace(self, args=args, kwargs=kwargs, size=len(range(self.size)[rows]))
 
     def split(self, data: int) -> Iterator["Task"]:
-        """Returns tasks for so many data each, one after the other."""
-        return (self.rows(slice(start, start + data)) for start in range(0, self.size, data))
+        """Returns tasks for at most so many data each, one after the other."""
+        starts = accumulate(split_evenly(self.size, data), initial=0)
+        return (self.rows(slice(start, end)) for start, end in pairwise(starts))
 
     def start(self, total: float, unit: str) -> None:
         """Starts the bar at nothing of a total."""
@@ -171,6 +177,27 @@ class Task:
 
     def score(self, trace: poutine.Trace, num_samples: int, check_data: bool = False) -> tuple[Tensor, Tensor]:
         r"""Returns :math:`\log p(z)` and :math:`\log p(x \mid z)` at the latents of a trace, ``(num_samples, batch)`` each."""
+        if check_data or torch.is_grad_enabled():
+            return self._score(trace, num_samples, check_data)
+        latents = [site["value"] for site in sample_sites(trace).values()]
+        return self.compute(lambda: self._score(trace, num_samples), latents, ("score", num_samples))
+
+    def compute(self, function: Callable[[], Any], inputs: list[Tensor], static: tuple) -> Any:
+        """Returns what a function of the model and some tensors returns, by a compiled graph if there are to be such.
+
+        Args:
+            function: the function.
+            inputs: the tensors that it reads beside the data of the task and what the model reads.
+            static: what tells the function from others, hashable.
+        """
+        if self.graphs is None:
+            return function()
+        given = tree_leaves((self.args, self.kwargs))
+        tensors, others = ([x for x in given if isinstance(x, Tensor) == kind] for kind in (True, False))
+        found = self.graphs(lambda leaves: function(), [*inputs, *tensors], (self.model, *others), static)
+        return function() if found is None else found[0]
+
+    def _score(self, trace: poutine.Trace, num_samples: int, check_data: bool = False) -> tuple[Tensor, Tensor]:
         scored = trace_model(self.model, trace, self.structure, num_samples, *self.args, **self.kwargs)
         if check_data:
             check_all_observed(scored)
@@ -205,6 +232,7 @@ def log_marginal(
     method: Estimator | None = None,
     num_samples: int | None = None,
     max_memory: float = 64e6,
+    compile: bool = False,
     progress: bool = True,
     **kwargs: Any,
 ) -> Estimate:
@@ -222,6 +250,8 @@ def log_marginal(
         method: an estimator of :mod:`pyrovae.estimators`; :class:`ImportanceSampling` unless given.
         num_samples: short for ``method=ImportanceSampling(num_samples)``, 1,000 unless given.
         max_memory: budget for intermediate results, in bytes. On a CPU more is not faster; on a GPU it is.
+        compile: whether to score the model by compiled graphs, as :func:`pyrovae.compile` makes them; they take some
+            seconds to make, and are kept for the models scored last.
         progress: whether to show a progress bar.
         **kwargs: as `args`.
 
@@ -256,8 +286,17 @@ def log_marginal(
             f"num_samples={num_samples} and method={method} were both given. Give the method its own number."
         )
     with open_task(model, guide, method, args, kwargs, max_memory, progress) as task:
+        if compile:
+            graphs = _graphs_of(model)
+            graphs.report = task.bar.set_description
+            task = replace(task, graphs=graphs)
         estimate = method.estimate(task)
         return replace(estimate, remedy="" if bool(estimate.trusted.all()) else method.remedy(task.structure))
+
+
+@lru_cache(maxsize=4)
+def _graphs_of(model: Callable) -> Graphs:
+    return Graphs("log p(x, z)")
 
 
 @contextmanager
@@ -370,9 +409,9 @@ def clamp(n: float, largest: int) -> int:
 
 
 def split_evenly(total: int, size: int) -> list[int]:
-    """Returns sizes of parts, as equal as can be, none above `size`, that add up to the total."""
-    parts = -(-total // size)
-    return [total // parts + (i < total % parts) for i in range(parts)]
+    """Returns sizes of parts that add up to the total, none above `size`: equal but for the last, which may be smaller."""
+    part = -(-total // -(-total // size))
+    return [part] * (total // part) + [total % part] * (total % part > 0)
 
 
 def count_data(args: tuple, kwargs: dict) -> int:

@@ -12,6 +12,7 @@ from pyrovae.checks import sample_sites
 from pyrovae.estimators.base import Task, prior_of
 from pyrovae.estimators.proposals import Weighed, log_density
 from pyrovae.importance import log_prob_of, per_datum
+from pyrovae.states import State
 
 
 class Densities(NamedTuple):
@@ -61,7 +62,8 @@ class Target:
                 "estimators.Enumeration() if all latents are discrete, or ImportanceSampling()."
             )
         self.task, self.start, self.depth = task, start, structure.max_plate_nesting
-        with torch.no_grad():
+        # Distributions that were made with validation keep to it, and it takes time.
+        with torch.no_grad(), pyro.validation_enabled(False):
             trace, _ = task.draw(1, start.guide)
             prior, other = (task.draw(1, prior_of(task.model))[0] for _ in range(2))
         self._layout(trace, prior, other)
@@ -69,6 +71,9 @@ class Target:
         # The distribution of a single site depends on nothing that is drawn: its encoder need not run again.
         self._fixed = own[0]["fn"] if len(own) == 1 else None
         self.template = trace
+        # What its density is computed from, for a graph that serves all data.
+        source = () if self.start.is_prior else (self.start.guide if self._fixed is None else self._fixed,)
+        self.reads = State(source) if task.graphs is not None else None
 
     def _layout(self, trace: poutine.Trace, prior: poutine.Trace, other: poutine.Trace) -> None:
         self.sites, at = [], 0
@@ -164,6 +169,12 @@ class Target:
 
     def __call__(self, u: Tensor) -> Densities:
         """Returns the log-densities at u and their gradients."""
+        if self.task.graphs is None:
+            return self._densities(u)
+        inputs = [u, *self.reads.tensors]
+        return self.task.compute(lambda: self._densities(u), inputs, ("densities", len(u), self.reads.told))
+
+    def _densities(self, u: Tensor) -> Densities:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             first, second = self._terms(u)

@@ -1,7 +1,6 @@
 r"""Importance sampling: of p(x) from the guide or a better proposal, and of an upper bound on it."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pyro
@@ -47,10 +46,11 @@ class _Weighted(Estimator):
                 trace, log_q = task.draw(drawn, weighed.guide)
                 done = 0
                 for k in split_evenly(drawn, slices):
+                    if not checked:  # with a single sample, for Pyro's validation takes time
+                        task.score(_slice_trace(trace, slice(1)), 1, check_data=True)
                     part = _slice_trace(trace, slice(done, done + k))
-                    # The first score of a datum checks it; Pyro's validation takes time.
-                    with pyro.validation_enabled(False) if checked else nullcontext():
-                        prior, likelihood = task.score(part, k, check_data=not checked)
+                    with pyro.validation_enabled(False):
+                        prior, likelihood = task.score(part, k)
                         own = log_q[done : done + k]
                         log_q_here = own if len(mixed) == 1 else _log_mixture(task, mixed, weighed, own, prior, part, k)
                     checked = True
@@ -253,6 +253,8 @@ def fit_tail(largest: Tensor, resolution: float) -> tuple[Tensor, Tensor]:
 
 def _chunk_sizes(task: Task, num_samples: int) -> tuple[int, int, int]:
     """Returns how many data, draws of the guide and draws scored by the model make a chunk, from what small ones took."""
+
+    task = replace(task, graphs=None)
 
     def bytes_of(samples: int, data: int) -> tuple[int, int]:
         part = task.rows(slice(0, data))
