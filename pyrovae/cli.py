@@ -10,6 +10,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, independ
 from pyrovae.likelihoods import Bernoulli, Likelihood, bits_per_dim
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior, StandardNormal
+from pyrovae.ranks import join, was_restarted
 from pyrovae.training import History, fit
 from pyrovae.vae import VAE
 
@@ -64,6 +66,7 @@ def train(
     num_samples: int = 1000,
     seed: int = 0,
     device: str = "cpu",
+    compile: bool = False,
     resume: bool = False,
     trust: bool = False,
     *,
@@ -90,13 +93,17 @@ def train(
         clip_norm: largest norm of the gradient over all parameters; null for any.
         num_samples: importance samples a datum, for the test log p(x).
         seed: of weights, batches and noise.
-        device: cpu, cuda, cuda:1, ...
+        device: cpu, cuda, cuda:1, ...; processes of torchrun take a GPU each with cuda.
+        compile: train and score by compiled graphs, which take some seconds to make.
         resume: go on with the run in the run directory, with its configuration, or start it if there is none. Only epochs
             (upwards), patience, num_samples, data_root and device may be given anew.
         trust: let a configuration that is resumed name classes outside pyrovae, and so run their code.
     """
-    directory = Path(run) if run is not None else default_run(data)
-    if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    directory, ranks = Path(run) if run is not None else default_run(data), join(device)
+    taken, is_new = ranks.told(
+        lambda: (directory.exists() and (not directory.is_dir() or any(directory.iterdir())), not directory.exists())
+    )
+    if taken and not resume:
         raise FileExistsError(
             f"{directory} is there already. Go on with it (--resume), or name another place (--run DIRECTORY)."
         )
@@ -111,8 +118,8 @@ def train(
 
     held_out = splits.validation.x[:_MONITORED].to(device)
     monitors = [_monitor(vae, held_out, max(1, epochs // 50))] if len(held_out) > 1 else []
-    is_new = not directory.exists()
-    storage.create_run(directory, config, x_shape)
+    if ranks.first:
+        storage.create_run(directory, config, x_shape)
     try:
         history = fit(
             vae.model,
@@ -131,9 +138,10 @@ def train(
             checkpoint=directory / "checkpoint.safetensors",
             resume=resume,
             device=device,
+            compile=compile,
         )
     except Exception:
-        if is_new and not (directory / "checkpoint.safetensors").exists():  # bad input leaves nothing behind
+        if ranks.first and is_new and not (directory / "checkpoint.safetensors").exists():  # bad input leaves nothing behind
             for name in ("config.yaml", "run.json"):
                 (directory / name).unlink()
             directory.rmdir()
@@ -143,11 +151,12 @@ def train(
             f"stopped after epoch {len(history)}: no lower validation loss for {patience} epochs. The weights are those of "
             f"epoch {history.best_epoch}."
         )
-    storage.save(vae, directory / "weights.safetensors")
     vae.eval()
-
     test = splits.test.x.to(device)
-    estimate = log_marginal(vae.model, vae.guide, test, num_samples=num_samples)
+    estimate = log_marginal(vae.model, vae.guide, test, num_samples=num_samples, compile=compile)
+    if not ranks.first:
+        return
+    storage.save(vae, directory / "weights.safetensors")
     result = {"split": "test", **_summary(estimate)}
     beside = ""
     # The baseline is a probability of binary data, a density of other.
@@ -176,6 +185,7 @@ def evaluate(
     max_memory: float = 64e6,
     seed: int = 0,
     device: str = "cpu",
+    compile: bool = False,
     trust: bool = False,
 ) -> None:
     """Estimates log p(x) per datum of a trained run, by importance sampling or any other estimator.
@@ -193,10 +203,12 @@ def evaluate(
         data_root: where the images are; as in training unless named.
         max_memory: budget for intermediate results, in bytes.
         seed: of the samples.
-        device: cpu, cuda, cuda:1, ...
+        device: cpu, cuda, cuda:1, ...; processes of torchrun take a GPU each with cuda.
+        compile: score by compiled graphs, which take some seconds to make.
         trust: let the run's configuration name classes outside pyrovae, and so run their code.
     """
-    out = None if output is None else _new_file(output, (".csv",))
+    ranks = join(device)
+    out = None if output is None else ranks.told(lambda: _new_file(output, (".csv",)))
     if num_data is not None and num_data < 1:
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
     if method is None:
@@ -210,8 +222,8 @@ def evaluate(
     pyro.set_rng_seed(seed)
     vae.to(device)
     x = _scored(splits, split, config["preprocessing"])[:num_data].to(device)
-    estimate = log_marginal(vae.model, vae.guide, x, method=method, max_memory=max_memory)
-    if out is not None:
+    estimate = log_marginal(vae.model, vae.guide, x, method=method, max_memory=max_memory, compile=compile)
+    if out is not None and ranks.first:
         columns = {name: getattr(estimate, name) for name in ("value", "standard_error", "ess", "khat", "trusted")}
         columns |= estimate.diagnostics
         table = torch.stack([torch.arange(len(x)), *(column.double().cpu() for column in columns.values())], dim=1)
@@ -403,7 +415,7 @@ QUESTIONS = {
     "latent_map": "Where are the data?",
 }
 COMMANDS = {"train": train, "evaluate": evaluate, "diagnose": diagnose, "sample": sample, "reconstruct": reconstruct}
-FLAGS = ("resume", "trust", "mean")  # given without a value
+FLAGS = ("resume", "trust", "mean", "compile")  # given without a value
 RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
 
 
@@ -415,8 +427,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     try:
         settings = parser.parse_args(argv)
-        if settings.subcommand == "train" and settings.train.resume:
+        if settings.subcommand == "train" and (settings.train.resume or was_restarted()):
             settings = _resumed(parser, argv, settings.train)
+            settings.train.resume = True
         command = settings.subcommand
         # A loss may hold a network, which is built here: from the seed too, but not with the numbers of the VAE's weights.
         pyro.set_rng_seed((settings[command].seed + 1) % 2**32)
@@ -424,7 +437,11 @@ def main(argv: list[str] | None = None) -> None:
         arguments.pop("config", None)
         if command == "train":
             arguments["config"] = _config(settings.train)
-        COMMANDS[command](**arguments)
+        ranks = join(arguments.get("device"))
+        # One of several processes speaks for all, and does what is not for several.
+        with nullcontext() if ranks.first else redirect_stdout(None):
+            if ranks.first or command in ("train", "evaluate"):
+                COMMANDS[command](**arguments)
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"pyrovae: error: {str(error).partition('Trace Shapes:')[0].rstrip()}")  # Pyro adds a long table
     except KeyboardInterrupt:

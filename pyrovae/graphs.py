@@ -5,7 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_
 from pyrovae.bounds import Bound, Terms
 from pyrovae.bounds.elbo import ScheduledStep
 from pyrovae.checks import ObservedChecked, check_observed_by
+from pyrovae.ranks import Share
 from pyrovae.states import ATOMS, State, Untraceable, tensor_kind
 
 __all__ = ["Compiled", "Graphs", "compile"]
@@ -202,11 +203,7 @@ def _make(function: Callable, name: str, inputs: list[Tensor], roots: tuple) -> 
         else:
             module.graph.erase_node(node)
     module.recompile()
-    # Eager noise, so that a run is the same one compiled or not; and no guards, for what they guard is looked at here.
-    options = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
-    if any(t.is_cuda for t in given):
-        options["triton.cudagraphs"] = True
-    run = torch.compile(module.forward, fullgraph=True, dynamic=False, options=options)
+    run = _optimized(module, given)
     graph = _Graph(name, state, run, used, forms[-1])
     try:
         _undone(state, lambda: graph.compute(inputs))
@@ -214,6 +211,14 @@ def _make(function: Callable, name: str, inputs: list[Tensor], roots: tuple) -> 
         raise Untraceable(f"torch.compile failed: {_reason(error)}") from error
     graph.calls = 1
     return graph, graph.checked(inputs, expected, buffers)
+
+
+def _optimized(module: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable:
+    # Eager noise, so that a run is the same one compiled or not; and no guards, for what they guard is looked at here.
+    options = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
+    if any(t.is_cuda for t in tensors):
+        options["triton.cudagraphs"] = True
+    return torch.compile(module.forward, fullgraph=True, dynamic=False, options=options)
 
 
 def _found(function: Callable, roots: tuple) -> State:
@@ -369,9 +374,23 @@ class Compiled(ELBO):
         self.graphs = Graphs(type(elbo).__name__, report)
 
     def step(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], scale: float = 1.0
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        scale: float = 1.0,
+        share: Share | None = None,
     ) -> tuple[Step, State] | None:
         """Computes a loss, and the gradient of the loss times a scale.
+
+        Args:
+            model: a Pyro model.
+            guide: a Pyro guide.
+            args: what both are called with.
+            kwargs: what both are called with.
+            scale: of the gradient.
+            share: of the data of a batch whose noise is to be taken; None for noise of their own.
 
         Returns:
             What was computed and the state that it was computed from; None where there can be no graph, after one
@@ -385,10 +404,11 @@ class Compiled(ELBO):
         given = dict(zip(map(id, schedules), numbers, strict=True))
 
         def function(leaves: list[Tensor]) -> Step:
-            return _step(self.elbo, model, guide, args, kwargs, given, scale, leaves)
+            with share.noise() if share is not None else nullcontext():
+                return _step(self.elbo, model, guide, args, kwargs, given, scale, leaves)
 
         roots = (model, guide, self.elbo, *(x for x in others if not isinstance(x, ATOMS)))
-        static = (scale, tree_structure((args, kwargs)), *((type(x), x) if isinstance(x, ATOMS) else type(x) for x in others))
+        static = (scale, share, tree_structure((args, kwargs)), *((type(x), x) if isinstance(x, ATOMS) else type(x) for x in others))
         found = self.graphs(function, [*tensors, *numbers], roots, static)
         if found is not None and isinstance(self.elbo, Bound):
             self.elbo.steps += 1

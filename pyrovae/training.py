@@ -25,6 +25,7 @@ from pyrovae import graphs, storage
 from pyrovae.bounds import Bound, Terms
 from pyrovae.checks import ObservedChecked, check_all_observed, check_finite, evaluation_mode, inspect, sample_sites
 from pyrovae.data import Batches, as_batches
+from pyrovae.ranks import Share, join
 
 __all__ = ["History", "fit"]
 
@@ -177,7 +178,9 @@ def fit(
         raise ValueError(f"clip_norm must be positive, got {clip_norm}.")
     if patience is not None and validation is None:
         raise ValueError("patience stops training by the validation loss: give validation data, or leave patience out.")
-    if checkpoint is not None and Path(checkpoint).exists() and not resume:
+    ranks = join(device)
+    is_there = checkpoint is not None and ranks.told(lambda: Path(checkpoint).exists())
+    if is_there and not resume:
         raise FileExistsError(f"checkpoint {checkpoint} is there already. Pass resume=True to go on, or another path.")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs a checkpoint to go on from.")
@@ -190,13 +193,14 @@ def fit(
     if loss is not None and (isinstance(loss, type) or not callable(getattr(loss, "loss", None))):
         raise TypeError(f"loss must be an ELBO that is built, such as bounds.IWAE(16), got {loss!r}.")
     loss = Trace_ELBO() if loss is None else loss
-    run = _Run(model, guide, graphs.compile(loss) if compile else loss, optimizer, scheduler, transform, clip_norm, device, first)
+    loss = graphs.compile(loss) if compile else loss
+    run = _Run(ranks, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first)
     history, best, steps = History(), None, _length(batches)
     _warn_of_schedules(run.loss, steps, epochs, patience)
     fingerprint = {"steps an epoch": steps, "data in the first batch": len(first[0] if isinstance(first, (tuple, list)) else first)}
 
-    if resume and Path(checkpoint).exists():
-        saved = storage.read_checkpoint(checkpoint)
+    if is_there:
+        saved = ranks.told(lambda: storage.read_checkpoint(checkpoint))
         if saved["data"] != fingerprint:
             raise ValueError(
                 f"checkpoint {checkpoint} was made with {saved['data']}, but now there are {fingerprint}. Resume with the "
@@ -207,6 +211,8 @@ def fit(
         _set_random_state(saved["random"], batches)
 
     def save() -> float:
+        if not ranks.first:
+            return 0.0
         start = time.monotonic()
         rest = {"data": fingerprint, "history": history.records, "best": best, "random": _random_state(batches)}
         storage.write_checkpoint(checkpoint, run.state() | rest)
@@ -220,22 +226,23 @@ def fit(
         total=None if steps is None else steps * epochs,
         initial=0 if steps is None else steps * min(len(history), epochs),
         unit="step",
-        disable=not progress,
+        disable=not (progress and ranks.first),
     ) as bar:
         if run.compiled is not None:
             run.compiled.graphs.report = bar.set_description
         while len(history) < epochs and not _out_of_patience(history, patience):
             epoch = len(history) + 1
             run.start_epoch()
-            count = 0
+            count = 0.0
             # Pyro's validation takes a tenth of a step. The first batch has passed it, and what may change after is looked at:
             # the data at each observed site, and whether the loss is finite.
             with pyro.validation_enabled(False):
                 for batch in batches:
                     bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)  # there may be another while it compiles
                     args = run.prepare("data", batch, check=not isinstance(batches, Batches))
-                    run.step(args, epoch)
-                    count += len(args[0])
+                    share = ranks.share(len(args[0]))
+                    run.step(args, share, epoch)
+                    count += share.total
                     bar.update()
             if count == 0:
                 raise ValueError(f"data gave no batch in epoch {epoch}. A data set must be iterable anew for every epoch.")
@@ -249,7 +256,7 @@ def fit(
             bar.set_postfix({name: f"{record[name]:.3f}" for name in ("loss", "validation") if name in record}, refresh=False)
             if history.best_epoch == epoch:
                 best = run.snapshot()
-            stop = any([callback(history) is True for callback in callbacks])
+            stop = ranks.told(lambda: any([callback(history) is True for callback in callbacks]))
             last = stop or epoch == epochs or _out_of_patience(history, patience)
             # Often enough to lose little when killed, seldom enough that writing takes no more than a twentieth.
             if checkpoint is not None and (last or time.monotonic() - saved_at > 20 * cost):
@@ -264,8 +271,8 @@ def fit(
 class _Run:
     """The parameters, buffers, optimizer and schedule of one training run, found by running model and guide once."""
 
-    def __init__(self, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first_batch):
-        self.model, self.guide = model, guide
+    def __init__(self, ranks, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first_batch):
+        self.ranks, self.model, self.guide = ranks, model, guide
         self.compiled = loss if isinstance(loss, graphs.Compiled) else None
         self.loss = loss if self.compiled is None else self.compiled.elbo
         if isinstance(self.loss, Bound):
@@ -288,6 +295,7 @@ class _Run:
                 "train all of them, or freeze the others with requires_grad_(False)."
             )
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+        ranks.align([*self.trained, *self.buffers.values()])
 
     def prepare(self, name: str, batch: Any, check: bool) -> tuple:
         """Returns a batch as the arguments for model and guide: checked, on its device, transformed."""
@@ -351,18 +359,20 @@ class _Run:
 
     def start_epoch(self) -> None:
         self.num_known = len(pyro.get_param_store())  # callbacks may have made parameters of their own
+        self.ranks.align([])
         self.names: list[str] = []
         self.totals: Tensor | float = 0.0
         self.fine: Tensor | bool = True
 
-    def step(self, args: tuple, epoch: int) -> None:
-        """Takes one step, and adds the loss of its data to the totals."""
+    def step(self, batch: tuple, share: Share, epoch: int) -> None:
+        """Takes one step on a batch, of which this process has a share, and adds the loss of its data to the totals."""
         self.num_steps += 1
+        args = share.rows(batch)
         noise = torch.get_rng_state()
         self.latest = args, noise, f"at step {self.num_steps} (epoch {epoch})"
         self.optimizer.zero_grad()
         try:
-            named, inside = self._loss_and_grads(args)
+            named, inside = self._loss_and_grads(args, share)
         except ValueError as error:
             self._explain(error)
         values = torch.stack([*named.values()])
@@ -370,7 +380,10 @@ class _Run:
         # To ask a GPU for a number is to wait until it has done all before: seldom, then.
         if not values.is_cuda or self.num_steps % _ASK_EVERY == 0:
             self._require_fine()
-        self.names, self.totals = list(named), self.totals + values.double() * len(args[0])
+        self.names, self.totals = list(named), self.totals + values.double() * (share.weight * share.total)
+        held = [p for p in self.trained if p.grad is not None]
+        for p, gradient in zip(held, self.ranks.add_up(p.grad for p in held), strict=True):
+            p.grad = gradient
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
         self.optimizer.step()
@@ -381,33 +394,38 @@ class _Run:
                 f"{list(pyro.get_param_store().keys())[-1]!r}. Make all parameters in the first call."
             )
 
-    def _loss_and_grads(self, args: tuple) -> tuple[dict[str, Tensor], Tensor | bool]:
-        """Returns the loss per datum and what it is made of, and whether the data are in the support; sets gradients."""
+    def _loss_and_grads(self, args: tuple, share: Share) -> tuple[dict[str, Tensor], Tensor | bool]:
+        """Computes the gradient of the loss per datum, times what these data count in their batch.
+
+        Returns:
+            The loss per datum and what it is made of, and whether the data are in the support.
+        """
         size = self.data_size or len(args[0])
+        scale = share.weight / size
         if self.compiled is not None:
-            found = self.compiled.step(self.model, self.guide, args, {}, 1 / size)
+            found = self.compiled.step(self.model, self.guide, args, {}, scale, share)
             if found is not None:
                 step, state = found
                 for p, gradient in zip(state.leaves, step.gradients, strict=True):
                     p.grad = gradient
-                terms = {} if step.terms is None else _named(step.terms)
-                return {name: t / size for name, t in ({"loss": step.loss} | terms).items()}, step.inside
-        with ObservedChecked(later=any(x.is_cuda for x in args)) as data:
-            if hasattr(self.loss, "differentiable_loss"):
-                if isinstance(self.loss, Bound):
-                    terms = self.loss.terms(self.model, self.guide, *args)
-                    loss, named = terms.loss, _named(terms)
-                else:
-                    loss, named = self.loss.differentiable_loss(self.model, self.guide, *args), {}
-                (loss / size).backward()
-                named = {"loss": loss.detach()} | named
-            else:
+                named = {"loss": step.loss} | ({} if step.terms is None else _named(step.terms))
+                return {name: t / size for name, t in named.items()}, step.inside
+        with ObservedChecked(later=any(x.is_cuda for x in args)) as data, share.noise():
+            if not hasattr(self.loss, "differentiable_loss"):
                 loss = self.loss.loss_and_grads(self.model, self.guide, *args)
                 # Wake-sleep gives the model's, then the guide's.
                 named = {"loss": torch.as_tensor(loss[0] if isinstance(loss, tuple) else loss)}
                 for p in self.trained:
                     if p.grad is not None:
-                        p.grad /= size
+                        p.grad *= scale
+            elif isinstance(self.loss, Bound):
+                terms = self.loss.terms(self.model, self.guide, *args)
+                (terms.loss * scale).backward()
+                named = {"loss": terms.loss.detach()} | _named(terms)
+            else:
+                loss = self.loss.differentiable_loss(self.model, self.guide, *args)
+                (loss * scale).backward()
+                named = {"loss": loss.detach()}
         return {name: t / size for name, t in named.items()}, data.inside()
 
     def _require_fine(self) -> None:
@@ -415,10 +433,11 @@ class _Run:
         if not bool(self.fine):
             self._explain(FloatingPointError("it became NaN or infinite"))
 
-    def means(self, count: int) -> dict[str, float]:
+    def means(self, count: float) -> dict[str, float]:
         """Returns the loss of an epoch per datum, and what it is made of."""
         self._require_fine()
-        return dict(zip(self.names, (self.totals / count).tolist(), strict=True))
+        (totals,) = self.ranks.add_up([self.totals])
+        return dict(zip(self.names, (totals / count).tolist(), strict=True))
 
     def _explain(self, error: Exception) -> NoReturn:
         """Raises an error that names the cause of a failed loss if running it again shows one, else the error itself."""
@@ -453,19 +472,22 @@ class _Run:
         with evaluation_mode(), torch.random.fork_rng(devices):
             torch.manual_seed(0)
             for batch in batches:
-                args = self.prepare("validation", batch, check=not isinstance(batches, Batches))
+                batch = self.prepare("validation", batch, check=not isinstance(batches, Batches))
+                share = self.ranks.share(len(batch[0]))
+                args = share.rows(batch)
                 self.latest = args, torch.get_rng_state(), f"on validation data after epoch {epoch}"
                 try:
-                    with ObservedChecked():
+                    with ObservedChecked(), share.noise():
                         value = self.loss.loss(self.model, self.guide, *args) / (self.data_size or len(args[0]))
                     if not math.isfinite(value):
                         raise FloatingPointError(f"it became {value}")
                 except (ValueError, FloatingPointError) as error:
                     self._explain(error)
-                total, count = total + value * len(args[0]), count + len(args[0])
+                total, count = total + value * share.weight * share.total, count + share.total
         if count == 0:
             raise ValueError("validation gave no batch. Give at least one datum, and a DataLoader that does not drop it.")
-        return total / count
+        (total,) = self.ranks.add_up([torch.tensor(total, dtype=torch.double, device=self.trained[0].device)])
+        return total.item() / count
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Steps the schedule; raises if the last step spoilt a parameter, before anything is saved."""

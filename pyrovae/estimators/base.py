@@ -27,6 +27,8 @@ from pyrovae.checks import (
 )
 from pyrovae.graphs import Graphs
 from pyrovae.importance import draw, inspect_weights, log_prob_of, per_datum, trace_model
+from pyrovae.ranks import Ranks
+from pyrovae.ranks import join as join_ranks
 
 
 @dataclass(frozen=True)
@@ -285,13 +287,33 @@ def log_marginal(
         raise ValueError(
             f"num_samples={num_samples} and method={method} were both given. Give the method its own number."
         )
-    with open_task(model, guide, method, args, kwargs, max_memory, progress) as task:
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    ranks = join_ranks(tensors[0].device if tensors else None)
+    with open_task(model, guide, method, args, kwargs, max_memory, progress and ranks.first) as task:
         if compile:
             graphs = _graphs_of(model)
             graphs.report = task.bar.set_description
             task = replace(task, graphs=graphs)
-        estimate = method.estimate(task)
+        estimate = method.estimate(task) if ranks.size == 1 else _shared(method, task, ranks)
         return replace(estimate, remedy="" if bool(estimate.trusted.all()) else method.remedy(task.structure))
+
+
+def _shared(method: Estimator, task: Task, ranks: Ranks) -> Estimate:
+    """Scores a share of the data in each process, with noise of its own; returns the estimates of all, in order, to all."""
+    start, end = (rank * task.size // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+    seed = int(torch.randint(2**62, ()))
+    seed = ranks.told(lambda: seed) + ranks.rank
+    part = None
+    if end > start:
+        device = next(x.device for x in tree_leaves((task.args, task.kwargs)) if isinstance(x, Tensor))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            part = method.estimate(task.rows(slice(start, end)))
+        tensors = {name: x.cpu() for name, x in vars(part).items() if isinstance(x, Tensor)}
+        part = replace(part, **tensors, diagnostics={name: x.cpu() for name, x in part.diagnostics.items()})
+    whole = join(method, [part for part in ranks.gathered(part) if part is not None])
+    tensors = {name: x.to(device) for name, x in vars(whole).items() if isinstance(x, Tensor)} if part is not None else {}
+    return replace(whole, **tensors)
 
 
 @lru_cache(maxsize=4)

@@ -1,0 +1,202 @@
+"""Several processes that train and score as one: data are shared out, gradients added up, results gathered in order."""
+
+import atexit
+import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+
+class Ranks(NamedTuple):
+    """This process among those that work together, started by ``torchrun`` or with a process group of their own.
+
+    Args:
+        rank: its number, from 0.
+        size: how many there are.
+    """
+
+    rank: int
+    size: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this one prints and writes for all."""
+        return self.rank == 0
+
+    def share(self, total: int) -> "Share":
+        """Returns which of so many data are this process's; all of them, with less weight, if there are too few to go round."""
+        if total < self.size:
+            return Share(0, total, total, 1 / self.size)
+        start, end = (rank * total // self.size for rank in (self.rank, self.rank + 1))
+        return Share(start, end - start, total, (end - start) / total)
+
+    def told(self, value: Callable[[], Any]) -> Any:
+        """Returns to all what the first process finds; an error there is raised by all."""
+        if self.size == 1:
+            return value()
+        found: list[Any] = [None, None]
+        if self.first:
+            try:
+                found = [value(), None]
+            except Exception as error:
+                found = [None, error]
+        distributed.broadcast_object_list(found, src=0, device=_device())
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def gathered(self, value: Any) -> list:
+        """Returns to all what each process has, in order."""
+        if self.size == 1:
+            return [value]
+        found = [None] * self.size
+        distributed.all_gather_object(found, value)
+        return found
+
+    def add_up(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Returns to all the sums over processes of tensors that each has, of the same shapes in the same order."""
+        tensors = list(tensors)
+        if self.size == 1:
+            return tensors
+        kinds: dict[tuple, list[int]] = {}
+        for i, t in enumerate(tensors):
+            kinds.setdefault((t.dtype, t.device), []).append(i)
+        for places in kinds.values():
+            flat = torch.cat([tensors[i].reshape(-1) for i in places])
+            distributed.all_reduce(flat)
+            for i, part in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
+                tensors[i] = part.view_as(tensors[i])
+        return tensors
+
+    @torch.no_grad()
+    def align(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all processes the first one's values of tensors, and its random state, from which all draw alike."""
+        if self.size == 1:
+            return
+        for t in tensors:
+            distributed.broadcast(t, src=0)
+        states = self.told(lambda: (torch.get_rng_state(), torch.cuda.get_rng_state() if _on_gpu() else None))
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1])
+
+
+class Share(NamedTuple):
+    """Some of the data of a batch.
+
+    Args:
+        start: the first of them.
+        count: how many.
+        total: data of the batch.
+        weight: what their mean counts in that of the batch.
+    """
+
+    start: int
+    count: int
+    total: int
+    weight: float
+
+    def rows(self, args: tuple) -> tuple:
+        """Returns the data of tensors."""
+        return args if self.count == self.total else tuple(t[self.start : self.start + self.count] for t in args)
+
+    def noise(self) -> AbstractContextManager:
+        """Returns a context inside of which noise for these data is what one process would draw for them."""
+        return nullcontext() if self.count == self.total else _Noise(self)
+
+
+class _Noise(TorchDispatchMode):
+    """Draws for all data of a batch, and takes what is for a share of them.
+
+    Processes of one random state then draw what a single one would. The dimension of the data is told by its size; were
+    it mistaken for another, the noise would be as good, but another.
+    """
+
+    def __init__(self, share: Share):
+        super().__init__()
+        self.share = share
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        wide_args, wide_kwargs = tree_map(self._widened, (args, kwargs), is_leaf=_is_shape)
+        drawn = tree_map(self._own, func(*wide_args, **wide_kwargs))
+        return args[0].copy_(drawn) if func._schema.is_mutable else drawn
+
+    def _place(self, shape: tuple[int, ...], size: int) -> int | None:
+        """Returns the dimension of the data, of a size: the last but one, for latents that are vectors, or the first."""
+        places = [i for i, n in enumerate(shape) if n == size]
+        return len(shape) - 2 if len(shape) - 2 in places else places[0] if places else None
+
+    def _widened(self, x: Any) -> Any:
+        start, count, total, _ = self.share
+        if isinstance(x, Tensor) and x.dim():
+            place = self._place(x.shape, count)
+            if place is not None:
+                rows = (torch.arange(total, device=x.device) - start).clamp(0, count - 1)
+                return x.index_select(place, rows)
+            if x.shape[0] % count == 0:  # particles and data in one dimension
+                return self._widened(x.unflatten(0, (-1, count, 1))).flatten(0, 2)
+        elif _is_shape(x) and x:
+            place = self._place(x, count)
+            if place is not None:
+                return [*x[:place], total, *x[place + 1 :]]
+            if x[0] % count == 0:
+                return [x[0] // count * total, *x[1:]]
+        return x
+
+    def _own(self, x: Any) -> Any:
+        start, count, total, _ = self.share
+        if not isinstance(x, Tensor) or not x.dim():
+            return x
+        place = self._place(x.shape, total)
+        if place is not None:
+            return x.narrow(place, start, count)
+        return x.unflatten(0, (-1, total, 1)).narrow(1, start, count).flatten(0, 2) if x.shape[0] % total == 0 else x
+
+
+def join(device: torch.device | str | None = None) -> Ranks:
+    """Returns this process among those it works with, and joins them if ``torchrun`` has started it; else, one of one.
+
+    Args:
+        device: where it computes; a GPU talks by NCCL, all else by gloo.
+    """
+    if not distributed.is_available():
+        return Ranks(0, 1)
+    if not distributed.is_initialized() and distributed.is_torchelastic_launched():
+        on_gpu = device is not None and torch.device(device).type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if on_gpu else "gloo")
+        atexit.register(_leave)
+    if not distributed.is_initialized():
+        return Ranks(0, 1)
+    return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+def was_restarted() -> bool:
+    """Returns whether ``torchrun`` has started the processes anew, after one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _on_gpu() -> bool:
+    return distributed.get_backend() == "nccl"
+
+
+def _device() -> torch.device | None:
+    return torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else None
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, (list, tuple)) and all(isinstance(n, int) for n in x) and not isinstance(x, Share)
