@@ -1,14 +1,19 @@
-"""What the benchmarks have in common: the data, and the MLP VAE 784-400-20-400-784 in pyrovae and in pythae."""
+"""What the benchmarks have in common: the data, and two VAEs in pyrovae, by hand and in pythae.
+
+One is the MLP VAE 784-400-20-400-784, the other has convolutions of 32 and 64 channels; both have Bernoulli pixels.
+"""
 
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn import functional as F
 
 from pyrovae import VAE, encoders, likelihoods, priors
+from pyrovae import nn as networks
 
 PIXELS, HIDDEN, LATENT = 784, 400, 20
+IMAGE = (1, 28, 28)
 
 
 def binary_images(size: int) -> Tensor:
@@ -17,36 +22,91 @@ def binary_images(size: int) -> Tensor:
     return torch.bernoulli((torch.randn(size, 2) @ loadings).sigmoid())
 
 
-def pyrovae_vae() -> VAE:
+def pyrovae_vae(pixels: int = PIXELS, latent_dim: int = LATENT) -> VAE:
     """Returns the VAE with pyrovae's default networks, which have one hidden layer of 400."""
-    likelihood, encoder = likelihoods.Bernoulli(LATENT, PIXELS), encoders.DiagonalNormal(PIXELS, LATENT)
-    return VAE(priors.StandardNormal(LATENT), likelihood, encoder)
+    likelihood, encoder = likelihoods.Bernoulli(latent_dim, pixels), encoders.DiagonalNormal(pixels, latent_dim)
+    return VAE(priors.StandardNormal(latent_dim), likelihood, encoder)
 
 
-def pythae_vae(vae: VAE) -> nn.Module:
-    """Returns pythae's VAE around the networks of ours: the same weights, in the same memory."""
-    from pythae.models import VAE as PythaeVAE  # here, so that it adds nothing to the memory of who does without
-    from pythae.models import VAEConfig
+def convolutional_vae() -> VAE:
+    """Returns the VAE with pyrovae's convolutions, which are strided."""
+    likelihood = likelihoods.Bernoulli(LATENT, IMAGE, networks.DeconvNet)
+    return VAE(priors.StandardNormal(LATENT), likelihood, encoders.DiagonalNormal(IMAGE, LATENT, networks.ConvNet))
+
+
+def plain_layers(vae: VAE) -> tuple[nn.Sequential, nn.Sequential]:
+    """Returns encoder and decoder of a VAE as one writes them by hand: the same weights, in the same memory."""
+    encoder, decoder = vae.encoder.network, vae.likelihood.network
+    if isinstance(encoder, networks.ConvNet):
+        return nn.Sequential(*encoder.layers, encoder.head), nn.Sequential(decoder.foot, *decoder.layers)
+    return nn.Sequential(*encoder.layers), nn.Sequential(*decoder.layers)
+
+
+def scale_of(raw: Tensor) -> Tensor:
+    """Returns standard deviations as :class:`pyrovae.encoders.DiagonalNormal` makes them."""
+    return F.softplus(raw + math.log(math.e - 1)) + 1e-6
+
+
+class ByHand(nn.Module):
+    """The loss of a VAE as one writes it by hand, around the networks of ours.
+
+    Of one particle it is the negative ELBO, the KL divergence in closed form; of more, the negative IWAE bound.
+    """
+
+    def __init__(self, vae: VAE, particles: int = 1):
+        super().__init__()
+        self.encoder, self.decoder = plain_layers(vae)
+        self.particles = particles
+
+    def forward(self, x: Tensor) -> Tensor:
+        loc, raw = self.encoder(x).chunk(2, dim=-1)
+        scale = scale_of(raw)
+        if self.particles == 1:
+            z = loc + scale * torch.randn_like(loc)
+            reconstruction = F.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="sum")
+            kl = (0.5 * (loc.square() + scale.square() - 1) - scale.log()).sum()
+            return (reconstruction + kl) / len(x)
+        noise = torch.randn(self.particles, *loc.shape, device=x.device)
+        z = loc + scale * noise
+        logits = self.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        reconstruction = F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+        log_ratio = (0.5 * (noise.square() - z.square()) + scale.log()).sum(-1)
+        log_w = log_ratio - reconstruction.flatten(2).sum(-1)
+        return math.log(self.particles) - log_w.logsumexp(0).mean()
+
+
+def pythae_vae(vae: VAE, particles: int = 1) -> nn.Module:
+    """Returns pythae's VAE, or its IWAE, around the networks of ours: the same weights, in the same memory."""
+    # Here, so that they add nothing to the memory of who does without.
+    from pythae.models import IWAE, IWAEConfig, VAEConfig
+    from pythae.models import VAE as PythaeVAE
     from pythae.models.base.base_utils import ModelOutput
     from pythae.models.nn import BaseDecoder, BaseEncoder
+
+    encoder, decoder = plain_layers(vae)
 
     class Encoder(BaseEncoder):
         def __init__(self):
             super().__init__()
-            self.network = vae.encoder.network
+            self.network = encoder
 
         def forward(self, x: Tensor) -> ModelOutput:
             loc, raw = self.network(x).chunk(2, dim=-1)
-            scale = softplus(raw + math.log(math.e - 1)) + 1e-6  # as in pyrovae.encoders.DiagonalNormal
-            return ModelOutput(embedding=loc, log_covariance=2 * scale.log())
+            return ModelOutput(embedding=loc, log_covariance=2 * scale_of(raw).log())
 
     class Decoder(BaseDecoder):
         def __init__(self):
             super().__init__()
-            self.network = vae.likelihood.network
+            self.network = decoder
 
         def forward(self, z: Tensor) -> ModelOutput:
             return ModelOutput(reconstruction=self.network(z).sigmoid())
 
-    config = VAEConfig(input_dim=(PIXELS,), latent_dim=LATENT, reconstruction_loss="bce")
-    return PythaeVAE(config, encoder=Encoder(), decoder=Decoder())
+    shared = {
+        "input_dim": tuple(vae.likelihood.x_shape),
+        "latent_dim": vae.likelihood.latent_dim,
+        "reconstruction_loss": "bce",
+    }
+    if particles == 1:
+        return PythaeVAE(VAEConfig(**shared), encoder=Encoder(), decoder=Decoder())
+    return IWAE(IWAEConfig(**shared, number_samples=particles), encoder=Encoder(), decoder=Decoder())

@@ -15,13 +15,14 @@ README = Path(__file__).with_name("README.md")
 HEADING = "# Benchmarks\n\nEach part below was written by the script it names, and is written anew by running it.\n"
 
 
-def machine() -> str:
-    """Returns one line about the machine, the versions and the day."""
+def machine(device: str = "cpu") -> str:
+    """Returns one line about the machine, its GPU where that is what was measured, the versions and the day."""
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pyro-ppl", "pythae", "pyrovae"))
+    gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     return (
-        f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{gpu}{models[0] if models else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{platform.system()}, Python {platform.python_version()}, {versions}, {date.today()}."
     )
 

@@ -1,7 +1,7 @@
 """What a Pyro model and guide must be like, checked on one batch before anything long starts."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -81,6 +81,16 @@ def evaluation_mode() -> Iterator[None]:
         handle.remove()
         for module in switched:
             module.training = True
+
+
+@contextmanager
+def full_precision(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Computes what is inside as precisely as its numbers are given, also where autocast is on outside."""
+    with ExitStack() as stack:
+        for kind in {device.type for device in devices}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def sample_sites(trace: poutine.Trace) -> dict[str, dict]:

@@ -5,7 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_
 
 from pyrovae.bounds import Bound, Terms
 from pyrovae.bounds.elbo import ScheduledStep
-from pyrovae.checks import ObservedChecked, check_observed_by
+from pyrovae.checks import ObservedChecked, check_observed_by, full_precision
 from pyrovae.ranks import Share
 from pyrovae.states import ATOMS, State, Untraceable, tensor_kind
 
@@ -153,7 +153,7 @@ class _Graph:
     def compute(self, inputs: list[Tensor]) -> Any:
         given = [inputs[t] if isinstance(t, int) else t for t in self.given]
         # Casts are in the graph already.
-        with torch.no_grad(), _no_autocast(given):
+        with torch.no_grad(), full_precision(t.device for t in given):
             return tree_unflatten(self.run(*given), self.form)
 
     def checked(self, inputs: list[Tensor], expected: Any, buffers: list[tuple[Tensor, Tensor]]) -> Any:
@@ -279,15 +279,6 @@ def _process(inputs: list[Tensor]) -> tuple:
     kinds = {"cpu", *(t.device.type for t in inputs)}
     casts = tuple((kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if torch.is_autocast_enabled(kind))
     return casts, torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-
-
-@contextmanager
-def _no_autocast(tensors: list[Tensor]) -> Iterator[None]:
-    on = [kind for kind in {t.device.type for t in tensors} if torch.is_autocast_enabled(kind)]
-    with ExitStack() as stack:
-        for kind in on:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def _other_random_states() -> tuple:

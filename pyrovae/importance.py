@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyrovae.checks import DATA, Structure, evaluation_mode, inspect, named_arguments, sample_sites
+from pyrovae.checks import DATA, Structure, evaluation_mode, full_precision, inspect, named_arguments, sample_sites
 from pyrovae.distributions import center
 
 __all__ = ["Imputation", "impute", "log_weights"]
@@ -114,6 +114,11 @@ def trace_model(
 def _of_depth(trace: poutine.Trace, structure: Structure) -> poutine.Trace:
     """Returns a trace, after checking that its samples lie right in front of its plates, where they are looked for."""
     for name, site in sample_sites(trace).items():
+        if site["value"].dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f'site "{name}" has values in {site["value"].dtype}, too coarse for densities. Give its distribution numbers in '
+                "single precision: cast what a network returns, network(x).float()."
+            )
         shape = site["fn"].batch_shape
         plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
         stray = [dim for dim in range(-min(len(shape), structure.max_plate_nesting), 0) if dim not in plates and shape[dim] > 1]
@@ -161,7 +166,8 @@ def simulate(model: Callable, *args: Any, **kwargs: Any) -> tuple[poutine.Trace,
 def log_prob_of(site: dict) -> Tensor:
     """Returns the log-probability of a site's value, masked but not scaled, ``(num_samples, *plates, batch)``."""
     # N/B and training weights belong outside the log of a mean of weights.
-    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    with full_precision([site["value"].device]):
+        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return scale_and_mask(log_prob, mask=site["mask"])
 
 

@@ -71,8 +71,12 @@ def build(network: Network, in_shape: Shape, out_shape: Shape, context_dim: int)
 
 
 def apply(network: nn.Module, x: Tensor, context: Tensor | None, out_shape: tuple[int, ...], owner: str) -> Tensor:
-    """Calls a network, with the context if there is one, and checks the shape of what it returns."""
+    """Calls a network, with the context if there is one, and checks the shape of what it returns.
+
+    What it returns in less than single precision (inside ``torch.autocast``) is cast, for densities are made of it.
+    """
     out = network(x) if context is None else network(x, context)
+    out = out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
     if out.shape[out.dim() - len(out_shape) :] != out_shape:
         raise ValueError(
             f"{owner}: its network must return (..., {', '.join(map(str, out_shape))}), but returned "

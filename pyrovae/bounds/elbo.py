@@ -14,7 +14,7 @@ from torch.distributions import kl_divergence
 from pyrovae.bounds.base import Bound, Sides, Weighed, layers, same_scale
 from pyrovae.bounds.gradients import Gradient
 from pyrovae.bounds.reductions import Reduced, power_mean
-from pyrovae.checks import Structure, described
+from pyrovae.checks import Structure, described, full_precision
 from pyrovae.importance import log_prob_of, per_datum
 from pyrovae.regularizers import Regularizer
 from pyrovae.states import Untraceable
@@ -288,7 +288,8 @@ class ELBO(Bound):
         p_fn, event_dim = (_dimensions(p), 1) if self._each else (p["fn"], 0)
         kl = None
         if closed_form and self._closes and p["mask"] is q["mask"] and same_scale(p["scale"], q["scale"]):
-            kl = kl_in_closed_form(_dimensions(q) if self._each else q["fn"], p_fn)
+            with full_precision([q["value"].device]):
+                kl = kl_in_closed_form(_dimensions(q) if self._each else q["fn"], p_fn)
         # A divergence that does not depend on the draw is the same for all.
         batch = p["value"].shape[: p["value"].dim() - len(p_fn.event_shape)]
         t = self._masked(p, p_fn.log_prob(p["value"]) if kl is None else -kl.expand(batch))

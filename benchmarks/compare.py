@@ -1,0 +1,805 @@
+"""Speed: pyrovae, compiled and not, beside hand-written PyTorch, stock Pyro and pythae.
+
+A training step (`mlp`, `conv`). The models are the MLP VAE 784-400-20-400-784 and one with strided convolutions, with
+Bernoulli pixels; the data are binary and in memory, in a new random order every epoch; Adam at a learning rate of 1e-3,
+float32. The objectives are the ELBO of one particle and the IWAE bound of 50. What takes part:
+
+- hand-written PyTorch: eager; its loss under `torch.compile`; on a GPU its whole step as one CUDA graph. Fused Adam.
+- stock SVI: Pyro's SVI, Adam and Trace_ELBO, or RenyiELBO(alpha=0) for the IWAE bound, on pyrovae's model and guide.
+- fit: `pyrovae.fit` eager, and with its loss compiled, as `compile=True` does.
+- pythae: the loop of its trainer on its VAE or IWAE.
+
+All have the same networks and start from the same weights, and each keeps its own throughout. They take turns in one
+process: a round is a few short epochs of each, in an order that moves on from round to round. What is timed is the time
+from the end of a round's first epoch to the end of its last, all that the loop does between steps and between epochs
+included, so that what a call of `fit` does once is left out, as is compilation, which falls into a round to warm up.
+In the end all are scored on the same data with the same noise, which shows that they trained the same model alike.
+
+Importance sampling (`importance`): log p(x) of the trained MLP VAE, by `log_marginal` and by pythae's `get_nll` at its default
+batch size and at others, and the networks' arithmetic as a share of the rate of a matrix product.
+
+Precision (`precision`): the same VAE scored in float32 and under bfloat16 autocast, the noise being the same.
+
+Memory (`memory`): a loss with its gradients, in a fresh process each: what torch holds at most beyond what it held before, and
+the peak of the process, VmHWM, once the call was made twice, with all that compilation takes.
+
+First step (`first`): the first training step of a fresh process, with an empty cache of compiled code and with the same again.
+
+Quality (`quality`): the time that training takes to reach a given log p(x) of the test digits, in fresh processes with empty
+caches, compilation included.
+
+    python benchmarks/compare.py
+    python benchmarks/compare.py --only mlp importance
+    python benchmarks/compare.py --device cuda
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro
+import report
+import torch
+from estimators import SQUARE, flop_an_image, in_fresh_process, ratios, resident, take_turns, trained
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+from models import HIDDEN, IMAGE, LATENT, PIXELS, ByHand, binary_images, convolutional_vae, pyrovae_vae, pythae_vae
+from parts import peak_memory
+from pyro.infer import ELBO, SVI, RenyiELBO, Trace_ELBO
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import pyrovae
+from pyrovae import VAE, bounds, data
+
+LEARNING_RATE = 1e-3
+EPOCH_SECONDS, MOST_DATA, ROUNDS = 0.25, 2**16, (6, 40)  # of hand-written PyTorch; of an epoch; fewest and most
+SCORED = 500
+PRODUCTS = 5  # matrix products a round
+TARGETS = {1: -23.5, 50: -23.5}  # nats a datum, by particles
+EVERY, TEST_SAMPLES, MOST_EPOCHS = 5, 200, 500
+JSON, PICTURE = (Path(__file__).with_suffix(suffix) for suffix in (".json", ".png"))
+HAND, HAND_COMPILED, HAND_GRAPH = "hand-written", "hand-written, compiled", "hand-written, CUDA graph"
+STOCK, FIT, COMPILED, PYTHAE = "stock SVI", "fit", "fit, compiled", "pythae"
+
+# Trains for some epochs and calls mark() after each, which ends training when it returns True.
+Train = Callable[[int, Callable[[], bool | None]], None]
+# Builds it from a VAE, the data, the batch size and the number of particles.
+Build = Callable[[VAE, Tensor, int, int], Train]
+Measured = dict[str, Any]
+
+
+# The loops.
+
+
+def shuffled_batches(x: Tensor, batch: int) -> Iterator[Tensor]:
+    """Yields the data in batches, in a new random order."""
+    for rows in torch.randperm(len(x)).to(x.device).split(batch):
+        yield x.index_select(0, rows)
+
+
+def loop(step: Callable[[Tensor], Tensor | float], x: Tensor, batch: int) -> Train:
+    """A training loop as one writes it by hand, which looks at the loss once an epoch."""
+
+    def train(epochs: int, mark: Callable[[], bool | None]) -> None:
+        for _ in range(epochs):
+            total = 0.0
+            for rows in shuffled_batches(x, batch):
+                total += step(rows) * len(rows)
+            float(total)
+            if mark():
+                break
+
+    return train
+
+
+def hand_written(vae: VAE, x: Tensor, batch: int, particles: int, compiled: bool = False) -> Train:
+    """PyTorch as one writes it by hand, with fused Adam."""
+    loss = ByHand(vae, particles)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=LEARNING_RATE, fused=True)
+    compute = torch.compile(loss, dynamic=False) if compiled else loss
+
+    def step(rows: Tensor) -> Tensor:
+        value = compute(rows)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return loop(step, x, batch)
+
+
+def hand_written_graph(vae: VAE, x: Tensor, batch: int, particles: int) -> Train:
+    """The same, its whole step recorded once and played back by the GPU."""
+    loss = ByHand(vae, particles)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=LEARNING_RATE, fused=True, capturable=True)
+    given = x[:batch].clone()
+
+    def step() -> Tensor:
+        value = loss(given)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    # What libraries set up at a first call must not be recorded.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step()
+
+    def replay(rows: Tensor) -> Tensor:
+        given.copy_(rows)
+        graph.replay()
+        return value
+
+    return loop(replay, x, batch)
+
+
+def stock_elbo(particles: int) -> ELBO:
+    """Returns Pyro's own objective."""
+    if particles == 1:
+        return Trace_ELBO()
+    return RenyiELBO(alpha=0, num_particles=particles, vectorize_particles=True)
+
+
+def stock_svi(vae: VAE, x: Tensor, batch: int, particles: int) -> Train:
+    """Pyro's own SVI, objective and Adam on pyrovae's model and guide."""
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": LEARNING_RATE}), stock_elbo(particles))
+    return loop(lambda rows: svi.step(rows) / len(rows), x, batch)
+
+
+def pyrovae_elbo(particles: int, compiled: bool) -> ELBO:
+    """Returns the objective that a user of ``fit`` takes."""
+    loss = Trace_ELBO() if particles == 1 else bounds.IWAE(particles)
+    return pyrovae.compile(loss) if compiled else loss
+
+
+def pyrovae_fit(vae: VAE, x: Tensor, batch: int, particles: int, compiled: bool = False) -> Train:
+    """``pyrovae.fit`` as a user calls it, all defaults but the loss and the progress bar."""
+    loss = pyrovae_elbo(particles, compiled)  # kept from call to call, and its graphs with it
+
+    def train(epochs: int, mark: Callable[[], bool | None]) -> None:
+        callbacks = [lambda _: mark()]
+        pyrovae.fit(
+            vae.model, vae.guide, x, loss=loss, epochs=epochs, batch_size=batch, callbacks=callbacks, progress=False
+        )
+
+    return train
+
+
+def pythae_trainer(vae: VAE, x: Tensor, batch: int, particles: int) -> Train:
+    """The training loop of pythae's trainer (``BaseTrainer.train_step``), without its progress bar.
+
+    Its copy of the model after every epoch and its files are left out too.
+    """
+    from pythae.data.datasets import BaseDataset
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+    from pythae.trainers.training_callbacks import CallbackHandler
+
+    config = BaseTrainerConfig(
+        per_device_train_batch_size=batch, learning_rate=LEARNING_RATE, no_cuda=not x.is_cuda, keep_best_on_train=False
+    )
+    dataset = BaseDataset(x.cpu(), torch.zeros(len(x)))
+    trainer = BaseTrainer(pythae_vae(vae, particles), dataset, training_config=config)
+    trainer.set_optimizer()
+    trainer.callback_handler = CallbackHandler([], trainer.model)
+
+    def train(epochs: int, mark: Callable[[], bool | None]) -> None:
+        for epoch in range(epochs):
+            trainer.train_step(epoch)
+            if mark():
+                break
+
+    return train
+
+
+BUILD: dict[str, Build] = {
+    HAND: hand_written,
+    HAND_COMPILED: partial(hand_written, compiled=True),
+    HAND_GRAPH: hand_written_graph,
+    STOCK: stock_svi,
+    FIT: pyrovae_fit,
+    COMPILED: partial(pyrovae_fit, compiled=True),
+    PYTHAE: pythae_trainer,
+}
+
+
+def loops_on(device: str) -> list[str]:
+    """Returns the names of all loops that there are on a device."""
+    return [name for name in BUILD if name != HAND_GRAPH or device == "cuda"]
+
+
+def finish(device: str) -> None:
+    """Waits until a GPU has done what it was asked."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+# A training step.
+
+NETWORKS = {
+    "mlp": (f"MLP {PIXELS}-{HIDDEN}-{LATENT}-{HIDDEN}-{PIXELS}", pyrovae_vae, (PIXELS,)),
+    "conv": (f"Convolutions, {IMAGE[1]} x {IMAGE[2]}", convolutional_vae, IMAGE),
+}
+
+
+def objective(particles: int) -> str:
+    return "ELBO" if particles == 1 else f"IWAE {particles}"
+
+
+def started(name: str, network: str, x: Tensor, batch: int, particles: int) -> tuple[VAE, Train]:
+    """Returns a VAE, of the same weights each time, and the loop that trains it."""
+    pyro.set_rng_seed(1)
+    vae = NETWORKS[network][1]().to(x.device)
+    return vae, BUILD[name](vae, x, batch, particles)
+
+
+def ms_a_step(train: Train, epochs: int, steps: int, device: str) -> float:
+    """Returns milliseconds a step after the first epoch."""
+    marks = []
+
+    def mark() -> None:
+        finish(device)
+        marks.append(time.perf_counter())
+
+    train(epochs, mark)
+    return 1e3 * (marks[-1] - marks[0]) / ((epochs - 1) * steps)
+
+
+def measure_case(network: str, particles: int, batch: int, args: argparse.Namespace) -> Measured:
+    """Returns milliseconds a step in every round, and the loss in the end, by loop."""
+    torch.compiler.reset()
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+    def images(size: int) -> Tensor:
+        return binary_images(size).reshape(size, *NETWORKS[network][2]).to(args.device)
+
+    tried = ms_a_step(started(HAND, network, images(2 * batch), batch, particles)[1], 3, 2, args.device)
+    steps = max(1, min(round(1e3 * EPOCH_SECONDS / tried), MOST_DATA // batch))
+    steps = min(steps, 4) if args.smoke else steps
+    fewest, most = (2, 2) if args.smoke else ROUNDS
+    rounds = max(fewest, min(round(1e3 * args.seconds / (tried * steps * args.epochs)), most))
+    x, names = images(steps * batch), loops_on(args.device)
+    vaes, trains = {}, {}
+    for name in names:
+        vaes[name], trains[name] = started(name, network, x, batch, particles)
+    ms = {name: [] for name in names}
+    for i in tqdm(range(-1, rounds), desc=f"{network}, {objective(particles)}, batch {batch}"):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            took = ms_a_step(trains[name], args.epochs, steps, args.device)
+            if i >= 0:  # the first round warms up
+                ms[name].append(took)
+    loss = {}
+    for name, vae in vaes.items():
+        torch.manual_seed(2)
+        scored = pyrovae.log_marginal(vae.model, vae.guide, x[:SCORED], num_samples=particles, progress=False)
+        loss[name] = -scored.value.mean().item()
+    timed = (args.epochs - 1) * steps
+    return {"particles": particles, "batch": batch, "timed steps a round": timed, "ms": ms, "loss": loss}
+
+
+def measure_network(network: str, args: argparse.Namespace) -> Measured:
+    cases = [(1, batch) for batch in args.batches] + [(args.particles, batch) for batch in args.iwae_batches]
+    return {"cases": [measure_case(network, particles, batch, args) for particles, batch in cases]}
+
+
+def by_objective(measured: Measured) -> dict[int, list[Measured]]:
+    """Returns the cases of a network by their number of particles."""
+    groups = {}
+    for case in measured["cases"]:
+        groups.setdefault(case["particles"], []).append(case)
+    return groups
+
+
+def told_network(network: str, measured: Measured) -> str:
+    parts = []
+    for particles, cases in by_objective(measured).items():
+        rows = []
+        for case in cases:
+            for name, ms in case["ms"].items():
+                against = "" if name == COMPILED else report.quartiles(ratios(ms, case["ms"][COMPILED]), 2)
+                rate = 1e3 / statistics.median(ms)
+                first = f"{case['batch']}" if name == HAND else ""
+                rows.append([first, name, report.quartiles(ms, 2), digits(rate), against, f"{case['loss'][name]:.1f}"])
+        rounds = ", ".join(f"{len(c['ms'][HAND])} of {c['timed steps a round']} at batch {c['batch']}" for c in cases)
+        parts.append(
+            f"### {NETWORKS[network][0]}, {objective(particles)}\n\n"
+            + report.table(["batch", "loop", "ms / step", "steps / s", f"this / {COMPILED}", "loss"], rows)
+            + f"\n\nRounds and timed steps in each: {rounds}."
+        )
+    return "\n\n".join(parts)
+
+
+def digits(value: float) -> str:
+    """Returns a number with three digits at least."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+# Importance sampling.
+
+
+def measure_importance(args: argparse.Namespace) -> Measured:
+    vae, x = trained(args.images, args.train_epochs)
+    vae, x = vae.to(args.device), x.to(args.device)
+    theirs, square = pythae_vae(vae).eval(), torch.randn(SQUARE, SQUARE, device=args.device)
+
+    def log_marginal(compile: bool) -> float:
+        options = {"num_samples": args.num_samples, "compile": compile, "progress": False}
+        return pyrovae.log_marginal(vae.model, vae.guide, x, **options).value.mean().item()
+
+    def products() -> None:
+        for _ in range(PRODUCTS):
+            square @ square
+        finish(args.device)
+
+    def get_nll(batch_size: int) -> float:
+        return theirs.get_nll(x, n_samples=args.num_samples, batch_size=batch_size)  # the mean of log p(x), not negated
+
+    contenders = {
+        "log_marginal": lambda: log_marginal(False),
+        "log_marginal, compiled": lambda: log_marginal(True),
+        "matrix product": products,
+        **{f"pythae, batch size {b}": lambda b=b: get_nll(b) for b in args.pythae_batches},
+    }
+    times, results = take_turns(contenders, args.rounds, "importance sampling")
+    square_seconds = [took / PRODUCTS for took in times.pop("matrix product")]
+    rates = [2 * SQUARE**3 / took / 1e9 for took in square_seconds]
+    flop = flop_an_image(vae, args.num_samples) * len(x)
+    shares = {
+        name: ratios([flop / t / 1e9 for t in times[name]], rates) for name in times if name.startswith("log_marginal")
+    }
+    return {
+        "images": len(x),
+        "samples": args.num_samples,
+        "seconds": times,
+        "GFLOP/s of a matrix product": rates,
+        "share of it": shares,
+        "log p(x)": {name: results[name] for name in times},
+    }
+
+
+def best_of_pythae(measured: Measured) -> str:
+    names = [name for name in measured["seconds"] if name.startswith("pythae")]
+    return min(names, key=lambda name: statistics.median(measured["seconds"][name]))
+
+
+def told_importance(measured: Measured) -> str:
+    times, n, best = measured["seconds"], measured["images"], best_of_pythae(measured)
+    ours, rows = times["log_marginal, compiled"], []
+    for name, took in times.items():
+        shares = [100 * share for share in measured["share of it"].get(name, [])]
+        rows.append(
+            [
+                name + (" (its best)" if name == best else ""),
+                report.quartiles([1e3 * t / n for t in took], 1),
+                "" if took is ours else report.quartiles(ratios(took, ours), 2),
+                f"{report.quartiles(shares, 0)} %" if shares else "",
+                f"{statistics.mean(measured['log p(x)'][name]):.3f}",
+            ]
+        )
+    return (
+        "### Importance sampling\n\n"
+        f"log p(x) of the trained MLP VAE, {measured['samples']:,} samples an image, {len(ours)} rounds of {n} images. The "
+        f"share is that of the networks' matrix products in the rate of one of {SQUARE} x {SQUARE} alone, in float32: "
+        f"{report.quartiles(measured['GFLOP/s of a matrix product'], 0)} GFLOP/s.\n\n"
+        + report.table(["estimator", "ms / image", "this / compiled", "share of the product", "mean log p(x)"], rows)
+    )
+
+
+# Precision.
+
+
+def measure_precision(args: argparse.Namespace) -> Measured:
+    vae, x = trained(args.precision_images, args.train_epochs)
+    vae, x = vae.to(args.device), x.to(args.device)
+
+    def score(seed: int, low: bool) -> Tensor:
+        torch.manual_seed(seed)
+        with torch.autocast(args.device, torch.bfloat16, enabled=low):
+            options = {"num_samples": args.num_samples, "compile": True, "progress": False}
+            return pyrovae.log_marginal(vae.model, vae.guide, x, **options).value.double().cpu()
+
+    contenders = {"float32": lambda: score(0, False), "bfloat16": lambda: score(0, True)}
+    times, results = take_turns(contenders, args.rounds, "precision")
+    exact = results["float32"][-1]
+    apart = {"bfloat16": results["bfloat16"][-1] - exact, "float32, other noise": score(1, False) - exact}
+    return {
+        "images": len(x),
+        "samples": args.num_samples,
+        "seconds": times,
+        "bfloat16 units": has_bfloat16(args.device),
+        "difference": {
+            name: {
+                "mean": d.mean().item(),
+                "standard error": d.std().item() / len(x) ** 0.5,
+                "largest": d.abs().max().item(),
+            }
+            for name, d in apart.items()
+        },
+    }
+
+
+def has_bfloat16(device: str) -> bool:
+    """Returns whether the device multiplies bfloat16 numbers in hardware; of CPUs, on Linux only."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", cpuinfo.read_text()) is not None
+
+
+def told_precision(measured: Measured) -> str:
+    times, n = measured["seconds"], measured["images"]
+    relative = report.quartiles(ratios(times["bfloat16"], times["float32"]), 2)
+    units = (
+        "This device has units for bfloat16."
+        if measured["bfloat16 units"]
+        else "This device has no units for bfloat16, so that this is the price of emulation and no gain of speed."
+    )
+    rows = [
+        [name, f"{d['mean']:+.4f}", f"{d['standard error']:.4f}", f"{d['largest']:.3f}"]
+        for name, d in measured["difference"].items()
+    ]
+    return (
+        "### Precision\n\n"
+        f"The same VAE scored under `torch.autocast` in bfloat16 and in float32, {n} images, {measured['samples']:,} samples "
+        f"each, the same noise, both compiled: log p(x) of the one less that of the other, in nats. bfloat16 took {relative} times "
+        f"as long. {units}\n\n" + report.table(["less float32", "mean", "standard error", "largest of a datum"], rows)
+    )
+
+
+# Memory.
+
+MEMORY = ("hand-written", "hand-written, compiled", "RenyiELBO (Pyro)", "IWAE", "IWAE, compiled")
+
+
+def step_memory(name: str, particles: int, batch: int, device: str) -> Measured:
+    """Returns megabytes: what torch holds at most in calls of a loss with its gradients, and the peak of the process."""
+    pyro.set_rng_seed(0)
+    vae, x = pyrovae_vae().to(device), binary_images(batch).to(device)
+    compiled = name.endswith("compiled")
+    if name.startswith("hand-written"):
+        loss = ByHand(vae, particles)
+        loss = torch.compile(loss, dynamic=False) if compiled else loss
+    else:
+        elbo = pyrovae_elbo(particles, compiled) if name.startswith("IWAE") else stock_elbo(particles)
+
+    def call() -> None:
+        vae.zero_grad(set_to_none=True)
+        if name.startswith("hand-written"):
+            loss(x).backward()
+        else:
+            elbo.loss_and_grads(vae.model, vae.guide, x)
+
+    before = resident("VmRSS")
+    call(), call()
+    peak = resident("VmHWM")
+    third, fourth = (held_at_most(call, device) / 1e6 for _ in range(2))
+    return {"third call": third, "fourth call": fourth, "process before": before, "process at most": peak}
+
+
+def held_at_most(call: Callable[[], None], device: str) -> int:
+    """Returns the bytes that torch holds at most during a call beyond what it held before."""
+    if device != "cuda":
+        return peak_memory(call)
+    finish(device)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    finish(device)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure_memory(args: argparse.Namespace) -> Measured:
+    batch = args.iwae_batches[0]
+    found = {
+        name: in_fresh_process(step_memory, name, args.particles, batch, args.device) for name in tqdm(MEMORY, "memory")
+    }
+    return {"particles": args.particles, "batch": batch, "MB": found}
+
+
+def told_memory(measured: Measured) -> str:
+    columns = ("third call", "fourth call", "process before", "process at most")
+    rows = [[name, *(f"{megabytes[c]:.0f}" for c in columns)] for name, megabytes in measured["MB"].items()]
+    return (
+        "### Memory\n\n"
+        f"A loss with its gradients, {objective(measured['particles'])}, MLP, batch {measured['batch']}, in MB, a fresh "
+        "process each. The first two columns: the most that torch holds during a call beyond what it held before. At its calls "
+        "1, 2, 4, 8 and so on a graph is held against the objective itself. The last two: the process before, and its peak after "
+        "two calls, compilation included.\n\n" + report.table(["loss", *columns], rows)
+    )
+
+
+# The first step.
+
+
+def first_step(name: str, batch: int, cache: str, device: str) -> float:
+    """Returns the seconds of a first call of a training loop, of one step."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    pyro.set_rng_seed(0)
+    x = binary_images(batch).to(device)
+    train = started(name, "mlp", x, batch, 1)[1]
+    start = time.perf_counter()
+    train(1, lambda: finish(device))
+    return time.perf_counter() - start
+
+
+def measure_first(args: argparse.Namespace) -> Measured:
+    names = (HAND, HAND_COMPILED, FIT, COMPILED)
+    found = {name: {"empty cache": [], "same again": []} for name in names}
+    for _ in tqdm(range(args.repeats), "first step"):
+        for name in names:
+            with tempfile.TemporaryDirectory() as cache:
+                for took in found[name].values():
+                    took.append(in_fresh_process(first_step, name, 128, cache, args.device))
+    return {"batch": 128, "seconds": found}
+
+
+def told_first(measured: Measured) -> str:
+    rows = [[name, *(report.quartiles(took, 1) for took in by.values())] for name, by in measured["seconds"].items()]
+    return (
+        "### The first step\n\n"
+        f"Seconds that the first training step of a process takes, imports and data left out: MLP, ELBO, batch "
+        f"{measured['batch']}; with an empty cache of compiled code, and in another process with the cache that the first one "
+        f"left. Of {len(measured['seconds'][FIT]['same again'])} processes each.\n\n"
+        + report.table(["loop", "empty cache", "same again"], rows)
+    )
+
+
+# Time to a given quality.
+
+
+def time_to_target(
+    name: str, particles: int, target: float, seed: int, cache: str, args: argparse.Namespace
+) -> Measured:
+    """Trains on the digits until the test log p(x) reaches a target; returns how long it took, evaluation left out."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    pyro.set_rng_seed(seed)
+    train_set, _, test_set = data.load("digits")
+    x, held_out = (data.static_binarization(split.x).flatten(1).to(args.device) for split in (train_set, test_set))
+    vae = pyrovae_vae(x.shape[1], 16).to(args.device)
+    train = BUILD[name](vae, x, 128, particles)
+    epochs, reached, start = [], None, time.perf_counter()
+
+    def mark() -> bool:
+        nonlocal start, reached
+        finish(args.device)
+        epochs.append(time.perf_counter() - start)
+        done = False
+        if len(epochs) % EVERY == 0:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                options = {"num_samples": TEST_SAMPLES, "progress": False}
+                reached = pyrovae.log_marginal(vae.model, vae.guide, held_out, **options).value.mean().item()
+            done = reached >= target
+        start = time.perf_counter()
+        return done
+
+    train(args.most_epochs, mark)
+    beyond = sum(epochs) - len(epochs) * statistics.median(epochs)
+    return {"seconds": sum(epochs), "beyond": beyond, "epochs": len(epochs), "log p(x)": reached}
+
+
+def measure_quality(args: argparse.Namespace) -> Measured:
+    names = [name for name in loops_on(args.device) if name not in (HAND_GRAPH, PYTHAE)]
+    runs = []
+    for seed in range(args.runs):
+        for particles, target in TARGETS.items():
+            for name in tqdm(names, f"quality, {objective(particles)}"):
+                with tempfile.TemporaryDirectory() as cache:
+                    run = in_fresh_process(time_to_target, name, particles, target, seed, cache, args)
+                runs.append({"loop": name, "particles": particles, "target": target, "seed": seed, **run})
+    return {"runs": runs, "samples": TEST_SAMPLES, "every": EVERY}
+
+
+def told_quality(measured: Measured) -> str:
+    rows = []
+    for particles in dict.fromkeys(run["particles"] for run in measured["runs"]):
+        for name in dict.fromkeys(run["loop"] for run in measured["runs"]):
+            own = [run for run in measured["runs"] if (run["loop"], run["particles"]) == (name, particles)]
+            reached = all(run["log p(x)"] >= run["target"] for run in own)
+            seconds, beyond, epochs, value = (
+                statistics.mean(run[key] for run in own) for key in ("seconds", "beyond", "epochs", "log p(x)")
+            )
+            rows.append(
+                [
+                    objective(particles) if name == HAND else "",
+                    f"{own[0]['target']:.1f}" if name == HAND else "",
+                    name,
+                    f"{seconds:.1f}" if reached else f"not in {seconds:.1f}",
+                    f"{beyond:.1f}",
+                    f"{epochs:.0f}",
+                    f"{1e3 * (seconds - beyond) / epochs:.0f}",
+                    f"{value:.2f}",
+                ]
+            )
+    runs = len({run["seed"] for run in measured["runs"]})
+    header = ["objective", "target", "loop", "seconds", "of it once", "epochs", "ms / epoch", "reached"]
+    return (
+        "### Time to a given log p(x)\n\n"
+        "Training an MLP VAE (16 latent dimensions) on the digits, static binarization, batches of 128 and a smaller last "
+        f"one, until the mean log p(x) of the test digits, by {measured['samples']} samples every {measured['every']} "
+        f"epochs, reaches a target in nats; means of {runs} runs, a fresh process each with an empty cache. Evaluation is not "
+        "counted. What is spent once, beyond the median epoch, is given apart, compilation above all: there is a graph for "
+        "each of the two sizes.\n\n" + report.table(header, rows)
+    )
+
+
+# The report.
+
+
+PARTS: dict[str, tuple[Callable[[argparse.Namespace], Measured], Callable[[Measured], str]]] = {
+    **{name: (partial(measure_network, name), partial(told_network, name)) for name in NETWORKS},
+    "importance": (measure_importance, told_importance),
+    "precision": (measure_precision, told_precision),
+    "memory": (measure_memory, told_memory),
+    "first": (measure_first, told_first),
+    "quality": (measure_quality, told_quality),
+}
+
+
+def told_goals(parts: dict[str, Measured]) -> str:
+    """Returns the table of what is to be reached."""
+    rows = []
+
+    def add(what: str, values: list[float], goal: str, digits: int = 2) -> None:
+        rows.append([what, report.quartiles(values, digits), goal])
+
+    for case in parts.get("mlp", {}).get("cases", []):
+        ms, where = case["ms"], f"MLP, {objective(case['particles'])}, batch {case['batch']}: "
+        if (case["particles"], case["batch"]) == (1, 128):
+            add(where + f"{COMPILED} / {HAND_COMPILED}", ratios(ms[COMPILED], ms[HAND_COMPILED]), "at most 1")
+            add(where + f"{STOCK} / {COMPILED}", ratios(ms[STOCK], ms[COMPILED]), "at least 2.1")
+            add(where + f"{PYTHAE} / {COMPILED}", ratios(ms[PYTHAE], ms[COMPILED]), "at least 2.5")
+        elif (case["particles"], case["batch"]) == (50, 64):
+            add(where + f"{STOCK} (RenyiELBO) / {COMPILED}", ratios(ms[STOCK], ms[COMPILED]), "at least 3.2")
+    if "importance" in parts:
+        found, ours = parts["importance"], "log_marginal, compiled"
+        best = best_of_pythae(found)
+        add(f"{best} / {ours}", ratios(found["seconds"][best], found["seconds"][ours]), "at least 4")
+        add(f"{ours}: share of a matrix product", found["share of it"][ours], "at least 0.6")
+    if "first" in parts:
+        add("First compiled step, empty cache, s", parts["first"]["seconds"][COMPILED]["empty cache"], "at most 8", 1)
+    return report.table(["ratio", "measured", "goal"], rows) if rows else ""
+
+
+COLOURS = {
+    HAND: "#9a9a9a",
+    HAND_COMPILED: "#5a5a5a",
+    HAND_GRAPH: "#1a1a1a",
+    STOCK: "#e0913f",
+    PYTHAE: "#c0504d",
+    FIT: "#8db8dd",
+    COMPILED: "#1f5fa8",
+}
+
+
+def draw(results: dict[str, dict[str, Measured]]) -> Figure | None:
+    """Draws steps per second relative to hand-written PyTorch: a panel for each network and objective."""
+    rows = [(device, name) for device in results for name in NETWORKS if name in results[device]]
+    if not rows:
+        return None
+    particles = sorted({case["particles"] for d, name in rows for case in results[d][name]["cases"]})
+    most = [max(len(by_objective(results[d][name]).get(k, [])) for d, name in rows) for k in particles]
+    figure = Figure(figsize=(11, 0.6 + 2.7 * len(rows)), layout="constrained")
+    axes = figure.subplots(
+        len(rows), len(particles), squeeze=False, sharey="row", width_ratios=[max(n, 1.4) for n in most]
+    )
+    shown = {}
+    for (device, network), panels in zip(rows, axes, strict=True):
+        groups = by_objective(results[device][network])
+        for k, ax in zip(particles, panels, strict=True):
+            names = [name for name in COLOURS if name in loops_on(device)]
+            width = 0.84 / len(names)
+            for at, case in enumerate(groups.get(k, [])):
+                for i, name in enumerate(names):
+                    low, middle, high = statistics.quantiles(
+                        ratios(case["ms"][HAND], case["ms"][name]), n=4, method="inclusive"
+                    )
+                    place = at + (i - (len(names) - 1) / 2) * width
+                    bar = ax.bar(place, middle, 0.94 * width, color=COLOURS[name], zorder=2)
+                    ax.errorbar(
+                        place, middle, [[middle - low], [high - middle]], color="black", linewidth=0.8, zorder=3
+                    )
+                    ax.text(place, high + 0.03, f"{middle:.2f}", ha="center", va="bottom", fontsize=6.5)
+                    shown.setdefault(name, bar)
+            ax.axhline(1, color="black", linewidth=0.8, zorder=1)
+            ax.set_title(f"{NETWORKS[network][0]}, {objective(k)}" + (", GPU" if device == "cuda" else ""), fontsize=10)
+            ax.set_xticks(range(len(groups.get(k, []))), [f"batch {case['batch']}" for case in groups.get(k, [])])
+            ax.set_xlim(-0.55, max(len(groups.get(k, [])), 1) - 0.45)
+            ax.tick_params(axis="x", length=0)
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(axis="y", linewidth=0.3)
+            ax.set_axisbelow(True)
+    figure.supylabel("steps per second, hand-written PyTorch = 1", fontsize=10)
+    order = [name for name in COLOURS if name in shown]
+    figure.legend([shown[name] for name in order], order, loc="outside lower center", ncols=len(order), frameon=False)
+    return figure
+
+
+def told(results: dict[str, dict[str, Measured]]) -> str:
+    """Returns the README's part."""
+    text = (
+        "## Speed\n\n"
+        f"`python benchmarks/compare.py`: pyrovae beside hand-written PyTorch, stock Pyro and pythae, taking turns in one "
+        "process; the docstring says what each does. Medians over rounds, in brackets the quartiles; ratios are taken within a "
+        "round. The loss, in nats a datum after as many steps, is that of the same data and noise for all, and shows that "
+        f"they train the same model alike. Stock SVI runs as it comes, with Pyro's validation. All numbers: `{JSON.name}`.\n\n"
+        f"![steps per second relative to hand-written PyTorch]({PICTURE.name})"
+    )
+    for device, parts in results.items():
+        on = " on a GPU" if device == "cuda" else ""
+        goals = told_goals(parts)
+        text += f"\n\n### Goals{on}\n\n{goals}" if goals else ""
+        for name, (_, tell) in PARTS.items():
+            if name in parts:
+                text += f"\n\n{tell(parts[name])}\n\n{parts[name]['machine']}"
+    return text
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measures, prints, and writes the numbers, the picture and the README's part."""
+    logging.disable(logging.INFO)  # pythae's
+    results = json.loads(JSON.read_text()) if JSON.exists() and not args.smoke else {}
+    parts = results.setdefault(args.device, {})
+    for name in args.only:
+        measure, tell = PARTS[name]
+        pyro.set_rng_seed(0)
+        parts[name] = {"machine": report.machine(args.device), **measure(args)}
+        print(tell(parts[name]) + "\n", flush=True)
+        if not args.smoke:
+            JSON.write_text(json.dumps(results, indent=1) + "\n")
+    print(told_goals(parts))
+    text, figure = told(results), draw(results)
+    if not args.smoke:
+        if figure is not None:
+            figure.savefig(PICTURE, dpi=120)
+        report.write("SPEED", text)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure, others are kept"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where all of it runs")
+    parser.add_argument("--seconds", type=float, default=7, help="of hand-written PyTorch in each case, about")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs a round, the first of them not timed")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 128, 512, 2048], help="for the ELBO")
+    parser.add_argument("--iwae-batches", type=int, nargs="+", default=[64], help="for the IWAE bound")
+    parser.add_argument("--particles", type=int, default=50, help="of the IWAE bound")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds of importance sampling and precision that count")
+    parser.add_argument("--images", type=int, default=20, help="images a round of importance sampling")
+    parser.add_argument("--precision-images", type=int, default=100, help="images scored in two precisions")
+    parser.add_argument("--num-samples", type=int, default=5000, help="samples an image, a multiple of each batch size")
+    parser.add_argument("--pythae-batches", type=int, nargs="+", default=[100, 1000], help="of get_nll, 100 by default")
+    parser.add_argument("--train-epochs", type=int, default=10, help="epochs of training before importance sampling")
+    parser.add_argument("--repeats", type=int, default=3, help="first steps of each kind")
+    parser.add_argument("--runs", type=int, default=2, help="seeds of the time to a given quality")
+    parser.add_argument("--smoke", action="store_true", help="a few short rounds, nothing written")
+    args = parser.parse_args()
+    args.most_epochs = MOST_EPOCHS
+    if args.smoke:
+        args.batches, args.iwae_batches, args.particles, args.epochs = [32, 128], [8], 5, 2
+        args.rounds, args.images, args.num_samples, args.pythae_batches = 2, 5, 1000, [100, 1000]
+        args.precision_images, args.train_epochs, args.repeats, args.runs, args.most_epochs = 10, 1, 2, 1, 5
+    if any(args.num_samples % b for b in args.pythae_batches):
+        parser.error("pythae draws a whole number of batches: make --num-samples a multiple of --pythae-batches")
+    main(args)
