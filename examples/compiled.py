@@ -3,9 +3,8 @@
     python examples/compiled.py
 
 `pyrovae.compile` turns any ELBO, Pyro's own here, over any model and guide into a graph of tensor operations with its gradient.
-It is used as the ELBO is; noise, losses and weights are the same for the same seed. The warm-up below is a Python number in a
-closure that changes every epoch: each value would be a graph of its own, and so the model takes it as a tensor.
-`pyrovae.fit(..., compile=True)` does the same with validation, checkpoints and several processes (torchrun).
+It is used as the ELBO is; noise, losses and weights are the same for the same seed. The weight of the warm-up is a tensor: were
+it a Python number, each of its values would take a graph of its own. `pyrovae.fit(..., compile=True)` does the same with validation, checkpoints and several processes (torchrun).
 """
 
 import argparse
