@@ -21,9 +21,10 @@ def machine(device: str = "cpu") -> str:
     models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pyro-ppl", "pythae", "pyrovae"))
     gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
+    processor = models[0] if models else platform.processor()
     return (
-        f"{gpu}{models[0] if models else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"{platform.system()}, Python {platform.python_version()}, {versions}, {date.today()}."
+        f"{gpu}{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}, "
+        f"Python {platform.python_version()}, {versions}, {date.today()}."
     )
 
 

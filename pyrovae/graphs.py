@@ -19,7 +19,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_structure, tree_unflatten
 
 from pyrovae.bounds import Bound, Terms
 from pyrovae.bounds.elbo import ScheduledStep
@@ -100,7 +100,7 @@ class Graphs:
             self._kinds[key] = _Kind(calls=0, wait=_WORTH_IT if others else 0, graphs=[], state=None)
         kind, change = self._kinds[key], None
         for i, graph in enumerate(kind.graphs):
-            change = graph.state.change(roots)
+            change = graph.change(inputs, roots)
             if change is None:
                 if i:
                     kind.graphs.insert(0, kind.graphs.pop(i))  # tried first the next time
@@ -139,10 +139,16 @@ class _Kind:
 class _Graph:
     """A compiled graph, for one state of what its function reads."""
 
-    def __init__(self, name: str, state: State, run: Callable, given: list[Tensor | int], form: Any):
-        self.name, self.state, self.run, self.form = name, state, run, form
+    def __init__(self, name: str, state: State, run: Callable, given: list[Tensor | int], form: Any, same_as: list):
+        self.name, self.state, self.run, self.form, self.same_as = name, state, run, form, same_as
         self.given = given  # tensors, and the places of inputs
         self.calls = 0
+
+    def change(self, inputs: list[Tensor], roots: tuple) -> str | None:
+        """Returns what is not as it was when the graph was made, for a message; None if all is."""
+        if _same_as(inputs, self.state) != self.same_as:
+            return "which arguments are one and the same tensor changed"
+        return self.state.change(roots)
 
     def __call__(self, function: Callable, inputs: list[Tensor]) -> Any:
         self.calls += 1
@@ -204,13 +210,19 @@ def _make(function: Callable, name: str, inputs: list[Tensor], roots: tuple) -> 
             module.graph.erase_node(node)
     module.recompile()
     run = _optimized(module, given)
-    graph = _Graph(name, state, run, used, forms[-1])
+    graph = _Graph(name, state, run, used, forms[-1], _same_as(inputs, state))
     try:
         _undone(state, lambda: graph.compute(inputs))
     except Exception as error:
         raise Untraceable(f"torch.compile failed: {_reason(error)}") from error
     graph.calls = 1
     return graph, graph.checked(inputs, expected, buffers)
+
+
+def _same_as(inputs: list[Tensor], state: State) -> list[int]:
+    """Returns, for each input, the place of the first tensor among inputs and state that it is; its own, mostly."""
+    places: dict[int, int] = {id(t): -i for i, t in enumerate(state.tensors, start=1)}
+    return [places.setdefault(id(t), i) for i, t in enumerate(inputs)]
 
 
 def _optimized(module: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable:
@@ -430,9 +442,8 @@ class Compiled(ELBO):
         step, state = found
         for p, gradient in zip(state.leaves, step.gradients, strict=True):
             if gradient is not None:
-                # The next run of a CUDA graph writes where this one did.
-                p.grad = p.grad + gradient if p.grad is not None else gradient.clone() if gradient.is_cuda else gradient
-        return step.loss.clone()
+                p.grad = gradient if p.grad is None else p.grad + gradient
+        return step.loss
 
     def _checked_step(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Step, State] | None:
         found = self.step(model, guide, args, kwargs)
@@ -445,7 +456,8 @@ class Compiled(ELBO):
         if _PYRO_STACK:  # SVI finds the parameters by these
             for name in state.params:
                 pyro.param(name)
-        return found
+        # The next run of a CUDA graph writes where this one did, and what is returned here may be kept.
+        return (tree_map_only(Tensor, torch.clone, step) if step.loss.is_cuda else step), state
 
     def _get_trace(self, model, guide, args, kwargs):
         raise NotImplementedError("Compiled makes no traces of its own.")

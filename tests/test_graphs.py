@@ -4,11 +4,16 @@ Most tests run the traced graph itself: the compiler, which takes seconds for ea
 """
 
 import inspect
+import itertools
 import math
 import random
+import sys
 import types
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -242,6 +247,8 @@ def each_once(triples: list[tuple[Case, Case, Case]]) -> list[tuple[Case, Case, 
 
 
 ONCE = each_once([t for t in MEETING if all(map(traceable, t)) and all(case.density for case in t)])
+# Flows take the longest to trace: with the bounds that take the least, then.
+ONCE.sort(key=lambda triple: not any("Spline" in case.name or "Flow" in case.name for case in triple))
 assert len(ONCE) <= len(BOUNDS)
 
 
@@ -260,13 +267,10 @@ def assert_parts(triple: tuple[Case, Case, Case], bound: BoundCase, steps: int, 
     assert (traced.made, traced.runs, elbo.elbo.steps) == (1, 1 + steps, steps)
 
 
-@pytest.mark.parametrize(
-    ("bound", "triple"),
-    [
-        pytest.param(bound, ONCE[i % len(ONCE)], id=f"{bound.name}-{name_of(ONCE[i % len(ONCE)])}")
-        for i, bound in enumerate(BOUNDS)
-    ],
-)
+PAIRED = [(bound, ONCE[i] if i < len(ONCE) else MEETING[0]) for i, bound in enumerate(BOUNDS)]
+
+
+@pytest.mark.parametrize(("bound", "triple"), PAIRED, ids=[f"{b.name}-{name_of(t)}" for b, t in PAIRED])
 def test_every_bound_and_class_of_parts_compiled_are_the_same(bound, triple, traced):
     assert_parts(triple, bound, 4, traced)
 
@@ -371,11 +375,9 @@ def test_a_context_is_an_input(traced):
     assert losses[2] == pytest.approx(bounds.ELBO().terms(pair.model, pair.guide, x, -context).loss.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("bound", ["ELBO-draws", "IWAE", "TVO-DReG"])
+@pytest.mark.parametrize("bound", ["ELBO-draws", "IWAE-DReG"])
 def test_chunks_of_particles_compiled_are_the_same(bound, traced):
-    same_compiled(
-        lambda: BY_NAME[bound].build(6, chunk_size=2), lambda: pair_of(diagonal_vae(2, 3)), doubles(5, 3), steps=4
-    )
+    same_compiled(lambda: BY_NAME[bound].build(4, chunk_size=2), lambda: pair_of(diagonal_vae(2, 3)), doubles(5, 3))
     assert traced.made == 1
 
 
@@ -455,9 +457,15 @@ def subsampled() -> Pair:
     return Pair(model, guide, [decoder, encoder])
 
 
-@pytest.mark.parametrize("make", [bounds.ELBO, Trace_ELBO, TraceMeanField_ELBO])
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"offset": None}, {"offset": doubles(3)}, {"offset": 0.5, "unused": "this"}], ids=str
+    ("make", "kwargs"),
+    [
+        (bounds.ELBO, {}),
+        (bounds.ELBO, {"offset": None}),
+        (Trace_ELBO, {"offset": doubles(3)}),
+        (TraceMeanField_ELBO, {"offset": 0.5, "unused": "this"}),
+    ],
+    ids=str,
 )
 def test_pairs_by_hand_with_subsamples_and_keywords_compiled_are_the_same(make, kwargs, traced):
     same_compiled(make, subsampled, doubles(8, 3), 4, steps=4, **kwargs)
@@ -540,6 +548,40 @@ def test_each_parameter_has_a_gradient_of_its_own(traced):
     assert torch.equal(second.bias.grad, before)
 
 
+def test_the_gradient_of_a_sum_of_parameters_can_be_clipped(traced):
+    # It is one number for all of them, which stands in one place.
+    def model(x):
+        loc = pyro.param("loc", torch.zeros(3).double())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(loc.sum() + z, 1.0).to_event(1), obs=x[:, :2])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, :2], 1.0).to_event(1))
+
+    found = []
+    for compile in (False, True):
+        fresh(lambda: None)
+        fit(model, guide, doubles(8, 3), epochs=2, batch_size=8, optimizer=SGD, clip_norm=0.1, compile=compile)
+        found.append([pyro.param("loc").detach()])
+    same(found[1], found[0])
+
+
+def test_the_gradient_of_an_elbo_of_ones_own_is_its_own(traced):
+    class Doubled(Trace_ELBO):
+        def loss_and_grads(self, model, guide, *args, **kwargs):
+            return 2 * super().loss_and_grads(model, guide, *args, **kwargs)
+
+    found = []
+    for wrap in (lambda elbo: elbo, compiled):
+        pair = fresh(linear)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it need not be compiled
+            found.append(trained(wrap(Doubled()), pair, doubles(5, 3)))
+    same(found[1], found[0])
+
+
 def test_without_gradients_nothing_is_compiled(traced):
     vae, x = diagonal_vae(2, 3), doubles(5, 3)
     elbo = compiled(bounds.IWAE(3))
@@ -566,7 +608,6 @@ def test_what_is_compiled_must_be_an_elbo_that_is_built(given):
 def linear(factor: Callable[[], Any] = lambda: 1.0, decoder: nn.Module | None = None, registered: bool = True) -> Pair:
     """Returns a pair by hand whose decoder is multiplied by what a function gives."""
     decoder = nn.Linear(2, 3).double() if decoder is None else decoder
-    encoder = nn.Linear(3, 4).double()
 
     def model(x):
         if registered:
@@ -576,12 +617,10 @@ def linear(factor: Callable[[], Any] = lambda: 1.0, decoder: nn.Module | None = 
             pyro.sample("x", dist.Normal(factor() * decoder(z), 1.0).to_event(1), obs=x)
 
     def guide(x):
-        pyro.module("encoder", encoder)
         with pyro.plate("data", len(x)):
-            loc, log_scale = encoder(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+            pyro.sample("z", dist.Normal(x[:, :2], 1.0).to_event(1))
 
-    return Pair(model, guide, [decoder, encoder])
+    return Pair(model, guide, [decoder])
 
 
 class Changing(NamedTuple):
@@ -620,7 +659,7 @@ def of_layer(change: Callable[[Scaled], Any]) -> Callable[[], Changing]:
 
 
 FACTOR = 1.0
-SETTINGS = types.ModuleType("settings")
+SETTINGS, PACKAGE = types.ModuleType("settings"), types.ModuleType("package")
 
 
 def of_global() -> Changing:
@@ -713,13 +752,18 @@ def of_tensor(in_place: bool) -> Callable[[], Changing]:
     return make
 
 
+def one_more() -> Tensor:
+    """A parameter that Pyro knows, without one of which its ELBO has no gradient."""
+    return pyro.param("one more", torch.tensor(1.0).double())
+
+
 def of_new_parameter() -> Changing:
     decoder = nn.Linear(2, 3).double()
 
     def change():
         decoder.weight = nn.Parameter(2 * decoder.weight.detach())
 
-    return Changing(linear(decoder=decoder, registered=False), change)
+    return Changing(linear(one_more, decoder, registered=False), change)
 
 
 def of_new_layer() -> Changing:
@@ -728,7 +772,7 @@ def of_new_layer() -> Changing:
     def change():
         decoder[0] = nn.Linear(2, 3).double()
 
-    return Changing(linear(decoder=decoder, registered=False), change)
+    return Changing(linear(one_more, decoder, registered=False), change)
 
 
 def of_state_dict() -> Changing:
@@ -756,7 +800,119 @@ def of_parameter_set_anew() -> Changing:
     return Changing(pair, change)
 
 
+class Namespace:
+    """Settings as a class that is never made an object of."""
+
+    factor = 1.0
+
+
+@dataclass(slots=True)
+class Slots:
+    factor: float = 1.0
+
+
+class Described(nn.Linear):
+    """A layer that looks for what may be there, and for what all layers of its class share."""
+
+    shared = {"factor": 1.0}
+    tensor = torch.tensor(1.0).double()
+
+    def forward(self, z):
+        return super().forward(z) * getattr(self, "extra", 1.0) * self.shared["factor"] * self.tensor
+
+
+def described(change: Callable[[Described], Any]) -> Callable[[], Changing]:
+    def make() -> Changing:
+        layer = Described(2, 3).double()
+        Described.tensor = torch.tensor(1.0).double()
+        Described.shared["factor"] = 1.0
+        return Changing(linear(decoder=layer), lambda: change(layer))
+
+    return make
+
+
+def of_a_class() -> Changing:
+    Namespace.factor = 1.0
+    return Changing(linear(lambda: Namespace.factor), lambda: setattr(Namespace, "factor", 2.0))
+
+
+def of_slots() -> Changing:
+    held = Slots()
+    return Changing(linear(lambda: held.factor), lambda: setattr(held, "factor", 2.0))
+
+
+def of_a_module_held() -> Changing:
+    held, SETTINGS.factor = SETTINGS, 1.0
+    return Changing(linear(lambda: held.factor), lambda: setattr(SETTINGS, "factor", 2.0))
+
+
+def of_a_module_of_a_package() -> Changing:
+    PACKAGE.settings, SETTINGS.factor = SETTINGS, 1.0
+    return Changing(linear(lambda: PACKAGE.settings.factor), lambda: setattr(SETTINGS, "factor", 2.0))
+
+
+def of_an_import_inside() -> Changing:
+    def factor() -> float:
+        import settings_for_tests
+
+        return settings_for_tests.factor
+
+    SETTINGS.factor = 1.0
+    sys.modules["settings_for_tests"] = SETTINGS
+    return Changing(linear(factor), lambda: setattr(SETTINGS, "factor", 2.0))
+
+
+def of_an_attribute_of_a_function() -> Changing:
+    def factor() -> float:
+        return factor.by
+
+    factor.by = 1.0
+    return Changing(linear(factor), lambda: setattr(factor, "by", 2.0))
+
+
+def of_a_queue() -> Changing:
+    last = deque([1.0], maxlen=1)
+    return Changing(linear(lambda: last[0]), lambda: last.append(2.0))
+
+
+def of_a_handler_inside() -> Changing:
+    pair, handler = linear(), poutine.scale(scale=1.0)
+    return Changing(pair._replace(model=handler(pair.model)), lambda: setattr(handler, "scale", 2.0))
+
+
+def of_conditioned_data() -> Changing:
+    pair, data = linear(lambda: pyro.sample("s", dist.Normal(0.0, 1.0))), {"s": torch.tensor(1.0).double()}
+    model = poutine.condition(pair.model, data=data)
+    return Changing(pair._replace(model=model), lambda: data.update(s=torch.tensor(2.0).double()))
+
+
+def of_a_hook() -> Changing:
+    decoder, numbers = nn.Linear(2, 3).double(), [1.0]
+    decoder.register_forward_hook(lambda module, given, out: numbers[0] * out)
+    return Changing(linear(decoder=decoder), lambda: numbers.__setitem__(0, 2.0))
+
+
+def of_a_hook_of_gradients() -> Changing:
+    decoder = nn.Linear(2, 3).double()
+    return Changing(linear(decoder=decoder), lambda: decoder.weight.register_hook(lambda gradient: 0.1 * gradient))
+
+
 CHANGES = {
+    "class of settings": of_a_class,
+    "slots": of_slots,
+    "module of settings that is held": of_a_module_held,
+    "module of settings in a package": of_a_module_of_a_package,
+    "module that is imported inside": of_an_import_inside,
+    "dictionary of a class": described(lambda layer: Described.shared.update(factor=2.0)),
+    "tensor of a class": described(lambda layer: setattr(Described, "tensor", torch.tensor(2.0).double())),
+    "new attribute": described(lambda layer: setattr(layer, "extra", 2.0)),
+    "new buffer": described(lambda layer: layer.register_buffer("extra", torch.tensor(2.0).double())),
+    "attribute of a function": of_an_attribute_of_a_function,
+    "queue": of_a_queue,
+    "handler inside": of_a_handler_inside,
+    "conditioned data": of_conditioned_data,
+    "hook": of_a_hook,
+    "hook of gradients": of_a_hook_of_gradients,
     "attribute": of_layer(lambda layer: setattr(layer, "factor", 2.0)),
     "flag of a module": of_layer(lambda layer: setattr(layer, "on", False)),
     "class attribute": of_layer(lambda layer: setattr(Scaled, "of_class", 2.0)),
@@ -788,19 +944,16 @@ def class_attributes_as_they_were(monkeypatch):
     monkeypatch.setattr(Scaled, "of_class", 1.0)
 
 
-def assert_seen(make: Callable[[], Changing], make_elbo: Callable[[], Any] = bounds.ELBO) -> graphs.Compiled:
+def assert_seen(make: Callable[[], Changing]) -> None:
     """Asserts that a change is seen by the very next step, of which no check is made."""
     x, found = doubles(5, 3), []
     for wrap, changes in ((lambda elbo: elbo, True), (compiled, True), (lambda elbo: elbo, False)):
         Scaled.of_class = 1.0
-        case, elbo = fresh(make), wrap(make_elbo())
+        case, elbo = fresh(make), wrap(Trace_ELBO())
         found.append(trained(elbo, case.pair, x, steps=3, change=lambda step: step == 2 and changes and case.change()))
-        if wrap is compiled:
-            used = elbo
     same(found[1], found[0])
-    # It makes a difference.
+    # It does make a difference.
     assert any(a is None or not torch.equal(a, b) for a, b in zip(found[2], found[0], strict=True) if b is not None)
-    return used
 
 
 @pytest.mark.parametrize("make", CHANGES.values(), ids=CHANGES)
@@ -820,14 +973,15 @@ def test_back_again_needs_no_new_graph(traced):
 
 
 def test_frozen_weights_get_no_gradient(traced):
-    def change(pair: Pair, step: int) -> None:
+    def change(layer: nn.Linear, step: int) -> None:
         if step in (2, 4):
-            pair.modules[0].requires_grad_(step == 4)
+            layer.weight.requires_grad_(step == 4)
 
     found = []
     for wrap in (lambda elbo: elbo, compiled):
         pair = fresh(lambda: linear(registered=False))
-        found.append(trained(wrap(bounds.IWAE(3)), pair, doubles(5, 3), steps=7, change=partial(change, pair)))
+        steps = partial(change, pair.modules[0])
+        found.append(trained(wrap(bounds.IWAE(3)), pair, doubles(5, 3), steps=7, change=steps))
     same(found[1], found[0])
     assert any(t is None for t in found[0])
     assert traced.made == 2
@@ -945,21 +1099,16 @@ def test_noise_is_that_of_the_random_state(traced):
 
 
 def test_masks_of_dropout_differ_from_call_to_call(traced):
-    # All noise but that of the masks is multiplied by zero.
-    network = nn.Sequential(nn.Linear(2, 64), nn.Dropout(0.5)).double()
+    # Whatever the latents, what is masked is all ones, and the gradient by what is hidden zero.
+    network = nn.Sequential(nn.Linear(2, 64), nn.Dropout(0.5), nn.Linear(64, 3)).double()
     nn.init.zeros_(network[0].weight)
     nn.init.ones_(network[0].bias)
-    pair = linear(decoder=nn.Sequential(network, nn.Linear(64, 3)).double())
-    elbo, x = compiled(Trace_ELBO()), doubles(6, 3)
-    with torch.no_grad():
-        pair.modules[1].weight.zero_()
-    elbo.loss_and_grads(pair.model, pair.guide, x)
-    gradients = []
+    pair, elbo, gradients = linear(decoder=network), compiled(Trace_ELBO()), []
     for _ in range(6):
-        pair.modules[0].zero_grad()
-        elbo.loss_and_grads(pair.model, pair.guide, x)
-        gradients.append(pair.modules[0][1].weight.grad.clone())
-    assert len({tuple(g.flatten().tolist()) for g in gradients}) == 6
+        network.zero_grad()
+        elbo.loss_and_grads(pair.model, pair.guide, doubles(1, 3))
+        gradients.append(network[2].weight.grad == 0)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(gradients, 2))
 
 
 def test_making_a_graph_is_one_step(traced):
@@ -968,7 +1117,7 @@ def test_making_a_graph_is_one_step(traced):
     for wrap in (lambda elbo: elbo, compiled):
         pair, elbo = fresh(normalised), wrap(Trace_ELBO())
         elbo.loss_and_grads(pair.model, pair.guide, doubles(6, 3))
-        assert list(pyro.get_param_store().keys())[:2] == ["encoder$$$weight", "encoder$$$bias"]
+        assert len(pyro.get_param_store()) == 6
         state = [*pair.modules[0].state_dict().values(), *(p.grad for p in pair.parameters()), torch.get_rng_state()]
         found.append(
             [*state, torch.tensor(random.getstate()[1]), torch.from_numpy(np.random.get_state()[1].astype(np.int64))]
@@ -1126,15 +1275,70 @@ def test_a_compiler_that_fails_is_warned_of_once(error, later, monkeypatch):
 
 
 def test_what_changes_too_often_is_named(traced):
-    held, x = types.SimpleNamespace(factor=0.0), doubles(5, 3)
-    found = []
-    with refused(r"SimpleNamespace.factor changed from \d.0 to 8.0, and there are 8 graphs for earlier values"):
+    found, held, x = [], [0.0], doubles(5, 3)
+    with refused(r"held\[0\] changed from \d.0 to 8.0, and there are 8 graphs for earlier values"):
         for wrap in (lambda elbo: elbo, compiled):
-            pair = fresh(lambda: linear(lambda: held.factor))
-            change = lambda step: setattr(held, "factor", float(step))
-            found.append(trained(wrap(bounds.ELBO()), pair, x, steps=11, change=change))
+            pair = fresh(lambda: linear(lambda: held[0]))
+            change = partial(held.__setitem__, 0)
+            found.append(trained(wrap(Trace_ELBO()), pair, x, steps=11, change=lambda step: change(float(step))))
     same(found[1], found[0])
     assert traced.made == 8
+
+
+def test_an_argument_that_is_another_number_each_time_is_named(traced):
+    def pair() -> Pair:
+        layer = nn.Linear(2, 3).double()
+
+        def model(x, factor):
+            pyro.module("layer", layer)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(factor * layer(z), 1.0).to_event(1), obs=x)
+
+        return Pair(model, lambda x, factor: linear().guide(x), [layer])
+
+    found = []
+    with refused("8 graphs"):
+        for wrap in (lambda elbo: elbo, compiled):
+            made, elbo = fresh(pair), wrap(Trace_ELBO())
+            found.append([t for step in range(12) for t in trained(elbo, made, doubles(5, 3), step / 10, steps=1)])
+    same(found[1], found[0])
+    assert traced.made == 8
+
+
+@pytest.mark.parametrize("generator", [torch.Generator, lambda: np.random.default_rng(0)], ids=["torch", "numpy"])
+def test_generators_of_ones_own_are_refused(generator, traced):
+    def make() -> Pair:
+        own = generator()
+
+        def factor() -> float | Tensor:
+            return 1 + (
+                own.random() if isinstance(own, np.random.Generator) else torch.rand((), generator=own).double()
+            )
+
+        return linear(factor)
+
+    pair, elbo = fresh(make), compiled(Trace_ELBO())
+    with refused(""):
+        losses = [elbo.loss_and_grads(pair.model, pair.guide, doubles(5, 3)) for _ in range(4)]
+    assert len(set(map(float, losses))) == 4
+
+
+def test_sizes_that_depend_on_values_are_refused(traced):
+    pair = fresh(linear)
+
+    def model(x):
+        pyro.factor("number", torch.tensor(float(len(x[x > 0]))).double())
+        pair.model(x)
+
+    x, elbo = doubles(5, 3), compiled(Trace_ELBO())
+    with refused(""):
+        losses = []
+        for given in (x, x, -x):  # the third is not held against what it should be
+            pyro.set_rng_seed(1)
+            losses.append(float(elbo.loss_and_grads(model, pair.guide, given)))
+    pyro.set_rng_seed(1)
+    assert losses[2] == pytest.approx(Trace_ELBO().loss(model, pair.guide, -x))
 
 
 @pytest.mark.parametrize("wrong", [2, 3])
@@ -1229,9 +1433,14 @@ def test_fit_raises_the_same_errors(what, traced):
 
 
 @pytest.mark.parametrize(
-    "loss", [None, lambda: bounds.ELBO(beta=bounds.Linear(6)), lambda: bounds.IWAE(3)], ids=["None", "ELBO", "IWAE"]
+    ("loss", "options"),
+    [
+        (None, {"clip_norm": 0.5}),
+        (lambda: bounds.ELBO(beta=bounds.Linear(6)), {"clip_norm": 0.5, "validation": doubles(6, 3)}),
+        (lambda: bounds.IWAE(3), {}),
+    ],
+    ids=["None", "ELBO", "IWAE"],
 )
-@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5, "validation": doubles(6, 3)}], ids=["plain", "clipped"])
 def test_fit_compiled_is_the_same(loss, options, traced, at_once):
     found = []
     for compile in (False, True):
@@ -1255,6 +1464,12 @@ def test_fit_compiled_is_the_same(loss, options, traced, at_once):
     assert traced.made == 2  # the last batch of an epoch is smaller
 
 
+def test_the_last_batch_waits_until_it_is_worth_it(traced):
+    vae = fresh(lambda: diagonal_vae(2, 3))
+    fit(vae.model, vae.guide, doubles(22, 3), epochs=3, batch_size=8, compile=True)
+    assert traced.made == 1
+
+
 def test_training_is_resumed_to_the_bit(tmp_path, traced):
     def run(epochs: int, name: str, resume: bool = False) -> dict[str, Tensor]:
         vae = fresh(lambda: diagonal_vae(2, 3))
@@ -1276,7 +1491,6 @@ def test_training_is_resumed_to_the_bit(tmp_path, traced):
     run(2, "parts")
     resumed = run(4, "parts", resume=True)
     assert all(torch.equal(resumed[name], t) for name, t in whole.items())
-    assert traced.made == 3  # of the whole run, of its first half, and anew
 
 
 ESTIMATORS = {
@@ -1352,7 +1566,7 @@ def test_estimates_in_chunks_with_a_context_compiled_are_the_same(traced, at_onc
             VAE(priors.StandardNormal(2), likelihood, encoders.DiagonalNormal(4, 2, SMALL, context_dim=3)).double()
         )
 
-    same_estimates(make, estimators.ImportanceSampling(70), doubles(7, 4), doubles(7, 3), max_memory=2e5)
+    same_estimates(make, estimators.ImportanceSampling(70), doubles(7, 4), doubles(7, 3), max_memory=5e3)
     assert traced.runs > 2 * traced.made > 2
 
 
@@ -1390,13 +1604,13 @@ def test_estimates_by_the_compiler_are_the_same():
 
 
 def test_a_bound_by_the_compiler_is_the_same():
-    same_compiled(lambda: bounds.IWAE(4), lambda: pair_of(small_vae().double()), doubles(5, 3), steps=10)
+    same_compiled(lambda: bounds.IWAE(4), lambda: pair_of(diagonal_vae(2, 3)), doubles(5, 3), steps=9)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bound", BOUNDS, ids=lambda case: case.name)
 def test_every_bound_by_the_compiler_is_the_same(bound):
-    same_compiled(lambda: bound.build(4), lambda: pair_of(small_vae().double()), doubles(5, 3), steps=20)
+    same_compiled(lambda: bound.build(4), lambda: pair_of(small_vae().double()), doubles(5, 3), steps=9)
 
 
 @pytest.mark.slow
