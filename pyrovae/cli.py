@@ -35,7 +35,7 @@ from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, independ
 from pyrovae.likelihoods import Bernoulli, Likelihood, bits_per_dim
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior, StandardNormal
-from pyrovae.ranks import join, was_restarted
+from pyrovae.ranks import alone, join, was_restarted
 from pyrovae.training import History, fit
 from pyrovae.vae import VAE
 
@@ -427,6 +427,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     try:
         settings = parser.parse_args(argv)
+        ranks = join(settings[settings.subcommand].get("device"))
         if settings.subcommand == "train" and (settings.train.resume or was_restarted()):
             settings = _resumed(parser, argv, settings.train)
             settings.train.resume = True
@@ -437,10 +438,12 @@ def main(argv: list[str] | None = None) -> None:
         arguments.pop("config", None)
         if command == "train":
             arguments["config"] = _config(settings.train)
-        ranks = join(arguments.get("device"))
-        # One of several processes speaks for all, and does what is not for several.
-        with nullcontext() if ranks.first else redirect_stdout(None):
-            if ranks.first or command in ("train", "evaluate"):
+        # One of several processes speaks for all, and does alone what is not for several.
+        if command in ("train", "evaluate"):
+            with nullcontext() if ranks.first else redirect_stdout(None):
+                COMMANDS[command](**arguments)
+        elif ranks.first:
+            with alone():
                 COMMANDS[command](**arguments)
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"pyrovae: error: {str(error).partition('Trace Shapes:')[0].rstrip()}")  # Pyro adds a long table
@@ -509,7 +512,8 @@ def _resumed(parser: ArgumentParser, argv: list[str], given: Any) -> Any:
     directory = Path(given.run) if given.run is not None else default_run(given.data)
     file = directory / "config.yaml"
     if not file.exists():
-        print(f"nothing to resume in {directory}: starting")
+        if join().first:
+            print(f"nothing to resume in {directory}: starting")
         return parser.parse_args(argv)
     stored = storage.read_config(directory, trust=given.trust)
     at = argv.index("train") + 1

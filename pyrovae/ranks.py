@@ -2,14 +2,14 @@
 
 import atexit
 import os
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class Ranks(NamedTuple):
@@ -42,7 +42,8 @@ class Ranks(NamedTuple):
         found: list[Any] = [None, None]
         if self.first:
             try:
-                found = [value(), None]
+                with alone():
+                    found = [value(), None]
             except Exception as error:
                 found = [None, error]
         distributed.broadcast_object_list(found, src=0, device=_device())
@@ -73,13 +74,27 @@ class Ranks(NamedTuple):
                 tensors[i] = part.view_as(tensors[i])
         return tensors
 
+    def compared(self, batches: Iterable) -> Iterator:
+        """Yields batches, after making sure that the first is the same in all processes."""
+        for i, batch in enumerate(batches):
+            if i == 0 and self.size > 1:
+                sums = self.gathered([(tuple(t.shape), t.double().sum().item()) for t in tree_leaves(batch)])
+                if any(other != sums[0] for other in sums):
+                    raise ValueError(
+                        "data gives other batches in other processes, of which each is to take its share. Let a loader draw its "
+                        "order from torch's random state."
+                    )
+            yield batch
+
     @torch.no_grad()
     def align(self, tensors: Iterable[Tensor]) -> None:
         """Gives all processes the first one's values of tensors, and its random state, from which all draw alike."""
         if self.size == 1:
             return
         for t in tensors:
-            distributed.broadcast(t, src=0)
+            same = t.detach().contiguous()
+            distributed.broadcast(same, src=0)
+            t.copy_(same)
         states = self.told(lambda: (torch.get_rng_state(), torch.cuda.get_rng_state() if _on_gpu() else None))
         torch.set_rng_state(states[0])
         if states[1] is not None:
@@ -110,11 +125,20 @@ class Share(NamedTuple):
         return nullcontext() if self.count == self.total else _Noise(self)
 
 
+# What draws for each element by itself, and what draws a vector from each, whose last dimension is not the data's.
+_EACH = (
+    "normal normal_ randn randn_like uniform_ rand rand_like bernoulli bernoulli_ exponential_ log_normal_ cauchy_ geometric_ "
+    "randint randint_like random_ poisson binomial _standard_gamma native_dropout"
+).split()
+_VECTORS = ("multinomial", "_sample_dirichlet")
+
+
 class _Noise(TorchDispatchMode):
     """Draws for all data of a batch, and takes what is for a share of them.
 
-    Processes of one random state then draw what a single one would. The dimension of the data is told by its size; were
-    it mistaken for another, the noise would be as good, but another.
+    Processes of one random state then draw what a single one would. The dimension of the data is told by its size: the last
+    but one, of latents that are vectors, else the first of that size; else one that holds several draws for each. Were it mistaken
+    for another, the noise would be as good, but another.
     """
 
     def __init__(self, share: Share):
@@ -122,43 +146,54 @@ class _Noise(TorchDispatchMode):
         self.share = share
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
+        if name not in _EACH and name not in _VECTORS:
             return func(*args, **kwargs)
-        wide_args, wide_kwargs = tree_map(self._widened, (args, kwargs), is_leaf=_is_shape)
-        drawn = tree_map(self._own, func(*wide_args, **wide_kwargs))
+        given = tree_leaves((args, kwargs), is_leaf=_is_shape)
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else tuple(x) for x in given if isinstance(x, Tensor) or _is_shape(x)]
+        place = self._place(max(shapes, key=len, default=()), name in _VECTORS)
+        if place is None:
+            return func(*args, **kwargs)
+        wide_args, wide_kwargs = tree_map(lambda x: self._widened(x, place), (args, kwargs), is_leaf=_is_shape)
+        drawn = tree_map(lambda x: self._own(x, place), func(*wide_args, **wide_kwargs))
         return args[0].copy_(drawn) if func._schema.is_mutable else drawn
 
-    def _place(self, shape: tuple[int, ...], size: int) -> int | None:
-        """Returns the dimension of the data, of a size: the last but one, for latents that are vectors, or the first."""
-        places = [i for i, n in enumerate(shape) if n == size]
-        return len(shape) - 2 if len(shape) - 2 in places else places[0] if places else None
+    def _place(self, shape: tuple[int, ...], are_vectors: bool) -> int | None:
+        """Returns the dimension of the data, counted from the last; None if there is none."""
+        places = list(range(-len(shape), -1 if are_vectors else 0))
+        places.sort(key=lambda i: i != -2)
+        exact = [i for i in places if shape[i] == self.share.count]
+        several = [i for i in places if shape[i] > 0 and shape[i] % self.share.count == 0]
+        return next(iter(exact + several), None)
 
-    def _widened(self, x: Any) -> Any:
+    def _widened(self, x: Any, place: int) -> Any:
         start, count, total, _ = self.share
-        if isinstance(x, Tensor) and x.dim():
-            place = self._place(x.shape, count)
-            if place is not None:
-                rows = (torch.arange(total, device=x.device) - start).clamp(0, count - 1)
-                return x.index_select(place, rows)
-            if x.shape[0] % count == 0:  # particles and data in one dimension
-                return self._widened(x.unflatten(0, (-1, count, 1))).flatten(0, 2)
-        elif _is_shape(x) and x:
-            place = self._place(x, count)
-            if place is not None:
-                return [*x[:place], total, *x[place + 1 :]]
-            if x[0] % count == 0:
-                return [x[0] // count * total, *x[1:]]
+        if isinstance(x, Tensor) and x.dim() >= -place and x.shape[place] and x.shape[place] % count == 0:
+            rows = (torch.arange(total, device=x.device) - start).clamp(0, count - 1)
+            rows = (count * torch.arange(x.shape[place] // count, device=x.device).unsqueeze(1) + rows).flatten()
+            return x.index_select(x.dim() + place, rows)
+        if _is_shape(x):
+            at = len(x) + place
+            return [*x[:at], x[at] // count * total, *x[at + 1 :]]
         return x
 
-    def _own(self, x: Any) -> Any:
+    def _own(self, x: Tensor, place: int) -> Tensor:
         start, count, total, _ = self.share
-        if not isinstance(x, Tensor) or not x.dim():
-            return x
-        place = self._place(x.shape, total)
-        if place is not None:
-            return x.narrow(place, start, count)
-        return x.unflatten(0, (-1, total, 1)).narrow(1, start, count).flatten(0, 2) if x.shape[0] % total == 0 else x
+        at = x.dim() + place
+        return x.unflatten(at, (-1, total)).narrow(at + 1, start, count).flatten(at, at + 1)
+
+
+_ALONE: list[bool] = []  # not empty while one process does what the others only hear of
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Makes this process one of one, for what it does inside without the others."""
+    _ALONE.append(True)
+    try:
+        yield
+    finally:
+        _ALONE.pop()
 
 
 def join(device: torch.device | str | None = None) -> Ranks:
@@ -167,13 +202,16 @@ def join(device: torch.device | str | None = None) -> Ranks:
     Args:
         device: where it computes; a GPU talks by NCCL, all else by gloo.
     """
-    if not distributed.is_available():
+    if _ALONE or not distributed.is_available():
         return Ranks(0, 1)
     if not distributed.is_initialized() and distributed.is_torchelastic_launched():
         on_gpu = device is not None and torch.device(device).type == "cuda"
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if on_gpu else "gloo")
+        store, rank, size = next(distributed.rendezvous("env://"))
+        # The store outlives processes that were killed, and those that are started anew must not hear of their addresses.
+        store = distributed.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size)
         atexit.register(_leave)
     if not distributed.is_initialized():
         return Ranks(0, 1)
@@ -199,4 +237,4 @@ def _device() -> torch.device | None:
 
 
 def _is_shape(x: Any) -> bool:
-    return isinstance(x, (list, tuple)) and all(isinstance(n, int) for n in x) and not isinstance(x, Share)
+    return isinstance(x, list) and len(x) > 0 and all(isinstance(n, int) for n in x)

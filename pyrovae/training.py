@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
 from pyrovae import graphs, storage
@@ -185,6 +186,8 @@ def fit(
     if resume and checkpoint is None:
         raise ValueError("resume=True needs a checkpoint to go on from.")
 
+    if ranks.size > 1 and isinstance(getattr(data, "sampler", None), DistributedSampler):
+        raise ValueError("data has a DistributedSampler, but fit shares each batch out itself: give the DataLoader without it.")
     batches = as_batches("data", data, batch_size, shuffle=True, device=device)
     held_out = None if validation is None else as_batches("validation", validation, None, shuffle=False, device=device)
     first = next(iter(batches), None)
@@ -237,7 +240,7 @@ def fit(
             # Pyro's validation takes a tenth of a step. The first batch has passed it, and what may change after is looked at:
             # the data at each observed site, and whether the loss is finite.
             with pyro.validation_enabled(False):
-                for batch in batches:
+                for batch in ranks.compared(batches):
                     bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)  # there may be another while it compiles
                     args = run.prepare("data", batch, check=not isinstance(batches, Batches))
                     share = ranks.share(len(args[0]))
@@ -247,6 +250,7 @@ def fit(
             if count == 0:
                 raise ValueError(f"data gave no batch in epoch {epoch}. A data set must be iterable anew for every epoch.")
             record = {"epoch": epoch} | run.means(count)
+            run.align()  # what each has gathered of its own data, batch norm's statistics, is the first one's for all
             if held_out is not None:
                 record["validation"] = run.validate(held_out, epoch)
             record["learning_rate"] = run.optimizer.param_groups[0]["lr"]
@@ -263,6 +267,7 @@ def fit(
                 cost, saved_at = save(), time.monotonic()
             if stop:
                 break
+    run.align()
     if patience is not None and best is not None:
         run.restore(best)
     return history
@@ -279,8 +284,11 @@ class _Run:
             self.loss.load_state_dict({"steps": 0})  # schedules start with the run
         self.transform, self.clip_norm, self.device = transform, clip_norm, device
         self.num_steps = 0
-        args = self.prepare("data", first_batch, check=True)
-        structure = inspect(model, guide, *args)
+        batch = self.prepare("data", first_batch, check=True)
+        structure = inspect(model, guide, *batch)
+        args = ranks.share(len(batch[0])).rows(batch)
+        if len(args[0]) < len(batch[0]):
+            structure = inspect(model, guide, *args)
         # A plate that stands for more data than it holds scales its loss up to all of them.
         self.data_size = structure.data_size if structure.data_size != len(args[0]) else None
         self.params, self.buffers = self._find_state(args)
@@ -295,7 +303,7 @@ class _Run:
                 "train all of them, or freeze the others with requires_grad_(False)."
             )
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
-        ranks.align([*self.trained, *self.buffers.values()])
+        self.align()
 
     def prepare(self, name: str, batch: Any, check: bool) -> tuple:
         """Returns a batch as the arguments for model and guide: checked, on its device, transformed."""
@@ -355,13 +363,19 @@ class _Run:
             for i, module in enumerate(modules.values())
             for name, buffer in module.named_buffers(recurse=False)
         }
+        self.frozen = [p for m in modules.values() for p in m.parameters(recurse=False) if id(p) not in known]
         return params, buffers
+
+    def align(self) -> None:
+        """Gives all processes the state of the first."""
+        self.ranks.align([*self.trained, *self.frozen, *self.buffers.values()])
 
     def start_epoch(self) -> None:
         self.num_known = len(pyro.get_param_store())  # callbacks may have made parameters of their own
-        self.ranks.align([])
+        self.align()  # a callback, which the first process calls, may have changed anything
         self.names: list[str] = []
         self.totals: Tensor | float = 0.0
+        self.had: list[bool] = []
         self.fine: Tensor | bool = True
 
     def step(self, batch: tuple, share: Share, epoch: int) -> None:
@@ -381,9 +395,8 @@ class _Run:
         if not values.is_cuda or self.num_steps % _ASK_EVERY == 0:
             self._require_fine()
         self.names, self.totals = list(named), self.totals + values.double() * (share.weight * share.total)
-        held = [p for p in self.trained if p.grad is not None]
-        for p, gradient in zip(held, self.ranks.add_up(p.grad for p in held), strict=True):
-            p.grad = gradient
+        if self.ranks.size > 1:
+            self._add_up_gradients(seldom=values.is_cuda)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
         self.optimizer.step()
@@ -414,7 +427,7 @@ class _Run:
             if not hasattr(self.loss, "differentiable_loss"):
                 loss = self.loss.loss_and_grads(self.model, self.guide, *args)
                 # Wake-sleep gives the model's, then the guide's.
-                named = {"loss": torch.as_tensor(loss[0] if isinstance(loss, tuple) else loss)}
+                named = {"loss": torch.as_tensor(loss[0] if isinstance(loss, tuple) else loss, dtype=torch.double)}
                 for p in self.trained:
                     if p.grad is not None:
                         p.grad *= scale
@@ -427,6 +440,16 @@ class _Run:
                 (loss * scale).backward()
                 named = {"loss": loss.detach()}
         return {name: t / size for name, t in named.items()}, data.inside()
+
+    def _add_up_gradients(self, seldom: bool) -> None:
+        """Adds up what the processes have for each parameter; one that none has a gradient for is left without."""
+        has = torch.tensor([float(p.grad is not None) for p in self.trained], device=self.trained[0].device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained]
+        *gradients, has = self.ranks.add_up([*gradients, has])
+        if not seldom or not self.had or self.num_steps % _ASK_EVERY == 0:
+            self.had = (has > 0).tolist()
+        for p, gradient, had in zip(self.trained, gradients, self.had, strict=True):
+            p.grad = gradient if had else None
 
     def _require_fine(self) -> None:
         """Raises if, since the epoch began, a loss was not finite or data were outside of their support."""

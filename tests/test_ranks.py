@@ -1,4 +1,4 @@
-"""Several processes: real ones, by torchrun and over gloo, which are to end where one process does; and one of them killed."""
+"""Several processes, real ones by torchrun over gloo: they are to end where one process does, also if one is killed."""
 
 import contextlib
 import json
@@ -21,15 +21,15 @@ import torch
 from bound_cases import BOUNDS, BoundCase
 from linear_gaussian import assert_unit_scores, diagonal_vae, gradients, truth, vae_of
 from pyro import distributions as dist
-from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from pyro.infer import Trace_ELBO
 from test_storage import assert_same
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from pyrovae import VAE, History, bounds, encoders, fit, graphs, likelihoods, log_marginal
+from pyrovae import VAE, History, bounds, fit, graphs, log_marginal
 from pyrovae.cli import main
 from pyrovae.data import dynamic_binarization
 from pyrovae.encoders import DiagonalNormal
@@ -50,14 +50,21 @@ SIZE, WIDTH = 44, 5  # data, in batches of 16 and a last one of 12
 def torchrun(*argv: Any, size: int = 2, restarts: int = 0) -> subprocess.CompletedProcess:
     """Runs a module in several processes of torchrun, whatever becomes of it."""
     options = ["--standalone", "--nproc-per-node", size, "--max-restarts", restarts, "-m", "--"]
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *map(str, (*options, *argv))],
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, (*options, *argv))]
+    started = subprocess.Popen(
+        command,
         cwd=Path(__file__).parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
     )
+    try:
+        printed = started.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        started.terminate()  # killed, it would leave the processes that hang behind
+        pytest.fail(f"{argv} hangs: {started.communicate()[1]}")
+    return subprocess.CompletedProcess(command, started.returncode, *printed)
 
 
 def in_processes(function: Callable[[Path], None], folder: Path, **options: int) -> None:
@@ -187,7 +194,7 @@ def all_data_in_a_batch():
 
 @scenario
 def discrete_latents():
-    return train(discrete(), data(), loss=TraceGraph_ELBO())
+    return train(discrete(), data(), loss=Trace_ELBO())
 
 
 @scenario
@@ -293,11 +300,11 @@ def weights_that_only_some_data_use():
 
 
 @scenario
-def batch_norm_in_evaluation_mode():
-    """Its statistics are those of a share: only those that all go on with can be told to be the same."""
+def batch_norm_with_the_same_statistics_for_all():
+    """They are those of shares, not those of one process; but all are to go on with the same."""
     network = nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-    found = train(normal_vae(network), data())
-    means = join().gathered(found["buffers"][0])
+    train(normal_vae(network), data())
+    means = join().gathered(network[1].running_mean)
     return {"spread": max((means[0] - mean).abs().max().item() for mean in means)}
 
 
@@ -413,6 +420,8 @@ def test_two_processes_end_where_one_does(name, ended):
     first, second = (each["found"][name] for each in ended)
     if isinstance(alone, str):
         assert first == second == alone
+    elif name == "numpys order":
+        assert first == second and "gives other batches in other processes" in first
     else:
         assert not isinstance(first, str), first
         torch.testing.assert_close(first, alone, **ROUNDING)
@@ -438,7 +447,13 @@ def estimates() -> dict[str, Any]:
         "one": _plain(log_marginal(vae.model, vae.guide, x[:1], num_samples=400, progress=False)),
         "alike": _plain(log_marginal(vae.model, vae.guide, x[:1].expand(6, -1), num_samples=400, progress=False)),
         "annealed": _plain(
-            log_marginal(vae.model, vae.guide, x, method=AnnealedImportanceSampling(num_steps=20), progress=False)
+            log_marginal(
+                vae.model,
+                vae.guide,
+                x,
+                method=AnnealedImportanceSampling(num_samples=16, num_temperatures=20),
+                progress=False,
+            )
         ),
         "local": outcome(lambda: _plain(log_marginal(vae.model, vae.guide, x, method=Mine(400), progress=False))),
         "truth": known.marginal().log_prob(x),
@@ -459,9 +474,8 @@ def test_estimates_of_all_data_come_in_order_to_all(name, ended):
     first, second = (each["estimates"] for each in ended)
     assert not isinstance(first[name], str), first[name]
     assert_same(first[name], second[name])
-    # Truths differ by nats, standard errors are of hundredths: another order would not pass.
-    assert torch.pdist(first["truth"].unsqueeze(-1)).min() > 10 * first[name]["standard_error"].max()
     assert_unit_scores(scores(first[name], first["truth"]), failure_rate=1e-6)
+    assert scores(first[name], first["truth"].roll(1)).square().sum() > 100  # another order would not pass
 
 
 def test_there_may_be_fewer_data_than_processes(ended):
@@ -497,12 +511,11 @@ DRAWS: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
     "normal": lambda shape: torch.normal(torch.zeros(shape), torch.ones(shape)),
     "normal of one scale": lambda shape: torch.normal(torch.zeros(shape), 2.0),
     "dropout": lambda shape: dropout(torch.ones(shape), 0.4),
-    "RReLU": lambda shape: nn.RReLU()(-torch.ones(shape)),
     "Normal": lambda shape: dist.Normal(torch.zeros(shape), 1.0).rsample(),
     "Normal, expanded": lambda shape: dist.Normal(torch.zeros(shape[-1:]), 1.0).expand(shape).rsample(),
     "Laplace": lambda shape: dist.Laplace(torch.zeros(shape), 1.0).rsample(),
     "Bernoulli": lambda shape: dist.Bernoulli(torch.full(shape, 0.4)).sample(),
-    "Categorical": lambda shape: dist.Categorical(torch.ones(*shape, 3)).sample(),
+    "Categorical": lambda shape: dist.Categorical(torch.ones(*shape, 5)).sample(),
 }
 # The place of the data, and the shape of noise for so many of them.
 LAYOUTS: dict[str, tuple[int, Callable[[int], tuple[int, ...]]]] = {
@@ -559,8 +572,8 @@ def test_noise_that_is_not_of_data_is_the_same_for_all():
     assert state.equal(other)
 
 
-# What is drawn by rejection, which takes more or fewer numbers by what they are, or where the data cannot be told from another
-# dimension, is right in distribution: the cumulative probabilities of such draws for 400 data.
+# What is drawn by rejection, which takes more or fewer numbers by what they are, or where the data cannot be told from
+# another dimension, is right in distribution: the cumulative probabilities of such draws for so many data.
 OTHERS: dict[str, Callable[[int], np.ndarray]] = {
     "Gamma": lambda n: scipy.stats.gamma(0.7).cdf(dist.Gamma(torch.full((n, 50), 0.7), 1.0).rsample()),
     "Beta": lambda n: scipy.stats.beta(0.7, 2).cdf(dist.Beta(torch.full((n, 50), 0.7), 2.0).rsample()),
@@ -577,10 +590,43 @@ OTHERS: dict[str, Callable[[int], np.ndarray]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_noise_is_right_in_distribution_and_independent(name, total):
     (first, second), _ = shared(lambda n: torch.as_tensor(OTHERS[name](n)), total, 2)
-    for found in (first, second):
+    for found, n in ((first, total // 2), (second, total - total // 2)):
+        assert found.shape == torch.as_tensor(OTHERS[name](n)).shape
         assert scipy.stats.kstest(found.flatten(), "uniform").pvalue > 1e-6
     length = min(first.numel(), second.numel())
     assert scipy.stats.spearmanr(first.flatten()[:length], second.flatten()[:length]).pvalue > 1e-6
+
+
+def test_noise_that_is_not_of_data_keeps_its_shape():
+    """Weights of a Bayesian network, of which one dimension is that of a batch."""
+    found, _ = shared(lambda n: torch.randn(400, 128), 128, 2)
+    assert [x.shape for x in found] == 2 * [(400, 128)]
+
+
+def test_there_may_be_as_many_categories_as_data_of_a_share():
+    for total in (7, 8):
+        found, _ = shared(lambda n: dist.Categorical(torch.ones(6, n, total // 2)).sample(), total, 2)
+        assert [x.shape[0] for x in found] == [6, 6]
+        assert max(x.max() for x in found) < total // 2
+
+
+def test_a_simplex_may_have_as_many_corners_as_there_are_data_of_a_share():
+    found, _ = shared(lambda n: dist.Dirichlet(torch.ones(2, 4)).sample(), 8, 2)
+    for x in found:
+        torch.testing.assert_close(x.sum(-1), torch.ones(2))
+
+
+def test_random_slopes_have_their_gradient():
+    def slopes(n: int) -> Tensor:
+        x = torch.full((n, 13), -2.0, requires_grad=True)
+        y = nn.RReLU()(x + 0)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        return torch.stack([gradient, y.detach() / -2], 1)
+
+    found, _ = shared(slopes, 8, 2)
+    for gradient, slope in (x.unbind(1) for x in found):
+        torch.testing.assert_close(gradient, slope)
+        assert ((gradient > 1 / 8) & (gradient < 1 / 3)).all() and gradient.std() > 0
 
 
 def test_order_is_of_the_data_of_a_share():
@@ -591,7 +637,7 @@ def test_order_is_of_the_data_of_a_share():
 
 
 def test_attention_without_dropout_is_no_noise():
-    """Its kernel may draw, by torch's word; widened by mistake along the sequence, it would weigh some elements twice."""
+    """Its kernel may draw, says torch; widened by mistake along the sequence, it would weigh some elements twice."""
     x = torch.randn(8, 2, 4, 6)
     wanted = scaled_dot_product_attention(x, x, x)
     for share in (Ranks(i, 2).share(8) for i in range(2)):
@@ -660,7 +706,7 @@ def train_with_checkpoint(folder: Path, killed: bool = False, epochs: int = 5) -
     def model(x):
         if killed and vae.training and (folder / "epochs").exists() and torch.is_grad_enabled():
             done = (folder / "epochs").read_text().split("\n")[:-1]
-            if rank() == 1 and done[-1] == "0 3":
+            if rank() == 1 and done[-1] == "0 3" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
         return vae.model(x)
 
@@ -813,6 +859,7 @@ def test_two_processes_train_one_run(runs):
         assert printed.count(line) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_data_in_order(runs, tmp_path):
     two = runs[0]
     argv = ["evaluate", str(two), "--num-data", "21", "--num-samples", "2000", "--output"]

@@ -310,7 +310,9 @@ def _shared(method: Estimator, task: Task, ranks: Ranks) -> Estimate:
             torch.manual_seed(seed)
             part = method.estimate(task.rows(slice(start, end)))
         tensors = {name: x.cpu() for name, x in vars(part).items() if isinstance(x, Tensor)}
-        part = replace(part, **tensors, diagnostics={name: x.cpu() for name, x in part.diagnostics.items()})
+        # Without the method, which the others have, and which may be of a class that cannot be sent.
+        diagnostics = {name: x.cpu() for name, x in part.diagnostics.items()}
+        part = replace(part, **tensors, diagnostics=diagnostics, method=None)
     whole = join(method, [part for part in ranks.gathered(part) if part is not None])
     tensors = {name: x.to(device) for name, x in vars(whole).items() if isinstance(x, Tensor)} if part is not None else {}
     return replace(whole, **tensors)
