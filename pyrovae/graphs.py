@@ -19,7 +19,10 @@ from pyro.infer import ELBO
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import (
     keystr,
     tree_flatten,
@@ -105,8 +108,12 @@ class Graphs:
         inner = (static, _handlers(), _process(inputs))
         key = (inner, tuple(map(tensor_kind, inputs)))
         if key not in self._kinds:
-            others = any(other[0] == inner for other in self._kinds)
-            self._kinds[key] = _Kind(calls=0, wait=_WORTH_IT if others else 0, graphs=[], state=None)
+            if sum(shapes == key[1] for _, shapes in self._kinds) == _MOST:
+                raise Untraceable(
+                    f"{_difference(inner, [other for other, shapes in self._kinds if shapes == key[1]])} is another again; if it is "
+                    "an argument, make it a tensor"
+                )
+            self._kinds[key] = _Kind(calls=0, wait=_WORTH_IT if self._kinds else 0, graphs=[], state=None)
         kind, change = self._kinds[key], None
         for i, graph in enumerate(kind.graphs):
             change = graph.change(inputs, roots)
@@ -152,6 +159,7 @@ class _Graph:
         self.name, self.state, self.run, self.form, self.same_as = name, state, run, form, same_as
         self.given = given  # tensors, and the places of inputs
         self.calls, self.doubted = 0, False
+        self.shared: list[int] = []  # results that are to be copied
 
     def change(self, inputs: list[Tensor], roots: tuple) -> str | None:
         """Returns what is not as it was when the graph was made, for a message; None if all is."""
@@ -169,7 +177,20 @@ class _Graph:
         given = [inputs[t] if isinstance(t, int) else t for t in self.given]
         # Casts are in the graph already.
         with torch.no_grad(), full_precision(t.device for t in given):
-            return tree_unflatten(self.run(*given), self.form)
+            results = list(self.run(*given))
+        for i in self.shared:
+            results[i] = results[i].clone(memory_format=torch.contiguous_format)
+        return tree_unflatten(results, self.form)
+
+    def own(self, result: Any) -> None:
+        """Finds what of a result lies in memory that it does not have for itself, and is to be copied."""
+        taken = {t.untyped_storage().data_ptr() for t in self.given if isinstance(t, Tensor)}
+        for i, t in enumerate(tree_leaves(result)):
+            if isinstance(t, Tensor):
+                place = t.untyped_storage().data_ptr()
+                if place in taken or t.untyped_storage().nbytes() < t.numel() * t.element_size():
+                    self.shared.append(i)
+                taken.add(place)
 
     def checked(self, inputs: list[Tensor], expected: Any, buffers: list[tuple[Tensor, Tensor]]) -> Any:
         """Returns what the graph computes, after holding it and the buffers against what the function made of them.
@@ -210,16 +231,26 @@ def _make(function: Callable, name: str, inputs: list[Tensor], roots: tuple) -> 
         return leaves
 
     others = _other_random_states()
+    # With one mode for all that it makes for its records, and not one for each.
+    records = tracing(TracingContext(FakeTensorMode(allow_non_fake_inputs=True)))
     try:
-        with _no_host_looks():
+        with warnings.catch_warnings(action="ignore"), _no_host_looks(), records, _NoValues():
             module, _ = _undone(state, lambda: make_fx(flat)(*given))
+    except Untraceable:
+        raise
     except Exception as error:
         raise Untraceable(_reason(error)) from error
+    if any(map(_sized_by_values, module.graph.nodes)):
+        raise Untraceable("the size of a tensor depends on values, as of x[x > 0]: use torch.where, or poutine.mask")
     change = state.change(roots)
     if change is not None:
         raise Untraceable(f"a run changes what the next one reads: {change}")
     if others != _other_random_states():
         raise Untraceable("random numbers of Python or NumPy would be the same in every run: draw torch's")
+    again, _ = _undone(state, lambda: function(state.leaves))
+    pairs = [*zip(tree_leaves(again), tree_leaves(expected), strict=True)]
+    if _error(pairs, 2) > _precision([*inputs, *state.leaves]) ** 0.25:
+        raise Untraceable("two runs with the same noise differ: draw torch's random numbers, from its own generator")
     places, used = {id(t): i for i, t in enumerate(inputs)}, []
     for node, t in zip(module.graph.find_nodes(op="placeholder"), given, strict=True):
         if node.users:
@@ -227,14 +258,46 @@ def _make(function: Callable, name: str, inputs: list[Tensor], roots: tuple) -> 
         else:
             module.graph.erase_node(node)
     module.recompile()
-    run = _optimized(module, given)
-    graph = _Graph(name, state, run, used, forms[-1], _same_as(inputs, state))
     try:
-        _undone(state, lambda: graph.compute(inputs))
+        with warnings.catch_warnings(action="ignore"):  # torch's of itself
+            graph = _Graph(name, state, _optimized(module, given), used, forms[-1], _same_as(inputs, state))
+            _undone(state, lambda: graph.own(graph.compute(inputs)))
     except Exception as error:
         raise Untraceable(f"torch.compile failed: {_reason(error)}") from error
     graph.calls = 1
     return graph, graph.checked(inputs, expected, buffers)
+
+
+class _NoValues(TorchFunctionMode):
+    """Refuses to give the values of tensors away."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+            raise Untraceable(f"values are fetched from a tensor ({func.__name__}), and would stay what they were")
+        return func(*args, **(kwargs or {}))
+
+
+def _sized_by_values(node: torch.fx.Node) -> bool:
+    """Returns whether how large a result is depends on values."""
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    if node.target is not torch.ops.aten.index.Tensor:
+        return True
+    return any(x is not None and x.meta["val"].dtype in (torch.bool, torch.uint8) for x in node.args[1])
+
+
+def _difference(inner: tuple, others: list[tuple]) -> str:
+    """Returns what is not in others of what a function was told apart by, for a message."""
+    known = {leaf for other in others for leaf in _flat(other)}
+    return ", ".join(repr(leaf) for leaf in _flat(inner) if leaf not in known and isinstance(leaf, ATOMS)) or "a setting"
+
+
+def _flat(x: Any) -> Iterator[Any]:
+    if isinstance(x, tuple):
+        for item in x:
+            yield from _flat(item)
+    else:
+        yield x
 
 
 def _same_as(inputs: list[Tensor], state: State) -> list[int]:
@@ -510,7 +573,7 @@ def compile(elbo: ELBO) -> Compiled:
 
     >>> from pyrovae import bounds
     >>> compile(bounds.IWAE(num_particles=16))
-    compile(IWAE(num_particles=16))
+    compile(IWAE(num_particles=16, gradient=Reparameterized()))
     """
     if not isinstance(elbo, ELBO):
         raise TypeError(f"elbo must be an ELBO that is built, such as bounds.IWAE(16), got {elbo!r}.")
@@ -528,8 +591,11 @@ def _step(
     leaves: list[Tensor],
 ) -> Step:
     terms = None
+    kind = type(elbo).__name__
     if not hasattr(elbo, "differentiable_loss"):
-        raise Untraceable(f"{type(elbo).__name__} has no differentiable_loss")
+        raise Untraceable(f"{kind} has no differentiable_loss")
+    if len({next(cls for cls in type(elbo).__mro__ if name in vars(cls)) for name in ("differentiable_loss", "loss_and_grads")}) > 1:
+        raise Untraceable(f"{kind} has a loss_and_grads of its own, and its differentiable_loss from another class")
     with torch.enable_grad(), ObservedChecked(later=True) as data:
         if isinstance(elbo, Bound):
             steps = elbo.steps

@@ -3,23 +3,27 @@
 import operator
 import sys
 import types
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
 # Code that reads no state but that of the objects it is given. All other functions and classes are the user's.
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "pyro", "pyrovae", "numpy", "zuko", "torchvision", "tqdm"})
 ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, range, slice)
-_OPAQUE = (type, types.ModuleType, types.BuiltinFunctionType, Messenger, Trace, torch.Generator)
+_OPAQUE = (types.BuiltinFunctionType, types.CodeType, TraceMessenger, Trace, torch.Generator)
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
-_HOOKS = operator.attrgetter("_forward_pre_hooks", "_forward_hooks")
+_MODULE_ENTRIES = operator.attrgetter("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks")
+_ENTRIES = ("parameters", "buffers", "modules", "pre-hooks", "hooks")
 _MOST = 20_000
+_SMALL = 8192  # bytes of an array that are compared
 
 
 class Untraceable(Exception):
@@ -30,8 +34,7 @@ class State:
     """All that can be reached from some objects: tensors, and what else there is, to be told apart from what it is later.
 
     It goes through attributes, elements of containers, closures, the global variables that the code of functions and
-    classes names, and parameters of Pyro's store. Code of well-known libraries is taken to read only what it is given;
-    attributes of Pyro's handlers are not looked at.
+    classes names, and parameters of Pyro's store. Code of well-known libraries is taken to read only what it is given.
 
     Args:
         roots: the objects.
@@ -39,7 +42,7 @@ class State:
         skip: names of attributes that are not looked at, for objects of a class.
 
     Raises:
-        Untraceable: when there are too many objects to look at.
+        Untraceable: when there are too many objects to look at, or a parameter has a hook that no graph can call.
 
     >>> layer = nn.Dropout(0.5)
     >>> state = State((layer,))
@@ -58,12 +61,21 @@ class State:
         self._slots: list[_Slot] = []
         self._names: list[str] = []
         self._seen: dict[Any, Any] = {}  # with the objects, so that an identity stays taken
+        self._code: set[str] = set()  # names that code looks up, anywhere
+        self._modules: list[types.ModuleType] = []
         if params:
-            self._watch("pyro.param", pyro.get_param_store()._params, self.params)
+            store = pyro.get_param_store()
+            self._add(_Slot("pyro.param", lambda: [store._params.get(name) for name in self.params], self.params))
         for root in roots:
             self._visit(getattr(root, "__qualname__", type(root).__name__), root)
+        for module in self._modules:  # which grow on the way
+            self._watch(module.__name__, vars(module), tuple(sorted(self._code & vars(module).keys())))
         self._kinds = [tensor_kind(t) for t in self.tensors]
         self.leaves = [t for t in self.tensors if t.requires_grad and t.is_leaf]
+        hooks = [hook for t in self.leaves for hook in (t._backward_hooks, t._post_accumulate_grad_hooks)]
+        if any(hooks[1::2]):
+            raise Untraceable("a parameter has a hook that is called when its gradient is there")
+        self._add(_Slot("hooks of gradients", lambda: [len(t._backward_hooks or ()) for t in self.leaves], range(len(self.leaves))))
 
     def change(self, roots: tuple) -> str | None:
         """Returns what is no longer as it was, for a message; None if all is."""
@@ -92,6 +104,11 @@ class State:
         if isinstance(x, Tensor):
             self.tensors.append(x)
             self._names.append(where)
+        elif isinstance(x, type):
+            self._visit_class(x)
+        elif isinstance(x, types.ModuleType):
+            if x.__name__.partition(".")[0] not in _LIBRARIES:
+                self._modules.append(x)
         elif isinstance(x, types.MethodType):
             self._visit(type(x.__self__).__name__, x.__self__)
             self._visit(where, x.__func__)
@@ -100,59 +117,67 @@ class State:
         elif isinstance(x, partial):
             self._visit(where, [x.func, x.args, x.keywords])
         elif isinstance(x, dict):
-            self._watch(where, x, None)
-        elif isinstance(x, (list, tuple, set, frozenset)):
+            self._add(_Slot(where, lambda: [*x, *x.values()], [*(f"the key {key!r}" for key in x), *x]))
+        elif isinstance(x, (list, tuple, set, frozenset, deque)):
             self._add(_Slot(where, lambda: x, range(len(x))))
+        elif isinstance(x, np.ndarray):
+            if x.nbytes <= _SMALL:
+                self._add(_Slot(where, lambda: [x.tobytes()], ["content"]))
         elif isinstance(x, nn.Module):
             where = type(x).__name__
             self._visit_class(type(x))
-            self._watch(where, vars(x), tuple(name for name in vars(x) if name not in _MODULE_INTERNALS | self._skipped(x)))
-            for entries in filter(None, (x._parameters, x._buffers, x._modules)):
-                self._watch(where, entries, None)
-            self._add(_Slot(where, lambda: tuple(map(len, _HOOKS(x))), ("pre-hooks", "hooks")))
+            self._watch_attributes(where, x, _MODULE_INTERNALS | self._skipped(x))
+            for entries in filter(None, _MODULE_ENTRIES(x)):
+                self._watch(where, entries, tuple(entries))
+            self._add(_Slot(where, lambda: tuple(map(len, _MODULE_ENTRIES(x))), _ENTRIES))
             self.buffers += [b for b in x._buffers.values() if b is not None]
         else:
             self._visit_class(type(x))
             if hasattr(x, "__dict__"):
-                skipped = self._skipped(x)
-                self._watch(where, vars(x), tuple(name for name in vars(x) if name not in skipped) if skipped else None)
+                self._watch_attributes(where, x, self._skipped(x))
+            slots = [name for cls in type(x).__mro__ for name in _as_tuple(vars(cls).get("__slots__", ())) if name[:2] != "__"]
+            if slots and not _is_library(type(x)):
+                self._add(_Slot(where, lambda: [getattr(x, name, None) for name in slots], slots))
+
+    def _watch_attributes(self, where: str, x: Any, without: frozenset[str]) -> None:
+        attributes = vars(x)
+        names = tuple(name for name in attributes if name not in without)
+        read = attributes.get
+        self._add(_Slot(where, lambda: [*map(read, names), len(attributes)], (*names, "number of attributes")))
 
     def _visit_class(self, kind: type) -> None:
         for cls in kind.__mro__:
             if _is_library(cls) or cls in self._seen:
                 continue
             self._seen[cls] = cls
-            attributes = {name: value for name, value in vars(cls).items() if not name.startswith("__")}
-            for value in [*attributes.values(), vars(cls).get("__call__")]:
+            for value in vars(cls).values():
                 function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
                 if isinstance(function, types.FunctionType):
                     self._visit_function(function)
-            self._watch(cls.__name__, vars(cls), tuple(n for n, v in attributes.items() if isinstance(v, ATOMS)))
+            self._watch(cls.__name__, vars(cls), tuple(name for name in vars(cls) if name[:2] != "__"))
 
     def _visit_function(self, f: types.FunctionType) -> None:
-        where = f.__qualname__
-        if f.__closure__:
-            cells = f.__closure__
+        self._seen[id(f)] = f
+        where, cells = f.__qualname__, f.__closure__ or ()
+        if cells:
             self._add(_Slot(where, lambda: [_content(cell) for cell in cells], f.__code__.co_freevars))
-        for defaults in filter(None, (f.__defaults__, f.__kwdefaults__)):
-            self._visit(f"a default of {where}", defaults)
         if _is_library(f):
             return
+        parts = ("__code__", "__defaults__", "__kwdefaults__", *vars(f))
+        self._add(_Slot(where, lambda: [*(getattr(f, name, None) for name in parts), len(vars(f))], (*parts, "number of attributes")))
         names = frozenset(_names_in(f.__code__))
+        self._code |= names
+        for name in names:  # imported inside, perhaps
+            if name in sys.modules and name not in f.__globals__:
+                self._visit(name, sys.modules[name])
         here = tuple(sorted(names & f.__globals__.keys()))
-        if here and (f.__module__, here) not in self._seen:
+        if (f.__module__, here) not in self._seen:
             self._seen[f.__module__, here] = f
             self._watch(str(f.__module__), f.__globals__, here)
-        for name in here:
-            value = f.__globals__[name]
-            if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] not in _LIBRARIES:
-                self._watch(name, vars(value), tuple(sorted(names & vars(value).keys())))
 
-    def _watch(self, where: str, entries: Mapping[str, Any], names: tuple | None) -> None:
-        """Watches entries of a mapping, all unless they are named."""
-        if names is None:
-            self._add(_Slot(where, entries.values, tuple(entries)))
-        elif names:
+    def _watch(self, where: str, entries: Mapping[str, Any], names: tuple) -> None:
+        """Watches entries of a mapping."""
+        if names:
             self._add(_Slot(where, lambda: [entries.get(name) for name in names], names))
 
     def _add(self, slot: "_Slot") -> None:
@@ -160,7 +185,8 @@ class State:
             raise Untraceable(f"more than {_MOST:,} objects can be reached, too many to watch for changes")
         self._slots.append(slot)
         for name, value in zip(slot.names, slot.saved, strict=True):
-            self._visit(slot.place(name), value)
+            if not isinstance(value, ATOMS):
+                self._visit(slot.place(name), value)
 
     def _skipped(self, x: Any) -> frozenset[str]:
         return next((names for kind, names in self.skip.items() if isinstance(x, kind)), frozenset())
@@ -215,11 +241,17 @@ def _is_library(x: Any) -> bool:
 
 
 def _names_in(code: types.CodeType) -> Iterable[str]:
-    """Returns the names that code and the functions inside it look up."""
+    """Returns the names that code and the functions inside it look up, or may look up by getattr."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names_in(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            yield constant
+
+
+def _as_tuple(names: str | Iterable[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _content(cell: types.CellType) -> Any:

@@ -1126,7 +1126,8 @@ def test_making_a_graph_is_one_step(traced):
 
 
 @pytest.mark.parametrize("scales", [(0.5, 0.5, 2.0, 0.5), (1.0, 3.0, 3.0, 1.0)], ids=str)
-def test_scales_around(scales, traced):
+def test_scales_around(scales, traced, monkeypatch):
+    monkeypatch.setattr(graphs, "_WORTH_IT", 0)
     x, found = doubles(5, 3), []
     for wrap in (lambda elbo: elbo, compiled):
         pair, elbo = fresh(linear), wrap(bounds.IWAE(3))
@@ -1148,7 +1149,8 @@ def test_handlers_around_that_hold_more_are_not_told_apart(traced):
     assert traced.made == 0
 
 
-def test_autocast_and_default_types_are_inputs(traced):
+def test_autocast_and_default_types_are_inputs(traced, monkeypatch):
+    monkeypatch.setattr(graphs, "_WORTH_IT", 0)
     def steps(elbo: Any) -> list:
         pair, x, found = pair_of(fresh(small_vae)), doubles(5, 3).float(), []
         for on in (False, True, True, False, True):
@@ -1291,15 +1293,16 @@ def test_an_argument_that_is_another_number_each_time_is_named(traced):
                 z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
                 pyro.sample("x", dist.Normal(factor * layer(z), 1.0).to_event(1), obs=x)
 
-        return Pair(model, lambda x, factor: linear().guide(x), [layer])
+        guide = linear().guide
+        return Pair(model, lambda x, factor: guide(x), [layer])
 
     found = []
-    with refused("8 graphs"):
+    with refused("is another again"):
         for wrap in (lambda elbo: elbo, compiled):
             made, elbo = fresh(pair), wrap(Trace_ELBO())
             found.append([t for step in range(12) for t in trained(elbo, made, doubles(5, 3), step / 10, steps=1)])
     same(found[1], found[0])
-    assert traced.made == 8
+    assert traced.made == 1  # the others wait until it is worth it
 
 
 @pytest.mark.parametrize("generator", [torch.Generator, lambda: np.random.default_rng(0)], ids=["torch", "numpy"])
@@ -1339,8 +1342,8 @@ def test_sizes_that_depend_on_values_are_refused(traced):
 
 @pytest.mark.parametrize("wrong", [2, 3])
 def test_what_changes_unseen_is_found_at_the_next_check(wrong, traced):
-    array = np.ones(())
-    pair, x = fresh(lambda: linear(lambda: float(array))), doubles(5, 3)
+    array = np.ones(2000)  # small ones are compared
+    pair, x = fresh(lambda: linear(lambda: float(array[0]))), doubles(5, 3)
     elbo = compiled(bounds.ELBO())
     for step in range(1, 5):
         if step == wrong:

@@ -138,7 +138,7 @@ MESSAGES = {
     "type": (Plain, lambda x: setattr(x, "value", 1), "Plain.value changed from 1.0 to 1"),
     "object": (Plain, lambda x: setattr(x, "value", Plain()), "Plain.value changed"),
     "to None": (Plain, lambda x: setattr(x, "value", None), "Plain.value changed from 1.0 to None"),
-    "new attribute": (Plain, lambda x: setattr(x, "other", 2.0), "Plain has 2 entries, and had 1"),
+    "new attribute": (Plain, lambda x: setattr(x, "other", 2.0), "Plain.number of attributes changed from 1 to 2"),
     "text": (lambda: ["a"], lambda x: x.__setitem__(0, "b"), "list[0] changed from 'a' to 'b'"),
     "appended": (lambda: [1], lambda x: x.append(2), "list has 2 entries, and had 1"),
     "filled": (list, lambda x: x.append(2), "list has 1 entries, and had 0"),
@@ -148,7 +148,7 @@ MESSAGES = {
     "set": (lambda: {1}, lambda x: x.add(2), "set has 2 entries, and had 1"),
     "mode": (NETWORK, lambda x: x.eval(), "Sequential.training changed from True to False"),
     "layer's": (NETWORK, lambda x: setattr(x[1], "p", 0.2), "Dropout.p changed from 0.1 to 0.2"),
-    "layer": (NETWORK, lambda x: x.append(nn.Tanh()), "Sequential has 3 entries, and had 2"),
+    "layer": (NETWORK, lambda x: x.append(nn.Tanh()), "Sequential.modules changed from 2 to 3"),
     "another layer": (NETWORK, lambda x: x.__setitem__(1, nn.Tanh()), "Sequential.1 changed"),
     "parameter": (lambda: nn.Linear(2, 1), lambda x: setattr(x, "bias", None), "Linear.bias changed"),
     "hook": (
@@ -225,7 +225,7 @@ def test_libraries_are_not_looked_into():
 
 def test_too_many_objects_are_refused(monkeypatch):
     monkeypatch.setattr(states, "_MOST", 20)
-    State(([[] for _ in range(19)],))
+    State(([[] for _ in range(18)],))
     with pytest.raises(Untraceable, match="more than 20 objects can be reached, too many to watch"):
         State(([[] for _ in range(20)],))
 
