@@ -585,7 +585,9 @@ def told_first(measured: Measured) -> str:
 
 def data_a_second(processes: int, batch: int, compiled: bool) -> float:
     """Returns how many data a second are trained on in processes of one thread each, with a batch each."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
     script = [str(Path(__file__).with_name("processes.py")), "--batch", str(batch), *["--compile"] * compiled]
     run = subprocess.run(
         [sys.executable, *launcher, *script],
