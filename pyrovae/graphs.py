@@ -2,6 +2,7 @@ r"""Objectives as compiled graphs: what Pyro's handlers do is done once, and wha
 
 import math
 import random
+import re
 import sys
 import traceback
 import warnings
@@ -128,7 +129,10 @@ class Graphs:
             with pyro.validation_enabled(False):
                 return function(kind.state.leaves), kind.state
         if len(kind.graphs) == _MOST:
-            raise Untraceable(f"{change}, and there are {_MOST} graphs for earlier values of such already")
+            raise Untraceable(
+                f"{change}, and there are {_MOST} graphs for earlier values of such already; keep what changes in a tensor, "
+                "changed in place"
+            )
         self.report(f"compiling {self.name}" + (f", for {change}" if change else ""))
         graph, result = _make(function, self.name, inputs, roots)
         kind.graphs.insert(0, graph)
@@ -155,8 +159,9 @@ class _Kind:
 class _Graph:
     """A compiled graph, for one state of what its function reads."""
 
-    def __init__(self, name: str, state: State, run: Callable, given: list[Tensor | int], form: Any, same_as: list):
-        self.name, self.state, self.run, self.form, self.same_as = name, state, run, form, same_as
+    def __init__(self, name: str, state: State, given: list[Tensor | int], form: Any, same_as: list[int]):
+        self.name, self.state, self.form, self.same_as = name, state, form, same_as
+        self.run: Callable | None = None
         self.given = given  # tensors, and the places of inputs
         self.calls, self.doubted = 0, False
         self.shared: list[int] = []  # results that are to be copied
@@ -222,31 +227,10 @@ def _make(function: Callable, name: str, inputs: list[Tensor], roots: tuple) -> 
     state = _found(function, roots)
     expected, buffers = _undone(state, lambda: function(state.leaves))
     given = list({id(t): t for t in [*inputs, *state.tensors]}.values())
-    forms = []
-
-    def flat(*_: Tensor) -> list:
-        # The very tensors of `given` are followed, wherever the function finds them.
-        leaves, form = tree_flatten(function(state.leaves))
-        forms.append(form)
-        return leaves
-
-    others = _other_random_states()
-    # With one mode for all that it makes for its records, and not one for each.
-    records = tracing(TracingContext(FakeTensorMode(allow_non_fake_inputs=True)))
-    try:
-        with warnings.catch_warnings(action="ignore"), _no_host_looks(), records, _NoValues():
-            module, _ = _undone(state, lambda: make_fx(flat)(*given))
-    except Untraceable:
-        raise
-    except Exception as error:
-        raise Untraceable(_reason(error)) from error
-    if any(map(_sized_by_values, module.graph.nodes)):
-        raise Untraceable("the size of a tensor depends on values, as of x[x > 0]: use torch.where, or poutine.mask")
+    module, form = _traced(function, given, state)
     change = state.change(roots)
     if change is not None:
         raise Untraceable(f"a run changes what the next one reads: {change}")
-    if others != _other_random_states():
-        raise Untraceable("random numbers of Python or NumPy would be the same in every run: draw torch's")
     again, _ = _undone(state, lambda: function(state.leaves))
     pairs = [*zip(tree_leaves(again), tree_leaves(expected), strict=True)]
     if _error(pairs, 2) > _precision([*inputs, *state.leaves]) ** 0.25:
@@ -258,14 +242,46 @@ def _make(function: Callable, name: str, inputs: list[Tensor], roots: tuple) -> 
         else:
             module.graph.erase_node(node)
     module.recompile()
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch's of itself
-            graph = _Graph(name, state, _optimized(module, given), used, forms[-1], _same_as(inputs, state))
-            _undone(state, lambda: graph.own(graph.compute(inputs)))
-    except Exception as error:
-        raise Untraceable(f"torch.compile failed: {_reason(error)}") from error
-    graph.calls = 1
+    graph = _Graph(name, state, used, form, _same_as(inputs, state))
+    while graph.calls == 0:
+        try:
+            with _no_warnings():
+                graph.run = _optimized(module, given)
+                _undone(state, lambda: graph.own(graph.compute(inputs)))
+            graph.calls = 1
+        except Exception as error:
+            # A run that was killed while it compiled leaves half a file behind, which would be in the way for ever.
+            damaged = re.search(r"(/\S+\.so): file too short", str(error))
+            if damaged is None or not Path(damaged[1]).exists():
+                raise Untraceable(f"torch.compile failed: {_reason(error)}") from error
+            Path(damaged[1]).unlink()
     return graph, graph.checked(inputs, expected, buffers)
+
+
+def _traced(function: Callable, given: list[Tensor], state: State) -> tuple[torch.fx.GraphModule, Any]:
+    """Returns a graph of what a function does with given tensors, wherever it finds them, and the form of its result."""
+    forms, before = [], _other_random_states()
+
+    def flat(*_: Tensor) -> list:
+        # The very tensors that are given are followed.
+        leaves, form = tree_flatten(function(state.leaves))
+        forms.append(form)
+        return leaves
+
+    # With one mode for all that it makes for its records, and not one for each.
+    records = tracing(TracingContext(FakeTensorMode(allow_non_fake_inputs=True)))
+    try:
+        with _no_warnings(), _no_host_looks(), records, _NoValues():
+            module, _ = _undone(state, lambda: make_fx(flat)(*given))
+    except Untraceable:
+        raise
+    except Exception as error:
+        raise Untraceable(_reason(error)) from error
+    if any(map(_sized_by_values, module.graph.nodes)):
+        raise Untraceable("the size of a tensor depends on values, as of x[x > 0]: use torch.where, or poutine.mask")
+    if before != _other_random_states():
+        raise Untraceable("random numbers of Python or NumPy would be the same in every run: draw torch's")
+    return module, forms[-1]
 
 
 class _NoValues(TorchFunctionMode):
@@ -289,7 +305,9 @@ def _sized_by_values(node: torch.fx.Node) -> bool:
 def _difference(inner: tuple, others: list[tuple]) -> str:
     """Returns what is not in others of what a function was told apart by, for a message."""
     known = {leaf for other in others for leaf in _flat(other)}
-    return ", ".join(repr(leaf) for leaf in _flat(inner) if leaf not in known and isinstance(leaf, ATOMS)) or "a setting"
+    return (
+        ", ".join(repr(leaf) for leaf in _flat(inner) if leaf not in known and isinstance(leaf, ATOMS)) or "a setting"
+    )
 
 
 def _flat(x: Any) -> Iterator[Any]:
@@ -343,8 +361,18 @@ def _undone(state: State, function: Callable[[], Any]) -> tuple[Any, list[tuple[
             for b, before in zip(state.buffers, kept, strict=True):
                 b.copy_(before)
     if not all(id(t) in known for t in changed):
-        raise Untraceable("it changes a tensor in place that is no buffer of a module: make it one with register_buffer")
+        raise Untraceable(
+            "it changes a tensor in place that is no buffer of a module: make it one with register_buffer"
+        )
     return result, after
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Says nothing of what torch warns of in its own tracer and compiler; the function has run, and warned, before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager
@@ -391,7 +419,12 @@ def _error(pairs: list[tuple[Any, Any]], order: float) -> float:
     errors, sizes = [0.0], [0.0]
     for got, wanted in pairs:
         size, error = 0.0, 0.0 if got is wanted else math.inf
-        if isinstance(got, Tensor) and isinstance(wanted, Tensor) and got.shape == wanted.shape and got.dtype == wanted.dtype:
+        if (
+            isinstance(got, Tensor)
+            and isinstance(wanted, Tensor)
+            and got.shape == wanted.shape
+            and got.dtype == wanted.dtype
+        ):
             a, b = (torch.cat([t.detach().double().flatten(), t.new_zeros(1).double()]) for t in (got, wanted))
             alike = (a == b) | (a.isnan() & b.isnan())  # infinite ones too
             error = torch.linalg.vector_norm(torch.where(alike, 0.0, a - b), order).nan_to_num(math.inf).item()
@@ -490,7 +523,12 @@ class Compiled(ELBO):
                 return _step(self.elbo, model, guide, args, kwargs, given, scale, leaves)
 
         roots = (model, guide, self.elbo, *(x for x in others if not isinstance(x, ATOMS)))
-        static = (scale, share, tree_structure((args, kwargs)), *((type(x), x) if isinstance(x, ATOMS) else type(x) for x in others))
+        static = (
+            scale,
+            share,
+            tree_structure((args, kwargs)),
+            *((type(x), x) if isinstance(x, ATOMS) else type(x) for x in others),
+        )
         found = self.graphs(function, [*tensors, *numbers], roots, static)
         if found is not None and isinstance(self.elbo, Bound):
             self.elbo.steps += 1
@@ -594,7 +632,15 @@ def _step(
     kind = type(elbo).__name__
     if not hasattr(elbo, "differentiable_loss"):
         raise Untraceable(f"{kind} has no differentiable_loss")
-    if len({next(cls for cls in type(elbo).__mro__ if name in vars(cls)) for name in ("differentiable_loss", "loss_and_grads")}) > 1:
+    if (
+        len(
+            {
+                next(cls for cls in type(elbo).__mro__ if name in vars(cls))
+                for name in ("differentiable_loss", "loss_and_grads")
+            }
+        )
+        > 1
+    ):
         raise Untraceable(f"{kind} has a loss_and_grads of its own, and its differentiable_loss from another class")
     with torch.enable_grad(), ObservedChecked(later=True) as data:
         if isinstance(elbo, Bound):

@@ -150,7 +150,11 @@ class _Noise(TorchDispatchMode):
         if name not in _EACH and name not in _VECTORS:
             return func(*args, **kwargs)
         given = tree_leaves((args, kwargs), is_leaf=_is_shape)
-        shapes = [tuple(x.shape) if isinstance(x, Tensor) else tuple(x) for x in given if isinstance(x, Tensor) or _is_shape(x)]
+        shapes = [
+            tuple(x.shape) if isinstance(x, Tensor) else tuple(x)
+            for x in given
+            if isinstance(x, Tensor) or _is_shape(x)
+        ]
         place = self._place(max(shapes, key=len, default=()), name in _VECTORS)
         if place is None:
             return func(*args, **kwargs)

@@ -75,7 +75,13 @@ class State:
         hooks = [hook for t in self.leaves for hook in (t._backward_hooks, t._post_accumulate_grad_hooks)]
         if any(hooks[1::2]):
             raise Untraceable("a parameter has a hook that is called when its gradient is there")
-        self._add(_Slot("hooks of gradients", lambda: [len(t._backward_hooks or ()) for t in self.leaves], range(len(self.leaves))))
+        self._add(
+            _Slot(
+                "hooks of gradients",
+                lambda: [len(t._backward_hooks or ()) for t in self.leaves],
+                range(len(self.leaves)),
+            )
+        )
 
     def change(self, roots: tuple) -> str | None:
         """Returns what is no longer as it was, for a message; None if all is."""
@@ -135,7 +141,12 @@ class State:
             self._visit_class(type(x))
             if hasattr(x, "__dict__"):
                 self._watch_attributes(where, x, self._skipped(x))
-            slots = [name for cls in type(x).__mro__ for name in _as_tuple(vars(cls).get("__slots__", ())) if name[:2] != "__"]
+            slots = [
+                name
+                for cls in type(x).__mro__
+                for name in _as_tuple(vars(cls).get("__slots__", ()))
+                if name[:2] != "__"
+            ]
             if slots and not _is_library(type(x)):
                 self._add(_Slot(where, lambda: [getattr(x, name, None) for name in slots], slots))
 
@@ -164,7 +175,13 @@ class State:
         if _is_library(f):
             return
         parts = ("__code__", "__defaults__", "__kwdefaults__", *vars(f))
-        self._add(_Slot(where, lambda: [*(getattr(f, name, None) for name in parts), len(vars(f))], (*parts, "number of attributes")))
+        self._add(
+            _Slot(
+                where,
+                lambda: [*(getattr(f, name, None) for name in parts), len(vars(f))],
+                (*parts, "number of attributes"),
+            )
+        )
         names = frozenset(_names_in(f.__code__))
         self._code |= names
         for name in names:  # imported inside, perhaps
