@@ -850,6 +850,7 @@ def assert_same_training(run: Path, other: Path) -> None:
     assert abs(result["log_marginal"] - beside["log_marginal"]) < 5 * error
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_run(runs):
     two, one, printed = runs
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())

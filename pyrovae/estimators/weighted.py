@@ -1,6 +1,7 @@
 r"""Importance sampling: of p(x) from the guide or a better proposal, and of an upper bound on it."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pyro
@@ -46,11 +47,14 @@ class _Weighted(Estimator):
                 trace, log_q = task.draw(drawn, weighed.guide)
                 done = 0
                 for k in split_evenly(drawn, slices):
-                    if not checked:  # with a single sample, for Pyro's validation takes time
+                    # The first score of a datum checks it; Pyro's validation takes time. A graph cannot: one sample is scored
+                    # twice for it.
+                    check = not checked and task.graphs is None
+                    if not checked and not check:
                         task.score(_slice_trace(trace, slice(1)), 1, check_data=True)
                     part = _slice_trace(trace, slice(done, done + k))
-                    with pyro.validation_enabled(False):
-                        prior, likelihood = task.score(part, k)
+                    with nullcontext() if check else pyro.validation_enabled(False):
+                        prior, likelihood = task.score(part, k, check_data=check)
                         own = log_q[done : done + k]
                         log_q_here = own if len(mixed) == 1 else _log_mixture(task, mixed, weighed, own, prior, part, k)
                     checked = True
