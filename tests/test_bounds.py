@@ -596,7 +596,9 @@ def plated(vae: VAE, data: Tensor, subsample_size: int | None = None):
     return model, guide
 
 
-SUBSAMPLED = ["ELBO", "ELBO-STL", "IWAE", "IWAE-DReG", "PIWAE", "Renyi-half", "TVO", "CUBO", "ReweightedWakeSleep"]
+# Those that scale and weigh in ways of their own; the others take long, and have their own command.
+SUBSAMPLED = ["ELBO", "IWAE", "IWAE-DReG", "TVO", "ReweightedWakeSleep"]
+SUBSAMPLED += [pytest.param(name, marks=pytest.mark.slow) for name in ("ELBO-STL", "PIWAE", "Renyi-half", "CUBO")]
 
 
 @pytest.mark.parametrize("name", SUBSAMPLED)
