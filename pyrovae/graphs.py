@@ -632,15 +632,7 @@ def _step(
     kind = type(elbo).__name__
     if not hasattr(elbo, "differentiable_loss"):
         raise Untraceable(f"{kind} has no differentiable_loss")
-    if (
-        len(
-            {
-                next(cls for cls in type(elbo).__mro__ if name in vars(cls))
-                for name in ("differentiable_loss", "loss_and_grads")
-            }
-        )
-        > 1
-    ):
+    if _owner(elbo, "differentiable_loss") is not _owner(elbo, "loss_and_grads"):
         raise Untraceable(f"{kind} has a loss_and_grads of its own, and its differentiable_loss from another class")
     with torch.enable_grad(), ObservedChecked(later=True) as data:
         if isinstance(elbo, Bound):
@@ -658,6 +650,11 @@ def _step(
         if leaves and loss.requires_grad:
             gradients = list(torch.autograd.grad(loss * scale, leaves, allow_unused=True))
     return Step(loss.detach(), terms, data.inside(), gradients)
+
+
+def _owner(elbo: ELBO, name: str) -> type:
+    """Returns the class that a method comes from."""
+    return next(cls for cls in type(elbo).__mro__ if name in vars(cls))
 
 
 class _Attach(torch.autograd.Function):

@@ -32,8 +32,12 @@ class Ranks(NamedTuple):
         """Returns which of so many data are this process's; all of them, with less weight, if there are too few to go round."""
         if total < self.size:
             return Share(0, total, total, 1 / self.size)
-        start, end = (rank * total // self.size for rank in (self.rank, self.rank + 1))
+        start, end = self.part(total)
         return Share(start, end - start, total, (end - start) / total)
+
+    def part(self, total: int) -> tuple[int, int]:
+        """Returns where this process's part of so many data starts and ends; it may hold none."""
+        return self.rank * total // self.size, (self.rank + 1) * total // self.size
 
     def told(self, value: Callable[[], Any]) -> Any:
         """Returns to all what the first process finds; an error there is raised by all."""
@@ -214,7 +218,7 @@ def join(device: torch.device | str | None = None) -> Ranks:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, rank, size = next(distributed.rendezvous("env://"))
         # The store outlives processes that were killed, and those that are started anew must not hear of their addresses.
-        store = distributed.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = distributed.PrefixStore(f"life {_restarts()}", store)
         distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size)
         atexit.register(_leave)
     if not distributed.is_initialized():
@@ -224,7 +228,11 @@ def join(device: torch.device | str | None = None) -> Ranks:
 
 def was_restarted() -> bool:
     """Returns whether ``torchrun`` has started the processes anew, after one of them failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _leave() -> None:

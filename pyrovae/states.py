@@ -72,8 +72,7 @@ class State:
             self._watch(module.__name__, vars(module), tuple(sorted(self._code & vars(module).keys())))
         self._kinds = [tensor_kind(t) for t in self.tensors]
         self.leaves = [t for t in self.tensors if t.requires_grad and t.is_leaf]
-        hooks = [hook for t in self.leaves for hook in (t._backward_hooks, t._post_accumulate_grad_hooks)]
-        if any(hooks[1::2]):
+        if any(t._post_accumulate_grad_hooks for t in self.leaves):
             raise Untraceable("a parameter has a hook that is called when its gradient is there")
         self._add(
             _Slot(

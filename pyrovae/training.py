@@ -151,7 +151,7 @@ def fit(
             interrupted, on the same machine.
         device: where to move data in memory, once, and batches of a loader; the default leaves them where they are.
         compile: whether to compute loss and gradient by a compiled graph, as :func:`pyrovae.compile` does, the noise
-            being the same. It takes some seconds for each shape of a batch, in the first epoch of this process.
+            being the same. It takes some seconds at the first step of this process.
         progress: whether to show a progress bar.
 
     Returns:

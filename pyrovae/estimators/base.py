@@ -300,7 +300,7 @@ def log_marginal(
 
 def _shared(method: Estimator, task: Task, ranks: Ranks) -> Estimate:
     """Scores a share of the data in each process, with noise of its own; returns the estimates of all, in order, to all."""
-    start, end = (rank * task.size // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+    start, end = ranks.part(task.size)
     seed = int(torch.randint(2**62, ()))
     seed = ranks.told(lambda: seed) + ranks.rank
     part = None
