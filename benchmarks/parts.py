@@ -12,7 +12,6 @@ once, and time for each exemplar.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial

@@ -38,7 +38,7 @@ from pyrovae.bounds import Bound, Terms
 from pyrovae.bounds.elbo import ScheduledStep
 from pyrovae.checks import ObservedChecked, check_observed_by, full_precision
 from pyrovae.ranks import Share
-from pyrovae.states import ATOMS, State, Untraceable, tensor_kind
+from pyrovae.states import ATOMS, State, Untraceable, same, tensor_kind
 
 __all__ = ["Compiled", "Graphs", "compile"]
 
@@ -73,7 +73,12 @@ class Graphs:
         self._kinds: dict[tuple, _Kind] = {}
 
     def __call__(
-        self, function: Callable[[list[Tensor]], Any], inputs: list[Tensor], roots: tuple, static: Any
+        self,
+        function: Callable[[list[Tensor]], Any],
+        inputs: list[Tensor],
+        roots: tuple,
+        static: Any,
+        sequel: "Sequel | None" = None,
     ) -> tuple[Any, State] | None:
         """Returns what a function returns, outside of autograd, and the state that it read.
 
@@ -85,6 +90,7 @@ class Graphs:
             inputs: tensors that it reads, others at each call.
             roots: objects from which all else can be reached that it reads.
             static: what tells one function from another, hashable.
+            sequel: what is done with its result, before it is returned. The result may be overwritten by a later call then.
 
         Raises:
             RuntimeError: when a graph gives something else than the function.
@@ -95,7 +101,7 @@ class Graphs:
         try:
             if any(t.requires_grad for t in inputs):
                 raise Untraceable("an argument requires a gradient")
-            return self._call(function, inputs, roots, static)
+            return self._call(function, inputs, roots, static, sequel)
         except Untraceable as error:
             self.refuse(error)
             return None
@@ -105,7 +111,9 @@ class Graphs:
         self.reason = str(error)
         warnings.warn(f"{self.name} is not compiled, but run as it is: {error}.", stacklevel=4)
 
-    def _call(self, function: Callable, inputs: list[Tensor], roots: tuple, static: Any) -> tuple[Any, State]:
+    def _call(
+        self, function: Callable, inputs: list[Tensor], roots: tuple, static: Any, sequel: "Sequel | None"
+    ) -> tuple[Any, State]:
         inner = (static, _handlers(), _process(inputs))
         key = (inner, tuple(map(tensor_kind, inputs)))
         if key not in self._kinds:
@@ -121,22 +129,38 @@ class Graphs:
             if change is None:
                 if i:
                     kind.graphs.insert(0, kind.graphs.pop(i))  # tried first the next time
-                return graph(function, inputs), graph.state
+                return graph(function, inputs, sequel), graph.state
         kind.calls += 1
         if kind.calls <= kind.wait:
             if kind.state is None or kind.state.change(roots) is not None:
                 kind.state = _found(function, roots)
             with pyro.validation_enabled(False):
-                return function(kind.state.leaves), kind.state
+                result = function(kind.state.leaves)
+            if sequel is not None:
+                sequel.call(result, kind.state)
+            return result, kind.state
         if len(kind.graphs) == _MOST:
             raise Untraceable(
                 f"{change}, and there are {_MOST} graphs for earlier values of such already; keep what changes in a tensor, "
                 "changed in place"
             )
         self.report(f"compiling {self.name}" + (f", for {change}" if change else ""))
-        graph, result = _make(function, self.name, inputs, roots)
+        graph, result = _make(function, self.name, inputs, roots, sequel)
         kind.graphs.insert(0, graph)
         return result, graph.state
+
+
+class Sequel(NamedTuple):
+    """What is done with the result of a function, such as a step of an optimizer; on a GPU in one go with it.
+
+    Args:
+        call: called with the result and the state; changes tensors in place.
+        told: returns numbers and objects that are the same whenever it launches the same on the same memory; None where
+            that cannot be told, and it is not to be recorded.
+    """
+
+    call: Callable[[Any, State], Any]
+    told: Callable[[], list] | None
 
 
 @dataclass
@@ -165,6 +189,9 @@ class _Graph:
         self.given = given  # tensors, and the places of inputs
         self.calls, self.doubted = 0, False
         self.shared: list[int] = []  # results that are to be copied
+        self.recordable = False
+        self.recording: _Recording | None = None
+        self.told: list | None = None  # at the last call that was not played back
 
     def change(self, inputs: list[Tensor], roots: tuple) -> str | None:
         """Returns what is not as it was when the graph was made, for a message; None if all is."""
@@ -172,13 +199,43 @@ class _Graph:
             return "which arguments are one and the same tensor changed"
         return self.state.change(roots)
 
-    def __call__(self, function: Callable, inputs: list[Tensor]) -> Any:
+    def __call__(
+        self, function: Callable, inputs: list[Tensor], sequel: Sequel | None, truth: tuple | None = None
+    ) -> Any:
+        """Returns what the graph computes, and does what follows; `truth` is what the function computes, if known."""
         self.calls += 1
-        if self.calls & (self.calls - 1) and not self.doubted:
-            return self.compute(inputs)
-        return self.checked(inputs, *_undone(self.state, lambda: function(self.state.leaves)))
+        if truth is None and (not self.calls & (self.calls - 1) or self.doubted):
+            truth = _undone(self.state, lambda: function(self.state.leaves))
+        told = [] if sequel is None or sequel.told is None else sequel.told()
+        if truth is None and self.recordable and self._is_recorded(inputs, sequel, told):
+            result = self.recording.play(inputs)
+            if sequel is None:
+                return tree_map_only(Tensor, torch.clone, result)
+            if sequel.told is None:
+                sequel.call(result, self.state)
+            return result
+        result = self.compute(inputs)
+        if truth is not None:
+            self.check(result, inputs, *truth)
+        if sequel is not None:
+            sequel.call(result, self.state)
+        self.told = told
+        return result
+
+    def _is_recorded(self, inputs: list[Tensor], sequel: Sequel | None, told: list) -> bool:
+        """Returns whether there is a recording for what is asked; makes one if it has run as it is before.
+
+        The first time what a sequel keeps from call to call gets its memory, which is not to be made anew each time.
+        """
+        if self.recording is not None and self.recording.serves(told):
+            return True
+        self.recording = None
+        if self.told is not None and same(self.told, told):
+            self.record(inputs, sequel, told)
+        return self.recording is not None
 
     def compute(self, inputs: list[Tensor]) -> Any:
+        """Returns what the graph computes, in memory of its own."""
         given = [inputs[t] if isinstance(t, int) else t for t in self.given]
         # Casts are in the graph already.
         with torch.no_grad(), full_precision(t.device for t in given):
@@ -186,6 +243,21 @@ class _Graph:
         for i in self.shared:
             results[i] = results[i].clone(memory_format=torch.contiguous_format)
         return tree_unflatten(results, self.form)
+
+    def record(self, inputs: list[Tensor], sequel: Sequel | None, told: list) -> None:
+        """Records what the graph and a sequel launch; warns, once, where a GPU refuses."""
+
+        def both(given: list[Tensor]) -> Any:
+            result = self.compute(given)
+            if sequel is not None and sequel.told is not None:
+                sequel.call(result, self.state)
+            return result
+
+        try:
+            self.recording = _Recording(both, inputs, [t for t in self.given if isinstance(t, Tensor)], told)
+        except RuntimeError as error:
+            self.recordable = False
+            warnings.warn(f"{self.name} is compiled, but not recorded as a CUDA graph: {_reason(error)}.", stacklevel=6)
 
     def own(self, result: Any) -> None:
         """Finds what of a result lies in memory that it does not have for itself, and is to be copied."""
@@ -197,14 +269,13 @@ class _Graph:
                     self.shared.append(i)
                 taken.add(place)
 
-    def checked(self, inputs: list[Tensor], expected: Any, buffers: list[tuple[Tensor, Tensor]]) -> Any:
-        """Returns what the graph computes, after holding it and the buffers against what the function made of them.
+    def check(self, result: Any, inputs: list[Tensor], expected: Any, buffers: list[tuple[Tensor, Tensor]]) -> None:
+        """Raises unless a result, and the buffers, are what the function made of them.
 
         Values are to be the same to half of their digits. Gradients may jump: of a million rectified units some are within
         rounding of their kink, and fall on the other side. They are held to a quarter of the digits, in norm, and if that
         fails in two calls on end; half the norm fails at once.
         """
-        result = self.compute(inputs)
         paths, wanted = zip(*tree_flatten_with_path(expected)[0], strict=True)
         found = [*zip(["gradient" in keystr(path) for path in paths], tree_leaves(result), wanted, strict=True)]
         gradients = [(a, b) for is_gradient, a, b in found if is_gradient]
@@ -219,20 +290,58 @@ class _Graph:
                 f"{far:.1e} of the largest, gradients by {off:.1e} of their norm. Something that it depends on changed unseen "
                 "(a file, a NumPy array), or torch.compile erred. Hand what changes over as an argument, or leave out compile."
             )
-        return result
 
 
-def _make(function: Callable, name: str, inputs: list[Tensor], roots: tuple) -> tuple[_Graph, Any]:
-    """Runs a function as it is, traces and compiles it; returns the graph, and what it computes, held against the former."""
+class _Recording:
+    """What a function launches on a GPU, to be launched again at once, from and into the same memory: a CUDA graph.
+
+    Args:
+        function: called with inputs; its launches depend on nothing but what is told here.
+        inputs: tensors that it reads, others at each call.
+        kept: the other tensors that it reads, and may change in place.
+        told: what else decides what it launches.
+
+    Raises:
+        RuntimeError: when it does what cannot be recorded, as waiting for the GPU.
+    """
+
+    def __init__(self, function: Callable[[list[Tensor]], Any], inputs: list[Tensor], kept: list[Tensor], told: list):
+        self.kept, self.told = kept, told
+        self.places = [t.data_ptr() for t in kept]
+        self.inputs = [t.clone() for t in inputs]
+        if any(a.stride() != b.stride() for a, b in zip(self.inputs, inputs, strict=True)):
+            raise RuntimeError("an argument is a view with gaps, call contiguous() on it")
+        self.device, self.graph = (inputs or kept)[0].device, torch.cuda.CUDAGraph()
+        # The thread of a loader may talk to the GPU meanwhile.
+        with torch.cuda.device(self.device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.result = function(self.inputs)
+
+    def serves(self, told: list) -> bool:
+        """Returns whether it does what is asked for now."""
+        return same(self.told, told) and [t.data_ptr() for t in self.kept] == self.places
+
+    def play(self, inputs: list[Tensor]) -> Any:
+        """Launches it for inputs; returns its result, which the next time overwrites."""
+        with torch.cuda.device(self.device):
+            if inputs:
+                torch._foreach_copy_(self.inputs, inputs)
+            self.graph.replay()
+        return self.result
+
+
+def _make(
+    function: Callable, name: str, inputs: list[Tensor], roots: tuple, sequel: Sequel | None
+) -> tuple[_Graph, Any]:
+    """Runs a function as it is, traces and compiles it; returns the graph and its first result, held against the former's."""
     state = _found(function, roots)
-    expected, buffers = _undone(state, lambda: function(state.leaves))
+    truth = _undone(state, lambda: function(state.leaves))
     given = list({id(t): t for t in [*inputs, *state.tensors]}.values())
     module, form = _traced(function, given, state)
     change = state.change(roots)
     if change is not None:
         raise Untraceable(f"a run changes what the next one reads: {change}")
     again, _ = _undone(state, lambda: function(state.leaves))
-    pairs = [*zip(tree_leaves(again), tree_leaves(expected), strict=True)]
+    pairs = [*zip(tree_leaves(again), tree_leaves(truth[0]), strict=True)]
     if _error(pairs, 2) > _precision([*inputs, *state.leaves]) ** 0.25:
         raise Untraceable("two runs with the same noise differ: draw torch's random numbers, from its own generator")
     places, used = {id(t): i for i, t in enumerate(inputs)}, []
@@ -243,19 +352,20 @@ def _make(function: Callable, name: str, inputs: list[Tensor], roots: tuple) -> 
             module.graph.erase_node(node)
     module.recompile()
     graph = _Graph(name, state, used, form, _same_as(inputs, state))
-    while graph.calls == 0:
+    while True:
         try:
             with _no_warnings():
-                graph.run = _optimized(module, given)
+                graph.run = _optimized(module)
                 _undone(state, lambda: graph.own(graph.compute(inputs)))
-            graph.calls = 1
+            break
         except Exception as error:
             # A run that was killed while it compiled leaves half a file behind, which would be in the way for ever.
             damaged = re.search(r"(/\S+\.so): file too short", str(error))
             if damaged is None or not Path(damaged[1]).exists():
                 raise Untraceable(f"torch.compile failed: {_reason(error)}") from error
             Path(damaged[1]).unlink()
-    return graph, graph.checked(inputs, expected, buffers)
+    graph.recordable = _on_one_gpu(module, [*inputs, *(t for t in used if isinstance(t, Tensor))])
+    return graph, graph(function, inputs, sequel, truth)
 
 
 def _traced(function: Callable, given: list[Tensor], state: State) -> tuple[torch.fx.GraphModule, Any]:
@@ -324,11 +434,16 @@ def _same_as(inputs: list[Tensor], state: State) -> list[int]:
     return [places.setdefault(id(t), i) for i, t in enumerate(inputs)]
 
 
-def _optimized(module: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable:
+def _on_one_gpu(module: torch.fx.GraphModule, tensors: list[Tensor]) -> bool:
+    """Returns whether all is read and drawn on one GPU, so that nothing is left out where only its launches are recorded."""
+    drawn = [n for n in module.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+    tensors = [*tensors, *(t for n in drawn for t in tree_leaves(n.meta["val"]) if isinstance(t, Tensor))]
+    return all(t.is_cuda for t in tensors) and len({t.device for t in tensors}) == 1
+
+
+def _optimized(module: torch.fx.GraphModule) -> Callable:
     # Eager noise, so that a run is the same one compiled or not; and no guards, for what they guard is looked at here.
     options = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
-    if any(t.is_cuda for t in tensors):
-        options["triton.cudagraphs"] = True
     return torch.compile(module.forward, fullgraph=True, dynamic=False, options=options)
 
 
@@ -496,6 +611,7 @@ class Compiled(ELBO):
         kwargs: dict[str, Any],
         scale: float = 1.0,
         share: Share | None = None,
+        sequel: Sequel | None = None,
     ) -> tuple[Step, State] | None:
         """Computes a loss, and the gradient of the loss times a scale.
 
@@ -506,6 +622,7 @@ class Compiled(ELBO):
             kwargs: what both are called with.
             scale: of the gradient.
             share: of the data of a batch whose noise is to be taken; None for noise of their own.
+            sequel: what is done with a :class:`Step`, before it is returned; a later step may overwrite it then.
 
         Returns:
             What was computed and the state that it was computed from; None where there can be no graph, after one
@@ -515,7 +632,8 @@ class Compiled(ELBO):
         others = [x for x in tree_leaves((args, kwargs)) if not isinstance(x, Tensor)]
         schedules = self.elbo.schedules if isinstance(self.elbo, Bound) else []
         like = next((t for t in tensors if t.dtype in (torch.float, torch.double)), torch.empty(()))
-        numbers = [torch.tensor(s(self.elbo.steps), dtype=like.dtype, device=like.device) for s in schedules]
+        # Filled on a GPU, which a copy from here would wait for.
+        numbers = [torch.full((), s(self.elbo.steps), dtype=like.dtype, device=like.device) for s in schedules]
         given = dict(zip(map(id, schedules), numbers, strict=True))
 
         def function(leaves: list[Tensor]) -> Step:
@@ -529,7 +647,7 @@ class Compiled(ELBO):
             tree_structure((args, kwargs)),
             *((type(x), x) if isinstance(x, ATOMS) else type(x) for x in others),
         )
-        found = self.graphs(function, [*tensors, *numbers], roots, static)
+        found = self.graphs(function, [*tensors, *numbers], roots, static, sequel)
         if found is not None and isinstance(self.elbo, Bound):
             self.elbo.steps += 1
         return found
@@ -573,8 +691,7 @@ class Compiled(ELBO):
         if _PYRO_STACK:  # SVI finds the parameters by these
             for name in state.params:
                 pyro.param(name)
-        # The next run of a CUDA graph writes where this one did, and what is returned here may be kept.
-        return (tree_map_only(Tensor, torch.clone, step) if step.loss.is_cuda else step), state
+        return step, state
 
     def _get_trace(self, model, guide, args, kwargs):
         raise NotImplementedError("Compiled makes no traces of its own.")

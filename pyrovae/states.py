@@ -248,8 +248,13 @@ def _alike(old: Any, new: Any) -> bool:
     if isinstance(old, types.MethodType):
         return old == new
     if isinstance(old, tuple):
-        return len(old) == len(new) and all(map(_alike, old, new))
+        return same(old, new)
     return isinstance(old, (list, dict, set)) and not old and not new
+
+
+def same(old: Sequence, new: Sequence) -> bool:
+    """Returns whether values may stand for others, one by one."""
+    return len(old) == len(new) and all(map(_alike, old, new))
 
 
 def _is_library(x: Any) -> bool:

@@ -27,6 +27,7 @@ from pyrovae.bounds import Bound, Terms
 from pyrovae.checks import ObservedChecked, check_all_observed, check_finite, evaluation_mode, inspect, sample_sites
 from pyrovae.data import Batches, as_batches
 from pyrovae.ranks import Share, join
+from pyrovae.states import State
 
 __all__ = ["History", "fit"]
 
@@ -284,6 +285,9 @@ class _Run:
             self.loss.load_state_dict({"steps": 0})  # schedules start with the run
         self.transform, self.clip_norm, self.device = transform, clip_norm, device
         self.num_steps = 0
+        self.names: list[str] = []
+        self.totals: Tensor | None = None  # of an epoch
+        self.fine: Tensor | None = None  # whether all losses of an epoch are finite, and data in their support
         batch = self.prepare("data", first_batch, check=True)
         structure = inspect(model, guide, *batch)
         args = ranks.share(len(batch[0])).rows(batch)
@@ -302,6 +306,7 @@ class _Run:
                 f"{missing[0].split(' ', 1)[1]!r}. Pass a callable such as functools.partial(torch.optim.Adam, lr=1e-3) to "
                 "train all of them, or freeze the others with requires_grad_(False)."
             )
+        self.recordable = ranks.size == 1 and _make_recordable(self.optimizer)
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         self.align()
 
@@ -373,10 +378,10 @@ class _Run:
     def start_epoch(self) -> None:
         self.num_known = len(pyro.get_param_store())  # callbacks may have made parameters of their own
         self.align()  # a callback, which the first process calls, may have changed anything
-        self.names: list[str] = []
-        self.totals: Tensor | float = 0.0
         self.had: list[bool] = []
-        self.fine: Tensor | bool = True
+        if self.totals is not None:
+            self.totals.zero_()
+            self.fine.fill_(True)
 
     def step(self, batch: tuple, share: Share, epoch: int) -> None:
         """Takes one step on a batch, of which this process has a share, and adds the loss of its data to the totals."""
@@ -384,22 +389,17 @@ class _Run:
         args = share.rows(batch)
         noise = torch.get_rng_state()
         self.latest = args, noise, f"at step {self.num_steps} (epoch {epoch})"
-        self.optimizer.zero_grad()
+        size = self.data_size or len(args[0])
+        scale = share.weight / size  # of the loss, for what these data count in the mean over their batch
         try:
-            named, inside = self._loss_and_grads(args, share)
+            if not self._compiled_step(args, share, scale, size):
+                self.optimizer.zero_grad()
+                named, inside = self._loss_and_grads(args, share, scale)
+                self._update(named, inside, share, size)
         except ValueError as error:
             self._explain(error)
-        values = torch.stack([*named.values()])
-        self.fine = self.fine & values[0].isfinite() & inside
-        # To ask a GPU for a number is to wait until it has done all before: seldom, then.
-        if not values.is_cuda or self.num_steps % _ASK_EVERY == 0:
+        if self.totals.is_cuda and self.num_steps % _ASK_EVERY == 0:
             self._require_fine()
-        self.names, self.totals = list(named), self.totals + values.double() * (share.weight * share.total)
-        if self.ranks.size > 1:
-            self._add_up_gradients(seldom=values.is_cuda)
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
-        self.optimizer.step()
         torch.clear_autocast_cache()  # holds the weights as they were before, where autocast is on outside
         if len(pyro.get_param_store()) != self.num_known:
             raise ValueError(
@@ -407,22 +407,32 @@ class _Run:
                 f"{list(pyro.get_param_store().keys())[-1]!r}. Make all parameters in the first call."
             )
 
-    def _loss_and_grads(self, args: tuple, share: Share) -> tuple[dict[str, Tensor], Tensor | bool]:
-        """Computes the gradient of the loss per datum, times what these data count in their batch.
+    def _compiled_step(self, args: tuple, share: Share, scale: float, size: int) -> bool:
+        """Takes a step by a compiled graph; returns whether there is one."""
+        if self.compiled is None:
+            return False
+
+        def update(step: graphs.Step, state: State) -> None:
+            self.optimizer.zero_grad()
+            for p, gradient in zip(state.leaves, step.gradients, strict=True):
+                p.grad = gradient
+            named = {"loss": step.loss} | ({} if step.terms is None else _named(step.terms))
+            self._update(named, step.inside, share, size)
+
+        sequel = graphs.Sequel(update, self._told if self.recordable else None)
+        return self.compiled.step(self.model, self.guide, args, {}, scale, share, sequel) is not None
+
+    def _told(self) -> list:
+        """Returns what decides what a step of the optimizer launches on a GPU."""
+        settings = [value for group in self.optimizer.param_groups for value in group.values()]
+        return [self, self.optimizer.state, *settings]
+
+    def _loss_and_grads(self, args: tuple, share: Share, scale: float) -> tuple[dict[str, Tensor], Tensor | bool]:
+        """Computes the gradient of the loss times a scale.
 
         Returns:
-            The loss per datum and what it is made of, and whether the data are in the support.
+            The loss and what it is made of, and whether the data are in the support.
         """
-        size = self.data_size or len(args[0])
-        scale = share.weight / size
-        if self.compiled is not None:
-            found = self.compiled.step(self.model, self.guide, args, {}, scale, share)
-            if found is not None:
-                step, state = found
-                for p, gradient in zip(state.leaves, step.gradients, strict=True):
-                    p.grad = gradient
-                named = {"loss": step.loss} | ({} if step.terms is None else _named(step.terms))
-                return {name: t / size for name, t in named.items()}, step.inside
         with ObservedChecked(later=any(x.is_cuda for x in args)) as data, share.noise():
             if not hasattr(self.loss, "differentiable_loss"):
                 loss = self.loss.loss_and_grads(self.model, self.guide, *args)
@@ -439,7 +449,24 @@ class _Run:
                 loss = self.loss.differentiable_loss(self.model, self.guide, *args)
                 (loss * scale).backward()
                 named = {"loss": loss.detach()}
-        return {name: t / size for name, t in named.items()}, data.inside()
+        return named, data.inside()
+
+    def _update(self, named: dict[str, Tensor], inside: Tensor | bool, share: Share, size: int) -> None:
+        """Adds a loss to the totals, and takes a step of the optimizer with the gradients that there are."""
+        values = torch.stack([*named.values()]).double() / size
+        if self.totals is None:  # kept in place, for what is recorded on a GPU
+            self.names, self.totals = list(named), torch.zeros_like(values)
+            self.fine = torch.ones((), dtype=torch.bool, device=values.device)
+        self.totals += values * (share.weight * share.total)
+        self.fine &= values[0].isfinite() & inside
+        # To ask a GPU for a number is to wait until it has done all before: seldom, then.
+        if not values.is_cuda:
+            self._require_fine()
+        if self.ranks.size > 1:
+            self._add_up_gradients(seldom=values.is_cuda)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
+        self.optimizer.step()
 
     def _add_up_gradients(self, seldom: bool) -> None:
         """Adds up what the processes have for each parameter; one that none has a gradient for is left without."""
@@ -563,12 +590,31 @@ class _Run:
                     f"{name} is {kind}, but the checkpoint was written with {state['kinds'][name]}. Resume with the same."
                 )
         self.restore(state)
+        for ours, theirs in zip(self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=False):
+            if "capturable" in ours:  # a setting of the device, which may be another now
+                theirs["capturable"] = ours["capturable"]
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         if isinstance(self.loss, Bound) and "loss" in state:  # not in a checkpoint of pyrovae 0.1
             self.loss.load_state_dict(state["loss"])
         self.num_steps = state["num_steps"]
+
+
+def _make_recordable(optimizer: Optimizer) -> bool:
+    """Has an optimizer keep its counters on the GPU; returns whether it then launches the same at each step."""
+    on_gpu = all(p.is_cuda for group in optimizer.param_groups for p in group["params"])
+    if not on_gpu or not type(optimizer).__module__.startswith("torch.optim."):
+        return False
+    if not isinstance(optimizer, torch.optim.SGD):
+        if any("capturable" not in group for group in optimizer.param_groups):
+            return False
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+        for p, kept in optimizer.state.items():
+            kept.update({name: x.to(p.device) for name, x in kept.items() if isinstance(x, Tensor) and x.dim() == 0})
+        optimizer._warned_capturable_if_run_uncaptured = True  # its first steps are, on purpose
+    return True
 
 
 def _warn_of_schedules(loss: ELBO, steps: int | None, epochs: int, patience: int | None) -> None:

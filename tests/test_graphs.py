@@ -58,7 +58,7 @@ class Traced:
     def __init__(self):
         self.made, self.runs = 0, 0
 
-    def __call__(self, module: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable:
+    def __call__(self, module: torch.fx.GraphModule) -> Callable:
         self.made += 1
 
         def run(*given: Tensor) -> list[Tensor]:
@@ -1267,7 +1267,7 @@ def test_a_compiler_that_fails_is_warned_of_once(error, later, monkeypatch):
     def fail(*given):
         raise error
 
-    monkeypatch.setattr(graphs, "_optimized", (lambda module, tensors: fail) if later else fail)
+    monkeypatch.setattr(graphs, "_optimized", (lambda module: fail) if later else fail)
     with refused("torch.compile failed: .*(no C|none)"):
         same_compiled(bounds.ELBO, lambda: pair_of(diagonal_vae(2, 3)), doubles(5, 3))
 
@@ -1356,7 +1356,7 @@ def test_what_changes_unseen_is_found_at_the_next_check(wrong, traced):
 
 
 def test_a_compiler_that_errs_is_found(monkeypatch):
-    def erring(module, tensors):
+    def erring(module):
         return lambda *given: [t * (1 + 1e-3) if t.is_floating_point() else t for t in module(*given)]
 
     monkeypatch.setattr(graphs, "_optimized", erring)
