@@ -158,6 +158,7 @@ def hand_written_graph(vae: VAE, x: Tensor, batch: int, particles: int, compiled
         graph.replay()
         return value
 
+    replay.held = optimizer  # what is played back writes into its memory
     return loop(replay, x, batch)
 
 

@@ -19,7 +19,7 @@ def machine(device: str = "cpu") -> str:
     """Returns one line about the machine, its GPU where that is what was measured, the versions and the day."""
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pyro-ppl", "pythae", "pyrovae"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pyro-ppl", "pythae"))
     gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     processor = models[0] if models else platform.processor()
     return (

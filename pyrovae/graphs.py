@@ -6,7 +6,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,6 @@ from torch.utils._pytree import (
     tree_flatten_with_path,
     tree_leaves,
     tree_map_only,
-    tree_structure,
     tree_unflatten,
 )
 
@@ -311,10 +310,15 @@ class _Recording:
         self.inputs = [t.clone() for t in inputs]
         if any(a.stride() != b.stride() for a, b in zip(self.inputs, inputs, strict=True)):
             raise RuntimeError("an argument is a view with gaps, call contiguous() on it")
-        self.device, self.graph = (inputs or kept)[0].device, torch.cuda.CUDAGraph()
-        # The thread of a loader may talk to the GPU meanwhile.
-        with torch.cuda.device(self.device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.result = function(self.inputs)
+        self.device = (inputs or kept)[0].device
+        with torch.cuda.device(self.device):
+            try:
+                self.graph, self.result = _recorded(lambda: function(self.inputs))
+            except RuntimeError:
+                # Torch's generator is left as if it were recording still, until a recording comes to its end.
+                nothing = torch.zeros((), device=self.device)
+                _recorded(lambda: nothing.zero_())
+                raise
 
     def serves(self, told: list) -> bool:
         """Returns whether it does what is asked for now."""
@@ -327,6 +331,13 @@ class _Recording:
                 torch._foreach_copy_(self.inputs, inputs)
             self.graph.replay()
         return self.result
+
+
+def _recorded(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    graph = torch.cuda.CUDAGraph()
+    # The thread of a loader may talk to the GPU meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        return graph, function()
 
 
 def _make(
@@ -628,12 +639,15 @@ class Compiled(ELBO):
             What was computed and the state that it was computed from; None where there can be no graph, after one
             warning that says why. Nothing has happened then.
         """
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        others = [x for x in tree_leaves((args, kwargs)) if not isinstance(x, Tensor)]
+        leaves, form = _flattened(args, kwargs)
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        others = [x for x in leaves if not isinstance(x, Tensor)]
         schedules = self.elbo.schedules if isinstance(self.elbo, Bound) else []
-        like = next((t for t in tensors if t.dtype in (torch.float, torch.double)), torch.empty(()))
-        # Filled on a GPU, which a copy from here would wait for.
-        numbers = [torch.full((), s(self.elbo.steps), dtype=like.dtype, device=like.device) for s in schedules]
+        numbers = []
+        if schedules:
+            like = next((t for t in tensors if t.dtype in (torch.float, torch.double)), torch.empty(()))
+            # Filled on a GPU, which a copy from here would wait for.
+            numbers = [torch.full((), s(self.elbo.steps), dtype=like.dtype, device=like.device) for s in schedules]
         given = dict(zip(map(id, schedules), numbers, strict=True))
 
         def function(leaves: list[Tensor]) -> Step:
@@ -644,7 +658,7 @@ class Compiled(ELBO):
         static = (
             scale,
             share,
-            tree_structure((args, kwargs)),
+            form,
             *((type(x), x) if isinstance(x, ATOMS) else type(x) for x in others),
         )
         found = self.graphs(function, [*tensors, *numbers], roots, static, sequel)
@@ -733,6 +747,13 @@ def compile(elbo: ELBO) -> Compiled:
     if not isinstance(elbo, ELBO):
         raise TypeError(f"elbo must be an ELBO that is built, such as bounds.IWAE(16), got {elbo!r}.")
     return elbo if isinstance(elbo, Compiled) else Compiled(elbo)
+
+
+def _flattened(args: tuple, kwargs: dict[str, Any]) -> tuple[Sequence[Any], Any]:
+    """Returns the leaves of arguments, and their form, hashable."""
+    if not kwargs and all(isinstance(x, Tensor) for x in args):
+        return args, len(args)  # far faster than to look at it as a tree, and nearly all there is
+    return tree_flatten((args, kwargs))
 
 
 def _step(

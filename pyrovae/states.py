@@ -59,6 +59,8 @@ class State:
         self.tensors: list[Tensor] = []
         self.buffers: list[Tensor] = []
         self._slots: list[_Slot] = []
+        self._counted: list[Mapping] = []
+        self._counted_names: list[str] = []
         self._names: list[str] = []
         self._seen: dict[Any, Any] = {}  # with the objects, so that an identity stays taken
         self._code: set[str] = set()  # names that code looks up, anywhere
@@ -74,26 +76,37 @@ class State:
         self.leaves = [t for t in self.tensors if t.requires_grad and t.is_leaf]
         if any(t._post_accumulate_grad_hooks for t in self.leaves):
             raise Untraceable("a parameter has a hook that is called when its gradient is there")
-        self._add(
-            _Slot(
-                "hooks of gradients",
-                lambda: [len(t._backward_hooks or ()) for t in self.leaves],
-                range(len(self.leaves)),
-            )
-        )
+        hooks = [f"the number of hooks of the gradient of parameter {i}" for i in range(len(self.leaves))]
+        self._add(_Slot("", self._counts, [*self._counted_names, *hooks]))
+        self._reads = [slot.read for slot in self._slots]
+        self._saved = [value for slot in self._slots for value in slot.saved]
+
+    def _counts(self) -> list[int]:
+        return [*map(len, self._counted), *(len(t._backward_hooks or ()) for t in self.leaves)]
 
     def change(self, roots: tuple) -> str | None:
         """Returns what is no longer as it was, for a message; None if all is."""
         if not _alike(self.roots, roots):
             return "the model, the guide or an argument became another object"
-        for slot in self._slots:
-            change = slot.change()
-            if change is not None:
-                return change
+        if not self._is_the_same():
+            for slot in self._slots:
+                change = slot.change()
+                if change is not None:
+                    return change
         for name, kind, t in zip(self._names, self._kinds, self.tensors, strict=True):
             if tensor_kind(t) != kind:
                 return f"{name} changed its shape, type, device or requires_grad"
         return None
+
+    def _is_the_same(self) -> bool:
+        """Returns whether all values are the very same objects: quickly, for that is so in nearly all steps."""
+        values = []
+        try:
+            for read in self._reads:
+                values += read()
+        except KeyError:
+            return False
+        return len(values) == len(self._saved) and all(map(operator.is_, values, self._saved))
 
     @property
     def told(self) -> tuple:
@@ -132,9 +145,9 @@ class State:
             where = type(x).__name__
             self._visit_class(type(x))
             self._watch_attributes(where, x, _MODULE_INTERNALS | self._skipped(x))
-            for entries in filter(None, _MODULE_ENTRIES(x)):
+            for name, entries in zip(_ENTRIES, _MODULE_ENTRIES(x), strict=True):
                 self._watch(where, entries, tuple(entries))
-            self._add(_Slot(where, lambda: tuple(map(len, _MODULE_ENTRIES(x))), _ENTRIES))
+                self._count(where, name, entries)
             self.buffers += [b for b in x._buffers.values() if b is not None]
         else:
             self._visit_class(type(x))
@@ -150,10 +163,8 @@ class State:
                 self._add(_Slot(where, lambda: [getattr(x, name, None) for name in slots], slots))
 
     def _watch_attributes(self, where: str, x: Any, without: frozenset[str]) -> None:
-        attributes = vars(x)
-        names = tuple(name for name in attributes if name not in without)
-        read = attributes.get
-        self._add(_Slot(where, lambda: [*map(read, names), len(attributes)], (*names, "number of attributes")))
+        self._count(where, "attributes", vars(x))
+        self._watch(where, vars(x), tuple(name for name in vars(x) if name not in without))
 
     def _visit_class(self, kind: type) -> None:
         for cls in kind.__mro__:
@@ -174,13 +185,8 @@ class State:
         if _is_library(f):
             return
         parts = ("__code__", "__defaults__", "__kwdefaults__", *vars(f))
-        self._add(
-            _Slot(
-                where,
-                lambda: [*(getattr(f, name, None) for name in parts), len(vars(f))],
-                (*parts, "number of attributes"),
-            )
-        )
+        self._add(_Slot(where, lambda: [getattr(f, name, None) for name in parts], parts))
+        self._count(where, "attributes", vars(f))
         names = frozenset(_names_in(f.__code__))
         self._code |= names
         for name in names:  # imported inside, perhaps
@@ -192,9 +198,16 @@ class State:
             self._watch(str(f.__module__), f.__globals__, here)
 
     def _watch(self, where: str, entries: Mapping[str, Any], names: tuple) -> None:
-        """Watches entries of a mapping."""
-        if names:
+        """Watches entries of a mapping, of which some may not be there."""
+        if len(names) > 1 and all(name in entries for name in names):
+            self._add(_Slot(where, partial(operator.itemgetter(*names), entries), names))  # many times faster
+        elif names:
             self._add(_Slot(where, lambda: [entries.get(name) for name in names], names))
+
+    def _count(self, where: str, name: str, entries: Mapping) -> None:
+        """Watches how many entries a mapping has."""
+        self._counted.append(entries)
+        self._counted_names.append(f"the number of {name} of {where}")
 
     def _add(self, slot: "_Slot") -> None:
         if len(self._slots) == _MOST:
@@ -217,7 +230,10 @@ class _Slot:
 
     def change(self) -> str | None:
         """Returns what is no longer as it was; None if all is."""
-        values = self.read()
+        try:
+            values = self.read()
+        except KeyError as error:
+            return f"{self.place(error.args[0])} is no longer there"
         if len(values) != len(self.saved):
             return f"{self.where} has {len(values)} entries, and had {len(self.saved)}"
         if all(map(operator.is_, values, self.saved)):
@@ -229,6 +245,8 @@ class _Slot:
         return None
 
     def place(self, name: Any) -> str:
+        if not self.where:
+            return name
         return f"{self.where}.{name}" if isinstance(name, str) else f"{self.where}[{name!r}]"
 
 

@@ -161,8 +161,9 @@ def test_two_runs_with_one_loss_have_a_state_each():
 
 
 def test_running_statistics_and_dropout():
-    elbo = compiled(Trace_ELBO())
-    same(fitted(elbo, normalised), fitted(Trace_ELBO(), normalised))
+    # The bias before a batch norm has no gradient but rounding, which Adam would make large.
+    elbo, options = compiled(Trace_ELBO()), {"optimizer": partial(SGD, lr=1e-3)}
+    same(fitted(elbo, normalised, **options), fitted(Trace_ELBO(), normalised, **options))
     assert all(recordings(elbo))
 
 
