@@ -591,13 +591,17 @@ class Step(NamedTuple):
     Args:
         loss: summed over the data, as the ELBO gives it.
         terms: what it is made of; None for one of Pyro's ELBOs.
+        numbers: the loss and what it is made of, in the order of the terms' names, in one tensor of float64.
         inside: whether all observed data are in the support of their distributions.
+        fine: whether they are, and the loss is finite.
         gradients: of the loss times a scale, for each leaf that it reads; None where there is none.
     """
 
     loss: Tensor
     terms: Terms | None
+    numbers: Tensor
     inside: Tensor
+    fine: Tensor
     gradients: list[Tensor | None]
 
 
@@ -787,7 +791,9 @@ def _step(
         gradients = [None] * len(leaves)
         if leaves and loss.requires_grad:
             gradients = list(torch.autograd.grad(loss * scale, leaves, allow_unused=True))
-    return Step(loss.detach(), terms, data.inside(), gradients)
+    loss, inside = loss.detach(), torch.as_tensor(data.inside(), device=loss.device)
+    numbers = torch.stack([loss] if terms is None else [*terms.named.values()]).double()
+    return Step(loss, terms, numbers, inside, loss.isfinite() & inside, gradients)
 
 
 def _owner(elbo: ELBO, name: str) -> type:

@@ -23,7 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
 from pyrovae import graphs, storage
-from pyrovae.bounds import Bound, Terms
+from pyrovae.bounds import Bound
 from pyrovae.checks import ObservedChecked, check_all_observed, check_finite, evaluation_mode, inspect, sample_sites
 from pyrovae.data import Batches, as_batches
 from pyrovae.ranks import Share, join
@@ -395,7 +395,8 @@ class _Run:
             if not self._compiled_step(args, share, scale, size):
                 self.optimizer.zero_grad()
                 named, inside = self._loss_and_grads(args, share, scale)
-                self._update(named, inside, share, size)
+                numbers = torch.stack([*named.values()]).double()
+                self._update([*named], numbers, numbers[0].isfinite() & inside, share, size)
         except ValueError as error:
             self._explain(error)
         if self.totals.is_cuda and self.num_steps % _ASK_EVERY == 0:
@@ -416,8 +417,8 @@ class _Run:
             self.optimizer.zero_grad()
             for p, gradient in zip(state.leaves, step.gradients, strict=True):
                 p.grad = gradient
-            named = {"loss": step.loss} | ({} if step.terms is None else _named(step.terms))
-            self._update(named, step.inside, share, size)
+            names = ["loss"] if step.terms is None else [*step.terms.named]
+            self._update(names, step.numbers, step.fine, share, size)
 
         sequel = graphs.Sequel(update, self._told if self.recordable else None)
         return self.compiled.step(self.model, self.guide, args, {}, scale, share, sequel) is not None
@@ -444,26 +445,24 @@ class _Run:
             elif isinstance(self.loss, Bound):
                 terms = self.loss.terms(self.model, self.guide, *args)
                 (terms.loss * scale).backward()
-                named = {"loss": terms.loss.detach()} | _named(terms)
+                named = terms.named
             else:
                 loss = self.loss.differentiable_loss(self.model, self.guide, *args)
                 (loss * scale).backward()
                 named = {"loss": loss.detach()}
         return named, data.inside()
 
-    def _update(self, named: dict[str, Tensor], inside: Tensor | bool, share: Share, size: int) -> None:
-        """Adds a loss to the totals, and takes a step of the optimizer with the gradients that there are."""
-        values = torch.stack([*named.values()]).double() / size
+    def _update(self, names: list[str], numbers: Tensor, fine: Tensor, share: Share, size: int) -> None:
+        """Adds a loss and what it is made of to the totals, and takes a step of the optimizer with the gradients there are."""
         if self.totals is None:  # kept in place, for what is recorded on a GPU
-            self.names, self.totals = list(named), torch.zeros_like(values)
-            self.fine = torch.ones((), dtype=torch.bool, device=values.device)
-        self.totals += values * (share.weight * share.total)
-        self.fine &= values[0].isfinite() & inside
+            self.names, self.totals, self.fine = names, torch.zeros_like(numbers), torch.ones_like(fine)
+        self.totals.add_(numbers, alpha=share.weight * share.total / size)
+        self.fine.logical_and_(fine)
         # To ask a GPU for a number is to wait until it has done all before: seldom, then.
-        if not values.is_cuda:
+        if not numbers.is_cuda:
             self._require_fine()
         if self.ranks.size > 1:
-            self._add_up_gradients(seldom=values.is_cuda)
+            self._add_up_gradients(seldom=numbers.is_cuda)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
         self.optimizer.step()
@@ -627,12 +626,6 @@ def _warn_of_schedules(loss: ELBO, steps: int | None, epochs: int, patience: int
                 f"{name}={value}. Make the schedule shorter, or {name} larger.",
                 stacklevel=3,
             )
-
-
-def _named(terms: Terms) -> dict[str, Tensor]:
-    """Returns what a loss is made of, by the names of a history's entries."""
-    kl = {f"kl {name}": t for name, t in terms.kl.items()}
-    return {"bound": terms.bound, "reconstruction": terms.reconstruction, **kl, **terms.regularizers}
 
 
 def _not_finite(where: str, cause: str) -> FloatingPointError:

@@ -38,6 +38,13 @@ class Terms(NamedTuple):
     kl: dict[str, Tensor]
     regularizers: dict[str, Tensor]
 
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """All of them without their gradients, by the names that they have in a history."""
+        kl = {f"kl {name}": t for name, t in self.kl.items()}
+        parts = {"bound": self.bound, "reconstruction": self.reconstruction, **kl, **self.regularizers}
+        return {"loss": self.loss.detach(), **parts}
+
 
 class Sides(NamedTuple):
     r"""The contributions of sites to log weights, ``(num_particles, batch)`` or with a dimension of latents at the end.
