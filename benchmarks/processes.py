@@ -16,13 +16,16 @@ from models import binary_images, pyrovae_vae
 
 import pyrovae
 
+DATA = 4096  # an epoch, for each process; four steps at least
+
 
 def main(args: argparse.Namespace) -> None:
     """Trains, and prints how many data a second were trained on."""
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     pyro.set_rng_seed(0)
-    vae, x, ends = pyrovae_vae(), binary_images(args.batch * args.steps * processes), []
+    steps = max(DATA // args.batch, 4)
+    vae, x, ends = pyrovae_vae(), binary_images(args.batch * steps * processes), []
     pyrovae.fit(
         vae.model,
         vae.guide,
@@ -41,7 +44,6 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=128, help="data a step of each process")
-    parser.add_argument("--steps", type=int, default=30, help="steps an epoch")
     parser.add_argument("--epochs", type=int, default=12, help="epochs, the first two of them not timed")
     parser.add_argument("--compile", action="store_true")
     main(parser.parse_args())

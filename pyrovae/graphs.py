@@ -37,6 +37,7 @@ from pyrovae.bounds import Bound, Terms
 from pyrovae.bounds.elbo import ScheduledStep
 from pyrovae.checks import ObservedChecked, check_observed_by, full_precision
 from pyrovae.ranks import Share
+from pyrovae.recordings import Recording, Sequel, on_one_gpu
 from pyrovae.states import ATOMS, State, Untraceable, same, tensor_kind
 
 __all__ = ["Compiled", "Graphs", "compile"]
@@ -77,7 +78,7 @@ class Graphs:
         inputs: list[Tensor],
         roots: tuple,
         static: Any,
-        sequel: "Sequel | None" = None,
+        sequel: Sequel | None = None,
     ) -> tuple[Any, State] | None:
         """Returns what a function returns, outside of autograd, and the state that it read.
 
@@ -111,7 +112,7 @@ class Graphs:
         warnings.warn(f"{self.name} is not compiled, but run as it is: {error}.", stacklevel=4)
 
     def _call(
-        self, function: Callable, inputs: list[Tensor], roots: tuple, static: Any, sequel: "Sequel | None"
+        self, function: Callable, inputs: list[Tensor], roots: tuple, static: Any, sequel: Sequel | None
     ) -> tuple[Any, State]:
         inner = (static, _handlers(), _process(inputs))
         key = (inner, tuple(map(tensor_kind, inputs)))
@@ -149,19 +150,6 @@ class Graphs:
         return result, graph.state
 
 
-class Sequel(NamedTuple):
-    """What is done with the result of a function, such as a step of an optimizer; on a GPU in one go with it.
-
-    Args:
-        call: called with the result and the state; changes tensors in place.
-        told: returns numbers and objects that are the same whenever it launches the same on the same memory; None where
-            that cannot be told, and it is not to be recorded.
-    """
-
-    call: Callable[[Any, State], Any]
-    told: Callable[[], list] | None
-
-
 @dataclass
 class _Kind:
     """What there is for inputs of one kind.
@@ -189,7 +177,7 @@ class _Graph:
         self.calls, self.doubted = 0, False
         self.shared: list[int] = []  # results that are to be copied
         self.recordable = False
-        self.recording: _Recording | None = None
+        self.recording: Recording | None = None
         self.told: list | None = None  # at the last call that was not played back
 
     def change(self, inputs: list[Tensor], roots: tuple) -> str | None:
@@ -253,7 +241,7 @@ class _Graph:
             return result
 
         try:
-            self.recording = _Recording(both, inputs, [t for t in self.given if isinstance(t, Tensor)], told)
+            self.recording = Recording(both, inputs, [t for t in self.given if isinstance(t, Tensor)], told)
         except RuntimeError as error:
             self.recordable = False
             warnings.warn(f"{self.name} is compiled, but not recorded as a CUDA graph: {_reason(error)}.", stacklevel=6)
@@ -291,55 +279,6 @@ class _Graph:
             )
 
 
-class _Recording:
-    """What a function launches on a GPU, to be launched again at once, from and into the same memory: a CUDA graph.
-
-    Args:
-        function: called with inputs; its launches depend on nothing but what is told here.
-        inputs: tensors that it reads, others at each call.
-        kept: the other tensors that it reads, and may change in place.
-        told: what else decides what it launches.
-
-    Raises:
-        RuntimeError: when it does what cannot be recorded, as waiting for the GPU.
-    """
-
-    def __init__(self, function: Callable[[list[Tensor]], Any], inputs: list[Tensor], kept: list[Tensor], told: list):
-        self.kept, self.told = kept, told
-        self.places = [t.data_ptr() for t in kept]
-        self.inputs = [t.clone() for t in inputs]
-        if any(a.stride() != b.stride() for a, b in zip(self.inputs, inputs, strict=True)):
-            raise RuntimeError("an argument is a view with gaps, call contiguous() on it")
-        self.device = (inputs or kept)[0].device
-        with torch.cuda.device(self.device):
-            try:
-                self.graph, self.result = _recorded(lambda: function(self.inputs))
-            except RuntimeError:
-                # Torch's generator is left as if it were recording still, until a recording comes to its end.
-                nothing = torch.zeros((), device=self.device)
-                _recorded(lambda: nothing.zero_())
-                raise
-
-    def serves(self, told: list) -> bool:
-        """Returns whether it does what is asked for now."""
-        return same(self.told, told) and [t.data_ptr() for t in self.kept] == self.places
-
-    def play(self, inputs: list[Tensor]) -> Any:
-        """Launches it for inputs; returns its result, which the next time overwrites."""
-        with torch.cuda.device(self.device):
-            if inputs:
-                torch._foreach_copy_(self.inputs, inputs)
-            self.graph.replay()
-        return self.result
-
-
-def _recorded(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    graph = torch.cuda.CUDAGraph()
-    # The thread of a loader may talk to the GPU meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        return graph, function()
-
-
 def _make(
     function: Callable, name: str, inputs: list[Tensor], roots: tuple, sequel: Sequel | None
 ) -> tuple[_Graph, Any]:
@@ -375,7 +314,7 @@ def _make(
             if damaged is None or not Path(damaged[1]).exists():
                 raise Untraceable(f"torch.compile failed: {_reason(error)}") from error
             Path(damaged[1]).unlink()
-    graph.recordable = _on_one_gpu(module, [*inputs, *(t for t in used if isinstance(t, Tensor))])
+    graph.recordable = on_one_gpu(module, [*inputs, *(t for t in used if isinstance(t, Tensor))])
     return graph, graph(function, inputs, sequel, truth)
 
 
@@ -443,13 +382,6 @@ def _same_as(inputs: list[Tensor], state: State) -> list[int]:
     """Returns, for each input, the place of the first tensor among inputs and state that it is; its own, mostly."""
     places: dict[int, int] = {id(t): -i for i, t in enumerate(state.tensors, start=1)}
     return [places.setdefault(id(t), i) for i, t in enumerate(inputs)]
-
-
-def _on_one_gpu(module: torch.fx.GraphModule, tensors: list[Tensor]) -> bool:
-    """Returns whether all is read and drawn on one GPU, so that nothing is left out where only its launches are recorded."""
-    drawn = [n for n in module.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
-    tensors = [*tensors, *(t for n in drawn for t in tree_leaves(n.meta["val"]) if isinstance(t, Tensor))]
-    return all(t.is_cuda for t in tensors) and len({t.device for t in tensors}) == 1
 
 
 def _optimized(module: torch.fx.GraphModule) -> Callable:

@@ -15,6 +15,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -27,6 +28,7 @@ from pyrovae.bounds import Bound
 from pyrovae.checks import ObservedChecked, check_all_observed, check_finite, evaluation_mode, inspect, sample_sites
 from pyrovae.data import Batches, as_batches
 from pyrovae.ranks import Share, join
+from pyrovae.recordings import Sequel
 from pyrovae.states import State
 
 __all__ = ["History", "fit"]
@@ -161,6 +163,7 @@ def fit(
     Raises:
         ValueError: when an argument is out of range, data is empty, holds NaN or infinity or is outside the
             likelihood's support, or model and guide do not fit each other; or the checkpoint is another model's.
+        TypeError: when `optimizer` makes none of torch's, or `loss` is no ELBO.
         FileExistsError: when the checkpoint is there and `resume` is not asked for.
         FloatingPointError: when the loss or a parameter stops being finite. The message names the step and the site; the
             checkpoint keeps the last good state.
@@ -297,7 +300,7 @@ class _Run:
         self.data_size = structure.data_size if structure.data_size != len(args[0]) else None
         self.params, self.buffers = self._find_state(args)
         self.trained = list({id(p): p for p in self.params.values()}.values())
-        self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizer(self.trained)
+        self.optimizer = _built(optimizer, self.trained)
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         missing = [name for name, p in self.params.items() if id(p) not in held]
         if missing:
@@ -420,7 +423,7 @@ class _Run:
             names = ["loss"] if step.terms is None else [*step.terms.named]
             self._update(names, step.numbers, step.fine, share, size)
 
-        sequel = graphs.Sequel(update, self._told if self.recordable else None)
+        sequel = Sequel(update, self._told if self.recordable else None)
         return self.compiled.step(self.model, self.guide, args, {}, scale, share, sequel) is not None
 
     def _told(self) -> list:
@@ -598,6 +601,18 @@ class _Run:
         if isinstance(self.loss, Bound) and "loss" in state:  # not in a checkpoint of pyrovae 0.1
             self.loss.load_state_dict(state["loss"])
         self.num_steps = state["num_steps"]
+
+
+def _built(optimizer: Callable | Optimizer, params: list[Tensor]) -> Optimizer:
+    built = optimizer
+    if callable(optimizer) and not isinstance(optimizer, (Optimizer, PyroOptim)):
+        built = optimizer(params)
+    if not isinstance(built, Optimizer):
+        raise TypeError(
+            "optimizer must be one of torch's, or make one when called with the parameters, such as "
+            f"functools.partial(torch.optim.Adam, lr=1e-3); got {optimizer!r}."
+        )
+    return built
 
 
 def _make_recordable(optimizer: Optimizer) -> bool:

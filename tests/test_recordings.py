@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyrovae import bounds, estimators, fit, graphs, log_marginal, training
+from pyrovae import bounds, estimators, fit, graphs, log_marginal, recordings, training
 from pyrovae import compile as compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,7 +36,7 @@ class StandIn:
         self.places = [t.data_ptr() for t in kept]
         self.inputs, self.result = [t.clone() for t in inputs], None
 
-    serves = graphs._Recording.serves
+    serves = recordings.Recording.serves
 
     def play(self, inputs: list[Tensor]) -> Any:
         for own, given in zip(self.inputs, inputs, strict=True):
@@ -53,8 +53,8 @@ class StandIn:
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch) -> None:
     if DEVICE == "cpu":
-        monkeypatch.setattr(graphs, "_Recording", StandIn)
-        monkeypatch.setattr(graphs, "_on_one_gpu", lambda module, tensors: True)
+        monkeypatch.setattr(graphs, "Recording", StandIn)
+        monkeypatch.setattr(graphs, "on_one_gpu", lambda module, tensors: True)
         monkeypatch.setattr(training, "_make_recordable", lambda optimizer: not isinstance(optimizer, Adagrad))
         monkeypatch.setattr(graphs, "_optimized", lambda module: module)
 
@@ -84,7 +84,7 @@ def fitted(elbo: Any, make: Callable[[], Pair] = lambda: pair_of(small_vae()), x
     return [torch.tensor(history["loss"]), *left, random_state()]
 
 
-def recordings(elbo: graphs.Compiled) -> list:
+def recordings_of(elbo: graphs.Compiled) -> list:
     return [graph.recording for kind in elbo.graphs._kinds.values() for graph in kind.graphs]
 
 
@@ -99,7 +99,7 @@ LOSSES = {
 def test_training_is_the_same_and_recorded(make):
     elbo = compiled(make())
     same(fitted(elbo), fitted(make()))
-    assert recordings(elbo) and all(recordings(elbo))
+    assert recordings_of(elbo) and all(recordings_of(elbo))
 
 
 # With whether they are recorded.
@@ -119,8 +119,8 @@ def test_every_optimizer(name):
     elbo = compiled(Trace_ELBO())
     options = {"optimizer": optimizer, "clip_norm": 1.0}
     same(fitted(elbo, **options), fitted(Trace_ELBO(), **options))
-    assert recordings(elbo)
-    held = [sequel for sequel in recordings(elbo) if sequel is not None and sequel.told]
+    assert recordings_of(elbo)
+    held = [sequel for sequel in recordings_of(elbo) if sequel is not None and sequel.told]
     assert bool(held) is recorded
 
 
@@ -164,7 +164,7 @@ def test_running_statistics_and_dropout():
     # The bias before a batch norm has no gradient but rounding, which Adam would make large.
     elbo, options = compiled(Trace_ELBO()), {"optimizer": partial(SGD, lr=1e-3)}
     same(fitted(elbo, normalised, **options), fitted(Trace_ELBO(), normalised, **options))
-    assert all(recordings(elbo))
+    assert all(recordings_of(elbo))
 
 
 def test_weights_that_are_put_elsewhere_are_read_there():
@@ -190,7 +190,7 @@ def test_a_loader_whose_thread_talks_to_the_gpu():
     elbo = compiled(Trace_ELBO())
     options = {"device": DEVICE, "epochs": 4}
     same(fitted(elbo, x=loader(), **options), fitted(Trace_ELBO(), x=loader(), **options))
-    assert any(recordings(elbo))
+    assert any(recordings_of(elbo))
 
 
 @needs_gpu
@@ -228,7 +228,7 @@ def test_what_is_returned_is_not_overwritten():
     elbo = compiled(bounds.IWAE(3))
     kept = [elbo.terms(pair.model, pair.guide, x).loss for _ in range(8)]
     values = [loss.item() for loss in kept]
-    assert all(recordings(elbo)) and len(set(values)) == 8
+    assert all(recordings_of(elbo)) and len(set(values)) == 8
     torch.manual_seed(3)
     again = []
     for _ in range(8):

@@ -488,6 +488,13 @@ def test_optimizer_objects_are_like_what_makes_them():
     )
 
 
+@pytest.mark.parametrize("make", [lambda: pyro.optim.Adam({"lr": 1e-3}), lambda: "Adam", lambda: lambda params: None])
+def test_optimizers_must_be_of_torch(make):
+    vae = normal_vae()
+    with pytest.raises(TypeError, match=r"optimizer must be one of torch's, .*functools.partial\(torch.optim.Adam, lr=1e-3\)"):
+        train(vae.model, vae.guide, torch.randn(20, 4), optimizer=make())
+
+
 def test_optimizers_must_hold_all_parameters():
     vae = normal_vae()
     before = {name: p.clone() for name, p in vae.state_dict().items()}
