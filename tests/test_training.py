@@ -492,7 +492,7 @@ def test_optimizer_objects_are_like_what_makes_them():
 def test_optimizers_must_be_of_torch(make):
     vae = normal_vae()
     with pytest.raises(TypeError, match=r"optimizer must be one of torch's, .*functools.partial\(torch.optim.Adam, lr=1e-3\)"):
-        train(vae.model, vae.guide, torch.randn(20, 4), optimizer=make())
+        train(vae.model, vae.guide, torch.randn(20, 4), batch_size=10, optimizer=make())
 
 
 def test_optimizers_must_hold_all_parameters():
