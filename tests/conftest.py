@@ -1,5 +1,10 @@
 """What every test starts from, and what none may leave behind."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes that wait for each other would take most of the time
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pyro
 import pytest

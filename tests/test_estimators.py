@@ -258,7 +258,7 @@ def test_quadrature_does_not_vouch_for_modes_that_its_grid_cannot_resolve(latent
     assert "Take more points" in str(estimate)
 
 
-@each("build", [lambda: priors.LogisticNormal(3), lambda: priors.Dirichlet(3, 2.0)])
+@each("build", [partial(priors.LogisticNormal, 3), partial(priors.Dirichlet, 3, 2.0)], ids=["normal", "Dirichlet"])
 @each("method", [ImportanceSampling(4000, Mixed()), *ANNEALED[:1], *ANNEALED[2:], Quadrature()])
 def test_latents_on_a_simplex_agree_with_a_quadrature_there(build, method):
     q = encoders.LogisticNormal(3, 3, AFFINE)
