@@ -1,5 +1,6 @@
 r"""Objectives as compiled graphs: what Pyro's handlers do is done once, and what they read is watched."""
 
+import logging
 import math
 import random
 import re
@@ -17,11 +18,13 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import (
@@ -43,13 +46,13 @@ from pyrovae.states import ATOMS, State, Untraceable, same, tensor_kind
 __all__ = ["Compiled", "Graphs", "compile"]
 
 # Graphs for inputs of one kind: with more, what they differ in changes too often.
-_MOST = 8
+_MOST = 4
 # Calls after which inputs of another shape than the first get a graph of their own, which takes seconds to make.
 _WORTH_IT = 32
 # Calls between looks at a GPU.
 _ASK_EVERY = 50
-# What a bound and its schedules change at every step, and give to a graph as inputs.
-_SKIP = {Bound: frozenset({"steps", "_inspected", "_structure"})}
+# What a bound and its schedules change at every step, and give to a graph as inputs; what a guide makes anew before use.
+_SKIP = {Bound: frozenset({"steps", "_inspected", "_structure"}), AutoGuide: frozenset({"plates"})}
 
 
 class Graphs:
@@ -63,7 +66,7 @@ class Graphs:
 
     Args:
         name: what messages call the functions.
-        report: called with a line of text before something that takes long.
+        report: called with a line of text before something that takes long, and with an empty one after.
     """
 
     def __init__(self, name: str, report: Callable[[str], Any] = lambda line: None):
@@ -109,7 +112,7 @@ class Graphs:
     def refuse(self, error: Untraceable) -> None:
         """Makes no graph any more, and warns of it."""
         self.reason = str(error)
-        warnings.warn(f"{self.name} is not compiled, but run as it is: {error}.", stacklevel=4)
+        _warn(f"{self.name} is not compiled, but run as it is: {error}.")
 
     def _call(
         self, function: Callable, inputs: list[Tensor], roots: tuple, static: Any, sequel: Sequel | None
@@ -141,11 +144,12 @@ class Graphs:
             return result, kind.state
         if len(kind.graphs) == _MOST:
             raise Untraceable(
-                f"{change}, and there are {_MOST} graphs for earlier values of such already; keep what changes in a tensor, "
-                "changed in place"
+                f"{change}, and there are {_MOST} graphs for earlier values of such already; keep what changes in one tensor, "
+                "changed in place by fill_ or copy_"
             )
         self.report(f"compiling {self.name}" + (f", for {change}" if change else ""))
         graph, result = _make(function, self.name, inputs, roots, sequel)
+        self.report("")
         kind.graphs.insert(0, graph)
         return result, graph.state
 
@@ -244,7 +248,7 @@ class _Graph:
             self.recording = Recording(both, inputs, [t for t in self.given if isinstance(t, Tensor)], told)
         except RuntimeError as error:
             self.recordable = False
-            warnings.warn(f"{self.name} is compiled, but not recorded as a CUDA graph: {_reason(error)}.", stacklevel=6)
+            _warn(f"{self.name} is compiled, but not recorded as a CUDA graph: {_reason(error)}.")
 
     def own(self, result: Any) -> None:
         """Finds what of a result lies in memory that it does not have for itself, and is to be copied."""
@@ -275,7 +279,8 @@ class _Graph:
             raise RuntimeError(
                 f"the graph of {self.name} gives something else than {self.name} itself with the same noise: values differ by "
                 f"{far:.1e} of the largest, gradients by {off:.1e} of their norm. Something that it depends on changed unseen "
-                "(a file, a NumPy array), or torch.compile erred. Hand what changes over as an argument, or leave out compile."
+                "(a file, the environment), up to so many steps ago as there had been before, or torch.compile erred. Hand what "
+                "changes over as an argument, or leave out compile."
             )
 
 
@@ -425,22 +430,40 @@ def _undone(state: State, function: Callable[[], Any]) -> tuple[Any, list[tuple[
     return result, after
 
 
+def _warn(text: str) -> None:
+    """Warns, and says that it is of the line that called the library."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pyrovae", "pyro", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
+
+
 @contextmanager
 def _no_warnings() -> Iterator[None]:
     """Says nothing of what torch warns of in its own tracer and compiler; the function has run, and warned, before."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    log = logging.getLogger("torch.utils.cpp_extension")  # which finds no GPU worth a line
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 @contextmanager
 def _no_host_looks() -> Iterator[None]:
-    """Keeps Pyro's own ELBOs from fetching numbers from tensors, which they do for what they print and to warn of NaN."""
+    """Keeps Pyro from fetching numbers from tensors: to print a loss, to warn of NaN, to validate what is drawn.
+
+    A distribution that was made outside of the model keeps to validation where that is off for those made inside.
+    """
     instead = {
         "torch_item": lambda x: x.detach() if isinstance(x, Tensor) else x,
         "warn_if_nan": lambda value, *args, **kwargs: value,
     }
-    replaced = []
+    replaced = [(Distribution, "_validate_sample", Distribution._validate_sample)]
+    Distribution._validate_sample = lambda self, value: None
     for module in [m for name, m in sys.modules.items() if name.startswith("pyro.infer.")]:
         for name, substitute in instead.items():
             if name in vars(module):
@@ -449,8 +472,8 @@ def _no_host_looks() -> Iterator[None]:
     try:
         yield
     finally:
-        for module, name, original in replaced:
-            setattr(module, name, original)
+        for owner, name, original in replaced:
+            setattr(owner, name, original)
 
 
 def _process(inputs: list[Tensor]) -> tuple:
@@ -660,9 +683,13 @@ def compile(elbo: ELBO) -> Compiled:
 
     Nothing is frozen that may change: there is a graph for each shape of the data and for each state of what model and
     guide can reach (numbers, flags, train and eval mode, global variables); schedules of a bound are inputs. Each graph is
-    held against the ELBO itself at its first call, its second, fourth, eighth and so on. Where there can be no graph (no
-    C++ compiler, control flow that depends on values in tensors, state that every run changes) one warning says why, and
-    the ELBO itself runs.
+    held against the ELBO itself at its first call, its second, fourth, eighth and so on, which finds what was read from
+    elsewhere, a file for one. Where there can be no graph (no C++ compiler, control flow that depends on values in
+    tensors, state that every run changes) one warning says why, and the ELBO itself runs.
+
+    To find out, model and guide are run some times more than there are steps, and what they draw then is drawn again. A guide
+    that sets itself up at its first call, such as Pyro's automatic ones, does so then, without using up noise; call it once before
+    if the run is to be the same as one that is not compiled.
 
     Args:
         elbo: one of :mod:`pyrovae.bounds`, or Pyro's ``Trace_ELBO`` or ``TraceMeanField_ELBO``; others of Pyro's look at

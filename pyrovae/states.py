@@ -1,11 +1,12 @@
 """The state that a function can reach: what may change from one call to the next without being an argument."""
 
+import gc
 import operator
 import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 # Code that reads no state but that of the objects it is given. All other functions and classes are the user's.
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "pyro", "pyrovae", "numpy", "zuko", "torchvision", "tqdm"})
 ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, range, slice)
+_Cached = type(lru_cache(int))
 _OPAQUE = (types.BuiltinFunctionType, types.CodeType, TraceMessenger, Trace, torch.Generator)
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 _MODULE_ENTRIES = operator.attrgetter("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks")
@@ -132,6 +134,10 @@ class State:
             self._visit(where, x.__func__)
         elif isinstance(x, types.FunctionType):
             self._visit_function(x)
+        elif isinstance(x, _Cached):  # what it keeps; other results are of other arguments
+            for kept in gc.get_referents(x):
+                for result in kept.values() if isinstance(kept, dict) else [kept]:
+                    self._visit(where, result)
         elif isinstance(x, partial):
             self._visit(where, [x.func, x.args, x.keywords])
         elif isinstance(x, dict):

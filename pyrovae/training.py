@@ -151,10 +151,12 @@ def fit(
         checkpoint: a file to keep the state of training in, written after epochs (rarely enough to cost little) and at
             the end, whole or not at all.
         resume: go on from the checkpoint if it is there. The result is the same to the bit as that of a run that was not
-            interrupted, on the same machine.
+            interrupted, on the same machine; compiled, to rounding where the last batch of an epoch is smaller, for such
+            batches run as they are at first in each process.
         device: where to move data in memory, once, and batches of a loader; the default leaves them where they are.
         compile: whether to compute loss and gradient by a compiled graph, as :func:`pyrovae.compile` does, the noise
-            being the same. It takes some seconds at the first step of this process.
+            being the same. It takes some seconds at the first step of this process. On a GPU the optimizer's step is
+            recorded along with it.
         progress: whether to show a progress bar.
 
     Returns:
@@ -163,7 +165,7 @@ def fit(
     Raises:
         ValueError: when an argument is out of range, data is empty, holds NaN or infinity or is outside the
             likelihood's support, or model and guide do not fit each other; or the checkpoint is another model's.
-        TypeError: when `optimizer` makes none of torch's, or `loss` is no ELBO.
+        TypeError: when `optimizer` makes none of torch's, `loss` is no ELBO, or `scheduler` or a callback is no function.
         FileExistsError: when the checkpoint is there and `resume` is not asked for.
         FloatingPointError: when the loss or a parameter stops being finite. The message names the step and the site; the
             checkpoint keeps the last good state.
@@ -183,6 +185,13 @@ def fit(
         raise ValueError(f"clip_norm must be positive, got {clip_norm}.")
     if patience is not None and validation is None:
         raise ValueError("patience stops training by the validation loss: give validation data, or leave patience out.")
+    if not (scheduler is None or callable(scheduler)):
+        raise TypeError(
+            "scheduler must make a schedule when called with the optimizer, such as functools.partial(StepLR, step_size=10); "
+            f"got {scheduler!r}."
+        )
+    if not (isinstance(callbacks, Sequence) and all(map(callable, callbacks))):
+        raise TypeError(f"callbacks must be a list of functions of the history, got {callbacks!r}.")
     ranks = join(device)
     is_there = checkpoint is not None and ranks.told(lambda: Path(checkpoint).exists())
     if is_there and not resume:
@@ -607,9 +616,9 @@ def _built(optimizer: Callable | Optimizer, params: list[Tensor]) -> Optimizer:
     built = optimizer
     if callable(optimizer) and not isinstance(optimizer, (Optimizer, PyroOptim)):
         built = optimizer(params)
-    if not isinstance(built, Optimizer):
+    if not isinstance(built, Optimizer) or isinstance(built, torch.optim.LBFGS):  # which asks for losses of its own
         raise TypeError(
-            "optimizer must be one of torch's, or make one when called with the parameters, such as "
+            "optimizer must be one of torch's other than LBFGS, or make one when called with the parameters, such as "
             f"functools.partial(torch.optim.Adam, lr=1e-3); got {optimizer!r}."
         )
     return built

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ from pyro.infer import (
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from test_parts import COVERING, MEETING, name_of, representatives, vae_of
 from torch import Tensor, nn
@@ -82,10 +82,10 @@ def at_once(monkeypatch) -> None:
 
 
 @contextmanager
-def refused(reason: str) -> Iterator[None]:
+def refused(reason: str) -> Iterator[list]:
     """Expects one warning that something is not compiled, for a reason."""
     with pytest.warns(UserWarning, match=f"not compiled, but run as it is: .*{reason}") as warned:
-        yield
+        yield warned
     assert len(warned) == 1
 
 
@@ -499,6 +499,44 @@ def test_modules_of_pyro_and_automatic_guides_compiled_are_the_same(make, traced
     assert traced.made == 1
 
 
+@pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal, AutoLowRankMultivariateNormal])
+def test_automatic_guides_of_latents_in_a_plate_compiled_are_the_same(kind, traced):
+    def pair() -> Pair:
+        decoder = nn.Linear(2, 3).double()
+
+        def model(x):
+            pyro.module("decoder", decoder)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+        guide = kind(model)
+        guide(doubles(5, 3))
+        guide.double()
+        return Pair(model, guide, [decoder, guide])
+
+    same_compiled(Trace_ELBO, pair, doubles(5, 3))
+    assert traced.made == 1
+
+
+def test_a_distribution_made_outside_that_validates_compiled_is_the_same(traced):
+    prior = dist.Normal(torch.zeros((), dtype=torch.float64), 1.0).expand([5, 2]).to_event(1)
+
+    def pair() -> Pair:
+        made = linear()
+
+        def model(x):
+            pyro.module("decoder", made.modules[0])
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", prior)
+                pyro.sample("x", dist.Normal(made.modules[0](z), 1.0).to_event(1), obs=x)
+
+        return Pair(model, made.guide, made.modules[:1])
+
+    same_compiled(Trace_ELBO, pair, doubles(5, 3))
+    assert traced.made == 1
+
+
 @pytest.mark.parametrize("make", [lambda: bounds.IWAE(3), Trace_ELBO], ids=["IWAE", "Trace_ELBO"])
 def test_svi_takes_a_compiled_elbo(make, traced):
     found, x = [], doubles(5, 3)
@@ -862,6 +900,17 @@ def of_an_import_inside() -> Changing:
     return Changing(linear(factor), lambda: setattr(SETTINGS, "factor", 2.0))
 
 
+def of_what_is_cached(maxsize: int | None) -> Callable[[], Changing]:
+    def make() -> Changing:
+        @lru_cache(maxsize)
+        def settings() -> types.SimpleNamespace:
+            return types.SimpleNamespace(factor=1.0)
+
+        return Changing(linear(lambda: settings().factor), lambda: setattr(settings(), "factor", 2.0))
+
+    return make
+
+
 def of_an_attribute_of_a_function() -> Changing:
     def factor() -> float:
         return factor.by
@@ -908,6 +957,8 @@ CHANGES = {
     "new attribute": described(lambda layer: setattr(layer, "extra", 2.0)),
     "new buffer": described(lambda layer: layer.register_buffer("extra", torch.tensor(2.0).double())),
     "attribute of a function": of_an_attribute_of_a_function,
+    "what a cache keeps": of_what_is_cached(8),
+    "what a cache without end keeps": of_what_is_cached(None),
     "queue": of_a_queue,
     "handler inside": of_a_handler_inside,
     "conditioned data": of_conditioned_data,
@@ -1239,8 +1290,9 @@ REFUSED = {
 @pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_a_graph_is_warned_of_once_and_runs(make, reason, traced):
     pair, elbo = fresh(make), compiled(Trace_ELBO())
-    with refused(reason):
+    with refused(reason) as warned:
         losses = [elbo.loss_and_grads(pair.model, pair.guide, doubles(5, 3)) for _ in range(5)]
+    assert warned[0].filename == __file__  # the user's own line
     assert traced.made == 0
     assert len(set(map(float, losses))) == 5
 
@@ -1274,13 +1326,13 @@ def test_a_compiler_that_fails_is_warned_of_once(error, later, monkeypatch):
 
 def test_what_changes_too_often_is_named(traced):
     found, held, x = [], [0.0], doubles(5, 3)
-    with refused(r"held\[0\] changed from \d.0 to 8.0, and there are 8 graphs for earlier values"):
+    with refused(r"held\[0\] changed from \d.0 to 4.0, and there are 4 graphs for earlier values"):
         for wrap in (lambda elbo: elbo, compiled):
             pair = fresh(lambda: linear(lambda: held[0]))
             change = partial(held.__setitem__, 0)
             found.append(trained(wrap(Trace_ELBO()), pair, x, steps=11, change=lambda step: change(float(step))))
     same(found[1], found[0])
-    assert traced.made == 8
+    assert traced.made == 4
 
 
 def test_an_argument_that_is_another_number_each_time_is_named(traced):
