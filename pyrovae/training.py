@@ -438,7 +438,9 @@ class _Run:
     def _told(self) -> list:
         """Returns what decides what a step of the optimizer launches on a GPU."""
         settings = [value for group in self.optimizer.param_groups for value in group.values()]
-        return [self, self.optimizer.state, *settings]
+        # A tensor that is not on the GPU is read when it is recorded.
+        numbers = [x.item() if isinstance(x, Tensor) and not x.is_cuda else x for x in settings]
+        return [self, self.optimizer.state, *numbers]
 
     def _loss_and_grads(self, args: tuple, share: Share, scale: float) -> tuple[dict[str, Tensor], Tensor | bool]:
         """Computes the gradient of the loss times a scale.
