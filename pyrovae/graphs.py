@@ -74,6 +74,16 @@ class Graphs:
         self.calls = 0
         self.reason: str | None = None
         self._kinds: dict[tuple, _Kind] = {}
+        self._before: dict[tuple, int] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns how often inputs of each shape came without a graph, so that a run that goes on makes graphs as one would."""
+        calls = {_shapes(kinds): kind.calls for (_, kinds), kind in self._kinds.items()}
+        return {"calls": [[list(map(list, shapes)), number] for shapes, number in (self._before | calls).items()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state that was kept."""
+        self._before = {tuple(map(tuple, shapes)): number for shapes, number in state["calls"]}
 
     def __call__(
         self,
@@ -125,7 +135,8 @@ class Graphs:
                     f"{_difference(inner, [other for other, shapes in self._kinds if shapes == key[1]])} is another again; if it is "
                     "an argument, make it a tensor"
                 )
-            self._kinds[key] = _Kind(calls=0, wait=_WORTH_IT if self._kinds else 0, graphs=[], state=None)
+            calls = self._before.get(_shapes(key[1]), 0)
+            self._kinds[key] = _Kind(calls, wait=_WORTH_IT if self._kinds else 0, graphs=[], state=None)
         kind, change = self._kinds[key], None
         for i, graph in enumerate(kind.graphs):
             change = graph.change(inputs, roots)
@@ -152,6 +163,11 @@ class Graphs:
         self.report("")
         kind.graphs.insert(0, graph)
         return result, graph.state
+
+
+def _shapes(kinds: tuple) -> tuple:
+    """Returns the shapes of tensors of some kinds."""
+    return tuple(tuple(shape) for shape, *_ in kinds)
 
 
 @dataclass

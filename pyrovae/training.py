@@ -151,8 +151,7 @@ def fit(
         checkpoint: a file to keep the state of training in, written after epochs (rarely enough to cost little) and at
             the end, whole or not at all.
         resume: go on from the checkpoint if it is there. The result is the same to the bit as that of a run that was not
-            interrupted, on the same machine; compiled, to rounding where the last batch of an epoch is smaller, for such
-            batches run as they are at first in each process.
+            interrupted, on the same machine.
         device: where to move data in memory, once, and batches of a loader; the default leaves them where they are.
         compile: whether to compute loss and gradient by a compiled graph, as :func:`pyrovae.compile` does, the noise
             being the same. It takes some seconds at the first step of this process. On a GPU the optimizer's step is
@@ -588,6 +587,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "loss": self.loss.state_dict() if isinstance(self.loss, Bound) else {},
+            "graphs": {"calls": []} if self.compiled is None else self.compiled.graphs.state_dict(),
             "num_steps": self.num_steps,
         }
 
@@ -611,6 +611,8 @@ class _Run:
             self.scheduler.load_state_dict(state["scheduler"])
         if isinstance(self.loss, Bound) and "loss" in state:  # not in a checkpoint of pyrovae 0.1
             self.loss.load_state_dict(state["loss"])
+        if self.compiled is not None and "graphs" in state:  # not in a checkpoint of pyrovae 0.1
+            self.compiled.graphs.load_state_dict(state["graphs"])
         self.num_steps = state["num_steps"]
 
 

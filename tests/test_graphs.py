@@ -1062,6 +1062,16 @@ def test_another_shape_waits_until_it_is_worth_it(traced, monkeypatch):
     assert made == [1, 1, 1, 1, 1, 2, 2, 2, 2, 2]
 
 
+def test_a_resumed_run_makes_graphs_when_it_would_have(traced, monkeypatch, tmp_path):
+    monkeypatch.setattr(graphs, "_WORTH_IT", 3)
+    x, made = doubles(12, 3), []
+    for epochs in (2, 3, 4):  # of two batches, the last one smaller
+        pair = fresh(linear)
+        fit(*pair[:2], x, epochs=epochs, batch_size=8, compile=True, checkpoint=tmp_path / "run", resume=epochs > 2)
+        made.append(traced.made)
+    assert made == [1, 2, 4]  # the fourth small batch is the first of its process, and has one of its own
+
+
 class Steep(bounds.Schedule):
     """A schedule of one's own."""
 
