@@ -16,7 +16,7 @@ from models import binary_images, pyrovae_vae
 
 import pyrovae
 
-DATA = 4096  # an epoch, for each process; four steps at least
+DATA = 16_384  # an epoch, for each process
 
 
 def main(args: argparse.Namespace) -> None:
@@ -24,7 +24,7 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     pyro.set_rng_seed(0)
-    steps = max(DATA // args.batch, 4)
+    steps = DATA // args.batch
     vae, x, ends = pyrovae_vae(), binary_images(args.batch * steps * processes), []
     pyrovae.fit(
         vae.model,
@@ -44,6 +44,6 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=128, help="data a step of each process")
-    parser.add_argument("--epochs", type=int, default=12, help="epochs, the first two of them not timed")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs, the first two of them not timed")
     parser.add_argument("--compile", action="store_true")
     main(parser.parse_args())

@@ -4,6 +4,7 @@ import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,18 +66,7 @@ class Ranks(NamedTuple):
 
     def add_up(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Returns to all the sums over processes of tensors that each has, of the same shapes in the same order."""
-        tensors = list(tensors)
-        if self.size == 1:
-            return tensors
-        kinds: dict[tuple, list[int]] = {}
-        for i, t in enumerate(tensors):
-            kinds.setdefault((t.dtype, t.device), []).append(i)
-        for places in kinds.values():
-            flat = torch.cat([tensors[i].reshape(-1) for i in places])
-            distributed.all_reduce(flat)
-            for i, part in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
-                tensors[i] = part.view_as(tensors[i])
-        return tensors
+        return list(tensors) if self.size == 1 else _together(distributed.all_reduce, tensors)
 
     def compared(self, batches: Iterable) -> Iterator:
         """Yields batches, after making sure that the first is the same in all processes."""
@@ -95,14 +85,27 @@ class Ranks(NamedTuple):
         """Gives all processes the first one's values of tensors, and its random state, from which all draw alike."""
         if self.size == 1:
             return
-        for t in tensors:
-            same = t.detach().contiguous()
-            distributed.broadcast(same, src=0)
-            t.copy_(same)
+        tensors = list(tensors)
+        for t, first in zip(tensors, _together(partial(distributed.broadcast, src=0), tensors), strict=True):
+            t.copy_(first)
         states = self.told(lambda: (torch.get_rng_state(), torch.cuda.get_rng_state() if _on_gpu() else None))
         torch.set_rng_state(states[0])
         if states[1] is not None:
             torch.cuda.set_rng_state(states[1])
+
+
+def _together(act: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Returns what an operation among processes makes of tensors: those of a type in one piece, for each piece takes a while."""
+    tensors = [t.detach() for t in tensors]
+    kinds: dict[tuple, list[int]] = {}
+    for i, t in enumerate(tensors):
+        kinds.setdefault((t.dtype, t.device), []).append(i)
+    for places in kinds.values():
+        flat = torch.cat([tensors[i].reshape(-1) for i in places])
+        act(flat)
+        for i, part in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
+            tensors[i] = part.view_as(tensors[i])
+    return tensors
 
 
 class Share(NamedTuple):
