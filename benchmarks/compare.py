@@ -79,6 +79,7 @@ EVERY, TEST_SAMPLES, MOST_EPOCHS = 5, 200, 500
 JSON, PICTURE = (Path(__file__).with_suffix(suffix) for suffix in (".json", ".png"))
 HAND, HAND_COMPILED = "hand-written", "hand-written, compiled"
 HAND_GRAPH, HAND_COMPILED_GRAPH = "hand-written, CUDA graph", "hand-written, compiled, CUDA graph"
+GRAPHS_BY_HAND = (HAND_GRAPH, HAND_COMPILED_GRAPH)  # on a GPU
 STOCK, FIT, COMPILED, PYTHAE = "stock SVI", "fit", "fit, compiled", "pythae"
 
 # Trains for some epochs and calls mark() after each, which ends training when it returns True.
@@ -232,7 +233,7 @@ BUILD: dict[str, Build] = {
 
 def loops_on(device: str) -> list[str]:
     """Returns the names of all loops that there are on a device."""
-    return [name for name in BUILD if name not in (HAND_GRAPH, HAND_COMPILED_GRAPH) or device == "cuda"]
+    return [name for name in BUILD if name not in GRAPHS_BY_HAND or device == "cuda"]
 
 
 def finish(device: str) -> None:
@@ -668,7 +669,7 @@ def time_to_target(
 
 
 def measure_quality(args: argparse.Namespace) -> Measured:
-    names = [name for name in loops_on(args.device) if name not in (HAND_GRAPH, HAND_COMPILED_GRAPH, PYTHAE)]
+    names = [name for name in loops_on(args.device) if name not in (*GRAPHS_BY_HAND, PYTHAE)]
     runs = []
     for seed in range(args.runs):
         for particles, target in TARGETS.items():
@@ -736,15 +737,16 @@ def told_goals(device: str, parts: dict[str, Measured]) -> str:
 
     for case in parts.get("mlp", {}).get("cases", []):
         ms, where = case["ms"], f"MLP, {objective(case['particles'])}, batch {case['batch']}: "
-        if (case["particles"], case["batch"], device) == (1, 128, "cuda"):
+        measured = device, case["particles"], case["batch"]
+        if measured == ("cuda", 1, 128):
             add(where + f"{STOCK} / {COMPILED}", ratios(ms[STOCK], ms[COMPILED]), "at least 20", 1)
-            for by_hand in (HAND_GRAPH, HAND_COMPILED_GRAPH):
+            for by_hand in GRAPHS_BY_HAND:
                 add(where + f"{COMPILED} / {by_hand}", ratios(ms[COMPILED], ms[by_hand]), "at most 1.1")
-        elif (case["particles"], case["batch"]) == (1, 128):
+        elif measured == ("cpu", 1, 128):
             add(where + f"{COMPILED} / {HAND_COMPILED}", ratios(ms[COMPILED], ms[HAND_COMPILED]), "at most 1")
             add(where + f"{STOCK} / {COMPILED}", ratios(ms[STOCK], ms[COMPILED]), "at least 2.1")
             add(where + f"{PYTHAE} / {COMPILED}", ratios(ms[PYTHAE], ms[COMPILED]), "at least 2.5")
-        elif (case["particles"], case["batch"], device) == (50, 64, "cpu"):
+        elif measured == ("cpu", 50, 64):
             add(where + f"{STOCK} (RenyiELBO) / {COMPILED}", ratios(ms[STOCK], ms[COMPILED]), "at least 3.2")
     if "importance" in parts and device == "cpu":
         found, ours = parts["importance"], "log_marginal, compiled"

@@ -486,14 +486,19 @@ class Written(PyroModule):
             pyro.sample("x", dist.Normal(self.decoder(z), self.scale).to_event(1), obs=x)
 
 
+def automatic(kind: type, model: Callable, module: nn.Module) -> Pair:
+    """Returns a model with an automatic guide that has set itself up."""
+    guide = kind(model)
+    guide(doubles(5, 3))
+    guide.double()
+    return Pair(model, guide, [module, guide])
+
+
 @pytest.mark.parametrize("make", [bounds.ELBO, Trace_ELBO])
 def test_modules_of_pyro_and_automatic_guides_compiled_are_the_same(make, traced):
     def pair() -> Pair:
         model = Written().double()
-        guide = AutoNormal(model)
-        guide(doubles(5, 3))
-        guide.double()
-        return Pair(model, guide, [model, guide])
+        return automatic(AutoNormal, model, model)
 
     same_compiled(make, pair, doubles(5, 3))
     assert traced.made == 1
@@ -502,18 +507,8 @@ def test_modules_of_pyro_and_automatic_guides_compiled_are_the_same(make, traced
 @pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal, AutoLowRankMultivariateNormal])
 def test_automatic_guides_of_latents_in_a_plate_compiled_are_the_same(kind, traced):
     def pair() -> Pair:
-        decoder = nn.Linear(2, 3).double()
-
-        def model(x):
-            pyro.module("decoder", decoder)
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-                pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
-
-        guide = kind(model)
-        guide(doubles(5, 3))
-        guide.double()
-        return Pair(model, guide, [decoder, guide])
+        by_hand = linear()
+        return automatic(kind, by_hand.model, by_hand.modules[0])
 
     same_compiled(Trace_ELBO, pair, doubles(5, 3))
     assert traced.made == 1

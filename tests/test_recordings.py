@@ -3,7 +3,6 @@
 Without a GPU what decides when to record and what to play back is tested by a stand-in.
 """
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -120,8 +119,8 @@ def test_every_optimizer(name):
     options = {"optimizer": optimizer, "clip_norm": 1.0}
     same(fitted(elbo, **options), fitted(Trace_ELBO(), **options))
     assert recordings_of(elbo)
-    held = [sequel for sequel in recordings_of(elbo) if sequel is not None and sequel.told]
-    assert bool(held) is recorded
+    along = [recording for recording in recordings_of(elbo) if recording is not None and recording.told]
+    assert bool(along) is recorded
 
 
 def settings(optimizers: list) -> Callable:
@@ -291,5 +290,5 @@ def test_a_loss_that_is_no_longer_finite_is_found_within_some_steps():
     vae = small_vae()
     vae.encoder.network = nn.Sequential(Failing(), vae.encoder.network)
     vae.to(DEVICE, torch.float64)
-    with pytest.raises(FloatingPointError, match="stopped being finite at step"), warnings.catch_warnings():
+    with pytest.raises(FloatingPointError, match="stopped being finite at step"):
         fit(vae.model, vae.guide, data(), epochs=100, batch_size=10, compile=True)

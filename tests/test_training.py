@@ -490,20 +490,20 @@ def test_optimizer_objects_are_like_what_makes_them():
 
 @pytest.mark.parametrize(
     ("name", "make"),
-    {
-        "optimizer": lambda: pyro.optim.Adam({"lr": 1e-3}),
-        "optimizer ": lambda: "Adam",
-        "optimizer  ": lambda: lambda params: None,
-        "optimizer   ": lambda: torch.optim.LBFGS,
-        "scheduler": lambda: StepLR(SGD([torch.zeros(1)]), 2),
-        "callbacks": lambda: print,
-        "callbacks ": lambda: [3],
-    }.items(),
+    [
+        ("optimizer", lambda: pyro.optim.Adam({"lr": 1e-3})),
+        ("optimizer", lambda: "Adam"),
+        ("optimizer", lambda: lambda params: None),
+        ("optimizer", lambda: torch.optim.LBFGS),
+        ("scheduler", lambda: StepLR(SGD([torch.zeros(1)]), 2)),
+        ("callbacks", lambda: print),
+        ("callbacks", lambda: [3]),
+    ],
 )
 def test_what_is_no_optimizer_schedule_or_callback_is_named(name, make):
     vae = normal_vae()
-    with pytest.raises(TypeError, match=f"{name.strip()} must (be|make)"):
-        train(vae.model, vae.guide, torch.randn(20, 4), batch_size=10, **{name.strip(): make()})
+    with pytest.raises(TypeError, match=f"{name} must (be|make)"):
+        train(vae.model, vae.guide, torch.randn(20, 4), batch_size=10, **{name: make()})
 
 
 def test_optimizers_must_hold_all_parameters():
