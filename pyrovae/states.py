@@ -101,7 +101,10 @@ class State:
         return None
 
     def _is_the_same(self) -> bool:
-        """Returns whether all values are the very same objects: quickly, for that is so in nearly all steps."""
+        """Returns whether all values are the very same objects: quickly, for that is so in nearly all steps.
+
+        What moved from the end of one container to the start of the next shows in how many entries they have.
+        """
         values = []
         try:
             for read in self._reads:
@@ -142,8 +145,10 @@ class State:
             self._visit(where, [x.func, x.args, x.keywords])
         elif isinstance(x, dict):
             self._add(_Slot(where, lambda: [*x, *x.values()], [*(f"the key {key!r}" for key in x), *x]))
+            self._count(where, "entries", x)
         elif isinstance(x, (list, tuple, set, frozenset, deque)):
             self._add(_Slot(where, lambda: x, range(len(x))))
+            self._count(where, "entries", x)
         elif isinstance(x, np.ndarray):
             if x.nbytes <= _SMALL:
                 self._add(_Slot(where, lambda: [x.tobytes()], ["content"]))

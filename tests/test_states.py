@@ -2,7 +2,7 @@
 
 import random
 import types
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from functools import partial
 from typing import Any
 
@@ -172,6 +172,15 @@ def test_changes_are_named(make, change, message):
     change(x)
     assert state.change((x,)) == message
     assert State((x,)).change((x,)) is None
+
+
+@pytest.mark.parametrize("kind", [list, deque])
+def test_what_moves_from_one_container_to_the_next_is_seen(kind):
+    first, second = kind([1.0]), kind()
+    state = State((first, second))
+    assert state.change((first, second)) is None
+    second.append(first.pop())
+    assert state.change((first, second)).endswith("has 0 entries, and had 1")
 
 
 def test_changes_of_variables_are_named(monkeypatch):
