@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -192,39 +192,27 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
     devices = sorted({t.device for t in tensors.values() if t.is_cuda}, key=str)
     with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
         guide_trace = traced(guide, None, *args, **kwargs)
-        model_trace = traced(model, latents_of_trace(guide_trace), *args, **kwargs)
-    guide_sites, model_sites = sample_sites(guide_trace), sample_sites(model_trace)
+        guide_sites = sample_sites(guide_trace)
+        try:
+            model_sites = sample_sites(traced(model, latents_of_trace(guide_trace), *args, **kwargs))
+        except Exception as error:
+            alone = {}
+            with suppress(Exception):  # a run by itself may show what does not fit
+                alone = sample_sites(traced(model, None, *args, **kwargs))
+            if alone:
+                _check_fit(alone, guide_sites)
+            raise error
+    _check_fit(model_sites, guide_sites)
     latents = {name: site for name, site in model_sites.items() if not site["is_observed"]}
-    if len(latents) == len(model_sites) and any(_is_data(site) for site in guide_sites.values()):
+    if not latents.keys() < model_sites.keys() and any(_is_data(site) for site in guide_sites.values()):
         raise ValueError("the model observes nothing, but the guide does. Were model and guide swapped?")
 
-    for name, site in latents.items():
-        if name not in guide_sites and not site["infer"].get("enumerate"):
-            raise ValueError(
-                f'The guide misses the latent site "{name}" of the model (it has {_names(guide_sites)}). '
-                f'Add pyro.sample("{name}", ...) to the guide.'
-            )
-    for name, site in guide_sites.items():
-        if name not in latents and not site["infer"].get("is_auxiliary") and not site["is_observed"]:
-            if name in model_sites:
-                raise ValueError(
-                    f'The guide samples "{name}", which the model observes. Give the guide the same value, as in '
-                    f'poutine.condition(guide, data={{"{name}": value}}).'
-                )
-            raise ValueError(
-                f'The guide samples "{name}", which is no latent site of the model (it has {_names(latents)}). '
-                'Rename it, or mark it infer={"is_auxiliary": True}.'
-            )
-    for name in latents.keys() & guide_sites.keys():
-        if _plate_sizes(latents[name]) != _plate_sizes(guide_sites[name]):
-            raise ValueError(
-                f'The plates of site "{name}" differ: {_describe(latents[name])} in the model, '
-                f"{_describe(guide_sites[name])} in the guide. Give it plates of the same sizes and dimensions in both."
-            )
     for name, site in [*model_sites.items(), *guide_sites.items()]:
         _check_batch_shape(name, site)
     unvalidated = frozenset(name for name, site in model_sites.items() if site["is_observed"] and _is_unvalidated(site["fn"]))
-    check_all_observed(model_trace, unvalidated)
+    for name, site in model_sites.items():
+        if site["is_observed"] and name not in unvalidated:
+            check_observed(name, site["fn"], site["value"])
 
     rows = next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()), None)
     data, unclear = _data_plate(model_sites, guide_sites, rows)
@@ -248,6 +236,35 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
         given=given,
         unvalidated=unvalidated,
     )
+
+
+def _check_fit(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> None:
+    """Raises a ValueError that names a site which the model and the guide do not have alike."""
+    latents = {name: site for name, site in model_sites.items() if not site["is_observed"]}
+    for name, site in latents.items():
+        if name not in guide_sites and not site["infer"].get("enumerate"):
+            raise ValueError(
+                f'The guide misses the latent site "{name}" of the model (it has {_names(guide_sites)}). '
+                f'Add pyro.sample("{name}", ...) to the guide.'
+            )
+    for name, site in guide_sites.items():
+        if name not in latents and not site["infer"].get("is_auxiliary") and not site["is_observed"]:
+            if name in model_sites:
+                raise ValueError(
+                    f'The guide samples "{name}", which the model observes. Give the guide the same value, as in '
+                    f'poutine.condition(guide, data={{"{name}": value}}).'
+                )
+            raise ValueError(
+                f'The guide samples "{name}", which is no latent site of the model (it has {_names(latents)}). '
+                'Rename it, or mark it infer={"is_auxiliary": True}.'
+            )
+    for name in latents.keys() & guide_sites.keys():
+        sizes = [(_plate_sizes(site), _full_sizes(site)) for site in (latents[name], guide_sites[name])]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f'The plates of site "{name}" differ: {_describe(latents[name])} in the model, '
+                f"{_describe(guide_sites[name])} in the guide. Give it plates of the same sizes and dimensions in both."
+            )
 
 
 def latents_of_trace(trace: poutine.Trace) -> poutine.Trace:
@@ -483,8 +500,14 @@ def _plate_sizes(site: dict) -> dict[int, int]:
     return {dim: size if size >= 0 else shape[dim] if len(shape) >= -dim else 1 for dim, size in sizes.items()}
 
 
+def _full_sizes(site: dict) -> dict[int, int]:
+    """Returns how much a site's plates stand for, by dimension: more than they hold where they are subsampled."""
+    full = {frame.dim: int(frame.full_size or -1) for frame in site["cond_indep_stack"] if frame.vectorized}
+    return {dim: full[dim] if full[dim] >= 0 else size for dim, size in _plate_sizes(site).items()}
+
+
 def _describe(site: dict) -> str:
-    sizes = _plate_sizes(site)
+    sizes = _full_sizes(site)
     plates = [f'plate "{f.name}" (dim {f.dim}, size {sizes.get(f.dim, f.size)})' for f in site["cond_indep_stack"]]
     return ", ".join(plates) or "no plate"
 
@@ -502,7 +525,7 @@ def _check_batch_shape(name: str, site: dict) -> None:
 def _problems(
     model_sites: dict[str, dict], guide_sites: dict[str, dict], data: DataPlate | None, given: frozenset[str]
 ) -> Iterator[str]:
-    named = f'the plate {data or f"""{DATA!r}"""}'
+    named = "the plate " + (str(data) if data else f'"{DATA}"')
     for where, sites in (("model", model_sites), ("guide", guide_sites)):
         outside = [
             name

@@ -21,8 +21,8 @@ from pyrovae.checks import (
     inspect,
     latents_of_trace,
     named_arguments,
-    traced,
     sample_sites,
+    traced,
     unwrapped,
     warn,
 )
@@ -78,23 +78,27 @@ def inspect_weights(model: Callable, guide: Callable, *args: Any, num_samples: i
     """Returns the structure of a model and a guide, or raises because weights per datum are undefined."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-    structure = inspect_samples(model, guide, *args, **kwargs)
+    structure = inspect(model, guide, *args, **kwargs)
     if structure.problems:
         raise ValueError(
             f"Importance weights per datum are undefined: {'; '.join(structure.problems)}. What belongs to a datum "
             'must stand under pyro.plate("data", len(x)) in the model and in the guide, drawn from a density; a latent that '
             "all data share must have a value, by poutine.condition of the model and of the guide."
         )
-    return structure
+    return check_draws(structure, model, guide, *args, **kwargs)
 
 
 def inspect_samples(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Structure:
-    """Returns the structure of a model and a guide, and whether many samples may be drawn at once.
+    """Returns the structure of a model and a guide, and whether many samples may be drawn at once."""
+    return check_draws(inspect(model, guide, *args, **kwargs), model, guide, *args, **kwargs)
+
+
+def check_draws(structure: Structure, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Structure:
+    """Returns a structure that says whether many samples may be drawn at once.
 
     A draw of several samples at once is compared with a run of model and guide at one of them alone. Where log-probabilities
     differ, or there is no such draw, samples are drawn one by one, and a warning says so.
     """
-    structure = inspect(model, guide, *args, **kwargs)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     devices = sorted({t.device for t in tensors if t.is_cuda}, key=str)
     with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
@@ -168,7 +172,7 @@ def trace_guide(guide: Callable, structure: Structure, num_samples: int, *args: 
     """Runs the guide for `num_samples` draws, at once if it can be; returns its trace."""
     if structure.vectorized:
         with _samples(structure, num_samples):
-            return _of_depth(traced(guide, None, *args, **kwargs), structure)
+            return of_depth(traced(guide, None, *args, **kwargs), structure)
     traces: list[poutine.Trace] = []
     for _ in range(num_samples):
         # All draws are of the same data.
@@ -205,7 +209,7 @@ def trace_model(
     """Runs the model at the latents of a guide's trace of `num_samples` draws; returns its trace."""
     if structure.vectorized:
         with _samples(structure, num_samples):
-            return _of_depth(traced(model, latents_of_trace(draws), *args, **kwargs), structure)
+            return of_depth(traced(model, latents_of_trace(draws), *args, **kwargs), structure)
     parts = [_one_draw(draws, structure, k) for k in range(num_samples)]
     return _stacked([traced(model, part, *args, **kwargs) for part in parts], structure)
 
@@ -255,7 +259,7 @@ def _stacked(traces: list[poutine.Trace], structure: Structure) -> poutine.Trace
             "mask": _together([site["mask"] for site in each], fn.batch_shape, 0),
             "scale": _together([site["scale"] for site in each], fn.batch_shape, 0),
         }
-    return _of_depth(whole, structure)
+    return of_depth(whole, structure)
 
 
 def _together(values: list[Any], shape: torch.Size, event_dim: int) -> Any:
@@ -266,7 +270,7 @@ def _together(values: list[Any], shape: torch.Size, event_dim: int) -> Any:
     return torch.stack([torch.as_tensor(value).expand(shape[1:]) for value in values])
 
 
-def _of_depth(trace: poutine.Trace, structure: Structure) -> poutine.Trace:
+def of_depth(trace: poutine.Trace, structure: Structure) -> poutine.Trace:
     """Returns a trace, after checking that its samples lie right in front of its plates, where they are looked for.
 
     Each site gets an entry "data", the frame of the data plate that it stands in, or None, and "num_plates", how many
@@ -428,7 +432,7 @@ def impute(
             drawn, log_q = draw(guide, structure, k, *args, **kwargs)
             scored = trace_model(model, drawn, structure, k, *args, **kwargs)
             if start == 0:
-                _check_imputed(scored, site, log_q, tensors)
+                _check_imputed(scored, site, log_q, tensors, structure.data)
             # In double precision, for the sums may run over very many terms.
             log_w = (log_p_of(scored, structure) - log_q).double()
             log_sum_here = log_w.logsumexp(0)
@@ -466,13 +470,13 @@ def _samples(structure: Structure, num_samples: int) -> pyro.plate:
     return pyro.plate(_SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting)
 
 
-def _check_imputed(trace: poutine.Trace, site: str, log_q: Tensor, tensors: list[Tensor]) -> None:
+def _check_imputed(trace: poutine.Trace, site: str, log_q: Tensor, tensors: list[Tensor], plate: Any) -> None:
     observed = [name for name, node in sample_sites(trace).items() if node["is_observed"]]
     if site not in observed:
         raise ValueError(f'The model has no observed site "{site}" to impute; it has {", ".join(observed) or "none"}.')
     if tensors and len(tensors[0]) != log_q.shape[1]:
         raise ValueError(
-            f'The data plate drew {log_q.shape[1]} of {len(tensors[0])} data that it was given. Impute data in the '
+            f'The plate {plate} drew {log_q.shape[1]} of {len(tensors[0])} data that it was given. Impute data in the '
             'order they come: use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
         )
 

@@ -32,8 +32,8 @@ from pyrovae.checks import (
     evaluation_mode,
     inspect,
     latents_of_trace,
-    traced,
     sample_sites,
+    traced,
 )
 from pyrovae.data import Batches, as_batches
 from pyrovae.ranks import Share, join

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pyrovae.bounds.gradients import Coefficients, Gradient, Reparameterized, leave_one_out
 from pyrovae.bounds.reductions import Reduced
-from pyrovae.checks import DATA, Structure, described, sample_sites
-from pyrovae.importance import in_data, inspect_samples, log_prob_of, per_datum, trace_guide, trace_model
+from pyrovae.checks import DATA, Structure, described, inspect, sample_sites
+from pyrovae.importance import check_draws, in_data, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.regularizers import Cost, Regularizer, Run
 
 
@@ -162,7 +162,7 @@ class Bound(PyroELBO, ABC):
         """
         look = (model, guide, _form(args, kwargs))
         if self._inspected != look:
-            structure = inspect_samples(model, guide, *args, **kwargs)
+            structure = inspect(model, guide, *args, **kwargs)
             if structure.extra:
                 listed = ", ".join(f'"{name}"' for name in sorted(structure.extra))
                 raise ValueError(
@@ -170,6 +170,7 @@ class Bound(PyroELBO, ABC):
                     "Hide it with poutine.block, move it to the model, or train with pyro.infer.Trace_ELBO."
                 )
             self._check_structure(structure)
+            structure = check_draws(structure, model, guide, *args, **kwargs)
             terms = self._terms(model, guide, structure, args, kwargs)
             self._inspected, self._structure = look, structure
             return terms
@@ -270,7 +271,7 @@ class Bound(PyroELBO, ABC):
         loss = weighed.loss + sum(values.values())
         if training:
             extra = full / batch * sum(cost.value + cost.aside for cost in costs.values())
-            surrogate = self._surrogate(weighed, scores, extra, cut) + self._also(run, weighed.scale)
+            surrogate = self._surrogate(weighed, scores, extra, cut) + self._also(run, structure, weighed.scale)
             # The value of the loss with the gradient of its estimator.
             loss = loss.detach() - (surrogate - surrogate.detach())
             self.steps += 1
@@ -388,7 +389,7 @@ class Bound(PyroELBO, ABC):
                 )
         return scores
 
-    def _also(self, run: Run, scale: float | Tensor) -> Tensor | float:
+    def _also(self, run: Run, structure: Structure, scale: float | Tensor) -> Tensor | float:
         """Returns a number whose gradient is a part of minus the loss's that no particle has."""
         return 0.0
 

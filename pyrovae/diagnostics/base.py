@@ -62,7 +62,7 @@ def latents_of(trace: poutine.Trace, structure: Structure) -> Latents:
         columns[name] = slice(at, at + value.shape[-1])
         at += value.shape[-1]
     if not parts:
-        raise ValueError(f"The guide has no latent site in the data plate, so there is nothing to look at.")
+        raise ValueError("The guide has no latent site in the data plate, so there is nothing to look at.")
     return Latents(torch.cat(parts, dim=-1), columns)
 
 

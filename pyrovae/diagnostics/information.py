@@ -261,7 +261,7 @@ def collapse(
         z, kl_by_site, each, prior = (torch.cat(t, dim=1) for t in zip(*(d.tensors for d in drawn), strict=True))
         if z.shape[1] != size:
             raise ValueError(
-                f'The data plate drew {z.shape[1]} of {size} data that it was given. Look at data in the order they '
+                f'The plate {structure.data} drew {z.shape[1]} of {size} data that it was given. Look at data in the order they '
                 'come: use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
             )
         latents = Latents(z, drawn[0].columns)

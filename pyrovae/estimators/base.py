@@ -212,7 +212,7 @@ class Task:
         if max(prior.shape[-1:], likelihood.shape[-1:]) != (self.size,):
             drawn = max(prior.shape[-1:], likelihood.shape[-1:])
             raise ValueError(
-                f'The data plate drew {drawn[0]} of {self.size} data that it was given. Score data in the order they come: '
+                f'The plate {self.structure.data} drew {drawn[0]} of {self.size} data that it was given. Score data in the order they come: '
                 'use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
             )
         return prior, likelihood
