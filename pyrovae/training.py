@@ -34,6 +34,7 @@ from pyrovae.checks import (
     latents_of_trace,
     sample_sites,
     traced,
+    warn,
 )
 from pyrovae.data import Batches, as_batches
 from pyrovae.ranks import Share, join
@@ -314,6 +315,11 @@ class _Run:
         if len(args[0]) < len(batch[0]):
             structure = inspect(model, guide, *args)
         self.unvalidated = structure.unvalidated
+        for name in structure.outside:
+            warn(
+                f'data at site "{name}" are outside the support of its distribution, which was built with validate_args=False: the '
+                "loss is of no probability of them, and log_marginal will refuse them."
+            )
         if self.compiled is not None:
             self.compiled.unvalidated = structure.unvalidated
         # A plate that stands for more data than it holds scales its loss up to all of them.
