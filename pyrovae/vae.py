@@ -208,17 +208,18 @@ def likelihood_at(likelihood: nn.Module, z: Tensor, context: Tensor | None) -> d
     r"""Returns :math:`p(x \mid z)`; raises a ValueError if its shape shows that it mixed up latents of different data."""
     p = call(likelihood, z, context=context)
     leading = z.shape[:-1]
-    if p.batch_shape == leading or p.batch_shape == z.shape[: len(p.batch_shape)]:  # the latter, if latents are no vectors
-        return p
-    try:
-        torch.broadcast_shapes(p.batch_shape, leading)
-    except RuntimeError:
+    if p.batch_shape == leading or not hasattr(likelihood, "latent_dim") and p.batch_shape == z.shape[: len(p.batch_shape)]:
+        return p  # the latter, for latents of one's own may be matrices
+    if context is not None and takes_context(likelihood):
+        leading = torch.broadcast_shapes(leading, context.shape[:-1])
+    kept = zip(p.batch_shape[::-1], leading[::-1], strict=False)
+    if len(p.batch_shape) > len(leading) or any(ours not in (1, theirs) for ours, theirs in kept):
         raise ValueError(
             f"{type(likelihood).__name__} returned a distribution of batch shape {tuple(p.batch_shape)} for z of shape "
-            f"{tuple(z.shape)}, but must keep all dimensions of z before the last, {tuple(leading)}, of which there may be "
-            "several. In its network write h.reshape(*h.shape[:-1], ...) in place of h.view(-1, ...), and declare the "
-            "dimensions of a datum by .to_event(n)."
-        ) from None
+            f"{tuple(z.shape)}, but must keep all dimensions of z but the last, {tuple(leading)}: there may be several. In its "
+            "network write h.reshape(*h.shape[:-1], ...) in place of h.view(-1, ...), h.flatten(-3) in place of h.flatten(1); "
+            "declare the dimensions of a datum by .to_event(n)."
+        )
     return p
 
 
