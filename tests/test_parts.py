@@ -10,6 +10,7 @@ import pickle
 import re
 from functools import partial
 
+import numpy as np
 import pyro
 import pytest
 import scipy.stats
@@ -276,6 +277,13 @@ def test_a_context_that_is_not_wanted_is_refused(case):
 def test_what_cannot_be_built_is_refused_with_its_name(build, error, match):
     with pytest.raises(error, match=match):
         build()
+
+
+def test_numpys_integers_are_shapes():
+    shape = np.array([1, 2, 3])
+    assert Bernoulli(np.int64(2), shape).x_shape == (1, 2, 3)
+    assert MLP(np.int64(4), np.int32(3)).out_shape == (3,)
+    assert all(type(n) is int for n in Bernoulli(2, shape).x_shape)
 
 
 def test_a_network_that_returns_another_shape_is_refused():
