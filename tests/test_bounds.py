@@ -7,6 +7,7 @@ import math
 import pickle
 from functools import partial
 
+import numpy as np
 import pyro
 import pytest
 import scipy.stats
@@ -1101,6 +1102,7 @@ def x_of(size: int = 5) -> Tensor:
     [
         (lambda: bounds.IWAE(0), "num_particles must be an integer of at least 1, got 0"),
         (lambda: bounds.IWAE(2.5), "num_particles must be an integer"),
+        (lambda: bounds.IWAE(True), "num_particles must be an integer of at least 1, got True"),
         (lambda: bounds.IWAE(4, chunk_size=0), "chunk_size must be an integer of at least 1, got 0"),
         (lambda: bounds.ELBO(beta=-1.0), "beta must be at least 0 and finite, got -1.0"),
         (lambda: bounds.ELBO(beta=math.nan), "beta must be at least 0 and finite, got nan"),
@@ -1164,6 +1166,15 @@ def test_bad_arguments(build, message):
 def test_parts_must_be_built(build, message):
     with pytest.raises(TypeError, match=message):
         build()
+
+
+def test_numpys_integers_are_integers():
+    vae, x = VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2)), torch.randn(20, 3)
+    losses = []
+    for integer in (int, np.int64):
+        pyro.set_rng_seed(0)
+        losses.append(bounds.IWAE(integer(4), chunk_size=integer(2)).loss(vae.model, vae.guide, x))
+    assert losses[0] == losses[1]
 
 
 def test_a_loss_must_be_built():

@@ -397,7 +397,7 @@ class SequentialMonteCarlo(_Annealed):
         super().__init__(num_samples, num_leapfrog, start, acceptance)
         check_count("num_particles", num_particles, least=2)
         check_positive("kept", kept, largest=0.999)
-        self.num_particles, self.kept = num_particles, kept
+        self.num_particles, self.kept = int(num_particles), kept
 
     @property
     def _share_kept(self) -> float:

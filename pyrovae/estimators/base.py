@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class Estimator(ABC):
 
     def __init__(self, num_samples: int):
         check_count("num_samples", num_samples)
-        self.num_samples = num_samples
+        self.num_samples = int(num_samples)
 
     @abstractmethod
     def estimate(self, task: "Task") -> Estimate:
@@ -386,7 +387,7 @@ def join(method: Estimator, parts: list[Estimate]) -> Estimate:
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises a ValueError unless an argument is an integer of at least so much."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         given = repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
         raise ValueError(f"{name} must be an integer of at least {least}, got {given}.")
     if value < least:

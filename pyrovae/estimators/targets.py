@@ -191,8 +191,11 @@ def _support(node: dict) -> constraints.Constraint:
     """Returns the space of a site's latents; raises a ValueError where its distribution does not say."""
     fn = node["fn"]
     try:
-        return getattr(fn, "dist", fn).support  # Pyro's shell around a flow of zuko's hides what the flow says
+        return fn.support
     except NotImplementedError:
+        flow = getattr(fn, "dist", None)  # one of zuko's, in Pyro's shell
+        if hasattr(flow, "transform") and _is_identity(biject_to(flow.base.support)):
+            return flow.transform.domain
         raise ValueError(
             f'the {type(fn).__name__} of site "{node["name"]}" does not say what space its latents are in. Give it a support, '
             "such as pyro.distributions.constraints.real_vector, or take ImportanceSampling()."
