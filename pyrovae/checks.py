@@ -1,7 +1,11 @@
 """What a Pyro model and guide must be like, checked on one batch before anything long starts."""
 
+import math
+import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -10,16 +14,41 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, MaskedDistribution, constraints
 from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to
+from torch.utils._pytree import tree_leaves
 
-from pyrovae.distributions import Blocks, MaskedElements, grid, open_unit_interval
+from pyrovae.distributions import Blocks, MaskedElements, Stacked, grid, open_unit_interval
 
 __all__ = ["Structure", "check_finite", "evaluation_mode", "inspect", "sample_sites"]
 
-DATA = "data"  # the name of the plate over the data
+_WRAPPERS = (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution, MaskedElements)
+DATA = "data"  # a plate of this name holds the data, whatever other plates there are
+
+
+class DataPlate(NamedTuple):
+    """The plate over the data.
+
+    Args:
+        names: its names; a guide may have another than its model.
+        dim: its dimension, counted from the right, negative.
+    """
+
+    names: frozenset[str]
+    dim: int
+
+    def frame(self, site: dict) -> CondIndepStackFrame | None:
+        """Returns the frame of this plate that a site stands in, with its size; None if it stands outside."""
+        for frame in site["cond_indep_stack"]:
+            if frame.dim == self.dim and frame.name in self.names:
+                return frame if frame.size >= 0 else frame._replace(size=_plate_sizes(site)[self.dim], full_size=None)
+        return None
+
+    def __str__(self) -> str:
+        return f'"{min(self.names)}"'
 
 
 class Structure(NamedTuple):
@@ -27,16 +56,22 @@ class Structure(NamedTuple):
 
     Args:
         max_plate_nesting: how many dimensions the plates take, from the right.
-        data_size: how many data the data plate stands for, which may be more than it holds. None without one.
+        data: the plate over the data. None without one.
+        data_size: how many data that plate stands for, which may be more than it holds. None without one.
         problems: per site, why importance weights per datum are undefined.
         sites: the names of the sites of both.
         observed: the names of the model's observed sites.
         latents: the names of the model's latent sites.
         discrete: those of them whose latents are discrete.
         curved: those of them whose space is none that real numbers are mapped to one to one, such as a sphere.
+        extra: the names of the guide's observed sites and factors, which are no part of q.
+        given: the names of the model's observed sites outside of the data plate, such as a conditioned global latent.
+        unvalidated: the names of the observed sites whose distributions were built with ``validate_args=False``.
+        vectorized: whether many samples may be drawn at once; otherwise they are drawn one by one.
     """
 
     max_plate_nesting: int
+    data: DataPlate | None
     data_size: int | None
     problems: tuple[str, ...]
     sites: frozenset[str]
@@ -44,6 +79,33 @@ class Structure(NamedTuple):
     latents: frozenset[str]
     discrete: frozenset[str]
     curved: frozenset[str]
+    extra: frozenset[str]
+    given: frozenset[str]
+    unvalidated: frozenset[str]
+    vectorized: bool = True
+
+    @property
+    def data_index(self) -> int:
+        """The dimension of the data in a value whose first dimension is the samples' and whose others are the plates'."""
+        return self.max_plate_nesting + 1 + (-1 if self.data is None else self.data.dim)
+
+
+def warn(text: str) -> None:
+    """Warns, and says that it is of the line that called the library."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pyrovae", "pyro", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
+
+
+def is_masked(site: dict) -> bool:
+    """Whether a mask, around a site or inside of its distribution, hides some of it."""
+    fn, masks = site["fn"], [site["mask"]]
+    fn = fn.parts[0] if isinstance(fn, Stacked) else fn
+    while fn is not None:
+        masks.append(getattr(fn, "_mask", None))
+        fn = getattr(fn, "base_dist", None)
+    return any(mask is not None and not bool(torch.as_tensor(mask).all()) for mask in masks)
 
 
 def check_finite(name: str, x: Tensor) -> None:
@@ -94,18 +156,27 @@ def full_precision(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 def sample_sites(trace: poutine.Trace) -> dict[str, dict]:
-    """Returns the sample sites of a trace by name, without those that only draw a plate's subsample."""
+    """Returns the sample sites of a trace by name, without a plate's subsamples and values that are only recorded."""
     return {
         name: site
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample)
+        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample) and not site["infer"].get("_deterministic")
     }
 
 
-def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Structure:
-    """Runs a model and a guide once on a batch, checks that they fit each other and the data, returns their structure.
+def traced(function: Callable, draws: poutine.Trace | None, *args: Any, **kwargs: Any) -> poutine.Trace:
+    """Runs a model or a guide, at the latents and subsamples of another trace if there is one; returns its trace."""
+    # Handlers as contexts, not wrappers: a wrapped function could not take an argument of the name "context".
+    with poutine.trace() as tracer, poutine.replay(trace=draws) if draws is not None else nullcontext():
+        function(*args, **kwargs)
+    return tracer.trace
 
-    Modules run in evaluation mode and the random state is put back, so that a look changes nothing.
+
+def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Structure:
+    """Runs a guide, and a model at its latents, on a batch; checks that they fit; returns their structure.
+
+    Modules run in evaluation mode and the random state is put back, so that a look changes nothing. The data plate is
+    the one named "data", or the one that all observed sites share and whose size is the number of data.
 
     Raises:
         ValueError: when the guide misses a latent site of the model, or has one that the model lacks; when a site lies
@@ -120,11 +191,56 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
         check_finite(name, t)
     devices = sorted({t.device for t in tensors.values() if t.is_cuda}, key=str)
     with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
-        guide_sites = sample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
-        model_trace = poutine.trace(model).get_trace(*args, **kwargs)
-    model_sites = sample_sites(model_trace)
+        guide_trace = traced(guide, None, *args, **kwargs)
+        guide_sites = sample_sites(guide_trace)
+        try:
+            model_sites = sample_sites(traced(model, latents_of_trace(guide_trace), *args, **kwargs))
+        except Exception as error:
+            alone = {}
+            with suppress(Exception):  # a run by itself may show what does not fit
+                alone = sample_sites(traced(model, None, *args, **kwargs))
+            if alone:
+                _check_fit(alone, guide_sites)
+            raise error
+    _check_fit(model_sites, guide_sites)
     latents = {name: site for name, site in model_sites.items() if not site["is_observed"]}
+    if not latents.keys() < model_sites.keys() and any(_is_data(site) for site in guide_sites.values()):
+        raise ValueError("the model observes nothing, but the guide does. Were model and guide swapped?")
 
+    for name, site in [*model_sites.items(), *guide_sites.items()]:
+        _check_batch_shape(name, site)
+    unvalidated = frozenset(name for name, site in model_sites.items() if site["is_observed"] and _is_unvalidated(site["fn"]))
+    for name, site in model_sites.items():
+        if site["is_observed"] and name not in unvalidated:
+            check_observed(name, site["fn"], site["value"])
+
+    rows = next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()), None)
+    data, unclear = _data_plate(model_sites, guide_sites, rows)
+    frames = [f for site in [*model_sites.values(), *guide_sites.values()] for f in site["cond_indep_stack"]]
+    own = [f for f in map(data.frame, [*model_sites.values(), *guide_sites.values()]) if f is not None] if data else []
+    given = frozenset(
+        name for name, site in model_sites.items() if data and data.frame(site) is None and _is_given(site, rows)
+    )
+    found = _problems(model_sites, guide_sites, data, given)
+    return Structure(
+        max_plate_nesting=max((-frame.dim for frame in frames if frame.vectorized), default=0),
+        data=data,
+        data_size=own[0].full_size or own[0].size if own else None,
+        problems=(unclear,) if unclear else tuple(found),
+        sites=frozenset(model_sites.keys() | guide_sites.keys()),
+        observed=frozenset(model_sites.keys() - latents.keys()),
+        latents=frozenset(latents),
+        discrete=frozenset(name for name, site in latents.items() if _is_discrete(site["fn"])),
+        curved=frozenset(name for name, site in latents.items() if _is_curved(site["fn"])),
+        extra=frozenset(name for name, site in guide_sites.items() if site["is_observed"]),
+        given=given,
+        unvalidated=unvalidated,
+    )
+
+
+def _check_fit(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> None:
+    """Raises a ValueError that names a site which the model and the guide do not have alike."""
+    latents = {name: site for name, site in model_sites.items() if not site["is_observed"]}
     for name, site in latents.items():
         if name not in guide_sites and not site["infer"].get("enumerate"):
             raise ValueError(
@@ -133,33 +249,73 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
             )
     for name, site in guide_sites.items():
         if name not in latents and not site["infer"].get("is_auxiliary") and not site["is_observed"]:
+            if name in model_sites:
+                raise ValueError(
+                    f'The guide samples "{name}", which the model observes. Give the guide the same value, as in '
+                    f'poutine.condition(guide, data={{"{name}": value}}).'
+                )
             raise ValueError(
                 f'The guide samples "{name}", which is no latent site of the model (it has {_names(latents)}). '
                 'Rename it, or mark it infer={"is_auxiliary": True}.'
             )
     for name in latents.keys() & guide_sites.keys():
-        plates, others = _plates(latents[name]), _plates(guide_sites[name])
-        if plates != others:
+        sizes = [(_plate_sizes(site), _full_sizes(site)) for site in (latents[name], guide_sites[name])]
+        if sizes[0] != sizes[1]:
             raise ValueError(
-                f'The plates of site "{name}" differ: {_describe(plates)} in the model, {_describe(others)} in the '
-                "guide. Give it the same plates, with the same sizes and dimensions, in both."
+                f'The plates of site "{name}" differ: {_describe(latents[name])} in the model, '
+                f"{_describe(guide_sites[name])} in the guide. Give it plates of the same sizes and dimensions in both."
             )
-    for name, site in [*model_sites.items(), *guide_sites.items()]:
-        _check_batch_shape(name, site)
-    check_all_observed(model_trace)
 
-    frames = [f for site in [*model_sites.values(), *guide_sites.values()] for f in site["cond_indep_stack"]]
-    data = next((frame for frame in frames if frame.name == DATA and frame.vectorized), None)
-    return Structure(
-        max_plate_nesting=max((-frame.dim for frame in frames if frame.vectorized), default=0),
-        data_size=None if data is None else data.full_size or data.size,
-        problems=tuple(_problems(model_sites, guide_sites)),
-        sites=frozenset(model_sites.keys() | guide_sites.keys()),
-        observed=frozenset(model_sites.keys() - latents.keys()),
-        latents=frozenset(latents),
-        discrete=frozenset(name for name, site in latents.items() if _is_discrete(site["fn"])),
-        curved=frozenset(name for name, site in latents.items() if _is_curved(site["fn"])),
-    )
+
+def latents_of_trace(trace: poutine.Trace) -> poutine.Trace:
+    """Returns a trace without its observed sites, which a model is not replayed at."""
+    latents = trace.copy()
+    for name, site in sample_sites(trace).items():
+        if site["is_observed"]:
+            latents.remove_node(name)
+    return latents
+
+
+def _is_data(site: dict) -> bool:
+    """Whether a site observes data, which a factor does not."""
+    return site["is_observed"] and not site["infer"].get("is_auxiliary")
+
+
+def _is_given(site: dict, rows: int | None) -> bool:
+    """Whether an observed site holds no data, but a value that all data share."""
+    return _is_data(site) and rows not in site["value"].shape
+
+
+def _is_unvalidated(fn: Any) -> bool:
+    """Whether a distribution was built with ``validate_args=False`` where others are validated."""
+    return torch.distributions.Distribution._validate_args and not getattr(unwrapped(fn), "_validate_args", True)
+
+
+def _data_plate(model_sites: dict, guide_sites: dict, rows: int | None) -> tuple[DataPlate | None, str]:
+    """Returns the plate over the data, and what is unclear about it, or nothing."""
+    sites = [site for site in model_sites.values() if site["is_observed"]] or list(model_sites.values())
+    stacks = [{frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized} for site in sites]
+    sizes = {
+        (frame.name, dim): {_plate_sizes(site)[dim], frame.full_size}
+        for site, stack in zip(sites, stacks, strict=True)
+        for dim, frame in stack.items()
+    }
+    count = Counter((frame.name, dim) for stack in stacks for dim, frame in stack.items())
+    shared = [key for key in count if count[key] == max(count.values())]
+    named = [key for key in count if key[0] == DATA]
+    fitting = [key for key in shared if rows in sizes[key]]
+    choice = next((keys for keys in (named, fitting, shared) if keys), [])
+    if not choice:
+        return None, ""
+    if len(choice) > 1:
+        listed = " and ".join(f'"{name}" (dim {dim})' for name, dim in choice)
+        return None, f'which plate holds the data is unclear, of {listed}: name one of them "{DATA}"'
+    ((name, dim),) = choice
+    names = {name}
+    for key in model_sites.keys() & guide_sites.keys():
+        if any(frame.dim == dim and frame.name == name for frame in model_sites[key]["cond_indep_stack"]):
+            names.update(frame.name for frame in guide_sites[key]["cond_indep_stack"] if frame.dim == dim)
+    return DataPlate(frozenset(names), dim), ""
 
 
 def _is_discrete(fn: Any) -> bool:
@@ -192,10 +348,10 @@ def named_arguments(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]
     return [*((f"argument {i + 1}", value) for i, value in enumerate(args)), *kwargs.items()]
 
 
-def check_all_observed(trace: poutine.Trace) -> None:
-    """Raises a ValueError if an observed value in a trace does not fit its distribution."""
+def check_all_observed(trace: poutine.Trace, without: frozenset[str] = frozenset()) -> None:
+    """Raises a ValueError if an observed value in a trace does not fit its distribution, for all sites but some."""
     for name, site in sample_sites(trace).items():
-        if site["is_observed"]:
+        if site["is_observed"] and name not in without:
             check_observed(name, site["fn"], site["value"])
 
 
@@ -204,15 +360,18 @@ class ObservedChecked(Messenger):
 
     Args:
         later: keep what was found, for :meth:`inside`, and raise nothing: a look at a GPU would have to wait for it.
+        without: names of sites that are not checked.
     """
 
-    def __init__(self, later: bool = False):
+    def __init__(self, later: bool = False, without: frozenset[str] = frozenset()):
         super().__init__()
-        self.later = later
+        self.later, self.without = later, without
         self._inside: list[Tensor] = []
 
     def _pyro_post_sample(self, msg: dict) -> None:
         if not msg["is_observed"] or isinstance(msg["fn"], _Subsample) or torch.jit.is_tracing():
+            return
+        if msg["name"] in self.without:
             return
         if self.later:
             self._inside.append(_support_check(msg["fn"], msg["value"]).all())
@@ -227,13 +386,13 @@ class ObservedChecked(Messenger):
 def check_observed_by(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> None:
     """Raises a ValueError if what a model observes, at latents of the guide, does not fit its distributions."""
     with torch.no_grad(), pyro.validation_enabled(False):
-        latents = poutine.trace(guide).get_trace(*args, **kwargs)
-        check_all_observed(poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args, **kwargs))
+        latents = latents_of_trace(traced(guide, None, *args, **kwargs))
+        check_all_observed(traced(model, latents, *args, **kwargs))
 
 
 def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None:
     """Raises a ValueError if an observed value does not have its distribution's shape or is outside its support."""
-    base = _unwrapped(fn)
+    base = unwrapped(fn)
     kind = type(base).__name__
     if fn.event_shape and value.shape[value.dim() - len(fn.event_shape) :] != fn.event_shape:
         raise ValueError(
@@ -247,6 +406,7 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
         return
     inside = _support_check(fn, value)
     if bool(inside.all()):
+        _check_mass(name, fn, value)
         return
     space = _innermost(base.support)
     observed = value[fn.mask_of_elements.expand(value.shape)] if isinstance(fn, MaskedElements) else value
@@ -258,6 +418,20 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
     )
 
 
+def _check_mass(name: str, fn: Any, value: Tensor) -> None:
+    """Raises a ValueError if a probability of a discrete value is above one."""
+    if not _is_discrete(fn):
+        return
+    log_prob = fn.log_prob(value)
+    # Sums of many terms have rounding of their own.
+    largest = log_prob.max().item() if log_prob.numel() else 0.0
+    if largest > math.sqrt(torch.finfo(log_prob.dtype).eps) * max(1, fn.event_shape.numel()):
+        raise ValueError(
+            f'The likelihood at site "{name}", {type(unwrapped(fn)).__name__}, is no probability: the log-probability of a '
+            f"discrete value is {largest:.3g}, above 0. Normalise it: the probabilities of all values are to add up to 1."
+        )
+
+
 def _support_check(fn: Any, value: Tensor) -> Tensor:
     """Returns where a value is in the support of a distribution; everywhere if it leaves its support undefined."""
     try:
@@ -266,9 +440,10 @@ def _support_check(fn: Any, value: Tensor) -> Tensor:
         return torch.ones((), dtype=torch.bool, device=value.device)
 
 
-def _unwrapped(fn: Any) -> Any:
-    while isinstance(fn, (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution, MaskedElements)):
-        fn = fn.base_dist
+def unwrapped(fn: Any) -> Any:
+    """Returns the innermost distribution that others wrap; of several in a stack, the first one's."""
+    while isinstance(fn, (*_WRAPPERS, Stacked)):
+        fn = fn.parts[0] if isinstance(fn, Stacked) else fn.base_dist
     return fn
 
 
@@ -318,41 +493,76 @@ def _names(sites: dict[str, dict]) -> str:
     return ", ".join(f'"{name}"' for name in sites) or "none"
 
 
-def _plates(site: dict) -> dict[str, tuple[int | None, int]]:
-    return {frame.name: (frame.dim, int(frame.size)) for frame in site["cond_indep_stack"]}
+def _plate_sizes(site: dict) -> dict[int, int]:
+    """Returns the sizes of a site's plates by dimension; one without a size of its own has its site's."""
+    shape = site["fn"].batch_shape
+    sizes = {frame.dim: int(frame.size) for frame in site["cond_indep_stack"] if frame.vectorized}
+    return {dim: size if size >= 0 else shape[dim] if len(shape) >= -dim else 1 for dim, size in sizes.items()}
 
 
-def _describe(plates: dict[str, tuple[int | None, int]]) -> str:
-    return ", ".join(f'plate "{name}" (dim {dim}, size {size})' for name, (dim, size) in plates.items()) or "no plate"
+def _full_sizes(site: dict) -> dict[int, int]:
+    """Returns how much a site's plates stand for, by dimension: more than they hold where they are subsampled."""
+    full = {frame.dim: int(frame.full_size or -1) for frame in site["cond_indep_stack"] if frame.vectorized}
+    return {dim: full[dim] if full[dim] >= 0 else size for dim, size in _plate_sizes(site).items()}
+
+
+def _describe(site: dict) -> str:
+    sizes = _full_sizes(site)
+    plates = [f'plate "{f.name}" (dim {f.dim}, size {sizes.get(f.dim, f.size)})' for f in site["cond_indep_stack"]]
+    return ", ".join(plates) or "no plate"
 
 
 def _check_batch_shape(name: str, site: dict) -> None:
-    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
-    shape = site["fn"].batch_shape
+    plates, shape = _plate_sizes(site), site["fn"].batch_shape
     for dim in range(-len(shape), 0):
         if shape[dim] != plates.get(dim, 1):
             raise ValueError(
-                f'Site "{name}" has batch shape {tuple(shape)}, but {_describe(_plates(site))}. Put it in a plate '
+                f'Site "{name}" has batch shape {tuple(shape)}, but {_describe(site)}. Put it in a plate '
                 f'(with pyro.plate("{DATA}", len(x)): ...) or declare event dimensions with .to_event(n).'
             )
 
 
-def _problems(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> Iterator[str]:
+def _problems(
+    model_sites: dict[str, dict], guide_sites: dict[str, dict], data: DataPlate | None, given: frozenset[str]
+) -> Iterator[str]:
+    named = "the plate " + (str(data) if data else f'"{DATA}"')
     for where, sites in (("model", model_sites), ("guide", guide_sites)):
+        outside = [
+            name
+            for name, site in sites.items()
+            if name not in given and not (where == "guide" and site["is_observed"]) and (not data or not data.frame(site))
+        ]
+        if outside:
+            listed = ", ".join(f'"{name}"' for name in outside[:3]) + (f" and {len(outside) - 3} more" if outside[3:] else "")
+            verb = "is" if len(outside) == 1 else "are"
+            yield f"site{'s' if outside[1:] else ''} {listed} of the {where} {verb} outside {named}"
         for name, site in sites.items():
-            frames = {frame.name: frame for frame in site["cond_indep_stack"] if frame.vectorized}
-            data = frames.pop(DATA, None)
-            if data is None:
-                yield f'site "{name}" of the {where} is outside the plate "{DATA}"'
-            elif data.dim != -1:
-                yield f'the plate "{DATA}" of site "{name}" of the {where} is at dimension {data.dim}, not -1'
-            for frame in frames.values():
-                if frame.full_size not in (None, frame.size):
+            for frame in site["cond_indep_stack"]:
+                is_data = data is not None and frame.dim == data.dim and frame.name in data.names
+                if frame.vectorized and not is_data and frame.full_size not in (None, frame.size):
                     yield f'site "{name}" of the {where} is in the plate "{frame.name}", which is subsampled'
-            if where == "guide" and not site["is_observed"] and isinstance(_unwrapped(site["fn"]), Delta):
-                yield f'site "{name}" of the guide is a point (Delta), which has no density'
-            if site["infer"].get("is_auxiliary") and not site["is_observed"]:  # pyro.factor is both
-                yield f'site "{name}" of the {where} is auxiliary'
+    latents = {name: site for name, site in guide_sites.items() if not site["is_observed"]}
+    auxiliary = [name for name, site in latents.items() if site["infer"].get("is_auxiliary")]
+    points = [name for name, site in latents.items() if isinstance(unwrapped(site["fn"]), Delta)]
+    # Pyro's automatic guides draw auxiliary numbers and map them to the latents, one to one: points with a density.
+    drawn = sum(latents[name]["value"].numel() for name in auxiliary)
+    if not auxiliary or drawn != sum(_num_reals(model_sites.get(name, latents[name])) for name in points):
+        for name in points:
+            yield f'site "{name}" of the guide is a point (Delta), which has no density'
+        for name in auxiliary:
+            yield f'site "{name}" of the guide is auxiliary'
+    for name, site in model_sites.items():
+        if site["infer"].get("is_auxiliary") and not site["is_observed"] and name not in guide_sites:
+            yield f'site "{name}" of the model is auxiliary'
     for name in model_sites.keys() - guide_sites.keys():
         if not model_sites[name]["is_observed"]:
             yield f'site "{name}" of the model is enumerated, and the guide does not sample it'
+
+
+def _num_reals(site: dict) -> int:
+    """Returns how many real numbers the latents of a site are mapped from, one to one."""
+    shape = site["fn"].batch_shape + site["fn"].event_shape
+    try:
+        return biject_to(site["fn"].support).inverse_shape(shape).numel()
+    except NotImplementedError:
+        return shape.numel()

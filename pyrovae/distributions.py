@@ -41,6 +41,74 @@ def center(p: dist.TorchDistribution) -> Tensor:
     return mean if bool(torch.isfinite(mean).all()) else torch.where(torch.isfinite(mean), mean, p.mode.to(mean.dtype))
 
 
+class Stacked(dist.TorchDistribution):
+    r"""Distributions of one shape as one, with a dimension for them in front of the plates'.
+
+    .. math:: p(x_1, \dots, x_K) = \prod_k p_k(x_k)
+
+    Args:
+        parts: the distributions.
+        depth: how many dimensions of plates come after theirs.
+
+    >>> p = Stacked([dist.Normal(torch.zeros(5), 1.0), dist.Normal(torch.ones(5), 1.0)], depth=1)
+    >>> p.log_prob(torch.tensor([[0.0], [1.0]])).shape
+    torch.Size([2, 5])
+    """
+
+    arg_constraints = {}
+
+    def __init__(self, parts: Sequence[dist.TorchDistribution], depth: int):
+        self.parts = tuple(parts)
+        own = torch.broadcast_shapes(*(part.batch_shape for part in self.parts))
+        shape = torch.Size((len(self.parts), *(1,) * (depth - len(own)), *own))
+        super().__init__(shape, self.parts[0].event_shape, validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:
+        return all(part.has_rsample for part in self.parts)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return self.parts[0].support
+
+    @property
+    def mean(self) -> Tensor:
+        return self._stack([part.mean for part in self.parts], self.event_shape)
+
+    @property
+    def mode(self) -> Tensor:
+        return self._stack([part.mode for part in self.parts], self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._stack([part.variance for part in self.parts], self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        event = self.event_shape
+        value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + event))
+        each = value.unbind(value.dim() - len(event) - len(self.batch_shape))
+        return self._stack([part.log_prob(x) for part, x in zip(self.parts, each, strict=True)], torch.Size(), value)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        return self._draw("rsample", torch.Size(sample_shape))
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        with torch.no_grad():
+            return self._draw("sample", torch.Size(sample_shape))
+
+    def _draw(self, how: str, sample_shape: torch.Size) -> Tensor:
+        own = sample_shape + self.batch_shape[1:] + self.event_shape
+        drawn = [getattr(part, how)(sample_shape) for part in self.parts]
+        lead = len(self.event_shape) + len(self.batch_shape) - 1
+        apart = [x.reshape(sample_shape + (1,) * (len(own) - x.dim()) + x.shape[len(sample_shape) :]) for x in drawn]
+        return torch.stack([x.expand(own) for x in apart], dim=-lead - 1)
+
+    def _stack(self, each: list[Tensor], event: torch.Size, value: Tensor | None = None) -> Tensor:
+        outer = torch.Size() if value is None else value.shape[: value.dim() - len(self.batch_shape + self.event_shape)]
+        own = outer + self.batch_shape[1:] + event
+        return torch.stack([x.expand(own) for x in each], dim=len(outer))
+
+
 class IndependentBernoulli(dist.Independent):
     r"""``Bernoulli(logits=...).to_event(n)`` with a log-probability several times as fast, to the same rounding.
 

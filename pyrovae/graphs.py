@@ -38,7 +38,7 @@ from torch.utils._pytree import (
 
 from pyrovae.bounds import Bound, Terms
 from pyrovae.bounds.elbo import ScheduledStep
-from pyrovae.checks import ObservedChecked, check_observed_by, full_precision
+from pyrovae.checks import ObservedChecked, check_observed_by, full_precision, warn
 from pyrovae.ranks import Share
 from pyrovae.recordings import Recording, Sequel, on_one_gpu
 from pyrovae.states import ATOMS, State, Untraceable, same, tensor_kind
@@ -122,7 +122,7 @@ class Graphs:
     def refuse(self, error: Untraceable) -> None:
         """Makes no graph any more, and warns of it."""
         self.reason = str(error)
-        _warn(f"{self.name} is not compiled, but run as it is: {error}.")
+        warn(f"{self.name} is not compiled, but run as it is: {error}.")
 
     def _call(
         self, function: Callable, inputs: list[Tensor], roots: tuple, static: Any, sequel: Sequel | None
@@ -264,7 +264,7 @@ class _Graph:
             self.recording = Recording(both, inputs, [t for t in self.given if isinstance(t, Tensor)], told)
         except RuntimeError as error:
             self.recordable = False
-            _warn(f"{self.name} is compiled, but not recorded as a CUDA graph: {_reason(error)}.")
+            warn(f"{self.name} is compiled, but not recorded as a CUDA graph: {_reason(error)}.")
 
     def own(self, result: Any) -> None:
         """Finds what of a result lies in memory that it does not have for itself, and is to be copied."""
@@ -446,14 +446,6 @@ def _undone(state: State, function: Callable[[], Any]) -> tuple[Any, list[tuple[
     return result, after
 
 
-def _warn(text: str) -> None:
-    """Warns, and says that it is of the line that called the library."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pyrovae", "pyro", "torch"):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
-
-
 @contextmanager
 def _no_warnings() -> Iterator[None]:
     """Says nothing of what torch warns of in its own tracer and compiler; the function has run, and warned, before."""
@@ -588,6 +580,7 @@ class Compiled(ELBO):
         super().__init__(num_particles=elbo.num_particles, vectorize_particles=elbo.vectorize_particles)
         self.elbo = elbo
         self.graphs = Graphs(type(elbo).__name__, report)
+        self.unvalidated: frozenset[str] = frozenset()  # observed sites whose data are not checked
 
     def step(
         self,
@@ -627,7 +620,7 @@ class Compiled(ELBO):
 
         def function(leaves: list[Tensor]) -> Step:
             with share.noise() if share is not None else nullcontext():
-                return _step(self.elbo, model, guide, args, kwargs, given, scale, leaves)
+                return _step(self.elbo, model, guide, args, kwargs, given, scale, leaves, self.unvalidated)
 
         roots = (model, guide, self.elbo, *(x for x in others if not isinstance(x, ATOMS)))
         static = (
@@ -744,6 +737,7 @@ def _step(
     numbers: dict[int, Tensor],
     scale: float,
     leaves: list[Tensor],
+    unvalidated: frozenset[str],
 ) -> Step:
     terms = None
     kind = type(elbo).__name__
@@ -751,7 +745,7 @@ def _step(
         raise Untraceable(f"{kind} has no differentiable_loss")
     if _owner(elbo, "differentiable_loss") is not _owner(elbo, "loss_and_grads"):
         raise Untraceable(f"{kind} has a loss_and_grads of its own, and its differentiable_loss from another class")
-    with torch.enable_grad(), ObservedChecked(later=True) as data:
+    with torch.enable_grad(), ObservedChecked(later=True, without=unvalidated) as data:
         if isinstance(elbo, Bound):
             steps = elbo.steps
             elbo.steps = ScheduledStep(numbers)

@@ -12,9 +12,21 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from pyrovae.checks import DATA, Structure, evaluation_mode, full_precision, inspect, named_arguments, sample_sites
-from pyrovae.distributions import center
+from pyrovae.checks import (
+    Structure,
+    evaluation_mode,
+    full_precision,
+    inspect,
+    latents_of_trace,
+    named_arguments,
+    sample_sites,
+    traced,
+    unwrapped,
+    warn,
+)
+from pyrovae.distributions import Stacked, center
 
 __all__ = ["Imputation", "impute", "log_weights"]
 
@@ -27,9 +39,11 @@ def log_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, 
 
     .. math:: \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn} \mid x_n), \qquad z_{kn} \sim q(z \mid x_n)
 
-    The mean of the weights is an unbiased estimate of :math:`p(x_n)`. Everything per datum must stand in a plate named
-    "data" at dimension -1. Factors that only scale a loss (``poutine.scale``, the N/B of a subsampled data plate) are
-    left out, masks are applied. The guide runs once, for all samples together.
+    The mean of the weights is an unbiased estimate of :math:`p(x_n)`. Everything per datum must stand in one plate, of
+    any name and dimension. Factors that only scale a loss (``poutine.scale``, the N/B of a subsampled data plate) are
+    left out, and so are factors and observed sites of the guide, which are no part of q, and observed values that all
+    data share, such as a conditioned global latent; masks are applied. The guide runs once, for all samples together,
+    or once for each where that is not the same.
 
     Args:
         model: a Pyro model, called with the same arguments as the guide.
@@ -68,9 +82,82 @@ def inspect_weights(model: Callable, guide: Callable, *args: Any, num_samples: i
     if structure.problems:
         raise ValueError(
             f"Importance weights per datum are undefined: {'; '.join(structure.problems)}. What belongs to a datum "
-            'must stand under pyro.plate("data", len(x), dim=-1) in the model and in the guide, drawn from a density.'
+            'must stand under pyro.plate("data", len(x)) in the model and in the guide, drawn from a density; a latent that '
+            "all data share must have a value, by poutine.condition of the model and of the guide."
         )
-    return structure
+    return check_draws(structure, model, guide, *args, **kwargs)
+
+
+def inspect_samples(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Structure:
+    """Returns the structure of a model and a guide, and whether many samples may be drawn at once."""
+    return check_draws(inspect(model, guide, *args, **kwargs), model, guide, *args, **kwargs)
+
+
+def check_draws(structure: Structure, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Structure:
+    """Returns a structure that says whether many samples may be drawn at once.
+
+    A draw of several samples at once is compared with a run of model and guide at one of them alone. Where log-probabilities
+    differ, or there is no such draw, samples are drawn one by one, and a warning says so.
+    """
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    devices = sorted({t.device for t in tensors if t.is_cuda}, key=str)
+    with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
+        reason = _why_one_by_one(model, guide, structure, tensors, args, kwargs)
+    if reason is None:
+        return structure
+    warn(
+        f"samples are drawn one by one, which is slow: {reason}. To draw many at once, let model and guide take latents of shape "
+        "(num_samples, *batch, *event): name dimensions from the last, as in softmax(-1)."
+    )
+    return structure._replace(vectorized=False)
+
+
+def _why_one_by_one(
+    model: Callable, guide: Callable, structure: Structure, tensors: list[Tensor], args: tuple, kwargs: dict
+) -> str | None:
+    """Returns why samples cannot be drawn at once; None if they can."""
+    sizes = {n for t in tensors for n in t.shape}
+    num_samples = next(n for n in range(2, 2 + len(sizes) + 1) if n not in sizes)  # for no other dimension to be taken for it
+    try:
+        drawn = trace_guide(guide, structure, num_samples, *args, **kwargs)
+        scored = trace_model(model, drawn, structure, num_samples, *args, **kwargs)
+    except (RuntimeError, IndexError, ValueError, TypeError, AssertionError) as error:
+        text = str(error).partition("Trace Shapes")[0].strip().splitlines()
+        return text[0].rstrip(" .") if text else type(error).__name__
+    last = num_samples - 1
+    one = structure._replace(vectorized=False)
+    for function, at_once in ((guide, drawn), (model, scored)):
+        alone = traced(function, _one_draw(drawn, one, last, points=function is model), *args, **kwargs)
+        change = _difference(sample_sites(at_once), sample_sites(alone), last)
+        if change is not None:
+            again = traced(function, _one_draw(drawn, one, last, points=function is model), *args, **kwargs)
+            if _difference(sample_sites(alone), sample_sites(again), None) is None:  # it draws no noise of its own
+                return change
+    return None
+
+
+def _difference(several: dict[str, dict], alone: dict[str, dict], sample: int | None) -> str | None:
+    """Returns at which site one of several samples has another log-probability than alone, by more than rounding."""
+    if several.keys() != alone.keys():
+        return f"the sites {', '.join(sorted(several.keys() ^ alone.keys()))} are not always there"
+    for name, site in alone.items():
+        try:
+            wanted = log_prob_of(site)
+            got = log_prob_of(several[name])
+        except (KeyError, NotImplementedError):  # a flow that cannot score what it did not draw
+            continue
+        got = got if sample is None else got[sample] if got.dim() > wanted.dim() else got
+        try:
+            got, wanted = torch.broadcast_tensors(got, wanted)
+        except RuntimeError:
+            return f'site "{name}" has log-probabilities of shape {tuple(got.shape)} at once, {tuple(wanted.shape)} alone'
+        finite = wanted.isfinite() & got.isfinite()
+        error = torch.where(finite, (got - wanted).abs(), (got != wanted) & ~(got.isnan() & wanted.isnan()))
+        size = torch.where(finite, wanted.abs(), 0.0).amax() if wanted.numel() else torch.zeros(())
+        precision = math.sqrt(torch.finfo(wanted.dtype).eps) if wanted.is_floating_point() else 0.0
+        if error.numel() and error.amax().item() > precision * (1 + size.item()):
+            return f'the log-probability at site "{name}" differs by {error.amax().item():.2g} when samples are drawn at once'
+    return None
 
 
 def draw(
@@ -78,14 +165,19 @@ def draw(
 ) -> tuple[poutine.Trace, Tensor]:
     r"""Runs the guide once for `num_samples` draws; returns its trace and :math:`\log q`, ``(num_samples, batch)``."""
     trace = trace_guide(guide, structure, num_samples, *args, **kwargs)
-    return trace, _log_prob_per_datum(trace)
+    return trace, log_q_of(trace)
 
 
 def trace_guide(guide: Callable, structure: Structure, num_samples: int, *args: Any, **kwargs: Any) -> poutine.Trace:
-    """Runs the guide once for `num_samples` draws; returns its trace."""
-    with _samples(structure, num_samples), poutine.trace() as tracer:
-        guide(*args, **kwargs)
-    return _of_depth(tracer.trace, structure)
+    """Runs the guide for `num_samples` draws, at once if it can be; returns its trace."""
+    if structure.vectorized:
+        with _samples(structure, num_samples):
+            return of_depth(traced(guide, None, *args, **kwargs), structure)
+    traces: list[poutine.Trace] = []
+    for _ in range(num_samples):
+        # All draws are of the same data.
+        traces.append(traced(guide, _subsamples_of(traces[0]) if traces else None, *args, **kwargs))
+    return _stacked(traces, structure)
 
 
 def log_joint(
@@ -97,22 +189,93 @@ def log_joint(
     **kwargs: Any,
 ) -> Tensor:
     r"""Returns :math:`\log p(x, z)` at the latents of a guide's trace of `num_samples` draws, in the same shape."""
-    trace = trace_model(model, draws, structure, num_samples, *args, **kwargs)
-    return _log_prob_per_datum(trace)
+    return log_p_of(trace_model(model, draws, structure, num_samples, *args, **kwargs), structure)
+
+
+def log_p_of(trace: poutine.Trace, structure: Structure) -> Tensor:
+    r"""Returns :math:`\log p(x, z)` of a model's trace, ``(num_samples, batch)``, given what all data share."""
+    sites = sample_sites(trace)
+    return sum(per_datum(site, log_prob_of(site)) for name, site in sites.items() if name not in structure.given)
+
+
+def log_q_of(trace: poutine.Trace) -> Tensor:
+    r"""Returns :math:`\log q` of the latents in a guide's trace, ``(num_samples, batch)``; what it observes is no part."""
+    return sum(per_datum(site, log_prob_of(site)) for site in sample_sites(trace).values() if not site["is_observed"])
 
 
 def trace_model(
     model: Callable, draws: poutine.Trace, structure: Structure, num_samples: int, *args: Any, **kwargs: Any
 ) -> poutine.Trace:
     """Runs the model at the latents of a guide's trace of `num_samples` draws; returns its trace."""
-    # Handlers as contexts, not wrappers: a wrapped model could not take an argument of the name "context".
-    with _samples(structure, num_samples), poutine.trace() as tracer, poutine.replay(trace=draws):
-        model(*args, **kwargs)
-    return _of_depth(tracer.trace, structure)
+    if structure.vectorized:
+        with _samples(structure, num_samples):
+            return of_depth(traced(model, latents_of_trace(draws), *args, **kwargs), structure)
+    parts = [_one_draw(draws, structure, k) for k in range(num_samples)]
+    return _stacked([traced(model, part, *args, **kwargs) for part in parts], structure)
 
 
-def _of_depth(trace: poutine.Trace, structure: Structure) -> poutine.Trace:
-    """Returns a trace, after checking that its samples lie right in front of its plates, where they are looked for."""
+def _subsamples_of(trace: poutine.Trace) -> poutine.Trace:
+    """Returns a trace with nothing but which data its plates hold."""
+    kept = trace.copy()
+    for name in sample_sites(trace):
+        kept.remove_node(name)
+    return kept
+
+
+def _one_draw(draws: poutine.Trace, structure: Structure, sample: int, points: bool = True) -> poutine.Trace:
+    """Returns one of several draws as if it had been drawn alone; if not `points`, without what a guide computes from others."""
+    part = latents_of_trace(draws)
+    for name, site in sample_sites(part).items():
+        if not points and isinstance(unwrapped(site["fn"]), pyro.distributions.Delta):
+            part.remove_node(name)
+            continue
+        value, event_dim = site["value"], len(site["fn"].event_shape)
+        value = value.expand(torch.broadcast_shapes(value.shape, site["fn"].batch_shape[1:] + site["fn"].event_shape))
+        lead = value.dim() - event_dim
+        own = value[sample] if lead > structure.max_plate_nesting else value
+        own = own.reshape(own.shape[own.dim() - event_dim - site["num_plates"] :])
+        part.nodes[name] = {**site, "value": own}
+    return part
+
+
+def _stacked(traces: list[poutine.Trace], structure: Structure) -> poutine.Trace:
+    """Returns traces of one draw each as one trace of several."""
+    whole, depth = traces[0].copy(), structure.max_plate_nesting
+    sites = [sample_sites(trace) for trace in traces]
+    if any(other.keys() != sites[0].keys() for other in sites):
+        changed = ", ".join(f'"{name}"' for name in sorted({name for other in sites for name in other.keys() ^ sites[0].keys()}))
+        raise ValueError(
+            f"the sites of the model and the guide change from run to run ({changed}), so that a density of the latents "
+            "is undefined. Draw all sites in every run and mask those that play no part, with poutine.mask."
+        )
+    for name, first in sites[0].items():
+        each = [other[name] for other in sites]
+        fn = Stacked([site["fn"] for site in each], depth)
+        shape = fn.batch_shape + fn.event_shape
+        whole.nodes[name] = {
+            **first,
+            "fn": fn,
+            "value": _together([site["value"] for site in each], shape, len(fn.event_shape)),
+            "mask": _together([site["mask"] for site in each], fn.batch_shape, 0),
+            "scale": _together([site["scale"] for site in each], fn.batch_shape, 0),
+        }
+    return of_depth(whole, structure)
+
+
+def _together(values: list[Any], shape: torch.Size, event_dim: int) -> Any:
+    """Returns what all draws have, or what each has in front of the plates."""
+    first = values[0]
+    if all(value is first or not isinstance(value, Tensor) and value == first for value in values):
+        return first
+    return torch.stack([torch.as_tensor(value).expand(shape[1:]) for value in values])
+
+
+def of_depth(trace: poutine.Trace, structure: Structure) -> poutine.Trace:
+    """Returns a trace, after checking that its samples lie right in front of its plates, where they are looked for.
+
+    Each site gets an entry "data", the frame of the data plate that it stands in, or None, and "num_plates", how many
+    dimensions of plates its values have.
+    """
     for name, site in sample_sites(trace).items():
         if site["value"].dtype in (torch.bfloat16, torch.float16):
             raise ValueError(
@@ -121,6 +284,8 @@ def _of_depth(trace: poutine.Trace, structure: Structure) -> poutine.Trace:
             )
         shape = site["fn"].batch_shape
         plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+        site["data"] = None if structure.data is None else structure.data.frame(site)
+        site["num_plates"] = max((-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized and frame.name != _SAMPLES), default=0)
         stray = [dim for dim in range(-min(len(shape), structure.max_plate_nesting), 0) if dim not in plates and shape[dim] > 1]
         if len(shape) > structure.max_plate_nesting + 1 or stray:
             wrong = f"{shape[stray[0]]} at dimension {stray[0]}, where it stands in no plate," if stray else "too many dimensions"
@@ -172,12 +337,12 @@ def log_prob_of(site: dict) -> Tensor:
 
 
 def in_data(site: dict) -> bool:
-    """Whether a site stands in the data plate."""
-    return any(frame.name == DATA and frame.dim == -1 for frame in site["cond_indep_stack"])
+    """Whether a site, of a trace of several draws, stands in the data plate."""
+    return site["data"] is not None
 
 
 def per_datum(site: dict, t: Tensor, event_dim: int = 0) -> Tensor:
-    """Sums a site's ``(num_samples, *plates, batch, *event)`` over its plates but the data's.
+    """Sums a site's ``(num_samples, *plates, *event)`` over its plates but the data's.
 
     Over all plates for a site that does not stand in the data plate; its batch is one.
 
@@ -185,9 +350,11 @@ def per_datum(site: dict, t: Tensor, event_dim: int = 0) -> Tensor:
         Shape ``(num_samples, batch, *event)``.
     """
     end = t.dim() - event_dim
-    if in_data(site):
-        return t.flatten(1, end - 2).sum(1) if end > 2 else t
-    return t.flatten(1, end - 1).sum(1, keepdim=True) if end > 1 else t.unsqueeze(1)
+    if not in_data(site):
+        return t.flatten(1, end - 1).sum(1, keepdim=True) if end > 1 else t.unsqueeze(1)
+    if end == 2:
+        return t
+    return t.movedim(end + site["data"].dim, end - 1).flatten(1, end - 2).sum(1)
 
 
 class Imputation(NamedTuple):
@@ -258,16 +425,16 @@ def impute(
     chunk = max(1, _CHUNK // max((t.numel() for t in tensors), default=1))
     with evaluation_mode():
         structure = inspect_weights(model, guide, *args, num_samples=num_samples, **kwargs)
-        depth = structure.max_plate_nesting  # the dimension of the data, once samples are the first
+        place, right = structure.data_index, -1 - structure.data.dim  # of the data, and how many plates come after
         log_sum = log_sum_of_squares = mean = kept = None
         for start in range(0, num_samples, chunk):
             k = min(chunk, num_samples - start)
             drawn, log_q = draw(guide, structure, k, *args, **kwargs)
             scored = trace_model(model, drawn, structure, k, *args, **kwargs)
             if start == 0:
-                _check_imputed(scored, site, log_q, tensors)
+                _check_imputed(scored, site, log_q, tensors, structure.data)
             # In double precision, for the sums may run over very many terms.
-            log_w = (_log_prob_per_datum(scored) - log_q).double()
+            log_w = (log_p_of(scored, structure) - log_q).double()
             log_sum_here = log_w.logsumexp(0)
             before = torch.full_like(log_sum_here, -math.inf) if log_sum is None else log_sum
             log_sum = torch.logaddexp(before, log_sum_here)
@@ -277,15 +444,15 @@ def impute(
             # As long as all weights are zero, their shares are 0 / 0: count them as none.
             w = (log_w - log_sum).exp().nan_to_num(0.0)
             p = scored.nodes[site]["fn"]
-            part = (_beside(w, depth, p) * center(p)).sum(0)
-            mean = part if start == 0 else part + mean * _beside((before - log_sum).exp().nan_to_num(0.0), depth - 1, p)
+            part = (_beside(w, place, right, p) * center(p)).sum(0)
+            mean = part if start == 0 else part + mean * _beside((before - log_sum).exp().nan_to_num(0.0), place - 1, right, p)
 
             # Each draw keeps a latent of earlier chunks, or takes one of this, by their shares of the weight.
             choice = torch.multinomial((w + (w.sum(0) == 0)).T, num_draws, replacement=True).T
-            taken = _take(drawn, choice, depth)
+            taken = _take(drawn, choice, place)
             if start > 0:
                 fresh = torch.rand_like(choice, dtype=w.dtype) < w.sum(0)
-                _replace(taken, kept, ~fresh, depth)
+                _replace(taken, kept, ~fresh, place, right)
             kept = taken
         if bool((log_sum == -math.inf).any()):
             raise ValueError(
@@ -295,7 +462,7 @@ def impute(
         p = trace_model(model, kept, structure, num_draws, *args, **kwargs).nodes[site]["fn"]
         draws = p.sample()
     ess = (2 * log_sum - log_sum_of_squares).exp().clamp(max=num_samples)
-    shape = _own_shape(scored.nodes[site], mean.shape, depth)
+    shape = _own_shape(scored.nodes[site], mean.shape, structure.max_plate_nesting)
     return Imputation(mean.to(center(p).dtype).reshape(shape), draws.reshape(num_draws, *shape), ess.to(log_q.dtype))
 
 
@@ -303,24 +470,20 @@ def _samples(structure: Structure, num_samples: int) -> pyro.plate:
     return pyro.plate(_SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting)
 
 
-def _log_prob_per_datum(trace: poutine.Trace) -> Tensor:
-    return sum(per_datum(site, log_prob_of(site)) for site in sample_sites(trace).values())
-
-
-def _check_imputed(trace: poutine.Trace, site: str, log_q: Tensor, tensors: list[Tensor]) -> None:
+def _check_imputed(trace: poutine.Trace, site: str, log_q: Tensor, tensors: list[Tensor], plate: Any) -> None:
     observed = [name for name, node in sample_sites(trace).items() if node["is_observed"]]
     if site not in observed:
         raise ValueError(f'The model has no observed site "{site}" to impute; it has {", ".join(observed) or "none"}.')
     if tensors and len(tensors[0]) != log_q.shape[1]:
         raise ValueError(
-            f'The plate "data" drew {log_q.shape[1]} of {len(tensors[0])} data that it was given. Impute data in the '
+            f'The plate {plate} drew {log_q.shape[1]} of {len(tensors[0])} data that it was given. Impute data in the '
             'order they come: use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
         )
 
 
-def _beside(t: Tensor, dim: int, p: Any) -> Tensor:
-    """Returns t, ``(*samples, batch)``, with the data at dimension `dim` and room for the plates and events of p."""
-    shape = t.shape[:-1] + (1,) * (dim + 1 - t.dim()) + t.shape[-1:]
+def _beside(t: Tensor, dim: int, right: int, p: Any) -> Tensor:
+    """Returns t, ``(*samples, batch)``, with the data at dimension `dim`, `right` more plates, and room for the events of p."""
+    shape = t.shape[:-1] + (1,) * (dim + 1 - t.dim()) + t.shape[-1:] + (1,) * right
     return t.reshape(shape + (1,) * len(p.event_shape))
 
 
@@ -334,13 +497,13 @@ def _take(trace: poutine.Trace, choice: Tensor, dim: int) -> poutine.Trace:
     return taken
 
 
-def _replace(trace: poutine.Trace, other: poutine.Trace, where: Tensor, dim: int) -> None:
+def _replace(trace: poutine.Trace, other: poutine.Trace, where: Tensor, dim: int, right: int) -> None:
     for name, node in sample_sites(trace).items():
         if not node["is_observed"]:
-            node["value"] = torch.where(_beside(where, dim, node["fn"]), other.nodes[name]["value"], node["value"])
+            node["value"] = torch.where(_beside(where, dim, right, node["fn"]), other.nodes[name]["value"], node["value"])
 
 
 def _own_shape(node: dict, shape: torch.Size, depth: int) -> torch.Size:
     """Returns a shape without the leading dimensions of plates that a site does not stand in."""
-    own = max(-frame.dim for frame in node["cond_indep_stack"] if frame.vectorized and frame.name != _SAMPLES)
+    own = node["num_plates"]
     return shape[depth - own :]

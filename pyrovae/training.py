@@ -25,7 +25,16 @@ from tqdm.auto import tqdm
 
 from pyrovae import graphs, storage
 from pyrovae.bounds import Bound
-from pyrovae.checks import ObservedChecked, check_all_observed, check_finite, evaluation_mode, inspect, sample_sites
+from pyrovae.checks import (
+    ObservedChecked,
+    check_all_observed,
+    check_finite,
+    evaluation_mode,
+    inspect,
+    latents_of_trace,
+    sample_sites,
+    traced,
+)
 from pyrovae.data import Batches, as_batches
 from pyrovae.ranks import Share, join
 from pyrovae.recordings import Sequel
@@ -304,6 +313,9 @@ class _Run:
         args = ranks.share(len(batch[0])).rows(batch)
         if len(args[0]) < len(batch[0]):
             structure = inspect(model, guide, *args)
+        self.unvalidated = structure.unvalidated
+        if self.compiled is not None:
+            self.compiled.unvalidated = structure.unvalidated
         # A plate that stands for more data than it holds scales its loss up to all of them.
         self.data_size = structure.data_size if structure.data_size != len(args[0]) else None
         self.params, self.buffers = self._find_state(args)
@@ -447,7 +459,7 @@ class _Run:
         Returns:
             The loss and what it is made of, and whether the data are in the support.
         """
-        with ObservedChecked(later=any(x.is_cuda for x in args)) as data, share.noise():
+        with ObservedChecked(any(x.is_cuda for x in args), self.unvalidated) as data, share.noise():
             if not hasattr(self.loss, "differentiable_loss"):
                 loss = self.loss.loss_and_grads(self.model, self.guide, *args)
                 # Wake-sleep gives the model's, then the guide's.
@@ -507,9 +519,9 @@ class _Run:
         torch.set_rng_state(noise)
         self._require_finite_state(where)
         with torch.no_grad(), pyro.validation_enabled(False):
-            guide = poutine.trace(self.guide).get_trace(*args)
-            model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(*args)
-        check_all_observed(model)
+            guide = traced(self.guide, None, *args)
+            model = traced(self.model, latents_of_trace(guide), *args)
+        check_all_observed(model, self.unvalidated)
         for part, trace in (("guide", guide), ("model", model)):
             for name, site in sample_sites(trace).items():
                 log_prob = site["fn"].log_prob(site["value"])
@@ -539,7 +551,7 @@ class _Run:
                 args = share.rows(batch)
                 self.latest = args, torch.get_rng_state(), f"on validation data after epoch {epoch}"
                 try:
-                    with ObservedChecked(), share.noise():
+                    with ObservedChecked(without=self.unvalidated), share.noise():
                         value = self.loss.loss(self.model, self.guide, *args) / (self.data_size or len(args[0]))
                     if not math.isfinite(value):
                         raise FloatingPointError(f"it became {value}")

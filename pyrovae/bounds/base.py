@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from pyrovae.bounds.gradients import Coefficients, Gradient, Reparameterized, leave_one_out
 from pyrovae.bounds.reductions import Reduced
 from pyrovae.checks import DATA, Structure, described, inspect, sample_sites
-from pyrovae.importance import in_data, log_prob_of, per_datum, trace_guide, trace_model
+from pyrovae.importance import check_draws, in_data, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.regularizers import Cost, Regularizer, Run
 
 
@@ -163,18 +163,15 @@ class Bound(PyroELBO, ABC):
         look = (model, guide, _form(args, kwargs))
         if self._inspected != look:
             structure = inspect(model, guide, *args, **kwargs)
-            self._check_structure(structure)
-            try:
-                terms = self._terms(model, guide, structure, args, kwargs)
-            except (RuntimeError, IndexError, ValueError) as error:
-                if isinstance(error, ValueError) and not str(error).startswith("Shape mismatch"):  # Pyro's
-                    raise
+            if structure.extra:
+                listed = ", ".join(f'"{name}"' for name in sorted(structure.extra))
                 raise ValueError(
-                    f"model and guide ran alone, but not with particles in front of the data (num_particles="
-                    f"{self.num_particles}): {str(error).partition('Trace Shapes')[0].rstrip(' .')}. Latents come as "
-                    "(num_particles, batch, *event), also if there is one: let networks work on the last dimensions (flatten "
-                    "the leading ones before a convolution, and put them back)."
-                ) from error
+                    f"the guide observes {listed}, which is no part of q, so that {type(self).__name__} would bound nothing. "
+                    "Hide it with poutine.block, move it to the model, or train with pyro.infer.Trace_ELBO."
+                )
+            self._check_structure(structure)
+            structure = check_draws(structure, model, guide, *args, **kwargs)
+            terms = self._terms(model, guide, structure, args, kwargs)
             self._inspected, self._structure = look, structure
             return terms
         return self._terms(model, guide, self._structure, args, kwargs)
@@ -274,7 +271,7 @@ class Bound(PyroELBO, ABC):
         loss = weighed.loss + sum(values.values())
         if training:
             extra = full / batch * sum(cost.value + cost.aside for cost in costs.values())
-            surrogate = self._surrogate(weighed, scores, extra, cut) + self._also(run, weighed.scale)
+            surrogate = self._surrogate(weighed, scores, extra, cut) + self._also(run, structure, weighed.scale)
             # The value of the loss with the gradient of its estimator.
             loss = loss.detach() - (surrogate - surrogate.detach())
             self.steps += 1
@@ -387,12 +384,12 @@ class Bound(PyroELBO, ABC):
         for i, name in enumerate(latents):
             if name in scores and in_data(latents[name]) and any(j > i for j in outside):
                 raise ValueError(
-                    f'a latent outside the plate "{DATA}" is drawn after site "{name}" of the guide, which has no rsample: '
+                    f'a latent outside the data plate is drawn after site "{name}" of the guide, which has no rsample: '
                     "its score function would have to hear all data at once. Draw what all data share first."
                 )
         return scores
 
-    def _also(self, run: Run, scale: float | Tensor) -> Tensor | float:
+    def _also(self, run: Run, structure: Structure, scale: float | Tensor) -> Tensor | float:
         """Returns a number whose gradient is a part of minus the loss's that no particle has."""
         return 0.0
 
@@ -427,10 +424,11 @@ class ImportanceBound(Bound):
     """Base of the bounds that are functions of importance weights per datum; one writes :meth:`reduce`."""
 
     def _check_structure(self, structure: Structure) -> None:
-        if structure.problems:
+        given = [f'site "{name}" of the model is outside the plate {structure.data}' for name in sorted(structure.given)]
+        if structure.problems or given:
             raise ValueError(
-                f"{type(self).__name__} weighs each datum by itself, but {'; '.join(structure.problems)}. Put what belongs "
-                f'to a datum under pyro.plate("{DATA}", len(x), dim=-1) in the model and in the guide, drawn from a '
+                f"{type(self).__name__} weighs each datum by itself, but {'; '.join([*structure.problems, *given])}. Put what "
+                f'belongs to a datum under pyro.plate("{DATA}", len(x)) in the model and in the guide, drawn from a '
                 "density; or train with bounds.ELBO, which needs no weights per datum (of enumerated latents, with "
                 "pyro.infer.TraceEnum_ELBO)."
             )
@@ -460,8 +458,9 @@ class _Cut(Messenger):
     def __init__(self, leaves: bool):
         super().__init__()
         self.leaves = leaves
-        self.drawn: dict[str, Tensor] = {}  # with their graphs
-        self.latents: dict[str, Tensor] = {}  # without
+        # A site comes once for each particle where they are drawn one by one.
+        self.drawn: list[Tensor] = []  # with their graphs
+        self.latents: list[Tensor] = []  # without
 
     def _pyro_post_sample(self, msg: dict) -> None:
         if msg["is_observed"] or isinstance(msg["fn"], _Subsample):
@@ -469,8 +468,8 @@ class _Cut(Messenger):
         drawn = msg["value"]
         msg["value"] = drawn.detach()
         if self.leaves and drawn.requires_grad:
-            self.drawn[msg["name"]] = drawn
-            self.latents[msg["name"]] = msg["value"].requires_grad_()
+            self.drawn.append(drawn)
+            self.latents.append(msg["value"].requires_grad_())
 
 
 def _numbered(costs: list[tuple[str, Cost]]) -> dict[str, Cost]:
@@ -482,7 +481,7 @@ def _numbered(costs: list[tuple[str, Cost]]) -> dict[str, Cost]:
 
 def _path(along: Tensor | float, cut: _Cut) -> Tensor | float:
     """Returns a number whose gradient is that of another through the latents that were cut off."""
-    latents, drawn = list(cut.latents.values()), list(cut.drawn.values())
+    latents, drawn = cut.latents, cut.drawn
     if not latents or not isinstance(along, Tensor) or not along.requires_grad:
         return 0.0
     found = list(torch.autograd.grad(along, latents, retain_graph=True, allow_unused=True))
@@ -558,9 +557,8 @@ def same_scale(a: float | Tensor, b: float | Tensor) -> bool:
 def _data_size(sites: list[dict]) -> tuple[int, int]:
     """Returns how many data there are in the data plate, and how many it stands for; one and one without a plate."""
     for site in sites:
-        for frame in site["cond_indep_stack"]:
-            if frame.name == DATA and frame.dim == -1:
-                return frame.size, frame.full_size or frame.size
+        if in_data(site):
+            return site["data"].size, site["data"].full_size or site["data"].size
     return 1, 1
 
 

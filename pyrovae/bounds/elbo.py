@@ -15,6 +15,7 @@ from pyrovae.bounds.base import Bound, Sides, Weighed, layers, same_scale
 from pyrovae.bounds.gradients import Gradient
 from pyrovae.bounds.reductions import Reduced, power_mean
 from pyrovae.checks import Structure, described, full_precision
+from pyrovae.distributions import Stacked
 from pyrovae.importance import log_prob_of, per_datum
 from pyrovae.regularizers import Regularizer
 from pyrovae.states import Untraceable
@@ -371,7 +372,7 @@ def kl_in_closed_form(q: dist.TorchDistribution, p: dist.TorchDistribution) -> T
     tensor(1.)
     """
     # Torch and Pyro leave a point's density, and what a mask hides, out of account.
-    if any(isinstance(fn, dist.Delta | dist.MaskedDistribution) for fn in (*layers(q), *layers(p))):
+    if any(isinstance(fn, dist.Delta | dist.MaskedDistribution | Stacked) for fn in (*layers(q), *layers(p))):
         return None
     if q.batch_shape != p.batch_shape:  # some closed forms do not broadcast
         shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)

@@ -4,14 +4,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyrovae.bounds.base import ImportanceBound
 from pyrovae.bounds.gradients import Coefficients, DoublyReparameterized, Gradient
 from pyrovae.bounds.reductions import Reduced, mean_of_groups, power_mean, tempered, thermodynamic_sum
-from pyrovae.checks import sample_sites
-from pyrovae.importance import log_prob_of, per_datum, simulate
+from pyrovae.checks import Structure, sample_sites, traced
+from pyrovae.importance import log_prob_of, of_depth, per_datum, simulate
 from pyrovae.regularizers import Regularizer, Run
 
 
@@ -436,11 +435,10 @@ class ReweightedWakeSleep(_SelfNormalized):
         w = log_w.softmax(0)
         return Coefficients(model=w, guide=self.wake * w)
 
-    def _also(self, run: Run, scale: float | Tensor) -> Tensor | float:
+    def _also(self, run: Run, structure: Structure, scale: float | Tensor) -> Tensor | float:
         if self.sleep == 0:
             return 0.0
         dream, args, kwargs = simulate(run.model, *run.args, **run.kwargs)
-        with poutine.trace() as tracer, poutine.replay(trace=dream):
-            run.guide(*args, **kwargs)
-        log_q = sum(per_datum(site, log_prob_of(site).unsqueeze(0)) for site in sample_sites(tracer.trace).values())
+        sites = sample_sites(of_depth(traced(run.guide, dream, *args, **kwargs), structure))
+        log_q = sum(per_datum(site, log_prob_of(site).unsqueeze(0)) for site in sites.values())
         return self.sleep * (log_q * scale).sum()

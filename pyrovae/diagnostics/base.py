@@ -9,10 +9,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.checks import DATA, Structure, inspect, named_arguments, sample_sites
+from pyrovae.checks import Structure, named_arguments, sample_sites
 from pyrovae.distributions import center
 from pyrovae.estimators.base import count_data
-from pyrovae.importance import in_data, trace_guide, trace_model
+from pyrovae.importance import in_data, inspect_samples, trace_guide, trace_model
 
 
 class Diagnosis(ABC):
@@ -51,18 +51,18 @@ class Latents(NamedTuple):
 
 def latents_of(trace: poutine.Trace, structure: Structure) -> Latents:
     """Returns the latents of each datum in a trace of several draws; those outside the data plate are left out."""
-    depth, parts, columns, at = structure.max_plate_nesting, [], {}, 0
+    place, parts, columns, at = structure.data_index, [], {}, 0
     for name, site in sample_sites(trace).items():
         if site["is_observed"] or site["infer"].get("is_auxiliary") or not in_data(site):
             continue
         value, fn = site["value"], site["fn"]
-        value = value.expand(fn.batch_shape + fn.event_shape).movedim(depth, 1)
+        value = value.expand(fn.batch_shape + fn.event_shape).movedim(place, 1)
         value = value.reshape(*value.shape[:2], -1)  # a number's dimension too
         parts.append(value if value.is_floating_point() else value.to(torch.get_default_dtype()))
         columns[name] = slice(at, at + value.shape[-1])
         at += value.shape[-1]
     if not parts:
-        raise ValueError(f'The guide has no latent site in the plate "{DATA}", so there is nothing to look at.')
+        raise ValueError("The guide has no latent site in the data plate, so there is nothing to look at.")
     return Latents(torch.cat(parts, dim=-1), columns)
 
 
@@ -81,25 +81,25 @@ def names_of(columns: dict[str, slice]) -> list[str]:
 
 def at_latents(trace: poutine.Trace, structure: Structure, latents: Latents) -> poutine.Trace:
     """Returns a trace of ``num_draws`` draws whose latents are given, as :func:`latents_of` lays them out."""
-    depth, moved = structure.max_plate_nesting, trace.copy()
+    place, moved = structure.data_index, trace.copy()
     for name, columns in latents.columns.items():
         site = trace.nodes[name]
         shape = site["fn"].batch_shape + site["fn"].event_shape
-        plates = [n for i, n in enumerate(shape) if i not in (0, depth)]
-        value = latents.values[..., columns].reshape(*latents.values.shape[:2], *plates).movedim(1, depth)
+        plates = [n for i, n in enumerate(shape) if i not in (0, place)]
+        value = latents.values[..., columns].reshape(*latents.values.shape[:2], *plates).movedim(1, place)
         moved.nodes[name] = {**site, "value": value.to(site["value"].dtype)}
     return moved
 
 
 def observed_site(trace: poutine.Trace, site: str | None) -> str:
     """Returns the name of the observed site to look at: the one that is named, or the only one."""
-    # pyro.deterministic and pyro.factor make observed sites that hold no data.
+    # pyro.factor makes an observed site that holds no data.
     sites = [
         name
         for name, node in sample_sites(trace).items()
         if node["is_observed"]
         and in_data(node)
-        and not (node["infer"].get("_deterministic") or node["infer"].get("is_auxiliary"))
+        and not node["infer"].get("is_auxiliary")
     ]
     if site is None and len(sites) == 1:
         return sites[0]
@@ -121,20 +121,20 @@ def drawn_data(trace: poutine.Trace, structure: Structure, site: str) -> Tensor:
 
 def beside_draws(value: Tensor, trace: poutine.Trace, structure: Structure, site: str) -> Tensor:
     """Moves the data of a site's value, ``(num_draws, *plates, batch, *event)``, next to the draws."""
-    fn, depth = trace.nodes[site]["fn"], structure.max_plate_nesting
+    fn, depth, place = trace.nodes[site]["fn"], structure.max_plate_nesting, structure.data_index
     value = value.expand(fn.batch_shape + fn.event_shape)
     lead = fn.batch_shape
     # A site under the data plate alone has ones in the place of other plates.
-    keep = [i for i in range(1, depth) if lead[i] > 1]
-    value = value.reshape(lead[0], *[lead[i] for i in keep], *value.shape[depth:])
-    return value.movedim(1 + len(keep), 1)
+    value = value.movedim(place, 1)
+    plates = [lead[i] for i in range(1, depth + 1) if i != place and lead[i] > 1]
+    return value.reshape(*value.shape[:2], *plates, *value.shape[depth + 1 :])
 
 
 def look(
     model: Callable, guide: Callable, num_draws: int, *args: Any, **kwargs: Any
 ) -> tuple[Structure, poutine.Trace, poutine.Trace]:
     """Runs a guide, and the model at its draws; returns the structure of both and their traces."""
-    structure = inspect(model, guide, *args, **kwargs)
+    structure = inspect_samples(model, guide, *args, **kwargs)
     drawn = trace_guide(guide, structure, num_draws, *args, **kwargs)
     return structure, drawn, trace_model(model, drawn, structure, num_draws, *args, **kwargs)
 

@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyrovae.checks import evaluation_mode, inspect
+from pyrovae.checks import evaluation_mode
 from pyrovae.diagnostics.base import (
     Diagnosis,
     Latents,
@@ -29,7 +29,7 @@ from pyrovae.diagnostics.base import (
     observed_site,
 )
 from pyrovae.estimators.base import take_rows
-from pyrovae.importance import trace_guide, trace_model
+from pyrovae.importance import inspect_samples, trace_guide, trace_model
 
 __all__ = ["Interpolations", "LatentMap", "Traversals", "interpolations", "latent_map", "traversals"]
 
@@ -520,7 +520,7 @@ class _Space:
     def __init__(self, model: Callable, guide: Callable, size: int, args: tuple, kwargs: dict):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         head = take_rows(slice(0, 2), args, kwargs)
-        self.structure = inspect(model, guide, *head[0], **head[1])
+        self.structure = inspect_samples(model, guide, *head[0], **head[1])
         means, draws = [], []
         for start in range(0, size, _ROWS // _DRAWS):
             part_args, part_kwargs = take_rows(slice(start, start + _ROWS // _DRAWS), args, kwargs)

@@ -14,7 +14,7 @@ from pyrovae.checks import check_finite, evaluation_mode, inspect, named_argumen
 from pyrovae.diagnostics.base import Diagnosis, check_at_least, latents_of, num_data
 from pyrovae.distributions import center
 from pyrovae.estimators.base import take_rows
-from pyrovae.importance import in_data, simulate, trace_guide
+from pyrovae.importance import in_data, inspect_samples, simulate, trace_guide
 
 __all__ = ["PrecisionRecall", "Quality", "QualityScores", "frechet_distance", "precision_recall", "quality"]
 
@@ -287,7 +287,7 @@ def _observed(given: tuple[tuple, dict], drawn: tuple[tuple, dict]) -> tuple[Ten
 
 
 def _latent_means(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Tensor:
-    structure = inspect(model, guide, *args, **kwargs)
+    structure = inspect_samples(model, guide, *args, **kwargs)
     trace = trace_guide(guide, structure, _NUM_DRAWS, *args, **kwargs)
     for name, site in sample_sites(trace).items():
         if in_data(site) and not site["is_observed"]:

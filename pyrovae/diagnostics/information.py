@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 
 from pyrovae.bounds.base import _conditioned_alike, layers
 from pyrovae.bounds.elbo import kl_in_closed_form
-from pyrovae.checks import Structure, check_all_observed, evaluation_mode, inspect, named_arguments, sample_sites
+from pyrovae.checks import Structure, check_all_observed, evaluation_mode, is_masked, named_arguments, sample_sites
 from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, latents_of, num_data
 from pyrovae.estimators.base import take_rows
-from pyrovae.importance import log_prob_of, per_datum, trace_guide, trace_model
+from pyrovae.importance import inspect_samples, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.training import History
 
 __all__ = ["Collapse", "CollapseMonitor", "collapse"]
@@ -247,11 +247,11 @@ def collapse(
     size = num_data(2, "collapse", args, kwargs)
     with evaluation_mode():
         head = take_rows(slice(0, 2), args, kwargs)
-        structure = inspect(model, guide, *head[0], **head[1])
+        structure = inspect_samples(model, guide, *head[0], **head[1])
         if structure.problems:
             raise ValueError(
                 f"KL divergences per datum are undefined: {'; '.join(structure.problems)}. What belongs to a datum "
-                'must stand under pyro.plate("data", len(x), dim=-1) in the model and in the guide, drawn from a '
+                'must stand under pyro.plate("data", len(x)) in the model and in the guide, drawn from a '
                 "density."
             )
         drawn, step = [], max(1, _ROWS // num_draws)
@@ -261,7 +261,7 @@ def collapse(
         z, kl_by_site, each, prior = (torch.cat(t, dim=1) for t in zip(*(d.tensors for d in drawn), strict=True))
         if z.shape[1] != size:
             raise ValueError(
-                f'The plate "data" drew {z.shape[1]} of {size} data that it was given. Look at data in the order they '
+                f'The plate {structure.data} drew {z.shape[1]} of {size} data that it was given. Look at data in the order they '
                 'come: use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
             )
         latents = Latents(z, drawn[0].columns)
@@ -371,7 +371,7 @@ class _Draws(NamedTuple):
 
 
 def _draw(model: Callable, guide: Callable, structure: Structure, num_draws: int, *args: Any, **kwargs: Any) -> _Draws:
-    depth = structure.max_plate_nesting
+    depth = structure.data_index
     trace = trace_guide(guide, structure, num_draws, *args, **kwargs)
     scored = trace_model(model, trace, structure, num_draws, *args, **kwargs)
     check_all_observed(scored)
@@ -380,7 +380,7 @@ def _draw(model: Callable, guide: Callable, structure: Structure, num_draws: int
     kl_by_site, kl_by_dimension, means = [], [], {}
     for name in columns:
         q, p = trace.nodes[name], scored.nodes[name]
-        if q["mask"] is not None or p["mask"] is not None:
+        if is_masked(q) or is_masked(p):
             raise ValueError(
                 f'site "{name}" is masked, and the mutual information of latents that some data lack is undefined. '
                 "Look at data that have all latents, or draw the latents of the others from the prior in the guide too."

@@ -204,13 +204,15 @@ class Task:
         if check_data:
             check_all_observed(scored)
         sides = [0.0, 0.0]
-        for site in sample_sites(scored).values():
+        for name, site in sample_sites(scored).items():
+            if name in self.structure.given:
+                continue
             sides[site["is_observed"]] = sides[site["is_observed"]] + per_datum(site, log_prob_of(site))
         prior, likelihood = (s if isinstance(s, Tensor) else torch.zeros(()) for s in sides)
         if max(prior.shape[-1:], likelihood.shape[-1:]) != (self.size,):
             drawn = max(prior.shape[-1:], likelihood.shape[-1:])
             raise ValueError(
-                f'The plate "data" drew {drawn[0]} of {self.size} data that it was given. Score data in the order they come: '
+                f'The plate {self.structure.data} drew {drawn[0]} of {self.size} data that it was given. Score data in the order they come: '
                 'use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
             )
         return prior, likelihood

@@ -8,7 +8,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.checks import Structure, _unwrapped, sample_sites
+from pyrovae.checks import Structure, is_masked, sample_sites, unwrapped
 from pyrovae.estimators.base import Allocations, Estimate, Estimator, Task, clamp, join, prior_of
 from pyrovae.estimators.proposals import Weighed
 from pyrovae.estimators.targets import Target
@@ -26,8 +26,7 @@ class _Deterministic(Estimator):
 
     def _check_unmasked(self, trace: poutine.Trace) -> None:
         for name, site in sample_sites(trace).items():
-            masks = (site["mask"], getattr(site["fn"], "_mask", None))
-            if not site["is_observed"] and not all(mask is None or bool(torch.as_tensor(mask).all()) for mask in masks):
+            if not site["is_observed"] and is_masked(site):
                 raise ValueError(
                     f'the latents at site "{name}" are masked for some data, so that they have no density to go over. Take '
                     "ImportanceSampling()."
@@ -269,7 +268,7 @@ def _support(name: str, site: dict, task: Task) -> _Support:
     fn = site["fn"]
     base = fn
     while True:
-        inner = base.base_dist if isinstance(base, Flattened) else _unwrapped(base)
+        inner = base.base_dist if isinstance(base, Flattened) else unwrapped(base)
         if inner is base:
             break
         base = inner
@@ -281,8 +280,8 @@ def _support(name: str, site: dict, task: Task) -> _Support:
         ) from None
     event = base.event_shape
     values = values.reshape(len(values), *event)
-    depth = task.structure.max_plate_nesting
-    shape = tuple(1 if i == depth else n for i, n in enumerate(fn.batch_shape) if i > 0) + tuple(fn.event_shape)
+    place = task.structure.data_index
+    shape = tuple(1 if i == place else n for i, n in enumerate(fn.batch_shape) if i > 0) + tuple(fn.event_shape)
     return _Support(values, math.prod(shape) // math.prod(event), shape)
 
 
@@ -296,8 +295,7 @@ def _assigned(trace: poutine.Trace, supports: dict[str, _Support], numbers: Tens
             numbers = numbers // len(support.values)
         values = support.values[torch.stack(digits, dim=1).to(support.values.device)]  # (draws, cells, *event)
         values = values.reshape(len(values), *support.shape)
-        depth = task.structure.max_plate_nesting
         full = list(values.shape)
-        full[depth] = task.size
+        full[task.structure.data_index] = task.size
         assigned.nodes[name] = {**trace.nodes[name], "value": values.expand(full)}
     return assigned

@@ -18,9 +18,9 @@ from torch.distributions import transform_to
 
 from pyrovae.bounds import ELBO
 from pyrovae.bounds.base import Bound
-from pyrovae.checks import Structure, described, inspect
+from pyrovae.checks import Structure, described
 from pyrovae.estimators.base import Task, check_count, check_positive, prior_of
-from pyrovae.importance import in_data, log_joint
+from pyrovae.importance import inspect_samples, log_q_of, trace_model
 
 
 class Weighed(NamedTuple):
@@ -102,7 +102,7 @@ class Widened(Proposal):
         self.scale = scale
 
     def guides(self, task: Task) -> list[Weighed]:
-        return [Weighed(_Changed(task.guide, self._widen))]
+        return [Weighed(_Changed(task.guide, task.structure, self._widen))]
 
     def _widen(self, name: str, p: Any) -> Any:
         support = p.support
@@ -208,7 +208,7 @@ class Refined(Proposal):
         bound = ELBO(8) if self.bound is None else copy(self.bound)
         changes: dict[tuple[str, ...], Tensor] = {}
         tuned = _Changed(
-            guide, lambda name, p: _shifted(p, (name,), changes, structure.max_plate_nesting, len(p.batch_shape))
+            guide, structure, lambda name, p: _shifted(p, (name,), changes, structure.max_plate_nesting, len(p.batch_shape))
         )
         with torch.enable_grad():
             bound.differentiable_loss(model, tuned, *args, **kwargs)  # finds out what there is to change
@@ -265,12 +265,12 @@ def refine(
     torch.Size([4, 5])
     """
     proposal = Refined(num_steps, learning_rate, bound)
-    return proposal.tune(model, guide, inspect(model, guide, *args, **kwargs), args, kwargs)
+    return proposal.tune(model, guide, inspect_samples(model, guide, *args, **kwargs), args, kwargs)
 
 
 def log_density(task: Task, guide: Callable, trace: Trace, num_samples: int) -> Tensor:
     r"""Returns the log-density of a guide at the latents of another's trace, ``(num_samples, batch)``."""
-    return log_joint(guide, trace, task.structure, num_samples, *task.args, **task.kwargs)
+    return log_q_of(trace_model(guide, trace, task.structure, num_samples, *task.args, **task.kwargs))
 
 
 class _Changed(Messenger):
@@ -278,19 +278,22 @@ class _Changed(Messenger):
 
     Args:
         guide: a Pyro guide.
+        structure: of the model and the guide.
         change: returns the distribution for a site's name and distribution.
     """
 
-    def __init__(self, guide: Callable, change: Callable[[str, Any], Any]):
+    def __init__(self, guide: Callable, structure: Structure, change: Callable[[str, Any], Any]):
         super().__init__()
-        self.guide, self.change = guide, change
+        self.guide, self.structure, self.change = guide, structure, change
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         with self:
             self.guide(*args, **kwargs)
 
     def _pyro_sample(self, msg: dict) -> None:
-        if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample) and in_data(msg):
+        # What is no data site has no datum to be changed for.
+        data = self.structure.data
+        if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample) and data and data.frame(msg) is not None:
             msg["fn"] = self.change(msg["name"], msg["fn"])
 
 

@@ -61,7 +61,8 @@ class Target:
                 f"the latents at {_names(structure.discrete)} are discrete, and gradients cannot move them. Take "
                 "estimators.Enumeration() if all latents are discrete, or ImportanceSampling()."
             )
-        self.task, self.start, self.depth = task, start, structure.max_plate_nesting
+        self.task, self.start = task, start
+        self.depth, self.place = structure.max_plate_nesting, structure.data_index
         # Distributions that were made with validation keep to it, and it takes time.
         with torch.no_grad(), pyro.validation_enabled(False):
             trace, _ = task.draw(1, start.guide)
@@ -82,7 +83,7 @@ class Target:
                 continue
             fn, support = site["fn"], prior.nodes[name]["fn"].support
             batch, event = fn.batch_shape, fn.event_shape
-            plates = tuple(n for i, n in enumerate(batch) if i not in (0, self.depth))
+            plates = tuple(n for i, n in enumerate(batch) if i not in (0, self.place))
             try:
                 transform = biject_to(support)
             except NotImplementedError:
@@ -121,7 +122,7 @@ class Target:
             node = trace.nodes[site.name]
             value, missing = _value(node), self.depth - len(node["fn"].batch_shape)
             value = value.reshape(*[1] * (missing + 1), *value.shape)
-            values[site.name] = value[(slice(None),) * self.depth + (rows,)]
+            values[site.name] = value[(slice(None),) * self.place + (rows,)]
         return self._pack(values)
 
     def _pack(self, values: dict[str, Tensor]) -> Tensor:
@@ -129,19 +130,19 @@ class Target:
         for site in self.sites:
             value = values[site.name]
             value = value if site.transform is None else site.transform.inv(value)
-            parts.append(value.movedim(self.depth, 1).reshape(len(value), value.shape[self.depth], -1))
+            parts.append(value.movedim(self.place, 1).reshape(len(value), value.shape[self.place], -1))
         return torch.cat(parts, dim=-1)
 
     def _unpack(self, u: Tensor) -> tuple[poutine.Trace, Tensor | float]:
         """Returns a trace with the latents, and the log of how much volume the maps from real numbers make."""
         trace, log_det = self.template.copy(), 0.0
         for site in self.sites:
-            part = u[..., site.columns].reshape(*u.shape[:2], *site.plates, *site.event).movedim(1, self.depth)
+            part = u[..., site.columns].reshape(*u.shape[:2], *site.plates, *site.event).movedim(1, self.place)
             value = part
             if site.transform is not None:
                 value = site.transform(part)
                 log = site.transform.log_abs_det_jacobian(part, value)
-                log_det = log_det + log.movedim(self.depth, 1).reshape(*u.shape[:2], -1).sum(-1)
+                log_det = log_det + log.movedim(self.place, 1).reshape(*u.shape[:2], -1).sum(-1)
             trace.nodes[site.name] = {**trace.nodes[site.name], "value": value}
         return trace, log_det
 
