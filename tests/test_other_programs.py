@@ -15,12 +15,16 @@ from programs import PROGRAMS, Pair, Program, by_fit, by_svi, made, trained
 from pyro import poutine
 from pyro.contrib.cevae import CEVAE, TraceCausalEffect_ELBO
 from pyro.infer import SVI
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyrovae import bounds, diagnostics, estimators, fit, log_marginal, log_weights
 
 FAILURE_RATE = 1e-4  # chance that a statistical test here fails with another seed although the library is right
 HALF_THE_DIGITS = math.sqrt(torch.finfo(torch.float64).eps)  # what rounding may grow to over the steps of a run
+LEFT_OUT = math.exp(-25) * 40_000  # Quadrature leaves out points 25 nats below the highest, of so many
+
+PLATES = ("data", "batch", "z_minibatch", "documents", "rows")  # over the data, as the originals name them
 
 every = pytest.mark.parametrize("program", [pytest.param(p, id=p.name) for p in PROGRAMS])
 
@@ -55,7 +59,7 @@ def latents_of(trace: poutine.Trace) -> dict[str, dict]:
     return {
         name: trace.nodes[name]
         for name in trace.stochastic_nodes
-        if not isinstance(trace.nodes[name]["fn"], pyro.distributions.Delta)
+        if not isinstance(trace.nodes[name]["fn"], (_Subsample, pyro.distributions.Delta))
     }
 
 
@@ -79,16 +83,13 @@ def sides(pair: Pair, draw: dict[str, Tensor] | None = None) -> tuple[Tensor, Te
     found = [torch.zeros(size, dtype=torch.float64) for _ in range(3)]
     for side, trace in ((0, p), (1, p), (2, q)):
         for site in trace.nodes.values():
-            in_plate = any(frame.vectorized and frame.dim == pair.dim for frame in site.get("cond_indep_stack", ()))
-            if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample" or (side < 2 and site["is_observed"] != side):
+            if site["type"] != "sample" or isinstance(site["fn"], _Subsample) or (side < 2 and site["is_observed"] != side):
                 continue
-            if site["is_observed"] and site["value"].shape[: len(site["fn"].batch_shape)] == (2,):
-                continue  # a global latent that was given: two topics
+            if not any(frame.name in PLATES for frame in site["cond_indep_stack"]):
+                continue  # what all data share, and was given
             log_prob = site["fn"].log_prob(site["value"])
             if site["mask"] is not None:
                 log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, 0.0)
-            if not in_plate:
-                continue
             found[side] += log_prob.movedim(pair.dim, 0).reshape(size, -1).sum(-1)
     assert names, "the guide draws something"
     return tuple(found)
@@ -103,9 +104,15 @@ def summed(pair: Pair, draws: list[dict[str, Tensor]]) -> Tensor:
     return torch.stack(rows)
 
 
+TRAINED: dict[str, Pair] = {}
+
+
 @pytest.fixture
-def scored(request) -> Pair:
-    return trained(request.getfixturevalue("program"))
+def scored(program) -> Pair:
+    if program.name not in TRAINED:
+        TRAINED[program.name] = trained(program)
+    pyro.set_rng_seed(2)
+    return TRAINED[program.name]
 
 
 @pytest.fixture
@@ -142,7 +149,6 @@ def test_compiled_it_trains_alike(program: Program):
 def test_a_bound_is_a_function_of_sums_over_sites(program: Program, scored: Pair, calm):
     guide = Recorded(scored)
     if program.common:
-        scale = next(iter(poutine.trace(scored.guide).get_trace(*scored.data).nodes.values())).get("scale", 1.0)
         loss = bounds.IWAE(num_particles=5).loss(scored.model, guide, *scored.data)
         log_w = summed(scored, guide.draws(5))
         wanted = scale_of(scored) * (log_w.logsumexp(0) - math.log(5)).sum().item()
@@ -171,13 +177,13 @@ def test_log_marginal_is_a_mean_of_such_sums(program: Program, scored: Pair, cal
 def test_log_marginal_is_the_truth(program: Program, scored: Pair, calm):
     truth = scored.truth(*scored.data)
     estimate = log_marginal(scored.model, scored.guide, *scored.data, num_samples=1000, progress=False)
-    # Where the tail of the weights is heavy, the standard error is not the error. Of discrete latents there is no k-hat.
-    fine = ~(estimate.khat > 0.5)
+    # Where the tail of the weights is heavy and few count, the standard error is not the error.
+    fine = ~(estimate.khat > 0.5) | (estimate.ess > 500)
     assert fine.sum() > len(truth) / 2, "the guide is a fair proposal"
     assert_unit_scores(((estimate.value - truth) / estimate.standard_error)[fine], FAILURE_RATE)
     if program.exact is not None:
         exact = log_marginal(scored.model, None, *scored.data, method=program.exact, progress=False)
-        assert (exact.value - truth).abs().max() < exact.standard_error.max() + HALF_THE_DIGITS
+        assert (exact.value - truth).abs().max() < exact.standard_error.max() + LEFT_OUT
 
 
 @every
@@ -230,4 +236,4 @@ def test_a_network_that_another_keeps_from_training_is_found():
     assert not any(name.startswith("guide.t_nn") for name in still)
     pyro.clear_param_store()
     with pytest.raises(ValueError, match="would not be trained, for Pyro does not know it.*t_nn"):
-        fit(cevae.model, cevae.guide, data, loss=TraceCausalEffect_ELBO(), epochs=1, progress=False)
+        fit(cevae.model, cevae.guide, data, loss=TraceCausalEffect_ELBO(), epochs=1, batch_size=20, progress=False)
