@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, MaskedDistribution, constraints
+from pyro.distributions import Delta, ImproperUniform, MaskedDistribution, constraints
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
@@ -66,7 +66,8 @@ class Structure(NamedTuple):
         curved: those of them whose space is none that real numbers are mapped to one to one, such as a sphere.
         extra: the names of the guide's observed sites and factors, which are no part of q.
         given: the names of the model's observed sites outside of the data plate, such as a conditioned global latent.
-        unvalidated: the names of the observed sites whose distributions were built with ``validate_args=False``.
+        unvalidated: the names of the observed sites whose distributions were built with ``validate_args=False``, and
+        outside: those of them with data outside of their support.
         vectorized: whether many samples may be drawn at once; otherwise they are drawn one by one.
     """
 
@@ -82,6 +83,7 @@ class Structure(NamedTuple):
     extra: frozenset[str]
     given: frozenset[str]
     unvalidated: frozenset[str]
+    outside: frozenset[str]
     vectorized: bool = True
 
     @property
@@ -235,6 +237,9 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
         extra=frozenset(name for name, site in guide_sites.items() if site["is_observed"]),
         given=given,
         unvalidated=unvalidated,
+        outside=frozenset(
+            name for name in unvalidated if not _support_check(model_sites[name]["fn"], model_sites[name]["value"]).all()
+        ),
     )
 
 
@@ -495,8 +500,9 @@ def _names(sites: dict[str, dict]) -> str:
 
 def _plate_sizes(site: dict) -> dict[int, int]:
     """Returns the sizes of a site's plates by dimension; one without a size of its own has its site's."""
-    shape = site["fn"].batch_shape
     sizes = {frame.dim: int(frame.size) for frame in site["cond_indep_stack"] if frame.vectorized}
+    shape = site["value"].shape[: site["value"].dim() - len(site["fn"].event_shape)] if min(sizes.values(), default=0) < 0 else ()
+    shape = torch.broadcast_shapes(shape, site["fn"].batch_shape)
     return {dim: size if size >= 0 else shape[dim] if len(shape) >= -dim else 1 for dim, size in sizes.items()}
 
 
@@ -541,6 +547,9 @@ def _problems(
                 is_data = data is not None and frame.dim == data.dim and frame.name in data.names
                 if frame.vectorized and not is_data and frame.full_size not in (None, frame.size):
                     yield f'site "{name}" of the {where} is in the plate "{frame.name}", which is subsampled'
+    for name, site in model_sites.items():
+        if isinstance(unwrapped(site["fn"]), ImproperUniform):
+            yield f'site "{name}" of the model is an ImproperUniform, which has no density'
     latents = {name: site for name, site in guide_sites.items() if not site["is_observed"]}
     auxiliary = [name for name, site in latents.items() if site["infer"].get("is_auxiliary")]
     points = [name for name, site in latents.items() if isinstance(unwrapped(site["fn"]), Delta)]

@@ -19,6 +19,7 @@ References:
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 
 import pyro
 import torch
@@ -47,10 +48,10 @@ Network = Callable[[Shape, Shape], nn.Module]
 
 def as_shape(shape: Shape, name: str) -> tuple[int, ...]:
     """Returns a tuple for a shape given as an int or a sequence of ints, all of them positive."""
-    result = (shape,) if isinstance(shape, int) else tuple(shape)
-    if not result or not all(isinstance(n, int) and n > 0 for n in result):
+    result = (shape,) if isinstance(shape, Integral) else tuple(shape)
+    if not result or not all(isinstance(n, Integral) and n > 0 for n in result):
         raise ValueError(f"{name} must be a positive int or a non-empty tuple of them, got {shape!r}.")
-    return result
+    return tuple(map(int, result))
 
 
 def register(name: str, module: nn.Module) -> None:

@@ -15,7 +15,6 @@ from pyro.infer import TraceEnum_ELBO
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from pyrovae.checks import evaluation_mode
 from pyrovae.distributions import center, mask_elements
 from pyrovae.encoders import Encoder
 from pyrovae.importance import Imputation, impute
@@ -25,10 +24,15 @@ from pyrovae.priors import Prior
 from pyrovae.vae import (
     OneLatent,
     Registered,
+    call,
     check_context,
     check_equal,
     check_length,
-    given,
+    check_roles,
+    check_spaces,
+    check_vectors,
+    in_evaluation_mode,
+    likelihood_at,
     sample_prior,
     takes_context,
 )
@@ -49,9 +53,12 @@ class _Hierarchy(Registered, ABC):
         if not encoders:
             raise ValueError("encoders is empty. Give one a level, the one nearest to the data first.")
         _check_count("conditionals", conditionals, len(encoders) - 1, len(encoders))
+        several = {"conditionals": conditionals, "encoders": encoders}
+        numbered = {f"{name}[{i}]": part for name, parts in several.items() for i, part in enumerate(parts)}
+        check_roles(prior=prior, likelihood=likelihood, **numbered)
         for i, (p, q) in enumerate(zip([*conditionals, prior], encoders, strict=True)):
             name = f"conditionals[{i}]" if i < len(conditionals) else "prior"
-            check_equal("support", **{name: p, f"encoders[{i}]": q})
+            check_spaces(**{name: p, f"encoders[{i}]": q})
         self.prior, self.conditionals, self.likelihood = prior, nn.ModuleList(conditionals), likelihood
         self.encoders = nn.ModuleList(encoders)
 
@@ -60,9 +67,9 @@ class _Hierarchy(Registered, ABC):
         self.register()
         self._check_context(context, x)
         with pyro.plate("data", len(x)):
-            z = pyro.sample(f"z{len(self.encoders)}", self.prior(given(self.prior, context)))
+            z = pyro.sample(f"z{len(self.encoders)}", call(self.prior, context=context))
             for level, conditional in reversed(list(enumerate(self.conditionals, start=1))):
-                z = pyro.sample(f"z{level}", conditional(z, given(conditional, context)))
+                z = pyro.sample(f"z{level}", call(conditional, z, context=context))
             pyro.sample("x", self.decode(z, context), obs=x)
 
     def guide(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -72,11 +79,13 @@ class _Hierarchy(Registered, ABC):
         with pyro.plate("data", len(x)):
             self._infer(x, context)
 
+    @in_evaluation_mode
     def decode(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         r"""Returns :math:`p(x \mid z_1)` for the latents next to the data, of shape ``(*leading, latent_dim)``."""
-        return self.likelihood(z, given(self.likelihood, context))
+        return likelihood_at(self.likelihood, z, context)
 
     @torch.no_grad()
+    @in_evaluation_mode
     def sample(self, num_samples: int, context: Tensor | None = None) -> Tensor:
         """Draws from p(x), pixel noise included.
 
@@ -87,12 +96,14 @@ class _Hierarchy(Registered, ABC):
         Returns:
             Shape ``(num_samples, *x_shape)``, or ``(num_samples, batch, *x_shape)`` with a context.
         """
+        check_vectors(context, self.prior, *self.conditionals, self.likelihood)
         z = sample_prior(self.prior, num_samples, context)
         for conditional in reversed(self.conditionals):
-            z = conditional(z, given(conditional, context)).sample()
+            z = call(conditional, z, context=context).sample()
         return self.decode(z, context).sample()
 
     @torch.no_grad()
+    @in_evaluation_mode
     def reconstruct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Returns the centre of :math:`p(x' \mid z_1)` at one draw of all latents given x, shaped like x."""
         return center(self.decode(self._infer(x, context), context))
@@ -111,8 +122,9 @@ class _Hierarchy(Registered, ABC):
 
     def _check_context(self, context: Tensor | None, x: Tensor) -> None:
         networks = getattr(self, "networks", ())
-        parts = [self.prior, *self.conditionals, self.likelihood, *self.encoders]
-        check_context(context, x, any(map(takes_context, parts)) or any(map(_network_takes_context, networks)))
+        # Other than a part, a network that does not say so takes no context.
+        taking = [network for network in networks if _network_takes_context(network)]
+        check_context(context, x, self.prior, *self.conditionals, self.likelihood, *self.encoders, *taking)
 
 
 class HierarchicalVAE(_Hierarchy):
@@ -162,7 +174,7 @@ class HierarchicalVAE(_Hierarchy):
     def _infer(self, x: Tensor, context: Tensor | None) -> Tensor:
         z = first = None
         for level, encoder in enumerate(self.encoders, start=1):
-            z = pyro.sample(f"z{level}", encoder(x if z is None else z, given(encoder, context)))
+            z = pyro.sample(f"z{level}", call(encoder, x if z is None else z, context=context))
             first = z if first is None else first
         return first
 
@@ -226,10 +238,10 @@ class LadderVAE(_Hierarchy):
         d, said_by_data = x, []
         for network, encoder in zip(self.networks, self.encoders, strict=True):
             d = network(d, context) if context is not None and _network_takes_context(network) else network(d)
-            said_by_data.append(encoder(d, given(encoder, context)))
+            said_by_data.append(call(encoder, d, context=context))
         z = pyro.sample(f"z{len(said_by_data)}", said_by_data[-1])
         for level, conditional in reversed(list(enumerate(self.conditionals, start=1))):
-            said_from_above = conditional(z, given(conditional, context))
+            said_from_above = call(conditional, z, context=context)
             z = pyro.sample(f"z{level}", _product(level, said_by_data[level - 1], said_from_above))
         return z
 
@@ -299,7 +311,7 @@ class MissingDataVAE(OneLatent):
         self.check_context(context, x)
         x, mask = _fill(x, mask)
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self.prior(given(self.prior, context)))
+            z = pyro.sample("z", call(self.prior, context=context))
             pyro.sample("x", mask_elements(self.decode(z, context), mask), obs=x)
 
     def guide(self, x: Tensor, mask: Tensor, context: Tensor | None = None) -> None:
@@ -309,12 +321,13 @@ class MissingDataVAE(OneLatent):
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.encode(x, mask, context))
 
+    @in_evaluation_mode
     def encode(self, x: Tensor, mask: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         r"""Returns :math:`q(z \mid x_{\mathrm{obs}})`, with ``batch_shape == (batch,)``."""
         x, mask = _fill(x, mask)
         both = torch.stack([x, mask.to(x.dtype)], dim=1)
         both = both.reshape(len(x), *getattr(self.encoder, "x_shape", both.shape[1:]))
-        return self.encoder(both, given(self.encoder, context))
+        return call(self.encoder, both, context=context)
 
     def impute(
         self,
@@ -413,9 +426,10 @@ class SemiSupervisedVAE(Registered):
         class_probs: Sequence[float] | None = None,
     ):
         super().__init__()
+        check_roles(prior=prior, likelihood=likelihood, encoder=encoder)
         check_equal("latent_dim", prior=prior, likelihood=likelihood, encoder=encoder)
         check_equal("x_shape", likelihood=likelihood, encoder=encoder)
-        check_equal("support", prior=prior, encoder=encoder)
+        check_spaces(prior=prior, encoder=encoder)
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
         for name, part in (("prior", prior), ("likelihood", likelihood), ("encoder", encoder)):
@@ -445,8 +459,8 @@ class SemiSupervisedVAE(Registered):
             with poutine.mask(mask=known):
                 pyro.sample("label", dist.Categorical(self.class_probs), obs=y)
             context = self._context(torch.where(known, y, drawn))
-            z = pyro.sample("z", self.prior(given(self.prior, context)))
-            pyro.sample("x", self.likelihood(z, given(self.likelihood, context)), obs=x)
+            z = pyro.sample("z", call(self.prior, context=context))
+            pyro.sample("x", likelihood_at(self.likelihood, z, context), obs=x)
 
     def guide(self, x: Tensor, y: Tensor | None = None) -> None:
         """The classifier where the class is not known, and the amortised posterior of the latents."""
@@ -456,13 +470,18 @@ class SemiSupervisedVAE(Registered):
             logits = torch.where(known.unsqueeze(-1), self.class_probs.log(), self.classify(x).logits)
             drawn = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
             context = self._context(torch.where(known, y, drawn))
-            pyro.sample("z", self.encoder(x, given(self.encoder, context)))
+            pyro.sample("z", call(self.encoder, x, context=context))
 
+    @in_evaluation_mode
     def classify(self, x: Tensor) -> dist.Categorical:
-        r"""Returns :math:`q(y \mid x)`, with ``batch_shape == (batch,)``."""
+        r"""Returns :math:`q(y \mid x)`, with ``batch_shape == (batch,)``.
+
+        In evaluation mode, with gradients; inside of Pyro's handlers, as in training, in the mode that there is.
+        """
         return dist.Categorical(logits=apply(self.classifier, x, None, (self.num_classes,), "classifier"))
 
     @torch.no_grad()
+    @in_evaluation_mode
     def accuracy(self, x: Tensor, y: Tensor) -> float:
         """Returns the fraction of data whose class the classifier thinks the likeliest, in evaluation mode.
 
@@ -473,11 +492,11 @@ class SemiSupervisedVAE(Registered):
         known, y = self._classes(x, y)
         if not bool(known.any()):
             raise ValueError("y holds no known class, so there is no accuracy.")
-        with evaluation_mode():
-            right = self.classify(x).logits.argmax(-1) == y
+        right = self.classify(x).logits.argmax(-1) == y
         return right[known].double().mean().item()
 
     @torch.no_grad()
+    @in_evaluation_mode
     def sample(self, num_samples: int, y: Tensor | None = None) -> Tensor:
         """Draws from p(x), or from p(x | y) of given classes, pixel noise included.
 
@@ -493,8 +512,8 @@ class SemiSupervisedVAE(Registered):
             known, y = self._classes(y, y)
             drawn = torch.where(known, y, dist.Categorical(self.class_probs).sample((num_samples, len(y))))
         context = self._context(drawn)
-        prior = self.prior(given(self.prior, context)).expand(drawn.shape)
-        return self.likelihood(prior.sample(), given(self.likelihood, context)).sample()
+        prior = call(self.prior, context=context).expand(drawn.shape)
+        return likelihood_at(self.likelihood, prior.sample(), context).sample()
 
     def _classes(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns which classes are known, and the classes, zero where they are not; both of shape ``(batch,)``."""
@@ -571,7 +590,9 @@ class ClassifierELBO(TraceEnum_ELBO):
     def _cross_entropy(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         if y is None:
             return x.new_zeros(())
-        return self.weight * cross_entropy(self.classify(x).logits, y.long(), ignore_index=-1, reduction="sum")
+        with poutine.block():  # inside of a handler, and so in the mode of training
+            logits = self.classify(x).logits
+        return self.weight * cross_entropy(logits, y.long(), ignore_index=-1, reduction="sum")
 
 
 def _network_takes_context(network: nn.Module) -> bool:

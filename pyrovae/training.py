@@ -5,8 +5,10 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,12 +16,14 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
@@ -34,6 +38,8 @@ from pyrovae.checks import (
     latents_of_trace,
     sample_sites,
     traced,
+    unwrapped,
+    warn,
 )
 from pyrovae.data import Batches, as_batches
 from pyrovae.ranks import Share, join
@@ -140,6 +146,13 @@ def fit(
     A step lowers the loss per datum, :math:`\frac{1}{N} \mathrm{loss}(x_1, \dots, x_N)`, of a batch. Batches, noise and
     so the result follow from torch's random state: call ``pyro.set_rng_seed`` before for a run that can be repeated.
 
+    Every epoch starts in training mode (dropout, batch norm), also if a callback called ``eval()``, and the end puts back
+    the mode that was there before. What is in evaluation mode at the start stays so if it is frozen: a module whose
+    parameters all have ``requires_grad=False``, or a single layer, such as batch norm, inside of a module in training mode.
+
+    Data in memory are shuffled, unless parameters belong to their rows, as those of Pyro's automatic guides of latents per
+    datum: then all are taken at once, in their order, and `fit` warns of it; smaller batches are refused.
+
     Args:
         model: a Pyro model, called with a batch: ``model(x)``, or ``model(x, context)`` for pairs.
         guide: a Pyro guide, called like the model.
@@ -156,7 +169,8 @@ def fit(
         clip_norm: largest norm of the gradient of the loss per datum over all parameters together.
         validation: data as above; its loss is taken after every epoch, in evaluation mode, each time with the same noise.
         patience: stop when this many epochs brought no lower validation loss, and restore the weights of the best.
-        callbacks: functions called with the :class:`History` after every epoch; one that returns True ends training.
+        callbacks: functions called with the :class:`History` after every epoch; one that returns True, numpy's or a
+            tensor's too, ends training.
         checkpoint: a file to keep the state of training in, written after epochs (rarely enough to cost little) and at
             the end, whole or not at all.
         resume: go on from the checkpoint if it is there. The result is the same to the bit as that of a run that was not
@@ -172,7 +186,8 @@ def fit(
 
     Raises:
         ValueError: when an argument is out of range, data is empty, holds NaN or infinity or is outside the
-            likelihood's support, or model and guide do not fit each other; or the checkpoint is another model's.
+            likelihood's support, or model and guide do not fit each other; when parameters belong to rows of data that
+            come in several batches; or the checkpoint is another model's.
         TypeError: when `optimizer` makes none of torch's, `loss` is no ELBO, or `scheduler` or a callback is no function.
         FileExistsError: when the checkpoint is there and `resume` is not asked for.
         FloatingPointError: when the loss or a parameter stops being finite. The message names the step and the site; the
@@ -187,8 +202,10 @@ def fit(
     5
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
-        if not (isinstance(value, int) and value >= 1 or name == "patience" and value is None):
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not (whole and value >= 1 or name == "patience" and value is None):
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+    epochs, batch_size = int(epochs), int(batch_size)  # numpy's are not taken by all of torch
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}.")
     if patience is not None and validation is None:
@@ -218,7 +235,14 @@ def fit(
         raise TypeError(f"loss must be an ELBO that is built, such as bounds.IWAE(16), got {loss!r}.")
     loss = Trace_ELBO() if loss is None else loss
     loss = graphs.compile(loss) if compile else loss
-    run = _Run(ranks, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first)
+    if isinstance(batches, Batches) and len(batches) == 1:
+        first = next(iter(Batches(batches.tensors, batch_size, shuffle=False)))
+    others_say = isinstance(data, (DataLoader, IterableDataset))  # in which order data come
+    num_shuffled = 0 if others_say else batches.size if isinstance(batches, Batches) else len(data)
+    run = _Run(ranks, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first, num_shuffled)
+    if run.of_rows:
+        _warn_of_rows(run.of_rows, batch_size, len(batches))
+        batches = as_batches("data", data, batch_size, shuffle=False, device=device)
     history, best, steps = History(), None, _length(batches)
     _warn_of_schedules(run.loss, steps, epochs, patience)
     fingerprint = {"steps an epoch": steps, "data in the first batch": len(first[0] if isinstance(first, (tuple, list)) else first)}
@@ -246,7 +270,7 @@ def fit(
     cost = 0.0 if checkpoint is None else save()
     saved_at = time.monotonic()
     started = time.monotonic() - (history["seconds"][-1] if len(history) else 0.0)
-    with tqdm(
+    with run.modes_put_back(), tqdm(
         total=None if steps is None else steps * epochs,
         initial=0 if steps is None else steps * min(len(history), epochs),
         unit="step",
@@ -281,7 +305,7 @@ def fit(
             bar.set_postfix({name: f"{record[name]:.3f}" for name in ("loss", "validation") if name in record}, refresh=False)
             if history.best_epoch == epoch:
                 best = run.snapshot()
-            stop = ranks.told(lambda: any([callback(history) is True for callback in callbacks]))
+            stop = ranks.told(lambda: any([_is_true(callback(history)) for callback in callbacks]))
             last = stop or epoch == epochs or _out_of_patience(history, patience)
             # Often enough to lose little when killed, seldom enough that writing takes no more than a twentieth.
             if checkpoint is not None and (last or time.monotonic() - saved_at > 20 * cost):
@@ -297,7 +321,7 @@ def fit(
 class _Run:
     """The parameters, buffers, optimizer and schedule of one training run, found by running model and guide once."""
 
-    def __init__(self, ranks, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first_batch):
+    def __init__(self, ranks, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first_batch, num_shuffled):
         self.ranks, self.model, self.guide = ranks, model, guide
         self.compiled = loss if isinstance(loss, graphs.Compiled) else None
         self.loss = loss if self.compiled is None else self.compiled.elbo
@@ -314,12 +338,18 @@ class _Run:
         if len(args[0]) < len(batch[0]):
             structure = inspect(model, guide, *args)
         self.unvalidated = structure.unvalidated
+        for name in structure.outside:
+            warn(
+                f'data at site "{name}" are outside the support of its distribution, which was built with validate_args=False: the '
+                "loss is of no probability of them, and log_marginal will refuse them."
+            )
         if self.compiled is not None:
             self.compiled.unvalidated = structure.unvalidated
         # A plate that stands for more data than it holds scales its loss up to all of them.
         self.data_size = structure.data_size if structure.data_size != len(args[0]) else None
         self.params, self.buffers = self._find_state(args)
         self.trained = list({id(p): p for p in self.params.values()}.values())
+        self.of_rows = self._parameters_of_rows(batch, num_shuffled) if num_shuffled else []
         self.optimizer = _built(optimizer, self.trained)
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         missing = [name for name, p in self.params.items() if id(p) not in held]
@@ -391,14 +421,105 @@ class _Run:
             for i, module in enumerate(modules.values())
             for name, buffer in module.named_buffers(recurse=False)
         }
+        inner = {id(child) for module in modules.values() for child in module.modules() if child is not module}
+        self.roots = [module for key, module in modules.items() if key not in inner]
+        self.modes = {module: module.training for root in self.roots for module in root.modules()}
+        for root in self.roots:
+            self.modes.update(dict.fromkeys(_learning(root, in_training=False), True))
         self.frozen = [p for m in modules.values() for p in m.parameters(recurse=False) if id(p) not in known]
         return params, buffers
+
+    def _parameters_of_rows(self, args: tuple, num_data: int) -> list[str]:
+        """Returns the names of the parameters whose elements belong to rows of a batch, whatever data are there.
+
+        It scores the first datum where it is, and in the place of the second. Where none of the elements that have a part
+        in the one has any in the other, they go with the place. What a network makes of a datum goes with the datum, and
+        so does what is looked up for it.
+        """
+        size = len(args[0])
+        sizes = (size, num_data)
+        params = {name: p for name, p in self.params.items() if any(n and n % m == 0 for n in p.shape for m in sizes)}
+        if size < 2 or not params:
+            return []
+        devices = sorted({x.device for x in (*args, *params.values()) if x.is_cuda}, key=str)
+
+        def moved(x: Any, dim: int = 0) -> Any:
+            return x.roll(1, dim) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[dim] == size else x
+
+        try:
+            with evaluation_mode(), pyro.validation_enabled(False):
+                with torch.random.fork_rng(devices):
+                    here, drawn = self._parts_of_row(0, args, size, params, poutine.Trace())
+                for site in drawn.nodes.values():  # the draws for a datum go with it
+                    for frame in site["cond_indep_stack"]:
+                        if frame.vectorized:
+                            site["value"] = moved(site["value"], frame.dim - site["fn"].event_dim)
+                with torch.random.fork_rng(devices):
+                    there, _ = self._parts_of_row(1, tree_map(moved, args), size, params, drawn)
+        except Exception:  # rows that cannot change places, such as sequences in the order of their lengths
+            return []
+        return [
+            name.split(" ", 1)[1]
+            for name, a, b in zip(params, here, there, strict=True)
+            if bool(a.any()) and bool(b.any()) and not bool((a & b).any())
+        ]
+
+    def _parts_of_row(self, row: int, args: tuple, size: int, params: dict[str, Tensor], drawn: poutine.Trace) -> tuple:
+        """Returns which elements of parameters have a part in one row, and what was drawn.
+
+        Args:
+            row: the row of the batch.
+            args: the batch.
+            size: how many rows it has.
+            params: the parameters.
+            drawn: draws to take instead of new ones.
+        """
+        with torch.enable_grad():
+            guide = poutine.trace(poutine.replay(self.guide, trace=drawn)).get_trace(*args)
+            replayed = poutine.replay(poutine.replay(self.model, trace=drawn), trace=guide)
+            sites = sample_sites(guide), sample_sites(poutine.trace(replayed).get_trace(*args))
+            observed = [site for site in sites[1].values() if site["is_observed"]]
+            plates = [
+                {f.name for f in site["cond_indep_stack"] if f.vectorized and f.size == size} for site in observed
+            ]
+            plates = set.intersection(*plates) if plates else set()
+            total = torch.zeros(())
+            for site in [*sites[0].values(), *sites[1].values()] if len(plates) == 1 else []:
+                for frame in site["cond_indep_stack"]:
+                    value = site["value"]
+                    drawn_here = value.flatten(value.dim() - site["fn"].event_dim).sum(-1) if site["fn"].event_dim else value
+                    for x in (site["fn"].log_prob(value), drawn_here) if frame.name in plates else ():
+                        if x.requires_grad and x.dim() >= -frame.dim and x.shape[frame.dim] == size:
+                            total = total + x.select(frame.dim, row).sum()
+            if total.requires_grad:
+                found = torch.autograd.grad(total, list(params.values()), allow_unused=True, materialize_grads=True)
+            else:
+                found = [torch.zeros_like(p) for p in params.values()]
+        kept = poutine.Trace()
+        for name, site in (sites[1] | sites[0]).items():
+            # A point is computed anew from what it is made of, and with it what automatic guides draw for all points at once.
+            if not (site["is_observed"] or site["infer"].get("is_auxiliary") or isinstance(unwrapped(site["fn"]), Delta)):
+                kept.add_node(name, **{**site, "value": site["value"].detach()})
+        return [gradient != 0 for gradient in found], kept
 
     def align(self) -> None:
         """Gives all processes the state of the first."""
         self.ranks.align([*self.trained, *self.frozen, *self.buffers.values()])
 
+    @contextmanager
+    def modes_put_back(self) -> Iterator[None]:
+        """Puts back the modes of modules that training uses, training or evaluation, when it ends or fails."""
+        before = {module: module.training for root in self.roots for module in root.modules()}
+        try:
+            yield
+        finally:
+            for module, mode in before.items():
+                module.training = mode
+
     def start_epoch(self) -> None:
+        for module, mode in self.modes.items():
+            if module.training is not mode:  # at the start, or since a callback changed it
+                module.training = mode
         self.num_known = len(pyro.get_param_store())  # callbacks may have made parameters of their own
         self.align()  # a callback, which the first process calls, may have changed anything
         self.had: list[bool] = []
@@ -628,6 +749,28 @@ class _Run:
         self.num_steps = state["num_steps"]
 
 
+def _learning(module: nn.Module, in_training: bool) -> Iterator[nn.Module]:
+    """Yields a module and those in it that are to be in training mode: all but what is frozen in evaluation mode.
+
+    Args:
+        module: the module.
+        in_training: whether the one that it is in is in training mode.
+    """
+    children, params = list(module.children()), list(module.parameters())
+    frozen = bool(params) and not any(p.requires_grad for p in params)
+    if not module.training and (frozen or in_training and not children):
+        return
+    yield module
+    for child in children:
+        yield from _learning(child, module.training)
+
+
+def _is_true(x: Any) -> bool:
+    """Returns whether what a callback returned is true, and no other thing that only counts as such."""
+    is_bool = isinstance(x, (bool, np.bool_)) or isinstance(x, Tensor) and x.dtype == torch.bool and x.dim() == 0
+    return is_bool and bool(x)
+
+
 def _built(optimizer: Callable | Optimizer, params: list[Tensor]) -> Optimizer:
     built = optimizer
     if callable(optimizer) and not isinstance(optimizer, (Optimizer, PyroOptim)):
@@ -666,6 +809,19 @@ def _warn_of_schedules(loss: ELBO, steps: int | None, epochs: int, patience: int
                 f"{name}={value}. Make the schedule shorter, or {name} larger.",
                 stacklevel=3,
             )
+
+
+def _warn_of_rows(names: list[str], batch_size: int, num_batches: int) -> None:
+    """Warns of parameters that belong to rows of the data; raises a ValueError if these come in several batches."""
+    which = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if num_batches > 1:
+        raise ValueError(
+            f"parameters {which} belong to the {batch_size} rows of a batch, but these hold other data at every step. Take "
+            "all data at once, batch_size=len(data); or infer latents by a network of the data, an encoder; or make "
+            "parameters for all data, and take those of a batch by row numbers that come with it, data=(x, "
+            "torch.arange(len(x)))."
+        )
+    warnings.warn(f"parameters {which} belong to rows of the data, which are therefore not shuffled.", stacklevel=3)
 
 
 def _not_finite(where: str, cause: str) -> FloatingPointError:

@@ -5,9 +5,9 @@ import inspect
 import itertools
 import math
 import pickle
-from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pyro
 import pytest
 import scipy.stats
@@ -1102,6 +1102,7 @@ def x_of(size: int = 5) -> Tensor:
     [
         (lambda: bounds.IWAE(0), "num_particles must be an integer of at least 1, got 0"),
         (lambda: bounds.IWAE(2.5), "num_particles must be an integer"),
+        (lambda: bounds.IWAE(True), "num_particles must be an integer of at least 1, got True"),
         (lambda: bounds.IWAE(4, chunk_size=0), "chunk_size must be an integer of at least 1, got 0"),
         (lambda: bounds.ELBO(beta=-1.0), "beta must be at least 0 and finite, got -1.0"),
         (lambda: bounds.ELBO(beta=math.nan), "beta must be at least 0 and finite, got nan"),
@@ -1167,6 +1168,15 @@ def test_parts_must_be_built(build, message):
         build()
 
 
+def test_numpys_integers_are_integers():
+    vae, x = VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2)), torch.randn(20, 3)
+    losses = []
+    for integer in (int, np.int64):
+        pyro.set_rng_seed(0)
+        losses.append(bounds.IWAE(integer(4), chunk_size=integer(2)).loss(vae.model, vae.guide, x))
+    assert losses[0] == losses[1]
+
+
 def test_a_loss_must_be_built():
     vae = VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3, SMALL), encoders.DiagonalNormal(3, 2, SMALL))
     for loss in (bounds.IWAE, "IWAE", bounds.DoublyReparameterized()):
@@ -1208,26 +1218,47 @@ def test_a_bound_of_ones_own_must_keep_the_data_apart():
         Scalar(4).loss(vae.model, vae.guide, x)
 
 
-def assert_one_by_one_is_right(model, guide, right_model, right_guide, x):
-    """Losses and gradients of a pair whose particles are drawn one by one, against one that takes them at once.
+def assert_one_by_one_is_right(model, guide, x):
+    """Losses and gradients of a pair whose particles are drawn one by one, against sums written by hand.
 
-    Both draw standard normal numbers, particle by particle: from the same random state, the same ones.
+    The guide's only parameter is "loc", which shifts "z". Plain gradients go through the latents; the doubly
+    reparameterised one of the guide is sum_k w_k^2 d log w_k / d z_k, q's own parameters held fixed.
     """
-    for build in (bounds.ELBO, bounds.IWAE, partial(bounds.IWAE, gradient=bounds.DoublyReparameterized())):
-        found = []
-        for pair, context in (
-            ((model, guide), pytest.warns(UserWarning, match="drawn one by one")),
-            ((right_model, right_guide), nullcontext()),
-        ):
-            bound = build(4)
-            with context:
-                bound.loss(*pair, x)
-            pyro.set_rng_seed(0)
-            loss = bound.differentiable_loss(*pair, x)
-            params = list(pyro.get_param_store().named_parameters())
-            gradients = torch.autograd.grad(loss, [p for _, p in params])
-            found.append([loss, *gradients])
-        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    iwae, dreg = partial(bounds.IWAE, 4), partial(bounds.IWAE, 4, gradient=bounds.DoublyReparameterized())
+    for build in (partial(bounds.ELBO, 4), iwae, dreg):
+        bound = build()
+        with pytest.warns(UserWarning, match="drawn one by one"):
+            bound.loss(model, guide, x)
+        names, params = zip(*pyro.get_param_store().named_parameters(), strict=True)
+        pyro.set_rng_seed(0)
+        loss = bound.differentiable_loss(model, guide, x)
+        found = dict(zip(names, torch.autograd.grad(loss, params), strict=True))
+
+        pyro.set_rng_seed(0)
+        log_w, latents = [], []
+        for _ in range(4):
+            drawn = poutine.trace(guide).get_trace(x)
+            z = drawn.nodes["z"]["value"]
+            if build is dreg:
+                with torch.no_grad(), torch.random.fork_rng():
+                    fixed = poutine.trace(guide).get_trace(x).nodes["z"]["fn"]
+                log_q = fixed.log_prob(z)
+            else:
+                log_q = drawn.nodes["z"]["fn"].log_prob(z)
+            scored = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(x)
+            log_p = [scored.nodes[name]["fn"].log_prob(scored.nodes[name]["value"]) for name in ("z", "x")]
+            log_w.append(log_p[0] + (log_p[1].sum(0) if log_p[1].dim() > 1 else log_p[1]) - log_q)
+            latents.append(z)
+        log_w = torch.stack(log_w)
+        value = log_w.mean(0) if isinstance(bound, bounds.ELBO) else log_w.logsumexp(0) - math.log(4)
+        wanted = dict(zip(names, torch.autograd.grad(-value.sum(), params, retain_graph=True), strict=True))
+        if build is dreg:
+            w = log_w.detach().softmax(0)
+            by_latent = torch.autograd.grad((w.square() * log_w).sum(), latents, retain_graph=True)
+            wanted["loc"] = -sum((g * z).sum() for g, z in zip(by_latent, latents, strict=True))
+            wanted["loc"] = torch.autograd.grad(wanted["loc"], pyro.param("loc").unconstrained())[0]
+        torch.testing.assert_close(loss, -value.sum(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_particles_that_go_astray_are_drawn_one_by_one():
@@ -1244,15 +1275,9 @@ def test_particles_that_go_astray_are_drawn_one_by_one():
 
     def guide(x):
         with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(2)), 1.0).to_event(1))
 
-    def in_order(x):
-        pyro.module("layer", layer)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=layer(z)).to_event(1), obs=x)
-
-    assert_one_by_one_is_right(model, guide, in_order, guide, torch.bernoulli(torch.full((5, 6), 0.5)))
+    assert_one_by_one_is_right(model, guide, torch.bernoulli(torch.full((5, 6), 0.5)))
 
 
 def test_a_network_that_takes_no_particles_draws_them_one_by_one():
@@ -1266,15 +1291,26 @@ def test_a_network_that_takes_no_particles_draws_them_one_by_one():
 
     def guide(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(2, 3)), 1.0).to_event(2))
 
-    def in_order(x):
-        pyro.module("layer", layer)
+    assert_one_by_one_is_right(model, guide, torch.randn(5, 4))
+
+
+def test_code_that_names_a_dimension_draws_particles_one_by_one():
+    # With particles in front, dimension 1 is that of the data.
+    network = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Softmax(dim=1))
+
+    def model(x):
+        pyro.module("network", network)
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
-            pyro.sample("x", dist.Normal(layer(z.flatten(-2)), 1.0).to_event(1), obs=x)
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Multinomial(20, network(z)), obs=x)
 
-    assert_one_by_one_is_right(model, guide, in_order, guide, torch.randn(5, 4))
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(2)), 1.0).to_event(1))
+
+    assert_one_by_one_is_right(model, guide, dist.Multinomial(20, torch.full((5, 4), 0.25)).sample())
 
 
 IMPORTANCE = [case for case in BOUNDS if not case.name.startswith("ELBO")]

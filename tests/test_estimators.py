@@ -627,6 +627,16 @@ def test_what_cannot_be_built_is_refused_by_the_argument(build, error, match):
         build()
 
 
+@pytest.mark.parametrize("make", [lambda n: ImportanceSampling(n(30)), lambda n: SequentialMonteCarlo(n(3), num_particles=n(4))])
+def test_numpys_integers_are_integers(make):
+    estimates = []
+    for integer in (int, np.int64):
+        pyro.set_rng_seed(0)
+        vae = VAE(priors.StandardNormal(1), likelihoods.Normal(1, 3), encoders.DiagonalNormal(3, 1))
+        estimates.append(log_marginal(vae.model, vae.guide, torch.zeros(5, 3), method=make(integer)).value)
+    assert torch.equal(*estimates)
+
+
 def test_the_method_is_an_estimator_with_a_number_of_its_own():
     with pytest.raises(TypeError, match="method must be an estimator such as .*got 'ais'"):
         log_marginal(two, None, X, method="ais")

@@ -455,7 +455,7 @@ def test_a_shared_latent_that_is_drawn_after_local_classes_is_refused():
             pyro.sample("z", dist.Bernoulli(logits=logits))
         pyro.sample("g", dist.Normal(torch.tensor(0.0).double(), 1.0))
 
-    with pytest.raises(ValueError, match=r'outside the plate "data" is drawn after site "z".*first'):
+    with pytest.raises(ValueError, match=r'outside the data plate is drawn after site "z".*first'):
         bounds.ELBO(2).differentiable_loss(model, guide, torch.zeros(2))
 
 

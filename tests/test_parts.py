@@ -3,10 +3,14 @@
 import copy
 import importlib
 import inspect
+import io
 import itertools
 import math
+import pickle
+import re
 from functools import partial
 
+import numpy as np
 import pyro
 import pytest
 import scipy.stats
@@ -275,6 +279,13 @@ def test_what_cannot_be_built_is_refused_with_its_name(build, error, match):
         build()
 
 
+def test_numpys_integers_are_shapes():
+    shape = np.array([1, 2, 3])
+    assert Bernoulli(np.int64(2), shape).x_shape == (1, 2, 3)
+    assert MLP(np.int64(4), np.int32(3)).out_shape == (3,)
+    assert all(type(n) is int for n in Bernoulli(2, shape).x_shape)
+
+
 def test_a_network_that_returns_another_shape_is_refused():
     encoder = DiagonalNormal(4, 2, network=nn.Linear(4, 3))
     with pytest.raises(ValueError, match=r"DiagonalNormal: its network must return \(\.\.\., 4\), but .* \(5, 3\)"):
@@ -312,6 +323,211 @@ def test_a_class_in_place_of_a_part_makes_no_vae():
         VAE(StandardNormal, Bernoulli(2, 4), DiagonalNormal(4, 2))
 
 
+class OwnEncoder(nn.Module):
+    """An encoder of one's own, that returns what a function makes of the mean."""
+
+    def __init__(self, returned=lambda loc: dist.Normal(loc, 1.0).to_event(1)):
+        super().__init__()
+        self.network, self.returned = nn.Linear(4, 2), returned
+
+    def forward(self, x, context=None):
+        return self.returned(self.network(x))
+
+
+class OfOne(OwnEncoder):
+    """One that cannot be called with a context."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+P, L, E = StandardNormal(2), Bernoulli(2, 4), DiagonalNormal(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "match"),
+    [
+        ((E, L, P), r"prior must have a forward that takes \(context=None\), and DiagonalNormal has another.*order"),
+        ((L, P, E), "prior must have .* and Bernoulli has another"),
+        ((P, E, L), "likelihood and encoder must be one of each.*likelihood is DiagonalNormal, encoder is Bernoulli"),
+        ((P, P, E), r"likelihood must have a forward that takes \(z, context=None\), and StandardNormal has another"),
+        ((P, L, P), r"encoder must have a forward that takes \(x, context=None\), and StandardNormal has another"),
+        ((OwnEncoder(), L, P), "prior must have .* and OwnEncoder has another"),
+        ((P, L, OfOne()), r"encoder must have a forward that takes \(x, context=None\), and OfOne has another"),
+    ],
+)
+def test_parts_in_another_order_are_named(parts, match):
+    with pytest.raises(TypeError, match=match):
+        VAE(*parts)
+
+
+def test_parts_of_ones_own_need_no_more_than_the_right_forward():
+    class OwnPrior(nn.Module):
+        def forward(self, *context):
+            return dist.Normal(torch.zeros(2), 1.0).to_event(1)
+
+    vae = VAE(OwnPrior(), L, OwnEncoder())
+    assert vae.sample(3).shape == (3, 4)
+    assert vae.encode(torch.zeros(3, 4)).batch_shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("returned", "match"),
+    [
+        (lambda loc: torch.distributions.Normal(loc, 1.0), "OwnEncoder returned torch's Normal.*pyro.distributions"),
+        (
+            lambda loc: torch.distributions.Independent(torch.distributions.Normal(loc, 1.0), 1),
+            "OwnEncoder returned torch's Independent.*pyro.distributions.TorchDistribution",
+        ),
+        (lambda loc: loc, "OwnEncoder must return a distribution of pyro.distributions, but returned a Tensor"),
+    ],
+)
+def test_parts_must_return_pyros_distributions(returned, match):
+    vae = VAE(P, L, OwnEncoder(returned))
+    for use in (vae.encode, vae.guide, vae.reconstruct):
+        with pytest.raises(TypeError, match=match):
+            use(torch.zeros(5, 4))
+
+
+class Flat(nn.Module):
+    """A decoder network that takes all dimensions but the last for one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 4)
+
+    def forward(self, z):
+        return self.linear(z).view(-1, 2, 2)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 2), (2, 1, 2)], ids=str)
+def test_a_decoder_that_mixes_up_draws_and_data_is_told_what_to_write(shape):
+    vae = VAE(P, Bernoulli(2, (2, 2), Flat()), DiagonalNormal((2, 2), 2))
+    assert vae.decode(torch.zeros(5, 2)).batch_shape == (5,)
+    match = r"Bernoulli returned a distribution of batch shape \([0-9]+,\) for z of shape .*h\.reshape\(\*h\.shape\[:-1\], \.\.\.\)"
+    with pytest.raises(ValueError, match=match):
+        vae.decode(torch.zeros(shape))
+
+
+def test_decoders_may_leave_out_what_they_do_not_depend_on():
+    class Constant(nn.Module):
+        latent_dim = 2
+
+        def forward(self, z, context=None):
+            return dist.Normal(torch.zeros(4), 1.0).to_event(1)
+
+    vae = VAE(P, Constant(), E)
+    assert vae.sample(3).shape == (4,)
+    assert log_marginal(vae.model, vae.guide, torch.zeros(5, 4), num_samples=3, progress=False).value.shape == (5,)
+
+
+# ------------------------------------------------------------------------------------- what users call after training
+
+
+def moody(inputs: int, outputs: int) -> nn.Module:
+    """A network that differs in training, one layer of it left in evaluation mode."""
+    return nn.Sequential(
+        nn.Linear(inputs, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.5).eval(), nn.Linear(8, outputs)
+    )
+
+
+def moody_vae() -> VAE:
+    vae = VAE(StandardNormal(2), Normal(2, 4, moody(2, 4)), DiagonalNormal(4, 2, moody(4, 4)))
+    fit(vae.model, vae.guide, torch.randn(40, 4), epochs=2, batch_size=20, progress=False)
+    return vae
+
+
+VERBS = {
+    "sample": lambda vae, x: vae.sample(len(x)),
+    "reconstruct": lambda vae, x: vae.reconstruct(x),
+    "encode": lambda vae, x: vae.encode(x).mean,
+    "decode": lambda vae, x: vae.decode(x[:, :2]).mean,
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_users_call_runs_in_evaluation_mode(verb):
+    vae, x = moody_vae(), torch.randn(10, 4)
+    modes = [module.training for module in vae.modules()]
+    assert True in modes and False in modes
+    state = {name: t.clone() for name, t in vae.state_dict().items()}
+    twin = copy.deepcopy(vae).eval()
+    pyro.set_rng_seed(3)
+    out = VERBS[verb](vae, x)
+    assert [module.training for module in vae.modules()] == modes
+    assert all(torch.equal(t, state[name]) for name, t in vae.state_dict().items())
+    pyro.set_rng_seed(3)
+    if verb in ("encode", "decode"):
+        part = twin.encoder(x) if verb == "encode" else twin.likelihood(x[:, :2])
+        assert torch.equal(out, part.mean)
+        assert out.requires_grad
+    else:
+        q = twin.prior() if verb == "sample" else twin.encoder(x)
+        p = twin.likelihood(q.sample((10,) if verb == "sample" else ()))
+        assert torch.equal(out, p.sample() if verb == "sample" else p.mean)
+
+
+def test_the_mode_is_put_back_after_an_error():
+    vae = moody_vae()
+    modes = [module.training for module in vae.modules()]
+    with pytest.raises(RuntimeError):
+        vae.encode(torch.randn(10, 5))
+    assert [module.training for module in vae.modules()] == modes
+
+
+def test_model_and_guide_run_in_the_mode_that_there_is():
+    """Batch norm's statistics move once a run of the pair; so they do in a model of one's own that calls decode."""
+    vae, x = moody_vae(), torch.randn(10, 4)
+
+    def model(x):
+        vae.register()
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", vae.prior())
+            pyro.sample("x", vae.decode(z), obs=x)
+
+    def guide(x):
+        vae.register()
+        q = vae.encode(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q)
+
+    counters = [vae.encoder.network[1].num_batches_tracked, vae.likelihood.network[1].num_batches_tracked]
+    for pair in ((vae.model, vae.guide), (model, guide)):
+        before = [int(counter) for counter in counters]
+        SVI(*pair, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO()).step(x)
+        assert [int(counter) for counter in counters] == [n + 1 for n in before]
+
+
+def test_a_trained_vae_can_be_pickled():
+    vae, x = moody_vae(), torch.randn(10, 4)
+    file = io.BytesIO()
+    torch.save(vae, file)
+    file.seek(0)
+    copies = [pickle.loads(pickle.dumps(vae)), torch.load(file, weights_only=False), copy.deepcopy(vae)]
+    assert len({vae.name, *(twin.name for twin in copies)}) == 4
+    for twin in copies:
+        assert type(twin) is VAE
+        assert [m.training for m in twin.modules()] == [m.training for m in vae.modules()]
+        assert torch.equal(twin.encode(x).mean, vae.encode(x).mean)
+        before = weights_of(vae)
+        fit(twin.model, twin.guide, x, epochs=1, batch_size=10, progress=False)
+        assert all(torch.equal(a, b) for a, b in zip(weights_of(vae), before, strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(weights_of(twin), before, strict=True))
+
+
+def test_parts_that_are_shared_are_shared_in_copies():
+    q = DiagonalNormal(4, 2)
+    vae = VAE(priors.VampPrior(q, 3), Normal(2, 4), q)
+    fit(vae.model, vae.guide, torch.randn(8, 4), epochs=1, batch_size=8, progress=False)
+    pickled, (copied, encoder) = pickle.loads(pickle.dumps(vae)), copy.deepcopy((vae, q))
+    for twin in (pickled, copied):
+        assert [*twin.prior.parameters()][-1] is not [*vae.prior.parameters()][-1]
+        assert {id(p) for p in twin.encoder.parameters()} <= {id(p) for p in twin.prior.parameters()}
+    assert copied.encoder is encoder
+    shallow = copy.copy(vae)
+    assert shallow.encoder is vae.encoder and shallow.name != vae.name
+
+
 def test_a_context_goes_to_the_parts_that_were_built_for_one():
     class Recorded(nn.Module):
         """A part of one's own that does not say whether it takes a context, and so is given it."""
@@ -331,6 +547,36 @@ def test_a_context_goes_to_the_parts_that_were_built_for_one():
     assert vae.sample(7, context).shape == (7, 5, 4)
     with pytest.raises(ValueError, match="was built with context_dim=3 and needs a context"):
         vae.model(torch.zeros(5, 4))
+
+
+def test_labels_are_no_context():
+    x, labels = torch.rand(8, 4).round(), torch.arange(8)
+    advice = r"context has shape \(8,\), one number a datum.*transform=lambda x, labels: x.*one_hot\(labels, num_classes\)"
+    conditional = VAE(StandardNormal(2), Bernoulli(2, 4, context_dim=8), DiagonalNormal(4, 2))  # as wide as the batch
+    for vae in (small_vae(), conditional):
+        with pytest.raises(ValueError, match=advice):
+            fit(vae.model, vae.guide, (x, labels), batch_size=8, progress=False)
+        with pytest.raises(ValueError, match=advice):
+            vae.sample(3, labels.float())
+    vae = small_vae()
+    fit(vae.model, vae.guide, (x, labels), batch_size=8, epochs=1, transform=lambda x, labels: x, progress=False)
+    one_hot = nn.functional.one_hot(labels, 8).float()
+    fit(conditional.model, conditional.guide, (x, one_hot), batch_size=8, epochs=1, progress=False)
+
+
+def test_a_part_of_ones_own_may_take_labels_as_they_are():
+    class Labelled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(3, 4)
+
+        def forward(self, z, context=None):
+            return dist.Normal(self.table(context) + z.sum(-1, keepdim=True), 1.0).to_event(1)
+
+    vae = VAE(StandardNormal(2), Labelled(), DiagonalNormal(4, 2))
+    labels = torch.tensor([0, 2, 1, 1])
+    fit(vae.model, vae.guide, (torch.randn(4, 4), labels), batch_size=4, epochs=1, progress=False)
+    assert vae.sample(5, labels).shape == (5, 4, 4)
 
 
 @pytest.mark.parametrize("call", ["model", "guide"])
@@ -430,8 +676,19 @@ def test_every_prior_likelihood_and_encoder_that_meet_train_and_score(prior, enc
 @pytest.mark.parametrize(("prior", "encoder"), APART, ids=[f"{p.name}-{e.name}" for p, e in APART])
 def test_parts_over_different_spaces_make_no_vae(prior, encoder):
     p, q = prior.build(), encoder.build()
-    with pytest.raises(ValueError, match="The parts of a VAE must agree on (support|latent_dim): prior has"):
+    with pytest.raises(ValueError, match="The parts of a VAE must agree on (support|latent_dim): prior has") as error:
         VAE(p, Bernoulli(q.latent_dim, q.x_shape, SMALL), q)
+    named = re.findall(r"(priors|encoders)\.(\w+)", str(error.value))
+    if "support" in str(error.value):
+        assert named or "Build both with the same" in str(error.value)
+    # Those that it names are over the same kind of space.
+    over = {(f"{case.kind}s", case.cls.__name__): case.build().support for case in cases("prior", "encoder")}
+    for kind, name in named:
+        assert type(innermost(over[kind, name])) is type(innermost((p if kind == "encoders" else q).support))
+
+
+def innermost(support):
+    return innermost(support.base_constraint) if hasattr(support, "base_constraint") else support
 
 
 def small_vae() -> VAE:

@@ -896,3 +896,96 @@ def test_a_copy_trains_on_its_own(case):
     fit(twin.model, twin.guide, arguments, loss=case.loss(twin), **options)
     assert all(torch.equal(a, b) for a, b in zip(before, state(vae), strict=True))
     assert all((a != b).any() for a, b in zip(before, state(twin), strict=True))
+
+
+# ---------------------------------------------------------------------------- the mode that they run in, and the order
+
+
+def moody(inputs: int, outputs: int) -> nn.Module:
+    """A network that differs in training."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, outputs)
+    )
+
+
+def moody_hierarchy() -> HierarchicalVAE:
+    return HierarchicalVAE(
+        priors.StandardNormal(2),
+        [encoders.DiagonalNormal(2, 3, moody(2, 6))],
+        likelihoods.Normal(3, 4, moody(3, 4)),
+        [encoders.DiagonalNormal(4, 3, moody(4, 6)), encoders.DiagonalNormal(3, 2, moody(3, 4))],
+    )
+
+
+def moody_ladder() -> LadderVAE:
+    return LadderVAE(
+        priors.StandardNormal(2),
+        [encoders.DiagonalNormal(2, 3, moody(2, 6))],
+        likelihoods.Normal(3, 4, moody(3, 4)),
+        [moody(4, 6), moody(6, 5)],
+        [encoders.DiagonalNormal(6, 3, SMALL), encoders.DiagonalNormal(5, 2, SMALL)],
+    )
+
+
+def moody_missing() -> MissingDataVAE:
+    likelihood, encoder = likelihoods.Normal(2, 4, moody(2, 4)), encoders.DiagonalNormal((2, 4), 2, moody(8, 4))
+    return MissingDataVAE(priors.StandardNormal(2), likelihood, encoder)
+
+
+def moody_semi_supervised() -> SemiSupervisedVAE:
+    likelihood, encoder = likelihoods.Normal(2, 4, SMALL, context_dim=3), encoders.DiagonalNormal(4, 2, moody(4, 4))
+    return SemiSupervisedVAE(priors.StandardNormal(2), likelihood, encoder, moody(4, 3), num_classes=3)
+
+
+X = torch.linspace(-1, 1, 40).reshape(10, 4)
+VERBS = {
+    "a hierarchy's decode": (moody_hierarchy, lambda vae: vae.decode(X[:, :3]).mean),
+    "a hierarchy's sample": (moody_hierarchy, lambda vae: vae.sample(10)),
+    "a hierarchy's reconstruct": (moody_hierarchy, lambda vae: vae.reconstruct(X)),
+    "a ladder's reconstruct": (moody_ladder, lambda vae: vae.reconstruct(X)),
+    "encode with holes": (moody_missing, lambda vae: vae.encode(X, X > 0.0 * X[:, :1] - 2).mean),
+    "sample of data with holes": (moody_missing, lambda vae: vae.sample(10)),
+    "classify": (moody_semi_supervised, lambda vae: vae.classify(X).probs),
+    "accuracy": (moody_semi_supervised, lambda vae: torch.tensor(vae.accuracy(X, torch.arange(10) % 3))),
+    "sample of a class": (moody_semi_supervised, lambda vae: vae.sample(10)),
+}
+
+
+@pytest.mark.parametrize("kind", VERBS)
+def test_what_users_call_runs_in_evaluation_mode(kind):
+    make, verb = VERBS[kind]
+    vae = make()
+    state = {name: t.clone() for name, t in vae.state_dict().items()}
+    pyro.set_rng_seed(3)
+    out = verb(vae)
+    assert all(module.training for module in vae.modules())
+    assert all(torch.equal(t, state[name]) for name, t in vae.state_dict().items())
+    pyro.set_rng_seed(3)
+    assert torch.equal(out, verb(vae.eval()))
+
+
+@pytest.mark.parametrize("step", ["fit", "SVI", "loss_and_grads"])
+def test_the_classifier_learns_in_training_mode(step):
+    vae, seen = moody_semi_supervised(), []
+    vae.classifier.register_forward_pre_hook(lambda network, _: seen.append(network.training))
+    y, loss = partly(torch.arange(10) % 3), ClassifierELBO(vae.classify, weight=1.0)
+    if step == "fit":
+        fit(vae.model, vae.guide, (X, y), loss=loss, epochs=1, batch_size=10, progress=False)
+        assert seen[-2:] == [True, True]  # once for the ELBO, once for the cross entropy
+        return
+    if step == "SVI":
+        SVI(vae.model, vae.guide, pyro.optim.SGD({"lr": 0.0}), loss).step(X, y)
+    else:
+        loss.loss_and_grads(vae.model, vae.guide, X, y)
+    assert seen == [True, True]
+
+
+def test_parts_of_a_hierarchy_in_another_order_are_named():
+    q = [encoders.DiagonalNormal(4, 3), encoders.DiagonalNormal(3, 2)]
+    p, above, x = priors.StandardNormal(2), encoders.DiagonalNormal(2, 3), likelihoods.Normal(3, 4)
+    with pytest.raises(TypeError, match=r"prior must have a forward that takes \(context=None\), and Normal has another"):
+        HierarchicalVAE(x, [above], p, q)
+    with pytest.raises(TypeError, match=r"conditionals\[0\] must have .*\(z, context=None\), and StandardNormal has"):
+        HierarchicalVAE(p, [p], x, q)
+    with pytest.raises(TypeError, match=r"encoders\[1\] must have .*\(x, context=None\), and StandardNormal has"):
+        HierarchicalVAE(p, [above], x, [q[0], p])

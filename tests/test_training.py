@@ -21,7 +21,7 @@ import torch
 from pyro import distributions as dist
 from pyro.distributions import constraints
 from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from test_storage import Moments, assert_same, ended_by, in_new_process
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from torch.utils.data import (
 from pyrovae import VAE, History, fit, training
 from pyrovae.data import dynamic_binarization
 from pyrovae.encoders import DiagonalNormal
-from pyrovae.likelihoods import Bernoulli, Normal
+from pyrovae.likelihoods import Bernoulli, Normal, OptimalNormal
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
 from pyrovae.storage import read_checkpoint, save
@@ -717,6 +717,262 @@ def test_early_stopping_brings_back_running_statistics():
     assert_same(dict(vae.state_dict()), at_epoch[history.best_epoch])
 
 
+# The modes of modules.
+
+
+def modes(module: nn.Module) -> list[bool]:
+    return [m.training for m in module.modules()]
+
+
+def trained(vae: VAE, **options: Any) -> dict[str, Tensor]:
+    """Returns the state that three epochs leave, and makes sure of the modes."""
+    before = modes(vae)
+    pyro.set_rng_seed(1)
+    train(vae.model, vae.guide, torch.rand(40, 16).round(), epochs=3, batch_size=16, **options)
+    assert modes(vae) == before
+    return dict(vae.state_dict())
+
+
+def same_start() -> VAE:
+    pyro.set_rng_seed(0)
+    return stateful_vae()
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_what_was_in_evaluation_mode_trains_the_same(compile):
+    vae = same_start()
+    assert_same(trained(vae.eval(), compile=compile), trained(same_start(), compile=compile))
+    # So does what only some of the parts of a new model are.
+    vae = same_start()
+    vae.likelihood.eval(), vae.encoder.eval()
+    assert_same(trained(vae, compile=compile), trained(same_start(), compile=compile))
+
+
+def test_a_callback_may_call_eval():
+    vae = same_start()
+    pyro.set_rng_seed(1)
+    train(vae.model, vae.guide, torch.rand(40, 16).round(), epochs=3, batch_size=16, callbacks=[lambda history: vae.eval() and None])
+    assert vae.training
+    assert_same(dict(vae.state_dict()), trained(same_start()))
+
+
+def test_the_mode_is_put_back_after_an_error():
+    def failing(history: History) -> None:
+        raise RuntimeError("stop here")
+
+    vae = stateful_vae().eval()
+    with pytest.raises(RuntimeError, match="stop here"):
+        train(vae.model, vae.guide, torch.rand(40, 16).round(), epochs=3, batch_size=16, callbacks=[failing])
+    assert not any(modes(vae))
+
+
+def test_the_optimal_scale_is_estimated_in_training():
+    """Its variance is the mean squared error in training mode, and stays where it was in evaluation mode."""
+
+    def variance(train_mode: bool) -> float:
+        pyro.set_rng_seed(0)
+        x = 0.01 * torch.randn(64, 4)
+        vae = VAE(StandardNormal(2), OptimalNormal(2, 4, SMALL), DiagonalNormal(4, 2, SMALL)).train(train_mode)
+        train(vae.model, vae.guide, x, epochs=3, batch_size=16)
+        return vae.likelihood.variance.item()
+
+    assert variance(False) == variance(True)
+
+
+def freeze_alone(vae: VAE) -> nn.Module:
+    """A layer in evaluation mode, in a model in training mode, whose weights are trained."""
+    return vae.encoder.network[1].eval()
+
+
+def freeze_all_of_it(vae: VAE) -> nn.Module:
+    """A layer that is frozen, in a model that was in evaluation mode."""
+    return vae.eval().encoder.network[1].requires_grad_(False)
+
+
+def freeze_a_part(vae: VAE) -> nn.Module:
+    """A part of several modules that is frozen, in a model in training mode."""
+    return vae.encoder.eval().requires_grad_(False).network[1]
+
+
+@pytest.mark.parametrize("freeze", [freeze_alone, freeze_all_of_it, freeze_a_part])
+def test_what_is_frozen_stays_in_evaluation_mode(freeze):
+    vae, seen = stateful_vae(), []
+    norm = freeze(vae)
+    vae.encoder.network[2].register_forward_pre_hook(lambda dropout, _: seen.append(dropout.training))
+    before = {name: b.clone() for name, b in norm.named_buffers()}
+    left = trained(vae, callbacks=[lambda history: vae.train() and None])  # which a callback cannot change
+    assert_same({name: left[f"encoder.network.1.{name}"] for name in before}, before)
+    assert (True in seen) == (freeze is not freeze_a_part)
+
+
+# Parameters that belong to rows.
+
+
+W = torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])  # W W^T = I
+
+
+def one_latent_a_datum(x: Tensor, rows: Tensor | None = None) -> None:
+    """z ~ N(0, I), x ~ N(z W, I / 4): the mode of p(z | x) is 4 x W^T / 5, where all second derivatives are 5."""
+    with pyro.plate("documents", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, torch.ones(2)).to_event(1))
+        pyro.sample("x", dist.Normal(z @ W, 0.5).to_event(1), obs=x)
+
+
+def param_a_row(x: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.zeros(len(x), 2))
+    with pyro.plate("documents", len(x)):
+        pyro.sample("z", dist.Normal(loc, 0.1).to_event(1))
+
+
+class Images(Dataset):
+    """A data set that is not in memory."""
+
+    def __init__(self, x: Tensor):
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.x[i]
+
+
+@pytest.mark.parametrize("form", [lambda x: x, TensorDataset, Images], ids=["tensor", "TensorDataset", "Dataset"])
+def test_rows_stay_with_the_parameters_that_belong_to_them(form):
+    x = torch.randn(40, 3)
+    guide = AutoDelta(one_latent_a_datum)
+    with pytest.warns(UserWarning, match="parameters 'AutoDelta.z' belong to rows of the data, which are therefore not shuffled"):
+        # A step of the mean loss: 1 / 40 of the gradient, times 40 / 5, is Newton's, which is there at once.
+        history = train(one_latent_a_datum, guide, form(x), epochs=3, batch_size=40, optimizer=partial(SGD, lr=40 / 5))
+    mode = 0.8 * x @ W.T
+    # A step from numbers of size one rounds by some units of 1.2e-7, times the condition number of one.
+    torch.testing.assert_close(guide.median()["z"].detach(), mode, rtol=0, atol=100 * 1.2e-7)
+    log_joint = dist.Normal(0.0, 1.0).log_prob(mode).sum() + dist.Normal(mode @ W, 0.5).log_prob(x).sum()
+    assert history["loss"][-1] == pytest.approx(-log_joint.item() / 40, rel=200 * 1.2e-7)  # a sum of 200 terms
+
+
+ROWS = {
+    "AutoNormal": lambda: AutoNormal(one_latent_a_datum),
+    "AutoDiagonalNormal": lambda: AutoDiagonalNormal(one_latent_a_datum),
+    "AutoDelta": lambda: AutoDelta(one_latent_a_datum),
+    "pyro.param": lambda: param_a_row,
+}
+
+
+@pytest.mark.parametrize("make", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("form", [lambda x: x, Images], ids=["tensor", "Dataset"])
+def test_parameters_of_rows_cannot_be_trained_by_small_batches(make, form):
+    guide = make()
+    with pytest.raises(ValueError, match=r"parameters '.*(loc|z).*' belong to the 10 rows of a batch.*batch_size=len\(data\)"):
+        train(one_latent_a_datum, guide, form(torch.randn(40, 3)), epochs=1, batch_size=10)
+
+
+def test_the_first_rows_of_a_parameter_are_rows_too():
+    def guide(x):
+        loc = pyro.param("loc", lambda: torch.zeros(40, 2))[: len(x)]
+        with pyro.plate("documents", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.1).to_event(1))
+
+    with pytest.raises(ValueError, match="'loc' belong to the 16 rows"):
+        train(one_latent_a_datum, guide, torch.randn(40, 3), epochs=1, batch_size=16)
+
+
+def test_loaders_may_keep_rows_in_their_order():
+    x = torch.randn(40, 3)
+    guide = AutoDelta(one_latent_a_datum)
+    train(one_latent_a_datum, guide, DataLoader(x, batch_size=40), epochs=2, optimizer=partial(SGD, lr=40 / 5))
+    torch.testing.assert_close(guide.median()["z"].detach(), 0.8 * x @ W.T, rtol=0, atol=100 * 1.2e-7)
+
+
+def amortised() -> tuple:
+    """A network as wide as there are rows in a batch, with units that are off, batch norm and dropout."""
+    network = nn.Sequential(nn.Linear(3, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(0.5), nn.Linear(10, 2))
+
+    def guide(x):
+        pyro.module("encoder", network)
+        with pyro.plate("documents", len(x)):
+            pyro.sample("z", dist.Normal(network(x), 0.1).to_event(1))
+
+    return one_latent_a_datum, guide, torch.randn(40, 3)
+
+
+def decoded() -> tuple:
+    """A decoder with few units, most of them off, and as many outputs as there are rows."""
+    vae = VAE(StandardNormal(2), Bernoulli(2, 10, partial(MLP, hidden=(3,))), DiagonalNormal(10, 2, SMALL))
+    return vae.model, vae.guide, torch.rand(40, 10).round()
+
+
+def looked_up() -> tuple:
+    """A parameter a datum, by the number of the datum."""
+
+    def guide(x, rows):
+        loc = pyro.param("loc", lambda: torch.zeros(40, 2))[rows]
+        with pyro.plate("documents", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.1).to_event(1))
+
+    return one_latent_a_datum, guide, (torch.randn(40, 3), torch.arange(40))
+
+
+def clustered() -> tuple:
+    """As many components as there are rows, of which each datum draws one."""
+    classifier = nn.Linear(3, 10)
+
+    def model(x):
+        locs = pyro.param("locs", lambda: torch.randn(10, 3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(locs[pyro.sample("k", dist.Categorical(torch.ones(10)))], 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("classifier", classifier)
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Categorical(logits=classifier(x)))
+
+    return model, guide, torch.randn(40, 3)
+
+
+def shared() -> tuple:
+    """A latent of all data, with as many dimensions as there are rows."""
+
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(10), 10.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    return model, AutoNormal(model), torch.randn(40, 10)
+
+
+def pooled() -> tuple:
+    """A guide that looks at all rows for each."""
+    network = nn.Linear(3, 20)
+
+    def guide(x):
+        pyro.module("encoder", network)
+        loc = network(x)[:, :2] + network(x)[:, 2:].mean()
+        with pyro.plate("documents", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.1).to_event(1))
+
+    return one_latent_a_datum, guide, torch.randn(40, 3)
+
+
+def sorted_rows() -> tuple:
+    """A model that takes rows in one order only, in which a transform puts them."""
+
+    def model(x):
+        if bool((x[:, 0].diff() < 0).any()):
+            raise ValueError("rows are out of order")
+        one_latent_a_datum(x)
+
+    return model, amortised()[1], torch.randn(40, 3), lambda x: x[x[:, 0].argsort()]
+
+
+@pytest.mark.parametrize("make", [amortised, decoded, looked_up, clustered, shared, pooled, sorted_rows])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_goes_with_the_data_is_not_taken_for_what_goes_with_rows(make, seed):
+    pyro.set_rng_seed(seed)
+    model, guide, x, *transform = make()
+    train(model, guide, x, epochs=1, batch_size=10, **({"transform": transform[0]} if transform else {}))
+
+
 # Callbacks and the history.
 
 
@@ -738,6 +994,18 @@ def test_callbacks():
     history = stopping(callbacks=[first, second, third])
     assert seen == [(name, n) for i in (1, 2, 3) for name, n in (("first", i), ("second", 10 * i), ("third", i))]
     assert history["note"] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("true", [True, np.True_, np.mean([2.0]) > 1, torch.tensor(1.0) > 0], ids=lambda x: type(x).__name__)
+def test_any_true_boolean_stops(true):
+    assert len(stopping(callbacks=[lambda history: true], epochs=3)) == 1
+
+
+@pytest.mark.parametrize(
+    "other", [None, False, np.False_, 1, "stop", [True], np.ones(1, bool), torch.ones(1), torch.tensor(False)], ids=repr
+)
+def test_nothing_else_stops(other):
+    assert len(stopping(callbacks=[lambda history: other], epochs=3)) == 3
 
 
 def test_callbacks_may_use_pyro_for_themselves():
@@ -1192,13 +1460,19 @@ BAD_ARGUMENTS = {
     **{
         f"{name}={value!r}": ({name: value}, ValueError, name)
         for name in ("epochs", "batch_size")
-        for value in (0, -1, 2.5, "3", None)
+        for value in (0, -1, 2.5, "3", None, True, np.float64(2))
     },
     **{f"clip_norm={value}": ({"clip_norm": value}, ValueError, "clip_norm") for value in (0.0, -1, math.nan)},
     "patience=0": ({"patience": 0, "validation": torch.randn(5, 4)}, ValueError, "patience"),
     "patience alone": ({"patience": 3}, ValueError, "patience.*give validation data"),
     "resume alone": ({"resume": True}, ValueError, "resume=True needs a checkpoint"),
 }
+
+
+def test_numpys_integers_are_integers():
+    vae, x = normal_vae(), torch.randn(40, 4)
+    options = {"epochs": np.int64(3), "batch_size": np.int32(16), "patience": np.int64(3), "validation": x}
+    assert len(train(vae.model, vae.guide, x, **options)) == 3
 
 
 @pytest.mark.parametrize("kind", BAD_ARGUMENTS)
@@ -1227,7 +1501,6 @@ def observing(x):
 BAD_PAIRS = {
     "a site missed": (observing, lambda x: pyro.param("loc", torch.tensor(0.0)), 'guide misses the latent site "z"'),
     "another name": (observing, latent("y"), 'guide misses the latent site "z".*it has "y"'),
-    "another plate": (observing, latent("z", plate="rows"), 'plates of site "z" differ.*"data".*"rows"'),
     "another size": (observing, latent("z", size=1), 'plates of site "z" differ.*size 10.*size 1'),
     "another dimension": (observing, latent("z", dim=-2), 'plates of site "z" differ.*dim -1.*dim -2'),
 }

@@ -3,6 +3,7 @@ r"""What all bounds have in common: log weights of particles, a function of them
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -118,16 +119,18 @@ class Bound(PyroELBO, ABC):
         regularizers: Sequence[Regularizer] = (),
     ):
         for name, value in (("num_particles", num_particles), ("chunk_size", chunk_size)):
-            if not (isinstance(value, int) and value >= 1 or name == "chunk_size" and value is None):
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if not (whole and value >= 1 or name == "chunk_size" and value is None):
                 given = repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
                 raise ValueError(f"{name} must be an integer of at least 1, got {given}.")
-        super().__init__(num_particles=num_particles, vectorize_particles=True)
+        super().__init__(num_particles=int(num_particles), vectorize_particles=True)
         self.gradient = Reparameterized() if gradient is None else gradient
         if not isinstance(self.gradient, Gradient):
             raise TypeError(f"gradient must be an estimator such as bounds.Reparameterized(), got {gradient!r}.")
         if not (isinstance(regularizers, Sequence) and all(isinstance(r, Regularizer) for r in regularizers)):
             raise TypeError(f"regularizers must be a list of regularizers that are built, got {regularizers!r}.")
-        self.chunk_size, self.regularizers = chunk_size, tuple(regularizers)
+        self.chunk_size = None if chunk_size is None else int(chunk_size)
+        self.regularizers = tuple(regularizers)
         self.steps = 0
         self._inspected, self._structure = None, None
         self.gradient.check(self)

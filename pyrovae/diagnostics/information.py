@@ -16,10 +16,18 @@ from tqdm.auto import tqdm
 
 from pyrovae.bounds.base import _conditioned_alike, layers
 from pyrovae.bounds.elbo import kl_in_closed_form
-from pyrovae.checks import Structure, check_all_observed, evaluation_mode, is_masked, named_arguments, sample_sites
+from pyrovae.checks import (
+    Structure,
+    check_all_observed,
+    evaluation_mode,
+    inspect,
+    is_masked,
+    named_arguments,
+    sample_sites,
+)
 from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, latents_of, num_data
 from pyrovae.estimators.base import take_rows
-from pyrovae.importance import inspect_samples, log_prob_of, per_datum, trace_guide, trace_model
+from pyrovae.importance import check_draws, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.training import History
 
 __all__ = ["Collapse", "CollapseMonitor", "collapse"]
@@ -247,13 +255,14 @@ def collapse(
     size = num_data(2, "collapse", args, kwargs)
     with evaluation_mode():
         head = take_rows(slice(0, 2), args, kwargs)
-        structure = inspect_samples(model, guide, *head[0], **head[1])
+        structure = inspect(model, guide, *head[0], **head[1])
         if structure.problems:
             raise ValueError(
                 f"KL divergences per datum are undefined: {'; '.join(structure.problems)}. What belongs to a datum "
                 'must stand under pyro.plate("data", len(x)) in the model and in the guide, drawn from a '
                 "density."
             )
+        structure = check_draws(structure, model, guide, *head[0], **head[1])
         drawn, step = [], max(1, _ROWS // num_draws)
         for start in range(0, size, step):
             part = take_rows(slice(start, start + step), args, kwargs)

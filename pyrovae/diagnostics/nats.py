@@ -228,7 +228,7 @@ def _losses(
 ) -> Losses:
     size = count_data(args, kwargs)
     if method is None:
-        head, named = take_rows(slice(0, 1), args, kwargs)
+        head, named = take_rows(slice(0, 2), args, kwargs)
         structure = inspect_samples(model, guide, *head, **named)
         if structure.latents == structure.discrete:
             method = Enumeration()

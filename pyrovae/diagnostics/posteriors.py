@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 from tqdm.auto import tqdm
 
-from pyrovae.checks import Structure, evaluation_mode, sample_sites
+from pyrovae.checks import Structure, evaluation_mode, inspect, sample_sites
 from pyrovae.diagnostics import base
 from pyrovae.diagnostics.base import Diagnosis, Latents, check_at_least, latents_of
 from pyrovae.estimators.base import log_marginal, take_rows
-from pyrovae.importance import inspect_samples, log_joint, simulate, trace_guide, trace_model
+from pyrovae.importance import check_draws, log_joint, simulate, trace_guide, trace_model
 
 __all__ = ["Calibration", "PosteriorCheck", "Reliability", "calibration", "posterior_check", "reliability"]
 
@@ -616,13 +616,13 @@ def reliability(
 
 def _inspect(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Structure:
     """Returns the structure of a model and a guide, or raises because the posterior of a datum is undefined."""
-    structure = inspect_samples(model, guide, *args, **kwargs)
+    structure = inspect(model, guide, *args, **kwargs)
     if structure.problems:
         raise ValueError(
             f"The posterior of a datum is undefined: {'; '.join(structure.problems)}. What belongs to a datum must "
             'stand under pyro.plate("data", len(x)) in the model and in the guide, drawn from a density.'
         )
-    return structure
+    return check_draws(structure, model, guide, *args, **kwargs)
 
 
 def _names(latents: Latents) -> tuple[str, ...]:

@@ -159,7 +159,7 @@ class _Annealed(Estimator):
 
     def _fit(self, task: Task) -> tuple[int, int]:
         """Returns how many data, and of each how many runs, fit in the budget at once."""
-        few = replace(task.rows(slice(0, 1)), graphs=None)
+        few = replace(task.rows(slice(0, 2)), graphs=None)
         target = Target(few, self.start.single(few, f"{type(self).__name__} starts"))
         used = []
         for chains in (1, 2):
@@ -397,7 +397,7 @@ class SequentialMonteCarlo(_Annealed):
         super().__init__(num_samples, num_leapfrog, start, acceptance)
         check_count("num_particles", num_particles, least=2)
         check_positive("kept", kept, largest=0.999)
-        self.num_particles, self.kept = num_particles, kept
+        self.num_particles, self.kept = int(num_particles), kept
 
     @property
     def _share_kept(self) -> float:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class Estimator(ABC):
 
     def __init__(self, num_samples: int):
         check_count("num_samples", num_samples)
-        self.num_samples = num_samples
+        self.num_samples = int(num_samples)
 
     @abstractmethod
     def estimate(self, task: "Task") -> Estimate:
@@ -142,6 +143,7 @@ class Task:
         max_memory: budget for intermediate results, in bytes.
         bar: of progress.
         graphs: of what is computed again and again; None to compute it as it is.
+        divisible: whether some of the data can be scored without the others; parameters of a guide may belong to all rows.
     """
 
     model: Callable
@@ -153,15 +155,22 @@ class Task:
     max_memory: float
     bar: tqdm
     graphs: Graphs | None = None
+    divisible: bool = True
 
     def rows(self, rows: slice) -> "Task":
-        """Returns the task for some of the data."""
+        """Returns the task for some of the data; for all of them where they cannot be scored apart."""
+        if not self.divisible:
+            return self
         args, kwargs = take_rows(rows, self.args, self.kwargs)
         return replace(self, args=args, kwargs=kwargs, size=len(range(self.size)[rows]))
 
     def split(self, data: int) -> Iterator["Task"]:
         """Returns tasks for at most so many data each, one after the other."""
-        starts = accumulate(split_evenly(self.size, data), initial=0)
+        # A row is not left alone: there are models that squeeze it away.
+        sizes = split_evenly(self.size, min(max(data, 2), self.size) if self.divisible else self.size)
+        if len(sizes) > 1 and sizes[-1] == 1:
+            sizes[-2:] = [sizes[-2] + 1]
+        starts = accumulate(sizes, initial=0)
         return (self.rows(slice(start, end)) for start, end in pairwise(starts))
 
     def start(self, total: float, unit: str) -> None:
@@ -302,6 +311,8 @@ def log_marginal(
 
 def _shared(method: Estimator, task: Task, ranks: Ranks) -> Estimate:
     """Scores a share of the data in each process, with noise of its own; returns the estimates of all, in order, to all."""
+    if not task.divisible:
+        raise ValueError("model and guide do not run on some of the data alone, so that processes cannot share them. Score in one.")
     start, end = ranks.part(task.size)
     seed = int(torch.randint(2**62, ()))
     seed = ranks.told(lambda: seed) + ranks.rank
@@ -346,17 +357,22 @@ def open_task(
             )
         guide = prior_of(model)
     size = count_data(args, kwargs)
-    head = take_rows(slice(0, 1), args, kwargs)
+    head = take_rows(slice(0, 2), args, kwargs)
     # It shows itself once the method has said what there is to do.
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
     with evaluation_mode(), bar:
-        structure = inspect_weights(model, guide, *head[0], num_samples=1, **head[1])
+        divisible = True
+        try:
+            structure = inspect_weights(model, guide, *head[0], num_samples=1, **head[1])
+        except Exception:  # parameters of a guide that belong to all rows, for one
+            divisible = False
+            structure = inspect_weights(model, guide, *args, num_samples=1, **kwargs)
         if not structure.observed:
             raise ValueError(
                 "the model observes nothing, so that there is no log p(x): give its data to a site, "
                 'pyro.sample("x", ..., obs=x). Were model and guide swapped?'
             )
-        yield Task(model, guide, structure, args, kwargs, size, max_memory, bar)
+        yield Task(model, guide, structure, args, kwargs, size, max_memory, bar, divisible=divisible)
 
 
 def join(method: Estimator, parts: list[Estimate]) -> Estimate:
@@ -371,7 +387,7 @@ def join(method: Estimator, parts: list[Estimate]) -> Estimate:
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises a ValueError unless an argument is an integer of at least so much."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         given = repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
         raise ValueError(f"{name} must be an integer of at least {least}, got {given}.")
     if value < least:

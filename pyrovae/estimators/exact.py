@@ -73,7 +73,7 @@ class Quadrature(_Deterministic):
         super().__init__(num_samples)
 
     def estimate(self, task: Task) -> Estimate:
-        few = replace(task.rows(slice(0, 1)), graphs=None)
+        few = replace(task.rows(slice(0, 2)), graphs=None)
         target = Target(few, Weighed(prior_of(task.model), is_prior=True))
         dim = target.dim
         if dim > 3:
@@ -225,7 +225,7 @@ class Enumeration(_Deterministic):
                 f"Enumeration is for discrete latents, and {sorted(continuous)} are not. Take AnnealedImportanceSampling() if "
                 "all are continuous, or ImportanceSampling()."
             )
-        few = replace(task.rows(slice(0, 1)), graphs=None)
+        few = replace(task.rows(slice(0, 2)), graphs=None)
         trace, _ = few.draw(1, prior_of(task.model))
         supports = {
             name: _support(name, site, few) for name, site in sample_sites(trace).items() if not site["is_observed"]

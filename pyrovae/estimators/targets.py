@@ -81,7 +81,7 @@ class Target:
         for name, site in sample_sites(trace).items():
             if site["is_observed"]:
                 continue
-            fn, support = site["fn"], prior.nodes[name]["fn"].support
+            fn, support = site["fn"], _support(prior.nodes[name])
             batch, event = fn.batch_shape, fn.event_shape
             plates = tuple(n for i, n in enumerate(batch) if i not in (0, self.place))
             try:
@@ -91,7 +91,7 @@ class Target:
                     f'the latents at site "{name}" live in a space ({support}) that real numbers are not mapped to one to '
                     "one, and gradients would lead out of it. Take ImportanceSampling()."
                 ) from None
-            bounds = zip(_bounds(support), _bounds(other.nodes[name]["fn"].support), strict=True)
+            bounds = zip(_bounds(support), _bounds(_support(other.nodes[name])), strict=True)
             if not all(torch.equal(a, b) for a, b in bounds):
                 raise ValueError(
                     f'the space of the latents at site "{name}" ({support}) depends on other latents. Draw them from one that '
@@ -185,6 +185,21 @@ class Target:
         if self.start.is_prior:
             return Densities(first, second, *gradients)
         return Densities(first, second - first, gradients[0], gradients[1] - gradients[0])
+
+
+def _support(node: dict) -> constraints.Constraint:
+    """Returns the space of a site's latents; raises a ValueError where its distribution does not say."""
+    fn = node["fn"]
+    try:
+        return fn.support
+    except NotImplementedError:
+        flow = getattr(fn, "dist", None)  # one of zuko's, in Pyro's shell
+        if hasattr(flow, "transform") and _is_identity(biject_to(flow.base.support)):
+            return flow.transform.domain
+        raise ValueError(
+            f'the {type(fn).__name__} of site "{node["name"]}" does not say what space its latents are in. Give it a support, '
+            "such as pyro.distributions.constraints.real_vector, or take ImportanceSampling()."
+        ) from None
 
 
 def _value(node: dict) -> Tensor:

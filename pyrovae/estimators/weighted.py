@@ -268,11 +268,12 @@ def _chunk_sizes(task: Task, num_samples: int) -> tuple[int, int, int]:
             part.score(trace, samples)
         return in_guide.bytes(), in_model.bytes()
 
-    one_guide, one_model = bytes_of(1, 1)
-    two_guide, two_model = bytes_of(2, 1)
-    per_draw = max(two_guide - one_guide, 1)
-    per_score = max(two_model - one_model, 1)
-    per_datum = max(sum(bytes_of(1, 2)) - one_guide - one_model, 1) if task.size > 1 else 1
+    few = min(2, task.size) if task.divisible else task.size
+    one_guide, one_model = bytes_of(1, few)
+    two_guide, two_model = bytes_of(2, few)
+    per_draw = max((two_guide - one_guide) / few, 1)
+    per_score = max((two_model - one_model) / few, 1)
+    per_datum = max(sum(bytes_of(1, few + 1)) - one_guide - one_model, 1) if task.size > few else 1
     data = clamp(task.max_memory / max(num_samples * per_draw, per_datum), task.size)
     draws = clamp(task.max_memory / (data * per_draw), num_samples)
     slices = clamp(task.max_memory / (data * per_score), draws)
@@ -283,5 +284,6 @@ def _slice_trace(trace: poutine.Trace, samples: slice) -> poutine.Trace:
     """Returns a trace with some of the draws of another; samples are the leftmost dimension of every value."""
     part = trace.copy()
     for name, site in sample_sites(trace).items():
-        part.nodes[name] = {**site, "value": site["value"][samples]}
+        if not site["is_observed"]:
+            part.nodes[name] = {**site, "value": site["value"][samples]}
     return part
