@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyrovae import History, estimators, fit, log_marginal
 
 LEARNING_RATE, STEPS = 0.01, 8  # of runs that are compared, step by step
-TRAINING = 150  # steps before scores are taken
+TRAINING = 100  # steps before scores are taken
 
 
 class Pair(NamedTuple):

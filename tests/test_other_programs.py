@@ -12,7 +12,7 @@ import pyro
 import pytest
 import torch
 from linear_gaussian import assert_unit_scores
-from programs import PROGRAMS, Pair, Program, by_fit, by_svi, made, trained
+from programs import PROGRAMS, Pair, Program, by_fit, by_svi, cevae, cevae_blind, lda, made, sparse_gamma, trained
 from pyro import poutine
 from pyro.contrib.cevae import CEVAE, TraceCausalEffect_ELBO
 from pyro.infer import SVI
@@ -173,7 +173,7 @@ def test_a_bound_is_a_function_of_sums_over_sites(program: Program, scored: Pair
         loss = bounds.IWAE(num_particles=5).loss(scored.model, guide, *scored.data)
         wanted = scale_of(scored) * (summed(scored, guide.draws(5)).logsumexp(0) - math.log(5)).sum().item()
     else:
-        loss = bounds.ELBO(num_particles=5).loss(scored.model, guide, *scored.data)
+        loss = bounds.ELBO(num_particles=5, closed_form=False).loss(scored.model, guide, *scored.data)
         prior, likelihood, log_q = torch.stack([torch.stack(sides(scored, draw)) for draw in guide.draws(5)]).mean(0).sum(-1)
         wanted = (likelihood + getattr(scored.module, "annealing", 1.0) * (prior - log_q)).item() + given(scored)
     assert -loss == pytest.approx(wanted, rel=HALF_THE_DIGITS)
@@ -230,16 +230,33 @@ def test_diagnostics_find_the_divergence_and_the_gap(program: Program, scored: P
 
 
 @pytest.mark.parametrize("program", [pytest.param(p, id=p.name) for p in PROGRAMS if p.refused])
-def test_scores_of_what_has_none_are_refused_by_name(program: Program):
+def test_log_marginal_of_what_has_none_is_refused_by_name(program: Program):
     pair = made(program)
+    with pytest.raises(ValueError, match=program.refused):
+        log_marginal(pair.model, pair.guide, *pair.data, progress=False)
+
+
+@pytest.mark.parametrize("make", [lda, sparse_gamma], ids=["LDA", "sparse gamma"])
+def test_weights_of_data_that_share_latents_are_refused_by_name(make):
+    pair = make()
     for score in (
         lambda: log_weights(pair.model, pair.guide, *pair.data, num_samples=2),
-        lambda: log_marginal(pair.model, pair.guide, *pair.data, progress=False),
         lambda: bounds.IWAE(num_particles=2).loss(pair.model, pair.guide, *pair.data),
         lambda: diagnostics.collapse(pair.model, pair.guide, *pair.data, progress=False),
+        lambda: diagnostics.gaps(pair.model, pair.guide, *pair.data, progress=False),
     ):
-        with pytest.raises(ValueError, match=program.refused):
+        with pytest.raises(ValueError, match='"(topic_weights|w_bottom)".*outside'):
             score()
+
+
+@torch.no_grad()
+def test_what_a_guide_observes_is_no_part_of_it():
+    pair = cevae()
+    values = []
+    for guide in (pair.guide, cevae_blind(pair).guide):
+        pyro.set_rng_seed(1)
+        values.append(log_marginal(pair.model, guide, *pair.data, num_samples=50, progress=False).value)
+    assert torch.equal(*values)
 
 
 def test_a_network_that_another_keeps_from_training_is_found():
