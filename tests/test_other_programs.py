@@ -50,9 +50,7 @@ class Recorded:
         latest = self.runs[-1]
         if all(value.shape == shapes[name] for name, value in latest.items()):
             return self.runs[-num_samples:]
-        return [
-            {name: value[k].reshape(shapes[name]) for name, value in latest.items()} for k in range(num_samples)
-        ]
+        return [{name: value[k].reshape(shapes[name]) for name, value in latest.items()} for k in range(num_samples)]
 
 
 def latents_of(trace: poutine.Trace) -> dict[str, dict]:
@@ -84,7 +82,11 @@ def sides(pair: Pair, draw: dict[str, Tensor] | None = None) -> tuple[Tensor, Te
     found = [torch.zeros(size, dtype=torch.float64) for _ in range(3)]
     for side, trace in ((0, p), (1, p), (2, q)):
         for site in trace.nodes.values():
-            if site["type"] != "sample" or isinstance(site["fn"], _Subsample) or (side < 2 and site["is_observed"] != side):
+            if (
+                site["type"] != "sample"
+                or isinstance(site["fn"], _Subsample)
+                or (side < 2 and site["is_observed"] != side)
+            ):
                 continue
             if not stands_in_data(site):
                 continue  # what all data share, and was given
@@ -174,7 +176,9 @@ def test_a_bound_is_a_function_of_sums_over_sites(program: Program, scored: Pair
         wanted = scale_of(scored) * (summed(scored, guide.draws(5)).logsumexp(0) - math.log(5)).sum().item()
     else:
         loss = bounds.ELBO(num_particles=5, closed_form=False).loss(scored.model, guide, *scored.data)
-        prior, likelihood, log_q = torch.stack([torch.stack(sides(scored, draw)) for draw in guide.draws(5)]).mean(0).sum(-1)
+        prior, likelihood, log_q = (
+            torch.stack([torch.stack(sides(scored, draw)) for draw in guide.draws(5)]).mean(0).sum(-1)
+        )
         wanted = (likelihood + getattr(scored.module, "annealing", 1.0) * (prior - log_q)).item() + given(scored)
     assert -loss == pytest.approx(wanted, rel=HALF_THE_DIGITS)
 
