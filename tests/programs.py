@@ -65,8 +65,7 @@ class Program(NamedTuple):
         compiles: whether the natural ELBO is traced into a graph.
         exact: the estimator without chance; None where there is none.
         alone: whether samples are drawn one by one.
-        collapses: whether diagnostics.collapse takes it: latents that are masked have no divergence.
-        refines: whether diagnostics.gaps takes it: a family must have parameters to change.
+        uncollapsed: what diagnostics.collapse refuses it with, a regular expression; empty if it does not.
         quick: whether its graph is compiled in some seconds; of those that take more, a slow run tests it.
         weighs: whether its bound may stand inside of a logarithm: no site is scaled apart, nothing is given that all share.
     """
@@ -81,8 +80,7 @@ class Program(NamedTuple):
     compiles: bool = True
     exact: estimators.Estimator | None = None
     alone: bool = False
-    collapses: bool = True
-    refines: bool = True
+    uncollapsed: str = ""
     weighs: bool = True
     quick: bool = True
 
@@ -702,7 +700,7 @@ PROGRAMS = [
     Program("semi-supervised M2, labelled", partial(m2, True), exact=estimators.Quadrature(), quick=False),
     Program("conditional VAE, Pyro's", cvae, exact=estimators.Quadrature()),
     Program("scANVI, Pyro's", scanvi, compiles=False),
-    Program("deep Markov model, Pyro's", deep_markov, collapses=False, weighs=False, quick=False),
+    Program("deep Markov model, Pyro's", deep_markov, uncollapsed="is masked", weighs=False, quick=False),
     Program(
         "CEVAE, pyro.contrib's shape",
         cevae,
@@ -723,13 +721,14 @@ PROGRAMS = [
         exact=estimators.Quadrature(),
         weighs=False,
     ),
-    Program("AIR, Pyro's", air, compiles=False, collapses=False),
+    Program("AIR, Pyro's", air, compiles=False, uncollapsed="is masked"),
     Program(
         "sparse gamma, Pyro's",
         sparse_gamma,
         scored=sparse_gamma_given_weights,
         refused='"w_bottom".*outside',
         changed_for_scores="weights are given",
+        uncollapsed="is a point",
         exact=estimators.Quadrature(),
         weighs=False,
     ),
