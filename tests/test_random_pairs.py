@@ -124,7 +124,9 @@ class Pair(NamedTuple):
         self, site: Site, side: str, plate: Any, before: list, c: Tensor, mask: Tensor, obs: Tensor | None = None
     ) -> Tensor:
         shift, slope, how = (
-            (site.shift, site.slope, site.model_mask) if side == "p" else (site.guide_shift, site.guide_slope, site.guide_mask)
+            (site.shift, site.slope, site.model_mask)
+            if side == "p"
+            else (site.guide_shift, site.guide_slope, site.guide_mask)
         )
         eta = shift + slope * self._placed(c, False) + self._sum(before, site.inner)
         if site.inner:
@@ -205,9 +207,7 @@ FAMILIES = {
     "Gamma": Family(
         lambda eta: dist.Gamma(2 + (0.3 * eta).exp(), 1.5), lambda x, eta: log_gamma(x, 2 + math.exp(0.3 * eta), 1.5)
     ),
-    "Bernoulli": Family(
-        lambda eta: dist.Bernoulli(logits=eta), lambda x, eta: log_category(x, [0.0, eta])
-    ),
+    "Bernoulli": Family(lambda eta: dist.Bernoulli(logits=eta), lambda x, eta: log_category(x, [0.0, eta])),
     "Categorical": Family(
         lambda eta: dist.Categorical(logits=torch.stack([torch.zeros_like(eta), eta, -eta], dim=-1)),
         lambda x, eta: log_category(x, [0.0, eta, -eta]),
@@ -219,7 +219,10 @@ def by_hand(pair: Pair, draws: list[dict[str, Tensor]], c: Tensor, x: Tensor, ma
     """log p(x, z) - log q(z | x), ``(num_draws, batch)``, for draws whose values have plates and events, no samples."""
     c, mask = c.tolist(), mask.tolist()
     return torch.tensor(
-        [[_log_weight(pair, _latents_of(pair, values, n), n, c[n], x[n], mask[n]) for n in range(len(c))] for values in draws],
+        [
+            [_log_weight(pair, _latents_of(pair, values, n), n, c[n], x[n], mask[n]) for n in range(len(c))]
+            for values in draws
+        ],
         dtype=torch.float64,
     )
 
@@ -301,7 +304,9 @@ def pairs(draw, alone: bool = False) -> tuple[Pair, int]:
     """Draws a pair, and how many data it is for."""
     size = draw(st.integers(2, 4))
     count = draw(st.integers(1, 3))
-    called = draw(st.lists(names.filter(lambda name: name != "data"), min_size=count + 4, max_size=count + 4, unique=True))
+    called = draw(
+        st.lists(names.filter(lambda name: name != "data"), min_size=count + 4, max_size=count + 4, unique=True)
+    )
     sites = tuple(
         Site(
             name=name,
