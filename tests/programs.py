@@ -728,7 +728,7 @@ PROGRAMS = [
         scored=sparse_gamma_given_weights,
         refused='"w_bottom".*outside',
         changed_for_scores="weights are given",
-        uncollapsed="is a point",
+        uncollapsed="computes its latents from the auxiliary site",
         exact=estimators.Quadrature(),
         weighs=False,
     ),
