@@ -245,11 +245,14 @@ def check_context(context: Tensor | None, x: Tensor, *parts: nn.Module) -> None:
 
 
 def check_vectors(context: Tensor | None, *parts: nn.Module) -> None:
-    """Raises a ValueError if a context is one number a datum, unless only parts that do not say what they take see it."""
+    """Raises a ValueError if a context is one number a datum, but parts take vectors, or nothing.
+
+    Parts may take numbers that do not say what they take, and those of width one, such as an ExemplarPrior.
+    """
     if context is None or context.dim() != 1:
         return
     stated = [part.context_dim for part in parts if hasattr(part, "context_dim")]
-    if any(stated) or len(stated) == len(parts):
+    if max(stated, default=0) > 1 or len(stated) == len(parts) and not any(stated):
         raise ValueError(
             f"context has shape {tuple(context.shape)}, one number a datum, but must hold one vector a datum, shape (batch, "
             "context_dim). Are they labels? To leave them out, call fit(..., transform=lambda x, labels: x); to condition on "
