@@ -441,7 +441,7 @@ class _Run:
         params = {name: p for name, p in self.params.items() if any(n and n % m == 0 for n in p.shape for m in sizes)}
         if size < 2 or not params:
             return []
-        devices = sorted({x.device for x in (*args, *params.values()) if x.is_cuda}, key=str)
+        devices = sorted({p.device for p in params.values() if p.is_cuda}, key=str)
 
         def moved(x: Any, dim: int = 0) -> Any:
             return x.roll(1, dim) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[dim] == size else x

@@ -130,9 +130,10 @@ class VAE(OneLatent):
         encoder: ``encoder(x, context)`` returns :math:`q(z \mid x)`, events of shape ``(latent_dim,)``.
 
     Raises:
-        TypeError: when a part is no module, but a class for example.
+        TypeError: when a part is no module, but a class for example, or cannot be called as it would be, as where parts are
+            in another order; when one returns no distribution of Pyro's.
         ValueError: when the parts state different latent dimensions, latent spaces, data or context shapes; when a
-            context is given that no part takes, or that has not one row a datum.
+            context is given that no part takes, that has not one row a datum, or whose rows are no vectors, as labels are.
 
     References:
         Auto-Encoding Variational Bayes, D. P. Kingma and M. Welling, 2014, https://arxiv.org/abs/1312.6114.
@@ -316,7 +317,7 @@ def _takes(part: nn.Module, role: str) -> bool:
 
 # Parts of the library over each space, by the class of what a single number or vector in it satisfies.
 _OVER = {
-    type(constraints.real): ("priors.StandardNormal or priors.GaussianMixture", "encoders.DiagonalNormal or encoders.FullRankNormal"),
+    type(constraints.real): ("priors.StandardNormal or priors.VampPrior", "encoders.DiagonalNormal"),
     type(constraints.sphere): ("priors.HypersphericalUniform", "encoders.VonMisesFisher"),
     type(constraints.simplex): ("priors.LogisticNormal or priors.Dirichlet", "encoders.LogisticNormal"),
     type(constraints.one_hot): ("priors.OneHotCategorical", "encoders.OneHotCategorical"),

@@ -404,8 +404,7 @@ class Flat(nn.Module):
 def test_a_decoder_that_mixes_up_draws_and_data_is_told_what_to_write(shape):
     vae = VAE(P, Bernoulli(2, (2, 2), Flat()), DiagonalNormal((2, 2), 2))
     assert vae.decode(torch.zeros(5, 2)).batch_shape == (5,)
-    match = r"Bernoulli returned a distribution of batch shape \([0-9]+,\) for z of shape .*h\.reshape\(\*h\.shape\[:-1\], \.\.\.\)"
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=r"returned a distribution of batch shape \([0-9]+,\) for z of .*h\.reshape\("):
         vae.decode(torch.zeros(shape))
 
 

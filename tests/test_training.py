@@ -751,7 +751,8 @@ def test_what_was_in_evaluation_mode_trains_the_same(compile):
 def test_a_callback_may_call_eval():
     vae = same_start()
     pyro.set_rng_seed(1)
-    train(vae.model, vae.guide, torch.rand(40, 16).round(), epochs=3, batch_size=16, callbacks=[lambda history: vae.eval() and None])
+    callbacks = [lambda history: vae.eval() and None]
+    train(vae.model, vae.guide, torch.rand(40, 16).round(), epochs=3, batch_size=16, callbacks=callbacks)
     assert vae.training
     assert_same(dict(vae.state_dict()), state_after(same_start()))
 
@@ -841,7 +842,7 @@ class Images(Dataset):
 def test_rows_stay_with_the_parameters_that_belong_to_them(form):
     x = torch.randn(40, 3)
     guide = AutoDelta(one_latent_a_datum)
-    with pytest.warns(UserWarning, match="parameters 'AutoDelta.z' belong to rows of the data, which are therefore not shuffled"):
+    with pytest.warns(UserWarning, match="'AutoDelta.z' belong to rows of the data, which are therefore not shuffled"):
         # A step of the mean loss: 1 / 40 of the gradient, times 40 / 5, is Newton's, which is there at once.
         history = train(one_latent_a_datum, guide, form(x), epochs=3, batch_size=40, optimizer=partial(SGD, lr=40 / 5))
     mode = 0.8 * x @ W.T
@@ -863,7 +864,7 @@ ROWS = {
 @pytest.mark.parametrize("form", [lambda x: x, Images], ids=["tensor", "Dataset"])
 def test_parameters_of_rows_cannot_be_trained_by_small_batches(make, form):
     guide = make()
-    with pytest.raises(ValueError, match=r"parameters '.*(loc|z).*' belong to the 10 rows of a batch.*batch_size=len\(data\)"):
+    with pytest.raises(ValueError, match=r"parameters '.*(loc|z).*' belong to the 10 rows.*batch_size=len\(data\)"):
         train(one_latent_a_datum, guide, form(torch.randn(40, 3)), epochs=1, batch_size=10)
 
 
@@ -996,7 +997,7 @@ def test_callbacks():
     assert history["note"] == [10, 20, 30]
 
 
-@pytest.mark.parametrize("true", [True, np.True_, np.mean([2.0]) > 1, torch.tensor(1.0) > 0], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("true", [True, np.True_, np.mean([2.0]) > 1, torch.tensor(1.0) > 0], ids=repr)
 def test_any_true_boolean_stops(true):
     assert len(stopping(callbacks=[lambda history: true], epochs=3)) == 1
 
