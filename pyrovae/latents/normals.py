@@ -156,14 +156,26 @@ class LowRankMultivariateNormal(_Remembered, dist.LowRankMultivariateNormal):
 
 
 def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
-    return (matrix @ vectors.unsqueeze(-1)).squeeze(-1)
+    """Returns products of matrices with vectors ``(*samples, *batch, d)``; the samples share a matrix without copying it."""
+    columns = _as_columns(matrix, vectors)
+    return _as_vectors(matrix @ columns, vectors.shape[:-1])
 
 
 def _solve(tril: Tensor, vectors: Tensor) -> Tensor:
-    """Returns the solutions for vectors ``(*samples, *batch, d)``; the samples share a matrix without copying it."""
-    samples = vectors.shape[: max(vectors.dim() - tril.dim() + 1, 0)]
-    columns = vectors.reshape(-1, *vectors.shape[len(samples) :]).movedim(0, -1)
-    return torch.linalg.solve_triangular(tril, columns, upper=False).movedim(-1, 0).reshape(vectors.shape)
+    """Returns what the matrices take to the vectors."""
+    columns = _as_columns(tril, vectors)
+    return _as_vectors(torch.linalg.solve_triangular(tril, columns, upper=False), vectors.shape[:-1])
+
+
+def _as_columns(matrix: Tensor, vectors: Tensor) -> Tensor:
+    samples = max(vectors.dim() - matrix.dim() + 1, 0)
+    return vectors.reshape(-1, *vectors.shape[samples:]).movedim(0, -1)
+
+
+def _as_vectors(columns: Tensor, shape: torch.Size) -> Tensor:
+    if columns.dim() > len(shape) + 1:  # fewer vectors than matrices
+        return columns.squeeze(-1)
+    return columns.movedim(-1, 0).reshape(*shape, columns.shape[-2])
 
 
 def _zero_where(same: Tensor, t: Tensor) -> Tensor:
