@@ -21,6 +21,14 @@ class _Remembered:
         self._drawn = z, noise, torch.is_grad_enabled()
         return z
 
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008, torch's own default
+        """Draws without remembering: the density of what is returned is that of the rounded numbers, as anyone's."""
+        before = self._drawn
+        with torch.no_grad():
+            z = self.rsample(sample_shape)
+        self._drawn = before
+        return z
+
     def _noise_of(self, value: Tensor) -> tuple[Tensor, ...] | None:
         """Returns the noise of a value that is the last draw itself, with all that depends on it, or None."""
         if self._drawn is None or value is not self._drawn[0]:
