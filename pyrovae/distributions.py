@@ -254,7 +254,7 @@ class StudentT(dist.StudentT):
 
 
 class Poisson(dist.Poisson):
-    r"""Torch's Poisson distribution by the logarithm of its rate, whose log-probability keeps its digits at large counts.
+    r"""Torch's Poisson distribution by the logarithm of its rate, which keeps its digits at large counts.
 
     .. math:: \log p(x) = x \log \mu - \mu - \log x!
 
@@ -284,8 +284,8 @@ class Poisson(dist.Poisson):
 class NegativeBinomial(dist.NegativeBinomial):
     r"""Torch's negative binomial distribution, whose log-probability keeps its digits.
 
-    Torch's loses them at large counts, and as it tends to a Poisson's. Here terms that nearly cancel are formed in double
-    precision.
+    Torch's loses them at large counts, and as it tends to a Poisson's. Here terms that nearly cancel are formed in
+    double precision.
 
     Args:
         total_count: :math:`\theta`.

@@ -371,7 +371,8 @@ def test_any_other_value_has_its_own_density(normal, tilt, shape):
 def test_correlated_normals_have_torchs_entropy_and_divergence(normal):
     leaves, q = normal(10.0)
     _, exact = in_double(q, leaves)
-    close = {"rtol": 1e-5, "atol": 1e-4}  # torch's sums of traces of inverses in single precision, at a condition of 1e3
+    # Torch's sums of traces of inverses in single precision, at a condition of 1e3.
+    close = {"rtol": 1e-5, "atol": 1e-4}
     torch.testing.assert_close(q.entropy().double(), exact.entropy(), **close)
     p = torch.distributions.MultivariateNormal(torch.zeros(3), torch.eye(3))
     kl = torch.distributions.kl_divergence

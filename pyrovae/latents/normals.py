@@ -11,8 +11,8 @@ from torch import Tensor
 class _Remembered:
     r"""What a normal knows of its last draw: the noise, which the rounding of z hides.
 
-    The rounded z of an ill-conditioned normal is many of its standard deviations off the z that was meant, in a direction
-    in which it is narrow. The noise says where z was meant to be.
+    The rounded z of an ill-conditioned normal is many of its standard deviations off the z that was meant, in a
+    direction in which it is narrow. The noise says where z was meant to be.
     """
 
     _drawn = None  # z, its noise, and whether z has a graph
@@ -164,7 +164,7 @@ class LowRankMultivariateNormal(_Remembered, dist.LowRankMultivariateNormal):
 
 
 def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """Returns products of matrices with vectors ``(*samples, *batch, d)``; the samples share a matrix without copying it."""
+    """Returns products of matrices with vectors ``(*samples, *batch, d)``; samples share a matrix without copying it."""
     columns = _as_columns(matrix, vectors)
     return _as_vectors(matrix @ columns, vectors.shape[:-1])
 
