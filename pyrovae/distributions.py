@@ -322,7 +322,7 @@ class StudentT(dist.StudentT):
 
 
 class Poisson(dist.Poisson):
-    r"""Torch's Poisson distribution by the logarithm of its rate, whose log-probability keeps its digits at large counts.
+    r"""Torch's Poisson distribution by the logarithm of its rate, which keeps its digits at large counts.
 
     .. math:: \log p(x) = x \log \mu - \mu - \log x!
 
@@ -352,8 +352,8 @@ class Poisson(dist.Poisson):
 class NegativeBinomial(dist.NegativeBinomial):
     r"""Torch's negative binomial distribution, whose log-probability keeps its digits.
 
-    Torch's loses them at large counts, and as it tends to a Poisson's. Here terms that nearly cancel are formed in double
-    precision.
+    Torch's loses them at large counts, and as it tends to a Poisson's. Here terms that nearly cancel are formed in
+    double precision.
 
     Args:
         total_count: :math:`\theta`.
@@ -375,24 +375,22 @@ class NegativeBinomial(dist.NegativeBinomial):
     ):
         if (logits is None) == (log_mean is None):
             raise ValueError("Give either logits or log_mean, not both.")
-        self.log_mean = log_mean
+        self.log_mean, self._theta = log_mean, total_count  # as given: what many logits share is computed once
         logits = log_mean - total_count.log() if logits is None else logits
         super().__init__(total_count, logits=logits, validate_args=validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
-        total_count = self.total_count.expand(batch_shape)
         if self.log_mean is not None:
-            return NegativeBinomial(total_count, log_mean=self.log_mean.expand(batch_shape), validate_args=False)
-        return NegativeBinomial(total_count, self.logits.expand(batch_shape), validate_args=False)
+            return NegativeBinomial(self._theta, log_mean=self.log_mean.expand(batch_shape), validate_args=False)
+        return NegativeBinomial(self._theta, self.logits.expand(batch_shape), validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        theta, x = self.total_count.double(), value.double()
+        theta, x = self._theta.double(), value.double()
         logits = self.logits.double() if self.log_mean is None else self.log_mean.double() - theta.log()
-        failures = theta * nn.functional.logsigmoid(-logits)
-        successes = x * nn.functional.logsigmoid(logits)
-        return (failures + successes + _log_rising(theta, x) - torch.lgamma(1 + x)).to(self.logits.dtype)
+        trials = x * logits + (theta + x) * nn.functional.logsigmoid(-logits)
+        return (trials + _log_rising(theta, x) - torch.lgamma(1 + x)).to(self.logits.dtype)
 
 
 class ZeroInflatedNegativeBinomial(dist.TorchDistribution):
@@ -460,8 +458,7 @@ class ZeroInflatedNegativeBinomial(dist.TorchDistribution):
 
 def _log_rising(a: Tensor, b: Tensor) -> Tensor:
     r"""Returns :math:`\log \Gamma(a + b) - \log \Gamma(a)`, a difference that has no digits left if a is large."""
-    a, b = torch.broadcast_tensors(a, b.to(a.dtype))
-    large = a > 50
+    b, large = b.to(a.dtype), a > 50
 
     def series(y: Tensor) -> Tensor:  # Stirling's
         return (1 / 12 - (1 / 360 - 1 / 1260 / y.square()) / y.square()) / y

@@ -14,7 +14,7 @@ from pyro import distributions as dist
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from pyrovae import VAE, encoders, likelihoods, log_marginal, log_weights, priors
+from pyrovae import VAE, encoders, fit, latents, likelihoods, log_marginal, log_weights, priors
 from pyrovae.latents import LogisticNormal, ReparameterizedMixture, StratifiedCategorical, VonMisesFisher, log_0f1
 
 EPS = torch.finfo(torch.float64).eps
@@ -286,6 +286,111 @@ def test_the_low_rank_normal_is_the_normal_with_that_covariance(rank):
         torch.testing.assert_close(q.covariance_matrix, covariance, rtol=0, atol=100 * EPS)
         # Inverses of covariances with a condition below 100 or so.
         torch.testing.assert_close(q.log_prob(z), expected.log_prob(z), rtol=0, atol=1e5 * EPS)
+
+
+def full_rank(tilt: float) -> tuple[list[Tensor], dist.TorchDistribution]:
+    """Returns leaves, and a normal whose standard deviations given the dimensions before are `tilt` times too small."""
+    factor = torch.tensor([[1.0, 0.0, 0.0], [3.0, 1 / tilt, 0.0], [-2.0, 1.0, 1 / tilt]]).expand(6, 3, 3)
+    leaves = [(5 * torch.randn(6, 3)).requires_grad_(), factor.clone().requires_grad_()]
+    return leaves, latents.MultivariateNormal(leaves[0], scale_tril=leaves[1].tril())
+
+
+def low_rank(tilt: float) -> tuple[list[Tensor], dist.TorchDistribution]:
+    factor = torch.tensor([[1.0, -0.5], [0.5, 2.0], [2.0, 1.0]]).expand(6, 3, 2)
+    leaves = [5 * torch.randn(6, 3), factor.clone(), torch.tensor([1.0, 2.0, 0.5]) / tilt**2]
+    leaves = [t.requires_grad_() for t in leaves]
+    return leaves, latents.LowRankMultivariateNormal(*leaves)
+
+
+def in_double(q: dist.TorchDistribution, leaves: list[Tensor]) -> tuple[list[Tensor], dist.TorchDistribution]:
+    """Returns the same normal by torch, of leaves of its own in double precision."""
+    leaves = [t.detach().double().requires_grad_() for t in leaves]
+    if isinstance(q, dist.MultivariateNormal):
+        return leaves, torch.distributions.MultivariateNormal(leaves[0], scale_tril=leaves[1].tril())
+    return leaves, torch.distributions.LowRankMultivariateNormal(*leaves)
+
+
+@pytest.mark.parametrize("tilt", [1.0, 1e3, 1e5])
+@pytest.mark.parametrize("normal", [full_rank, low_rank])
+def test_the_density_of_a_draw_is_that_of_its_noise(normal, tilt):
+    leaves, q = normal(tilt)
+    q = q.expand((4, 6))
+    exact_leaves, exact = in_double(q, leaves)
+    torch.manual_seed(1)
+    z = q.rsample()
+    # The draw again, not rounded.
+    torch.manual_seed(1)
+    if normal is full_rank:
+        exact_z = exact_leaves[0] + (exact_leaves[1].tril() @ torch.randn(4, 6, 3).double().unsqueeze(-1)).squeeze(-1)
+    else:
+        exact_z = (exact_leaves[1] @ torch.randn(4, 6, 2).double().unsqueeze(-1)).squeeze(-1) + exact_leaves[0]
+        exact_z = exact_z + exact_leaves[2].sqrt() * torch.randn(4, 6, 3).double()
+    log_q, truth = q.log_prob(z), exact.log_prob(exact_z)
+    # Logarithms of scales and squares of noise, in single precision; Woodbury's formula, in double, loses tilt^2.
+    digits = 100 * torch.finfo(torch.float32).eps + 1e3 * tilt**2 * EPS
+    torch.testing.assert_close(log_q.double(), truth, rtol=digits, atol=digits)
+    held = z.detach().clone().requires_grad_()
+    torch.testing.assert_close(q.log_prob(held).double(), truth, rtol=digits, atol=digits)
+
+    def same_gradients(ours: Tensor, theirs: Tensor, by: list[Tensor], theirs_by: list[Tensor]) -> None:
+        found = torch.autograd.grad(ours.sum(), by, retain_graph=True, allow_unused=True, materialize_grads=True)
+        right = torch.autograd.grad(theirs.sum(), theirs_by, retain_graph=True)
+        for a, b in zip(found, right, strict=True):
+            # Torch's own errors grow with the condition once more: terms along and across the narrow direction cancel.
+            torch.testing.assert_close(a.double(), b, rtol=digits, atol=digits * max(1.0, b.abs().max().item()) * 10)
+
+    # At held latents: the score function, and the path of sticking the landing. Along the draw: all of it.
+    exact_held = exact_z.detach().requires_grad_()
+    same_gradients(q.log_prob(held), exact.log_prob(exact_held), [held, *leaves], [exact_held, *exact_leaves])
+    with torch.no_grad():  # a draw without a graph is held too
+        torch.manual_seed(1)
+        drawn = q.rsample()
+    same_gradients(q.log_prob(drawn), exact.log_prob(exact_held), leaves, exact_leaves)
+    if tilt < 1e4:  # beyond, torch's reference cancels
+        torch.manual_seed(1)
+        same_gradients(q.log_prob(q.rsample()), truth, leaves[1:], exact_leaves[1:])
+
+
+@pytest.mark.parametrize("tilt", [1.0, 1e3])
+@pytest.mark.parametrize("normal", [full_rank, low_rank])
+@pytest.mark.parametrize("shape", [(3,), (6, 3), (5, 6, 3), (2, 5, 6, 3)])
+def test_any_other_value_has_its_own_density(normal, tilt, shape):
+    leaves, q = normal(tilt)
+    _, exact = in_double(q, leaves)
+    with torch.no_grad():
+        z = 2 * torch.randn(shape)
+        truth = exact.log_prob(z.double())
+        digits = torch.finfo(torch.float32).eps + 1e3 * tilt**2 * EPS
+        torch.testing.assert_close(q.log_prob(z).double(), truth, rtol=digits, atol=digits)
+        if len(shape) > 2:
+            q.rsample(shape[:-2])  # of the same shape, but not the same
+            torch.testing.assert_close(q.log_prob(z).double(), truth, rtol=digits, atol=digits)
+
+
+@pytest.mark.parametrize("normal", [full_rank, low_rank])
+def test_correlated_normals_have_torchs_entropy_and_divergence(normal):
+    leaves, q = normal(10.0)
+    _, exact = in_double(q, leaves)
+    # Torch's sums of traces of inverses in single precision, at a condition of 1e3.
+    close = {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(q.entropy().double(), exact.entropy(), **close)
+    p = torch.distributions.MultivariateNormal(torch.zeros(3), torch.eye(3))
+    kl = torch.distributions.kl_divergence
+    truth = kl(exact, torch.distributions.MultivariateNormal(double(0, 0, 0), torch.eye(3).double()))
+    torch.testing.assert_close(kl(q, p).double(), truth, **close)
+
+
+@pytest.mark.parametrize("encoder", [encoders.FullRankNormal, encoders.LowRankNormal])
+@pytest.mark.parametrize("scale", [20.0, 100.0])
+def test_columns_on_a_large_scale_are_learned(encoder, scale):
+    x = scale * torch.randn(256, 3) @ torch.randn(3, 10) + torch.randn(256, 10)
+    vae = VAE(priors.StandardNormal(3), likelihoods.Normal(3, 10, SMALL), encoder(10, 3, SMALL))
+    losses = fit(vae.model, vae.guide, x, epochs=30, progress=False)["loss"]
+    # No loss is below that of the normal with the data's moments, which no model here comes near so soon.
+    best = torch.distributions.MultivariateNormal(x.mean(0), torch.cov(x.T, correction=0)).log_prob(x).mean()
+    assert -best < min(losses) and losses[-1] < losses[0] < math.inf
+    estimate = log_marginal(vae.model, vae.guide, x[:50], progress=False)
+    assert estimate.value.mean() < best
 
 
 def mixture(n: int, stratified: bool = False) -> tuple[ReparameterizedMixture, list[Tensor]]:

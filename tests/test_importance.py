@@ -704,6 +704,22 @@ def test_weights_equal_but_for_rounding_have_no_tail_that_is_not_to_be_trusted()
     assert (estimate.khat <= 0.7).all()
 
 
+@pytest.mark.parametrize("spread", [10.0, 100.0, 700.0])
+def test_khat_is_that_of_the_tail_as_far_as_numbers_reach(spread):
+    # The largest 95 of 1000 weights spread over a tenth of it.
+    estimate, log_w = Made(lambda u: spread * u).estimate(1000)
+    for datum in range(5):
+        assert_is(estimate, datum, reference(log_w[:, datum]))
+
+
+@pytest.mark.parametrize("slope", [1e4, 1e6])
+def test_a_tail_that_underflows_is_not_to_be_trusted(slope):
+    estimate, log_w = Made(lambda u: slope * u).estimate(1000)
+    assert (log_w.amax(0) - log_w.sort(0).values[-96] > 709).all()  # beyond what double precision holds
+    assert (estimate.khat == math.inf).all() and not estimate.trusted.any()
+    assert estimate.ess.min() >= 1 - ROUNDING
+
+
 @pytest.mark.parametrize(("num_samples", "known"), [(20, False), (21, True)])
 def test_fewer_than_21_samples_have_no_khat(num_samples, known):
     estimate, _ = Made(TAILS["Pareto 0.3"]).estimate(num_samples)

@@ -164,6 +164,71 @@ def test_negative_binomial_sums_to_one_in_single_precision_for_any_dispersion(th
         close(p.log_prob(x).exp(), dist.Poisson(5.0).log_prob(x).double().exp(), 1000 * SINGLE + 40 / theta.item())
 
 
+def large_counts(mean: float) -> tuple[Tensor, Tensor]:
+    """Returns logarithms of 100 means near `mean`, and counts of them, both in single precision."""
+    log_mean = (mean * torch.linspace(0.8, 1.2, 100)).log()
+    return log_mean, torch.poisson(log_mean.exp())
+
+
+def keeps_its_digits(p: dist.TorchDistribution, x: Tensor, log_mean: Tensor, truth: np.ndarray, slope: Tensor) -> None:
+    """Asserts that log-probabilities and their derivative by `log_mean` are the truth, rounded."""
+    log_prob = p.log_prob(x)
+    (gradient,) = torch.autograd.grad(log_prob.sum(), log_mean)
+    # Half an eps of rounding, and double precision's of terms that are below 1e9.
+    close(log_prob, truth, SINGLE)
+    torch.testing.assert_close(gradient, slope.float(), rtol=SINGLE, atol=1e9 * EPS)
+    if log_prob.dim():
+        assert abs(p.to_event(1).log_prob(x).item() - truth.sum()) < 1e-3
+
+
+@pytest.mark.parametrize("mean", [1e5, 1e6])
+def test_poisson_keeps_its_digits_at_large_counts(mean):
+    log_mean, x = large_counts(mean)
+    log_mean.requires_grad_()
+    exact, k = log_mean.detach().double(), x.double()
+    truth = (k * exact - exact.exp()).numpy() - scipy.special.gammaln(1 + k.numpy())
+    keeps_its_digits(distributions.Poisson(log_mean), x, log_mean, truth, k - exact.exp())
+    with torch.no_grad():
+        whole = likelihoods.Poisson(1, 100, Given(exact.float()))(torch.zeros(1))
+        assert abs(whole.log_prob(x).item() - truth.sum()) < 1e-3
+
+
+@pytest.mark.parametrize("theta", [0.5, 1e4, 1e6])
+@pytest.mark.parametrize("mean", [1e5, 1e6])
+def test_negative_binomials_keep_their_digits_at_large_counts(mean, theta):
+    log_mean, x = large_counts(mean)
+    log_mean.requires_grad_()
+    exact, k = log_mean.detach().double(), x.double()
+    mu, n = exact.exp().numpy(), k.numpy()
+    ratio = scipy.special.gammaln(n + theta) - scipy.special.gammaln(theta) - scipy.special.gammaln(1 + n)
+    truth = ratio + theta * np.log(theta / (theta + mu)) + n * np.log(mu / (theta + mu))
+    slope = theta * (k - exact.exp()) / (theta + exact.exp())
+    keeps_its_digits(distributions.NegativeBinomial(torch.tensor(theta), log_mean=log_mean), x, log_mean, truth, slope)
+    gate = torch.zeros(())  # which a count above zero has passed with probability one half
+    inflated = distributions.ZeroInflatedNegativeBinomial(torch.tensor(theta), None, gate, log_mean=log_mean)
+    keeps_its_digits(inflated.expand((100,)), x, log_mean, truth - math.log(2), slope)
+
+
+@pytest.mark.parametrize("mean", [1e5, 1e6])
+def test_the_multinomial_keeps_its_digits_at_large_counts(mean):
+    logits, x = large_counts(mean)
+    logits.requires_grad_()
+    exact, k = logits.detach().double(), x.double()
+    n = k.sum()
+    truth = scipy.special.gammaln(1 + n.numpy()) - scipy.special.gammaln(1 + k.numpy()).sum()
+    truth = truth + (k * exact.log_softmax(-1)).sum().numpy()
+    keeps_its_digits(distributions.Multinomial(1, logits), x, logits, truth, k - n * exact.softmax(-1))
+
+
+def test_a_negative_binomial_takes_its_logits_or_its_mean():
+    theta, log_mean = torch.tensor(2.0), torch.tensor([0.3, -1.0])
+    p = distributions.NegativeBinomial(theta, log_mean=log_mean)
+    torch.testing.assert_close(p.mean, log_mean.exp())
+    for arguments in ({}, {"logits": log_mean, "log_mean": log_mean}):
+        with pytest.raises(ValueError, match="either logits or log_mean"):
+            distributions.NegativeBinomial(theta, **arguments)
+
+
 def test_the_log_of_a_rising_factorial_is_right_on_both_sides_of_the_switch():
     a = torch.tensor([0.5, 1.0, 49.99, 50.01, 1e3, 1e8], dtype=torch.float64)
     for b in (0, 1, 2, 7, 40):  # Gamma(a + b) / Gamma(a) is a product

@@ -11,14 +11,22 @@ from torch import Tensor
 class _Remembered:
     r"""What a normal knows of its last draw: the noise, which the rounding of z hides.
 
-    The rounded z of an ill-conditioned normal is many of its standard deviations off the z that was meant, in a direction
-    in which it is narrow. The noise says where z was meant to be.
+    The rounded z of an ill-conditioned normal is many of its standard deviations off the z that was meant, in a
+    direction in which it is narrow. The noise says where z was meant to be.
     """
 
     _drawn = None  # z, its noise, and whether z has a graph
 
     def _remember(self, z: Tensor, *noise: Tensor) -> Tensor:
         self._drawn = z, noise, torch.is_grad_enabled()
+        return z
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008, torch's own default
+        """Draws without remembering: the density of what is returned is that of the rounded numbers, as anyone's."""
+        before = self._drawn
+        with torch.no_grad():
+            z = self.rsample(sample_shape)
+        self._drawn = before
         return z
 
     def _noise_of(self, value: Tensor) -> tuple[Tensor, ...] | None:
@@ -156,14 +164,26 @@ class LowRankMultivariateNormal(_Remembered, dist.LowRankMultivariateNormal):
 
 
 def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
-    return (matrix @ vectors.unsqueeze(-1)).squeeze(-1)
+    """Returns products of matrices with vectors ``(*samples, *batch, d)``; samples share a matrix without copying it."""
+    columns = _as_columns(matrix, vectors)
+    return _as_vectors(matrix @ columns, vectors.shape[:-1])
 
 
 def _solve(tril: Tensor, vectors: Tensor) -> Tensor:
-    """Returns the solutions for vectors ``(*samples, *batch, d)``; the samples share a matrix without copying it."""
-    samples = vectors.shape[: max(vectors.dim() - tril.dim() + 1, 0)]
-    columns = vectors.reshape(-1, *vectors.shape[len(samples) :]).movedim(0, -1)
-    return torch.linalg.solve_triangular(tril, columns, upper=False).movedim(-1, 0).reshape(vectors.shape)
+    """Returns what the matrices take to the vectors."""
+    columns = _as_columns(tril, vectors)
+    return _as_vectors(torch.linalg.solve_triangular(tril, columns, upper=False), vectors.shape[:-1])
+
+
+def _as_columns(matrix: Tensor, vectors: Tensor) -> Tensor:
+    samples = max(vectors.dim() - matrix.dim() + 1, 0)
+    return vectors.reshape(-1, *vectors.shape[samples:]).movedim(0, -1)
+
+
+def _as_vectors(columns: Tensor, shape: torch.Size) -> Tensor:
+    if columns.dim() > len(shape) + 1:  # fewer vectors than matrices
+        return columns.squeeze(-1)
+    return columns.movedim(-1, 0).reshape(*shape, columns.shape[-2])
 
 
 def _zero_where(same: Tensor, t: Tensor) -> Tensor:
