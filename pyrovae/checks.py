@@ -19,8 +19,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to
-from torch.utils._pytree import tree_leaves
 
+from pyrovae.arguments import count_data, named_tensors, row_name, types_explained
 from pyrovae.distributions import Blocks, MaskedElements, Stacked, grid, open_unit_interval
 
 __all__ = ["Structure", "check_finite", "evaluation_mode", "inspect", "sample_sites"]
@@ -188,11 +188,11 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
     for name, function in (("model", model), ("guide", guide)):
         if not callable(function):
             raise TypeError(f"{name} must be a Pyro {name}, a function or a module's method; got {function!r}.")
-    tensors = {name: t for name, t in named_arguments(args, kwargs) if isinstance(t, Tensor)}
-    for name, t in tensors.items():
+    tensors = named_tensors(args, kwargs)
+    for name, t in tensors:
         check_finite(name, t)
-    devices = sorted({t.device for t in tensors.values() if t.is_cuda}, key=str)
-    with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
+    devices = sorted({t.device for _, t in tensors if t.is_cuda}, key=str)
+    with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices), types_explained(args, kwargs):
         guide_trace = traced(guide, None, *args, **kwargs)
         guide_sites = sample_sites(guide_trace)
         try:
@@ -216,7 +216,9 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
         if site["is_observed"] and name not in unvalidated:
             check_observed(name, site["fn"], site["value"])
 
-    rows = next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()), None)
+    rows = None
+    with suppress(ValueError):  # nothing says how many there are
+        rows = count_data(args, kwargs)
     data, unclear = _data_plate(model_sites, guide_sites, rows)
     frames = [f for site in [*model_sites.values(), *guide_sites.values()] for f in site["cond_indep_stack"]]
     own = [f for f in map(data.frame, [*model_sites.values(), *guide_sites.values()]) if f is not None] if data else []
@@ -348,11 +350,6 @@ def described(thing: Any) -> str:
     return f"{type(thing).__name__}({', '.join(given)})"
 
 
-def named_arguments(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Returns all arguments with the names that messages call them by."""
-    return [*((f"argument {i + 1}", value) for i, value in enumerate(args)), *kwargs.items()]
-
-
 def check_all_observed(trace: poutine.Trace, without: frozenset[str] = frozenset()) -> None:
     """Raises a ValueError if an observed value in a trace does not fit its distribution, for all sites but some."""
     for name, site in sample_sites(trace).items():
@@ -419,7 +416,7 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
     first = int((~inside).nonzero()[:, -1].min()) if inside.dim() else 0  # the data are the last dimension
     raise ValueError(
         f'The data at site "{name}"{columns} is outside the support of {kind}, {space}: it ranges from {low:g} to '
-        f"{high:g}, and the first datum outside is number {first} of the batch. {_mending(space)}"
+        f"{high:g}, and the first datum outside is {row_name(first)}. {_mending(space)}"
     )
 
 

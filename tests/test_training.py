@@ -1373,7 +1373,7 @@ def test_grey_pixels_are_not_bernoulli(row):
     x[row] = 0.5
     vae = VAE(StandardNormal(2), Bernoulli(2, 16, SMALL), DiagonalNormal(16, 2, SMALL))
     with pytest.raises(
-        ValueError, match='site "x".*outside the support of Bernoulli.*number [05] .*dynamic_binarization'
+        ValueError, match='site "x".*outside the support of Bernoulli.*row [05] .*dynamic_binarization'
     ):
         train(vae.model, vae.guide, DataLoader(Wrap(x), 10), epochs=1)
 
