@@ -200,6 +200,15 @@ def tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     return found
 
 
+def holds_packed(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Returns whether there is a packed sequence in arguments."""
+    if not kwargs and all(isinstance(x, Tensor) for x in args):
+        return False
+    found: list[bool] = []
+    mapped(lambda x: found.append(isinstance(x, PackedSequence)), (args, kwargs))
+    return any(found)
+
+
 def named_tensors(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
     """Returns all tensors in arguments with the names that messages call them by."""
     found = []
@@ -250,7 +259,8 @@ def in_memory(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any
     loader = loader_of(args, kwargs)
     if loader is None:
         return settled(args, kwargs)
-    batches = [settled(batch.args, batch.kwargs | kwargs)[:2] for batch in map(of_batch, loader)]
+    with torch.random.fork_rng(devices=[]):  # a loader draws a seed, also where it needs none
+        batches = [settled(batch.args, batch.kwargs | kwargs)[:2] for batch in map(of_batch, loader)]
     if not batches:
         raise ValueError("the DataLoader gives no batch. Give at least one datum, and a DataLoader that does not drop it.")
     joined = _joined([dict(enumerate(args)) | named for args, named in batches])

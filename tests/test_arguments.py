@@ -110,7 +110,7 @@ KINDS = {
     "a record": (lambda x, o: ((Both(x, o),), {}), lambda b: (b.x, b.offsets)),
     "two of a list": (lambda x, o: ((x, [o, x, None]), {}), lambda x, b: (x, b[0] + 0 * b[1].sum())),
     "None, numbers, strings, functions": (
-        lambda x, o: ((None, 1.0, x, "a", o, torch.sin, torch.tensor(3.0)), {"none": None}),
+        lambda x, o: ((None, 1.0, x, "a", o, torch.sin, torch.tensor(3.0)), {"more": None}),
         lambda none, one, x, a, o, sin, three, **kwargs: (x, o),
     ),
     "packed sequences": (

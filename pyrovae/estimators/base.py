@@ -337,6 +337,7 @@ def _scored(
         if compile:
             graphs = _graphs_of(model)
             graphs.report = task.bar.set_description
+            graphs.look_at(task.args, task.kwargs)
             task = replace(task, graphs=graphs)
         estimate = method.estimate(task) if ranks.size == 1 else _shared(method, task, ranks)
         return replace(estimate, remedy="" if bool(estimate.trusted.all()) else method.remedy(task.structure))
