@@ -65,6 +65,7 @@ class Structure(NamedTuple):
         discrete: those of them whose latents are discrete.
         curved: those of them whose space is none that real numbers are mapped to one to one, such as a sphere.
         extra: the names of the guide's observed sites and factors, which are no part of q.
+        auxiliary: the names of the guide's latent sites that the latents of the model are computed from.
         given: the names of the model's observed sites outside of the data plate, such as a conditioned global latent.
         unvalidated: the names of the observed sites whose distributions were built with ``validate_args=False``, and
         outside: those of them with data outside of their support.
@@ -81,6 +82,7 @@ class Structure(NamedTuple):
     discrete: frozenset[str]
     curved: frozenset[str]
     extra: frozenset[str]
+    auxiliary: frozenset[str]
     given: frozenset[str]
     unvalidated: frozenset[str]
     outside: frozenset[str]
@@ -219,12 +221,19 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
     rows = None
     with suppress(ValueError):  # nothing says how many there are
         rows = count_data(args, kwargs)
-    data, unclear = _data_plate(model_sites, guide_sites, rows)
+    holding = _holding_data(model_sites, args, kwargs)
+    data, unclear = _data_plate(model_sites, guide_sites, rows, holding)
     frames = [f for site in [*model_sites.values(), *guide_sites.values()] for f in site["cond_indep_stack"]]
     own = [f for f in map(data.frame, [*model_sites.values(), *guide_sites.values()]) if f is not None] if data else []
     given = frozenset(
-        name for name, site in model_sites.items() if data and data.frame(site) is None and _is_given(site, rows)
+        name for name, site in model_sites.items() if data and data.frame(site) is None and _is_data(site)
     )
+    given = frozenset(name for name in given if not any(model_sites[name] is site for site in holding))
+    if any(rows in model_sites[name]["value"].shape for name in given):
+        # A value that all data share is the same in each run; what a run makes of the data is made anew.
+        with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
+            again = traced(model, latents_of_trace(guide_trace), *args, **kwargs)
+        given = frozenset(name for name in given if again.nodes[name]["value"] is model_sites[name]["value"])
     found = _problems(model_sites, guide_sites, data, given)
     return Structure(
         max_plate_nesting=max((-frame.dim for frame in frames if frame.vectorized), default=0),
@@ -237,6 +246,9 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
         discrete=frozenset(name for name, site in latents.items() if _is_discrete(site["fn"])),
         curved=frozenset(name for name, site in latents.items() if _is_curved(site["fn"])),
         extra=frozenset(name for name, site in guide_sites.items() if site["is_observed"]),
+        auxiliary=frozenset(
+            name for name, site in guide_sites.items() if site["infer"].get("is_auxiliary") and not site["is_observed"]
+        ),
         given=given,
         unvalidated=unvalidated,
         outside=frozenset(
@@ -288,19 +300,23 @@ def _is_data(site: dict) -> bool:
     return site["is_observed"] and not site["infer"].get("is_auxiliary")
 
 
-def _is_given(site: dict, rows: int | None) -> bool:
-    """Whether an observed site holds no data, but a value that all data share."""
-    return _is_data(site) and rows not in site["value"].shape
-
-
 def _is_unvalidated(fn: Any) -> bool:
     """Whether a distribution was built with ``validate_args=False`` where others are validated."""
     return torch.distributions.Distribution._validate_args and not getattr(unwrapped(fn), "_validate_args", True)
 
 
-def _data_plate(model_sites: dict, guide_sites: dict, rows: int | None) -> tuple[DataPlate | None, str]:
+def _holding_data(model_sites: dict[str, dict], args: tuple, kwargs: dict[str, Any]) -> list[dict]:
+    """Returns the observed sites whose values are arguments, or parts of them; all observed ones without any."""
+    given = {t.untyped_storage().data_ptr() for _, t in named_tensors(args, kwargs)}
+    observed = [site for site in model_sites.values() if site["is_observed"]]
+    return [site for site in observed if site["value"].untyped_storage().data_ptr() in given] or observed
+
+
+def _data_plate(
+    model_sites: dict, guide_sites: dict, rows: int | None, holding_data: list[dict]
+) -> tuple[DataPlate | None, str]:
     """Returns the plate over the data, and what is unclear about it, or nothing."""
-    sites = [site for site in model_sites.values() if site["is_observed"]] or list(model_sites.values())
+    sites = holding_data or list(model_sites.values())
     stacks = [{frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized} for site in sites]
     sizes = {
         (frame.name, dim): {_plate_sizes(site)[dim], frame.full_size}
@@ -498,7 +514,9 @@ def _names(sites: dict[str, dict]) -> str:
 def _plate_sizes(site: dict) -> dict[int, int]:
     """Returns the sizes of a site's plates by dimension; one without a size of its own has its site's."""
     sizes = {frame.dim: int(frame.size) for frame in site["cond_indep_stack"] if frame.vectorized}
-    shape = site["value"].shape[: site["value"].dim() - len(site["fn"].event_shape)] if min(sizes.values(), default=0) < 0 else ()
+    shape = torch.Size()
+    if site["value"] is not None and min(sizes.values(), default=0) < 0:
+        shape = site["value"].shape[: site["value"].dim() - len(site["fn"].event_shape)]
     shape = torch.broadcast_shapes(shape, site["fn"].batch_shape)
     return {dim: size if size >= 0 else shape[dim] if len(shape) >= -dim else 1 for dim, size in sizes.items()}
 

@@ -22,6 +22,7 @@ __all__ = [
     "MaskedElements",
     "Multinomial",
     "NegativeBinomial",
+    "Poisson",
     "StudentT",
     "ZeroInflatedNegativeBinomial",
     "center",
@@ -320,20 +321,78 @@ class StudentT(dist.StudentT):
         return constant - (half + 0.5) * torch.log1p(z.square() / self.df)
 
 
+class Poisson(dist.Poisson):
+    r"""Torch's Poisson distribution by the logarithm of its rate, whose log-probability keeps its digits at large counts.
+
+    .. math:: \log p(x) = x \log \mu - \mu - \log x!
+
+    whose terms are some :math:`\mu \log \mu` large and nearly cancel: they are formed in double precision.
+
+    Args:
+        log_rate: :math:`\log \mu`, any real number.
+
+    >>> Poisson(torch.tensor(1e6).log()).log_prob(torch.tensor(1e6))  # -log(2 pi 1e6) / 2
+    tensor(-7.8267)
+    """
+
+    def __init__(self, log_rate: Tensor, validate_args: bool | None = None):
+        self.log_rate = log_rate
+        super().__init__(log_rate.exp(), validate_args=validate_args)
+
+    def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
+        return Poisson(self.log_rate.expand(batch_shape), False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        log_rate, x = self.log_rate.double(), value.double()
+        return (x * log_rate - log_rate.exp() - torch.lgamma(1 + x)).to(self.log_rate.dtype)
+
+
 class NegativeBinomial(dist.NegativeBinomial):
-    """Torch's negative binomial distribution, whose log-probability keeps its digits as it tends to a Poisson's.
+    r"""Torch's negative binomial distribution, whose log-probability keeps its digits.
+
+    Torch's loses them at large counts, and as it tends to a Poisson's. Here terms that nearly cancel are formed in double
+    precision.
+
+    Args:
+        total_count: :math:`\theta`.
+        logits: :math:`\log \mu - \log \theta` for a mean of :math:`\mu`.
+        log_mean: :math:`\log \mu` instead, which keeps what rounding takes from the difference.
 
     >>> p = NegativeBinomial(torch.tensor(1e7), logits=torch.tensor(2e-7).log())  # a Poisson's with rate 2
     >>> p.log_prob(torch.arange(30.0)).exp().sum()
     tensor(1.0000)
     """
 
+    def __init__(
+        self,
+        total_count: Tensor,
+        logits: Tensor | None = None,
+        *,
+        log_mean: Tensor | None = None,
+        validate_args: bool | None = None,
+    ):
+        if (logits is None) == (log_mean is None):
+            raise ValueError("Give either logits or log_mean, not both.")
+        self.log_mean = log_mean
+        logits = log_mean - total_count.log() if logits is None else logits
+        super().__init__(total_count, logits=logits, validate_args=validate_args)
+
+    def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
+        total_count = self.total_count.expand(batch_shape)
+        if self.log_mean is not None:
+            return NegativeBinomial(total_count, log_mean=self.log_mean.expand(batch_shape), validate_args=False)
+        return NegativeBinomial(total_count, self.logits.expand(batch_shape), validate_args=False)
+
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        failures = self.total_count * nn.functional.logsigmoid(-self.logits)
-        successes = value * nn.functional.logsigmoid(self.logits)
-        return failures + successes + _log_rising(self.total_count, value) - torch.lgamma(1 + value)
+        theta, x = self.total_count.double(), value.double()
+        logits = self.logits.double() if self.log_mean is None else self.log_mean.double() - theta.log()
+        failures = theta * nn.functional.logsigmoid(-logits)
+        successes = x * nn.functional.logsigmoid(logits)
+        return (failures + successes + _log_rising(theta, x) - torch.lgamma(1 + x)).to(self.logits.dtype)
 
 
 class ZeroInflatedNegativeBinomial(dist.TorchDistribution):
@@ -348,6 +407,7 @@ class ZeroInflatedNegativeBinomial(dist.TorchDistribution):
         total_count: of :class:`NegativeBinomial`.
         logits: of :class:`NegativeBinomial`.
         gate_logits: g.
+        log_mean: of :class:`NegativeBinomial`, instead of its `logits`, which are None then.
 
     >>> p = ZeroInflatedNegativeBinomial(torch.tensor(1.0), torch.tensor(0.0), torch.tensor([0.0, 100.0]))
     >>> p.log_prob(torch.tensor(0.0)).exp(), p.log_prob(torch.tensor(1.0))
@@ -357,14 +417,26 @@ class ZeroInflatedNegativeBinomial(dist.TorchDistribution):
     arg_constraints: ClassVar = {"gate_logits": constraints.real}
     support = constraints.nonnegative_integer
 
-    def __init__(self, total_count: Tensor, logits: Tensor, gate_logits: Tensor, validate_args: bool | None = None):
-        total_count, logits, self.gate_logits = torch.broadcast_tensors(total_count, logits, gate_logits)
-        self.counts = NegativeBinomial(total_count, logits=logits, validate_args=validate_args)
-        super().__init__(self.gate_logits.shape, validate_args=validate_args)
+    def __init__(
+        self,
+        total_count: Tensor,
+        logits: Tensor | None,
+        gate_logits: Tensor,
+        *,
+        log_mean: Tensor | None = None,
+        validate_args: bool | None = None,
+    ):
+        counts = NegativeBinomial(total_count, logits, log_mean=log_mean, validate_args=validate_args)
+        shape = torch.broadcast_shapes(counts.batch_shape, gate_logits.shape)
+        self.counts = counts if counts.batch_shape == shape else counts.expand(shape)
+        self.gate_logits = gate_logits.expand(shape)
+        super().__init__(shape, validate_args=validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
-        parameters = (self.counts.total_count, self.counts.logits, self.gate_logits)
-        return ZeroInflatedNegativeBinomial(*(p.expand(batch_shape) for p in parameters), validate_args=False)
+        new = self._get_checked_instance(ZeroInflatedNegativeBinomial, _instance)
+        new.counts, new.gate_logits = self.counts.expand(batch_shape), self.gate_logits.expand(batch_shape)
+        super(ZeroInflatedNegativeBinomial, new).__init__(torch.Size(batch_shape), validate_args=False)
+        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         lost, kept = nn.functional.logsigmoid(self.gate_logits), nn.functional.logsigmoid(-self.gate_logits)
@@ -540,7 +612,7 @@ class Multinomial(dist.TorchDistribution):
 
     Args:
         total_count: the total of samples and of the mean.
-        logits: :math:`l`.
+        logits: :math:`l`, normalised or not.
         event_dim: how many of the last dimensions of the logits are one datum.
         observed: which dimensions count, of a shape that broadcasts with the logits; None for all.
 
@@ -560,10 +632,7 @@ class Multinomial(dist.TorchDistribution):
         validate_args: bool | None = None,
     ):
         self.total_count, self.observed = total_count, observed
-        flat = logits if observed is None else logits.masked_fill(~observed.expand(logits.shape), -math.inf)
-        flat = flat.flatten(logits.dim() - event_dim)
-        normaliser = flat.logsumexp(-1)
-        self.logits = logits - normaliser.reshape(normaliser.shape + (1,) * event_dim)
+        self.logits = logits
         cut = logits.dim() - event_dim
         super().__init__(logits.shape[:cut], logits.shape[cut:], validate_args=validate_args)
 
@@ -578,13 +647,17 @@ class Multinomial(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        value, logits = torch.broadcast_tensors(value.to(self.logits.dtype), self.logits)
+        # In double precision: terms of some n log n nearly cancel, and a rounded normaliser counts n times.
+        x, logits = value.double(), self.logits.double()
+        normaliser = logits
         if self.observed is not None:
-            value = torch.where(self.observed, value, 0.0)
-            logits = torch.where(self.observed, logits, 0.0)
-        start = value.dim() - len(self.event_shape)
-        value, logits = value.flatten(start), logits.flatten(start)
-        return torch.lgamma(1 + value.sum(-1)) + (value * logits - torch.lgamma(1 + value)).sum(-1)
+            # Not minus infinity: where nothing is observed, the normaliser counts zero times.
+            normaliser = logits.masked_fill(~self.observed.expand(logits.shape), -1e300)
+            x, logits = torch.where(self.observed, x, 0.0), torch.where(self.observed, logits, 0.0)
+        count = len(self.event_shape)
+        x, logits, normaliser = (t.flatten(t.dim() - count) for t in (x, logits, normaliser))
+        n, products = x.sum(-1), (x * logits - torch.lgamma(1 + x)).sum(-1)
+        return (torch.lgamma(1 + n) - n * normaliser.logsumexp(-1) + products).to(self.logits.dtype)
 
     def _probs(self) -> Tensor:
         return self.logits.flatten(len(self.batch_shape)).softmax(-1).reshape(self.logits.shape)

@@ -138,7 +138,7 @@ class FullRankNormal(Encoder):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         params, d = self.parameters_of(x, context), self.latent_dim
-        return dist.MultivariateNormal(params[..., :d], scale_tril=tril_of(params[..., d:]))
+        return latents.MultivariateNormal(params[..., :d], scale_tril=tril_of(params[..., d:]))
 
 
 class LowRankNormal(Encoder):
@@ -176,7 +176,7 @@ class LowRankNormal(Encoder):
         d = self.latent_dim
         params = self.parameters_of(x, context)
         factor = params[..., 2 * d :].unflatten(-1, (d, self.rank))
-        return dist.LowRankMultivariateNormal(params[..., :d], factor, positive(params[..., d : 2 * d]).square())
+        return latents.LowRankMultivariateNormal(params[..., :d], factor, positive(params[..., d : 2 * d]).square())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"

@@ -245,10 +245,11 @@ def check_context(context: Tensor | None, x: Tensor, *parts: nn.Module) -> None:
 
 
 def check_vectors(context: Tensor | None, *parts: nn.Module) -> None:
-    """Raises a ValueError if a context is one number a datum, unless only parts that do not say what they take see it."""
+    """Raises a ValueError if a context is one number a datum, and a part takes vectors or none takes numbers."""
     if context is None or context.dim() != 1:
         return
-    stated = [part.context_dim for part in parts if hasattr(part, "context_dim")]
+    others = [part for part in parts if not getattr(part, "takes_numbers", False)]
+    stated = [part.context_dim for part in others if hasattr(part, "context_dim")]
     if any(stated) or len(stated) == len(parts):
         raise ValueError(
             f"context has shape {tuple(context.shape)}, one number a datum, but must hold one vector a datum, shape (batch, "

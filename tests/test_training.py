@@ -724,7 +724,7 @@ def modes(module: nn.Module) -> list[bool]:
     return [m.training for m in module.modules()]
 
 
-def trained(vae: VAE, **options: Any) -> dict[str, Tensor]:
+def state_after(vae: VAE, **options: Any) -> dict[str, Tensor]:
     """Returns the state that three epochs leave, and makes sure of the modes."""
     before = modes(vae)
     pyro.set_rng_seed(1)
@@ -741,11 +741,11 @@ def same_start() -> VAE:
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_what_was_in_evaluation_mode_trains_the_same(compile):
     vae = same_start()
-    assert_same(trained(vae.eval(), compile=compile), trained(same_start(), compile=compile))
+    assert_same(state_after(vae.eval(), compile=compile), state_after(same_start(), compile=compile))
     # So does what only some of the parts of a new model are.
     vae = same_start()
     vae.likelihood.eval(), vae.encoder.eval()
-    assert_same(trained(vae, compile=compile), trained(same_start(), compile=compile))
+    assert_same(state_after(vae, compile=compile), state_after(same_start(), compile=compile))
 
 
 def test_a_callback_may_call_eval():
@@ -753,7 +753,7 @@ def test_a_callback_may_call_eval():
     pyro.set_rng_seed(1)
     train(vae.model, vae.guide, torch.rand(40, 16).round(), epochs=3, batch_size=16, callbacks=[lambda history: vae.eval() and None])
     assert vae.training
-    assert_same(dict(vae.state_dict()), trained(same_start()))
+    assert_same(dict(vae.state_dict()), state_after(same_start()))
 
 
 def test_the_mode_is_put_back_after_an_error():
@@ -800,7 +800,7 @@ def test_what_is_frozen_stays_in_evaluation_mode(freeze):
     norm = freeze(vae)
     vae.encoder.network[2].register_forward_pre_hook(lambda dropout, _: seen.append(dropout.training))
     before = {name: b.clone() for name, b in norm.named_buffers()}
-    left = trained(vae, callbacks=[lambda history: vae.train() and None])  # which a callback cannot change
+    left = state_after(vae, callbacks=[lambda history: vae.train() and None])  # which a callback cannot change
     assert_same({name: left[f"encoder.network.1.{name}"] for name in before}, before)
     assert (True in seen) == (freeze is not freeze_a_part)
 

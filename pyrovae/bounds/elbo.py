@@ -397,9 +397,7 @@ def _is_diagonal_normal(p: dist.TorchDistribution) -> bool:
 
 def _low_rank_log_det(q: dist.LowRankMultivariateNormal) -> Tensor:
     """Returns the log-determinant of a covariance W W' + D, by the matrix determinant lemma."""
-    capacitance = q.cov_factor.mT @ (q.cov_factor / q.cov_diag.unsqueeze(-1))
-    eye = torch.eye(capacitance.shape[-1], dtype=capacitance.dtype, device=capacitance.device)
-    return torch.logdet(capacitance + eye) + q.cov_diag.log().sum(-1)
+    return 2 * q._capacitance_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + q.cov_diag.log().sum(-1)
 
 
 def _dimensions(site: dict) -> dist.TorchDistribution:

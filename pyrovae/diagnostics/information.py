@@ -26,6 +26,7 @@ from pyrovae.checks import (
     sample_sites,
 )
 from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, in_memory, latents_of
+from pyrovae.estimators.proposals import check_no_auxiliary
 from pyrovae.importance import check_draws, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.training import History
 
@@ -261,6 +262,7 @@ def collapse(
                 'must stand under pyro.plate("data", len(x)) in the model and in the guide, drawn from a '
                 "density."
             )
+        check_no_auxiliary(structure)
         structure = check_draws(structure, model, guide, *head[0], **head[1])
         drawn, step = [], max(1, _ROWS // num_draws)
         for start in range(0, size, step):

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from pyrovae import bounds
 from pyrovae.arguments import take_rows
-from pyrovae.checks import evaluation_mode
+from pyrovae.checks import evaluation_mode, inspect
 from pyrovae.diagnostics.base import Diagnosis, check_at_least, in_memory
 from pyrovae.estimators import (
     AnnealedImportanceSampling,
@@ -24,7 +24,7 @@ from pyrovae.estimators import (
     log_marginal,
     refine,
 )
-from pyrovae.importance import inspect_samples, log_weights
+from pyrovae.importance import log_weights
 
 _DATA = 100  # tuned at once
 
@@ -229,7 +229,7 @@ def _losses(
     args, kwargs, size = in_memory(1, "gaps", args, kwargs)
     if method is None:
         head, named = take_rows(slice(0, 2), args, kwargs)
-        structure = inspect_samples(model, guide, *head, **named)
+        structure = inspect(model, guide, *head, **named)
         if structure.latents == structure.discrete:
             method = Enumeration()
         else:

@@ -222,7 +222,8 @@ class Refined(Proposal):
                 for change, gradient in zip(
                     changes.values(), torch.autograd.grad(loss, list(changes.values()), allow_unused=True), strict=True
                 ):
-                    change.grad = gradient
+                    # Where there is no way up, the guide stays as it is: it is a proposal still.
+                    change.grad = None if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
                 optimizer.step()
         for change in changes.values():
             change.requires_grad_(False)
@@ -268,8 +269,20 @@ def refine(
     return proposal.tune(model, guide, inspect_samples(model, guide, *args, **kwargs), args, kwargs)
 
 
+def check_no_auxiliary(structure: Structure) -> None:
+    """Raises a ValueError if a guide computes its latents from auxiliary ones, so that others have no known density."""
+    if structure.auxiliary:
+        listed = ", ".join(f'"{name}"' for name in sorted(structure.auxiliary))
+        raise ValueError(
+            f"the guide computes its latents from the auxiliary site {listed}, and has a density at its own draws alone. Take "
+            "ImportanceSampling() with the guide as it is, AnnealedImportanceSampling() from the prior, or a guide that draws "
+            "the latents themselves."
+        )
+
+
 def log_density(task: Task, guide: Callable, trace: Trace, num_samples: int) -> Tensor:
     r"""Returns the log-density of a guide at the latents of another's trace, ``(num_samples, batch)``."""
+    check_no_auxiliary(task.structure)
     return log_q_of(trace_model(guide, trace, task.structure, num_samples, *task.args, **task.kwargs))
 
 
@@ -307,6 +320,8 @@ def _shifted(p: Any, path: tuple[str, ...], changes: dict, nesting: int, lead: i
         nesting: how many plates there are.
         lead: how many dimensions of the batch shape the site has, samples included.
     """
+    if isinstance(p, dist.Delta):  # which is where it is computed to be
+        return p
     if isinstance(p, torch.distributions.Independent):
         return dist.Independent(_shifted(p.base_dist, path, changes, nesting, lead), p.reinterpreted_batch_ndims)
     if isinstance(p, ExpandedDistribution):

@@ -222,7 +222,9 @@ class WeightSums:
 def fit_tail(largest: Tensor, resolution: float) -> tuple[Tensor, Tensor]:
     """Fits a generalized Pareto distribution to the tails of log weights, shape ``(tail + 1, batch)``, largest first.
 
-    Log weights that differ by less than the resolution are taken to be equal: their differences are rounding.
+    Log weights that differ by less than the resolution are taken to be equal: their differences are rounding. Where those
+    of a tail spread over more than 672 nats, the ratio of double precision's rounding to its smallest number, k-hat is
+    infinite.
 
     The estimator of Zhang and Stephens (A New and Efficient Estimation Method for the Generalized Pareto Distribution,
     2009) with the weak prior of Vehtari et al., for a whole batch at once.
@@ -251,7 +253,10 @@ def fit_tail(largest: Tensor, resolution: float) -> tuple[Tensor, Tensor]:
     raw = shape_at(best)[0]
     khat = (n * raw + 5) / (n + 10)
     khat = torch.where(largest[0] - largest[-1] > resolution, khat, -math.inf)
-    khat = torch.where(largest[-1] == -math.inf, math.inf, khat)  # nearly all weights are zero: there is no tail to see
+    # Beyond this spread excesses are lost to underflow, as if nearly all weights were zero: there is no tail to see.
+    number = torch.finfo(x.dtype)
+    unseen = (largest[-1] == -math.inf) | (largest[0] - largest[-1] > math.log(number.eps / number.tiny))
+    khat = torch.where(unseen, math.inf, khat)
     return khat, -raw / best[0]
 
 

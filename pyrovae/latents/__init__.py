@@ -1,6 +1,7 @@
 """Distributions over latents that neither torch nor Pyro has, each a Pyro distribution like any other."""
 
 from pyrovae.latents.mixtures import Exemplars, NormalMixture, ReparameterizedMixture, StratifiedCategorical
+from pyrovae.latents.normals import LowRankMultivariateNormal, MultivariateNormal
 from pyrovae.latents.reshaped import Flattened, Flow, Resampled, import_zuko
 from pyrovae.latents.simplexes import LogisticNormal, RelaxedOneHotCategorical
 from pyrovae.latents.spaces import (
@@ -22,6 +23,8 @@ __all__ = [
     "Flow",
     "HypersphericalUniform",
     "LogisticNormal",
+    "LowRankMultivariateNormal",
+    "MultivariateNormal",
     "NormalMixture",
     "RelaxedOneHotCategorical",
     "ReparameterizedMixture",

@@ -86,7 +86,7 @@ class Poisson(Likelihood):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         log_mean = _log_mean(self.parameters_of(z, context), len(self.x_shape), context if self.library else None)
-        return dist.Poisson(log_mean.exp()).to_event(len(self.x_shape))
+        return distributions.Poisson(log_mean).to_event(len(self.x_shape))
 
     def output_for(self, x: Tensor) -> Tensor:
         return _log_mean_count(x)
@@ -138,8 +138,8 @@ class NegativeBinomial(Likelihood):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         log_mean = _log_mean(self.parameters_of(z, context), len(self.x_shape), context if self.library else None)
-        total_count, logits = self.log_inverse_dispersion.exp(), log_mean - self.log_inverse_dispersion
-        return distributions.NegativeBinomial(total_count, logits=logits).to_event(len(self.x_shape))
+        counts = distributions.NegativeBinomial(self.log_inverse_dispersion.exp(), log_mean=log_mean)
+        return counts.to_event(len(self.x_shape))
 
     def output_for(self, x: Tensor) -> Tensor:
         return _log_mean_count(x)
@@ -189,8 +189,8 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     def forward(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         raw, gate_logits = self.parameters_of(z, context).unbind(-len(self.param_shape))
         log_mean = _log_mean(raw, len(self.x_shape), context if self.library else None)
-        total_count, logits = self.log_inverse_dispersion.exp(), log_mean - self.log_inverse_dispersion
-        p = distributions.ZeroInflatedNegativeBinomial(total_count, logits, gate_logits)
+        theta = self.log_inverse_dispersion.exp()
+        p = distributions.ZeroInflatedNegativeBinomial(theta, None, gate_logits, log_mean=log_mean)
         return p.to_event(len(self.x_shape))
 
     def output_for(self, x: Tensor) -> Tensor:

@@ -258,7 +258,7 @@ class ExemplarPrior(Prior):
             raise ValueError(f"scale must be positive and finite, got {scale}.")
         weight = _weight(encoder)
         super().__init__(encoder.latent_dim, start=weight.new_full((1,), math.log(scale)))
-        self.context_dim = 1
+        self.context_dim, self.takes_numbers = 1, True  # the number of a datum, not a vector
         if data.shape[1:] != encoder.x_shape or len(data) < 2:
             raise ValueError(f"data must have shape (at least 2, *{encoder.x_shape}), got {tuple(data.shape)}.")
         if num_neighbors < 1:

@@ -1,0 +1,171 @@
+"""Normals with correlations, whose log-densities stay right when their covariances are ill-conditioned."""
+
+import math
+from functools import cached_property
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor
+
+
+class _Remembered:
+    r"""What a normal knows of its last draw: the noise, which the rounding of z hides.
+
+    The rounded z of an ill-conditioned normal is many of its standard deviations off the z that was meant, in a direction
+    in which it is narrow. The noise says where z was meant to be.
+    """
+
+    _drawn = None  # z, its noise, and whether z has a graph
+
+    def _remember(self, z: Tensor, *noise: Tensor) -> Tensor:
+        self._drawn = z, noise, torch.is_grad_enabled()
+        return z
+
+    def _noise_of(self, value: Tensor) -> tuple[Tensor, ...] | None:
+        """Returns the noise of a value that is the last draw itself, with all that depends on it, or None."""
+        if self._drawn is None or value is not self._drawn[0]:
+            return None
+        # A draw without its graph may be held while parameters move: its noise then moves too.
+        return self._drawn[1] if self._drawn[2] or not torch.is_grad_enabled() else None
+
+    def _start(self, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Returns where a value equals the last draw, shape ``(..., 1)``, and the noise; where there is none, None."""
+        if self._drawn is None or value.shape != self._drawn[0].shape:
+            return torch.zeros((), dtype=torch.bool, device=value.device), None
+        z, noise, _ = self._drawn
+        same = (value == z).all(-1, keepdim=True).detach()
+        return same, tuple(torch.where(same, t, 0.0).double() for t in noise)
+
+
+class MultivariateNormal(_Remembered, dist.MultivariateNormal):
+    r"""Torch's multivariate normal, whose log-density of its own draws comes from their noise.
+
+    .. math:: \log q(z) = -\tfrac12 \lVert \epsilon \rVert^2 - \log \lvert L \rvert - \tfrac{d}{2} \log 2 \pi, \qquad
+        z = \mu + L \epsilon
+
+    Other values are scored in double precision.
+
+    Args:
+        loc: :math:`\mu`.
+        scale_tril: :math:`L`.
+
+    >>> q = MultivariateNormal(torch.zeros(2), scale_tril=torch.tensor([[1.0, 0.0], [1e6, 1e-4]]))
+    >>> torch.isclose(q.log_prob(q.rsample((10000,))).mean(), -q.entropy(), atol=0.1)  # ten standard errors
+    tensor(True)
+    """
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008, torch's own default
+        noise = self.loc.new_empty(self._extended_shape(sample_shape)).normal_()
+        return self._remember(self.loc + _times(self._unbroadcasted_scale_tril, noise), noise)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        constant = -0.5 * self.event_shape[0] * math.log(2 * math.pi)
+        tril = self._unbroadcasted_scale_tril
+        log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        noise = self._noise_of(value)
+        if noise is not None:
+            return constant - log_det - 0.5 * noise[0].square().sum(-1)
+        tril = tril.double()
+        same, start = self._start(value)
+        offset = value.double() - self.loc.double()
+        if start is None:
+            white = _solve(tril, offset)
+        else:
+            white = start[0] + _solve(tril, _zero_where(same, offset - _times(tril, start[0])))
+        return (constant - log_det - 0.5 * white.square().sum(-1)).to(self.loc.dtype)
+
+
+class LowRankMultivariateNormal(_Remembered, dist.LowRankMultivariateNormal):
+    r"""Torch's normal of a covariance :math:`D + W W^\top`, whose log-density of its own draws comes from their noise.
+
+    .. math:: \log q(z) = -\tfrac12 \lVert (I - Q Q^\top)\, b \rVert^2 - \log \lvert R \rvert
+        - \tfrac12 \log \lvert D \rvert - \tfrac{d}{2} \log 2 \pi, \qquad
+        \begin{pmatrix} D^{-1/2} W \\ I \end{pmatrix} = Q R
+
+    where b is :math:`(\epsilon, -\eta)` for a draw :math:`z = \mu + W \eta + D^{1/2} \epsilon`, and
+    :math:`(D^{-1/2} (z - \mu), 0)` for any other z, in double precision. Both give the same but for rounding, for they
+    differ by a combination of Q's columns. Nothing cancels, as it does in Woodbury's formula.
+
+    Args:
+        loc: :math:`\mu`.
+        cov_factor: :math:`W`, shape ``(*batch, d, rank)``.
+        cov_diag: the diagonal of D.
+
+    >>> q = LowRankMultivariateNormal(torch.zeros(2), torch.full((2, 1), 1e6), torch.full((2,), 1e-8))
+    >>> torch.isclose(q.log_prob(q.rsample((10000,))).mean(), -q.entropy(), atol=0.1)  # ten standard errors
+    tensor(True)
+    """
+
+    def __init__(self, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor, validate_args: bool | None = None):
+        # Not torch's: it takes the Cholesky factor of what is no longer positive definite when rounded.
+        batch_shape = torch.broadcast_shapes(loc.shape[:-1], cov_factor.shape[:-2], cov_diag.shape[:-1])
+        self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag = cov_factor, cov_diag
+        self.loc, self.cov_diag = loc.expand(*batch_shape, -1), cov_diag.expand(*batch_shape, -1)
+        self.cov_factor = cov_factor.expand(*batch_shape, -1, -1)
+        torch.distributions.Distribution.__init__(self, batch_shape, loc.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
+        loc = self.loc.expand(*batch_shape, -1)
+        new = LowRankMultivariateNormal(loc, self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag, False)
+        new._validate_args = self._validate_args
+        return new
+
+    @cached_property
+    def _qr(self) -> tuple[Tensor, Tensor]:
+        """Q and R, in double precision."""
+        a = self._unbroadcasted_cov_factor.double() / self._unbroadcasted_cov_diag.double().sqrt().unsqueeze(-1)
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand(*a.shape[:-2], -1, -1)
+        return torch.linalg.qr(torch.cat([a, eye], dim=-2))
+
+    @property
+    def _capacitance_tril(self) -> Tensor:
+        r = self._qr[1]
+        return (r * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-1)).mT.to(self.loc.dtype)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008, torch's own default
+        shape = self._extended_shape(sample_shape)
+        eta = self.loc.new_empty(*shape[:-1], self._unbroadcasted_cov_factor.shape[-1]).normal_()
+        noise = self.loc.new_empty(shape).normal_()
+        spread = self._unbroadcasted_cov_diag.sqrt() * noise
+        return self._remember(self.loc + _times(self._unbroadcasted_cov_factor, eta) + spread, noise, eta)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        noise = self._noise_of(value)
+        if noise is not None:
+            b = torch.cat([noise[0], -noise[1]], dim=-1).double()
+        else:
+            factor, scale = self._unbroadcasted_cov_factor.double(), self._unbroadcasted_cov_diag.double().sqrt()
+            same, start = self._start(value)
+            offset = value.double() - self.loc.double()
+            if start is None:
+                y, eta = offset / scale, offset.new_zeros(*offset.shape[:-1], factor.shape[-1])
+            else:
+                epsilon, eta = start
+                offset = _zero_where(same, offset - _times(factor, eta) - scale * epsilon)
+                y = epsilon + offset / scale
+            b = torch.cat([y, -eta], dim=-1)
+        q, r = self._qr
+        rest = b - _times(q, _times(q.mT, b))
+        log_det = 2 * r.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1) + self.cov_diag.log().sum(-1)
+        constant = self.event_shape[0] * math.log(2 * math.pi)
+        return -0.5 * (constant + log_det + rest.square().sum(-1)).to(self.loc.dtype)
+
+
+def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
+    return (matrix @ vectors.unsqueeze(-1)).squeeze(-1)
+
+
+def _solve(tril: Tensor, vectors: Tensor) -> Tensor:
+    """Returns the solutions for vectors ``(*samples, *batch, d)``; the samples share a matrix without copying it."""
+    samples = vectors.shape[: max(vectors.dim() - tril.dim() + 1, 0)]
+    columns = vectors.reshape(-1, *vectors.shape[len(samples) :]).movedim(0, -1)
+    return torch.linalg.solve_triangular(tril, columns, upper=False).movedim(-1, 0).reshape(vectors.shape)
+
+
+def _zero_where(same: Tensor, t: Tensor) -> Tensor:
+    """Returns t, zero where it is known to be zero but for rounding, with its whole gradient."""
+    return t - torch.where(same, t.detach(), 0.0)
