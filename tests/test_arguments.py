@@ -5,7 +5,6 @@ alike, log p(x) exactly. Each datum has an offset of its own, so that rows taken
 """
 
 import collections
-import math
 from functools import partial
 from typing import Any
 
