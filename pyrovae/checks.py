@@ -19,8 +19,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to
-from torch.utils._pytree import tree_leaves
 
+from pyrovae.arguments import count_data, named_tensors, row_name, types_explained
 from pyrovae.distributions import Blocks, MaskedElements, Stacked, grid, open_unit_interval
 
 __all__ = ["Structure", "check_finite", "evaluation_mode", "inspect", "sample_sites"]
@@ -190,11 +190,11 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
     for name, function in (("model", model), ("guide", guide)):
         if not callable(function):
             raise TypeError(f"{name} must be a Pyro {name}, a function or a module's method; got {function!r}.")
-    tensors = {name: t for name, t in named_arguments(args, kwargs) if isinstance(t, Tensor)}
-    for name, t in tensors.items():
+    tensors = named_tensors(args, kwargs)
+    for name, t in tensors:
         check_finite(name, t)
-    devices = sorted({t.device for t in tensors.values() if t.is_cuda}, key=str)
-    with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
+    devices = sorted({t.device for _, t in tensors if t.is_cuda}, key=str)
+    with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices), types_explained(args, kwargs):
         guide_trace = traced(guide, None, *args, **kwargs)
         guide_sites = sample_sites(guide_trace)
         try:
@@ -218,7 +218,9 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
         if site["is_observed"] and name not in unvalidated:
             check_observed(name, site["fn"], site["value"])
 
-    rows = next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()), None)
+    rows = None
+    with suppress(ValueError):  # nothing says how many there are
+        rows = count_data(args, kwargs)
     holding = _holding_data(model_sites, args, kwargs)
     data, unclear = _data_plate(model_sites, guide_sites, rows, holding)
     frames = [f for site in [*model_sites.values(), *guide_sites.values()] for f in site["cond_indep_stack"]]
@@ -305,7 +307,7 @@ def _is_unvalidated(fn: Any) -> bool:
 
 def _holding_data(model_sites: dict[str, dict], args: tuple, kwargs: dict[str, Any]) -> list[dict]:
     """Returns the observed sites whose values are arguments, or parts of them; all observed ones without any."""
-    given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+    given = {t.untyped_storage().data_ptr() for _, t in named_tensors(args, kwargs)}
     observed = [site for site in model_sites.values() if site["is_observed"]]
     return [site for site in observed if site["value"].untyped_storage().data_ptr() in given] or observed
 
@@ -362,11 +364,6 @@ def described(thing: Any) -> str:
         if not (value is parameter.default or isinstance(value, (int, float, str, tuple)) and value == parameter.default):
             given.append(f"{name}={type(value).__name__ if isinstance(value, nn.Module) else repr(value)}")
     return f"{type(thing).__name__}({', '.join(given)})"
-
-
-def named_arguments(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Returns all arguments with the names that messages call them by."""
-    return [*((f"argument {i + 1}", value) for i, value in enumerate(args)), *kwargs.items()]
 
 
 def check_all_observed(trace: poutine.Trace, without: frozenset[str] = frozenset()) -> None:
@@ -435,7 +432,7 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
     first = int((~inside).nonzero()[:, -1].min()) if inside.dim() else 0  # the data are the last dimension
     raise ValueError(
         f'The data at site "{name}"{columns} is outside the support of {kind}, {space}: it ranges from {low:g} to '
-        f"{high:g}, and the first datum outside is number {first} of the batch. {_mending(space)}"
+        f"{high:g}, and the first datum outside is {row_name(first)}. {_mending(space)}"
     )
 
 

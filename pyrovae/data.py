@@ -5,6 +5,7 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from numbers import Number
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from pyrovae.arguments import Arguments, count_data, moved, of_batch, settled, take_rows, tensors_of
 from pyrovae.checks import check_finite
 
 __all__ = ["Batches", "Split", "Splits", "dynamic_binarization", "load", "split_missing", "static_binarization"]
@@ -137,32 +139,48 @@ def split_missing(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Batches:
-    """Batches of tensors in memory, taken by index, all tensors in the same order.
+    """Batches of data in memory, taken by index, everything in the same order.
 
     Args:
-        tensors: with the data along the first dimension, of one length.
+        tensors: positional arguments, with the data along the first dimension, of one length; or what else
+            :func:`pyrovae.arguments.settled` returns.
         batch_size: data a batch; the last may be smaller.
         shuffle: whether to draw a new order from torch's random state for every pass.
+        named: keyword arguments, if there are any.
 
     >>> [x.tolist() for x, in Batches([torch.arange(5)], batch_size=2, shuffle=False)]
     [[0, 1], [2, 3], [4]]
     """
 
-    def __init__(self, tensors: Sequence[Tensor], batch_size: int, shuffle: bool):
-        self.tensors, self.batch_size, self.shuffle = tuple(tensors), batch_size, shuffle
-        self.size = len(self.tensors[0])
+    def __init__(self, tensors: Sequence[Any], batch_size: int, shuffle: bool, named: dict[str, Any] | None = None):
+        self.tensors, self.named, self.batch_size, self.shuffle = tuple(tensors), named or {}, batch_size, shuffle
+        self.size = count_data(self.tensors, self.named)
+        self.rows: Tensor | int | None = None  # of the batch given last: the place of each, or of the first of a run
 
     def __len__(self) -> int:
         return math.ceil(self.size / self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple | Arguments]:
         if not self.shuffle:
-            yield from zip(*(t.split(self.batch_size) for t in self.tensors), strict=True)
+            for start in range(0, self.size, self.batch_size):
+                self.rows = start
+                yield self._taken(slice(start, start + self.batch_size))
             return
         # Drawn on the CPU, and so the same wherever the data are; moved there in one go.
-        order = torch.randperm(self.size).to(self.tensors[0].device, non_blocking=True)
-        for rows in order.split(self.batch_size):
-            yield tuple(t.index_select(0, rows) for t in self.tensors)
+        order = torch.randperm(self.size)
+        device = next((t.device for t in tensors_of(self.tensors, self.named)), order.device)
+        for self.rows, rows in zip(
+            order.split(self.batch_size), order.to(device, non_blocking=True).split(self.batch_size), strict=True
+        ):
+            yield self._taken(rows)
+
+    def in_order(self) -> "Batches":
+        """Returns batches of the same data, in their order."""
+        return Batches(self.tensors, self.batch_size, shuffle=False, named=self.named)
+
+    def _taken(self, rows: slice | Tensor) -> tuple | Arguments:
+        args, kwargs = take_rows(rows, self.tensors, self.named)
+        return Arguments(*args, **kwargs) if kwargs else args
 
 
 def as_batches(
@@ -172,8 +190,8 @@ def as_batches(
 
     Args:
         name: of the argument, for messages.
-        data: a tensor, a tuple of tensors, a ``Dataset`` or a ``DataLoader``.
-        batch_size: data a batch, None for large ones where no gradient is taken.
+        data: what :func:`pyrovae.fit` takes.
+        batch_size: data a batch, all of them where there are fewer; None for large ones where no gradient is taken.
         shuffle: whether the order is new in every pass.
         device: where to move what is in memory; None to leave it.
     """
@@ -185,34 +203,27 @@ def as_batches(
         pin = device is not None and torch.device(device).type == "cuda"  # so that copies need not be waited for
         if isinstance(data, IterableDataset):
             return DataLoader(data, batch_size or 1000, pin_memory=pin)
-        _check_sizes(name, len(data), batch_size)
-        return DataLoader(data, batch_size or 1000, shuffle=shuffle, pin_memory=pin)
-    tensors = (data,) if isinstance(data, Tensor) else data
-    if not isinstance(tensors, (tuple, list)) or not tensors or not all(isinstance(t, Tensor) for t in tensors):
+        if len(data) == 0:
+            raise ValueError(f"{name} is empty. Give at least one datum.")
+        return DataLoader(data, min(batch_size or 1000, len(data)), shuffle=shuffle, pin_memory=pin)
+    if data is None or isinstance(data, (str, Number)) or callable(data):
         raise TypeError(
-            f"{name} must be a tensor, a tuple of tensors, a Dataset or a DataLoader, got {type(data).__name__}. "
-            "Convert arrays with torch.as_tensor."
+            f"{name} must be a tensor, an array, a dict or a tuple of such, a Dataset or a DataLoader, got {type(data).__name__}."
         )
-    for i, t in enumerate(tensors):
-        if t.dim() == 0 or len(t) != len(tensors[0]):
-            raise ValueError(
-                f"{name} must hold tensors of one length: element 0 has shape {tuple(tensors[0].shape)}, element {i} "
-                f"{tuple(t.shape)}."
-            )
-    _check_sizes(name, len(tensors[0]), batch_size)
-    for t in tensors:
+    batch = of_batch(data)
+    try:
+        args, kwargs, size = settled(batch.args, batch.kwargs)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    found = tensors_of(args, kwargs)
+    for t in found:
         check_finite(name, t)
-    devices = {t.device for t in tensors}
+    devices = {t.device for t in found}
     if device is None and len(devices) > 1:
         raise ValueError(f"{name} holds tensors on {' and '.join(map(str, devices))}. Put them on one device.")
-    return Batches([t if device is None else t.to(device) for t in tensors], batch_size or 1000, shuffle)
-
-
-def _check_sizes(name: str, size: int, batch_size: int | None) -> None:
-    if size == 0:
-        raise ValueError(f"{name} is empty. Give at least one datum.")
-    if batch_size is not None and batch_size > size:
-        raise ValueError(f"batch_size is {batch_size}, but {name} holds only {size} data. Make it {size} or smaller.")
+    if device is not None:
+        args, kwargs = moved(args, kwargs, device)
+    return Batches(args, min(batch_size or 1000, size), shuffle, kwargs)
 
 
 def _check_grey(x: Tensor) -> None:

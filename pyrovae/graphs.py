@@ -36,6 +36,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from pyrovae.arguments import holds_packed
 from pyrovae.bounds import Bound, Terms
 from pyrovae.bounds.elbo import ScheduledStep
 from pyrovae.checks import ObservedChecked, check_observed_by, full_precision, warn
@@ -118,6 +119,11 @@ class Graphs:
         except Untraceable as error:
             self.refuse(error)
             return None
+
+    def look_at(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Refuses a function that is called with a packed sequence, whose lengths no graph can follow."""
+        if self.reason is None and holds_packed(args, kwargs):
+            self.refuse(Untraceable("the lengths in a packed sequence decide what is computed"))
 
     def refuse(self, error: Untraceable) -> None:
         """Makes no graph any more, and warns of it."""
@@ -607,6 +613,7 @@ class Compiled(ELBO):
             What was computed and the state that it was computed from; None where there can be no graph, after one
             warning that says why. Nothing has happened then.
         """
+        self.graphs.look_at(args, kwargs)
         leaves, form = _flattened(args, kwargs)
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         others = [x for x in leaves if not isinstance(x, Tensor)]

@@ -14,13 +14,13 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pyrovae.arguments import in_memory, mapped, tensors_of
 from pyrovae.checks import (
     Structure,
     evaluation_mode,
     full_precision,
     inspect,
     latents_of_trace,
-    named_arguments,
     sample_sites,
     traced,
     unwrapped,
@@ -314,7 +314,7 @@ def simulate(model: Callable, *args: Any, **kwargs: Any) -> tuple[poutine.Trace,
     drawn, sites = tracer.trace.copy(), sample_sites(tracer.trace)
     for name in tracer.trace.nodes.keys() - sites.keys():
         drawn.remove_node(name)  # a plate's choice of data, which are drawn now
-    in_place, given = {}, [*args, *kwargs.values()]
+    in_place, given = {}, tensors_of(args, kwargs)
     for name, site in sites.items():
         if site["infer"].get("was_observed") and not site["infer"].get("_deterministic"):
             seen = site["infer"]["obs"]
@@ -324,8 +324,7 @@ def simulate(model: Callable, *args: Any, **kwargs: Any) -> tuple[poutine.Trace,
                     "none of the arguments as given. Observe the argument itself."
                 )
             in_place[id(seen)] = site["value"]
-    swapped = {name: in_place.get(id(value), value) for name, value in kwargs.items()}
-    return drawn, tuple(in_place.get(id(value), value) for value in args), swapped
+    return drawn, *mapped(lambda value: in_place.get(id(value), value), (args, kwargs))
 
 
 def log_prob_of(site: dict) -> Tensor:
@@ -421,8 +420,8 @@ def impute(
     """
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
-    tensors = [t for _, t in named_arguments(args, kwargs) if isinstance(t, Tensor) and t.dim() > 0]
-    chunk = max(1, _CHUNK // max((t.numel() for t in tensors), default=1))
+    args, kwargs, size = in_memory(args, kwargs)
+    chunk = max(1, _CHUNK // max((t.numel() for t in tensors_of(args, kwargs)), default=1))
     with evaluation_mode():
         structure = inspect_weights(model, guide, *args, num_samples=num_samples, **kwargs)
         place, right = structure.data_index, -1 - structure.data.dim  # of the data, and how many plates come after
@@ -432,7 +431,7 @@ def impute(
             drawn, log_q = draw(guide, structure, k, *args, **kwargs)
             scored = trace_model(model, drawn, structure, k, *args, **kwargs)
             if start == 0:
-                _check_imputed(scored, site, log_q, tensors, structure.data)
+                _check_imputed(scored, site, log_q, size, structure.data)
             # In double precision, for the sums may run over very many terms.
             log_w = (log_p_of(scored, structure) - log_q).double()
             log_sum_here = log_w.logsumexp(0)
@@ -470,13 +469,13 @@ def _samples(structure: Structure, num_samples: int) -> pyro.plate:
     return pyro.plate(_SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting)
 
 
-def _check_imputed(trace: poutine.Trace, site: str, log_q: Tensor, tensors: list[Tensor], plate: Any) -> None:
+def _check_imputed(trace: poutine.Trace, site: str, log_q: Tensor, size: int, plate: Any) -> None:
     observed = [name for name, node in sample_sites(trace).items() if node["is_observed"]]
     if site not in observed:
         raise ValueError(f'The model has no observed site "{site}" to impute; it has {", ".join(observed) or "none"}.')
-    if tensors and len(tensors[0]) != log_q.shape[1]:
+    if size != log_q.shape[1]:
         raise ValueError(
-            f'The plate {plate} drew {log_q.shape[1]} of {len(tensors[0])} data that it was given. Impute data in the '
+            f'The plate {plate} drew {log_q.shape[1]} of {size} data that it was given. Impute data in the '
             'order they come: use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
         )
 

@@ -87,6 +87,11 @@ def apply(network: nn.Module, x: Tensor, context: Tensor | None, out_shape: tupl
 
 
 def _check_shape(network: nn.Module, x: Tensor, in_shape: tuple[int, ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{type(network).__name__} takes a tensor, got a {type(x).__name__}. Pick what it takes from a batch, as in "
+            'fit(..., transform=lambda batch: batch["x"]).'
+        )
     if x.dim() < len(in_shape) or x.shape[x.dim() - len(in_shape) :] != in_shape:
         raise ValueError(
             f"{type(network).__name__} takes inputs of shape (..., {', '.join(map(str, in_shape))}), got "

@@ -12,6 +12,8 @@ from torch import Tensor, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pyrovae.arguments import converted, of_batch, settled, take_rows, tensors_of
+
 
 class Ranks(NamedTuple):
     """This process among those that work together, started by ``torchrun`` or with a process group of their own.
@@ -72,7 +74,7 @@ class Ranks(NamedTuple):
         """Yields batches, after making sure that the first is the same in all processes."""
         for i, batch in enumerate(batches):
             if i == 0 and self.size > 1:
-                sums = self.gathered([(tuple(t.shape), t.double().sum().item()) for t in tree_leaves(batch)])
+                sums = self.gathered([(tuple(t.shape), t.double().sum().item()) for t in _tensors_of(batch)])
                 if any(other != sums[0] for other in sums):
                     raise ValueError(
                         "data gives other batches in other processes, of which each is to take its share. Let a loader draw its "
@@ -123,9 +125,12 @@ class Share(NamedTuple):
     total: int
     weight: float
 
-    def rows(self, args: tuple) -> tuple:
-        """Returns the data of tensors."""
-        return args if self.count == self.total else tuple(t[self.start : self.start + self.count] for t in args)
+    def rows(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Returns these data of what a model is called with."""
+        if self.count == self.total:
+            return args, kwargs
+        args, kwargs, _ = settled(args, kwargs)
+        return take_rows(slice(self.start, self.start + self.count), args, kwargs)
 
     def noise(self) -> AbstractContextManager:
         """Returns a context inside of which noise for these data is what one process would draw for them."""
@@ -253,3 +258,8 @@ def _device() -> torch.device | None:
 
 def _is_shape(x: Any) -> bool:
     return isinstance(x, list) and len(x) > 0 and all(isinstance(n, int) for n in x)
+
+
+def _tensors_of(batch: Any) -> list[Tensor]:
+    batch = of_batch(batch)
+    return tensors_of(*converted(batch.args, batch.kwargs))

@@ -15,6 +15,7 @@ from pyro.infer import TraceEnum_ELBO
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from pyrovae.arguments import row_name
 from pyrovae.distributions import center, mask_elements
 from pyrovae.encoders import Encoder
 from pyrovae.importance import Imputation, impute
@@ -366,8 +367,8 @@ def _fill(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     empty = ~mask.flatten(1).any(dim=1)
     if bool(empty.any()):
         raise ValueError(
-            f"mask leaves nothing observed in {int(empty.sum())} of {len(x)} rows, the first of them row "
-            f"{int(empty.nonzero()[0])}. Remove those rows."
+            f"mask leaves nothing observed in {int(empty.sum())} of {len(x)} rows, the first of them "
+            f"{row_name(int(empty.nonzero()[0]))}. Remove those rows."
         )
     return torch.where(mask, x, 0), mask
 
@@ -526,7 +527,7 @@ class SemiSupervisedVAE(Registered):
         if bool(wrong.any()):
             raise ValueError(
                 f"y must hold classes from 0 to {self.num_classes - 1}, or -1 where the class is not known, but holds "
-                f"{int(y[wrong][0])} in row {int(wrong.nonzero()[0])}."
+                f"{int(y[wrong][0])} in {row_name(int(wrong.nonzero()[0]))}."
             )
         return y >= 0, y.clamp(min=0).long()
 

@@ -22,12 +22,12 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
 from pyrovae import graphs, storage
+from pyrovae.arguments import Arguments, count_data, converted, moved, of_batch, placed, settled, take_rows, tensors_of
 from pyrovae.bounds import Bound
 from pyrovae.checks import (
     ObservedChecked,
@@ -48,7 +48,7 @@ from pyrovae.states import State
 
 __all__ = ["History", "fit"]
 
-Data = Tensor | Sequence[Tensor] | Dataset | DataLoader
+Data = Any  # tensors, arrays, what is made of them, a Dataset or a DataLoader
 
 # Steps on a GPU between looks at whether all is well.
 _ASK_EVERY = 50
@@ -130,7 +130,7 @@ def fit(
     batch_size: int = 128,
     optimizer: Callable[[Iterable[Tensor]], Optimizer] | Optimizer = Adam,
     scheduler: Callable[[Optimizer], LRScheduler] | None = None,
-    transform: Callable[..., Tensor | Sequence[Tensor]] | None = None,
+    transform: Callable | None = None,
     clip_norm: float | None = None,
     validation: Data | None = None,
     patience: int | None = None,
@@ -156,11 +156,15 @@ def fit(
     Args:
         model: a Pyro model, called with a batch: ``model(x)``, or ``model(x, context)`` for pairs.
         guide: a Pyro guide, called like the model.
-        data: a tensor; a tuple of tensors, which become positional arguments; a ``Dataset``; or a ``DataLoader``, which
-            then has the say over batches. In-memory data is shuffled and batched without a loop over items.
+        data: in memory, a tensor, a NumPy array, a list with an entry a datum in a tuple, a packed sequence or a dict of
+            these; a tuple of them, which become positional arguments; ``Arguments(x, mask=mask)`` of
+            :mod:`pyrovae.arguments` for keywords. What else is in it, such as a number or ``None``, is for all data. It is
+            shuffled and batched without a loop over items. Or a ``Dataset``; or a ``DataLoader``, which then has the say
+            over batches: these become arguments by the same rule, so that a dict is one argument, and what
+            ``collate_fn`` makes of it is passed on.
         loss: any ``pyro.infer.ELBO``, one of :mod:`pyrovae.bounds` for example; the default a new ``Trace_ELBO()``.
         epochs: passes over the data, those before a resume included.
-        batch_size: data a step; the last batch of an epoch may be smaller.
+        batch_size: data a step, all of them if there are fewer; the last batch of an epoch may be smaller.
         optimizer: called with the parameters, as in ``functools.partial(torch.optim.Adam, lr=3e-4)``; or a torch
             optimizer that holds them.
         scheduler: called with the optimizer to make a learning-rate schedule, stepped once an epoch.
@@ -236,16 +240,18 @@ def fit(
     loss = Trace_ELBO() if loss is None else loss
     loss = graphs.compile(loss) if compile else loss
     if isinstance(batches, Batches) and len(batches) == 1:
-        first = next(iter(Batches(batches.tensors, batch_size, shuffle=False)))
+        first = next(iter(batches.in_order()))
     others_say = isinstance(data, (DataLoader, IterableDataset))  # in which order data come
     num_shuffled = 0 if others_say else batches.size if isinstance(batches, Batches) else len(data)
-    run = _Run(ranks, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first, num_shuffled)
+    with placed(getattr(batches, "rows", None)):
+        run = _Run(ranks, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first, num_shuffled)
     if run.of_rows:
         _warn_of_rows(run.of_rows, batch_size, len(batches))
         batches = as_batches("data", data, batch_size, shuffle=False, device=device)
     history, best, steps = History(), None, _length(batches)
     _warn_of_schedules(run.loss, steps, epochs, patience)
-    fingerprint = {"steps an epoch": steps, "data in the first batch": len(first[0] if isinstance(first, (tuple, list)) else first)}
+    first = of_batch(first)
+    fingerprint = {"steps an epoch": steps, "data in the first batch": count_data(*converted(first.args, first.kwargs))}
 
     if is_there:
         saved = ranks.told(lambda: storage.read_checkpoint(checkpoint))
@@ -287,9 +293,10 @@ def fit(
             with pyro.validation_enabled(False):
                 for batch in ranks.compared(batches):
                     bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)  # there may be another while it compiles
-                    args = run.prepare("data", batch, check=not isinstance(batches, Batches))
-                    share = ranks.share(len(args[0]))
-                    run.step(args, share, epoch)
+                    batch = run.prepare("data", batch, check=not isinstance(batches, Batches))
+                    share = ranks.share(count_data(batch.args, batch.kwargs))
+                    run.rows = getattr(batches, "rows", None)
+                    run.step(batch, share, epoch)
                     count += share.total
                     bar.update()
             if count == 0:
@@ -331,12 +338,15 @@ class _Run:
         self.num_steps = 0
         self.names: list[str] = []
         self.totals: Tensor | None = None  # of an epoch
+        self.rows: Tensor | int | None = None  # the places of a batch's data among all, where they are known
         self.fine: Tensor | None = None  # whether all losses of an epoch are finite, and data in their support
         batch = self.prepare("data", first_batch, check=True)
-        structure = inspect(model, guide, *batch)
-        args = ranks.share(len(batch[0])).rows(batch)
-        if len(args[0]) < len(batch[0]):
-            structure = inspect(model, guide, *args)
+        total = count_data(batch.args, batch.kwargs)
+        structure = inspect(model, guide, *batch.args, **batch.kwargs)
+        share = ranks.share(total)
+        args, kwargs = share.rows(batch.args, batch.kwargs)
+        if share.count < total:
+            structure = inspect(model, guide, *args, **kwargs)
         self.unvalidated = structure.unvalidated
         for name in structure.outside:
             warn(
@@ -346,10 +356,10 @@ class _Run:
         if self.compiled is not None:
             self.compiled.unvalidated = structure.unvalidated
         # A plate that stands for more data than it holds scales its loss up to all of them.
-        self.data_size = structure.data_size if structure.data_size != len(args[0]) else None
-        self.params, self.buffers = self._find_state(args)
+        self.data_size = structure.data_size if structure.data_size != share.count else None
+        self.params, self.buffers = self._find_state(args, kwargs)
         self.trained = list({id(p): p for p in self.params.values()}.values())
-        self.of_rows = self._parameters_of_rows(batch, num_shuffled) if num_shuffled else []
+        self.of_rows = self._parameters_of_rows(batch, total, num_shuffled) if num_shuffled else []
         self.optimizer = _built(optimizer, self.trained)
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         missing = [name for name, p in self.params.items() if id(p) not in held]
@@ -363,35 +373,30 @@ class _Run:
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         self.align()
 
-    def prepare(self, name: str, batch: Any, check: bool) -> tuple:
+    def prepare(self, name: str, batch: Any, check: bool) -> Arguments:
         """Returns a batch as the arguments for model and guide: checked, on its device, transformed."""
-        args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-        for i, x in enumerate(args):
-            if not isinstance(x, Tensor):
-                raise TypeError(
-                    f"{name} must give tensors or tuples of tensors, but element {i} of a batch is a "
-                    f"{type(x).__name__}. Give the DataLoader a collate_fn that returns tensors."
-                )
-            if check:
+        batch = of_batch(batch)
+        args, kwargs = converted(batch.args, batch.kwargs)
+        if check:
+            for x in tensors_of(args, kwargs):
                 check_finite(name, x)
         if self.device is not None:
-            args = tuple(x.to(self.device, non_blocking=True) for x in args)
-        if self.transform is not None:
-            out = self.transform(*args)
-            args = tuple(out) if isinstance(out, (tuple, list)) else (out,)
-        return args
+            args, kwargs = moved(args, kwargs, self.device)
+        if self.transform is None:
+            return Arguments(*args, **kwargs)
+        return of_batch(self.transform(*args, **kwargs))
 
-    def _find_state(self, args: tuple) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _find_state(self, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Runs the loss once, changing nothing, to find the parameters and buffers it uses, named by order and name.
 
         The order, because the names that Pyro knows parameters by may differ from one process to the next.
         """
         modules: dict[int, nn.Module] = {}
         handle = nn.modules.module.register_module_forward_pre_hook(lambda m, _: modules.setdefault(id(m), m) and None)
-        devices = sorted({x.device for x in args if x.is_cuda}, key=str)
+        devices = sorted({x.device for x in tensors_of(args, kwargs) if x.is_cuda}, key=str)
         try:
             with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices), poutine.trace(param_only=True) as found:
-                self.loss.loss(self.model, self.guide, *args)
+                self.loss.loss(self.model, self.guide, *args, **kwargs)
         finally:
             handle.remove()
         for owner in (self.model, self.guide):  # a method's module is used, if not called
@@ -429,33 +434,32 @@ class _Run:
         self.frozen = [p for m in modules.values() for p in m.parameters(recurse=False) if id(p) not in known]
         return params, buffers
 
-    def _parameters_of_rows(self, args: tuple, num_data: int) -> list[str]:
+    def _parameters_of_rows(self, batch: Arguments, size: int, num_data: int) -> list[str]:
         """Returns the names of the parameters whose elements belong to rows of a batch, whatever data are there.
 
         It scores the first datum where it is, and in the place of the second. Where none of the elements that have a part
         in the one has any in the other, they go with the place. What a network makes of a datum goes with the datum, and
         so does what is looked up for it.
         """
-        size = len(args[0])
         sizes = (size, num_data)
         params = {name: p for name, p in self.params.items() if any(n and n % m == 0 for n in p.shape for m in sizes)}
         if size < 2 or not params:
             return []
-        devices = sorted({p.device for p in params.values() if p.is_cuda}, key=str)
-
-        def moved(x: Any, dim: int = 0) -> Any:
-            return x.roll(1, dim) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[dim] == size else x
+        devices = sorted({x.device for x in (*tensors_of(batch.args, batch.kwargs), *params.values()) if x.is_cuda}, key=str)
 
         try:
             with evaluation_mode(), pyro.validation_enabled(False):
                 with torch.random.fork_rng(devices):
-                    here, drawn = self._parts_of_row(0, args, size, params, poutine.Trace())
+                    here, drawn = self._parts_of_row(0, batch, size, params, poutine.Trace())
                 for site in drawn.nodes.values():  # the draws for a datum go with it
                     for frame in site["cond_indep_stack"]:
                         if frame.vectorized:
-                            site["value"] = moved(site["value"], frame.dim - site["fn"].event_dim)
+                            dim, x = frame.dim - site["fn"].event_dim, site["value"]
+                            if x.dim() >= -dim and x.shape[dim] == size:
+                                site["value"] = x.roll(1, dim)
+                args, kwargs = take_rows(torch.arange(size).roll(1), *settled(batch.args, batch.kwargs)[:2])
                 with torch.random.fork_rng(devices):
-                    there, _ = self._parts_of_row(1, tree_map(moved, args), size, params, drawn)
+                    there, _ = self._parts_of_row(1, Arguments(*args, **kwargs), size, params, drawn)
         except Exception:  # rows that cannot change places, such as sequences in the order of their lengths
             return []
         return [
@@ -464,20 +468,20 @@ class _Run:
             if bool(a.any()) and bool(b.any()) and not bool((a & b).any())
         ]
 
-    def _parts_of_row(self, row: int, args: tuple, size: int, params: dict[str, Tensor], drawn: poutine.Trace) -> tuple:
+    def _parts_of_row(self, row: int, batch: Arguments, size: int, params: dict[str, Tensor], drawn: poutine.Trace) -> tuple:
         """Returns which elements of parameters have a part in one row, and what was drawn.
 
         Args:
             row: the row of the batch.
-            args: the batch.
+            batch: the batch.
             size: how many rows it has.
             params: the parameters.
             drawn: draws to take instead of new ones.
         """
         with torch.enable_grad():
-            guide = poutine.trace(poutine.replay(self.guide, trace=drawn)).get_trace(*args)
-            replayed = poutine.replay(poutine.replay(self.model, trace=drawn), trace=guide)
-            sites = sample_sites(guide), sample_sites(poutine.trace(replayed).get_trace(*args))
+            guide = traced(self.guide, drawn, *batch.args, **batch.kwargs)
+            with poutine.replay(trace=drawn):
+                sites = sample_sites(guide), sample_sites(traced(self.model, guide, *batch.args, **batch.kwargs))
             observed = [site for site in sites[1].values() if site["is_observed"]]
             plates = [
                 {f.name for f in site["cond_indep_stack"] if f.vectorized and f.size == size} for site in observed
@@ -527,18 +531,18 @@ class _Run:
             self.totals.zero_()
             self.fine.fill_(True)
 
-    def step(self, batch: tuple, share: Share, epoch: int) -> None:
+    def step(self, batch: Arguments, share: Share, epoch: int) -> None:
         """Takes one step on a batch, of which this process has a share, and adds the loss of its data to the totals."""
         self.num_steps += 1
-        args = share.rows(batch)
+        args, kwargs = share.rows(batch.args, batch.kwargs)
         noise = torch.get_rng_state()
-        self.latest = args, noise, f"at step {self.num_steps} (epoch {epoch})"
-        size = self.data_size or len(args[0])
+        self.latest = args, kwargs, noise, self._places(share), f"at step {self.num_steps} (epoch {epoch})"
+        size = self.data_size or share.count
         scale = share.weight / size  # of the loss, for what these data count in the mean over their batch
         try:
-            if not self._compiled_step(args, share, scale, size):
+            if not self._compiled_step(args, kwargs, share, scale, size):
                 self.optimizer.zero_grad()
-                named, inside = self._loss_and_grads(args, share, scale)
+                named, inside = self._loss_and_grads(args, kwargs, share, scale)
                 numbers = torch.stack([*named.values()]).double()
                 self._update([*named], numbers, numbers[0].isfinite() & inside, share, size)
         except ValueError as error:
@@ -552,7 +556,13 @@ class _Run:
                 f"{list(pyro.get_param_store().keys())[-1]!r}. Make all parameters in the first call."
             )
 
-    def _compiled_step(self, args: tuple, share: Share, scale: float, size: int) -> bool:
+    def _places(self, share: Share) -> Tensor | int | None:
+        """Returns the places of a share of a batch among all data, where they are known."""
+        if self.rows is None or isinstance(self.rows, Tensor):
+            return self.rows if self.rows is None else self.rows[share.start :]
+        return self.rows + share.start
+
+    def _compiled_step(self, args: tuple, kwargs: dict[str, Any], share: Share, scale: float, size: int) -> bool:
         """Takes a step by a compiled graph; returns whether there is one."""
         if self.compiled is None:
             return False
@@ -565,7 +575,7 @@ class _Run:
             self._update(names, step.numbers, step.fine, share, size)
 
         sequel = Sequel(update, self._told if self.recordable else None)
-        return self.compiled.step(self.model, self.guide, args, {}, scale, share, sequel) is not None
+        return self.compiled.step(self.model, self.guide, args, kwargs, scale, share, sequel) is not None
 
     def _told(self) -> list:
         """Returns what decides what a step of the optimizer launches on a GPU."""
@@ -574,26 +584,28 @@ class _Run:
         numbers = [x.item() if isinstance(x, Tensor) and not x.is_cuda else x for x in settings]
         return [self, self.optimizer.state, *numbers]
 
-    def _loss_and_grads(self, args: tuple, share: Share, scale: float) -> tuple[dict[str, Tensor], Tensor | bool]:
+    def _loss_and_grads(
+        self, args: tuple, kwargs: dict[str, Any], share: Share, scale: float
+    ) -> tuple[dict[str, Tensor], Tensor | bool]:
         """Computes the gradient of the loss times a scale.
 
         Returns:
             The loss and what it is made of, and whether the data are in the support.
         """
-        with ObservedChecked(any(x.is_cuda for x in args), self.unvalidated) as data, share.noise():
+        with ObservedChecked(any(x.is_cuda for x in tensors_of(args, kwargs)), self.unvalidated) as data, share.noise():
             if not hasattr(self.loss, "differentiable_loss"):
-                loss = self.loss.loss_and_grads(self.model, self.guide, *args)
+                loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
                 # Wake-sleep gives the model's, then the guide's.
                 named = {"loss": torch.as_tensor(loss[0] if isinstance(loss, tuple) else loss, dtype=torch.double)}
                 for p in self.trained:
                     if p.grad is not None:
                         p.grad *= scale
             elif isinstance(self.loss, Bound):
-                terms = self.loss.terms(self.model, self.guide, *args)
+                terms = self.loss.terms(self.model, self.guide, *args, **kwargs)
                 (terms.loss * scale).backward()
                 named = terms.named
             else:
-                loss = self.loss.differentiable_loss(self.model, self.guide, *args)
+                loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
                 (loss * scale).backward()
                 named = {"loss": loss.detach()}
         return named, data.inside()
@@ -636,13 +648,13 @@ class _Run:
 
     def _explain(self, error: Exception) -> NoReturn:
         """Raises an error that names the cause of a failed loss if running it again shows one, else the error itself."""
-        args, noise, where = self.latest
+        args, kwargs, noise, rows, where = self.latest
         torch.set_rng_state(noise)
         self._require_finite_state(where)
-        with torch.no_grad(), pyro.validation_enabled(False):
-            guide = traced(self.guide, None, *args)
-            model = traced(self.model, latents_of_trace(guide), *args)
-        check_all_observed(model, self.unvalidated)
+        with torch.no_grad(), pyro.validation_enabled(False), placed(rows):
+            guide = traced(self.guide, None, *args, **kwargs)
+            model = traced(self.model, latents_of_trace(guide), *args, **kwargs)
+            check_all_observed(model, self.unvalidated)
         for part, trace in (("guide", guide), ("model", model)):
             for name, site in sample_sites(trace).items():
                 log_prob = site["fn"].log_prob(site["value"])
@@ -668,12 +680,13 @@ class _Run:
             torch.manual_seed(0)
             for batch in batches:
                 batch = self.prepare("validation", batch, check=not isinstance(batches, Batches))
-                share = self.ranks.share(len(batch[0]))
-                args = share.rows(batch)
-                self.latest = args, torch.get_rng_state(), f"on validation data after epoch {epoch}"
+                share = self.ranks.share(count_data(batch.args, batch.kwargs))
+                args, kwargs = share.rows(batch.args, batch.kwargs)
+                self.rows = getattr(batches, "rows", None)
+                self.latest = args, kwargs, torch.get_rng_state(), self._places(share), f"on validation data after epoch {epoch}"
                 try:
                     with ObservedChecked(without=self.unvalidated), share.noise():
-                        value = self.loss.loss(self.model, self.guide, *args) / (self.data_size or len(args[0]))
+                        value = self.loss.loss(self.model, self.guide, *args, **kwargs) / (self.data_size or share.count)
                     if not math.isfinite(value):
                         raise FloatingPointError(f"it became {value}")
                 except (ValueError, FloatingPointError) as error:

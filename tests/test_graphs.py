@@ -1438,7 +1438,7 @@ def test_data_outside_of_the_support_are_refused_as_ever(traced):
     bad[4, 1] = 0.5
     with (
         pyro.validation_enabled(False),
-        pytest.raises(ValueError, match="the first datum outside is number 4 of the batch"),
+        pytest.raises(ValueError, match="the first datum outside is row 4 of the batch"),
     ):
         elbo.terms(vae.model, vae.guide, bad)
     elbo.terms(vae.model, vae.guide, x)

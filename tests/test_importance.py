@@ -340,7 +340,7 @@ def test_arguments_of_other_lengths_are_refused_by_name():
 def test_no_data_is_refused():
     with pytest.raises(ValueError, match="argument 1 is empty"):
         log_marginal(good_model, good_guide, doubles(0))
-    with pytest.raises(ValueError, match="there is no tensor among the arguments"):
+    with pytest.raises(ValueError, match="there is no tensor, array or list among the arguments"):
         log_marginal(good_model, good_guide)
 
 

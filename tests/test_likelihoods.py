@@ -581,7 +581,7 @@ def test_mixed_names_the_columns_that_are_outside():
         x[2, column] = value
         with pytest.raises(ValueError, match=f'site "x", {message}') as error:
             check_observed("x", part(z), x)
-        assert "number 2 of the batch" in str(error.value)
+        assert "row 2 of the batch" in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------- start_at

@@ -202,7 +202,7 @@ def test_saved_and_loaded_parts_give_the_same_distribution(case, tmp_path):
     if case.kind == "network":
         assert torch.equal(ours, theirs)
     else:
-        x = ours.sample()
+        x = ours.sample().clone()  # a correlated normal scores its own draw by the noise, to other rounding
         assert torch.equal(ours.log_prob(x), theirs.log_prob(x))
 
 

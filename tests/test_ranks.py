@@ -641,10 +641,10 @@ def test_attention_without_dropout_is_no_noise():
     x = torch.randn(8, 2, 4, 6)
     wanted = scaled_dot_product_attention(x, x, x)
     for share in (Ranks(i, 2).share(8) for i in range(2)):
-        (mine,) = share.rows((x,))
+        ((mine,), _) = share.rows((x,), {})
         with share.noise():
             found = scaled_dot_product_attention(mine, mine, mine)
-        torch.testing.assert_close(found, share.rows((wanted,))[0])
+        torch.testing.assert_close(found, share.rows((wanted,), {})[0][0])
 
 
 def loss_and_gradient(bound: Any, vae: VAE, x: Tensor) -> Tensor:
@@ -665,7 +665,7 @@ def test_every_loss_is_the_sum_of_those_of_shares(case):
         for share in (Ranks(i, size).share(len(x)) for i in range(size)):
             torch.manual_seed(3)
             with share.noise():
-                found = found + loss_and_gradient(case.build(6), vae, *share.rows((x,)))
+                found = found + loss_and_gradient(case.build(6), vae, *share.rows((x,), {})[0])
         torch.testing.assert_close(found, wanted, **ROUNDING)
 
 
@@ -674,7 +674,7 @@ def test_every_loss_is_the_sum_of_those_of_shares(case):
 def test_shares_are_all_data_once(total, size):
     shares = [Ranks(i, size).share(total) for i in range(size)]
     assert math.isclose(sum(share.weight for share in shares), 1.0)
-    rows = [share.rows((torch.arange(total),))[0].tolist() for share in shares]
+    rows = [share.rows((torch.arange(total),), {})[0][0].tolist() for share in shares]
     if total < size:  # all have all
         assert rows == size * [[*range(total)]]
     else:

@@ -9,9 +9,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.checks import Structure, named_arguments, sample_sites
+from pyrovae import arguments
+from pyrovae.checks import Structure, sample_sites
 from pyrovae.distributions import center
-from pyrovae.estimators.base import count_data
+from pyrovae.estimators.base import checked
 from pyrovae.importance import in_data, inspect_samples, trace_guide, trace_model
 
 
@@ -145,12 +146,13 @@ def check_at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
-def num_data(minimum: int, what_for: str, args: tuple, kwargs: dict) -> int:
-    """Returns the number of data; raises a ValueError when there are too few for a diagnostic."""
-    tensors = [(name, t) for name, t in named_arguments(args, kwargs) if isinstance(t, Tensor) and t.dim() > 0]
-    if not tensors:
-        raise ValueError(f"{what_for} needs a tensor with the data along its first dimension, got none.")
-    size = len(tensors[0][1])
+def in_memory(minimum: int, what_for: str, args: tuple, kwargs: dict) -> tuple[tuple, dict, int]:
+    """Returns arguments whose rows can be taken, a loader's data in one piece, and the number of data.
+
+    Raises:
+        ValueError: when there are too few for a diagnostic, or they are not finite.
+    """
+    args, kwargs, size = arguments.in_memory(args, kwargs)
     if size < minimum:
-        raise ValueError(f"{what_for} needs at least {minimum} data, got {size} in {tensors[0][0]}. Give it more.")
-    return count_data(args, kwargs)  # which looks at all rows of all tensors
+        raise ValueError(f"{what_for} needs at least {minimum} data, got {size}. Give it more.")
+    return checked(args, kwargs)

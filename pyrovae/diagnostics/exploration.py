@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from pyrovae.arguments import take_rows
 from pyrovae.checks import evaluation_mode
 from pyrovae.diagnostics.base import (
     Diagnosis,
@@ -25,10 +26,9 @@ from pyrovae.diagnostics.base import (
     expected_data,
     latents_of,
     names_of,
-    num_data,
+    in_memory,
     observed_site,
 )
-from pyrovae.estimators.base import take_rows
 from pyrovae.importance import inspect_samples, trace_guide, trace_model
 
 __all__ = ["Interpolations", "LatentMap", "Traversals", "interpolations", "latent_map", "traversals"]
@@ -157,7 +157,7 @@ def traversals(
     """
     check_at_least("num_data", num_data, 1)
     check_at_least("steps", steps, 2)
-    size = _size(max(num_data, 2), "traversals", args, kwargs)
+    args, kwargs, size = in_memory(max(num_data, 2), "traversals", args, kwargs)
     with evaluation_mode():
         space = _Space(model, guide, size, args, kwargs)
         total = space.means.shape[1]
@@ -316,7 +316,7 @@ def interpolations(
     torch.Size([2, 5, 3])
     """
     check_at_least("steps", steps, 2)
-    size = _size(2, "interpolations", args, kwargs)
+    args, kwargs, size = in_memory(2, "interpolations", args, kwargs)
     if pairs is None:
         pairs = [(i, i + 1) for i in range(0, min(size, 10) - 1, 2)]
     given = [tuple(pair) for pair in pairs]
@@ -465,7 +465,7 @@ def latent_map(
     (torch.Size([50, 2]), torch.Size([5, 5, 3]))
     """
     check_at_least("points", points, 2)
-    size = _size(3, "latent_map", args, kwargs)
+    args, kwargs, size = in_memory(3, "latent_map", args, kwargs)
     if labels is not None and tuple(labels.shape) != (size,):
         raise ValueError(f"labels must hold one class a datum, shape ({size},), got {tuple(labels.shape)}.")
     with evaluation_mode():
@@ -643,11 +643,6 @@ def _agreement(z: Tensor, labels: Tensor) -> tuple[float, float]:
         same += int((labels[distance.argmin(1)] == labels[rows]).sum())
     counts = labels.unique(return_counts=True)[1].double()
     return same / size, (counts * (counts - 1)).sum().item() / (size * (size - 1))
-
-
-def _size(minimum: int, what_for: str, args: tuple, kwargs: dict) -> int:
-    size = num_data(minimum, what_for, args, kwargs)
-    return size
 
 
 def _listed(names: list[str]) -> str:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae.checks import check_finite, evaluation_mode, inspect, named_arguments, sample_sites
-from pyrovae.diagnostics.base import Diagnosis, check_at_least, latents_of, num_data
+from pyrovae.arguments import named_tensors, take_rows, width
+from pyrovae.checks import check_finite, evaluation_mode, inspect, sample_sites
+from pyrovae.diagnostics.base import Diagnosis, check_at_least, in_memory, latents_of
 from pyrovae.distributions import center
-from pyrovae.estimators.base import take_rows
 from pyrovae.importance import in_data, inspect_samples, simulate, trace_guide
 
 __all__ = ["PrecisionRecall", "Quality", "QualityScores", "frechet_distance", "precision_recall", "quality"]
@@ -233,9 +233,8 @@ def quality(
     20
     """
     check_at_least("k", k, 1)
-    size = num_data(2 * (k + 2), f"quality with k={k}", args, kwargs)
-    first = next(t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.dim() > 0)
-    chunk = max(1, _CHUNK // (_NUM_DRAWS * max(first[0].numel(), 1)))
+    args, kwargs, size = in_memory(2 * (k + 2), f"quality with k={k}", args, kwargs)
+    chunk = max(1, int(_CHUNK / (_NUM_DRAWS * width(args, kwargs, size))))
     real, generated, pairs = [], [], None
     with evaluation_mode():
         for start in range(0, size, chunk):
@@ -280,7 +279,7 @@ def _scores(real: Tensor, generated: Tensor, k: int) -> QualityScores:
 
 def _observed(given: tuple[tuple, dict], drawn: tuple[tuple, dict]) -> tuple[Tensor, Tensor]:
     """Returns the first argument that the model observes, as it was given and as it was drawn."""
-    for (_, x), (_, sample) in zip(named_arguments(*given), named_arguments(*drawn), strict=True):
+    for (_, x), (_, sample) in zip(named_tensors(*given), named_tensors(*drawn), strict=True):
         if sample is not x:
             return x, sample
     raise ValueError("The model observes none of its arguments, so there are no data to compare samples with.")

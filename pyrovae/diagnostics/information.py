@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyrovae.arguments import take_rows, tensors_of
 from pyrovae.bounds.base import _conditioned_alike, layers
 from pyrovae.bounds.elbo import kl_in_closed_form
 from pyrovae.checks import (
@@ -22,11 +23,9 @@ from pyrovae.checks import (
     evaluation_mode,
     inspect,
     is_masked,
-    named_arguments,
     sample_sites,
 )
-from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, latents_of, num_data
-from pyrovae.estimators.base import take_rows
+from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, in_memory, latents_of
 from pyrovae.estimators.proposals import check_no_auxiliary
 from pyrovae.importance import check_draws, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.training import History
@@ -253,7 +252,7 @@ def collapse(
     (torch.Size([50]), torch.Size([2]), torch.Size([2]))
     """
     check_at_least("num_draws", num_draws, 2)
-    size = num_data(2, "collapse", args, kwargs)
+    args, kwargs, size = in_memory(2, "collapse", args, kwargs)
     with evaluation_mode():
         head = take_rows(slice(0, 2), args, kwargs)
         structure = inspect(model, guide, *head[0], **head[1])
@@ -335,16 +334,15 @@ class CollapseMonitor:
     def __init__(self, model: Callable, guide: Callable, *args: Any, every: int = 1, num_draws: int = 2, **kwargs: Any):
         check_at_least("every", every, 1)
         check_at_least("num_draws", num_draws, 2)
-        num_data(2, "CollapseMonitor", args, kwargs)
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.args, self.kwargs, _ = in_memory(2, "CollapseMonitor", args, kwargs)
+        self.model, self.guide = model, guide
         self.every, self.num_draws = every, num_draws
         self.records: list[dict[str, Any]] = []  # "epoch" and the numbers of each look, those before a resume included
 
     def __call__(self, history: History) -> None:
         last = history.records[-1]
         if last["epoch"] % self.every == 0:
-            tensors = [t for _, t in named_arguments(self.args, self.kwargs) if isinstance(t, Tensor)]
-            devices = sorted({t.device for t in tensors if t.is_cuda}, key=str)
+            devices = sorted({t.device for t in tensors_of(self.args, self.kwargs) if t.is_cuda}, key=str)
             with torch.random.fork_rng(devices):
                 torch.manual_seed(0)
                 found = collapse(

@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrovae import bounds
+from pyrovae.arguments import take_rows
 from pyrovae.checks import evaluation_mode, inspect
-from pyrovae.diagnostics.base import Diagnosis, check_at_least
+from pyrovae.diagnostics.base import Diagnosis, check_at_least, in_memory
 from pyrovae.estimators import (
     AnnealedImportanceSampling,
     Enumeration,
@@ -23,7 +24,6 @@ from pyrovae.estimators import (
     log_marginal,
     refine,
 )
-from pyrovae.estimators.base import count_data, take_rows
 from pyrovae.importance import log_weights
 
 _DATA = 100  # tuned at once
@@ -226,7 +226,7 @@ def _losses(
     progress: bool,
     what: str,
 ) -> Losses:
-    size = count_data(args, kwargs)
+    args, kwargs, size = in_memory(1, "gaps", args, kwargs)
     if method is None:
         head, named = take_rows(slice(0, 2), args, kwargs)
         structure = inspect(model, guide, *head, **named)

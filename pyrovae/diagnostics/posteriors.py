@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 from tqdm.auto import tqdm
 
+from pyrovae.arguments import take_rows, width
 from pyrovae.checks import Structure, evaluation_mode, inspect, sample_sites
 from pyrovae.diagnostics import base
 from pyrovae.diagnostics.base import Diagnosis, Latents, check_at_least, latents_of
-from pyrovae.estimators.base import log_marginal, take_rows
+from pyrovae.estimators.base import log_marginal
 from pyrovae.importance import check_draws, log_joint, simulate, trace_guide, trace_model
 
 __all__ = ["Calibration", "PosteriorCheck", "Reliability", "calibration", "posterior_check", "reliability"]
@@ -262,7 +263,8 @@ def posterior_check(
     check_at_least("num_samples", num_samples, 100)
     check_at_least("warmup_steps", warmup_steps, 1)
     check_at_least("num_chains", num_chains, 2)
-    num_data = min(num_data, base.num_data(1, "posterior_check", args, kwargs))
+    args, kwargs, size = base.in_memory(1, "posterior_check", args, kwargs)
+    num_data = min(num_data, size)
     bar = tqdm(
         desc="NUTS", total=num_data * num_chains * (warmup_steps + num_samples), unit="step", disable=not progress
     )
@@ -466,14 +468,13 @@ def calibration(
     """
     check_at_least("num_draws", num_draws, 19)
     check_at_least("num_rounds", num_rounds, 1)
-    size = base.num_data(1, "calibration", args, kwargs)
+    args, kwargs, size = base.in_memory(1, "calibration", args, kwargs)
     if size * num_rounds < 50:
         raise ValueError(
             f"calibration needs at least 50 simulated data, got {size} data in num_rounds={num_rounds}. Set num_rounds "
             f"to {math.ceil(50 / size)} or more."
         )
-    width = max(t.numel() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)) / size
-    chunk = max(1, int(_CHUNK / ((num_draws + 1) * max(width, 1))))
+    chunk = max(1, int(_CHUNK / ((num_draws + 1) * width(args, kwargs, size))))
     ranks = []
     with evaluation_mode(), tqdm(desc="ranks", total=size * num_rounds, unit="datum", disable=not progress) as bar:
         for _ in range(num_rounds):
@@ -609,7 +610,6 @@ def reliability(
     torch.Size([5])
     """
     check_at_least("num_samples", num_samples, 21)
-    base.num_data(1, "reliability", args, kwargs)
     estimate = log_marginal(model, guide, *args, num_samples=num_samples, progress=progress, **kwargs)
     return Reliability(estimate.khat, estimate.ess, num_samples)
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae.checks import named_arguments
-from pyrovae.diagnostics.base import Diagnosis, check_at_least, num_data
+from pyrovae.arguments import converted, named_tensors
+from pyrovae.diagnostics.base import Diagnosis, check_at_least, in_memory
 from pyrovae.estimators import Estimate, log_marginal
 
 __all__ = ["AUROC", "Anomalies", "anomalies", "auroc"]
@@ -227,18 +227,15 @@ def anomalies(
     """
     check_at_least("num_samples", num_samples, 1)
     sets = {"data": args, "other": _as_args(other), "reference": _as_args(reference)}
-    tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor) and value.dim() > 0]
+    tensors = [name for name, value in named_tensors((), converted((), kwargs)[1]) if value.dim() > 0]
     if tensors and not (other is None and reference is None):
         raise ValueError(
             f"{tensors[0]} is given by keyword, but has rows of one set alone. Give it by position, in each."
         )
-    for given in sets.values():
-        if given is not None:
-            num_data(1, "anomalies", given, kwargs)
+    settled = {name: in_memory(1, "anomalies", given, kwargs)[:2] for name, given in sets.items() if given is not None}
     found = {
-        name: log_marginal(model, guide, *given, num_samples=num_samples, progress=progress, **kwargs)
-        for name, given in sets.items()
-        if given is not None
+        name: log_marginal(model, guide, *args, num_samples=num_samples, progress=progress, **kwargs)
+        for name, (args, kwargs) in settled.items()
     }
     usual = found.get("reference", found["data"]).value.double()
     usual = usual[usual.isfinite()]
@@ -247,7 +244,7 @@ def anomalies(
             "log p(x) of all reference data is minus infinity: no draw of the guide explains any. Train it."
         )
     center = usual.mean().item()
-    x = [_data_of(sets[name], kwargs) for name in ("data", "other") if name in found]
+    x = [_data_of(*settled[name]) for name in ("data", "other") if name in found]
     compressed, skipped = _complexity(x)
 
     def of(i: int, estimate: Estimate) -> dict[str, Any]:
@@ -272,11 +269,11 @@ def _scores(estimate: Estimate, compressed: list[Tensor], center: float) -> dict
 
 
 def _as_args(given: tuple | Tensor | None) -> tuple | None:
-    return (given,) if isinstance(given, Tensor) else given
+    return given if given is None or type(given) is tuple else (given,)
 
 
 def _data_of(args: tuple, kwargs: dict) -> Tensor:
-    return next(t for _, t in named_arguments(args, kwargs) if isinstance(t, Tensor) and t.dim() > 0)
+    return next(t for _, t in named_tensors(args, kwargs) if t.dim() > 0)
 
 
 def _complexity(sets: list[Tensor]) -> tuple[list[Tensor], str]:

@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyrovae.arguments import take_rows, width
 from pyrovae.checks import Structure, evaluation_mode
 from pyrovae.diagnostics.base import (
     Diagnosis,
@@ -18,11 +19,10 @@ from pyrovae.diagnostics.base import (
     check_at_least,
     expected_data,
     look,
-    num_data,
+    in_memory,
     observed_site,
 )
 from pyrovae.distributions import MaskedElements
-from pyrovae.estimators.base import take_rows
 from pyrovae.importance import trace_model
 
 __all__ = ["Sharpness", "sharpness"]
@@ -226,9 +226,8 @@ def sharpness(
     (torch.Size([6]), 1.0)
     """
     check_at_least("num_draws", num_draws, 1)
-    size = num_data(2, "sharpness", args, kwargs)
-    first = next(t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.dim() > 0)
-    chunk = max(1, _CHUNK // (num_draws * max(first[0].numel(), 1)))
+    args, kwargs, size = in_memory(2, "sharpness", args, kwargs)
+    chunk = max(1, int(_CHUNK / (num_draws * width(args, kwargs, size))))
     parts = []
     with evaluation_mode():
         for start in range(0, size, chunk):

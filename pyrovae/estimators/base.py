@@ -17,13 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
+from pyrovae import arguments
+from pyrovae.arguments import take_rows
 from pyrovae.checks import (
     Structure,
     check_all_observed,
     check_finite,
     described,
     evaluation_mode,
-    named_arguments,
     sample_sites,
 )
 from pyrovae.graphs import Graphs
@@ -143,6 +144,7 @@ class Task:
         max_memory: budget for intermediate results, in bytes.
         bar: of progress.
         graphs: of what is computed again and again; None to compute it as it is.
+        offset: the place of the first among all data.
         divisible: whether some of the data can be scored without the others; parameters of a guide may belong to all rows.
     """
 
@@ -155,6 +157,7 @@ class Task:
     max_memory: float
     bar: tqdm
     graphs: Graphs | None = None
+    offset: int = 0
     divisible: bool = True
 
     def rows(self, rows: slice) -> "Task":
@@ -162,7 +165,8 @@ class Task:
         if not self.divisible:
             return self
         args, kwargs = take_rows(rows, self.args, self.kwargs)
-        return replace(self, args=args, kwargs=kwargs, size=len(range(self.size)[rows]))
+        taken = range(self.size)[rows]
+        return replace(self, args=args, kwargs=kwargs, size=len(taken), offset=self.offset + taken.start)
 
     def split(self, data: int) -> Iterator["Task"]:
         """Returns tasks for at most so many data each, one after the other."""
@@ -184,7 +188,8 @@ class Task:
 
     def draw(self, num_samples: int, guide: Callable | None = None) -> tuple[poutine.Trace, Tensor]:
         r"""Runs a guide, this one's unless given; returns its trace and :math:`\log q`, ``(num_samples, batch)``."""
-        return draw(guide or self.guide, self.structure, num_samples, *self.args, **self.kwargs)
+        with arguments.placed(self.offset):
+            return draw(guide or self.guide, self.structure, num_samples, *self.args, **self.kwargs)
 
     def score(self, trace: poutine.Trace, num_samples: int, check_data: bool = False) -> tuple[Tensor, Tensor]:
         r"""Returns :math:`\log p(z)` and :math:`\log p(x \mid z)` at the latents of a trace, ``(num_samples, batch)`` each."""
@@ -203,15 +208,16 @@ class Task:
         """
         if self.graphs is None:
             return function()
-        given = tree_leaves((self.args, self.kwargs))
-        tensors, others = ([x for x in given if isinstance(x, Tensor) == kind] for kind in (True, False))
+        leaves = tree_leaves((self.args, self.kwargs))
+        tensors, others = ([x for x in leaves if isinstance(x, Tensor) == kind] for kind in (True, False))
         found = self.graphs(lambda leaves: function(), [*inputs, *tensors], (self.model, *others), static)
         return function() if found is None else found[0]
 
     def _score(self, trace: poutine.Trace, num_samples: int, check_data: bool = False) -> tuple[Tensor, Tensor]:
-        scored = trace_model(self.model, trace, self.structure, num_samples, *self.args, **self.kwargs)
-        if check_data:
-            check_all_observed(scored)
+        with arguments.placed(self.offset):
+            scored = trace_model(self.model, trace, self.structure, num_samples, *self.args, **self.kwargs)
+            if check_data:
+                check_all_observed(scored)
         sides = [0.0, 0.0]
         for name, site in sample_sites(scored).items():
             if name in self.structure.given:
@@ -259,7 +265,9 @@ def log_marginal(
     Args:
         model: a Pyro model, called with the same arguments as the guide.
         guide: a Pyro guide; None will do for a method that makes no use of it.
-        *args: tensors with the data along their first dimension, or anything else, which is passed on as it is.
+        *args: tensors, arrays, lists or packed sequences with an entry a datum, and dicts, lists and tuples of such; numbers,
+            ``None``, strings and other objects, which are for all data; or a ``DataLoader`` that keeps the order of the
+            data, whose batches become arguments as :func:`pyrovae.fit` has it.
         method: an estimator of :mod:`pyrovae.estimators`; :class:`ImportanceSampling` unless given.
         num_samples: short for ``method=ImportanceSampling(num_samples)``, 1,000 unless given.
         max_memory: budget for intermediate results, in bytes. On a CPU more is not faster; on a GPU it is.
@@ -272,9 +280,9 @@ def log_marginal(
         An :class:`Estimate`; of data for which the method is not to be trusted, its `remedy` names what to use.
 
     Raises:
-        ValueError: when an argument is out of range, holds NaN or infinity, or has another length than the data; when
-            model and guide do not fit each other or the data, or weights per datum are undefined; when the method is
-            not for such latents.
+        ValueError: when an argument is out of range, holds NaN or infinity, has another length than the data, or may be
+            taken in two ways; when a loader does not keep the order of the data; when model and guide do not fit each
+            other or the data, or weights per datum are undefined; when the method is not for such latents.
 
     References:
         Importance Weighted Autoencoders, Y. Burda, R. Grosse and R. Salakhutdinov, 2016,
@@ -298,12 +306,38 @@ def log_marginal(
         raise ValueError(
             f"num_samples={num_samples} and method={method} were both given. Give the method its own number."
         )
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    ranks = join_ranks(tensors[0].device if tensors else None)
-    with open_task(model, guide, method, args, kwargs, max_memory, progress and ranks.first) as task:
+    loader = arguments.loader_of(args, kwargs)
+    if loader is None:
+        return _scored(model, guide, method, args, kwargs, max_memory, compile, progress)
+    parts, start = [], 0
+    for batch in map(arguments.of_batch, tqdm(loader, desc="log p(x)", unit="batch", delay=0.5, disable=not progress)):
+        part = _scored(model, guide, method, batch.args, batch.kwargs | kwargs, max_memory, compile, False, start)
+        start += len(part.value)
+        parts.append(part)
+    if not parts:
+        raise ValueError("the DataLoader gives no batch. Give at least one datum, and a DataLoader that does not drop it.")
+    return replace(join(method, parts), remedy=next((part.remedy for part in parts if part.remedy), ""))
+
+
+def _scored(
+    model: Callable,
+    guide: Callable | None,
+    method: Estimator,
+    args: tuple,
+    kwargs: dict,
+    max_memory: float,
+    compile: bool,
+    progress: bool,
+    offset: int = 0,
+) -> Estimate:
+    """Scores data that are in memory, the first of which is one of so many."""
+    given = arguments.tensors_of(*arguments.converted(args, kwargs))
+    ranks = join_ranks(given[0].device if given else None)
+    with open_task(model, guide, method, args, kwargs, max_memory, progress and ranks.first, offset) as task:
         if compile:
             graphs = _graphs_of(model)
             graphs.report = task.bar.set_description
+            graphs.look_at(task.args, task.kwargs)
             task = replace(task, graphs=graphs)
         estimate = method.estimate(task) if ranks.size == 1 else _shared(method, task, ranks)
         return replace(estimate, remedy="" if bool(estimate.trusted.all()) else method.remedy(task.structure))
@@ -318,7 +352,7 @@ def _shared(method: Estimator, task: Task, ranks: Ranks) -> Estimate:
     seed = ranks.told(lambda: seed) + ranks.rank
     part = None
     if end > start:
-        device = next(x.device for x in tree_leaves((task.args, task.kwargs)) if isinstance(x, Tensor))
+        device = next((x.device for x in arguments.tensors_of(task.args, task.kwargs)), torch.device("cpu"))
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             part = method.estimate(task.rows(slice(start, end)))
@@ -345,6 +379,7 @@ def open_task(
     kwargs: dict,
     max_memory: float,
     progress: bool,
+    offset: int = 0,
 ) -> Iterator[Task]:
     """Checks a model, a guide and data; returns the task of scoring them, in evaluation mode."""
     if not max_memory > 0:
@@ -356,11 +391,11 @@ def open_task(
                 "AnnealedImportanceSampling(), or ImportanceSampling(proposal=Prior())."
             )
         guide = prior_of(model)
-    size = count_data(args, kwargs)
+    args, kwargs, size = checked(args, kwargs)
     head = take_rows(slice(0, 2), args, kwargs)
     # It shows itself once the method has said what there is to do.
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
-    with evaluation_mode(), bar:
+    with evaluation_mode(), bar, arguments.placed(offset):
         divisible = True
         try:
             structure = inspect_weights(model, guide, *head[0], num_samples=1, **head[1])
@@ -372,7 +407,7 @@ def open_task(
                 "the model observes nothing, so that there is no log p(x): give its data to a site, "
                 'pyro.sample("x", ..., obs=x). Were model and guide swapped?'
             )
-        yield Task(model, guide, structure, args, kwargs, size, max_memory, bar, divisible=divisible)
+        yield Task(model, guide, structure, args, kwargs, size, max_memory, bar, offset=offset, divisible=divisible)
 
 
 def join(method: Estimator, parts: list[Estimate]) -> Estimate:
@@ -456,25 +491,9 @@ def split_evenly(total: int, size: int) -> list[int]:
     return [part] * (total // part) + [total % part] * (total % part > 0)
 
 
-def count_data(args: tuple, kwargs: dict) -> int:
-    tensors = [(name, t) for name, t in named_arguments(args, kwargs) if isinstance(t, Tensor) and t.dim() > 0]
-    if not tensors:
-        raise ValueError(
-            "there is no tensor among the arguments: give at least one, with the data along its first "
-            "dimension (torch.from_numpy takes an array)."
-        )
-    size = len(tensors[0][1])
-    if size == 0:
-        raise ValueError(f"{tensors[0][0]} is empty: shape {tuple(tensors[0][1].shape)}.")
-    for name, t in tensors:
-        if len(t) != size:
-            raise ValueError(f"{tensors[0][0]} has {size} rows but {name} has {len(t)}: give one row a datum in each.")
+def checked(args: tuple, kwargs: dict) -> tuple[tuple, dict, int]:
+    """Returns arguments as :func:`pyrovae.arguments.settled` does, after checking that their numbers are finite."""
+    args, kwargs, size = arguments.settled(args, kwargs)
+    for name, t in arguments.named_tensors(args, kwargs):
         check_finite(name, t)
-    return size
-
-
-def take_rows(rows: slice, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    def take(value: Any) -> Any:
-        return value[rows] if isinstance(value, Tensor) and value.dim() > 0 else value
-
-    return tuple(map(take, args)), {name: take(value) for name, value in kwargs.items()}
+    return args, kwargs, size
