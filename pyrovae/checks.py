@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ImproperUniform, MaskedDistribution, constraints
+from pyro.distributions import Delta, GammaPoisson, ImproperUniform, MaskedDistribution, constraints
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
@@ -27,6 +27,9 @@ __all__ = ["Structure", "check_finite", "evaluation_mode", "inspect", "sample_si
 
 _WRAPPERS = (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution, MaskedElements)
 DATA = "data"  # a plate of this name holds the data, whatever other plates there are
+
+
+_LOST = 0.01  # nats a datum that rounding may take
 
 
 class DataPlate(NamedTuple):
@@ -97,7 +100,7 @@ class Structure(NamedTuple):
 def warn(text: str) -> None:
     """Warns, and says that it is of the line that called the library."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pyrovae", "pyro", "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pyrovae", "pyro", "torch", "contextlib"):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
 
@@ -217,6 +220,7 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
     for name, site in model_sites.items():
         if site["is_observed"] and name not in unvalidated:
             check_observed(name, site["fn"], site["value"])
+            _warn_of_large_counts(name, site["fn"], site["value"])
 
     rows = None
     with suppress(ValueError):  # nothing says how many there are
@@ -434,6 +438,31 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
         f'The data at site "{name}"{columns} is outside the support of {kind}, {space}: it ranges from {low:g} to '
         f"{high:g}, and the first datum outside is {row_name(first)}. {_mending(space)}"
     )
+
+
+def _warn_of_large_counts(name: str, fn: Any, value: Tensor) -> None:
+    r"""Warns where torch's distributions of counts lose nats: they subtract numbers as large as :math:`x \log x`."""
+    base = unwrapped(fn)
+    kinds = (
+        torch.distributions.Poisson,
+        torch.distributions.NegativeBinomial,
+        torch.distributions.Multinomial,
+        torch.distributions.Binomial,
+        GammaPoisson,
+    )
+    if not isinstance(base, kinds) or type(base).__module__.startswith("pyrovae") or not value.numel():
+        return
+    counts = value.detach().double()
+    precision = torch.finfo(base.mean.dtype).eps
+    # Errors of elements have any sign, and so add up as a root of squares.
+    error = (precision / 2 * counts * counts.clamp(min=1).log()).square()
+    lost = error.sum(-1).sqrt().max().item() if error.dim() > 1 else error.max().sqrt().item()
+    if lost > _LOST:
+        warn(
+            f'the log-probability of the counts at site "{name}", of up to {counts.max().item():,.0f}, is off by some {lost:.2g} nats a '
+            f"datum in {base.mean.dtype}. Take {type(base).__name__} of pyrovae.distributions where there is one, or give the "
+            "distribution parameters in double precision."
+        )
 
 
 def _check_mass(name: str, fn: Any, value: Tensor) -> None:
