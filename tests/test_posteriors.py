@@ -397,7 +397,7 @@ def test_arguments_out_of_range(diagnostic, options, message):
 @pytest.mark.parametrize("diagnostic", [posterior_check, calibration, reliability])
 def test_no_data(diagnostic):
     vae = VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
-    with pytest.raises(ValueError, match="at least 1 data, got 0 in argument 1"):
+    with pytest.raises(ValueError, match="at least 1 data, got 0"):
         diagnostic(vae.model, vae.guide, torch.zeros(0, 3))
 
 

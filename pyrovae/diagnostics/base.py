@@ -152,7 +152,10 @@ def in_memory(minimum: int, what_for: str, args: tuple, kwargs: dict) -> tuple[t
     Raises:
         ValueError: when there are too few for a diagnostic, or they are not finite.
     """
-    args, kwargs, size = arguments.in_memory(args, kwargs)
+    if arguments.loader_of(args, kwargs) is None:
+        size = arguments.count_data(*arguments.converted(args, kwargs))
+    else:
+        args, kwargs, size = arguments.in_memory(args, kwargs)
     if size < minimum:
         raise ValueError(f"{what_for} needs at least {minimum} data, got {size}. Give it more.")
     return checked(args, kwargs)

@@ -610,6 +610,7 @@ def reliability(
     torch.Size([5])
     """
     check_at_least("num_samples", num_samples, 21)
+    args, kwargs, _ = base.in_memory(1, "reliability", args, kwargs)
     estimate = log_marginal(model, guide, *args, num_samples=num_samples, progress=progress, **kwargs)
     return Reliability(estimate.khat, estimate.ess, num_samples)
 
