@@ -1,0 +1,370 @@
+"""Pairs as others write them, around one linear Gaussian whose log p(x) is known."""
+
+import math
+from functools import partial
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.contrib.easyguide import EasyGuide
+from pyro.contrib.zuko import ZukoToPyro
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+from torch import Tensor
+
+from pyrovae import bounds, diagnostics, estimators, fit, log_marginal, log_weights
+
+SCALE = 0.5
+W = torch.tensor([[0.5, -1.0, 0.3], [0.2, 0.4, -0.8]]).double()
+COVARIANCE = torch.linalg.inv(torch.eye(2).double() + W @ W.T / SCALE**2)
+ROUNDING = 1e-10  # of sums of some ten terms of size one to a hundred, in double precision
+
+
+def data(size: int = 12) -> Tensor:
+    return torch.randn(size, 2).double() @ W + SCALE * torch.randn(size, 3).double()
+
+
+def truth(x: Tensor) -> Tensor:
+    covariance = W.T @ W + SCALE**2 * torch.eye(3).double()
+    return dist.MultivariateNormal(torch.zeros(3).double(), covariance).log_prob(x)
+
+
+def posterior(x: Tensor) -> dist.MultivariateNormal:
+    return dist.MultivariateNormal(x @ W.T @ COVARIANCE / SCALE**2, COVARIANCE)
+
+
+def prior(*shape: int) -> dist.TorchDistribution:
+    return dist.Normal(torch.zeros(*shape, 2).double(), 1.0).to_event(1)
+
+
+def likelihood(z: Tensor) -> dist.TorchDistribution:
+    return dist.Normal(z @ W, SCALE).to_event(1)
+
+
+def model(x, plate=lambda x: pyro.plate("data", len(x))):
+    with plate(x):
+        z = pyro.sample("z", prior(len(x)))
+        pyro.sample("x", likelihood(z), obs=x)
+
+
+def guide(x, plate=lambda x: pyro.plate("data", len(x))):
+    with plate(x):
+        pyro.sample("z", posterior(x))
+
+
+def assert_exact(model, guide, x: Tensor, scale: float = 1.0) -> None:
+    """Under the exact posterior each weight is p(x): of draws at once, one by one and in every estimate."""
+    right = truth(x)
+    log_w = log_weights(model, guide, x, num_samples=3)
+    torch.testing.assert_close(log_w, right.expand(3, -1), rtol=0, atol=ROUNDING)
+    for memory in (64e6, 1.0):
+        estimate = log_marginal(model, guide, x, num_samples=30, max_memory=memory, progress=False)
+        torch.testing.assert_close(estimate.value, right, rtol=0, atol=ROUNDING)
+    loss = bounds.IWAE(3).loss(model, guide, x)  # alone is scaled up to what a plate stands for
+    assert loss == pytest.approx(-scale * right.sum().item(), abs=scale * ROUNDING * len(x))
+
+
+PLATES = {
+    "another name": (lambda x: pyro.plate("documents", len(x)), 1),
+    "no size": (lambda x: pyro.plate("data"), 1),
+    "of many": (lambda x: pyro.plate("rows", 100, subsample_size=len(x)), 100 / 12),
+    "its rows": (lambda x: pyro.plate("rows", 100, subsample=torch.arange(len(x))), 100 / 12),
+}
+
+
+@pytest.mark.parametrize(("plate", "scale"), PLATES.values(), ids=PLATES)
+def test_any_plate_over_the_data(plate, scale):
+    assert_exact(partial(model, plate=plate), partial(guide, plate=plate), data(), scale)
+
+
+def test_plates_of_other_sizes_beside_the_data():
+    def nested(x, observe):
+        # As many columns as data, and the data are not the last dimension.
+        with pyro.plate("rows", len(x), dim=-2):
+            q = prior(1) if observe else posterior(x.unsqueeze(-2))
+            z = pyro.sample("z", q)
+            with pyro.plate("columns", 3, dim=-1):
+                if observe:
+                    pyro.sample("x", dist.Normal((z @ W).squeeze(-2), SCALE), obs=x)
+
+    for size in (5, 3):
+        if size == 3:  # then the shape does not tell which plate it is
+            with pytest.raises(ValueError, match='which plate holds the data is unclear.*"rows".*"columns"'):
+                log_weights(partial(nested, observe=True), partial(nested, observe=False), data(3), num_samples=2)
+        else:
+            assert_exact(partial(nested, observe=True), partial(nested, observe=False), data(size))
+
+
+def test_a_plate_named_data_is_the_one_whatever_there_is_beside():
+    def nested(x, observe):
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", prior(1) if observe else posterior(x.unsqueeze(-2)))
+            with pyro.plate("columns", 3, dim=-1):
+                if observe:
+                    pyro.sample("x", dist.Normal((z @ W).squeeze(-2), SCALE), obs=x)
+
+    assert_exact(partial(nested, observe=True), partial(nested, observe=False), data(3))
+
+
+@pytest.mark.parametrize("method", [estimators.Quadrature(), estimators.AnnealedImportanceSampling(4, num_temperatures=30)])
+def test_latents_as_vectors_with_the_data_at_another_dimension(method):
+    def column(x, observe):
+        with pyro.plate("rows", len(x), dim=-2):
+            z = pyro.sample("z", prior(1) if observe else posterior(x.unsqueeze(-2)))
+            if observe:
+                pyro.sample("x", likelihood(z), obs=x.unsqueeze(-2))
+
+    x = data(4)
+    estimate = log_marginal(partial(column, observe=True), partial(column, observe=False), x, method=method, progress=False)
+    # Annealing from the exact posterior would be exact; from the prior its error is in the weights.
+    error = estimate.standard_error.clamp(min=1e-6)
+    assert ((estimate.value - truth(x)).abs() < 5 * error + 0.5 * error.square()).all()
+
+
+def test_what_a_guide_observes_is_no_part_of_q():
+    def with_more(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", posterior(x))
+            pyro.factor("aux", -50 * x.new_ones(len(x)), has_rsample=False)
+            pyro.sample("seen", dist.Normal(0.0, 1.0), obs=x[:, 0])
+
+    x = data()
+    estimate = log_marginal(model, with_more, x, num_samples=30, progress=False)
+    torch.testing.assert_close(estimate.value, truth(x), rtol=0, atol=ROUNDING)
+    for bound in (bounds.ELBO(), bounds.IWAE(3)):
+        with pytest.raises(ValueError, match='the guide observes "aux", "seen", which is no part of q'):
+            bound.loss(model, with_more, x)
+
+
+def test_subsampling_in_the_guide_trains_as_svi_does():
+    def both(x, observe):
+        with pyro.plate("data", 12, subsample_size=4) as rows:
+            shift = pyro.param("shift", torch.zeros(2).double())
+            z = pyro.sample("z", prior(4) if observe else dist.MultivariateNormal(posterior(x[rows]).loc + shift, COVARIANCE))
+            if observe:
+                pyro.sample("x", likelihood(z), obs=x[rows])
+
+    x, pair, found = data(), (partial(both, observe=True), partial(both, observe=False)), []
+    pyro.set_rng_seed(0)
+    fit(*pair, x, epochs=3, batch_size=12, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), progress=False)
+    found.append(pyro.param("shift").detach().clone())
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    svi = pyro.infer.SVI(*pair, pyro.optim.SGD({"lr": 0.1 / 12}), pyro.infer.Trace_ELBO())  # fit's loss is that per datum
+    torch.randperm(12)  # the order that fit drew to look at a first batch
+    for _ in range(3):
+        svi.step(x[torch.randperm(12)])
+    found.append(pyro.param("shift").detach())
+    assert found[1].norm() > 0
+    torch.testing.assert_close(*found, rtol=0, atol=ROUNDING)
+    with pytest.raises(ValueError, match="drew 4 of 12 data"):
+        log_marginal(*pair, x, progress=False)
+
+
+def test_an_easy_guide_has_weights():
+    class Own(EasyGuide):
+        def guide(self, x):
+            with self.plate("data", len(x)):
+                self.group(match="z").sample("joint", posterior(x))
+
+    assert_exact(model, Own(model), data())
+    with pytest.raises(ValueError, match='auxiliary site "joint"'):
+        diagnostics.collapse(model, Own(model), data(), progress=False)
+
+
+def test_an_automatic_guide_of_local_latents_has_weights():
+    def positive(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.LogNormal(torch.zeros(()).double(), 1.0))
+            b = pyro.sample("b", dist.Dirichlet(torch.ones(3).double()))
+            pyro.sample("x", dist.Normal(a + b[..., 0], 1.0), obs=x)
+
+    x = torch.rand(6).double() + 1
+    automatic = AutoNormal(positive, init_scale=1.0)  # as wide as the posterior
+    automatic(x)
+    log_w = log_weights(positive, automatic, x, num_samples=5)
+    assert log_w.shape == (5, 6)
+    # The mean of the weights is p(x), which the prior's own draws give as well.
+    estimate = log_marginal(positive, automatic, x, num_samples=20_000, progress=False)
+    other = log_marginal(
+        positive, None, x, method=estimators.ImportanceSampling(20_000, proposal=estimators.Prior()), progress=False
+    )
+    error = (estimate.standard_error.square() + other.standard_error.square()).sqrt()
+    assert ((estimate.value - other.value).abs() < 5 * error).all()
+    # It has no density at latents that it did not draw.
+    with pytest.raises(ValueError, match='auxiliary site "a_unconstrained", "b_unconstrained"'):
+        log_marginal(positive, automatic, x, method=estimators.ImportanceSampling(10, estimators.Mixed()), progress=False)
+    with pytest.raises(ValueError, match="is a point"):
+        log_weights(positive, AutoDelta(positive), x, num_samples=5)
+
+
+def test_a_latent_that_all_data_share_can_be_given():
+    def shared(x):
+        scale = pyro.sample("scale", dist.LogNormal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(len(x)))
+            pyro.sample("x", dist.Normal(z @ W, scale).to_event(1), obs=x)
+
+    def shared_guide(x):
+        pyro.sample("scale", dist.LogNormal(torch.zeros(()).double(), 0.1))
+        guide(x)
+
+    x, value = data(), {"scale": torch.tensor(SCALE).double()}
+    given, given_guide = (poutine.condition(function, data=value) for function in (shared, shared_guide))
+    for q in (guide, given_guide):
+        estimate = log_marginal(given, q, x, num_samples=30, progress=False)
+        torch.testing.assert_close(estimate.value, truth(x), rtol=0, atol=ROUNDING)
+    with pytest.raises(ValueError, match='The guide samples "scale", which the model observes.*poutine.condition'):
+        log_marginal(given, shared_guide, x, progress=False)
+    with pytest.raises(ValueError, match='"scale" of the model is outside.*poutine.condition'):
+        log_marginal(shared, shared_guide, x, progress=False)
+
+
+def test_a_shared_value_with_as_many_entries_as_rows_is_still_shared():
+    def shared(x):
+        pyro.sample("pair", prior())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(len(x)))
+            pyro.sample("x", likelihood(z), obs=x)
+
+    given, value = poutine.condition(shared, data={"pair": torch.ones(2).double()}), data(2)
+    torch.testing.assert_close(log_weights(given, guide, value, num_samples=1)[0], truth(value), rtol=0, atol=ROUNDING)
+
+    def copied(x):
+        pyro.sample("x", dist.Normal(torch.zeros(2, 3).double(), 1.0).to_event(2), obs=2 * x)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(len(x)))
+            pyro.sample("y", likelihood(z), obs=x)
+
+    with pytest.raises(ValueError, match='"x" of the model is outside'):
+        log_weights(copied, guide, value, num_samples=1)
+
+
+def test_models_that_squeeze_rows_away():
+    def squeezing(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(len(x)))
+            pyro.sample("x", dist.Normal((z @ W)[..., None].squeeze(), SCALE).to_event(1), obs=x)
+
+    assert_exact(squeezing, guide, data(11))
+
+
+def test_masks_inside_of_distributions_hide_what_others_hide():
+    mask = torch.tensor([True, True, False]).repeat(4)
+
+    def masked(x, inside, observe):
+        def hidden(p):
+            return p.mask(mask[: len(x)]) if inside else p
+
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask[: len(x)] | inside):
+            z = pyro.sample("z", hidden(prior(len(x)) if observe else posterior(x)))
+            if observe:
+                pyro.sample("x", hidden(likelihood(z)), obs=x)
+
+    x, found = data(), []
+    for inside in (True, False):
+        pair = partial(masked, inside=inside, observe=True), partial(masked, inside=inside, observe=False)
+        found.append(log_weights(*pair, x, num_samples=2))
+        with pytest.raises(ValueError, match='"z" is masked'):
+            diagnostics.collapse(*pair, x, progress=False)
+        with pytest.raises(ValueError, match='"z" are masked'):
+            log_marginal(pair[0], None, x, method=estimators.Quadrature(), progress=False)
+    for log_w in found:
+        torch.testing.assert_close(log_w, torch.where(mask, truth(x), 0.0).expand(2, -1), rtol=0, atol=ROUNDING)
+
+
+def test_a_flow_of_zukos_as_the_prior_can_be_annealed_from():
+    validation = torch.distributions.Distribution._validate_args
+    import zuko  # which switches validation off
+
+    torch.distributions.Distribution.set_default_validate_args(validation)
+    flow = zuko.flows.NSF(2, transforms=1, hidden_features=(8,)).double()
+
+    def flowing(x):
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", ZukoToPyro(flow()))
+            pyro.sample("x", likelihood(z), obs=x)
+
+    x = data(3)
+    right = log_marginal(flowing, None, x, method=estimators.Quadrature(10_000), progress=False)
+    by_weights = log_marginal(flowing, guide, x, num_samples=20_000, progress=False)
+    assert ((by_weights.value - right.value).abs() < 5 * by_weights.standard_error + right.standard_error).all()
+    annealed = log_marginal(
+        flowing, None, x, method=estimators.AnnealedImportanceSampling(4, num_temperatures=10), progress=False
+    )
+    assert annealed.value.isfinite().all()
+
+
+def grey(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        logits = z @ pyro.param("weight", torch.ones(2, 3))
+        pyro.sample("x", dist.Bernoulli(logits=logits, validate_args=False).to_event(1), obs=x)
+
+
+def grey_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_distributions_without_validation_train_with_a_warning_and_are_not_scored(compile):
+    x = torch.rand(8, 3)
+    with pytest.warns(UserWarning, match='"x" are outside the support.*validate_args=False'):
+        history = fit(grey, grey_guide, x, epochs=2, batch_size=8, compile=compile, progress=False)
+    assert all(map(math.isfinite, history["loss"]))
+    with pytest.raises(ValueError, match='"x" is outside the support of Bernoulli'):
+        log_marginal(grey, grey_guide, x, progress=False)
+
+
+def test_what_cannot_be_is_refused_by_name():
+    x = data()
+    with pytest.raises(ValueError, match="Were model and guide swapped"):
+        fit(guide, model, x, progress=False)
+
+    def deterministic(x):
+        with pyro.plate("data", len(x)):
+            pyro.deterministic("y", pyro.sample("z", prior(len(x))) @ W, event_dim=1)
+
+    with pytest.raises(ValueError, match="the model observes nothing"):
+        log_marginal(deterministic, guide, x, progress=False)
+
+    class Unnormalised(dist.Poisson):
+        def log_prob(self, value):
+            return super().log_prob(value) + 5
+
+    def counts(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(len(x)))
+            pyro.sample("x", Unnormalised(z.exp().sum(-1)), obs=torch.ones(len(x)).double())
+
+    with pytest.raises(ValueError, match='"x", Unnormalised, is no probability'):
+        log_marginal(counts, guide, x, progress=False)
+
+    def improper(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+            pyro.sample("x", likelihood(z), obs=x)
+
+    bounds.ELBO().loss(improper, guide, x)
+    with pytest.raises(ValueError, match='"z" of the model is an ImproperUniform'):
+        log_marginal(improper, guide, x, progress=False)
+
+
+@pytest.mark.parametrize(("size", "warns"), [(1e5, True), (10.0, False)])
+def test_counts_that_lose_nats_in_single_precision(size, warns, recwarn):
+    rate = torch.full((100,), size)
+
+    def counting(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Poisson(rate).to_event(1), obs=x)
+
+    def apart(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    log_weights(counting, apart, torch.poisson(rate.expand(4, -1)), num_samples=1)
+    assert any("nats a datum in torch.float32" in str(w.message) for w in recwarn) == warns
