@@ -286,7 +286,8 @@ def _check_fit(model_sites: dict[str, dict], guide_sites: dict[str, dict]) -> No
         if sizes[0] != sizes[1]:
             raise ValueError(
                 f'The plates of site "{name}" differ: {_describe(latents[name])} in the model, '
-                f"{_describe(guide_sites[name])} in the guide. Give it plates of the same sizes and dimensions in both."
+                f"{_describe(guide_sites[name])} in the guide. Give it plates of the same sizes and dimensions in both; a "
+                "guide whose parameters belong to rows, such as AutoNormal's, takes all its rows at once, and no others."
             )
 
 

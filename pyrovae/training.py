@@ -27,7 +27,7 @@ from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
 from pyrovae import graphs, storage
-from pyrovae.arguments import Arguments, count_data, converted, moved, of_batch, placed, settled, take_rows, tensors_of
+from pyrovae.arguments import Arguments, converted, count_data, moved, of_batch, placed, settled, take_rows, tensors_of
 from pyrovae.bounds import Bound
 from pyrovae.checks import (
     ObservedChecked,

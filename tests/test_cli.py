@@ -368,7 +368,6 @@ def test_bad_data_leaves_nothing_behind(tmp_path):
     assert "--preprocessing" in message("--data", tmp_path / "grey.npy", "--preprocessing", "grey")
     assert "no data set 'mnits'" in message("--data", "mnits")
     assert "no file" in message("--data", tmp_path / "none.csv")
-    assert "batch_size is 41" in message("--data", tmp_path / "grey.npy", "--batch-size", "41")
     assert "num_samples" in message("--num-samples", "0")
     assert not runs.exists() or not any(runs.iterdir())
     (tmp_path / "file").write_text("")

@@ -145,7 +145,8 @@ def test_chunks_and_the_random_state_of_the_caller(monkeypatch):
     monkeypatch.setattr("pyrovae.diagnostics.features._CHUNK", 5 * 8 * 4)
     pyro.set_rng_seed(1)
     parts = quality(vae.model, vae.guide, x)
-    torch.testing.assert_close(parts.real, whole.real)
+    # A product of matrices is rounded in another order for other numbers of rows.
+    torch.testing.assert_close(parts.real, whole.real, rtol=0, atol=10 * torch.finfo(torch.float32).eps)
     pyro.set_rng_seed(1)
     assert quality(vae.model, vae.guide, x).model == parts.model
     assert parts.size == 10 and vae.encoder.training

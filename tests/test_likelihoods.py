@@ -724,7 +724,7 @@ def test_a_mask_checks_the_support_of_the_observed_elements_alone():
     x[2, 0] = 0.5
     assert masked.support.check(x).tolist() == [True, True, False, True]
     with pytest.raises(
-        ValueError, match="Bernoulli.*ranges from 0 to 1, and the first datum outside is number 2.*Binarise"
+        ValueError, match="Bernoulli.*ranges from 0 to 1, and the first datum outside is row 2 of the batch.*Binarise"
     ):
         check_observed("x", masked, x)
 

@@ -368,3 +368,47 @@ def test_counts_that_lose_nats_in_single_precision(size, warns, recwarn):
 
     log_weights(counting, apart, torch.poisson(rate.expand(4, -1)), num_samples=1)
     assert any("nats a datum in torch.float32" in str(w.message) for w in recwarn) == warns
+
+
+def test_rows_that_say_nothing_of_a_network_do_not_hide_that_it_is_wrong():
+    # The first documents are empty, and so have the same probability whatever the network makes of their latents.
+    pyro.set_rng_seed(2)
+    network = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Softmax(dim=1)).double()
+
+    def documents(x):
+        pyro.module("network", network)
+        with pyro.plate("docs", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Multinomial(probs=network(z), total_count=50, validate_args=False), obs=x)
+
+    def apart(x):
+        with pyro.plate("docs", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), 2).double(), 1.0).to_event(1))
+
+    x = torch.poisson(torch.full((18, 5), 2.0)).double()
+    x[:9] = 0
+    z = torch.randn(20_000, 1, 2).double()
+    log_p = dist.Multinomial(probs=network[0](z).softmax(-1), total_count=50, validate_args=False).log_prob(x)
+    right, spread = log_p.logsumexp(0) - math.log(len(z)), (log_p - log_p.amax(0)).exp()
+    error = spread.std(0) / spread.mean(0) / math.sqrt(len(z))
+    for memory in (64e6, 2e4):
+        with pytest.warns(UserWarning, match="drawn one by one"):
+            estimate = log_marginal(documents, apart, x, num_samples=300, max_memory=memory, progress=False)
+        errors = (estimate.standard_error.square() + error.square()).sqrt().clamp(min=ROUNDING)
+        assert ((estimate.value - right).abs() < 5 * errors).all()
+
+
+def test_batch_norm_of_as_many_features_as_rows_that_are_looked_at():
+    for features in (2, 3, 7, 8):
+        network = torch.nn.Sequential(torch.nn.Linear(2, features), torch.nn.BatchNorm1d(features), torch.nn.Linear(features, 3))
+
+        def normed(x, network=network.double().eval()):
+            pyro.module("network", network, update_module_params=False)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", prior(len(x)))
+                pyro.sample("x", dist.Normal(network(z), SCALE).to_event(1), obs=x)
+
+        pyro.clear_param_store()
+        with pytest.warns(UserWarning, match="drawn one by one"):
+            estimate = log_marginal(normed, guide, data(9), num_samples=5, progress=False)
+        assert estimate.value.isfinite().all()

@@ -432,8 +432,8 @@ class ImportanceBound(Bound):
             raise ValueError(
                 f"{type(self).__name__} weighs each datum by itself, but {'; '.join([*structure.problems, *given])}. Put what "
                 f'belongs to a datum under pyro.plate("{DATA}", len(x)) in the model and in the guide, drawn from a '
-                "density; or train with bounds.ELBO, which needs no weights per datum (of enumerated latents, with "
-                "pyro.infer.TraceEnum_ELBO)."
+                "density; hide a value that all data share by poutine.block(model, hide=[...]); or train with bounds.ELBO, which "
+                "needs no weights per datum (of enumerated latents, with pyro.infer.TraceEnum_ELBO)."
             )
 
     def _weigh(self, sides: Sides, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> Weighed:

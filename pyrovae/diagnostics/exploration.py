@@ -16,7 +16,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyrovae.arguments import take_rows
-from pyrovae.checks import evaluation_mode
+from pyrovae.checks import evaluation_mode, inspect
 from pyrovae.diagnostics.base import (
     Diagnosis,
     Latents,
@@ -24,12 +24,12 @@ from pyrovae.diagnostics.base import (
     beside_draws,
     check_at_least,
     expected_data,
+    in_memory,
     latents_of,
     names_of,
-    in_memory,
     observed_site,
 )
-from pyrovae.importance import inspect_samples, trace_guide, trace_model
+from pyrovae.importance import check_draws, trace_guide, trace_model
 
 __all__ = ["Interpolations", "LatentMap", "Traversals", "interpolations", "latent_map", "traversals"]
 
@@ -520,10 +520,11 @@ class _Space:
     def __init__(self, model: Callable, guide: Callable, size: int, args: tuple, kwargs: dict):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         head = take_rows(slice(0, 2), args, kwargs)
-        self.structure = inspect_samples(model, guide, *head[0], **head[1])
+        self.structure = inspect(model, guide, *head[0], **head[1])
         means, draws = [], []
         for start in range(0, size, _ROWS // _DRAWS):
             part_args, part_kwargs = take_rows(slice(start, start + _ROWS // _DRAWS), args, kwargs)
+            self.structure = check_draws(self.structure, model, guide, *part_args, **part_kwargs)
             trace = trace_guide(guide, self.structure, _DRAWS, *part_args, **part_kwargs)
             found = latents_of(trace, self.structure)
             for name in found.columns:

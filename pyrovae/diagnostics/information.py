@@ -263,10 +263,10 @@ def collapse(
                 "density."
             )
         check_no_auxiliary(structure)
-        structure = check_draws(structure, model, guide, *head[0], **head[1])
         drawn, step = [], max(1, _ROWS // num_draws)
         for start in range(0, size, step):
             part = take_rows(slice(start, start + step), args, kwargs)
+            structure = check_draws(structure, model, guide, *part[0], **part[1])
             drawn.append(_draw(model, guide, structure, num_draws, *part[0], **part[1]))
         z, kl_by_site, each, prior = (torch.cat(t, dim=1) for t in zip(*(d.tensors for d in drawn), strict=True))
         if z.shape[1] != size:

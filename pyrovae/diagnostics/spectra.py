@@ -18,8 +18,8 @@ from pyrovae.diagnostics.base import (
     beside_draws,
     check_at_least,
     expected_data,
-    look,
     in_memory,
+    look,
     observed_site,
 )
 from pyrovae.distributions import MaskedElements

@@ -159,7 +159,7 @@ class _Annealed(Estimator):
 
     def _fit(self, task: Task) -> tuple[int, int]:
         """Returns how many data, and of each how many runs, fit in the budget at once."""
-        few = replace(task.rows(slice(0, 2)), graphs=None)
+        few = replace(task.rows(slice(0, 1)), graphs=None)
         target = Target(few, self.start.single(few, f"{type(self).__name__} starts"))
         used = []
         for chains in (1, 2):

@@ -28,9 +28,11 @@ from pyrovae.checks import (
     sample_sites,
 )
 from pyrovae.graphs import Graphs
-from pyrovae.importance import draw, inspect_weights, log_prob_of, per_datum, trace_model
+from pyrovae.importance import check_draws, draw, inspect_weights, log_prob_of, per_datum, trace_model
 from pyrovae.ranks import Ranks
 from pyrovae.ranks import join as join_ranks
+
+_HEAD = 7  # data that a pair is looked at with, before the whole
 
 
 @dataclass(frozen=True)
@@ -169,13 +171,18 @@ class Task:
         return replace(self, args=args, kwargs=kwargs, size=len(taken), offset=self.offset + taken.start)
 
     def split(self, data: int) -> Iterator["Task"]:
-        """Returns tasks for at most so many data each, one after the other."""
+        """Yields tasks for at most so many data each, one after the other, with what is known of draws of them at once."""
         # A row is not left alone: there are models that squeeze it away.
         sizes = split_evenly(self.size, min(max(data, 2), self.size) if self.divisible else self.size)
         if len(sizes) > 1 and sizes[-1] == 1:
             sizes[-2:] = [sizes[-2] + 1]
         starts = accumulate(sizes, initial=0)
-        return (self.rows(slice(start, end)) for start, end in pairwise(starts))
+        structure = self.structure
+        for start, end in pairwise(starts):
+            part = self.rows(slice(start, end))
+            # Some rows may say nothing of what a network makes of their latents, and so not show that it is wrong.
+            structure = check_draws(structure, self.model, self.guide, *part.args, **part.kwargs)
+            yield replace(part, structure=structure)
 
     def start(self, total: float, unit: str) -> None:
         """Starts the bar at nothing of a total."""
@@ -392,7 +399,8 @@ def open_task(
             )
         guide = prior_of(model)
     args, kwargs, size = checked(args, kwargs)
-    head = take_rows(slice(0, 2), args, kwargs)
+    # Fewer than all, to see whether some can be taken without the others.
+    head = take_rows(slice(0, min(_HEAD, max(size - 1, 1))), args, kwargs)
     # It shows itself once the method has said what there is to do.
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
     with evaluation_mode(), bar, arguments.placed(offset):

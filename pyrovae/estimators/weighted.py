@@ -12,6 +12,7 @@ from torch import Tensor
 from pyrovae.checks import Structure, sample_sites
 from pyrovae.estimators.base import Allocations, Estimate, Estimator, Task, check_positive, clamp, join, split_evenly
 from pyrovae.estimators.proposals import Guide, Proposal, Weighed, log_density
+from pyrovae.importance import check_draws
 
 
 class _Weighted(Estimator):
@@ -82,7 +83,7 @@ class ImportanceSampling(_Weighted):
 
     is unbiased, and its logarithm a lower bound on log p(x) in expectation. A mixture of proposals is sampled by its
     shares, each draw weighed against the density of the whole mixture; the standard error then is a little too large.
-    With the guide alone, the guide runs once per datum as long as all latents of a datum fit in the memory budget (they
+    With the guide alone, the guide runs once per datum, and twice to compare draws at once with one alone, as long as all latents of a datum fit in the memory budget (they
     do up to some 100,000 samples of 20 dimensions), and a few times more for the first two, to plan the chunks.
 
     Args:
@@ -267,6 +268,7 @@ def _chunk_sizes(task: Task, num_samples: int) -> tuple[int, int, int]:
 
     def bytes_of(samples: int, data: int) -> tuple[int, int]:
         part = task.rows(slice(0, data))
+        part = replace(part, structure=check_draws(part.structure, part.model, part.guide, *part.args, **part.kwargs))
         with Allocations() as in_guide:
             trace, _ = part.draw(samples)
         with Allocations() as in_model:
