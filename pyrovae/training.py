@@ -162,7 +162,8 @@ def fit(
             shuffled and batched without a loop over items. Or a ``Dataset``; or a ``DataLoader``, which then has the say
             over batches: these become arguments by the same rule, so that a dict is one argument, and what
             ``collate_fn`` makes of it is passed on.
-        loss: any ``pyro.infer.ELBO``, one of :mod:`pyrovae.bounds` for example; the default a new ``Trace_ELBO()``.
+        loss: any ``pyro.infer.ELBO``, one of :mod:`pyrovae.bounds` for example; the default a new ``Trace_ELBO()``. The loss of
+            one that has a gradient alone, such as ``TraceTailAdaptive_ELBO``, is recorded as infinite.
         epochs: passes over the data, those before a resume included.
         batch_size: data a step, all of them if there are fewer; the last batch of an epoch may be smaller.
         optimizer: called with the parameters, as in ``functools.partial(torch.optim.Adam, lr=3e-4)``; or a torch
@@ -248,6 +249,8 @@ def fit(
     if run.of_rows:
         _warn_of_rows(run.of_rows, batch_size, len(batches))
         batches = as_batches("data", data, batch_size, shuffle=False, device=device)
+    if held_out is not None and not run.has_loss:
+        raise ValueError(f"validation needs a loss, but {type(run.loss).__name__} has a gradient alone. Leave validation out.")
     history, best, steps = History(), None, _length(batches)
     _warn_of_schedules(run.loss, steps, epochs, patience)
     first = of_batch(first)
@@ -336,6 +339,7 @@ class _Run:
             self.loss.load_state_dict({"steps": 0})  # schedules start with the run
         self.transform, self.clip_norm, self.device = transform, clip_norm, device
         self.num_steps = 0
+        self.has_loss = True
         self.names: list[str] = []
         self.totals: Tensor | None = None  # of an epoch
         self.rows: Tensor | int | None = None  # the places of a batch's data among all, where they are known
@@ -396,7 +400,11 @@ class _Run:
         devices = sorted({x.device for x in tensors_of(args, kwargs) if x.is_cuda}, key=str)
         try:
             with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices), poutine.trace(param_only=True) as found:
-                self.loss.loss(self.model, self.guide, *args, **kwargs)
+                try:
+                    self.loss.loss(self.model, self.guide, *args, **kwargs)
+                except NotImplementedError:  # an ELBO of which there is no more than a gradient
+                    self.has_loss = False
+                    self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
         finally:
             handle.remove()
         for owner in (self.model, self.guide):  # a method's module is used, if not called
@@ -544,7 +552,8 @@ class _Run:
                 self.optimizer.zero_grad()
                 named, inside = self._loss_and_grads(args, kwargs, share, scale)
                 numbers = torch.stack([*named.values()]).double()
-                self._update([*named], numbers, numbers[0].isfinite() & inside, share, size)
+                fine = numbers[0].isfinite() & inside if self.has_loss else inside
+                self._update([*named], numbers, fine, share, size)
         except ValueError as error:
             self._explain(error)
         if self.totals.is_cuda and self.num_steps % _ASK_EVERY == 0:
@@ -564,7 +573,7 @@ class _Run:
 
     def _compiled_step(self, args: tuple, kwargs: dict[str, Any], share: Share, scale: float, size: int) -> bool:
         """Takes a step by a compiled graph; returns whether there is one."""
-        if self.compiled is None:
+        if self.compiled is None or not self.has_loss:
             return False
 
         def update(step: graphs.Step, state: State) -> None:

@@ -10,6 +10,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.contrib.easyguide import EasyGuide
 from pyro.contrib.zuko import ZukoToPyro
+from pyro.infer import TraceTailAdaptive_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
@@ -412,3 +413,28 @@ def test_batch_norm_of_as_many_features_as_rows_that_are_looked_at():
         with pytest.warns(UserWarning, match="drawn one by one"):
             estimate = log_marginal(normed, guide, data(9), num_samples=5, progress=False)
         assert estimate.value.isfinite().all()
+
+
+def test_an_elbo_that_has_a_gradient_alone_trains_as_in_svi():
+    def shifted(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MultivariateNormal(posterior(x).loc + pyro.param("shift", torch.ones(2).double()), COVARIANCE))
+
+    x, found = data(), []
+    elbo = TraceTailAdaptive_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    for way in ("fit", "svi"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        if way == "fit":
+            loader = torch.utils.data.DataLoader(x, batch_size=12)  # which draws a seed at each pass
+            fit(model, shifted, loader, loss=elbo, epochs=3, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), progress=False)
+        else:
+            svi = pyro.infer.SVI(model, shifted, pyro.optim.SGD({"lr": 0.1 / 12}), elbo)
+            next(iter(loader))
+            for _ in range(3):
+                svi.step(next(iter(loader)))
+        found.append(pyro.param("shift").detach().clone())
+    assert (found[1] - 1).norm() > 0
+    torch.testing.assert_close(*found, rtol=0, atol=ROUNDING)
+    with pytest.raises(ValueError, match="TraceTailAdaptive_ELBO has a gradient alone"):
+        fit(model, shifted, x, loss=elbo, validation=x, epochs=1, progress=False)
