@@ -291,9 +291,18 @@ def row_name(row: int) -> str:
 
 @contextmanager
 def types_explained(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Raises a TypeError that says which argument has another floating-point type than the networks, where that is the matter."""
+    """Raises a TypeError that says what an argument is to be instead, where its type is the matter."""
     try:
         yield
+    except TypeError as error:
+        hints = {
+            "positional argument": "Hand keywords over as pyrovae.Arguments(x, mask=mask), a dict of them as Arguments(**batch)",
+            "expected np.ndarray": "Arrays are handed to model and guide as tensors: torch.as_tensor takes both",
+        }
+        for cause, hint in hints.items():
+            if cause in str(error):
+                raise TypeError(f"{error}. {hint}.") from error
+        raise
     except RuntimeError as error:
         text = str(error).lower()
         if not ("dtype" in text or "scalar type" in text or "expected" in text) or not ("double" in text or "float64" in text):
@@ -302,8 +311,8 @@ def types_explained(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         doubles = [name for name, kind in kinds.items() if kind == torch.float64]
         if doubles:
             raise TypeError(
-                f"{doubles[0]} is of float64, but the networks compute in float32: give it as {doubles[0].replace(' ', '_')}.float(), or "
-                "make the networks double precision by .double()."
+                f"{doubles[0]} is of float64, but the networks compute in float32: give it in single "
+                "precision, by .float(), or make the networks double precision by .double()."
             ) from error
         if not kinds:
             raise

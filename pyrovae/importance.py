@@ -110,7 +110,8 @@ def check_draws(structure: Structure, model: Callable, guide: Callable, *args: A
         return structure
     warn(
         f"samples are drawn one by one, which is slow: {reason}. To draw many at once, let model and guide take latents of shape "
-        "(num_samples, *batch, *event): name dimensions from the last, as in softmax(-1)."
+        "(num_samples, *batch, *event): name dimensions from the last, as in softmax(-1), and flatten the leading ones before a layer "
+        "that takes one batch, such as BatchNorm1d."
     )
     return structure._replace(vectorized=False)
 

@@ -399,7 +399,7 @@ def vae_of(kind=Normal) -> VAE:
 def test_double_precision_is_said_in_a_sentence():
     vae, x = vae_of(), torch.randn(20, 6).double()
     for f in (train, partial(log_marginal, progress=False), collapse):
-        with pytest.raises(TypeError, match=r"argument 1 is of float64.*argument_1.float\(\).*\.double\(\)"):
+        with pytest.raises(TypeError, match=r"argument 1 is of float64.*\.float\(\).*\.double\(\)"):
             f(vae.model, vae.guide, x)
     log_marginal(vae.model, vae.guide, x.numpy(), num_samples=2, progress=False)
     doubled = vae_of().double()

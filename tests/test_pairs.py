@@ -438,3 +438,17 @@ def test_an_elbo_that_has_a_gradient_alone_trains_as_in_svi():
     torch.testing.assert_close(*found, rtol=0, atol=ROUNDING)
     with pytest.raises(ValueError, match="TraceTailAdaptive_ELBO has a gradient alone"):
         fit(model, shifted, x, loss=elbo, validation=x, epochs=1, progress=False)
+
+
+def test_keywords_and_arrays_that_a_model_does_not_take_so():
+    def keyword(*, table):
+        model(table)
+
+    with pytest.raises(TypeError, match=r"takes 0 positional arguments.*Arguments\(\*\*batch\)"):
+        log_marginal(keyword, keyword, {"table": data()}, progress=False)
+
+    def of_array(x):
+        model(torch.from_numpy(x))
+
+    with pytest.raises(TypeError, match="expected np.ndarray.*as tensors"):
+        log_marginal(of_array, of_array, data().numpy(), progress=False)
