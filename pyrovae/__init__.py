@@ -3,6 +3,7 @@
 from pyrovae import bounds, data, diagnostics, encoders, estimators, likelihoods, nn, priors, regularizers, structures
 from pyrovae._version import __version__
 from pyrovae.arguments import Arguments
+from pyrovae.checks import data_plate
 from pyrovae.estimators import Estimate, log_marginal
 from pyrovae.graphs import compile
 from pyrovae.importance import Imputation, impute, log_weights

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -26,10 +27,31 @@ from pyrovae.distributions import Blocks, MaskedElements, Stacked, grid, open_un
 __all__ = ["Structure", "check_finite", "evaluation_mode", "inspect", "sample_sites"]
 
 _WRAPPERS = (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution, MaskedElements)
+named_plate: ContextVar[str | None] = ContextVar("named_plate", default=None)  # by data_plate, inside of it
 DATA = "data"  # a plate of this name holds the data, whatever other plates there are
 
 
 _LOST = 0.01  # nats a datum that rounding may take
+
+
+@contextmanager
+def data_plate(name: str) -> Iterator[None]:
+    """Says which plate holds the data, for all that runs inside; it is found without in all but a few models.
+
+    Args:
+        name: of the plate, in the model.
+
+    Raises:
+        ValueError: inside, when the model has no such plate over an observed site.
+
+    >>> with data_plate("documents"):
+    ...     pass  # fit(model, guide, documents), log_marginal(model, guide, documents), a diagnostic
+    """
+    token = named_plate.set(name)
+    try:
+        yield
+    finally:
+        named_plate.reset(token)
 
 
 class DataPlate(NamedTuple):
@@ -330,14 +352,18 @@ def _data_plate(
     }
     count = Counter((frame.name, dim) for stack in stacks for dim, frame in stack.items())
     shared = [key for key in count if count[key] == max(count.values())]
-    named = [key for key in count if key[0] == DATA]
+    wanted = named_plate.get()
+    named = [key for key in count if key[0] == (wanted or DATA)]
+    if wanted and not named:
+        listed = ", ".join(f'"{name}"' for name, _ in count) or "none"
+        raise ValueError(f'data_plate("{wanted}") names no plate over the data that the model observes; those are {listed}.')
     fitting = [key for key in shared if rows in sizes[key]]
     choice = next((keys for keys in (named, fitting, shared) if keys), [])
     if not choice:
         return None, ""
     if len(choice) > 1:
         listed = " and ".join(f'"{name}" (dim {dim})' for name, dim in choice)
-        return None, f'which plate holds the data is unclear, of {listed}: name one of them "{DATA}"'
+        return None, f'which plate holds the data is unclear, of {listed}: say it by pyrovae.data_plate(name), or name one of them "{DATA}"'
     ((name, dim),) = choice
     names = {name}
     for key in model_sites.keys() & guide_sites.keys():

@@ -39,7 +39,7 @@ from torch.utils._pytree import (
 from pyrovae.arguments import holds_packed
 from pyrovae.bounds import Bound, Terms
 from pyrovae.bounds.elbo import ScheduledStep
-from pyrovae.checks import ObservedChecked, check_observed_by, full_precision, warn
+from pyrovae.checks import ObservedChecked, check_observed_by, full_precision, named_plate, warn
 from pyrovae.ranks import Share
 from pyrovae.recordings import Recording, Sequel, on_one_gpu
 from pyrovae.states import ATOMS, State, Untraceable, same, tensor_kind
@@ -494,7 +494,13 @@ def _process(inputs: list[Tensor]) -> tuple:
     """Returns the settings of the process that a graph depends on."""
     kinds = {"cpu", *(t.device.type for t in inputs)}
     casts = tuple((kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if torch.is_autocast_enabled(kind))
-    return casts, torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    return (
+        casts,
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        named_plate.get(),
+    )
 
 
 def _other_random_states() -> tuple:

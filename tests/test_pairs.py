@@ -14,6 +14,7 @@ from pyro.infer import TraceTailAdaptive_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
+import pyrovae
 from pyrovae import bounds, diagnostics, estimators, fit, log_marginal, log_weights
 
 SCALE = 0.5
@@ -92,6 +93,10 @@ def test_plates_of_other_sizes_beside_the_data():
     for size in (5, 3):
         if size == 3:  # then the shape does not tell which plate it is
             with pytest.raises(ValueError, match='which plate holds the data is unclear.*"rows".*"columns"'):
+                log_weights(partial(nested, observe=True), partial(nested, observe=False), data(3), num_samples=2)
+            with pyrovae.data_plate("rows"):
+                assert_exact(partial(nested, observe=True), partial(nested, observe=False), data(3))
+            with pyrovae.data_plate("pages"), pytest.raises(ValueError, match='names no plate.*"rows", "columns"'):
                 log_weights(partial(nested, observe=True), partial(nested, observe=False), data(3), num_samples=2)
         else:
             assert_exact(partial(nested, observe=True), partial(nested, observe=False), data(size))

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyrovae.bounds.gradients import Coefficients, Gradient, Reparameterized, leave_one_out
 from pyrovae.bounds.reductions import Reduced
-from pyrovae.checks import DATA, Structure, described, inspect, sample_sites
+from pyrovae.checks import DATA, Structure, described, inspect, named_plate, sample_sites
 from pyrovae.importance import check_draws, in_data, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.regularizers import Cost, Regularizer, Run
 
@@ -163,7 +163,7 @@ class Bound(PyroELBO, ABC):
         Raises:
             ValueError: when model and guide do not fit each other, the data or the bound; the message names the site.
         """
-        look = (model, guide, _form(args, kwargs))
+        look = (model, guide, _form(args, kwargs), named_plate.get())
         if self._inspected != look:
             structure = inspect(model, guide, *args, **kwargs)
             if structure.extra:
