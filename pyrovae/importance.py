@@ -126,6 +126,10 @@ def _why_one_by_one(
         drawn = trace_guide(guide, structure, num_samples, *args, **kwargs)
         scored = trace_model(model, drawn, structure, num_samples, *args, **kwargs)
     except (RuntimeError, IndexError, ValueError, TypeError, AssertionError) as error:
+        try:
+            traced(model, latents_of_trace(traced(guide, None, *args, **kwargs)), *args, **kwargs)
+        except Exception:  # they do not take these data alone either, which is said where the data are scored
+            return None
         text = str(error).partition("Trace Shapes")[0].strip().splitlines()
         return text[0].rstrip(" .") if text else type(error).__name__
     last = num_samples - 1
