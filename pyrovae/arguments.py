@@ -70,7 +70,7 @@ class _MemberTuple(_Members, tuple):
     pass
 
 
-# Found anew from fewer rows, what they are might be another.
+# Kept in their types: from fewer rows, another kind might be found.
 for _kind in (_EntryList, _EntryTuple, _MemberList, _MemberTuple):
     register_pytree_node(_kind, lambda x: (list(x), None), lambda x, _, kind=_kind: kind(x))
 
@@ -130,7 +130,7 @@ def _counted(given: list[tuple[str, Any]]) -> tuple[str, int]:
 
 
 def settled(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], int]:
-    """Returns arguments with arrays as tensors and lists told apart, and the number of data.
+    """Returns arguments with arrays as tensors and lists marked as entries or members, and the number of data.
 
     Floating-point arrays get the type of the floating-point tensors beside them, or the default one; those of strings and
     objects stay arrays.
@@ -324,7 +324,7 @@ def types_explained(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
 
 
 def _leaves(given: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Yields what dicts and the like hold, by name; lists and tuples that are not told apart yet stay whole."""
+    """Yields what dicts and the like hold, by name; lists and tuples that are not marked yet stay whole."""
     for name, value in given:
         if isinstance(value, Mapping):
             yield from _leaves([(f"{name}[{key!r}]", x) for key, x in value.items()])
@@ -354,7 +354,7 @@ def _first_size(value: Any) -> int | None:
 
 
 def _decided(name: str, value: Any, first: str, size: int) -> Any:
-    """Returns a value whose lists are told apart, after checking that all that has rows has one a datum."""
+    """Returns a value with its lists marked as entries or members; checks that all that has rows has one a datum."""
     own = _size(value)
     if own is not None:
         if own != size:

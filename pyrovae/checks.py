@@ -29,8 +29,6 @@ __all__ = ["Structure", "check_finite", "evaluation_mode", "inspect", "sample_si
 _WRAPPERS = (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution, MaskedElements)
 named_plate: ContextVar[str | None] = ContextVar("named_plate", default=None)  # by data_plate, inside of it
 DATA = "data"  # a plate of this name holds the data, whatever other plates there are
-
-
 _LOST = 0.01  # nats a datum that rounding may take
 
 
@@ -122,7 +120,8 @@ class Structure(NamedTuple):
 def warn(text: str) -> None:
     """Warns, and says that it is of the line that called the library."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pyrovae", "pyro", "torch", "contextlib"):
+    inner = ("pyrovae", "pyro", "torch", "contextlib")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inner:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
 
@@ -252,11 +251,12 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
     frames = [f for site in [*model_sites.values(), *guide_sites.values()] for f in site["cond_indep_stack"]]
     own = [f for f in map(data.frame, [*model_sites.values(), *guide_sites.values()]) if f is not None] if data else []
     given = frozenset(
-        name for name, site in model_sites.items() if data and data.frame(site) is None and _is_data(site)
+        name
+        for name, site in model_sites.items()
+        if data and data.frame(site) is None and _is_data(site) and not any(site is held for held in holding)
     )
-    given = frozenset(name for name in given if not any(model_sites[name] is site for site in holding))
     if any(rows in model_sites[name]["value"].shape for name in given):
-        # A value that all data share is the same in each run; what a run makes of the data is made anew.
+        # A value that all data share is the same in each run; what a run makes of the data is another each time.
         with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
             again = traced(model, latents_of_trace(guide_trace), *args, **kwargs)
         given = frozenset(name for name in given if again.nodes[name]["value"] is model_sites[name]["value"])

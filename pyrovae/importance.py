@@ -4,7 +4,7 @@ The one place where :math:`\log p(x, z) - \log q(z \mid x)` is formed.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
 import pyro
@@ -266,12 +266,8 @@ def _stacked(traces: list[poutine.Trace], structure: Structure) -> poutine.Trace
     """Returns traces of one draw each as one trace of several."""
     whole, depth = traces[0].copy(), structure.max_plate_nesting
     sites = [sample_sites(trace) for trace in traces]
-    if any(other.keys() != sites[0].keys() for other in sites):
-        changed = ", ".join(f'"{name}"' for name in sorted({name for other in sites for name in other.keys() ^ sites[0].keys()}))
-        raise ValueError(
-            f"the sites of the model and the guide change from run to run ({changed}), so that a density of the latents "
-            "is undefined. Draw all sites in every run and mask those that play no part, with poutine.mask."
-        )
+    for other in sites:
+        check_same_sites(sites[0].keys(), other.keys())
     for name, first in sites[0].items():
         each = [other[name] for other in sites]
         fn = Stacked([site["fn"] for site in each], depth)
@@ -279,14 +275,24 @@ def _stacked(traces: list[poutine.Trace], structure: Structure) -> poutine.Trace
         whole.nodes[name] = {
             **first,
             "fn": fn,
-            "value": _together([site["value"] for site in each], shape, len(fn.event_shape)),
-            "mask": _together([site["mask"] for site in each], fn.batch_shape, 0),
-            "scale": _together([site["scale"] for site in each], fn.batch_shape, 0),
+            "value": _together([site["value"] for site in each], shape),
+            "mask": _together([site["mask"] for site in each], fn.batch_shape),
+            "scale": _together([site["scale"] for site in each], fn.batch_shape),
         }
     return of_depth(whole, structure)
 
 
-def _together(values: list[Any], shape: torch.Size, event_dim: int) -> Any:
+def check_same_sites(before: Set[str], now: Set[str]) -> None:
+    """Raises a ValueError that names the sites which one run of a model or guide has, and another has not."""
+    if before != now:
+        changed = ", ".join(f'"{name}"' for name in sorted(before ^ now))
+        raise ValueError(
+            f"the sites of the model and the guide change from run to run ({changed}), so that a density of the latents "
+            "is undefined. Draw all sites in every run and mask those that play no part, with poutine.mask."
+        )
+
+
+def _together(values: list[Any], shape: torch.Size) -> Any:
     """Returns what all draws have, or what each has in front of the plates."""
     first = values[0]
     if all(value is first or not isinstance(value, Tensor) and value == first for value in values):
@@ -309,7 +315,8 @@ def of_depth(trace: poutine.Trace, structure: Structure) -> poutine.Trace:
         shape = site["fn"].batch_shape
         plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
         site["data"] = None if structure.data is None else structure.data.frame(site)
-        site["num_plates"] = max((-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized and frame.name != _SAMPLES), default=0)
+        own = [-f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != _SAMPLES]
+        site["num_plates"] = max(own, default=0)
         stray = [dim for dim in range(-min(len(shape), structure.max_plate_nesting), 0) if dim not in plates and shape[dim] > 1]
         if len(shape) > structure.max_plate_nesting + 1 or stray:
             wrong = f"{shape[stray[0]]} at dimension {stray[0]}, where it stands in no plate," if stray else "too many dimensions"
@@ -340,7 +347,7 @@ def simulate(model: Callable, *args: Any, **kwargs: Any) -> tuple[poutine.Trace,
         drawn.remove_node(name)  # a plate's choice of data, which are drawn now
     in_place, given = {}, tensors_of(args, kwargs)
     for name, site in sites.items():
-        if site["infer"].get("was_observed") and not site["infer"].get("_deterministic"):
+        if site["infer"].get("was_observed"):
             seen = site["infer"]["obs"]
             if not any(seen is value for value in given):
                 raise ValueError(
@@ -528,5 +535,4 @@ def _replace(trace: poutine.Trace, other: poutine.Trace, where: Tensor, dim: int
 
 def _own_shape(node: dict, shape: torch.Size, depth: int) -> torch.Size:
     """Returns a shape without the leading dimensions of plates that a site does not stand in."""
-    own = node["num_plates"]
-    return shape[depth - own :]
+    return shape[depth - node["num_plates"] :]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pyrovae.bounds.gradients import Coefficients, Gradient, Reparameterized, leave_one_out
 from pyrovae.bounds.reductions import Reduced
 from pyrovae.checks import DATA, Structure, described, inspect, named_plate, sample_sites
-from pyrovae.importance import check_draws, in_data, log_prob_of, per_datum, trace_guide, trace_model
+from pyrovae.importance import check_draws, check_same_sites, in_data, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.regularizers import Cost, Regularizer, Run
 
 
@@ -526,12 +526,7 @@ def _conditioned_alike(model_names: list[str], guide_names: list[str]) -> set[st
 
 def _check_sites(structure: Structure, guide_trace: poutine.Trace, model_trace: poutine.Trace) -> None:
     names = sample_sites(guide_trace).keys() | sample_sites(model_trace).keys()
-    if names != structure.sites:
-        changed = ", ".join(f'"{name}"' for name in sorted(names ^ structure.sites))
-        raise ValueError(
-            f"the sites of the model and the guide change from run to run ({changed}), so that a density of the latents "
-            "is undefined. Draw all sites in every run and mask those that play no part, with poutine.mask."
-        )
+    check_same_sites(structure.sites, names)
 
 
 def _common_scale(name: str, scales: dict[tuple[str, str], float | Tensor]) -> float | Tensor:
