@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from inspect import signature
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import pyro
@@ -124,6 +125,11 @@ def warn(text: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inner:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is a whole number, of Python or NumPy; a truth value is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_masked(site: dict) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +34,7 @@ from pyrovae.checks import (
     check_finite,
     evaluation_mode,
     inspect,
+    is_integer,
     latents_of_trace,
     sample_sites,
     traced,
@@ -207,8 +207,7 @@ def fit(
     5
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if not (whole and value >= 1 or name == "patience" and value is None):
+        if not (is_integer(value) and value >= 1 or name == "patience" and value is None):
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
     epochs, batch_size = int(epochs), int(batch_size)  # numpy's are not taken by all of torch
     if clip_norm is not None and not clip_norm > 0:

@@ -3,7 +3,6 @@ r"""What all bounds have in common: log weights of particles, a function of them
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyrovae.bounds.gradients import Coefficients, Gradient, Reparameterized, leave_one_out
 from pyrovae.bounds.reductions import Reduced
-from pyrovae.checks import DATA, Structure, described, inspect, named_plate, sample_sites
+from pyrovae.checks import DATA, Structure, described, inspect, is_integer, named_plate, sample_sites
 from pyrovae.importance import check_draws, check_same_sites, in_data, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.regularizers import Cost, Regularizer, Run
 
@@ -119,8 +118,7 @@ class Bound(PyroELBO, ABC):
         regularizers: Sequence[Regularizer] = (),
     ):
         for name, value in (("num_particles", num_particles), ("chunk_size", chunk_size)):
-            whole = isinstance(value, Integral) and not isinstance(value, bool)
-            if not (whole and value >= 1 or name == "chunk_size" and value is None):
+            if not (is_integer(value) and value >= 1 or name == "chunk_size" and value is None):
                 given = repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
                 raise ValueError(f"{name} must be an integer of at least 1, got {given}.")
         super().__init__(num_particles=int(num_particles), vectorize_particles=True)

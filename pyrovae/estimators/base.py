@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from pyrovae.checks import (
     check_finite,
     described,
     evaluation_mode,
+    is_integer,
     sample_sites,
 )
 from pyrovae.graphs import Graphs
@@ -430,7 +430,7 @@ def join(method: Estimator, parts: list[Estimate]) -> Estimate:
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises a ValueError unless an argument is an integer of at least so much."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_integer(value):
         given = repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
         raise ValueError(f"{name} must be an integer of at least {least}, got {given}.")
     if value < least:
