@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import register_pytree_node, tree_leaves
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 __all__ = ["Arguments"]
+
+_ROWS = 1000  # that the loader of a data set takes at once
 
 
 class Arguments:
@@ -234,15 +236,19 @@ def mapped(function: Callable, value: Any) -> Any:
 def loader_of(args: tuple, kwargs: dict[str, Any]) -> DataLoader | None:
     """Returns the loader if there is one, and nothing else, among arguments, after checking that it keeps the order.
 
+    A data set gets a loader that takes its data in order.
+
     Raises:
         ValueError: when it draws the data in a random order.
         TypeError: when there are other positional arguments beside it.
     """
-    if not any(isinstance(x, DataLoader) for x in (*args, *kwargs.values())):
+    if not any(isinstance(x, (DataLoader, Dataset)) for x in (*args, *kwargs.values())):
         return None
-    if len(args) != 1 or not isinstance(args[0], DataLoader):
-        raise TypeError("a DataLoader gives all that belongs to a datum: give nothing beside it but keywords that are for all data.")
-    loader = args[0]
+    if len(args) != 1 or not isinstance(args[0], (DataLoader, Dataset)):
+        raise TypeError(
+            "a DataLoader or a Dataset gives all that belongs to a datum: give nothing beside it but keywords that are for all data."
+        )
+    loader = args[0] if isinstance(args[0], DataLoader) else DataLoader(args[0], _ROWS)
     samplers = [loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
     for sampler in samplers:
         shuffled = isinstance(sampler, DistributedSampler) and (sampler.shuffle or sampler.num_replicas > 1)
@@ -262,7 +268,7 @@ def in_memory(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed, also where it needs none
         batches = [settled(batch.args, batch.kwargs | kwargs)[:2] for batch in map(of_batch, loader)]
     if not batches:
-        raise ValueError("the DataLoader gives no batch. Give at least one datum, and a DataLoader that does not drop it.")
+        raise ValueError("there is no batch of data. Give at least one datum, and a DataLoader that does not drop it.")
     joined = _joined([dict(enumerate(args)) | named for args, named in batches])
     places = range(len(batches[0][0]))
     return settled(tuple(joined[i] for i in places), {name: x for name, x in joined.items() if name not in places})

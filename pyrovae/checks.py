@@ -71,6 +71,14 @@ class DataPlate(NamedTuple):
                 return frame if frame.size >= 0 else frame._replace(size=_plate_sizes(site)[self.dim], full_size=None)
         return None
 
+    def check_in_order(self, drawn: int, size: int) -> None:
+        """Raises a ValueError unless as many data were drawn as were given, for results come in their order."""
+        if drawn != size:
+            raise ValueError(
+                f"The plate {self} drew {drawn} of {size} data that it was given. Results come in the order of the data: use "
+                'pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
+            )
+
     def __str__(self) -> str:
         return f'"{min(self.names)}"'
 

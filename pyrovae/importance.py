@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from pyrovae.arguments import in_memory, mapped, tensors_of
 from pyrovae.checks import (
+    DataPlate,
     Structure,
+    check_observed_by,
     evaluation_mode,
     full_precision,
     inspect,
@@ -86,6 +88,8 @@ def inspect_weights(model: Callable, guide: Callable, *args: Any, num_samples: i
             'must stand under pyro.plate("data", len(x)) in the model and in the guide, drawn from a density; a latent that '
             "all data share must have a value, by poutine.condition of the model and of the guide."
         )
+    if structure.outside:  # which a model may be trained on, but a density of none is no score
+        check_observed_by(model, guide, *args, **kwargs)
     return check_draws(structure, model, guide, *args, **kwargs)
 
 
@@ -500,15 +504,11 @@ def _samples(structure: Structure, num_samples: int) -> pyro.plate:
     return pyro.plate(_SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting)
 
 
-def _check_imputed(trace: poutine.Trace, site: str, log_q: Tensor, size: int, plate: Any) -> None:
+def _check_imputed(trace: poutine.Trace, site: str, log_q: Tensor, size: int, plate: DataPlate) -> None:
     observed = [name for name, node in sample_sites(trace).items() if node["is_observed"]]
     if site not in observed:
         raise ValueError(f'The model has no observed site "{site}" to impute; it has {", ".join(observed) or "none"}.')
-    if size != log_q.shape[1]:
-        raise ValueError(
-            f'The plate {plate} drew {log_q.shape[1]} of {size} data that it was given. Impute data in the '
-            'order they come: use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
-        )
+    plate.check_in_order(log_q.shape[1], size)
 
 
 def _beside(t: Tensor, dim: int, right: int, p: Any) -> Tensor:

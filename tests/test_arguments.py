@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 from torch.optim import SGD
-from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
 from pyrovae import VAE, fit, impute, log_marginal
 from pyrovae.arguments import Arguments, in_memory, settled, take_rows
@@ -185,8 +185,33 @@ def test_loaders_that_lose_the_order_are_refused():
                 f(pair.model, pair.guide, shuffled)
     with pytest.raises(TypeError, match="nothing beside it"):
         log_marginal(pair.model, pair.guide, loader(pair), pair.x)
-    with pytest.raises(ValueError, match="gives no batch"):
+    with pytest.raises(ValueError, match="no batch of data"):
         log_marginal(pair.model, pair.guide, loader(pair, batch_size=N + 1, drop_last=True))
+
+
+class Rows(Dataset):
+    """Rows of tensors, as a data set of a user's own gives them."""
+
+    def __init__(self, *tensors):
+        self.tensors = tensors
+
+    def __len__(self):
+        return len(self.tensors[0])
+
+    def __getitem__(self, i):
+        return tuple(t[i] for t in self.tensors)
+
+
+@pytest.mark.parametrize("make", [Rows, TensorDataset])
+def test_data_sets_are_scored_in_their_order(make):
+    pair = Pair(lambda x, o: (x, o))
+    rows = make(pair.x, pair.offsets)
+    found = log_marginal(pair.model, pair.guide, rows, num_samples=30, progress=False)
+    torch.testing.assert_close(found.value.double(), pair.truth(), atol=1e-3, rtol=0)
+    assert reliability(pair.model, pair.guide, rows, progress=False, num_samples=30).ess.shape == (N,)
+    assert impute(pair.model, pair.guide, rows, num_samples=50).mean.shape == pair.x.shape
+    with pytest.raises(TypeError, match="a Dataset gives all that belongs to a datum"):
+        log_marginal(pair.model, pair.guide, rows, pair.x)
 
 
 DIAGNOSTICS = {

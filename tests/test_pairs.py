@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
 import pyrovae
-from pyrovae import bounds, diagnostics, estimators, fit, log_marginal, log_weights
+from pyrovae import bounds, diagnostics, estimators, fit, impute, log_marginal, log_weights
 
 SCALE = 0.5
 W = torch.tensor([[0.5, -1.0, 0.3], [0.2, 0.4, -0.8]]).double()
@@ -303,6 +303,22 @@ def test_a_flow_of_zukos_as_the_prior_can_be_annealed_from():
     assert annealed.value.isfinite().all()
 
 
+def by_rows(x):
+    means, scales = (pyro.param(name, torch.ones(len(x), 2).double()) for name in ("means", "scales"))
+    with pyro.plate("data", len(means)):
+        pyro.sample("z", dist.Normal(means, scales).to_event(1))
+
+
+@pytest.mark.parametrize("guide", [lambda: by_rows, lambda: AutoNormal(model)], ids=["parameters", "AutoNormal"])
+@pytest.mark.parametrize("diagnostic", ["collapse", "gaps", "latent_map", "traversals", "posterior_check", "calibration"])
+def test_diagnostics_that_take_parts_of_the_data_refuse_guides_of_all_rows(guide, diagnostic):
+    x, guide = data(60), guide()
+    guide(x)  # which makes the parameters, as training does
+    assert log_marginal(model, guide, x, num_samples=10, progress=False).value.shape == (len(x),)
+    with pytest.raises(ValueError, match="parameters belong to rows.*log_marginal"):
+        getattr(diagnostics, diagnostic)(model, guide, x)
+
+
 def grey(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -321,8 +337,9 @@ def test_distributions_without_validation_train_with_a_warning_and_are_not_score
     with pytest.warns(UserWarning, match='"x" are outside the support.*validate_args=False'):
         history = fit(grey, grey_guide, x, epochs=2, batch_size=8, compile=compile, progress=False)
     assert all(map(math.isfinite, history["loss"]))
-    with pytest.raises(ValueError, match='"x" is outside the support of Bernoulli'):
-        log_marginal(grey, grey_guide, x, progress=False)
+    for score in (partial(log_marginal, progress=False), partial(log_weights, num_samples=3), impute):
+        with pytest.raises(ValueError, match='"x" is outside the support of Bernoulli'):
+            score(grey, grey_guide, x)
 
 
 def test_what_cannot_be_is_refused_by_name():

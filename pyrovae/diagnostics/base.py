@@ -10,7 +10,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae import arguments
-from pyrovae.checks import Structure, sample_sites
+from pyrovae.arguments import take_rows
+from pyrovae.checks import Structure, inspect, sample_sites
 from pyrovae.distributions import center
 from pyrovae.estimators.base import checked
 from pyrovae.importance import in_data, inspect_samples, trace_guide, trace_model
@@ -138,6 +139,27 @@ def look(
     structure = inspect_samples(model, guide, *args, **kwargs)
     drawn = trace_guide(guide, structure, num_draws, *args, **kwargs)
     return structure, drawn, trace_model(model, drawn, structure, num_draws, *args, **kwargs)
+
+
+def inspect_part(model: Callable, guide: Callable, rows: slice, args: tuple, kwargs: dict) -> Structure:
+    """Returns the structure of a model and a guide on some rows of the data.
+
+    Raises:
+        ValueError: when they do not fit each other, or run on all the data alone.
+    """
+    part, named = take_rows(rows, args, kwargs)
+    try:
+        return inspect(model, guide, *part, **named)
+    except Exception as error:  # plates that do not fit, shapes that do not, a network's own error
+        try:
+            inspect(model, guide, *args, **kwargs)
+        except Exception:
+            raise error from None
+        raise ValueError(
+            "model and guide run on all the data, but not on some of them, as a guide does whose parameters belong to rows (AutoNormal "
+            "over local latents): this diagnostic takes the data in parts. Give it a guide with an encoder; log_marginal, reliability, "
+            "sharpness and quality take such a guide."
+        ) from error
 
 
 def check_at_least(name: str, value: float, least: float) -> None:

@@ -16,7 +16,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyrovae.arguments import take_rows
-from pyrovae.checks import evaluation_mode, inspect
+from pyrovae.checks import evaluation_mode
 from pyrovae.diagnostics.base import (
     Diagnosis,
     Latents,
@@ -25,6 +25,7 @@ from pyrovae.diagnostics.base import (
     check_at_least,
     expected_data,
     in_memory,
+    inspect_part,
     latents_of,
     names_of,
     observed_site,
@@ -519,8 +520,7 @@ class _Space:
 
     def __init__(self, model: Callable, guide: Callable, size: int, args: tuple, kwargs: dict):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        head = take_rows(slice(0, 2), args, kwargs)
-        self.structure = inspect(model, guide, *head[0], **head[1])
+        self.structure = inspect_part(model, guide, slice(0, 2), args, kwargs)
         means, draws = [], []
         for start in range(0, size, _ROWS // _DRAWS):
             part_args, part_kwargs = take_rows(slice(start, start + _ROWS // _DRAWS), args, kwargs)
@@ -539,11 +539,7 @@ class _Space:
             means.append(latents_of(trace, self.structure).values[0])
         self.columns = found.columns
         self.means, self.draws = torch.cat(means), torch.cat(draws)
-        if len(self.means) != size:
-            raise ValueError(
-                f'The plate "data" drew {len(self.means)} of {size} data that it was given. Look at data in the order '
-                'they come: use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
-            )
+        self.structure.data.check_in_order(len(self.means), size)
 
     def inside(self, moved: Tensor) -> bool:
         """Whether latents ``(num_draws, rows, total)`` at the first rows lie in their space."""

@@ -21,11 +21,10 @@ from pyrovae.checks import (
     Structure,
     check_all_observed,
     evaluation_mode,
-    inspect,
     is_masked,
     sample_sites,
 )
-from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, in_memory, latents_of
+from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, in_memory, inspect_part, latents_of
 from pyrovae.estimators.proposals import check_no_auxiliary
 from pyrovae.importance import check_draws, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.training import History
@@ -254,8 +253,7 @@ def collapse(
     check_at_least("num_draws", num_draws, 2)
     args, kwargs, size = in_memory(2, "collapse", args, kwargs)
     with evaluation_mode():
-        head = take_rows(slice(0, 2), args, kwargs)
-        structure = inspect(model, guide, *head[0], **head[1])
+        structure = inspect_part(model, guide, slice(0, 2), args, kwargs)
         if structure.problems:
             raise ValueError(
                 f"KL divergences per datum are undefined: {'; '.join(structure.problems)}. What belongs to a datum "
@@ -269,11 +267,7 @@ def collapse(
             structure = check_draws(structure, model, guide, *part[0], **part[1])
             drawn.append(_draw(model, guide, structure, num_draws, *part[0], **part[1]))
         z, kl_by_site, each, prior = (torch.cat(t, dim=1) for t in zip(*(d.tensors for d in drawn), strict=True))
-        if z.shape[1] != size:
-            raise ValueError(
-                f'The plate {structure.data} drew {z.shape[1]} of {size} data that it was given. Look at data in the order they '
-                'come: use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
-            )
+        structure.data.check_in_order(z.shape[1], size)
         latents = Latents(z, drawn[0].columns)
         log_q = _score_all(guide, structure, latents, drawn[0].template, args, kwargs, progress)
 

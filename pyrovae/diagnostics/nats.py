@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from pyrovae import bounds
 from pyrovae.arguments import take_rows
-from pyrovae.checks import evaluation_mode, inspect
-from pyrovae.diagnostics.base import Diagnosis, check_at_least, in_memory
+from pyrovae.checks import evaluation_mode
+from pyrovae.diagnostics.base import Diagnosis, check_at_least, in_memory, inspect_part
 from pyrovae.estimators import (
     AnnealedImportanceSampling,
     Enumeration,
@@ -227,9 +227,8 @@ def _losses(
     what: str,
 ) -> Losses:
     args, kwargs, size = in_memory(1, "gaps", args, kwargs)
+    structure = inspect_part(model, guide, slice(0, 2), args, kwargs)
     if method is None:
-        head, named = take_rows(slice(0, 2), args, kwargs)
-        structure = inspect(model, guide, *head, **named)
         if structure.latents == structure.discrete:
             method = Enumeration()
         else:

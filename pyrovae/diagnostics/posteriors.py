@@ -17,7 +17,7 @@ from torch.distributions import Transform, biject_to
 from tqdm.auto import tqdm
 
 from pyrovae.arguments import take_rows, width
-from pyrovae.checks import Structure, evaluation_mode, inspect, sample_sites
+from pyrovae.checks import Structure, evaluation_mode, sample_sites
 from pyrovae.diagnostics import base
 from pyrovae.diagnostics.base import Diagnosis, Latents, check_at_least, latents_of
 from pyrovae.estimators.base import log_marginal
@@ -272,7 +272,7 @@ def posterior_check(
     with evaluation_mode(), bar:
         for i in range(num_data):
             row, named = take_rows(slice(i, i + 1), args, kwargs)
-            structure = _inspect(model, guide, row, named)
+            structure = _inspect(model, guide, slice(i, i + 1), args, kwargs)
             drawn = trace_guide(guide, structure, num_chains * num_samples, *row, **named)
             guide_draws.append(latents_of(drawn, structure))
             spaces = _unconstrained(
@@ -475,12 +475,13 @@ def calibration(
             f"to {math.ceil(50 / size)} or more."
         )
     chunk = max(1, int(_CHUNK / ((num_draws + 1) * width(args, kwargs, size))))
+    base.inspect_part(model, guide, slice(0, 2), args, kwargs)  # a guide of fixed rows knows nothing of data drawn anew
     ranks = []
     with evaluation_mode(), tqdm(desc="ranks", total=size * num_rounds, unit="datum", disable=not progress) as bar:
         for _ in range(num_rounds):
             for start in range(0, size, chunk):
                 part = take_rows(slice(start, start + chunk), args, kwargs)
-                structure = _inspect(model, guide, *part)
+                structure = _inspect(model, guide, slice(start, start + chunk), args, kwargs)
                 latents, ranked = _ranks(model, guide, structure, num_draws, *part)
                 ranks.append(ranked)
                 bar.update(len(ranked))
@@ -615,14 +616,15 @@ def reliability(
     return Reliability(estimate.khat, estimate.ess, num_samples)
 
 
-def _inspect(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Structure:
+def _inspect(model: Callable, guide: Callable, rows: slice, args: tuple, kwargs: dict) -> Structure:
     """Returns the structure of a model and a guide, or raises because the posterior of a datum is undefined."""
-    structure = inspect(model, guide, *args, **kwargs)
+    structure = base.inspect_part(model, guide, rows, args, kwargs)
     if structure.problems:
         raise ValueError(
             f"The posterior of a datum is undefined: {'; '.join(structure.problems)}. What belongs to a datum must "
             'stand under pyro.plate("data", len(x)) in the model and in the guide, drawn from a density.'
         )
+    args, kwargs = take_rows(rows, args, kwargs)
     return check_draws(structure, model, guide, *args, **kwargs)
 
 
@@ -717,7 +719,7 @@ def _ranks(
     # The truth takes the place of the last draw: scored apart, equal latents would differ by rounding.
     values = {}
     for name, site in sample_sites(drawn).items():
-        if not site["is_observed"]:
+        if name in structure.latents:
             values[name] = site["value"].clone()
             values[name][-1] = truth.nodes[name]["value"]
     drawn = _at(drawn, values)

@@ -231,12 +231,7 @@ class Task:
                 continue
             sides[site["is_observed"]] = sides[site["is_observed"]] + per_datum(site, log_prob_of(site))
         prior, likelihood = (s if isinstance(s, Tensor) else torch.zeros(()) for s in sides)
-        if max(prior.shape[-1:], likelihood.shape[-1:]) != (self.size,):
-            drawn = max(prior.shape[-1:], likelihood.shape[-1:])
-            raise ValueError(
-                f'The plate {self.structure.data} drew {drawn[0]} of {self.size} data that it was given. Score data in the order they come: '
-                'use pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
-            )
+        self.structure.data.check_in_order(max(s.shape[-1] if s.dim() else 0 for s in (prior, likelihood)), self.size)
         return prior, likelihood
 
 
@@ -273,8 +268,8 @@ def log_marginal(
         model: a Pyro model, called with the same arguments as the guide.
         guide: a Pyro guide; None will do for a method that makes no use of it.
         *args: tensors, arrays, lists or packed sequences with an entry a datum, and dicts, lists and tuples of such; numbers,
-            ``None``, strings and other objects, which are for all data; or a ``DataLoader`` that keeps the order of the
-            data, whose batches become arguments as :func:`pyrovae.fit` has it.
+            ``None``, strings and other objects, which are for all data; or a ``Dataset``, or a ``DataLoader`` that keeps the order of
+            the data, whose batches become arguments as :func:`pyrovae.fit` has it.
         method: an estimator of :mod:`pyrovae.estimators`; :class:`ImportanceSampling` unless given.
         num_samples: short for ``method=ImportanceSampling(num_samples)``, 1,000 unless given.
         max_memory: budget for intermediate results, in bytes. On a CPU more is not faster; on a GPU it is.
@@ -322,7 +317,7 @@ def log_marginal(
         start += len(part.value)
         parts.append(part)
     if not parts:
-        raise ValueError("the DataLoader gives no batch. Give at least one datum, and a DataLoader that does not drop it.")
+        raise ValueError("there is no batch of data. Give at least one datum, and a DataLoader that does not drop it.")
     return replace(join(method, parts), remedy=next((part.remedy for part in parts if part.remedy), ""))
 
 
