@@ -255,6 +255,11 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
     for name, site in model_sites.items():
         if site["is_observed"] and name not in unvalidated:
             check_observed(name, site["fn"], site["value"])
+            base = unwrapped(site["fn"])
+            blocks = base.split(site["value"]) if isinstance(base, Blocks) else [(site["fn"], site["value"], None)]
+            for fn, value, _ in blocks:
+                if _is_discrete(fn):
+                    check_mass(name, fn, fn.log_prob(value))
             _warn_of_large_counts(name, site["fn"], site["value"])
 
     rows = None
@@ -469,7 +474,6 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
         return
     inside = _support_check(fn, value)
     if bool(inside.all()):
-        _check_mass(name, fn, value)
         return
     space = _innermost(base.support)
     observed = value[fn.mask_of_elements.expand(value.shape)] if isinstance(fn, MaskedElements) else value
@@ -506,11 +510,10 @@ def _warn_of_large_counts(name: str, fn: Any, value: Tensor) -> None:
         )
 
 
-def _check_mass(name: str, fn: Any, value: Tensor) -> None:
+def check_mass(name: str, fn: Any, log_prob: Tensor) -> None:
     """Raises a ValueError if a probability of a discrete value is above one."""
     if not _is_discrete(fn):
         return
-    log_prob = fn.log_prob(value)
     # Sums of many terms have rounding of their own.
     largest = log_prob.max().item() if log_prob.numel() else 0.0
     if largest > math.sqrt(torch.finfo(log_prob.dtype).eps) * max(1, fn.event_shape.numel()):

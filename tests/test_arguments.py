@@ -189,20 +189,7 @@ def test_loaders_that_lose_the_order_are_refused():
         log_marginal(pair.model, pair.guide, loader(pair, batch_size=N + 1, drop_last=True))
 
 
-class Rows(Dataset):
-    """Rows of tensors, as a data set of a user's own gives them."""
-
-    def __init__(self, *tensors):
-        self.tensors = tensors
-
-    def __len__(self):
-        return len(self.tensors[0])
-
-    def __getitem__(self, i):
-        return tuple(t[i] for t in self.tensors)
-
-
-@pytest.mark.parametrize("make", [Rows, TensorDataset])
+@pytest.mark.parametrize("make", [lambda x, o: Rows([*zip(x, o, strict=True)]), TensorDataset], ids=["own", "tensors"])
 def test_data_sets_are_scored_in_their_order(make):
     pair = Pair(lambda x, o: (x, o))
     rows = make(pair.x, pair.offsets)

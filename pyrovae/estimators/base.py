@@ -22,6 +22,7 @@ from pyrovae.checks import (
     Structure,
     check_all_observed,
     check_finite,
+    check_mass,
     described,
     evaluation_mode,
     is_integer,
@@ -229,7 +230,10 @@ class Task:
         for name, site in sample_sites(scored).items():
             if name in self.structure.given:
                 continue
-            sides[site["is_observed"]] = sides[site["is_observed"]] + per_datum(site, log_prob_of(site))
+            log_prob = log_prob_of(site)
+            if check_data and site["is_observed"]:
+                check_mass(name, site["fn"], log_prob)
+            sides[site["is_observed"]] = sides[site["is_observed"]] + per_datum(site, log_prob)
         prior, likelihood = (s if isinstance(s, Tensor) else torch.zeros(()) for s in sides)
         self.structure.data.check_in_order(max(s.shape[-1] if s.dim() else 0 for s in (prior, likelihood)), self.size)
         return prior, likelihood
