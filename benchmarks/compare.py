@@ -823,7 +823,13 @@ def draw(results: dict[str, dict[str, Measured]]) -> Figure | None:
     order = [name for name in COLOURS if name in shown]
     handles = [shown[name] for name in order]
     figure.legend(
-        handles, order, loc="outside lower center", ncols=min(len(order), 6), frameon=False, fontsize=9, columnspacing=1.4
+        handles,
+        order,
+        loc="outside lower center",
+        ncols=min(len(order), 6),
+        frameon=False,
+        fontsize=9,
+        columnspacing=1.4,
     )
     return figure
 
@@ -887,7 +893,9 @@ if __name__ == "__main__":
     parser.add_argument("--pythae-batches", type=int, nargs="+", default=[100, 1000], help="of get_nll, 100 by default")
     parser.add_argument("--train-epochs", type=int, default=10, help="epochs of training before importance sampling")
     parser.add_argument("--repeats", type=int, default=3, help="first steps of each kind")
-    parser.add_argument("--process-batches", type=int, nargs="+", default=[128, 512, 2048], help="of each of two processes")
+    parser.add_argument(
+        "--process-batches", type=int, nargs="+", default=[128, 512, 2048], help="of each of two processes"
+    )
     parser.add_argument("--runs", type=int, default=2, help="seeds of the time to a given quality")
     parser.add_argument("--smoke", action="store_true", help="a few short rounds, nothing written")
     args = parser.parse_args()

@@ -135,7 +135,9 @@ def importance(args: argparse.Namespace) -> str:
 
     def get_nll(batch_size: int, gradients: bool = False) -> float:
         with torch.set_grad_enabled(gradients):
-            return theirs.get_nll(x, n_samples=args.num_samples, batch_size=batch_size)  # the mean of log p(x), not negated
+            return theirs.get_nll(
+                x, n_samples=args.num_samples, batch_size=batch_size
+            )  # the mean of log p(x), not negated
 
     contenders = {
         "pyrovae": lambda: pyrovae.log_marginal(vae.model, vae.guide, x, num_samples=args.num_samples, progress=False),

@@ -104,7 +104,9 @@ def all_parts(binary: Tensor) -> dict[str, Callable[[], Step]]:
         "prior Laplace": partial(prior, priors.Laplace),
         "prior StudentT": partial(prior, priors.StudentT),
         f"prior GaussianMixture({COMPONENTS})": partial(prior, priors.GaussianMixture, num_components=COMPONENTS),
-        f"prior TiedGaussianMixture({COMPONENTS})": partial(prior, priors.TiedGaussianMixture, num_components=COMPONENTS),
+        f"prior TiedGaussianMixture({COMPONENTS})": partial(
+            prior, priors.TiedGaussianMixture, num_components=COMPONENTS
+        ),
         f"prior FullRankGaussianMixture({COMPONENTS})": partial(
             prior, priors.FullRankGaussianMixture, num_components=COMPONENTS
         ),
@@ -133,9 +135,13 @@ def all_parts(binary: Tensor) -> dict[str, Callable[[], Step]]:
         "likelihood Beta": partial(likelihood, likelihoods.Beta, grey),
         "likelihood Poisson": partial(likelihood, likelihoods.Poisson, counts),
         "likelihood NegativeBinomial": partial(likelihood, likelihoods.NegativeBinomial, counts),
-        "likelihood ZeroInflatedNegativeBinomial": partial(likelihood, likelihoods.ZeroInflatedNegativeBinomial, counts),
+        "likelihood ZeroInflatedNegativeBinomial": partial(
+            likelihood, likelihoods.ZeroInflatedNegativeBinomial, counts
+        ),
         "likelihood Multinomial": partial(likelihood, likelihoods.Multinomial, counts, total_count=100),
-        f"likelihood Categorical({CLASSES})": partial(likelihood, likelihoods.Categorical, classes, num_classes=CLASSES),
+        f"likelihood Categorical({CLASSES})": partial(
+            likelihood, likelihoods.Categorical, classes, num_classes=CLASSES
+        ),
         "likelihood DiscretizedLogistic": partial(likelihood, likelihoods.DiscretizedLogistic, x),
         "likelihood DiscretizedLogisticMixture(5)": partial(likelihood, likelihoods.DiscretizedLogisticMixture, x),
         "likelihood Mixed (3 blocks)": partial(likelihood, likelihoods.Mixed, mixed, blocks=table),
@@ -148,7 +154,9 @@ def all_parts(binary: Tensor) -> dict[str, Callable[[], Step]]:
         "networks GatedMLP": partial(network, x, nn.GatedMLP, nn.GatedMLP),
         "networks ResidualMLP": partial(network, x, nn.ResidualMLP, nn.ResidualMLP),
         "networks ConvNet, DeconvNet": partial(network, images, nn.ConvNet, nn.DeconvNet),
-        "networks ResidualConvNet, ResidualDeconvNet": partial(network, images, nn.ResidualConvNet, nn.ResidualDeconvNet),
+        "networks ResidualConvNet, ResidualDeconvNet": partial(
+            network, images, nn.ResidualConvNet, nn.ResidualDeconvNet
+        ),
         "networks GRUEncoder, GRUDecoder": partial(network, x.unflatten(-1, SEQUENCE), nn.GRUEncoder, nn.GRUDecoder),
     }
 

@@ -61,9 +61,7 @@ def main(args):
                 epochs=args.epochs,
                 progress=False,
             )
-            estimate = pyrovae.log_marginal(
-                vae.model, vae.guide, x_test, num_samples=args.num_samples, progress=False
-            )
+            estimate = pyrovae.log_marginal(vae.model, vae.guide, x_test, num_samples=args.num_samples, progress=False)
             log_prob = estimate.value + log_width
             print(
                 f"{prior_name:15}  {likelihood_name:26}  test log p(x) = {log_prob.mean():.2f} nats a datum, "

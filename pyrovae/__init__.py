@@ -1,12 +1,53 @@
 """Variational autoencoders as Pyro models and guides."""
 
-from pyrovae import bounds, data, diagnostics, encoders, estimators, likelihoods, nn, priors, regularizers, structures
+from pyrovae import (
+    bounds,
+    data,
+    diagnostics,
+    distributions,
+    encoders,
+    estimators,
+    likelihoods,
+    nn,
+    priors,
+    regularizers,
+    structures,
+)
 from pyrovae._version import __version__
 from pyrovae.arguments import Arguments
-from pyrovae.checks import data_plate
+from pyrovae.compilation import compile
 from pyrovae.estimators import Estimate, log_marginal
-from pyrovae.graphs import compile
-from pyrovae.importance import Imputation, impute, log_weights
+from pyrovae.inference.structure import data_plate
+from pyrovae.inference.weights import Imputation, impute, log_weights
 from pyrovae.storage import load, load_run, save
 from pyrovae.training import History, fit
 from pyrovae.vae import VAE
+
+__all__ = [
+    "Arguments",
+    "Estimate",
+    "History",
+    "Imputation",
+    "VAE",
+    "__version__",
+    "bounds",
+    "compile",
+    "data",
+    "data_plate",
+    "diagnostics",
+    "distributions",
+    "encoders",
+    "estimators",
+    "fit",
+    "impute",
+    "likelihoods",
+    "load",
+    "load_run",
+    "log_marginal",
+    "log_weights",
+    "nn",
+    "priors",
+    "regularizers",
+    "save",
+    "structures",
+]

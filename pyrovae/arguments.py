@@ -154,7 +154,8 @@ def converted(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any
     if not kwargs and all(isinstance(x, Tensor) for x in args):
         return args, kwargs
     dtype = next(
-        (t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()), torch.get_default_dtype()
+        (t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()),
+        torch.get_default_dtype(),
     )
 
     def convert(x: Any) -> Any:
@@ -190,7 +191,9 @@ def take_rows(rows: slice | Tensor, args: tuple, kwargs: dict[str, Any]) -> tupl
 
 def moved(args: tuple, kwargs: dict[str, Any], device: torch.device | str) -> tuple[tuple, dict[str, Any]]:
     """Returns arguments with their tensors on a device."""
-    return mapped(lambda t: t.to(device, non_blocking=True) if isinstance(t, (Tensor, PackedSequence)) else t, (args, kwargs))
+    return mapped(
+        lambda t: t.to(device, non_blocking=True) if isinstance(t, (Tensor, PackedSequence)) else t, (args, kwargs)
+    )
 
 
 def tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
@@ -311,7 +314,9 @@ def types_explained(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         raise
     except RuntimeError as error:
         text = str(error).lower()
-        if not ("dtype" in text or "scalar type" in text or "expected" in text) or not ("double" in text or "float64" in text):
+        if not ("dtype" in text or "scalar type" in text or "expected" in text) or not (
+            "double" in text or "float64" in text
+        ):
             raise
         kinds = {name: t.dtype for name, t in named_tensors(args, kwargs) if t.is_floating_point()}
         doubles = [name for name, kind in kinds.items() if kind == torch.float64]

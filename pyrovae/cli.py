@@ -29,13 +29,13 @@ from tqdm.auto import tqdm
 import pyrovae
 from pyrovae import data as datasets
 from pyrovae import diagnostics, storage
+from pyrovae.distributed import alone, init_process_group, was_restarted
 from pyrovae.distributions import Blocks, center
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, independent_baseline, log_marginal
 from pyrovae.likelihoods import Bernoulli, Likelihood, bits_per_dim
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior, StandardNormal
-from pyrovae.ranks import alone, join, was_restarted
 from pyrovae.training import History, fit
 from pyrovae.vae import VAE
 
@@ -99,8 +99,8 @@ def train(
             (upwards), patience, num_samples, data_root and device may be given anew.
         trust: let a configuration that is resumed name classes outside pyrovae, and so run their code.
     """
-    directory, ranks = Path(run) if run is not None else default_run(data), join(device)
-    taken, is_new = ranks.told(
+    directory, world = Path(run) if run is not None else default_run(data), init_process_group(device)
+    taken, is_new = world.broadcast_from_rank0(
         lambda: (directory.exists() and (not directory.is_dir() or any(directory.iterdir())), not directory.exists())
     )
     if taken and not resume:
@@ -118,7 +118,7 @@ def train(
 
     held_out = splits.validation.x[:_MONITORED].to(device)
     monitors = [_monitor(vae, held_out, max(1, epochs // 50))] if len(held_out) > 1 else []
-    if ranks.first:
+    if world.first:
         storage.create_run(directory, config, x_shape)
     try:
         history = fit(
@@ -141,7 +141,9 @@ def train(
             compile=compile,
         )
     except Exception:
-        if ranks.first and is_new and not (directory / "checkpoint.safetensors").exists():  # bad input leaves nothing behind
+        if (
+            world.first and is_new and not (directory / "checkpoint.safetensors").exists()
+        ):  # bad input leaves nothing behind
             for name in ("config.yaml", "run.json"):
                 (directory / name).unlink()
             directory.rmdir()
@@ -154,7 +156,7 @@ def train(
     vae.eval()
     test = splits.test.x.to(device)
     estimate = log_marginal(vae.model, vae.guide, test, num_samples=num_samples, compile=compile)
-    if not ranks.first:
+    if not world.first:
         return
     storage.save(vae, directory / "weights.safetensors")
     result = {"split": "test", **_summary(estimate)}
@@ -207,14 +209,16 @@ def evaluate(
         compile: score by compiled graphs, which take some seconds to make.
         trust: let the run's configuration name classes outside pyrovae, and so run their code.
     """
-    ranks = join(device)
-    out = None if output is None else ranks.told(lambda: _new_file(output, (".csv",)))
+    world = init_process_group(device)
+    out = None if output is None else world.broadcast_from_rank0(lambda: _new_file(output, (".csv",)))
     if num_data is not None and num_data < 1:
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
     if method is None:
         method = ImportanceSampling(5000 if num_samples is None else num_samples)
     elif num_samples is not None:
-        raise ValueError(f"a method has its own number: give --method.num_samples {num_samples} instead of --num-samples.")
+        raise ValueError(
+            f"a method has its own number: give --method.num_samples {num_samples} instead of --num-samples."
+        )
     _check_device(device)
     vae, config = storage.load_run(run, trust=trust)
     splits, described = _load(data or config["data"], data_root or config["data_root"], config["preprocessing"])
@@ -223,7 +227,7 @@ def evaluate(
     vae.to(device)
     x = _scored(splits, split, config["preprocessing"])[:num_data].to(device)
     estimate = log_marginal(vae.model, vae.guide, x, method=method, max_memory=max_memory, compile=compile)
-    if out is not None and ranks.first:
+    if out is not None and world.first:
         columns = {name: getattr(estimate, name) for name in ("value", "standard_error", "ess", "khat", "trusted")}
         columns |= estimate.diagnostics
         table = torch.stack([torch.arange(len(x)), *(column.double().cpu() for column in columns.values())], dim=1)
@@ -361,7 +365,9 @@ def diagnose(
 
     pair = vae.model, vae.guide
     looks = {
-        "gaps": lambda: diagnostics.gaps(*pair, x[:few], train=None if split == "train" else train[:few], method=method),
+        "gaps": lambda: diagnostics.gaps(
+            *pair, x[:few], train=None if split == "train" else train[:few], method=method
+        ),
         "collapse": lambda: diagnostics.collapse(*pair, x),
         "reliability": lambda: diagnostics.reliability(*pair, x),
         "posterior": lambda: diagnostics.posterior_check(
@@ -427,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     try:
         settings = parser.parse_args(argv)
-        ranks = join(settings[settings.subcommand].get("device"))
+        world = init_process_group(settings[settings.subcommand].get("device"))
         if settings.subcommand == "train" and (settings.train.resume or was_restarted()):
             settings = _resumed(parser, argv, settings.train)
             settings.train.resume = True
@@ -440,9 +446,9 @@ def main(argv: list[str] | None = None) -> None:
             arguments["config"] = _config(settings.train)
         # One of several processes speaks for all, and does alone what is not for several.
         if command in ("train", "evaluate"):
-            with nullcontext() if ranks.first else redirect_stdout(None):
+            with nullcontext() if world.first else redirect_stdout(None):
                 COMMANDS[command](**arguments)
-        elif ranks.first:
+        elif world.first:
             with alone():
                 COMMANDS[command](**arguments)
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
@@ -512,7 +518,7 @@ def _resumed(parser: ArgumentParser, argv: list[str], given: Any) -> Any:
     directory = Path(given.run) if given.run is not None else default_run(given.data)
     file = directory / "config.yaml"
     if not file.exists():
-        if join().first:
+        if init_process_group().first:
             print(f"nothing to resume in {directory}: starting")
         return parser.parse_args(argv)
     stored = storage.read_config(directory, trust=given.trust)
@@ -645,7 +651,9 @@ def _draw(vae: VAE, splits: datasets.Splits, history: History, directory: Path) 
     labels = splits.test.labels
     plots.samples(_prior_means(vae, 100), directory / "samples.png", _MEANS)
     plots.reconstructions(x[:10], vae.reconstruct(x[:10]), directory / "reconstructions.png")
-    plots.latent_space(vae.encode(x).sample().float(), None if labels is None else labels[:1000], directory / "latent_space.png")
+    plots.latent_space(
+        vae.encode(x).sample().float(), None if labels is None else labels[:1000], directory / "latent_space.png"
+    )
     plots.learning_curve(history, directory / "learning_curve.png")
 
 

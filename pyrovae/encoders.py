@@ -8,8 +8,8 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from pyrovae import latents
-from pyrovae.latents import positive, tril_of
+from pyrovae import distributions
+from pyrovae.distributions import positive, tril_of
 from pyrovae.nn import MLP, Network, Shape, apply, as_shape, build
 
 __all__ = [
@@ -138,7 +138,7 @@ class FullRankNormal(Encoder):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         params, d = self.parameters_of(x, context), self.latent_dim
-        return latents.MultivariateNormal(params[..., :d], scale_tril=tril_of(params[..., d:]))
+        return distributions.MultivariateNormal(params[..., :d], scale_tril=tril_of(params[..., d:]))
 
 
 class LowRankNormal(Encoder):
@@ -164,9 +164,7 @@ class LowRankNormal(Encoder):
     torch.Size([5, 3])
     """
 
-    def __init__(
-        self, x_shape: Shape, latent_dim: int, network: Network = MLP, rank: int = 1, context_dim: int = 0
-    ):
+    def __init__(self, x_shape: Shape, latent_dim: int, network: Network = MLP, rank: int = 1, context_dim: int = 0):
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}. With none it is a DiagonalNormal.")
         super().__init__(x_shape, latent_dim, network, context_dim, num_params=(2 + rank) * latent_dim)
@@ -176,7 +174,9 @@ class LowRankNormal(Encoder):
         d = self.latent_dim
         params = self.parameters_of(x, context)
         factor = params[..., 2 * d :].unflatten(-1, (d, self.rank))
-        return latents.LowRankMultivariateNormal(params[..., :d], factor, positive(params[..., d : 2 * d]).square())
+        return distributions.LowRankMultivariateNormal(
+            params[..., :d], factor, positive(params[..., d : 2 * d]).square()
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
@@ -229,9 +229,9 @@ class GaussianMixture(Encoder):
         k = self.num_components
         params = self.parameters_of(x, context)
         loc, raw = params[..., k:].unflatten(-1, (2, k, self.latent_dim)).unbind(-3)
-        categorical = latents.StratifiedCategorical if self.stratified else dist.Categorical
+        categorical = distributions.StratifiedCategorical if self.stratified else dist.Categorical
         components = dist.Normal(loc, positive(raw)).to_event(1)
-        return latents.ReparameterizedMixture(categorical(logits=params[..., :k]), components)
+        return distributions.ReparameterizedMixture(categorical(logits=params[..., :k]), components)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_components={self.num_components}, stratified={self.stratified}"
@@ -261,7 +261,7 @@ class _FlowEncoder(Encoder):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         d, params = self.latent_dim, self.parameters_of(x, context)
-        return latents.Flow(self.flow, params[..., :d], positive(params[..., d : 2 * d]), params[..., 2 * d :])
+        return distributions.Flow(self.flow, params[..., :d], positive(params[..., d : 2 * d]), params[..., 2 * d :])
 
 
 class InverseAutoregressiveFlow(_FlowEncoder):
@@ -293,7 +293,7 @@ class InverseAutoregressiveFlow(_FlowEncoder):
     """
 
     def _flow(self, num_transforms: int, num_features: int) -> nn.Module:
-        zuko, d = latents.import_zuko(), self.latent_dim
+        zuko, d = distributions.import_zuko(), self.latent_dim
         orders = [torch.arange(d), torch.arange(d).flip(0)]
         transforms = [
             zuko.flows.MaskedAutoregressiveTransform(d, num_features, order=orders[i % 2]).inv
@@ -333,7 +333,7 @@ class NeuralSplineFlow(_FlowEncoder):
     """
 
     def _flow(self, num_transforms: int, num_features: int) -> nn.Module:
-        flows = latents.import_zuko().flows
+        flows = distributions.import_zuko().flows
         return flows.NSF(self.latent_dim, num_features, transforms=num_transforms, passes=2)
 
 
@@ -372,7 +372,7 @@ class VonMisesFisher(Encoder):
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         params = self.parameters_of(x, context)
         concentration = 2 * self.latent_dim * positive(params[..., -1])
-        return latents.VonMisesFisher(normalize(params[..., :-1], dim=-1), concentration)
+        return distributions.VonMisesFisher(normalize(params[..., :-1], dim=-1), concentration)
 
 
 class Categorical(Encoder):
@@ -401,9 +401,9 @@ class Categorical(Encoder):
     def __init__(
         self, x_shape: Shape, latent_dim: int, network: Network = MLP, num_classes: int = 2, context_dim: int = 0
     ):
-        latents.check_classes(num_classes)
+        distributions.check_classes(num_classes)
         super().__init__(x_shape, latent_dim, network, context_dim, num_params=latent_dim * num_classes)
-        self.num_classes, self.support = num_classes, latents.integers(num_classes)
+        self.num_classes, self.support = num_classes, distributions.integers(num_classes)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         logits = self.parameters_of(x, context).unflatten(-1, (self.latent_dim, self.num_classes))
@@ -448,12 +448,12 @@ class OneHotCategorical(Encoder):
         context_dim: int = 0,
     ):
         super().__init__(x_shape, latent_dim, network, context_dim, num_params=latent_dim)
-        self.blocks = latents.one_hot_blocks(latent_dim, num_classes)
-        self.support = latents.blocks_of(constraints.one_hot, self.blocks)
+        self.blocks = distributions.one_hot_blocks(latent_dim, num_classes)
+        self.support = distributions.blocks_of(constraints.one_hot, self.blocks)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         logits = self.parameters_of(x, context).unflatten(-1, self.blocks)
-        return latents.Flattened(dist.OneHotCategoricalStraightThrough(logits=logits).to_event(1))
+        return distributions.Flattened(dist.OneHotCategoricalStraightThrough(logits=logits).to_event(1))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_classes={self.blocks[1]}"
@@ -497,14 +497,14 @@ class RelaxedOneHotCategorical(Encoder):
         context_dim: int = 0,
     ):
         super().__init__(x_shape, latent_dim, network, context_dim, num_params=latent_dim)
-        self.blocks = latents.one_hot_blocks(latent_dim, num_classes)
-        self.support = latents.blocks_of(constraints.simplex, self.blocks)
-        self.register_buffer("temperature", torch.tensor(latents.check_temperature(temperature)))
+        self.blocks = distributions.one_hot_blocks(latent_dim, num_classes)
+        self.support = distributions.blocks_of(constraints.simplex, self.blocks)
+        self.register_buffer("temperature", torch.tensor(distributions.check_temperature(temperature)))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         logits = self.parameters_of(x, context).unflatten(-1, self.blocks)
-        relaxed = latents.RelaxedOneHotCategorical(self.temperature, logits=logits)
-        return latents.Flattened(relaxed.to_event(1))
+        relaxed = distributions.RelaxedOneHotCategorical(self.temperature, logits=logits)
+        return distributions.Flattened(relaxed.to_event(1))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_classes={self.blocks[1]}, temperature={self.temperature.item():g}"
@@ -536,12 +536,12 @@ class LogisticNormal(Encoder):
     support = constraints.simplex
 
     def __init__(self, x_shape: Shape, latent_dim: int, network: Network = MLP, context_dim: int = 0):
-        latents.check_simplex(latent_dim)
+        distributions.check_simplex(latent_dim)
         super().__init__(x_shape, latent_dim, network, context_dim, num_params=2 * (latent_dim - 1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         loc, raw = self.parameters_of(x, context).chunk(2, dim=-1)
-        return latents.LogisticNormal(loc, positive(raw))
+        return distributions.LogisticNormal(loc, positive(raw))
 
 
 class Delta(Encoder):

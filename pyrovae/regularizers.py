@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
-from pyrovae.checks import described, sample_sites
 from pyrovae.distributions import center
+from pyrovae.inference.structure import described, sample_sites
 from pyrovae.nn import register
 
 __all__ = [

@@ -104,8 +104,9 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         if not isinstance(error, OSError):  # Ctrl-C, for one
             raise
         raise OSError(
-            error.errno, f"cannot write {path}: {error.strerror}. What was there before is unchanged. Make room or name "
-            "another place"
+            error.errno,
+            f"cannot write {path}: {error.strerror}. What was there before is unchanged. Make room or name "
+            "another place",
         ) from error
 
 
@@ -130,7 +131,9 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[nn.Module, dic
     config = read_config(directory, trust)
     weights = directory / "weights.safetensors"
     if not weights.exists():
-        raise FileNotFoundError(f"{directory} has no weights yet. Finish it with: pyrovae train --run {directory} --resume")
+        raise FileNotFoundError(
+            f"{directory} has no weights yet. Finish it with: pyrovae train --run {directory} --resume"
+        )
     vae = build_from_config(config, config["x_shape"])
     return load(vae, weights).eval(), config
 
@@ -147,7 +150,9 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
     file, about = Path(directory) / "config.yaml", Path(directory) / "run.json"
     for needed in (file, about):
         if not needed.is_file():
-            raise FileNotFoundError(f"{directory} is no run directory: it has no {needed.name}. Name one of pyrovae train's.")
+            raise FileNotFoundError(
+                f"{directory} is no run directory: it has no {needed.name}. Name one of pyrovae train's."
+            )
     try:
         written_by = json.loads(about.read_text())
         if written_by["format"] != FORMAT:
@@ -185,7 +190,10 @@ def _is_known_class(name: str) -> bool:
     """
     module, _, attribute = name.rpartition(".")
     kind = getattr(sys.modules.get(module), attribute, None)
-    if module in ("pyrovae.priors", "pyrovae.bounds", "pyrovae.regularizers") and attribute in sys.modules[module].__all__:
+    if (
+        module in ("pyrovae.priors", "pyrovae.bounds", "pyrovae.regularizers")
+        and attribute in sys.modules[module].__all__
+    ):
         return True
     kinds = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, pyro.infer.ELBO)
     return (

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from pyrovae.arguments import row_name
 from pyrovae.distributions import center, mask_elements
 from pyrovae.encoders import Encoder
-from pyrovae.importance import Imputation, impute
+from pyrovae.inference.weights import Imputation, impute
 from pyrovae.likelihoods import Likelihood
 from pyrovae.nn import MLP, Network, apply, build
 from pyrovae.priors import Prior
@@ -339,7 +339,7 @@ class MissingDataVAE(OneLatent):
         num_samples: int = 1000,
         num_draws: int = 1,
     ) -> Imputation:
-        """Fills the holes by what the model expects there given what was observed, as :func:`pyrovae.importance.impute`.
+        """Fills the holes by what the model expects there given what was observed, as :func:`pyrovae.impute`.
 
         Args:
             x: data, shape ``(batch, *x_shape)``; anything, NaN too, in the holes.
@@ -349,7 +349,7 @@ class MissingDataVAE(OneLatent):
             num_draws: draws of the missing elements per datum.
 
         Returns:
-            An :class:`~pyrovae.importance.Imputation` with all observed elements as they are.
+            An :class:`~pyrovae.Imputation` with all observed elements as they are.
         """
         x, mask = _fill(x, mask)
         found = impute(self.model, self.guide, x, mask, context, num_samples=num_samples, num_draws=num_draws)

@@ -14,9 +14,9 @@ from pyro.distributions import constraints
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
-from pyrovae.checks import _innermost, evaluation_mode
 from pyrovae.distributions import center
 from pyrovae.encoders import Encoder
+from pyrovae.inference.structure import evaluation_mode, innermost
 from pyrovae.likelihoods import Likelihood
 from pyrovae.nn import register
 from pyrovae.priors import Prior
@@ -209,7 +209,11 @@ def likelihood_at(likelihood: nn.Module, z: Tensor, context: Tensor | None) -> d
     r"""Returns :math:`p(x \mid z)`; raises a ValueError if its shape shows that it mixed up latents of different data."""
     p = call(likelihood, z, context=context)
     leading = z.shape[:-1]
-    if p.batch_shape == leading or not hasattr(likelihood, "latent_dim") and p.batch_shape == z.shape[: len(p.batch_shape)]:
+    if (
+        p.batch_shape == leading
+        or not hasattr(likelihood, "latent_dim")
+        and p.batch_shape == z.shape[: len(p.batch_shape)]
+    ):
         return p  # the latter, for latents of one's own may be matrices
     if context is not None and takes_context(likelihood):
         leading = torch.broadcast_shapes(leading, context.shape[:-1])
@@ -331,7 +335,7 @@ def check_spaces(**parts: nn.Module) -> None:
         check_equal("support", **parts)
     except ValueError as error:
         (_, prior), (name, encoder) = parts.items()
-        over = [_OVER.get(type(_innermost(part.support))) for part in (prior, encoder)]
+        over = [_OVER.get(type(innermost(part.support))) for part in (prior, encoder)]
         if over[0] == over[1]:
             advice = ["Build both with the same latent_dim and the same number of classes."]
         else:

@@ -20,8 +20,8 @@ from spaces import Space, compositions, enumeration, product, space_of
 from torch import Tensor, nn
 
 from pyrovae import encoders, likelihoods, priors
+from pyrovae.distributions import import_zuko
 from pyrovae.encoders import DiagonalNormal, FullRankNormal
-from pyrovae.latents import import_zuko
 from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import (
     MLP,
@@ -167,7 +167,13 @@ CASES = [
         accuracy=1e-3,
     ),
     Case("GaussianProcess", "prior", priors.GaussianProcess, lambda: priors.GaussianProcess(2, 2)),
-    Case("GaussianProcess-times", "prior", priors.GaussianProcess, lambda: priors.GaussianProcess(2, 2, noise=0.3, context_dim=2), 2),
+    Case(
+        "GaussianProcess-times",
+        "prior",
+        priors.GaussianProcess,
+        lambda: priors.GaussianProcess(2, 2, noise=0.3, context_dim=2),
+        2,
+    ),
     Case("Bernoulli-vector", "likelihood", Bernoulli, lambda z=Z, network=SMALL: Bernoulli(z, 4, network)),
     Case("Bernoulli-image", "likelihood", Bernoulli, lambda: Bernoulli(Z, (1, 2, 2), DECONV)),
     Case("Bernoulli-context", "likelihood", Bernoulli, lambda: Bernoulli(Z, 4, SMALL, context_dim=C), C),

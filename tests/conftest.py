@@ -2,7 +2,9 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes that wait for each other would take most of the time
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # threads of several processes that wait for each other would take most of the time
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np

@@ -97,8 +97,14 @@ KINDS = {
     "a list of numbers": (lambda x, o: ((x, o.tolist()), {}), lambda x, o: (x, floats(o))),
     "a list of numbers first": (lambda x, o: ((o.tolist(), x), {}), lambda o, x: (x, floats(o))),
     "a tuple of tensors without dimensions": (lambda x, o: ((x, tuple(o)), {}), lambda x, o: (x, torch.stack(o))),
-    "a list of words": (lambda x, o: ((x, [f"{v:.9g}" for v in o]), {}), lambda x, o: (x, floats([float(v) for v in o]))),
-    "an array of words": (lambda x, o: ((x, np.array([f"{v:.9g}" for v in o])), {}), lambda x, o: (x, floats(o.astype(float)))),
+    "a list of words": (
+        lambda x, o: ((x, [f"{v:.9g}" for v in o]), {}),
+        lambda x, o: (x, floats([float(v) for v in o])),
+    ),
+    "an array of words": (
+        lambda x, o: ((x, np.array([f"{v:.9g}" for v in o])), {}),
+        lambda x, o: (x, floats(o.astype(float))),
+    ),
     "a list of rows": (lambda x, o: ((list(x), o), {}), lambda x, o: (torch.stack(list(x)), o)),
     "a dict": (lambda x, o: (({"x": x, "o": o},), {}), lambda b: (b["x"], b["o"])),
     "nested dicts": (
@@ -147,7 +153,9 @@ class Rows(Dataset):
 
 
 def loader(pair: Pair, collate=None, **settings: Any) -> DataLoader:
-    return DataLoader(Rows([*zip(pair.x, pair.offsets, strict=True)]), collate_fn=collate, **{"batch_size": 7} | settings)
+    return DataLoader(
+        Rows([*zip(pair.x, pair.offsets, strict=True)]), collate_fn=collate, **{"batch_size": 7} | settings
+    )
 
 
 def dicts(items):
@@ -215,7 +223,15 @@ DIAGNOSTICS = {
 def test_diagnostics_of_every_kind_are_those_of_tensors(name):
     """The same noise, and the same numbers: to the rounding of chunks."""
     found = {}
-    for kind in ("tensors", "a dict", "arrays", "nested dicts", "keywords alone", "a list of numbers", "packed sequences"):
+    for kind in (
+        "tensors",
+        "a dict",
+        "arrays",
+        "nested dicts",
+        "keywords alone",
+        "a list of numbers",
+        "packed sequences",
+    ):
         given, read = KINDS[kind]
         pair = Pair(read)
         args, kwargs = given(pair.x, pair.offsets)
@@ -226,7 +242,9 @@ def test_diagnostics_of_every_kind_are_those_of_tensors(name):
         pyro.set_rng_seed(0)
         found[f"a loader of {kind}"] = DIAGNOSTICS[name](pair.model, pair.guide, loader(pair, collate))
     for kind, value in found.items():
-        torch.testing.assert_close(value, found["tensors"], msg=lambda text, kind=kind: f"{kind}: {text}", atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            value, found["tensors"], msg=lambda text, kind=kind: f"{kind}: {text}", atol=1e-4, rtol=1e-4
+        )
 
 
 def test_data_drawn_anew_take_their_places_in_dicts():
@@ -397,7 +415,9 @@ def test_nothing_is_changed():
 
 
 def test_integers_and_booleans_are_kept():
-    args, _, _ = settled((torch.zeros(2, dtype=torch.double), np.array([1, 2]), np.array([True, False]), np.float32([1, 2])), {})
+    args, _, _ = settled(
+        (torch.zeros(2, dtype=torch.double), np.array([1, 2]), np.array([True, False]), np.float32([1, 2])), {}
+    )
     assert [t.dtype for t in args] == [torch.double, torch.long, torch.bool, torch.double]
 
 

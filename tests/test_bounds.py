@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae import VAE, bounds, encoders, fit, likelihoods, log_weights, priors, storage
 from pyrovae.bounds import elbo as elbo_module
-from pyrovae.latents import Flattened, HypersphericalUniform, LogisticNormal, VonMisesFisher
+from pyrovae.distributions import Flattened, HypersphericalUniform, LogisticNormal, VonMisesFisher
 from pyrovae.nn import MLP, OneHotInput
 from pyrovae.regularizers import MaximumMeanDiscrepancy
 from pyrovae.structures import HierarchicalVAE, MissingDataVAE, SemiSupervisedVAE

@@ -160,7 +160,10 @@ def test_evaluate_writes_what_log_marginal_gives(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "unit"),
     [
-        (["AnnealedImportanceSampling", "--method.num_temperatures", "20", "--method.schedule", "Sigmoid"], "32 chains"),
+        (
+            ["AnnealedImportanceSampling", "--method.num_temperatures", "20", "--method.schedule", "Sigmoid"],
+            "32 chains",
+        ),
         (["ImportanceSampling", "--method.num_samples", "100", "--method.proposal", "Mixed"], "100 samples"),
     ],
     ids=["annealed", "mixed"],
@@ -269,12 +272,25 @@ def test_resume_with_more_epochs_goes_on_with_the_configuration_of_the_run(tmp_p
 
 def test_a_killed_run_resumed_ends_with_the_same_weights(tmp_path, run):
     directory = tmp_path / "digits"
-    command = [sys.executable, "-m", "pyrovae", "train", "--run", str(directory), "--epochs", "40", "--num-samples", "200"]
+    command = [
+        sys.executable,
+        "-m",
+        "pyrovae",
+        "train",
+        "--run",
+        str(directory),
+        "--epochs",
+        "40",
+        "--num-samples",
+        "200",
+    ]
     metrics = directory / "metrics.jsonl"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 10):
-        assert process.poll() is None and time.monotonic() < deadline, "training ended, or hung, before it could be killed"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "training ended, or hung, before it could be killed"
+        )
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -318,8 +334,12 @@ def test_a_users_class_trains_by_import_path_and_is_loaded_only_when_trusted(tmp
     assert marker.exists()
 
 
-@pytest.mark.parametrize("name", ["os.system", "pyrovae.storage.os.system", "pyrovae.storage.load", "torch.load", "subprocess.Popen"])
-@pytest.mark.parametrize("where", [("likelihood",), ("likelihood", "class_path"), ("encoder", "init_args", "network"), ("loss",)])
+@pytest.mark.parametrize(
+    "name", ["os.system", "pyrovae.storage.os.system", "pyrovae.storage.load", "torch.load", "subprocess.Popen"]
+)
+@pytest.mark.parametrize(
+    "where", [("likelihood",), ("likelihood", "class_path"), ("encoder", "init_args", "network"), ("loss",)]
+)
 def test_a_config_that_names_other_code_is_refused(name, where, run, tmp_path):
     for file in run.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -401,7 +421,9 @@ def test_resume_without_a_run_starts_one(tmp_path, capsys):
     assert (tmp_path / "new" / "weights.safetensors").exists()
 
 
-@pytest.mark.parametrize("option", [("--latent-dim", "8"), ("--optimizer.lr", "0.1"), ("--seed", "4"), ("--epochs", "1")])
+@pytest.mark.parametrize(
+    "option", [("--latent-dim", "8"), ("--optimizer.lr", "0.1"), ("--seed", "4"), ("--epochs", "1")]
+)
 def test_resume_refuses_what_the_checkpoint_would_overrule_and_changes_nothing(option, run):
     before = digest(run)
     message = error_of("train", "--run", run, "--resume", *option)

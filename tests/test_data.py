@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from pyrovae import data
-from pyrovae.data import Batches, Split, dynamic_binarization, load, static_binarization
+from pyrovae.data import Batches, Split, dynamic_binarization, load, loading, static_binarization
 
 
 def digest(t: Tensor) -> str:
@@ -421,13 +421,13 @@ def test_damaged_gz_files_are_refused_or_read_right(tmp_path):
     for length in range(len(content)):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=str(path)):
-            data._read_idx(path)
+            loading._read_idx(path)
     for position in range(len(content)):  # the date of a gz file, say, may be anything
         damaged = bytearray(content)
         damaged[position] ^= 0xFF
         path.write_bytes(damaged)
         try:
-            read = data._read_idx(path)
+            read = loading._read_idx(path)
         except ValueError as error:
             assert str(path) in str(error)
         else:

@@ -14,8 +14,8 @@ from pyro import distributions as dist
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from pyrovae import VAE, encoders, fit, latents, likelihoods, log_marginal, log_weights, priors
-from pyrovae.latents import LogisticNormal, ReparameterizedMixture, StratifiedCategorical, VonMisesFisher, log_0f1
+from pyrovae import VAE, distributions, encoders, fit, likelihoods, log_marginal, log_weights, priors
+from pyrovae.distributions import LogisticNormal, ReparameterizedMixture, StratifiedCategorical, VonMisesFisher, log_0f1
 
 EPS = torch.finfo(torch.float64).eps
 FAILURE_RATE = 1e-4  # of each statistical test here, with another seed
@@ -292,14 +292,14 @@ def full_rank(tilt: float) -> tuple[list[Tensor], dist.TorchDistribution]:
     """Returns leaves, and a normal whose standard deviations given the dimensions before are `tilt` times too small."""
     factor = torch.tensor([[1.0, 0.0, 0.0], [3.0, 1 / tilt, 0.0], [-2.0, 1.0, 1 / tilt]]).expand(6, 3, 3)
     leaves = [(5 * torch.randn(6, 3)).requires_grad_(), factor.clone().requires_grad_()]
-    return leaves, latents.MultivariateNormal(leaves[0], scale_tril=leaves[1].tril())
+    return leaves, distributions.MultivariateNormal(leaves[0], scale_tril=leaves[1].tril())
 
 
 def low_rank(tilt: float) -> tuple[list[Tensor], dist.TorchDistribution]:
     factor = torch.tensor([[1.0, -0.5], [0.5, 2.0], [2.0, 1.0]]).expand(6, 3, 2)
     leaves = [5 * torch.randn(6, 3), factor.clone(), torch.tensor([1.0, 2.0, 0.5]) / tilt**2]
     leaves = [t.requires_grad_() for t in leaves]
-    return leaves, latents.LowRankMultivariateNormal(*leaves)
+    return leaves, distributions.LowRankMultivariateNormal(*leaves)
 
 
 def in_double(q: dist.TorchDistribution, leaves: list[Tensor]) -> tuple[list[Tensor], dist.TorchDistribution]:

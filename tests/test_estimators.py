@@ -627,7 +627,9 @@ def test_what_cannot_be_built_is_refused_by_the_argument(build, error, match):
         build()
 
 
-@pytest.mark.parametrize("make", [lambda n: ImportanceSampling(n(30)), lambda n: SequentialMonteCarlo(n(3), num_particles=n(4))])
+@pytest.mark.parametrize(
+    "make", [lambda n: ImportanceSampling(n(30)), lambda n: SequentialMonteCarlo(n(3), num_particles=n(4))]
+)
 def test_numpys_integers_are_integers(make):
     estimates = []
     for integer in (int, np.int64):

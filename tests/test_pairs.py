@@ -113,7 +113,9 @@ def test_a_plate_named_data_is_the_one_whatever_there_is_beside():
     assert_exact(partial(nested, observe=True), partial(nested, observe=False), data(3))
 
 
-@pytest.mark.parametrize("method", [estimators.Quadrature(), estimators.AnnealedImportanceSampling(4, num_temperatures=30)])
+@pytest.mark.parametrize(
+    "method", [estimators.Quadrature(), estimators.AnnealedImportanceSampling(4, num_temperatures=30)]
+)
 def test_latents_as_vectors_with_the_data_at_another_dimension(method):
     def column(x, observe):
         with pyro.plate("rows", len(x), dim=-2):
@@ -122,7 +124,9 @@ def test_latents_as_vectors_with_the_data_at_another_dimension(method):
                 pyro.sample("x", likelihood(z), obs=x.unsqueeze(-2))
 
     x = data(4)
-    estimate = log_marginal(partial(column, observe=True), partial(column, observe=False), x, method=method, progress=False)
+    estimate = log_marginal(
+        partial(column, observe=True), partial(column, observe=False), x, method=method, progress=False
+    )
     # Annealing from the exact posterior would be exact; from the prior its error is in the weights.
     error = estimate.standard_error.clamp(min=1e-6)
     assert ((estimate.value - truth(x)).abs() < 5 * error + 0.5 * error.square()).all()
@@ -147,7 +151,9 @@ def test_subsampling_in_the_guide_trains_as_svi_does():
     def both(x, observe):
         with pyro.plate("data", 12, subsample_size=4) as rows:
             shift = pyro.param("shift", torch.zeros(2).double())
-            z = pyro.sample("z", prior(4) if observe else dist.MultivariateNormal(posterior(x[rows]).loc + shift, COVARIANCE))
+            z = pyro.sample(
+                "z", prior(4) if observe else dist.MultivariateNormal(posterior(x[rows]).loc + shift, COVARIANCE)
+            )
             if observe:
                 pyro.sample("x", likelihood(z), obs=x[rows])
 
@@ -157,7 +163,9 @@ def test_subsampling_in_the_guide_trains_as_svi_does():
     found.append(pyro.param("shift").detach().clone())
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    svi = pyro.infer.SVI(*pair, pyro.optim.SGD({"lr": 0.1 / 12}), pyro.infer.Trace_ELBO())  # fit's loss is that per datum
+    svi = pyro.infer.SVI(
+        *pair, pyro.optim.SGD({"lr": 0.1 / 12}), pyro.infer.Trace_ELBO()
+    )  # fit's loss is that per datum
     torch.randperm(12)  # the order that fit drew to look at a first batch
     for _ in range(3):
         svi.step(x[torch.randperm(12)])
@@ -200,7 +208,9 @@ def test_an_automatic_guide_of_local_latents_has_weights():
     assert ((estimate.value - other.value).abs() < 5 * error).all()
     # It has no density at latents that it did not draw.
     with pytest.raises(ValueError, match='auxiliary site "a_unconstrained", "b_unconstrained"'):
-        log_marginal(positive, automatic, x, method=estimators.ImportanceSampling(10, estimators.Mixed()), progress=False)
+        log_marginal(
+            positive, automatic, x, method=estimators.ImportanceSampling(10, estimators.Mixed()), progress=False
+        )
     with pytest.raises(ValueError, match="is a point"):
         log_weights(positive, AutoDelta(positive), x, num_samples=5)
 
@@ -310,7 +320,9 @@ def by_rows(x):
 
 
 @pytest.mark.parametrize("guide", [lambda: by_rows, lambda: AutoNormal(model)], ids=["parameters", "AutoNormal"])
-@pytest.mark.parametrize("diagnostic", ["collapse", "gaps", "latent_map", "traversals", "posterior_check", "calibration"])
+@pytest.mark.parametrize(
+    "diagnostic", ["collapse", "gaps", "latent_map", "traversals", "posterior_check", "calibration"]
+)
 def test_diagnostics_that_take_parts_of_the_data_refuse_guides_of_all_rows(guide, diagnostic):
     x, guide = data(60), guide()
     guide(x)  # which makes the parameters, as training does
@@ -423,7 +435,9 @@ def test_rows_that_say_nothing_of_a_network_do_not_hide_that_it_is_wrong():
 
 def test_batch_norm_of_as_many_features_as_rows_that_are_looked_at():
     for features in (2, 3, 7, 8):
-        network = torch.nn.Sequential(torch.nn.Linear(2, features), torch.nn.BatchNorm1d(features), torch.nn.Linear(features, 3))
+        network = torch.nn.Sequential(
+            torch.nn.Linear(2, features), torch.nn.BatchNorm1d(features), torch.nn.Linear(features, 3)
+        )
 
         def normed(x, network=network.double().eval()):
             pyro.module("network", network, update_module_params=False)
@@ -440,7 +454,9 @@ def test_batch_norm_of_as_many_features_as_rows_that_are_looked_at():
 def test_an_elbo_that_has_a_gradient_alone_trains_as_in_svi():
     def shifted(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.MultivariateNormal(posterior(x).loc + pyro.param("shift", torch.ones(2).double()), COVARIANCE))
+            pyro.sample(
+                "z", dist.MultivariateNormal(posterior(x).loc + pyro.param("shift", torch.ones(2).double()), COVARIANCE)
+            )
 
     x, found = data(), []
     elbo = TraceTailAdaptive_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
@@ -449,7 +465,15 @@ def test_an_elbo_that_has_a_gradient_alone_trains_as_in_svi():
         pyro.set_rng_seed(0)
         if way == "fit":
             loader = torch.utils.data.DataLoader(x, batch_size=12)  # which draws a seed at each pass
-            fit(model, shifted, loader, loss=elbo, epochs=3, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), progress=False)
+            fit(
+                model,
+                shifted,
+                loader,
+                loss=elbo,
+                epochs=3,
+                optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+                progress=False,
+            )
         else:
             svi = pyro.infer.SVI(model, shifted, pyro.optim.SGD({"lr": 0.1 / 12}), elbo)
             next(iter(loader))

@@ -426,7 +426,12 @@ def test_decoders_may_leave_out_what_they_do_not_depend_on():
 def moody(inputs: int, outputs: int) -> nn.Module:
     """A network that differs in training, one layer of it left in evaluation mode."""
     return nn.Sequential(
-        nn.Linear(inputs, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.5).eval(), nn.Linear(8, outputs)
+        nn.Linear(inputs, 8),
+        nn.BatchNorm1d(8),
+        nn.Dropout(0.5),
+        nn.Tanh(),
+        nn.Dropout(0.5).eval(),
+        nn.Linear(8, outputs),
     )
 
 
@@ -550,7 +555,9 @@ def test_a_context_goes_to_the_parts_that_were_built_for_one():
 
 def test_labels_are_no_context():
     x, labels = torch.rand(8, 4).round(), torch.arange(8)
-    advice = r"context has shape \(8,\), one number a datum.*transform=lambda x, labels: x.*one_hot\(labels, num_classes\)"
+    advice = (
+        r"context has shape \(8,\), one number a datum.*transform=lambda x, labels: x.*one_hot\(labels, num_classes\)"
+    )
     conditional = VAE(StandardNormal(2), Bernoulli(2, 4, context_dim=8), DiagonalNormal(4, 2))  # as wide as the batch
     for vae in (small_vae(), conditional):
         with pytest.raises(ValueError, match=advice):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import pyrovae
 from pyrovae import VAE, encoders, fit, likelihoods, log_weights, priors
-from pyrovae.latents import NormalMixture, import_zuko
+from pyrovae.distributions import NormalMixture, import_zuko
 
 EPS = torch.finfo(torch.float64).eps
 FAILURE_RATE = 1e-4  # of each statistical test here, with another seed
@@ -268,9 +268,7 @@ def test_a_conditional_prior_gives_each_datum_its_own_distribution(case):
     assert ((swapped - together).abs() > 1e-6).any(0).tolist() == [True, True, False, True, True]
 
 
-@pytest.mark.parametrize(
-    "case", cases("prior", context=True), ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", cases("prior", context=True), ids=lambda case: case.name)
 def test_a_conditional_prior_asks_for_its_context(case):
     with pytest.raises(ValueError, match="context"):
         case.build()()
@@ -297,7 +295,10 @@ def test_a_conditional_prior_asks_for_its_context(case):
         (lambda: priors.GaussianProcess(4, 2, noise=1.0), "noise must be between 0 and 1, got 1"),
         (lambda: priors.GaussianProcess(4, 2, context_dim=3), "context_dim must be num_times=2, or 0 for none, got 3"),
         (lambda: priors.FlowPrior(3, lambda d, c: import_zuko().flows.MAF(d + 1, c)), r"flow must be .*\(4,\)"),
-        (lambda: priors.FlowPrior(3, lambda d, c: import_zuko().flows.MAF(d, 2)), "flow does not take a context of width 0"),
+        (
+            lambda: priors.FlowPrior(3, lambda d, c: import_zuko().flows.MAF(d, 2)),
+            "flow does not take a context of width 0",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused(build, match):

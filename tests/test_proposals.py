@@ -16,7 +16,7 @@ from torch import Tensor
 from pyrovae import VAE, Estimate, encoders, likelihoods, log_marginal, log_weights, priors
 from pyrovae.bounds import ELBO, IWAE, StickingTheLanding
 from pyrovae.estimators import Guide, ImportanceSampling, Mixed, Prior, Refined, Widened, refine
-from pyrovae.estimators.weighted import _shares, WeightSums
+from pyrovae.estimators.weighted import WeightSums, _shares
 from pyrovae.nn import OneHotInput
 
 # Chance that a statistical test here fails with another seed although the library is right.

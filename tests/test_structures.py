@@ -18,8 +18,8 @@ from torch.distributions import Categorical, MultivariateNormal
 from torch.nn.functional import cross_entropy, one_hot
 
 from pyrovae import VAE, data, encoders, fit, importance, likelihoods, load, log_marginal, log_weights, priors, save
-from pyrovae.checks import inspect
-from pyrovae.importance import impute
+from pyrovae.inference.structure import inspect
+from pyrovae.inference.weights import impute
 from pyrovae.nn import MLP, ConvNet, DeconvNet
 from pyrovae.structures import ClassifierELBO, HierarchicalVAE, LadderVAE, MissingDataVAE, SemiSupervisedVAE
 
@@ -983,7 +983,9 @@ def test_the_classifier_learns_in_training_mode(step):
 def test_parts_of_a_hierarchy_in_another_order_are_named():
     q = [encoders.DiagonalNormal(4, 3), encoders.DiagonalNormal(3, 2)]
     p, above, x = priors.StandardNormal(2), encoders.DiagonalNormal(2, 3), likelihoods.Normal(3, 4)
-    with pytest.raises(TypeError, match=r"prior must have a forward that takes \(context=None\), and Normal has another"):
+    with pytest.raises(
+        TypeError, match=r"prior must have a forward that takes \(context=None\), and Normal has another"
+    ):
         HierarchicalVAE(x, [above], p, q)
     with pytest.raises(TypeError, match=r"conditionals\[0\] must have .*\(z, context=None\), and StandardNormal has"):
         HierarchicalVAE(p, [p], x, q)

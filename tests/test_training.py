@@ -37,13 +37,14 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from pyrovae import VAE, History, fit, training
+from pyrovae import VAE, History, fit
 from pyrovae.data import dynamic_binarization
 from pyrovae.encoders import DiagonalNormal
 from pyrovae.likelihoods import Bernoulli, Normal, OptimalNormal
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
 from pyrovae.storage import read_checkpoint, save
+from pyrovae.training import trainer as training
 
 train = partial(fit, progress=False)
 SMALL = partial(MLP, hidden=(8,))
@@ -921,7 +922,9 @@ def clustered() -> tuple:
     def model(x):
         locs = pyro.param("locs", lambda: torch.randn(10, 3))
         with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(locs[pyro.sample("k", dist.Categorical(torch.ones(10)))], 1.0).to_event(1), obs=x)
+            pyro.sample(
+                "x", dist.Normal(locs[pyro.sample("k", dist.Categorical(torch.ones(10)))], 1.0).to_event(1), obs=x
+            )
 
     def guide(x):
         pyro.module("classifier", classifier)
@@ -1373,9 +1376,7 @@ def test_grey_pixels_are_not_bernoulli(row):
     x = torch.zeros(40, 16)
     x[row] = 0.5
     vae = VAE(StandardNormal(2), Bernoulli(2, 16, SMALL), DiagonalNormal(16, 2, SMALL))
-    with pytest.raises(
-        ValueError, match='site "x".*outside the support of Bernoulli.*row [05] .*dynamic_binarization'
-    ):
+    with pytest.raises(ValueError, match='site "x".*outside the support of Bernoulli.*row [05] .*dynamic_binarization'):
         train(vae.model, vae.guide, DataLoader(Wrap(x), 10), epochs=1)
 
 
@@ -1404,12 +1405,20 @@ BAD_DATA = {
     "no data": (torch.zeros(0, 4), ValueError, "data: argument 1 is empty"),
     "no data in a data set": (Wrap(torch.zeros(0, 4)), ValueError, "data is empty"),
     "a number": (torch.tensor(1.0), ValueError, "data: there is no tensor, array or list"),
-    "lengths that differ": ([torch.randn(40, 4), torch.randn(39, 4)], ValueError, "data: argument 1 has 40 rows but argument 2 has 39"),
+    "lengths that differ": (
+        [torch.randn(40, 4), torch.randn(39, 4)],
+        ValueError,
+        "data: argument 1 has 40 rows but argument 2 has 39",
+    ),
     "an array of another shape": (np.ones((40, 5)), ValueError, r"inputs of shape \(\.\.\., 4\), got \(10, 5\)"),
     "two numbers": ([1.0, 2.0], ValueError, "data: there is no tensor, array or list"),
     "nothing": ([], ValueError, "data: there is no tensor, array or list"),
     "None": (None, TypeError, "data must be a tensor.*NoneType"),
-    "a loader of dicts": (DataLoader(Wrap([{"x": torch.ones(4)}] * 40), 10), TypeError, "takes a tensor, got a dict.*transform="),
+    "a loader of dicts": (
+        DataLoader(Wrap([{"x": torch.ones(4)}] * 40), 10),
+        TypeError,
+        "takes a tensor, got a dict.*transform=",
+    ),
     "a loader that drops all": (
         DataLoader(Wrap(torch.randn(9, 4)), 10, drop_last=True),
         ValueError,

@@ -15,8 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from pyrovae.bounds.gradients import Coefficients, Gradient, Reparameterized, leave_one_out
 from pyrovae.bounds.reductions import Reduced
-from pyrovae.checks import DATA, Structure, described, inspect, is_integer, named_plate, sample_sites
-from pyrovae.importance import check_draws, check_same_sites, in_data, log_prob_of, per_datum, trace_guide, trace_model
+from pyrovae.inference.structure import DATA, SiteStructure, described, inspect, is_integer, named_plate, sample_sites
+from pyrovae.inference.weights import (
+    check_draws,
+    check_same_sites,
+    in_data,
+    log_prob_of,
+    per_datum,
+    trace_guide,
+    trace_model,
+)
 from pyrovae.regularizers import Cost, Regularizer, Run
 
 
@@ -63,7 +71,7 @@ class Sides(NamedTuple):
     scales: dict[tuple[str, str], float | Tensor]
 
 
-class Weighed(NamedTuple):
+class LossParts(NamedTuple):
     r"""What a bound makes of the contributions of sites.
 
     Args:
@@ -142,11 +150,11 @@ class Bound(PyroELBO, ABC):
         return self.reduce(log_w)
 
     @abstractmethod
-    def _weigh(self, sides: Sides, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> Weighed:
+    def _loss_parts(self, sides: Sides, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> LossParts:
         """Returns log weights and loss from the contributions of sites, and from what the terms are of those."""
 
     @abstractmethod
-    def _check_structure(self, structure: Structure) -> None:
+    def _check_structure(self, structure: SiteStructure) -> None:
         """Raises a ValueError, which names the site, if the bound is not defined for a model and a guide."""
 
     def terms(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Terms:
@@ -251,7 +259,7 @@ class Bound(PyroELBO, ABC):
         """Returns what a site's contribution is still to be scaled by."""
         return site["scale"]
 
-    def _terms(self, model: Callable, guide: Callable, structure: Structure, args: tuple, kwargs: dict) -> Terms:
+    def _terms(self, model: Callable, guide: Callable, structure: SiteStructure, args: tuple, kwargs: dict) -> Terms:
         training = torch.is_grad_enabled()
         cut = _Cut(self._follows_path or bool(self.regularizers)) if training and not self._whole else None
         with cut or nullcontext():
@@ -265,7 +273,7 @@ class Bound(PyroELBO, ABC):
                 sides.guide[name] = self._log_q(q, name in sides.model, cut is not None)
         reconstruction, kl = _parts(sides)
         batch, full = _data_size([*sample_sites(traces[0]).values(), *latents.values()])
-        weighed = self._weigh(sides, reconstruction, kl, batch)
+        weighed = self._loss_parts(sides, reconstruction, kl, batch)
         run = Run(*traces, model, guide, args, kwargs)
         costs = _numbered([(type(regularizer).__name__, regularizer(run)) for regularizer in self.regularizers])
         values = {name: full / batch * cost.value.detach() for name, cost in costs.items()}
@@ -279,7 +287,13 @@ class Bound(PyroELBO, ABC):
         return Terms(loss, weighed.bound.detach(), reconstruction, kl, values)
 
     def _score(
-        self, model: Callable, guide: Callable, structure: Structure, draws: poutine.Trace, args: tuple, kwargs: dict
+        self,
+        model: Callable,
+        guide: Callable,
+        structure: SiteStructure,
+        draws: poutine.Trace,
+        args: tuple,
+        kwargs: dict,
     ) -> tuple[tuple[poutine.Trace, poutine.Trace], Sides, set[str]]:
         """Runs the model at a guide's draws, in chunks.
 
@@ -302,7 +316,7 @@ class Bound(PyroELBO, ABC):
             if size < self.num_particles and (self._closes or first and self.regularizers):
                 part = trace_model(guide, part, structure, k, *args, **kwargs)  # its distributions for these draws
             sites, observed, side = sample_sites(model_trace), {}, {}
-            exact = _conditioned_alike(list(sites), names)
+            exact = conditioned_alike(list(sites), names)
             for name, p in sites.items():
                 scales["p", name] = self._scale_of(p)
                 if p["is_observed"]:
@@ -390,12 +404,12 @@ class Bound(PyroELBO, ABC):
                 )
         return scores
 
-    def _also(self, run: Run, structure: Structure, scale: float | Tensor) -> Tensor | float:
+    def _also(self, run: Run, structure: SiteStructure, scale: float | Tensor) -> Tensor | float:
         """Returns a number whose gradient is a part of minus the loss's that no particle has."""
         return 0.0
 
     def _surrogate(
-        self, weighed: Weighed, scores: dict[str, Tensor], extra: Tensor | float, cut: "_Cut | None"
+        self, weighed: LossParts, scores: dict[str, Tensor], extra: Tensor | float, cut: "_Cut | None"
     ) -> Tensor:
         """Returns a number whose gradient is the estimate of the gradient of minus the loss."""
         log_w = (weighed.log_p - weighed.log_q).detach()
@@ -424,8 +438,10 @@ class Bound(PyroELBO, ABC):
 class ImportanceBound(Bound):
     """Base of the bounds that are functions of importance weights per datum; one writes :meth:`reduce`."""
 
-    def _check_structure(self, structure: Structure) -> None:
-        given = [f'site "{name}" of the model is outside the plate {structure.data}' for name in sorted(structure.given)]
+    def _check_structure(self, structure: SiteStructure) -> None:
+        given = [
+            f'site "{name}" of the model is outside the plate {structure.data}' for name in sorted(structure.given)
+        ]
         if structure.problems or given:
             raise ValueError(
                 f"{type(self).__name__} weighs each datum by itself, but {'; '.join([*structure.problems, *given])}. Put what "
@@ -434,7 +450,7 @@ class ImportanceBound(Bound):
                 "needs no weights per datum (of enumerated latents, with pyro.infer.TraceEnum_ELBO)."
             )
 
-    def _weigh(self, sides: Sides, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> Weighed:
+    def _loss_parts(self, sides: Sides, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> LossParts:
         scale = _common_scale(type(self).__name__, sides.scales)
         log_p = sum([*sides.observed.values(), *sides.model.values()])
         log_q = sum(sides.guide.values()) + torch.zeros_like(log_p)
@@ -446,7 +462,7 @@ class ImportanceBound(Bound):
                 f"{tuple(log_w.shape)}: reduce over the first dimension alone."
             )
         bound = (value * scale).sum()
-        return Weighed(log_p, log_q, 0.0, scale, bound if self.is_upper else -bound, bound)
+        return LossParts(log_p, log_q, 0.0, scale, bound if self.is_upper else -bound, bound)
 
 
 class _Cut(Messenger):
@@ -505,7 +521,7 @@ def _dot(coefficient: Tensor, t: Tensor) -> Tensor:
     return (coefficient * t.masked_fill(coefficient == 0, 0.0)).sum()
 
 
-def _conditioned_alike(model_names: list[str], guide_names: list[str]) -> set[str]:
+def conditioned_alike(model_names: list[str], guide_names: list[str]) -> set[str]:
     """Returns the latents whose KL divergence given the latents before them is what the ELBO holds.
 
     Given what the guide drew before a site, its term's mean over the site's own draw is a KL divergence if what the model
@@ -522,7 +538,7 @@ def _conditioned_alike(model_names: list[str], guide_names: list[str]) -> set[st
     return alike
 
 
-def _check_sites(structure: Structure, guide_trace: poutine.Trace, model_trace: poutine.Trace) -> None:
+def _check_sites(structure: SiteStructure, guide_trace: poutine.Trace, model_trace: poutine.Trace) -> None:
     names = sample_sites(guide_trace).keys() | sample_sites(model_trace).keys()
     check_same_sites(structure.sites, names)
 

@@ -11,14 +11,14 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyrovae.bounds.base import Bound, Sides, Weighed, layers, same_scale
+from pyrovae.bounds.base import Bound, LossParts, Sides, layers, same_scale
 from pyrovae.bounds.gradients import Gradient
 from pyrovae.bounds.reductions import Reduced, power_mean
-from pyrovae.checks import Structure, described, full_precision
 from pyrovae.distributions import Stacked
-from pyrovae.importance import log_prob_of, per_datum
+from pyrovae.inference.messages import Untraceable
+from pyrovae.inference.structure import SiteStructure, described, full_precision
+from pyrovae.inference.weights import log_prob_of, per_datum
 from pyrovae.regularizers import Regularizer
-from pyrovae.states import Untraceable
 
 
 class Schedule(ABC):
@@ -272,7 +272,7 @@ class ELBO(Bound):
     def span(self) -> int:
         return max((schedule.span for schedule in self.schedules), default=0)
 
-    def _check_structure(self, structure: Structure) -> None:
+    def _check_structure(self, structure: SiteStructure) -> None:
         enumerated = [problem for problem in structure.problems if "enumerated" in problem]
         if enumerated:
             raise ValueError(f"bounds.ELBO does not enumerate: {'; '.join(enumerated)}. Use pyro.infer.TraceEnum_ELBO.")
@@ -322,7 +322,7 @@ class ELBO(Bound):
             )
         return t * (site["scale"].unsqueeze(-1) if event_dim else site["scale"])
 
-    def _weigh(self, sides: Sides, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> Weighed:
+    def _loss_parts(self, sides: Sides, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> LossParts:
         step = self.steps if torch.is_grad_enabled() else None
         beta, scales = _at(self.beta, step), sides.scales
         log_p = [t * scales["p", name] for name, t in sides.observed.items()]
@@ -338,7 +338,7 @@ class ELBO(Bound):
             for side, t in sites.items():
                 t = beta * slope * t * scales[side, name]
                 (log_p if side == "p" else log_q).append(t.sum(-1) if t.dim() > 2 else t)
-        return Weighed(*_by_datum(log_p, log_q, batch), 1.0, loss, reconstruction - sum(kl.values()))
+        return LossParts(*_by_datum(log_p, log_q, batch), 1.0, loss, reconstruction - sum(kl.values()))
 
 
 def _penalize(penalty: Penalty, kl: Tensor, step: int | None) -> tuple[Tensor | float, Tensor]:
@@ -445,7 +445,9 @@ class ScheduledStep:
         return self
 
     def _refuse(self, *_: Any) -> NoReturn:
-        raise Untraceable("it computes with the training step, which would stay the same: make it an attribute that is a Schedule")
+        raise Untraceable(
+            "it computes with the training step, which would stay the same: make it an attribute that is a Schedule"
+        )
 
     __index__ = __int__ = __float__ = __bool__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __sub__ = __rsub__ = __mod__ = __floordiv__ = _refuse

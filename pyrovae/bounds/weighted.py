@@ -9,8 +9,8 @@ from torch import Tensor
 from pyrovae.bounds.base import ImportanceBound
 from pyrovae.bounds.gradients import Coefficients, DoublyReparameterized, Gradient
 from pyrovae.bounds.reductions import Reduced, mean_of_groups, power_mean, tempered, thermodynamic_sum
-from pyrovae.checks import Structure, sample_sites, traced
-from pyrovae.importance import log_prob_of, of_depth, per_datum, simulate
+from pyrovae.inference.structure import SiteStructure, sample_sites, traced
+from pyrovae.inference.weights import log_prob_of, of_depth, per_datum, simulate
 from pyrovae.regularizers import Regularizer, Run
 
 
@@ -435,7 +435,7 @@ class ReweightedWakeSleep(_SelfNormalized):
         w = log_w.softmax(0)
         return Coefficients(model=w, guide=self.wake * w)
 
-    def _also(self, run: Run, structure: Structure, scale: float | Tensor) -> Tensor | float:
+    def _also(self, run: Run, structure: SiteStructure, scale: float | Tensor) -> Tensor | float:
         if self.sleep == 0:
             return 0.0
         dream, args, kwargs = simulate(run.model, *run.args, **run.kwargs)

@@ -1,13 +1,13 @@
 """What a model learned, and where it loses nats: functions of any model and guide that print, draw and summarise."""
 
+from pyrovae.diagnostics.anomalies import anomalies, auroc
 from pyrovae.diagnostics.base import Diagnosis
+from pyrovae.diagnostics.collapse import CollapseMonitor, collapse
 from pyrovae.diagnostics.exploration import interpolations, latent_map, traversals
-from pyrovae.diagnostics.features import frechet_distance, precision_recall, quality
-from pyrovae.diagnostics.information import CollapseMonitor, collapse
-from pyrovae.diagnostics.nats import gaps
+from pyrovae.diagnostics.gaps import gaps
 from pyrovae.diagnostics.posteriors import calibration, posterior_check, reliability
-from pyrovae.diagnostics.scores import anomalies, auroc
-from pyrovae.diagnostics.spectra import sharpness
+from pyrovae.diagnostics.quality import frechet_distance, precision_recall, quality
+from pyrovae.diagnostics.sharpness import sharpness
 
 __all__ = [
     "CollapseMonitor",

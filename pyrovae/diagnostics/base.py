@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pyrovae import arguments
 from pyrovae.arguments import take_rows
-from pyrovae.checks import Structure, inspect, sample_sites
 from pyrovae.distributions import center
 from pyrovae.estimators.base import checked
-from pyrovae.importance import in_data, inspect_samples, trace_guide, trace_model
+from pyrovae.inference.structure import SiteStructure, inspect, sample_sites
+from pyrovae.inference.weights import in_data, inspect_samples, trace_guide, trace_model
 
 
 class Diagnosis(ABC):
@@ -51,7 +51,7 @@ class Latents(NamedTuple):
     columns: dict[str, slice]
 
 
-def latents_of(trace: poutine.Trace, structure: Structure) -> Latents:
+def latents_of(trace: poutine.Trace, structure: SiteStructure) -> Latents:
     """Returns the latents of each datum in a trace of several draws; those outside the data plate are left out."""
     place, parts, columns, at = structure.data_index, [], {}, 0
     for name, site in sample_sites(trace).items():
@@ -81,7 +81,7 @@ def names_of(columns: dict[str, slice]) -> list[str]:
     ]
 
 
-def at_latents(trace: poutine.Trace, structure: Structure, latents: Latents) -> poutine.Trace:
+def at_latents(trace: poutine.Trace, structure: SiteStructure, latents: Latents) -> poutine.Trace:
     """Returns a trace of ``num_draws`` draws whose latents are given, as :func:`latents_of` lays them out."""
     place, moved = structure.data_index, trace.copy()
     for name, columns in latents.columns.items():
@@ -99,9 +99,7 @@ def observed_site(trace: poutine.Trace, site: str | None) -> str:
     sites = [
         name
         for name, node in sample_sites(trace).items()
-        if node["is_observed"]
-        and in_data(node)
-        and not node["infer"].get("is_auxiliary")
+        if node["is_observed"] and in_data(node) and not node["infer"].get("is_auxiliary")
     ]
     if site is None and len(sites) == 1:
         return sites[0]
@@ -110,18 +108,18 @@ def observed_site(trace: poutine.Trace, site: str | None) -> str:
     return site
 
 
-def expected_data(trace: poutine.Trace, structure: Structure, site: str) -> Tensor:
+def expected_data(trace: poutine.Trace, structure: SiteStructure, site: str) -> Tensor:
     r"""Returns the centre of :math:`p(x \mid z)` in a model's trace of several draws, ``(num_draws, batch, *x_shape)``."""
     p = trace.nodes[site]["fn"]
     return beside_draws(center(p), trace, structure, site)
 
 
-def drawn_data(trace: poutine.Trace, structure: Structure, site: str) -> Tensor:
+def drawn_data(trace: poutine.Trace, structure: SiteStructure, site: str) -> Tensor:
     r"""Draws from :math:`p(x \mid z)` in a model's trace of several draws, ``(num_draws, batch, *x_shape)``."""
     return beside_draws(trace.nodes[site]["fn"].sample(), trace, structure, site)
 
 
-def beside_draws(value: Tensor, trace: poutine.Trace, structure: Structure, site: str) -> Tensor:
+def beside_draws(value: Tensor, trace: poutine.Trace, structure: SiteStructure, site: str) -> Tensor:
     """Moves the data of a site's value, ``(num_draws, *plates, batch, *event)``, next to the draws."""
     fn, depth, place = trace.nodes[site]["fn"], structure.max_plate_nesting, structure.data_index
     value = value.expand(fn.batch_shape + fn.event_shape)
@@ -134,14 +132,14 @@ def beside_draws(value: Tensor, trace: poutine.Trace, structure: Structure, site
 
 def look(
     model: Callable, guide: Callable, num_draws: int, *args: Any, **kwargs: Any
-) -> tuple[Structure, poutine.Trace, poutine.Trace]:
+) -> tuple[SiteStructure, poutine.Trace, poutine.Trace]:
     """Runs a guide, and the model at its draws; returns the structure of both and their traces."""
     structure = inspect_samples(model, guide, *args, **kwargs)
     drawn = trace_guide(guide, structure, num_draws, *args, **kwargs)
     return structure, drawn, trace_model(model, drawn, structure, num_draws, *args, **kwargs)
 
 
-def inspect_part(model: Callable, guide: Callable, rows: slice, args: tuple, kwargs: dict) -> Structure:
+def inspect_part(model: Callable, guide: Callable, rows: slice, args: tuple, kwargs: dict) -> SiteStructure:
     """Returns the structure of a model and a guide on some rows of the data.
 
     Raises:

@@ -16,7 +16,6 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyrovae.arguments import take_rows
-from pyrovae.checks import evaluation_mode
 from pyrovae.diagnostics.base import (
     Diagnosis,
     Latents,
@@ -30,7 +29,8 @@ from pyrovae.diagnostics.base import (
     names_of,
     observed_site,
 )
-from pyrovae.importance import check_draws, trace_guide, trace_model
+from pyrovae.inference.structure import evaluation_mode
+from pyrovae.inference.weights import check_draws, trace_guide, trace_model
 
 __all__ = ["Interpolations", "LatentMap", "Traversals", "interpolations", "latent_map", "traversals"]
 

@@ -17,11 +17,11 @@ from torch.distributions import Transform, biject_to
 from tqdm.auto import tqdm
 
 from pyrovae.arguments import take_rows, width
-from pyrovae.checks import Structure, evaluation_mode, sample_sites
 from pyrovae.diagnostics import base
 from pyrovae.diagnostics.base import Diagnosis, Latents, check_at_least, latents_of
 from pyrovae.estimators.base import log_marginal
-from pyrovae.importance import check_draws, log_joint, simulate, trace_guide, trace_model
+from pyrovae.inference.structure import SiteStructure, evaluation_mode, sample_sites
+from pyrovae.inference.weights import check_draws, log_joint, simulate, trace_guide, trace_model
 
 __all__ = ["Calibration", "PosteriorCheck", "Reliability", "calibration", "posterior_check", "reliability"]
 
@@ -616,7 +616,7 @@ def reliability(
     return Reliability(estimate.khat, estimate.ess, num_samples)
 
 
-def _inspect(model: Callable, guide: Callable, rows: slice, args: tuple, kwargs: dict) -> Structure:
+def _inspect(model: Callable, guide: Callable, rows: slice, args: tuple, kwargs: dict) -> SiteStructure:
     """Returns the structure of a model and a guide, or raises because the posterior of a datum is undefined."""
     structure = base.inspect_part(model, guide, rows, args, kwargs)
     if structure.problems:
@@ -641,7 +641,7 @@ def _at(trace: poutine.Trace, values: dict[str, Tensor]) -> poutine.Trace:
     return moved
 
 
-def _unconstrained(trace: poutine.Trace, structure: Structure) -> dict[str, Transform]:
+def _unconstrained(trace: poutine.Trace, structure: SiteStructure) -> dict[str, Transform]:
     """Returns, for each latent site of a model's trace, the map of real vectors onto its support."""
     spaces = {}
     for name, site in sample_sites(trace).items():
@@ -665,7 +665,7 @@ def _unconstrained(trace: poutine.Trace, structure: Structure) -> dict[str, Tran
 def _chain(
     model: Callable,
     start: Callable,
-    structure: Structure,
+    structure: SiteStructure,
     spaces: dict[str, Transform],
     warmup_steps: int,
     num_samples: int,
@@ -711,7 +711,7 @@ def _correlations(draws: Tensor) -> Tensor:
 
 
 def _ranks(
-    model: Callable, guide: Callable, structure: Structure, num_draws: int, args: tuple, kwargs: dict
+    model: Callable, guide: Callable, structure: SiteStructure, num_draws: int, args: tuple, kwargs: dict
 ) -> tuple[Latents, Tensor]:
     """Simulates latents and data, and ranks them; returns the latents, the true ones last, and the ranks."""
     truth, args, kwargs = simulate(model, *args, **kwargs)

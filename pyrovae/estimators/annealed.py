@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae.checks import Structure, described
 from pyrovae.estimators.base import (
     Allocations,
     Estimate,
@@ -24,7 +23,8 @@ from pyrovae.estimators.base import (
 from pyrovae.estimators.proposals import Prior, Proposal
 from pyrovae.estimators.targets import Densities, Target
 from pyrovae.estimators.weighted import WeightSums
-from pyrovae.importance import simulate
+from pyrovae.inference.structure import SiteStructure, described
+from pyrovae.inference.weights import simulate
 
 _DIVERGED = 1000.0  # an error of the energy, in nats, that no useful step makes; as in Stan
 _PILOT_CHAINS = 32
@@ -39,7 +39,7 @@ class Schedule(ABC):
     """
 
     @abstractmethod
-    def betas(self, num_temperatures: int, pilot: "Path") -> Tensor:
+    def betas(self, num_temperatures: int, pilot: "TemperingPath") -> Tensor:
         """Returns ``(num_temperatures + 1, batch)``, or the same for all data in one column; from a run before the one that counts."""
 
     def __repr__(self) -> str:
@@ -49,7 +49,7 @@ class Schedule(ABC):
 class Linear(Schedule):
     r"""Equal steps, :math:`\beta_t = t / T`."""
 
-    def betas(self, num_temperatures: int, pilot: "Path") -> Tensor:
+    def betas(self, num_temperatures: int, pilot: "TemperingPath") -> Tensor:
         return torch.linspace(0, 1, num_temperatures + 1).unsqueeze(-1)
 
 
@@ -66,7 +66,7 @@ class Sigmoid(Schedule):
         check_positive("rate", rate)
         self.rate = rate
 
-    def betas(self, num_temperatures: int, pilot: "Path") -> Tensor:
+    def betas(self, num_temperatures: int, pilot: "TemperingPath") -> Tensor:
         s = (self.rate * torch.linspace(-1, 1, num_temperatures + 1, dtype=torch.float64)).sigmoid()
         return ((s - s[0]) / (s[-1] - s[0])).float().unsqueeze(-1)
 
@@ -82,7 +82,7 @@ class Adaptive(Schedule):
         X.-L. Meng, 1998, https://doi.org/10.1214/ss/1028905934.
     """
 
-    def betas(self, num_temperatures: int, pilot: "Path") -> Tensor:
+    def betas(self, num_temperatures: int, pilot: "TemperingPath") -> Tensor:
         steps = pilot.betas.diff(dim=0)
         speed = 0.5 * (pilot.speeds[1:] + pilot.speeds[:-1])
         # A tenth of equal steps, in case the run before saw too little.
@@ -96,7 +96,7 @@ class Adaptive(Schedule):
         return betas
 
 
-class Path(NamedTuple):
+class TemperingPath(NamedTuple):
     """How a run before the one that counts went from the start to the posterior; the first dimension is time.
 
     Args:
@@ -171,7 +171,7 @@ class _Annealed(Estimator):
         data = clamp(at_once / max(self.num_samples * self.num_particles, _PILOT_CHAINS), task.size)
         return data, clamp(at_once / (data * self.num_particles), self.num_samples)
 
-    def _prepare(self, task: Task) -> tuple[Target, Path, Tensor]:
+    def _prepare(self, task: Task) -> tuple[Target, TemperingPath, Tensor]:
         """Returns where chains move for some data, what a run before the one that counts found, and the temperatures."""
         target = Target(task, self.start.single(task, f"{type(self).__name__} starts"))
         path = self._pilot(target, task)
@@ -181,7 +181,7 @@ class _Annealed(Estimator):
         target, path, betas = self._prepare(task)
         return self._run(target, path, betas, target.draw(self.num_samples * self.num_particles), task, runs)
 
-    def _run(self, target: Target, path: Path, betas: Tensor, u: Tensor, task: Task, runs: int) -> Estimate:
+    def _run(self, target: Target, path: TemperingPath, betas: Tensor, u: Tensor, task: Task, runs: int) -> Estimate:
         """Takes chains from u through temperatures, so many runs at once; returns the ratio of the constants at the ends."""
         sums = WeightSums(self.num_samples)
         acceptance = diverged = 0.0
@@ -198,7 +198,7 @@ class _Annealed(Estimator):
         return estimate
 
     def _anneal(
-        self, target: Target, path: Path, betas: Tensor, u: Tensor, task: Task, share: float
+        self, target: Target, path: TemperingPath, betas: Tensor, u: Tensor, task: Task, share: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Takes chains from u through temperatures, up or down.
 
@@ -226,7 +226,7 @@ class _Annealed(Estimator):
             task.advance(0.5 * batch * share / steps)
         return log_z + log_w.logsumexp(1) - math.log(n), acceptance, diverged
 
-    def _pilot(self, target: Target, task: Task) -> Path:
+    def _pilot(self, target: Target, task: Task) -> TemperingPath:
         """Runs chains to the posterior by adaptive tempering, to learn step sizes, scales and temperatures from them."""
         chains = max(_PILOT_CHAINS, self.num_particles)
         u = target.draw(chains)
@@ -259,10 +259,10 @@ class _Annealed(Estimator):
             variance = torch.lerp(variance, u.var(0).clamp(min=1e-12), 0.3)
             record()
             task.advance(0.5 * (beta - before).sum().item())
-        return Path(torch.stack(betas), torch.stack(steps), torch.stack(scales), torch.stack(speeds))
+        return TemperingPath(torch.stack(betas), torch.stack(steps), torch.stack(scales), torch.stack(speeds))
 
     @abstractmethod
-    def _betas(self, path: Path) -> Tensor:
+    def _betas(self, path: TemperingPath) -> Tensor:
         """Returns the temperatures of the run that counts, ``(steps + 1, batch)``."""
 
     def trusts(self, estimate: Estimate) -> Tensor:
@@ -285,7 +285,7 @@ class _Annealed(Estimator):
         share = f"diverged: {diverged.mean().item():.1%} of moves, of {int((diverged > 0).sum()):,} of {n:,} data"
         return f"{moves}; {share}\n{said}"
 
-    def remedy(self, structure: Structure) -> str:
+    def remedy(self, structure: SiteStructure) -> str:
         return "Take more temperatures, or start=Refined()."
 
 
@@ -345,7 +345,7 @@ class AnnealedImportanceSampling(_Annealed):
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule must be one such as estimators.Sigmoid(), got {schedule!r}.")
 
-    def _betas(self, path: Path) -> Tensor:
+    def _betas(self, path: TemperingPath) -> Tensor:
         betas = self.schedule.betas(self.num_temperatures, path).to(path.betas)
         if bool((betas[0] != 0).any() | (betas[-1] != 1).any() | (betas.diff(dim=0) < 0).any()):
             raise ValueError(f"the temperatures of {self.schedule} must rise from 0 to 1.")
@@ -403,7 +403,7 @@ class SequentialMonteCarlo(_Annealed):
     def _share_kept(self) -> float:
         return self.kept
 
-    def _betas(self, path: Path) -> Tensor:
+    def _betas(self, path: TemperingPath) -> Tensor:
         return path.betas
 
 

@@ -18,8 +18,10 @@ from tqdm.auto import tqdm
 
 from pyrovae import arguments
 from pyrovae.arguments import take_rows
-from pyrovae.checks import (
-    Structure,
+from pyrovae.compilation.api import GraphCache
+from pyrovae.distributed import World, init_process_group
+from pyrovae.inference.structure import (
+    SiteStructure,
     check_all_observed,
     check_finite,
     check_mass,
@@ -28,10 +30,7 @@ from pyrovae.checks import (
     is_integer,
     sample_sites,
 )
-from pyrovae.graphs import Graphs
-from pyrovae.importance import check_draws, draw, inspect_weights, log_prob_of, per_datum, trace_model
-from pyrovae.ranks import Ranks
-from pyrovae.ranks import join as join_ranks
+from pyrovae.inference.weights import check_draws, draw, inspect_weights, log_prob_of, per_datum, trace_model
 
 _HEAD = 7  # data that a pair is looked at with, before the whole
 
@@ -121,7 +120,7 @@ class Estimator(ABC):
         untrusted = int((~estimate.trusted).sum())
         return f"Pareto k-hat above 0.7, not to be trusted: {untrusted:,} of {len(estimate.value):,} data"
 
-    def remedy(self, structure: Structure) -> str:
+    def remedy(self, structure: SiteStructure) -> str:
         """Returns what to use for data that the estimator is not to be trusted for, given what the latents are."""
         if structure.latents == structure.discrete:
             return "Score them by method=Enumeration()."
@@ -153,13 +152,13 @@ class Task:
 
     model: Callable
     guide: Callable
-    structure: Structure
+    structure: SiteStructure
     args: tuple
     kwargs: dict[str, Any]
     size: int
     max_memory: float
     bar: tqdm
-    graphs: Graphs | None = None
+    graphs: GraphCache | None = None
     offset: int = 0
     divisible: bool = True
 
@@ -338,24 +337,26 @@ def _scored(
 ) -> Estimate:
     """Scores data that are in memory, the first of which is one of so many."""
     given = arguments.tensors_of(*arguments.converted(args, kwargs))
-    ranks = join_ranks(given[0].device if given else None)
-    with open_task(model, guide, method, args, kwargs, max_memory, progress and ranks.first, offset) as task:
+    world = init_process_group(given[0].device if given else None)
+    with open_task(model, guide, method, args, kwargs, max_memory, progress and world.first, offset) as task:
         if compile:
             graphs = _graphs_of(model)
             graphs.report = task.bar.set_description
             graphs.look_at(task.args, task.kwargs)
             task = replace(task, graphs=graphs)
-        estimate = method.estimate(task) if ranks.size == 1 else _shared(method, task, ranks)
+        estimate = method.estimate(task) if world.size == 1 else _shared(method, task, world)
         return replace(estimate, remedy="" if bool(estimate.trusted.all()) else method.remedy(task.structure))
 
 
-def _shared(method: Estimator, task: Task, ranks: Ranks) -> Estimate:
+def _shared(method: Estimator, task: Task, world: World) -> Estimate:
     """Scores a share of the data in each process, with noise of its own; returns the estimates of all, in order, to all."""
     if not task.divisible:
-        raise ValueError("model and guide do not run on some of the data alone, so that processes cannot share them. Score in one.")
-    start, end = ranks.part(task.size)
+        raise ValueError(
+            "model and guide do not run on some of the data alone, so that processes cannot share them. Score in one."
+        )
+    start, end = world.shard_bounds(task.size)
     seed = int(torch.randint(2**62, ()))
-    seed = ranks.told(lambda: seed) + ranks.rank
+    seed = world.broadcast_from_rank0(lambda: seed) + world.rank
     part = None
     if end > start:
         device = next((x.device for x in arguments.tensors_of(task.args, task.kwargs)), torch.device("cpu"))
@@ -366,14 +367,16 @@ def _shared(method: Estimator, task: Task, ranks: Ranks) -> Estimate:
         # Without the method, which the others have, and which may be of a class that cannot be sent.
         diagnostics = {name: x.cpu() for name, x in part.diagnostics.items()}
         part = replace(part, **tensors, diagnostics=diagnostics, method=None)
-    whole = join(method, [part for part in ranks.gathered(part) if part is not None])
-    tensors = {name: x.to(device) for name, x in vars(whole).items() if isinstance(x, Tensor)} if part is not None else {}
+    whole = join(method, [part for part in world.all_gather(part) if part is not None])
+    tensors = (
+        {name: x.to(device) for name, x in vars(whole).items() if isinstance(x, Tensor)} if part is not None else {}
+    )
     return replace(whole, **tensors)
 
 
 @lru_cache(maxsize=4)
-def _graphs_of(model: Callable) -> Graphs:
-    return Graphs("log p(x, z)")
+def _graphs_of(model: Callable) -> GraphCache:
+    return GraphCache("log p(x, z)")
 
 
 @contextmanager

@@ -8,11 +8,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.checks import Structure, is_masked, sample_sites, unwrapped
+from pyrovae.distributions import Flattened
 from pyrovae.estimators.base import Allocations, Estimate, Estimator, Task, clamp, join, prior_of
-from pyrovae.estimators.proposals import Weighed
+from pyrovae.estimators.proposals import WeightedGuide
 from pyrovae.estimators.targets import Target
-from pyrovae.latents import Flattened
+from pyrovae.inference.structure import SiteStructure, is_masked, sample_sites, unwrapped
 
 _DEPTH = 25.0  # nats below the top of an integrand, beyond which it is left out: e^-25 is 1e-11
 _ROUNDS = 12  # grids fitted to each datum, at most
@@ -74,7 +74,7 @@ class Quadrature(_Deterministic):
 
     def estimate(self, task: Task) -> Estimate:
         few = replace(task.rows(slice(0, 1)), graphs=None)
-        target = Target(few, Weighed(prior_of(task.model), is_prior=True))
+        target = Target(few, WeightedGuide(prior_of(task.model), is_prior=True))
         dim = target.dim
         if dim > 3:
             raise ValueError(
@@ -95,7 +95,7 @@ class Quadrature(_Deterministic):
         return join(self, [self._score(part, side, slices) for part in task.split(data)])
 
     def _score(self, task: Task, side: int, slices: int) -> Estimate:
-        target = Target(task, Weighed(prior_of(task.model), is_prior=True))
+        target = Target(task, WeightedGuide(prior_of(task.model), is_prior=True))
         self._check_unmasked(target.template)
         draws = target.draw(_PRIOR_DRAWS)
         low, high = draws.amin(0), draws.amax(0)
@@ -125,7 +125,7 @@ class Quadrature(_Deterministic):
         rough = int((~estimate.trusted).sum())
         return f"half of the points change more than 0.1 nats, not to be trusted: {rough:,} of {len(estimate.value):,} data"
 
-    def remedy(self, structure: Structure) -> str:
+    def remedy(self, structure: SiteStructure) -> str:
         return "Take more points (num_samples), or AnnealedImportanceSampling()."
 
 

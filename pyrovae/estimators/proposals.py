@@ -18,12 +18,12 @@ from torch.distributions import transform_to
 
 from pyrovae.bounds import ELBO
 from pyrovae.bounds.base import Bound
-from pyrovae.checks import Structure, described
 from pyrovae.estimators.base import Task, check_count, check_positive, prior_of
-from pyrovae.importance import inspect_samples, log_q_of, trace_model
+from pyrovae.inference.structure import SiteStructure, described
+from pyrovae.inference.weights import inspect_samples, log_q_of, trace_model
 
 
-class Weighed(NamedTuple):
+class WeightedGuide(NamedTuple):
     """A guide and its share of the draws.
 
     Args:
@@ -48,10 +48,10 @@ class Proposal(ABC):
     needs_guide = True
 
     @abstractmethod
-    def guides(self, task: Task) -> list[Weighed]:
+    def guides(self, task: Task) -> list[WeightedGuide]:
         """Returns the guides to draw from, with their shares."""
 
-    def single(self, task: Task, what_for: str) -> Weighed:
+    def single(self, task: Task, what_for: str) -> WeightedGuide:
         """Returns the one guide to draw from; raises a ValueError for a mixture of several."""
         guides = self.guides(task)
         if len(guides) != 1:
@@ -65,8 +65,8 @@ class Proposal(ABC):
 class Guide(Proposal):
     """The guide as it is."""
 
-    def guides(self, task: Task) -> list[Weighed]:
-        return [Weighed(task.guide)]
+    def guides(self, task: Task) -> list[WeightedGuide]:
+        return [WeightedGuide(task.guide)]
 
 
 class Prior(Proposal):
@@ -74,8 +74,8 @@ class Prior(Proposal):
 
     needs_guide = False
 
-    def guides(self, task: Task) -> list[Weighed]:
-        return [Weighed(prior_of(task.model), is_prior=True)]
+    def guides(self, task: Task) -> list[WeightedGuide]:
+        return [WeightedGuide(prior_of(task.model), is_prior=True)]
 
 
 class Widened(Proposal):
@@ -101,8 +101,8 @@ class Widened(Proposal):
         check_positive("scale", scale)
         self.scale = scale
 
-    def guides(self, task: Task) -> list[Weighed]:
-        return [Weighed(_Changed(task.guide, task.structure, self._widen))]
+    def guides(self, task: Task) -> list[WeightedGuide]:
+        return [WeightedGuide(_Changed(task.guide, task.structure, self._widen))]
 
     def _widen(self, name: str, p: Any) -> Any:
         support = p.support
@@ -160,7 +160,7 @@ class Mixed(Proposal):
         """Whether one of the proposals looks at the guide."""
         return any(proposal.needs_guide for proposal in self.proposals)
 
-    def guides(self, task: Task) -> list[Weighed]:
+    def guides(self, task: Task) -> list[WeightedGuide]:
         total = sum(self.shares)
         return [
             weighed._replace(share=weighed.share * share / total)
@@ -199,16 +199,18 @@ class Refined(Proposal):
             raise TypeError(f"bound must be one of pyrovae.bounds, got {bound!r}.")
         self.num_steps, self.learning_rate, self.bound = num_steps, learning_rate, bound
 
-    def guides(self, task: Task) -> list[Weighed]:
-        return [Weighed(self.tune(task.model, task.guide, task.structure, task.args, task.kwargs))]
+    def guides(self, task: Task) -> list[WeightedGuide]:
+        return [WeightedGuide(self.tune(task.model, task.guide, task.structure, task.args, task.kwargs))]
 
-    def tune(self, model: Callable, guide: Callable, structure: Structure, args: tuple, kwargs: dict) -> Callable:
+    def tune(self, model: Callable, guide: Callable, structure: SiteStructure, args: tuple, kwargs: dict) -> Callable:
         """Returns the guide tuned to each of some data."""
         # A copy, for a bound counts steps, and those of a training are others.
         bound = ELBO(8) if self.bound is None else copy(self.bound)
         changes: dict[tuple[str, ...], Tensor] = {}
         tuned = _Changed(
-            guide, structure, lambda name, p: _shifted(p, (name,), changes, structure.max_plate_nesting, len(p.batch_shape))
+            guide,
+            structure,
+            lambda name, p: _shifted(p, (name,), changes, structure.max_plate_nesting, len(p.batch_shape)),
         )
         with torch.enable_grad():
             bound.differentiable_loss(model, tuned, *args, **kwargs)  # finds out what there is to change
@@ -269,7 +271,7 @@ def refine(
     return proposal.tune(model, guide, inspect_samples(model, guide, *args, **kwargs), args, kwargs)
 
 
-def check_no_auxiliary(structure: Structure) -> None:
+def check_no_auxiliary(structure: SiteStructure) -> None:
     """Raises a ValueError if a guide computes its latents from auxiliary ones, so that others have no known density."""
     if structure.auxiliary:
         listed = ", ".join(f'"{name}"' for name in sorted(structure.auxiliary))
@@ -295,7 +297,7 @@ class _Changed(Messenger):
         change: returns the distribution for a site's name and distribution.
     """
 
-    def __init__(self, guide: Callable, structure: Structure, change: Callable[[str, Any], Any]):
+    def __init__(self, guide: Callable, structure: SiteStructure, change: Callable[[str, Any], Any]):
         super().__init__()
         self.guide, self.structure, self.change = guide, structure, change
 

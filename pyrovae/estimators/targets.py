@@ -8,11 +8,11 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyrovae.checks import sample_sites
+from pyrovae.compilation.guards import Guards
 from pyrovae.estimators.base import Task, prior_of
-from pyrovae.estimators.proposals import Weighed, log_density
-from pyrovae.importance import log_prob_of, per_datum
-from pyrovae.states import State
+from pyrovae.estimators.proposals import WeightedGuide, log_density
+from pyrovae.inference.structure import sample_sites
+from pyrovae.inference.weights import log_prob_of, per_datum
 
 
 class Densities(NamedTuple):
@@ -54,7 +54,7 @@ class Target:
         ValueError: when latents are not continuous, or their space is none that real numbers are mapped to one to one.
     """
 
-    def __init__(self, task: Task, start: Weighed):
+    def __init__(self, task: Task, start: WeightedGuide):
         structure = task.structure
         if structure.discrete:
             raise ValueError(
@@ -72,9 +72,9 @@ class Target:
         # The distribution of a single site depends on nothing that is drawn: its encoder need not run again.
         self._fixed = own[0]["fn"] if len(own) == 1 else None
         self.template = trace
-        # What its density is computed from, for a graph that serves all data.
+        # What its density is computed from, for a graph that matches all data.
         source = () if self.start.is_prior else (self.start.guide if self._fixed is None else self._fixed,)
-        self.reads = State(source) if task.graphs is not None else None
+        self.reads = Guards(source) if task.graphs is not None else None
 
     def _layout(self, trace: poutine.Trace, prior: poutine.Trace, other: poutine.Trace) -> None:
         self.sites, at = [], 0

@@ -9,10 +9,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.checks import Structure, sample_sites
 from pyrovae.estimators.base import Allocations, Estimate, Estimator, Task, check_positive, clamp, join, split_evenly
-from pyrovae.estimators.proposals import Guide, Proposal, Weighed, log_density
-from pyrovae.importance import check_draws
+from pyrovae.estimators.proposals import Guide, Proposal, WeightedGuide, log_density
+from pyrovae.inference.structure import SiteStructure, sample_sites
+from pyrovae.inference.weights import check_draws
 
 
 class _Weighted(Estimator):
@@ -137,7 +137,7 @@ class CUBO(_Weighted):
             raise ValueError(f"order must be above 1, got {order}: at 1 it is importance sampling, no upper bound.")
         self.order = order
 
-    def remedy(self, structure: Structure) -> str:
+    def remedy(self, structure: SiteStructure) -> str:
         return "It may be below log p(x): take a lower order, or more samples."
 
 
@@ -152,7 +152,13 @@ def _shares(total: int, shares: list[float]) -> list[int]:
 
 
 def _log_mixture(
-    task: Task, mixed: list[Weighed], drawn_from: Weighed, log_q: Tensor, prior: Tensor, trace: poutine.Trace, k: int
+    task: Task,
+    mixed: list[WeightedGuide],
+    drawn_from: WeightedGuide,
+    log_q: Tensor,
+    prior: Tensor,
+    trace: poutine.Trace,
+    k: int,
 ) -> Tensor:
     """Returns the log-density of a mixture of proposals at draws from one of them."""
     terms = []

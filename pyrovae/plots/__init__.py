@@ -3,14 +3,14 @@
 matplotlib is imported here and nowhere else.
 """
 
+from pyrovae.plots.anomalies import anomalies
+from pyrovae.plots.collapse import collapse, collapse_history
 from pyrovae.plots.exploration import interpolations, latent_map, traversals
-from pyrovae.plots.features import quality
-from pyrovae.plots.information import collapse, collapse_history
-from pyrovae.plots.nats import gaps
+from pyrovae.plots.gaps import gaps
 from pyrovae.plots.pictures import latent_space, learning_curve, reconstructions, samples
 from pyrovae.plots.posteriors import calibration, posterior_check, reliability
-from pyrovae.plots.scores import anomalies
-from pyrovae.plots.spectra import sharpness
+from pyrovae.plots.quality import quality
+from pyrovae.plots.sharpness import sharpness
 
 __all__ = [
     "anomalies",

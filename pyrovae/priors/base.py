@@ -39,9 +39,7 @@ class Prior(nn.Module, ABC):
 
     support: constraints.Constraint = constraints.real_vector
 
-    def __init__(
-        self, latent_dim: int, network: Network = MLP, context_dim: int = 0, *, start: Tensor | None = None
-    ):
+    def __init__(self, latent_dim: int, network: Network = MLP, context_dim: int = 0, *, start: Tensor | None = None):
         super().__init__()
         if latent_dim < 1:
             raise ValueError(f"latent_dim must be at least 1, got {latent_dim}.")

@@ -10,8 +10,8 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from pyrovae import latents
-from pyrovae.latents import check_simplex, positive
+from pyrovae import distributions
+from pyrovae.distributions import check_simplex, positive
 from pyrovae.nn import MLP, Network, apply, build
 from pyrovae.priors.base import Prior
 
@@ -138,7 +138,7 @@ def spline_flow(features: int, context: int) -> nn.Module:
         Neural Spline Flows, C. Durkan, A. Bekasov, I. Murray and G. Papamakarios, 2019,
         https://arxiv.org/abs/1906.04032.
     """
-    return latents.import_zuko().flows.NSF(features, context, transforms=3, passes=2)
+    return distributions.import_zuko().flows.NSF(features, context, transforms=3, passes=2)
 
 
 class FlowPrior(Prior):
@@ -162,9 +162,7 @@ class FlowPrior(Prior):
     torch.Size([7])
     """
 
-    def __init__(
-        self, latent_dim: int, flow: Callable[[int, int], nn.Module] = spline_flow, context_dim: int = 0
-    ):
+    def __init__(self, latent_dim: int, flow: Callable[[int, int], nn.Module] = spline_flow, context_dim: int = 0):
         super().__init__(latent_dim, context_dim=context_dim)
         self.flow = flow if isinstance(flow, nn.Module) else flow(latent_dim, context_dim)
         try:
@@ -182,7 +180,7 @@ class FlowPrior(Prior):
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        return latents.Flow(self.flow(self.own(context)), self.zero, self.zero + 1)
+        return distributions.Flow(self.flow(self.own(context)), self.zero, self.zero + 1)
 
 
 class ResampledPrior(Prior):
@@ -238,7 +236,7 @@ class ResampledPrior(Prior):
             base = base.expand(context.shape[:-1])
             points = points.reshape(len(points), *[1] * (context.dim() - 1), -1).expand(-1, *context.shape[:-1], -1)
         accept = partial(self._log_acceptance, context)
-        return latents.Resampled(base, accept, accept(points).logsumexp(0) - math.log(len(points)), self.tries)
+        return distributions.Resampled(base, accept, accept(points).logsumexp(0) - math.log(len(points)), self.tries)
 
     def _log_acceptance(self, context: Tensor | None, z: Tensor) -> Tensor:
         return logsigmoid(apply(self.network, z, context, (1,), "ResampledPrior").squeeze(-1))
@@ -337,7 +335,7 @@ class GaussianProcess(Prior):
         eye = torch.eye(self.num_times, dtype=smooth.dtype, device=smooth.device)
         scale_tril = torch.linalg.cholesky((1 - self.noise) * smooth + self.noise * eye)
         processes = dist.MultivariateNormal(times.new_zeros(scale_tril.shape[:-1]), scale_tril=scale_tril)
-        return latents.Flattened(processes.to_event(1))
+        return distributions.Flattened(processes.to_event(1))
 
     def extra_repr(self) -> str:
         kernel = getattr(self.kernel, "__name__", repr(self.kernel))
@@ -372,7 +370,7 @@ class HypersphericalUniform(Prior):
         self.register_buffer("like", torch.zeros(latent_dim), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        return latents.HypersphericalUniform(self.like)
+        return distributions.HypersphericalUniform(self.like)
 
 
 class LogisticNormal(Prior):
@@ -406,7 +404,7 @@ class LogisticNormal(Prior):
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         loc, raw = self.parameters_of(context).chunk(2, dim=-1)
-        return latents.LogisticNormal(loc, positive(raw))
+        return distributions.LogisticNormal(loc, positive(raw))
 
 
 class Dirichlet(Prior):
@@ -435,9 +433,7 @@ class Dirichlet(Prior):
 
     support = constraints.simplex
 
-    def __init__(
-        self, latent_dim: int, concentration: float = 1.0, network: Network = MLP, context_dim: int = 0
-    ):
+    def __init__(self, latent_dim: int, concentration: float = 1.0, network: Network = MLP, context_dim: int = 0):
         check_simplex(latent_dim)
         super().__init__(latent_dim, network, context_dim, start=torch.zeros(latent_dim))
         if not 0 < concentration < math.inf:

@@ -5,8 +5,8 @@ from pyro import distributions as dist
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyrovae import latents
-from pyrovae.latents import check_classes, check_temperature, one_hot_blocks
+from pyrovae import distributions
+from pyrovae.distributions import check_classes, check_temperature, one_hot_blocks
 from pyrovae.nn import MLP, Network
 from pyrovae.priors.base import Prior
 
@@ -39,7 +39,7 @@ class Categorical(Prior):
     def __init__(self, latent_dim: int, num_classes: int, network: Network = MLP, context_dim: int = 0):
         check_classes(num_classes)
         super().__init__(latent_dim, network, context_dim, start=torch.zeros(latent_dim * num_classes))
-        self.num_classes, self.support = num_classes, latents.integers(num_classes)
+        self.num_classes, self.support = num_classes, distributions.integers(num_classes)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         logits = self.parameters_of(context).unflatten(-1, (self.latent_dim, self.num_classes))
@@ -72,16 +72,14 @@ class OneHotCategorical(Prior):
     tensor(2.)
     """
 
-    def __init__(
-        self, latent_dim: int, num_classes: int | None = None, network: Network = MLP, context_dim: int = 0
-    ):
+    def __init__(self, latent_dim: int, num_classes: int | None = None, network: Network = MLP, context_dim: int = 0):
         super().__init__(latent_dim, network, context_dim, start=torch.zeros(latent_dim))
         self.blocks = one_hot_blocks(latent_dim, num_classes)
-        self.support = latents.blocks_of(constraints.one_hot, self.blocks)
+        self.support = distributions.blocks_of(constraints.one_hot, self.blocks)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         logits = self.parameters_of(context).unflatten(-1, self.blocks)
-        return latents.Flattened(dist.OneHotCategorical(logits=logits).to_event(1))
+        return distributions.Flattened(dist.OneHotCategorical(logits=logits).to_event(1))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_classes={self.blocks[1]}"
@@ -120,13 +118,13 @@ class RelaxedOneHotCategorical(Prior):
     ):
         super().__init__(latent_dim, network, context_dim, start=torch.zeros(latent_dim))
         self.blocks = one_hot_blocks(latent_dim, num_classes)
-        self.support = latents.blocks_of(constraints.simplex, self.blocks)
+        self.support = distributions.blocks_of(constraints.simplex, self.blocks)
         self.register_buffer("temperature", torch.tensor(check_temperature(temperature)))
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         logits = self.parameters_of(context).unflatten(-1, self.blocks)
-        relaxed = latents.RelaxedOneHotCategorical(self.temperature, logits=logits)
-        return latents.Flattened(relaxed.to_event(1))
+        relaxed = distributions.RelaxedOneHotCategorical(self.temperature, logits=logits)
+        return distributions.Flattened(relaxed.to_event(1))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_classes={self.blocks[1]}, temperature={self.temperature.item():g}"

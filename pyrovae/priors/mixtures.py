@@ -9,8 +9,8 @@ from pyro import distributions as dist
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from pyrovae import latents
-from pyrovae.latents import NormalMixture, positive, tril_of
+from pyrovae import distributions
+from pyrovae.distributions import NormalMixture, positive, tril_of
 from pyrovae.nn import MLP, Network
 from pyrovae.priors.base import Prior
 
@@ -33,7 +33,7 @@ class _GaussianMixture(Prior, ABC):
 
     @abstractmethod
     def _scales(self, raw: Tensor) -> dict[str, Tensor]:
-        """Returns those numbers as the argument of a :class:`pyrovae.latents.NormalMixture` that they are."""
+        """Returns those numbers as the argument of a :class:`pyrovae.distributions.NormalMixture` that they are."""
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         params, k = self.parameters_of(context), self.num_components
@@ -289,7 +289,7 @@ class ExemplarPrior(Prior):
         elif bool(self.means[0, 0].isnan()):
             self._encode_all()
         nearest = partial(self._nearest, left_out) if self.training else None
-        return latents.Exemplars(self.means, self.params.exp(), left_out, nearest)
+        return distributions.Exemplars(self.means, self.params.exp(), left_out, nearest)
 
     def _numbers(self, context: Tensor) -> Tensor:
         numbers = context.long().flatten()

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pyrovae.arguments import converted, of_batch, settled, take_rows, tensors_of
 
 
-class Ranks(NamedTuple):
+class World(NamedTuple):
     """This process among those that work together, started by ``torchrun`` or with a process group of their own.
 
     Args:
@@ -31,18 +31,18 @@ class Ranks(NamedTuple):
         """Whether this one prints and writes for all."""
         return self.rank == 0
 
-    def share(self, total: int) -> "Share":
+    def shard(self, total: int) -> "Shard":
         """Returns which of so many data are this process's; all of them, with less weight, if there are too few to go round."""
         if total < self.size:
-            return Share(0, total, total, 1 / self.size)
-        start, end = self.part(total)
-        return Share(start, end - start, total, (end - start) / total)
+            return Shard(0, total, total, 1 / self.size)
+        start, end = self.shard_bounds(total)
+        return Shard(start, end - start, total, (end - start) / total)
 
-    def part(self, total: int) -> tuple[int, int]:
+    def shard_bounds(self, total: int) -> tuple[int, int]:
         """Returns where this process's part of so many data starts and ends; it may hold none."""
         return self.rank * total // self.size, (self.rank + 1) * total // self.size
 
-    def told(self, value: Callable[[], Any]) -> Any:
+    def broadcast_from_rank0(self, value: Callable[[], Any]) -> Any:
         """Returns to all what the first process finds; an error there is raised by all."""
         if self.size == 1:
             return value()
@@ -58,7 +58,7 @@ class Ranks(NamedTuple):
             raise found[1]
         return found[0]
 
-    def gathered(self, value: Any) -> list:
+    def all_gather(self, value: Any) -> list:
         """Returns to all what each process has, in order."""
         if self.size == 1:
             return [value]
@@ -66,15 +66,15 @@ class Ranks(NamedTuple):
         distributed.all_gather_object(found, value)
         return found
 
-    def add_up(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+    def all_reduce(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Returns to all the sums over processes of tensors that each has, of the same shapes in the same order."""
         return list(tensors) if self.size == 1 else _together(distributed.all_reduce, tensors)
 
-    def compared(self, batches: Iterable) -> Iterator:
+    def check_same_batches(self, batches: Iterable) -> Iterator:
         """Yields batches, after making sure that the first is the same in all processes."""
         for i, batch in enumerate(batches):
             if i == 0 and self.size > 1:
-                sums = self.gathered([(tuple(t.shape), t.double().sum().item()) for t in _tensors_of(batch)])
+                sums = self.all_gather([(tuple(t.shape), t.double().sum().item()) for t in _tensors_of(batch)])
                 if any(other != sums[0] for other in sums):
                     raise ValueError(
                         "data gives other batches in other processes, of which each is to take its share. Let a loader draw its "
@@ -83,14 +83,16 @@ class Ranks(NamedTuple):
             yield batch
 
     @torch.no_grad()
-    def align(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_state(self, tensors: Iterable[Tensor]) -> None:
         """Gives all processes the first one's values of tensors, and its random state, from which all draw alike."""
         if self.size == 1:
             return
         tensors = list(tensors)
         for t, first in zip(tensors, _together(partial(distributed.broadcast, src=0), tensors), strict=True):
             t.copy_(first)
-        states = self.told(lambda: (torch.get_rng_state(), torch.cuda.get_rng_state() if _on_gpu() else None))
+        states = self.broadcast_from_rank0(
+            lambda: (torch.get_rng_state(), torch.cuda.get_rng_state() if _on_gpu() else None)
+        )
         torch.set_rng_state(states[0])
         if states[1] is not None:
             torch.cuda.set_rng_state(states[1])
@@ -110,7 +112,7 @@ def _together(act: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -> list[T
     return tensors
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """Some of the data of a batch.
 
     Args:
@@ -153,9 +155,9 @@ class _Noise(TorchDispatchMode):
     for another, the noise would be as good, but another.
     """
 
-    def __init__(self, share: Share):
+    def __init__(self, shard: Shard):
         super().__init__()
-        self.share = share
+        self.shard = shard
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
@@ -178,12 +180,12 @@ class _Noise(TorchDispatchMode):
         """Returns the dimension of the data, counted from the last; None if there is none."""
         places = list(range(-len(shape), -1 if are_vectors else 0))
         places.sort(key=lambda i: i != -2)
-        exact = [i for i in places if shape[i] == self.share.count]
-        several = [i for i in places if shape[i] > 0 and shape[i] % self.share.count == 0]
+        exact = [i for i in places if shape[i] == self.shard.count]
+        several = [i for i in places if shape[i] > 0 and shape[i] % self.shard.count == 0]
         return next(iter(exact + several), None)
 
     def _widened(self, x: Any, place: int) -> Any:
-        start, count, total, _ = self.share
+        start, count, total, _ = self.shard
         if isinstance(x, Tensor) and x.dim() >= -place and x.shape[place] and x.shape[place] % count == 0:
             rows = (torch.arange(total, device=x.device) - start).clamp(0, count - 1)
             rows = (count * torch.arange(x.shape[place] // count, device=x.device).unsqueeze(1) + rows).flatten()
@@ -194,7 +196,7 @@ class _Noise(TorchDispatchMode):
         return x
 
     def _own(self, x: Tensor, place: int) -> Tensor:
-        start, count, total, _ = self.share
+        start, count, total, _ = self.shard
         at = x.dim() + place
         return x.unflatten(at, (-1, total)).narrow(at + 1, start, count).flatten(at, at + 1)
 
@@ -212,14 +214,14 @@ def alone() -> Iterator[None]:
         _ALONE.pop()
 
 
-def join(device: torch.device | str | None = None) -> Ranks:
+def init_process_group(device: torch.device | str | None = None) -> World:
     """Returns this process among those it works with, and joins them if ``torchrun`` has started it; else, one of one.
 
     Args:
         device: where it computes; a GPU talks by NCCL, all else by gloo.
     """
     if _ALONE or not distributed.is_available():
-        return Ranks(0, 1)
+        return World(0, 1)
     if not distributed.is_initialized() and distributed.is_torchelastic_launched():
         on_gpu = device is not None and torch.device(device).type == "cuda"
         if on_gpu:
@@ -230,8 +232,8 @@ def join(device: torch.device | str | None = None) -> Ranks:
         distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size)
         atexit.register(_leave)
     if not distributed.is_initialized():
-        return Ranks(0, 1)
-    return Ranks(distributed.get_rank(), distributed.get_world_size())
+        return World(0, 1)
+    return World(distributed.get_rank(), distributed.get_world_size())
 
 
 def was_restarted() -> bool:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.states import State, same
+from pyrovae.compilation.guards import Guards, same
 
 
-class Sequel(NamedTuple):
+class PostStep(NamedTuple):
     """What is done with the result of a function, such as a step of an optimizer; on a GPU in one go with it.
 
     Args:
@@ -19,11 +19,11 @@ class Sequel(NamedTuple):
             that cannot be told, and it is not to be recorded.
     """
 
-    call: Callable[[Any, State], Any]
+    call: Callable[[Any, Guards], Any]
     told: Callable[[], list] | None
 
 
-class Recording:
+class CudaGraph:
     """What a function launches on a GPU, to be launched again at once, from and into the same memory: a CUDA graph.
 
     Args:
@@ -52,11 +52,11 @@ class Recording:
                 _recorded(lambda: nothing.zero_())
                 raise
 
-    def serves(self, told: list) -> bool:
+    def matches(self, told: list) -> bool:
         """Returns whether it does what is asked for now."""
         return same(self.told, told) and [t.data_ptr() for t in self.kept] == self.places
 
-    def play(self, inputs: list[Tensor]) -> Any:
+    def replay(self, inputs: list[Tensor]) -> Any:
         """Launches it for inputs; returns its result, which the next time overwrites."""
         with torch.cuda.device(self.device):
             if inputs:

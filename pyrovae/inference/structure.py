@@ -25,7 +25,7 @@ from torch.distributions import biject_to
 from pyrovae.arguments import count_data, named_tensors, row_name, types_explained
 from pyrovae.distributions import Blocks, MaskedElements, Stacked, grid, open_unit_interval
 
-__all__ = ["Structure", "check_finite", "evaluation_mode", "inspect", "sample_sites"]
+__all__ = ["SiteStructure", "check_finite", "evaluation_mode", "inspect", "sample_sites"]
 
 _WRAPPERS = (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution, MaskedElements)
 named_plate: ContextVar[str | None] = ContextVar("named_plate", default=None)  # by data_plate, inside of it
@@ -83,7 +83,7 @@ class DataPlate(NamedTuple):
         return f'"{min(self.names)}"'
 
 
-class Structure(NamedTuple):
+class SiteStructure(NamedTuple):
     """How the sites of a model and guide lie in plates.
 
     Args:
@@ -202,7 +202,9 @@ def sample_sites(trace: poutine.Trace) -> dict[str, dict]:
     return {
         name: site
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample) and not site["infer"].get("_deterministic")
+        if site["type"] == "sample"
+        and not isinstance(site["fn"], _Subsample)
+        and not site["infer"].get("_deterministic")
     }
 
 
@@ -214,7 +216,7 @@ def traced(function: Callable, draws: poutine.Trace | None, *args: Any, **kwargs
     return tracer.trace
 
 
-def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Structure:
+def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> SiteStructure:
     """Runs a guide, and a model at its latents, on a batch; checks that they fit; returns their structure.
 
     Modules run in evaluation mode and the random state is put back, so that a look changes nothing. The data plate is
@@ -251,7 +253,9 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
 
     for name, site in [*model_sites.items(), *guide_sites.items()]:
         _check_batch_shape(name, site)
-    unvalidated = frozenset(name for name, site in model_sites.items() if site["is_observed"] and _is_unvalidated(site["fn"]))
+    unvalidated = frozenset(
+        name for name, site in model_sites.items() if site["is_observed"] and _is_unvalidated(site["fn"])
+    )
     for name, site in model_sites.items():
         if site["is_observed"] and name not in unvalidated:
             check_observed(name, site["fn"], site["value"])
@@ -280,7 +284,7 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
             again = traced(model, latents_of_trace(guide_trace), *args, **kwargs)
         given = frozenset(name for name in given if again.nodes[name]["value"] is model_sites[name]["value"])
     found = _problems(model_sites, guide_sites, data, given)
-    return Structure(
+    return SiteStructure(
         max_plate_nesting=max((-frame.dim for frame in frames if frame.vectorized), default=0),
         data=data,
         data_size=own[0].full_size or own[0].size if own else None,
@@ -297,7 +301,9 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Stru
         given=given,
         unvalidated=unvalidated,
         outside=frozenset(
-            name for name in unvalidated if not _support_check(model_sites[name]["fn"], model_sites[name]["value"]).all()
+            name
+            for name in unvalidated
+            if not _support_check(model_sites[name]["fn"], model_sites[name]["value"]).all()
         ),
     )
 
@@ -375,14 +381,19 @@ def _data_plate(
     named = [key for key in count if key[0] == (wanted or DATA)]
     if wanted and not named:
         listed = ", ".join(f'"{name}"' for name, _ in count) or "none"
-        raise ValueError(f'data_plate("{wanted}") names no plate over the data that the model observes; those are {listed}.')
+        raise ValueError(
+            f'data_plate("{wanted}") names no plate over the data that the model observes; those are {listed}.'
+        )
     fitting = [key for key in shared if rows in sizes[key]]
     choice = next((keys for keys in (named, fitting, shared) if keys), [])
     if not choice:
         return None, ""
     if len(choice) > 1:
         listed = " and ".join(f'"{name}" (dim {dim})' for name, dim in choice)
-        return None, f'which plate holds the data is unclear, of {listed}: say it by pyrovae.data_plate(name), or name one of them "{DATA}"'
+        return (
+            None,
+            f'which plate holds the data is unclear, of {listed}: say it by pyrovae.data_plate(name), or name one of them "{DATA}"',
+        )
     ((name, dim),) = choice
     names = {name}
     for key in model_sites.keys() & guide_sites.keys():
@@ -411,7 +422,9 @@ def described(thing: Any) -> str:
     given = []
     for name, parameter in signature(type(thing)).parameters.items():
         value = getattr(thing, name, parameter.default)
-        if not (value is parameter.default or isinstance(value, (int, float, str, tuple)) and value == parameter.default):
+        if not (
+            value is parameter.default or isinstance(value, (int, float, str, tuple)) and value == parameter.default
+        ):
             given.append(f"{name}={type(value).__name__ if isinstance(value, nn.Module) else repr(value)}")
     return f"{type(thing).__name__}({', '.join(given)})"
 
@@ -475,7 +488,7 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
     inside = _support_check(fn, value)
     if bool(inside.all()):
         return
-    space = _innermost(base.support)
+    space = innermost(base.support)
     observed = value[fn.mask_of_elements.expand(value.shape)] if isinstance(fn, MaskedElements) else value
     low, high = observed.min().item(), observed.max().item()
     first = int((~inside).nonzero()[:, -1].min()) if inside.dim() else 0  # the data are the last dimension
@@ -538,7 +551,7 @@ def unwrapped(fn: Any) -> Any:
     return fn
 
 
-def _innermost(support: constraints.Constraint) -> constraints.Constraint:
+def innermost(support: constraints.Constraint) -> constraints.Constraint:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
@@ -624,10 +637,14 @@ def _problems(
         outside = [
             name
             for name, site in sites.items()
-            if name not in given and not (where == "guide" and site["is_observed"]) and (not data or not data.frame(site))
+            if name not in given
+            and not (where == "guide" and site["is_observed"])
+            and (not data or not data.frame(site))
         ]
         if outside:
-            listed = ", ".join(f'"{name}"' for name in outside[:3]) + (f" and {len(outside) - 3} more" if outside[3:] else "")
+            listed = ", ".join(f'"{name}"' for name in outside[:3]) + (
+                f" and {len(outside) - 3} more" if outside[3:] else ""
+            )
             verb = "is" if len(outside) == 1 else "are"
             yield f"site{'s' if outside[1:] else ''} {listed} of the {where} {verb} outside {named}"
         for name, site in sites.items():

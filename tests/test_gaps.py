@@ -68,7 +68,9 @@ def test_a_model_that_knows_the_training_data_better_loses_by_generalisation():
     torch.testing.assert_close(found.generalization, expected)
     assert "Most is lost by generalisation" in found.verdict
     # Between halves of the same, what remains is chance.
-    same = gaps(vae.model, vae.guide, x[:100], train=x[100:], method=ImportanceSampling(50), num_steps=1, progress=False)
+    same = gaps(
+        vae.model, vae.guide, x[:100], train=x[100:], method=ImportanceSampling(50), num_steps=1, progress=False
+    )
     assert "generalisation" not in same.verdict
 
 

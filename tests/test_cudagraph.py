@@ -19,8 +19,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyrovae import bounds, estimators, fit, graphs, log_marginal, recordings, training
+from pyrovae import bounds, estimators, fit, log_marginal
 from pyrovae import compile as compiled
+from pyrovae.compilation import api as graphs
+from pyrovae.compilation import cudagraph as recordings
+from pyrovae.training import trainer as training
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -35,9 +38,9 @@ class StandIn:
         self.places = [t.data_ptr() for t in kept]
         self.inputs, self.result = [t.clone() for t in inputs], None
 
-    serves = recordings.Recording.serves
+    matches = recordings.CudaGraph.matches
 
-    def play(self, inputs: list[Tensor]) -> Any:
+    def replay(self, inputs: list[Tensor]) -> Any:
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         result = self.function(self.inputs)
@@ -52,7 +55,7 @@ class StandIn:
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch) -> None:
     if DEVICE == "cpu":
-        monkeypatch.setattr(graphs, "Recording", StandIn)
+        monkeypatch.setattr(graphs, "CudaGraph", StandIn)
         monkeypatch.setattr(graphs, "on_one_gpu", lambda module, tensors: True)
         monkeypatch.setattr(training, "_make_recordable", lambda optimizer: not isinstance(optimizer, Adagrad))
         monkeypatch.setattr(graphs, "_optimized", lambda module: module)

@@ -19,7 +19,7 @@ def collapse(found: Any, path: str | Path | None = None) -> Figure:
     Without divergences by dimension, the variances of the posterior means take their place.
 
     Args:
-        found: what :func:`pyrovae.diagnostics.information` returned.
+        found: what :func:`pyrovae.diagnostics.collapse` returned.
         path: where to write the picture.
     """
     figure = Figure(figsize=(10, 4.5), layout="constrained")

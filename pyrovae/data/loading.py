@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyrovae.arguments import Arguments, count_data, moved, of_batch, settled, take_rows, tensors_of
-from pyrovae.checks import check_finite
+from pyrovae.inference.structure import check_finite
 
 __all__ = ["Batches", "Split", "Splits", "dynamic_binarization", "load", "split_missing", "static_binarization"]
 
@@ -254,7 +254,10 @@ _TORCHVISION = {
 def _torchvision(name: str, root: Path) -> Splits:
     folder = _TORCHVISION[name]
     if folder.endswith("MNIST"):
-        train, test = _idx_files(root, folder) or (_download(name, root, train=True), _download(name, root, train=False))
+        train, test = _idx_files(root, folder) or (
+            _download(name, root, train=True),
+            _download(name, root, train=False),
+        )
         validation = 10_000
     elif name == "cifar10":
         train, test = _download(name, root, train=True), _download(name, root, train=False)
@@ -277,7 +280,9 @@ def _idx_files(root: Path, folder: str) -> tuple[tuple[Tensor, Tensor], tuple[Te
     for place in (root / folder / "raw", root / "raw", root):
         paths = [
             next((p for p in (place / stem, place / f"{stem}.gz") if p.is_file()), None)
-            for stem in (f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+            for stem in (
+                f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
+            )
         ]
         if all(paths):
             x_train, y_train, x_test, y_test = map(_read_idx, paths)
@@ -346,7 +351,9 @@ def _from_file(path: Path) -> Splits:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(a, np.float32)) for name, a in arrays.items()}
     for name, x in tensors.items():
         if x.dim() < 2 or x.numel() == 0:
-            raise ValueError(f"{path}: {name} must have rows and columns, (size, *x_shape), got shape {tuple(x.shape)}.")
+            raise ValueError(
+                f"{path}: {name} must have rows and columns, (size, *x_shape), got shape {tuple(x.shape)}."
+            )
         check_finite(f"{path}: {name}", x)
     if {"train", "validation", "test"} <= tensors.keys():
         shapes = {name: tuple(x.shape[1:]) for name, x in tensors.items()}

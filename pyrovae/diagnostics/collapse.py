@@ -15,18 +15,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrovae.arguments import take_rows, tensors_of
-from pyrovae.bounds.base import _conditioned_alike, layers
+from pyrovae.bounds.base import conditioned_alike, layers
 from pyrovae.bounds.elbo import kl_in_closed_form
-from pyrovae.checks import (
-    Structure,
+from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, in_memory, inspect_part, latents_of
+from pyrovae.estimators.proposals import check_no_auxiliary
+from pyrovae.inference.structure import (
+    SiteStructure,
     check_all_observed,
     evaluation_mode,
     is_masked,
     sample_sites,
 )
-from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, in_memory, inspect_part, latents_of
-from pyrovae.estimators.proposals import check_no_auxiliary
-from pyrovae.importance import check_draws, log_prob_of, per_datum, trace_guide, trace_model
+from pyrovae.inference.weights import check_draws, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.training import History
 
 __all__ = ["Collapse", "CollapseMonitor", "collapse"]
@@ -167,7 +167,7 @@ class Collapse(Diagnosis):
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
-        from pyrovae.plots.information import collapse
+        from pyrovae.plots.collapse import collapse
 
         return collapse(self, path)
 
@@ -350,7 +350,7 @@ class CollapseMonitor:
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draws the records by epoch; returns the matplotlib figure, and writes it if a path is given."""
-        from pyrovae.plots.information import collapse_history
+        from pyrovae.plots.collapse import collapse_history
 
         return collapse_history(self.records, path)
 
@@ -373,13 +373,15 @@ class _Draws(NamedTuple):
     template: poutine.Trace
 
 
-def _draw(model: Callable, guide: Callable, structure: Structure, num_draws: int, *args: Any, **kwargs: Any) -> _Draws:
+def _draw(
+    model: Callable, guide: Callable, structure: SiteStructure, num_draws: int, *args: Any, **kwargs: Any
+) -> _Draws:
     depth = structure.data_index
     trace = trace_guide(guide, structure, num_draws, *args, **kwargs)
     scored = trace_model(model, trace, structure, num_draws, *args, **kwargs)
     check_all_observed(scored)
     z, columns = latents_of(trace, structure)
-    alike = _conditioned_alike(list(sample_sites(scored)), list(columns))
+    alike = conditioned_alike(list(sample_sites(scored)), list(columns))
     kl_by_site, kl_by_dimension, means = [], [], {}
     for name in columns:
         q, p = trace.nodes[name], scored.nodes[name]
@@ -449,7 +451,7 @@ def _rows_of(t: Tensor, depth: int) -> Tensor:
 
 def _score_all(
     guide: Callable,
-    structure: Structure,
+    structure: SiteStructure,
     latents: Latents,
     template: poutine.Trace,
     args: tuple,

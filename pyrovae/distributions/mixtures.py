@@ -241,7 +241,9 @@ class ReparameterizedMixture(dist.MixtureSameFamily):
         tails = side * ndtr(side * standard)
         levels = (weights * tails).sum(-2)  # the conditional probabilities, or those less one
         with torch.no_grad():
-            below = torch.einsum("...ki,...kj->...ij", weights * (tails - levels.unsqueeze(-2)), -standard / normal.scale)
+            below = torch.einsum(
+                "...ki,...kj->...ij", weights * (tails - levels.unsqueeze(-2)), -standard / normal.scale
+            )
             density = (weights * log_density.exp()).sum(-2) / math.sqrt(2 * math.pi)
             slopes = below.tril(-1) + torch.diag_embed(density.clamp_min(torch.finfo(z.dtype).tiny))
         moved = torch.linalg.solve_triangular(slopes, (levels - levels.detach()).unsqueeze(-1), upper=False)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import named_tensors, take_rows, width
-from pyrovae.checks import check_finite, evaluation_mode, inspect, sample_sites
 from pyrovae.diagnostics.base import Diagnosis, check_at_least, in_memory, latents_of
 from pyrovae.distributions import center
-from pyrovae.importance import in_data, inspect_samples, simulate, trace_guide
+from pyrovae.inference.structure import check_finite, evaluation_mode, inspect, sample_sites
+from pyrovae.inference.weights import in_data, inspect_samples, simulate, trace_guide
 
 __all__ = ["PrecisionRecall", "Quality", "QualityScores", "frechet_distance", "precision_recall", "quality"]
 
@@ -173,7 +173,7 @@ class Quality(Diagnosis):
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
-        from pyrovae.plots.features import quality
+        from pyrovae.plots.quality import quality
 
         return quality(self, path)
 

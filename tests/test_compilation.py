@@ -41,8 +41,9 @@ from test_parts import COVERING, MEETING, name_of, representatives, vae_of
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyrovae import VAE, bounds, encoders, estimators, fit, graphs, likelihoods, log_marginal, priors
+from pyrovae import VAE, bounds, encoders, estimators, fit, likelihoods, log_marginal, priors
 from pyrovae import compile as compiled
+from pyrovae.compilation import api as graphs
 from pyrovae.nn import MLP, ConvNet, DeconvNet
 from pyrovae.regularizers import Adversarial, DensityRatio, MaximumMeanDiscrepancy, TotalCorrelation
 from pyrovae.structures import ClassifierELBO, HierarchicalVAE, LadderVAE, MissingDataVAE, SemiSupervisedVAE
@@ -1207,6 +1208,7 @@ def test_handlers_around_that_hold_more_are_not_told_apart(traced):
 
 def test_autocast_and_default_types_are_inputs(traced, monkeypatch):
     monkeypatch.setattr(graphs, "_WORTH_IT", 0)
+
     def steps(elbo: Any) -> list:
         pair, x, found = pair_of(fresh(small_vae)), doubles(5, 3).float(), []
         for on in (False, True, True, False, True):

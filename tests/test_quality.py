@@ -1,6 +1,7 @@
 """Precision, recall and Fréchet distance against direct computations; samples of a perfect model reach the floor."""
 
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -13,14 +14,14 @@ from linear_gaussian import assert_mean, repeat, truth, vae_of
 from pyro import distributions as dist
 
 from pyrovae import VAE, encoders, likelihoods, nn, priors, structures
-from pyrovae.diagnostics.features import QualityScores, _latent_means, frechet_distance, precision_recall, quality
+from pyrovae.diagnostics.quality import QualityScores, _latent_means, frechet_distance, precision_recall, quality
 
 FAILURE_RATE = 1e-4
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_are_those_of_all_pairs(k, monkeypatch):
-    monkeypatch.setattr("pyrovae.diagnostics.features._CHUNK", 100)  # several parts
+    monkeypatch.setattr(sys.modules["pyrovae.diagnostics.quality"], "_CHUNK", 100)  # several parts
     real, generated = torch.randn(30, 2), 1.5 * torch.randn(40, 2) + 0.5
 
     def share(centers, points):
@@ -142,7 +143,7 @@ def test_chunks_and_the_random_state_of_the_caller(monkeypatch):
     vae = VAE(priors.StandardNormal(3), likelihoods.Normal(3, 4), encoders.DiagonalNormal(4, 3)).train()
     x = torch.randn(21, 4)
     whole = quality(vae.model, vae.guide, x)
-    monkeypatch.setattr("pyrovae.diagnostics.features._CHUNK", 5 * 8 * 4)
+    monkeypatch.setattr(sys.modules["pyrovae.diagnostics.quality"], "_CHUNK", 5 * 8 * 4)
     pyro.set_rng_seed(1)
     parts = quality(vae.model, vae.guide, x)
     # A product of matrices is rounded in another order for other numbers of rows.

@@ -9,7 +9,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import kl_divergence, register_kl
 
-from pyrovae.latents.spaces import blocks_of
+from pyrovae.distributions.spaces import blocks_of
 
 
 class Flattened(dist.TorchDistribution):

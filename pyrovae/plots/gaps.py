@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 from pyrovae.plots.pictures import write
 
 if TYPE_CHECKING:
-    from pyrovae.diagnostics.nats import Gaps
+    from pyrovae.diagnostics.gaps import Gaps
 
 
 def gaps(found: "Gaps", path: str | Path | None = None) -> Figure:
     """Draws the gaps as bars from log p(x) down to the ELBO, and their spread over the data.
 
     Args:
-        found: what :func:`pyrovae.diagnostics.nats` returned.
+        found: what :func:`pyrovae.diagnostics.gaps` returned.
         path: where to write the picture.
     """
     sides = {"test": found.test} if found.train is None else {"test": found.test, "train": found.train}

@@ -15,8 +15,8 @@ from scipy.integrate import trapezoid
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from pyrovae import VAE, encoders, likelihoods, log_marginal, priors, structures
-from pyrovae.diagnostics.scores import anomalies, auroc
-from pyrovae.plots.scores import _curve
+from pyrovae.diagnostics.anomalies import anomalies, auroc
+from pyrovae.plots.anomalies import _curve
 
 FAILURE_RATE = 1e-4
 

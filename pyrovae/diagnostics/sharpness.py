@@ -12,7 +12,6 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.arguments import take_rows, width
-from pyrovae.checks import Structure, evaluation_mode
 from pyrovae.diagnostics.base import (
     Diagnosis,
     beside_draws,
@@ -23,7 +22,8 @@ from pyrovae.diagnostics.base import (
     observed_site,
 )
 from pyrovae.distributions import MaskedElements
-from pyrovae.importance import trace_model
+from pyrovae.inference.structure import SiteStructure, evaluation_mode
+from pyrovae.inference.weights import trace_model
 
 __all__ = ["Sharpness", "sharpness"]
 
@@ -139,7 +139,7 @@ class Sharpness(Diagnosis):
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
-        from pyrovae.plots.spectra import sharpness
+        from pyrovae.plots.sharpness import sharpness
 
         return sharpness(self, path)
 
@@ -269,7 +269,7 @@ class _Part(NamedTuple):
 
 
 def _part(
-    scored: poutine.Trace, prior: poutine.Trace, structure: Structure, site: str, shape: tuple[int, ...] | None
+    scored: poutine.Trace, prior: poutine.Trace, structure: SiteStructure, site: str, shape: tuple[int, ...] | None
 ) -> _Part:
     node = scored.nodes[site]
     if isinstance(node["fn"], MaskedElements) and not bool(node["fn"].mask_of_elements.all()):

@@ -146,7 +146,7 @@ class Anomalies(Diagnosis):
         return summary
 
     def plot(self, path: str | Path | None = None) -> Any:
-        from pyrovae.plots.scores import anomalies
+        from pyrovae.plots.anomalies import anomalies
 
         return anomalies(self, path)
 

@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from pyrovae import bounds
 from pyrovae.arguments import take_rows
-from pyrovae.checks import evaluation_mode
 from pyrovae.diagnostics.base import Diagnosis, check_at_least, in_memory, inspect_part
 from pyrovae.estimators import (
     AnnealedImportanceSampling,
@@ -24,7 +23,8 @@ from pyrovae.estimators import (
     log_marginal,
     refine,
 )
-from pyrovae.importance import log_weights
+from pyrovae.inference.structure import evaluation_mode
+from pyrovae.inference.weights import log_weights
 
 _DATA = 100  # tuned at once
 
@@ -146,7 +146,7 @@ class Gaps(Diagnosis):
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
-        from pyrovae.plots.nats import gaps as draw
+        from pyrovae.plots.gaps import gaps as draw
 
         return draw(self, path)
 

@@ -16,6 +16,8 @@ from pyro.poutine import Trace
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
+from pyrovae.inference.messages import Untraceable
+
 # Code that reads no state but that of the objects it is given. All other functions and classes are the user's.
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "pyro", "pyrovae", "numpy", "zuko", "torchvision", "tqdm"})
 ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, range, slice)
@@ -28,11 +30,7 @@ _MOST = 20_000
 _SMALL = 8192  # bytes of an array that are compared
 
 
-class Untraceable(Exception):
-    """Why something cannot be made a graph, or should not be."""
-
-
-class State:
+class Guards:
     """All that can be reached from some objects: tensors, and what else there is, to be told apart from what it is later.
 
     It goes through attributes, elements of containers, closures, the global variables that the code of functions and
@@ -47,10 +45,10 @@ class State:
         Untraceable: when there are too many objects to look at, or a parameter has a hook that no graph can call.
 
     >>> layer = nn.Dropout(0.5)
-    >>> state = State((layer,))
-    >>> state.change((layer,))
+    >>> state = Guards((layer,))
+    >>> state.failure_reason((layer,))
     >>> _ = layer.eval()
-    >>> state.change((layer,))
+    >>> state.failure_reason((layer,))
     'Dropout.training changed from True to False'
     """
 
@@ -86,13 +84,13 @@ class State:
     def _counts(self) -> list[int]:
         return [*map(len, self._counted), *(len(t._backward_hooks or ()) for t in self.leaves)]
 
-    def change(self, roots: tuple) -> str | None:
+    def failure_reason(self, roots: tuple) -> str | None:
         """Returns what is no longer as it was, for a message; None if all is."""
         if not _alike(self.roots, roots):
             return "the model, the guide or an argument became another object"
         if not self._is_the_same():
             for slot in self._slots:
-                change = slot.change()
+                change = slot.failure_reason()
                 if change is not None:
                     return change
         for name, kind, t in zip(self._names, self._kinds, self.tensors, strict=True):
@@ -239,7 +237,7 @@ class _Slot:
         self.where, self.read, self.names = where, read, names
         self.saved = tuple(read())
 
-    def change(self) -> str | None:
+    def failure_reason(self) -> str | None:
         """Returns what is no longer as it was; None if all is."""
         try:
             values = self.read()

@@ -12,8 +12,10 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import nn
 
-from pyrovae import VAE, encoders, likelihoods, priors, states
-from pyrovae.states import State, Untraceable
+from pyrovae import VAE, encoders, likelihoods, priors
+from pyrovae.compilation import guards as states
+from pyrovae.compilation.guards import Guards
+from pyrovae.inference.messages import Untraceable
 
 Point = namedtuple("Point", "x y")
 NUMBER = 1.0
@@ -53,7 +55,7 @@ def holder(value: Any):
 
 
 def tensors_of(*roots: Any) -> set[int]:
-    return {id(t) for t in State(roots).tensors}
+    return {id(t) for t in Guards(roots).tensors}
 
 
 HOLDERS = {
@@ -88,19 +90,19 @@ def with_buffer(t: torch.Tensor) -> nn.Module:
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
 def test_tensors_are_found_wherever_they_are(hold):
     t = torch.zeros(3)
-    state = State((hold(t), 3, None))
+    state = Guards((hold(t), 3, None))
     assert [id(x) for x in state.tensors] == [id(t)]
-    assert state.change(state.roots) is None
+    assert state.failure_reason(state.roots) is None
     t += 1
-    assert state.change(state.roots) is None  # its values are an input
+    assert state.failure_reason(state.roots) is None  # its values are an input
     t.requires_grad_()
-    assert state.change(state.roots).endswith("changed its shape, type, device or requires_grad")
+    assert state.failure_reason(state.roots).endswith("changed its shape, type, device or requires_grad")
 
 
 def test_parameters_of_networks_are_leaves_and_buffers_are_buffers():
     network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
     network[2].bias.requires_grad_(False)
-    state = State((network,))
+    state = Guards((network,))
     assert {id(t) for t in state.tensors} == {id(t) for t in (*network.parameters(), *network.buffers())}
     assert {id(t) for t in state.buffers} == {id(t) for t in network.buffers()}
     assert {id(t) for t in state.leaves} == {id(t) for t in network.parameters() if t.requires_grad}
@@ -109,26 +111,26 @@ def test_parameters_of_networks_are_leaves_and_buffers_are_buffers():
 def test_tensors_that_are_shared_count_once():
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     second.weight = first.weight
-    assert len(State((first, second, [first], first)).tensors) == 3
+    assert len(Guards((first, second, [first], first)).tensors) == 3
 
 
 def test_objects_that_hold_each_other_come_to_an_end():
     a, b = Plain(), Plain()
     a.value, b.value = [b], {"a": a}
-    state = State((a,))
-    assert state.change((a,)) is None
+    state = Guards((a,))
+    assert state.failure_reason((a,)) is None
     b.value["a"] = b
-    assert state.change((a,)) is not None
+    assert state.failure_reason((a,)) is not None
 
 
 def test_parameters_of_the_store_are_found_by_name():
     first, other = (pyro.param(name, torch.zeros(2)).unconstrained() for name in ("first", "other"))
-    state = State((), ("first",))
+    state = Guards((), ("first",))
     assert [id(t) for t in state.tensors] == [id(first)]
     pyro.get_param_store()["other"] = torch.ones(2)
-    assert state.change(()) is None
+    assert state.failure_reason(()) is None
     pyro.get_param_store()["first"] = torch.ones(2)
-    assert state.change(()) == "pyro.param.first changed"
+    assert state.failure_reason(()) == "pyro.param.first changed"
     assert id(other) != id(first)
 
 
@@ -138,7 +140,11 @@ MESSAGES = {
     "type": (Plain, lambda x: setattr(x, "value", 1), "Plain.value changed from 1.0 to 1"),
     "object": (Plain, lambda x: setattr(x, "value", Plain()), "Plain.value changed"),
     "to None": (Plain, lambda x: setattr(x, "value", None), "Plain.value changed from 1.0 to None"),
-    "new attribute": (Plain, lambda x: setattr(x, "other", 2.0), "the number of attributes of Plain changed from 1 to 2"),
+    "new attribute": (
+        Plain,
+        lambda x: setattr(x, "other", 2.0),
+        "the number of attributes of Plain changed from 1 to 2",
+    ),
     "text": (lambda: ["a"], lambda x: x.__setitem__(0, "b"), "list[0] changed from 'a' to 'b'"),
     "appended": (lambda: [1], lambda x: x.append(2), "list has 2 entries, and had 1"),
     "filled": (list, lambda x: x.append(2), "list has 1 entries, and had 0"),
@@ -167,81 +173,81 @@ MESSAGES = {
 @pytest.mark.parametrize(("make", "change", "message"), MESSAGES.values(), ids=MESSAGES)
 def test_changes_are_named(make, change, message):
     x = make()
-    state = State((x,))
-    assert state.change((x,)) is None
+    state = Guards((x,))
+    assert state.failure_reason((x,)) is None
     change(x)
-    assert state.change((x,)) == message
-    assert State((x,)).change((x,)) is None
+    assert state.failure_reason((x,)) == message
+    assert Guards((x,)).failure_reason((x,)) is None
 
 
 @pytest.mark.parametrize("kind", [list, deque])
 def test_what_moves_from_one_container_to_the_next_is_seen(kind):
     first, second = kind([1.0]), kind()
-    state = State((first, second))
-    assert state.change((first, second)) is None
+    state = Guards((first, second))
+    assert state.failure_reason((first, second)) is None
     second.append(first.pop())
-    assert state.change((first, second)).endswith("has 0 entries, and had 1")
+    assert state.failure_reason((first, second)).endswith("has 0 entries, and had 1")
 
 
 def test_changes_of_variables_are_named(monkeypatch):
     get, put = holder(1.0)
     x = Plain()
-    state = State((get, x))
+    state = Guards((get, x))
     put(2.0)
-    assert state.change((get, x)) == "holder.<locals>.get.value changed from 1.0 to 2.0"
+    assert state.failure_reason((get, x)) == "holder.<locals>.get.value changed from 1.0 to 2.0"
     put(1.0)
-    assert state.change((get, x)) is None
+    assert state.failure_reason((get, x)) is None
     with monkeypatch.context() as patch:
         patch.setitem(globals(), "NUMBER", 2.0)
-        assert state.change((get, x)) == "test_states.NUMBER changed from 1.0 to 2.0"
+        assert state.failure_reason((get, x)) == "test_states.NUMBER changed from 1.0 to 2.0"
     with monkeypatch.context() as patch:
         patch.setattr(Plain, "of_class", 2.0)
-        assert state.change((get, x)) == "Plain.of_class changed from 1.0 to 2.0"
-    assert state.change((get, x)) is None
+        assert state.failure_reason((get, x)) == "Plain.of_class changed from 1.0 to 2.0"
+    assert state.failure_reason((get, x)) is None
 
 
 def test_other_roots_are_a_change():
     a, b = Plain(), Plain()
-    state = State((a.method, 3))
-    assert state.change((a.method, 3)) is None  # a method is made anew each time that it is asked for
+    state = Guards((a.method, 3))
+    assert state.failure_reason((a.method, 3)) is None  # a method is made anew each time that it is asked for
     for roots in ((b.method, 3), (a.method, 4), (a.doubled, 3), (a.method,)):
-        assert state.change(roots) == "the model, the guide or an argument became another object"
+        assert state.failure_reason(roots) == "the model, the guide or an argument became another object"
 
 
 def test_what_cannot_be_told_apart_is_no_change():
     x = Plain([1.0, float("nan"), "text", (1, (2,)), [], {}])
-    state = State((x,))
+    state = Guards((x,))
     x.value[:] = [float("1"), float("nan"), "te" + "xt"[:2], (1, (2,)), [], {}]
-    assert state.change((x,)) is None
+    assert state.failure_reason((x,)) is None
     x.value[4] = [1]
-    assert state.change((x,)) == "Plain.value[4] changed"
+    assert state.failure_reason((x,)) == "Plain.value[4] changed"
 
 
 def test_attributes_may_be_left_out():
     x = Derived()
-    state = State((x,), skip={Plain: frozenset({"value"})})
+    state = Guards((x,), skip={Plain: frozenset({"value"})})
     x.value = torch.zeros(3)
-    assert state.change((x,)) is None
-    assert not State((x,), skip={Plain: frozenset({"value"})}).tensors
+    assert state.failure_reason((x,)) is None
+    assert not Guards((x,), skip={Plain: frozenset({"value"})}).tensors
     x.other = 1.0
-    assert State((x,), skip={Plain: frozenset({"value"})}).change((x,)) is None
+    assert Guards((x,), skip={Plain: frozenset({"value"})}).failure_reason((x,)) is None
 
 
 def test_libraries_are_not_looked_into():
     # Nor what a function of a library reads, which would be without end.
-    assert not State((torch.nn.functional.linear, random.random, print, nn.Linear, torch, Trace_ELBO)).tensors
+    assert not Guards((torch.nn.functional.linear, random.random, print, nn.Linear, torch, Trace_ELBO)).tensors
 
 
 def test_too_many_objects_are_refused(monkeypatch):
     monkeypatch.setattr(states, "_MOST", 20)
-    State(([[] for _ in range(18)],))
+    Guards(([[] for _ in range(18)],))
     with pytest.raises(Untraceable, match="more than 20 objects can be reached, too many to watch"):
-        State(([[] for _ in range(20)],))
+        Guards(([[] for _ in range(20)],))
 
 
 def test_what_is_told_of_a_state_is_that_of_all_but_its_tensors():
     def told(p: float, on: bool = True) -> tuple:
-        return State((nn.Sequential(nn.Linear(2, 2), nn.Dropout(p)).train(on),)).told
+        return Guards((nn.Sequential(nn.Linear(2, 2), nn.Dropout(p)).train(on),)).told
 
     assert told(0.1) == told(0.1)
     assert len({told(0.1), told(0.2), told(0.1, on=False), told(0.1)}) == 3
@@ -259,8 +265,8 @@ def test_steps_of_training_are_no_change(train):
         optimizer.step()
         vae.zero_grad(set_to_none=step == 1)
         if step == 0:
-            state = State(roots, tuple(pyro.get_param_store().keys()))
-        assert state.change((vae.model, vae.guide, elbo)) is None
+            state = Guards(roots, tuple(pyro.get_param_store().keys()))
+        assert state.failure_reason((vae.model, vae.guide, elbo)) is None
     assert {id(p) for p in vae.parameters()} == {id(p) for p in state.leaves}
     vae.load_state_dict(vae.state_dict())
-    assert state.change(roots) is None
+    assert state.failure_reason(roots) is None

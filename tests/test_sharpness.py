@@ -1,6 +1,7 @@
 """Spectra sum to squared errors, and those of linear-Gaussian models have closed forms."""
 
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from pyro import distributions as dist
 
 from pyrovae import VAE, encoders, likelihoods, nn, priors, structures
 from pyrovae.data import split_missing
-from pyrovae.diagnostics.spectra import _bands, _laplacian, _power, sharpness
+from pyrovae.diagnostics.sharpness import _bands, _laplacian, _power, sharpness
 
 FAILURE_RATE = 1e-4
 
@@ -145,7 +146,7 @@ def test_flat_images_are_seen_as_what_they_are():
 def test_chunks_change_nothing(monkeypatch):
     x, pair = torch.randn(23, 1, 5, 5).double(), constant_pair(torch.zeros(1, 5, 5), 1.0)
     whole = sharpness(*pair, x)
-    monkeypatch.setattr("pyrovae.diagnostics.spectra._CHUNK", 4 * 25)
+    monkeypatch.setattr(sys.modules["pyrovae.diagnostics.sharpness"], "_CHUNK", 4 * 25)
     parts = sharpness(*pair, x)
     torch.testing.assert_close(parts.power, whole.power)
     torch.testing.assert_close(parts.error, whole.error)

@@ -25,10 +25,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
-from pyrovae import graphs, storage
+from pyrovae import storage
 from pyrovae.arguments import Arguments, converted, count_data, moved, of_batch, placed, settled, take_rows, tensors_of
 from pyrovae.bounds import Bound
-from pyrovae.checks import (
+from pyrovae.compilation import api as graphs
+from pyrovae.compilation.cudagraph import PostStep
+from pyrovae.compilation.guards import Guards
+from pyrovae.data.loading import Batches, as_batches
+from pyrovae.distributed import Shard, init_process_group
+from pyrovae.inference.structure import (
     ObservedChecked,
     check_all_observed,
     check_finite,
@@ -41,10 +46,6 @@ from pyrovae.checks import (
     unwrapped,
     warn,
 )
-from pyrovae.data import Batches, as_batches
-from pyrovae.ranks import Share, join
-from pyrovae.recordings import Sequel
-from pyrovae.states import State
 
 __all__ = ["History", "fit"]
 
@@ -86,7 +87,9 @@ class History:
     def __getitem__(self, name: str) -> list:
         """Returns one entry of every record, None where a record lacks it."""
         if not any(name in record for record in self.records):
-            raise KeyError(f"no record holds {name!r}; they hold {list(self.records[-1]) if self.records else 'nothing'}")
+            raise KeyError(
+                f"no record holds {name!r}; they hold {list(self.records[-1]) if self.records else 'nothing'}"
+            )
         return [record.get(name) for record in self.records]
 
     @property
@@ -221,15 +224,17 @@ def fit(
         )
     if not (isinstance(callbacks, Sequence) and all(map(callable, callbacks))):
         raise TypeError(f"callbacks must be a list of functions of the history, got {callbacks!r}.")
-    ranks = join(device)
-    is_there = checkpoint is not None and ranks.told(lambda: Path(checkpoint).exists())
+    world = init_process_group(device)
+    is_there = checkpoint is not None and world.broadcast_from_rank0(lambda: Path(checkpoint).exists())
     if is_there and not resume:
         raise FileExistsError(f"checkpoint {checkpoint} is there already. Pass resume=True to go on, or another path.")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs a checkpoint to go on from.")
 
-    if ranks.size > 1 and isinstance(getattr(data, "sampler", None), DistributedSampler):
-        raise ValueError("data has a DistributedSampler, but fit shares each batch out itself: give the DataLoader without it.")
+    if world.size > 1 and isinstance(getattr(data, "sampler", None), DistributedSampler):
+        raise ValueError(
+            "data has a DistributedSampler, but fit shares each batch out itself: give the DataLoader without it."
+        )
     batches = as_batches("data", data, batch_size, shuffle=True, device=device)
     held_out = None if validation is None else as_batches("validation", validation, None, shuffle=False, device=device)
     first = next(iter(batches), None)
@@ -244,19 +249,21 @@ def fit(
     others_say = isinstance(data, (DataLoader, IterableDataset))  # in which order data come
     num_shuffled = 0 if others_say else batches.size if isinstance(batches, Batches) else len(data)
     with placed(getattr(batches, "rows", None)):
-        run = _Run(ranks, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first, num_shuffled)
+        run = _Run(world, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first, num_shuffled)
     if run.of_rows:
         _warn_of_rows(run.of_rows, batch_size, len(batches))
         batches = as_batches("data", data, batch_size, shuffle=False, device=device)
     if held_out is not None and not run.has_loss:
-        raise ValueError(f"validation needs a loss, but {type(run.loss).__name__} has a gradient alone. Leave validation out.")
+        raise ValueError(
+            f"validation needs a loss, but {type(run.loss).__name__} has a gradient alone. Leave validation out."
+        )
     history, best, steps = History(), None, _length(batches)
     _warn_of_schedules(run.loss, steps, epochs, patience)
     first = of_batch(first)
     fingerprint = {"steps an epoch": steps, "data in the first batch": count_data(*converted(first.args, first.kwargs))}
 
     if is_there:
-        saved = ranks.told(lambda: storage.read_checkpoint(checkpoint))
+        saved = world.broadcast_from_rank0(lambda: storage.read_checkpoint(checkpoint))
         if saved["data"] != fingerprint:
             raise ValueError(
                 f"checkpoint {checkpoint} was made with {saved['data']}, but now there are {fingerprint}. Resume with the "
@@ -267,7 +274,7 @@ def fit(
         _set_random_state(saved["random"], batches)
 
     def save() -> float:
-        if not ranks.first:
+        if not world.first:
             return 0.0
         start = time.monotonic()
         rest = {"data": fingerprint, "history": history.records, "best": best, "random": _random_state(batches)}
@@ -278,12 +285,15 @@ def fit(
     cost = 0.0 if checkpoint is None else save()
     saved_at = time.monotonic()
     started = time.monotonic() - (history["seconds"][-1] if len(history) else 0.0)
-    with run.modes_put_back(), tqdm(
-        total=None if steps is None else steps * epochs,
-        initial=0 if steps is None else steps * min(len(history), epochs),
-        unit="step",
-        disable=not (progress and ranks.first),
-    ) as bar:
+    with (
+        run.modes_put_back(),
+        tqdm(
+            total=None if steps is None else steps * epochs,
+            initial=0 if steps is None else steps * min(len(history), epochs),
+            unit="step",
+            disable=not (progress and world.first),
+        ) as bar,
+    ):
         if run.compiled is not None:
             run.compiled.graphs.report = bar.set_description
         while len(history) < epochs and not _out_of_patience(history, patience):
@@ -293,16 +303,20 @@ def fit(
             # Pyro's validation takes a tenth of a step. The first batch has passed it, and what may change after is looked at:
             # the data at each observed site, and whether the loss is finite.
             with pyro.validation_enabled(False):
-                for batch in ranks.compared(batches):
-                    bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)  # there may be another while it compiles
+                for batch in world.check_same_batches(batches):
+                    bar.set_description(
+                        f"epoch {epoch}/{epochs}", refresh=False
+                    )  # there may be another while it compiles
                     batch = run.prepare("data", batch, check=not isinstance(batches, Batches))
-                    share = ranks.share(count_data(batch.args, batch.kwargs))
+                    shard = world.shard(count_data(batch.args, batch.kwargs))
                     run.rows = getattr(batches, "rows", None)
-                    run.step(batch, share, epoch)
-                    count += share.total
+                    run.step(batch, shard, epoch)
+                    count += shard.total
                     bar.update()
             if count == 0:
-                raise ValueError(f"data gave no batch in epoch {epoch}. A data set must be iterable anew for every epoch.")
+                raise ValueError(
+                    f"data gave no batch in epoch {epoch}. A data set must be iterable anew for every epoch."
+                )
             record = {"epoch": epoch} | run.means(count)
             run.align()  # what each has gathered of its own data, batch norm's statistics, is the first one's for all
             if held_out is not None:
@@ -311,10 +325,12 @@ def fit(
             run.end_epoch(record)
             record["seconds"] = time.monotonic() - started
             history.records.append(record)
-            bar.set_postfix({name: f"{record[name]:.3f}" for name in ("loss", "validation") if name in record}, refresh=False)
+            bar.set_postfix(
+                {name: f"{record[name]:.3f}" for name in ("loss", "validation") if name in record}, refresh=False
+            )
             if history.best_epoch == epoch:
                 best = run.snapshot()
-            stop = ranks.told(lambda: any([_is_true(callback(history)) for callback in callbacks]))
+            stop = world.broadcast_from_rank0(lambda: any([_is_true(callback(history)) for callback in callbacks]))
             last = stop or epoch == epochs or _out_of_patience(history, patience)
             # Often enough to lose little when killed, seldom enough that writing takes no more than a twentieth.
             if checkpoint is not None and (last or time.monotonic() - saved_at > 20 * cost):
@@ -330,8 +346,10 @@ def fit(
 class _Run:
     """The parameters, buffers, optimizer and schedule of one training run, found by running model and guide once."""
 
-    def __init__(self, ranks, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first_batch, num_shuffled):
-        self.ranks, self.model, self.guide = ranks, model, guide
+    def __init__(
+        self, world, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first_batch, num_shuffled
+    ):
+        self.world, self.model, self.guide = world, model, guide
         self.compiled = loss if isinstance(loss, graphs.Compiled) else None
         self.loss = loss if self.compiled is None else self.compiled.elbo
         if isinstance(self.loss, Bound):
@@ -346,9 +364,9 @@ class _Run:
         batch = self.prepare("data", first_batch, check=True)
         total = count_data(batch.args, batch.kwargs)
         structure = inspect(model, guide, *batch.args, **batch.kwargs)
-        share = ranks.share(total)
-        args, kwargs = share.rows(batch.args, batch.kwargs)
-        if share.count < total:
+        shard = world.shard(total)
+        args, kwargs = shard.rows(batch.args, batch.kwargs)
+        if shard.count < total:
             structure = inspect(model, guide, *args, **kwargs)
         self.unvalidated = structure.unvalidated
         for name in structure.outside:
@@ -359,7 +377,7 @@ class _Run:
         if self.compiled is not None:
             self.compiled.unvalidated = structure.unvalidated
         # A plate that stands for more data than it holds scales its loss up to all of them.
-        self.data_size = structure.data_size if structure.data_size != share.count else None
+        self.data_size = structure.data_size if structure.data_size != shard.count else None
         self.params, self.buffers = self._find_state(args, kwargs)
         self.trained = list({id(p): p for p in self.params.values()}.values())
         self.of_rows = self._parameters_of_rows(batch, total, num_shuffled) if num_shuffled else []
@@ -372,7 +390,7 @@ class _Run:
                 f"{missing[0].split(' ', 1)[1]!r}. Pass a callable such as functools.partial(torch.optim.Adam, lr=1e-3) to "
                 "train all of them, or freeze the others with requires_grad_(False)."
             )
-        self.recordable = ranks.size == 1 and _make_recordable(self.optimizer)
+        self.recordable = world.size == 1 and _make_recordable(self.optimizer)
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         self.align()
 
@@ -398,7 +416,12 @@ class _Run:
         handle = nn.modules.module.register_module_forward_pre_hook(lambda m, _: modules.setdefault(id(m), m) and None)
         devices = sorted({x.device for x in tensors_of(args, kwargs) if x.is_cuda}, key=str)
         try:
-            with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices), poutine.trace(param_only=True) as found:
+            with (
+                torch.no_grad(),
+                evaluation_mode(),
+                torch.random.fork_rng(devices),
+                poutine.trace(param_only=True) as found,
+            ):
                 try:
                     self.loss.loss(self.model, self.guide, *args, **kwargs)
                 except NotImplementedError:  # an ELBO of which there is no more than a gradient
@@ -452,7 +475,9 @@ class _Run:
         params = {name: p for name, p in self.params.items() if any(n and n % m == 0 for n in p.shape for m in sizes)}
         if size < 2 or not params:
             return []
-        devices = sorted({x.device for x in (*tensors_of(batch.args, batch.kwargs), *params.values()) if x.is_cuda}, key=str)
+        devices = sorted(
+            {x.device for x in (*tensors_of(batch.args, batch.kwargs), *params.values()) if x.is_cuda}, key=str
+        )
 
         try:
             with evaluation_mode(), pyro.validation_enabled(False):
@@ -475,7 +500,9 @@ class _Run:
             if bool(a.any()) and bool(b.any()) and not bool((a & b).any())
         ]
 
-    def _parts_of_row(self, row: int, batch: Arguments, size: int, params: dict[str, Tensor], drawn: poutine.Trace) -> tuple:
+    def _parts_of_row(
+        self, row: int, batch: Arguments, size: int, params: dict[str, Tensor], drawn: poutine.Trace
+    ) -> tuple:
         """Returns which elements of parameters have a part in one row, and what was drawn.
 
         Args:
@@ -498,7 +525,9 @@ class _Run:
             for site in [*sites[0].values(), *sites[1].values()] if len(plates) == 1 else []:
                 for frame in site["cond_indep_stack"]:
                     value = site["value"]
-                    drawn_here = value.flatten(value.dim() - site["fn"].event_dim).sum(-1) if site["fn"].event_dim else value
+                    drawn_here = (
+                        value.flatten(value.dim() - site["fn"].event_dim).sum(-1) if site["fn"].event_dim else value
+                    )
                     for x in (site["fn"].log_prob(value), drawn_here) if frame.name in plates else ():
                         if x.requires_grad and x.dim() >= -frame.dim and x.shape[frame.dim] == size:
                             total = total + x.select(frame.dim, row).sum()
@@ -509,13 +538,15 @@ class _Run:
         kept = poutine.Trace()
         for name, site in (sites[1] | sites[0]).items():
             # A point is computed anew from what it is made of, and with it what automatic guides draw for all points at once.
-            if not (site["is_observed"] or site["infer"].get("is_auxiliary") or isinstance(unwrapped(site["fn"]), Delta)):
+            if not (
+                site["is_observed"] or site["infer"].get("is_auxiliary") or isinstance(unwrapped(site["fn"]), Delta)
+            ):
                 kept.add_node(name, **{**site, "value": site["value"].detach()})
         return [gradient != 0 for gradient in found], kept
 
     def align(self) -> None:
         """Gives all processes the state of the first."""
-        self.ranks.align([*self.trained, *self.frozen, *self.buffers.values()])
+        self.world.broadcast_state([*self.trained, *self.frozen, *self.buffers.values()])
 
     @contextmanager
     def modes_put_back(self) -> Iterator[None]:
@@ -538,21 +569,21 @@ class _Run:
             self.totals.zero_()
             self.fine.fill_(True)
 
-    def step(self, batch: Arguments, share: Share, epoch: int) -> None:
-        """Takes one step on a batch, of which this process has a share, and adds the loss of its data to the totals."""
+    def step(self, batch: Arguments, shard: Shard, epoch: int) -> None:
+        """Takes one step on a batch, of which this process has a shard, and adds the loss of its data to the totals."""
         self.num_steps += 1
-        args, kwargs = share.rows(batch.args, batch.kwargs)
+        args, kwargs = shard.rows(batch.args, batch.kwargs)
         noise = torch.get_rng_state()
-        self.latest = args, kwargs, noise, self._places(share), f"at step {self.num_steps} (epoch {epoch})"
-        size = self.data_size or share.count
-        scale = share.weight / size  # of the loss, for what these data count in the mean over their batch
+        self.latest = args, kwargs, noise, self._places(shard), f"at step {self.num_steps} (epoch {epoch})"
+        size = self.data_size or shard.count
+        scale = shard.weight / size  # of the loss, for what these data count in the mean over their batch
         try:
-            if not self._compiled_step(args, kwargs, share, scale, size):
+            if not self._compiled_step(args, kwargs, shard, scale, size):
                 self.optimizer.zero_grad()
-                named, inside = self._loss_and_grads(args, kwargs, share, scale)
+                named, inside = self._loss_and_grads(args, kwargs, shard, scale)
                 numbers = torch.stack([*named.values()]).double()
                 fine = numbers[0].isfinite() & inside if self.has_loss else inside
-                self._update([*named], numbers, fine, share, size)
+                self._update([*named], numbers, fine, shard, size)
         except ValueError as error:
             self._explain(error)
         if self.totals.is_cuda and self.num_steps % _ASK_EVERY == 0:
@@ -564,26 +595,26 @@ class _Run:
                 f"{list(pyro.get_param_store().keys())[-1]!r}. Make all parameters in the first call."
             )
 
-    def _places(self, share: Share) -> Tensor | int | None:
+    def _places(self, shard: Shard) -> Tensor | int | None:
         """Returns the places of a share of a batch among all data, where they are known."""
         if self.rows is None or isinstance(self.rows, Tensor):
-            return self.rows if self.rows is None else self.rows[share.start :]
-        return self.rows + share.start
+            return self.rows if self.rows is None else self.rows[shard.start :]
+        return self.rows + shard.start
 
-    def _compiled_step(self, args: tuple, kwargs: dict[str, Any], share: Share, scale: float, size: int) -> bool:
+    def _compiled_step(self, args: tuple, kwargs: dict[str, Any], shard: Shard, scale: float, size: int) -> bool:
         """Takes a step by a compiled graph; returns whether there is one."""
         if self.compiled is None or not self.has_loss:
             return False
 
-        def update(step: graphs.Step, state: State) -> None:
+        def update(step: graphs.Step, state: Guards) -> None:
             self.optimizer.zero_grad()
             for p, gradient in zip(state.leaves, step.gradients, strict=True):
                 p.grad = gradient
             names = ["loss"] if step.terms is None else [*step.terms.named]
-            self._update(names, step.numbers, step.fine, share, size)
+            self._update(names, step.numbers, step.fine, shard, size)
 
-        sequel = Sequel(update, self._told if self.recordable else None)
-        return self.compiled.step(self.model, self.guide, args, kwargs, scale, share, sequel) is not None
+        post_step = PostStep(update, self._told if self.recordable else None)
+        return self.compiled.step(self.model, self.guide, args, kwargs, scale, shard, post_step) is not None
 
     def _told(self) -> list:
         """Returns what decides what a step of the optimizer launches on a GPU."""
@@ -593,14 +624,14 @@ class _Run:
         return [self, self.optimizer.state, *numbers]
 
     def _loss_and_grads(
-        self, args: tuple, kwargs: dict[str, Any], share: Share, scale: float
+        self, args: tuple, kwargs: dict[str, Any], shard: Shard, scale: float
     ) -> tuple[dict[str, Tensor], Tensor | bool]:
         """Computes the gradient of the loss times a scale.
 
         Returns:
             The loss and what it is made of, and whether the data are in the support.
         """
-        with ObservedChecked(any(x.is_cuda for x in tensors_of(args, kwargs)), self.unvalidated) as data, share.noise():
+        with ObservedChecked(any(x.is_cuda for x in tensors_of(args, kwargs)), self.unvalidated) as data, shard.noise():
             if not hasattr(self.loss, "differentiable_loss"):
                 loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
                 # Wake-sleep gives the model's, then the guide's.
@@ -618,16 +649,16 @@ class _Run:
                 named = {"loss": loss.detach()}
         return named, data.inside()
 
-    def _update(self, names: list[str], numbers: Tensor, fine: Tensor, share: Share, size: int) -> None:
+    def _update(self, names: list[str], numbers: Tensor, fine: Tensor, shard: Shard, size: int) -> None:
         """Adds a loss and what it is made of to the totals, and takes a step of the optimizer with the gradients there are."""
         if self.totals is None:  # kept in place, for what is recorded on a GPU
             self.names, self.totals, self.fine = names, torch.zeros_like(numbers), torch.ones_like(fine)
-        self.totals.add_(numbers, alpha=share.weight * share.total / size)
+        self.totals.add_(numbers, alpha=shard.weight * shard.total / size)
         self.fine.logical_and_(fine)
         # To ask a GPU for a number is to wait until it has done all before: seldom, then.
         if not numbers.is_cuda:
             self._require_fine()
-        if self.ranks.size > 1:
+        if self.world.size > 1:
             self._add_up_gradients(seldom=numbers.is_cuda)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
@@ -637,7 +668,7 @@ class _Run:
         """Adds up what the processes have for each parameter; one that none has a gradient for is left without."""
         has = torch.tensor([float(p.grad is not None) for p in self.trained], device=self.trained[0].device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained]
-        *gradients, has = self.ranks.add_up([*gradients, has])
+        *gradients, has = self.world.all_reduce([*gradients, has])
         if not seldom or not self.had or self.num_steps % _ASK_EVERY == 0:
             self.had = (has > 0).tolist()
         for p, gradient, had in zip(self.trained, gradients, self.had, strict=True):
@@ -651,7 +682,7 @@ class _Run:
     def means(self, count: float) -> dict[str, float]:
         """Returns the loss of an epoch per datum, and what it is made of."""
         self._require_fine()
-        (totals,) = self.ranks.add_up([self.totals])
+        (totals,) = self.world.all_reduce([self.totals])
         return dict(zip(self.names, (totals / count).tolist(), strict=True))
 
     def _explain(self, error: Exception) -> NoReturn:
@@ -688,21 +719,31 @@ class _Run:
             torch.manual_seed(0)
             for batch in batches:
                 batch = self.prepare("validation", batch, check=not isinstance(batches, Batches))
-                share = self.ranks.share(count_data(batch.args, batch.kwargs))
-                args, kwargs = share.rows(batch.args, batch.kwargs)
+                shard = self.world.shard(count_data(batch.args, batch.kwargs))
+                args, kwargs = shard.rows(batch.args, batch.kwargs)
                 self.rows = getattr(batches, "rows", None)
-                self.latest = args, kwargs, torch.get_rng_state(), self._places(share), f"on validation data after epoch {epoch}"
+                self.latest = (
+                    args,
+                    kwargs,
+                    torch.get_rng_state(),
+                    self._places(shard),
+                    f"on validation data after epoch {epoch}",
+                )
                 try:
-                    with ObservedChecked(without=self.unvalidated), share.noise():
-                        value = self.loss.loss(self.model, self.guide, *args, **kwargs) / (self.data_size or share.count)
+                    with ObservedChecked(without=self.unvalidated), shard.noise():
+                        value = self.loss.loss(self.model, self.guide, *args, **kwargs) / (
+                            self.data_size or shard.count
+                        )
                     if not math.isfinite(value):
                         raise FloatingPointError(f"it became {value}")
                 except (ValueError, FloatingPointError) as error:
                     self._explain(error)
-                total, count = total + value * share.weight * share.total, count + share.total
+                total, count = total + value * shard.weight * shard.total, count + shard.total
         if count == 0:
-            raise ValueError("validation gave no batch. Give at least one datum, and a DataLoader that does not drop it.")
-        (total,) = self.ranks.add_up([torch.tensor(total, dtype=torch.double, device=self.trained[0].device)])
+            raise ValueError(
+                "validation gave no batch. Give at least one datum, and a DataLoader that does not drop it."
+            )
+        (total,) = self.world.all_reduce([torch.tensor(total, dtype=torch.double, device=self.trained[0].device)])
         return total.item() / count
 
     def end_epoch(self, record: dict[str, Any]) -> None:

@@ -16,9 +16,9 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 import pyrovae
 from pyrovae import VAE, bounds, encoders, likelihoods, priors, structures
 from pyrovae.diagnostics import information as module
-from pyrovae.diagnostics.information import Collapse, CollapseMonitor, collapse
+from pyrovae.diagnostics.collapse import Collapse, CollapseMonitor, collapse
 from pyrovae.nn import OneHotInput
-from pyrovae.plots.information import collapse_history
+from pyrovae.plots.collapse import collapse_history
 
 FAILURE_RATE = 1e-4  # chance that a statistical test fails with another seed although the library is right
 SCORE = scipy.stats.norm.isf(FAILURE_RATE / 2)

@@ -29,15 +29,16 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from pyrovae import VAE, History, bounds, fit, graphs, log_marginal
+from pyrovae import VAE, History, bounds, fit, log_marginal
 from pyrovae.cli import main
+from pyrovae.compilation import api as graphs
 from pyrovae.data import dynamic_binarization
+from pyrovae.distributed import World, init_process_group
 from pyrovae.encoders import DiagonalNormal
 from pyrovae.estimators import AnnealedImportanceSampling, Estimate, ImportanceSampling
 from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
-from pyrovae.ranks import Ranks, join
 
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}  # of sums in another order, in double precision
 SMALL = partial(MLP, hidden=(8,))
@@ -304,7 +305,7 @@ def batch_norm_with_the_same_statistics_for_all():
     """They are those of shares, not those of one process; but all are to go on with the same."""
     network = nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     train(normal_vae(network), data())
-    means = join().gathered(network[1].running_mean)
+    means = init_process_group().all_gather(network[1].running_mean)
     return {"spread": max((means[0] - mean).abs().max().item() for mean in means)}
 
 
@@ -331,7 +332,7 @@ def a_graph_of_pyros_own_loss():
 def a_loader_that_shares_out_itself():
     """Refused, or all data used once an epoch."""
     seen, vae = [], normal_vae()
-    sampler = DistributedSampler(range(SIZE), join().size, join().rank, shuffle=False)
+    sampler = DistributedSampler(range(SIZE), init_process_group().size, init_process_group().rank, shuffle=False)
 
     def model(x):
         seen.extend(x.flatten().tolist())
@@ -339,7 +340,7 @@ def a_loader_that_shares_out_itself():
 
     with contextlib.suppress(ValueError):
         train(Pair(model, vae.guide), DataLoader(TensorDataset(data()), batch_size=11, sampler=sampler), epochs=1)
-        assert {*sum(join().gathered(seen), [])} >= {*data().flatten().tolist()}
+        assert {*sum(init_process_group().all_gather(seen), [])} >= {*data().flatten().tolist()}
     return {}
 
 
@@ -363,7 +364,7 @@ def a_checkpoint_in_the_way():
 
 
 def rank() -> int:
-    return join().rank
+    return init_process_group().rank
 
 
 class Drawn:
@@ -489,7 +490,7 @@ def test_shares_of_an_estimate_have_noise_of_their_own(ended):
     assert len(values.unique()) == len(values)
 
 
-# Noise of a share.
+# Noise of a shard.
 
 DRAWS: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
     "randn": torch.randn,
@@ -533,10 +534,10 @@ LAYOUTS: dict[str, tuple[int, Callable[[int], tuple[int, ...]]]] = {
 def shared(function: Callable[[int], Tensor], total: int, size: int) -> tuple[list[Tensor], list[Tensor]]:
     """Returns what a function of the number of data gives to each process, and the random states that it leaves."""
     found, states = [], []
-    for share in (Ranks(i, size).share(total) for i in range(size)):
+    for shard in (World(i, size).share(total) for i in range(size)):
         torch.manual_seed(3)
-        with share.noise():
-            found.append(function(share.count))
+        with shard.noise():
+            found.append(function(shard.count))
         states.append(torch.get_rng_state())
     return found, states
 
@@ -640,11 +641,11 @@ def test_attention_without_dropout_is_no_noise():
     """Its kernel may draw, says torch; widened by mistake along the sequence, it would weigh some elements twice."""
     x = torch.randn(8, 2, 4, 6)
     wanted = scaled_dot_product_attention(x, x, x)
-    for share in (Ranks(i, 2).share(8) for i in range(2)):
-        ((mine,), _) = share.rows((x,), {})
-        with share.noise():
+    for shard in (World(i, 2).share(8) for i in range(2)):
+        ((mine,), _) = shard.rows((x,), {})
+        with shard.noise():
             found = scaled_dot_product_attention(mine, mine, mine)
-        torch.testing.assert_close(found, share.rows((wanted,), {})[0][0])
+        torch.testing.assert_close(found, shard.rows((wanted,), {})[0][0])
 
 
 def loss_and_gradient(bound: Any, vae: VAE, x: Tensor) -> Tensor:
@@ -662,24 +663,24 @@ def test_every_loss_is_the_sum_of_those_of_shares(case):
         torch.manual_seed(3)
         wanted = loss_and_gradient(case.build(6), vae, x)
         found = 0.0
-        for share in (Ranks(i, size).share(len(x)) for i in range(size)):
+        for shard in (World(i, size).share(len(x)) for i in range(size)):
             torch.manual_seed(3)
-            with share.noise():
-                found = found + loss_and_gradient(case.build(6), vae, *share.rows((x,), {})[0])
+            with shard.noise():
+                found = found + loss_and_gradient(case.build(6), vae, *shard.rows((x,), {})[0])
         torch.testing.assert_close(found, wanted, **ROUNDING)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 16])
 def test_shares_are_all_data_once(total, size):
-    shares = [Ranks(i, size).share(total) for i in range(size)]
-    assert math.isclose(sum(share.weight for share in shares), 1.0)
-    rows = [share.rows((torch.arange(total),), {})[0][0].tolist() for share in shares]
+    shares = [World(i, size).share(total) for i in range(size)]
+    assert math.isclose(sum(shard.weight for shard in shares), 1.0)
+    rows = [shard.rows((torch.arange(total),), {})[0][0].tolist() for shard in shares]
     if total < size:  # all have all
         assert rows == size * [[*range(total)]]
     else:
         assert sum(rows, []) == [*range(total)]
-        assert all(math.isclose(share.weight, share.count / total) and share.count for share in shares)
+        assert all(math.isclose(shard.weight, shard.count / total) and shard.count for shard in shares)
 
 
 # Processes that are killed, or fail.

@@ -1,0 +1,1 @@
+"""What a model and a guide hold, and their importance weights."""
