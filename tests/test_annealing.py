@@ -29,7 +29,7 @@ from pyrovae.estimators import (
     Widened,
     bidirectional,
 )
-from pyrovae.estimators.annealed import Path, _move
+from pyrovae.estimators.annealed import TemperingPath, _move
 from pyrovae.estimators.base import open_task
 from pyrovae.estimators.targets import Target
 
@@ -218,14 +218,14 @@ def test_bidirectional_refuses_what_it_cannot_hand_back():
 @pytest.mark.parametrize("num_temperatures", [1, 2, 50])
 def test_temperatures_rise_from_0_to_1(schedule, num_temperatures):
     speeds = torch.tensor([[9.0, 1.0], [3.0, 1.0], [1.0, 1.0]])
-    path = Path(torch.tensor([[0.0, 0.0], [0.2, 0.5], [1.0, 1.0]]), speeds, speeds.unsqueeze(-1), speeds)
+    path = TemperingPath(torch.tensor([[0.0, 0.0], [0.2, 0.5], [1.0, 1.0]]), speeds, speeds.unsqueeze(-1), speeds)
     betas = schedule.betas(num_temperatures, path)
     assert len(betas) == num_temperatures + 1
     assert (betas[0] == 0).all() and (betas[-1] == 1).all() and (betas.diff(dim=0) > 0).all()
 
 
 def test_temperatures_are_those_of_their_formulas():
-    path = Path(*[torch.zeros(2, 1)] * 4)
+    path = TemperingPath(*[torch.zeros(2, 1)] * 4)
     t = torch.arange(11) / 10
     torch.testing.assert_close(Linear().betas(10, path)[:, 0], t)
     by_hand = [1 / (1 + math.exp(-3.0 * (2 * i / 10 - 1))) for i in range(11)]
@@ -233,7 +233,7 @@ def test_temperatures_are_those_of_their_formulas():
     torch.testing.assert_close(Sigmoid(3.0).betas(10, path)[:, 0], expected)
     # With a speed of 9 on the first fifth and of 1 after it, a tenth of equal steps apart, 9/13 of them are there.
     betas = torch.tensor([[0.0], [0.2 - 1e-6], [0.2 + 1e-6], [1.0]])
-    path = Path(betas, betas, betas, torch.tensor([[9.0], [9.0], [1.0], [1.0]]))
+    path = TemperingPath(betas, betas, betas, torch.tensor([[9.0], [9.0], [1.0], [1.0]]))
     share = (1.8 / 2.6 + 0.02) / 1.1
     assert (Adaptive().betas(1000, path) < 0.2).sum().item() == pytest.approx(1000 * share, abs=2)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -15,10 +16,11 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 import pyrovae
 from pyrovae import VAE, bounds, encoders, likelihoods, priors, structures
-from pyrovae.diagnostics import information as module
 from pyrovae.diagnostics.collapse import Collapse, CollapseMonitor, collapse
 from pyrovae.nn import OneHotInput
 from pyrovae.plots.collapse import collapse_history
+
+module = sys.modules["pyrovae.diagnostics.collapse"]  # whose name in the package is the function's
 
 FAILURE_RATE = 1e-4  # chance that a statistical test fails with another seed although the library is right
 SCORE = scipy.stats.norm.isf(FAILURE_RATE / 2)

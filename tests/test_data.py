@@ -358,7 +358,7 @@ def no_download(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("files that are there must not be downloaded")
 
-    monkeypatch.setattr(data, "_download", refuse)
+    monkeypatch.setattr(loading, "_download", refuse)
 
 
 @pytest.mark.parametrize(

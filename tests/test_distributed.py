@@ -70,7 +70,7 @@ def torchrun(*argv: Any, size: int = 2, restarts: int = 0) -> subprocess.Complet
 
 def in_processes(function: Callable[[Path], None], folder: Path, **options: int) -> None:
     """Runs a function of this module in several processes, which must end well."""
-    ended = torchrun("test_ranks", function.__name__, folder, **options)
+    ended = torchrun("test_distributed", function.__name__, folder, **options)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -534,7 +534,7 @@ LAYOUTS: dict[str, tuple[int, Callable[[int], tuple[int, ...]]]] = {
 def shared(function: Callable[[int], Tensor], total: int, size: int) -> tuple[list[Tensor], list[Tensor]]:
     """Returns what a function of the number of data gives to each process, and the random states that it leaves."""
     found, states = [], []
-    for shard in (World(i, size).share(total) for i in range(size)):
+    for shard in (World(i, size).shard(total) for i in range(size)):
         torch.manual_seed(3)
         with shard.noise():
             found.append(function(shard.count))
@@ -641,7 +641,7 @@ def test_attention_without_dropout_is_no_noise():
     """Its kernel may draw, says torch; widened by mistake along the sequence, it would weigh some elements twice."""
     x = torch.randn(8, 2, 4, 6)
     wanted = scaled_dot_product_attention(x, x, x)
-    for shard in (World(i, 2).share(8) for i in range(2)):
+    for shard in (World(i, 2).shard(8) for i in range(2)):
         ((mine,), _) = shard.rows((x,), {})
         with shard.noise():
             found = scaled_dot_product_attention(mine, mine, mine)
@@ -663,7 +663,7 @@ def test_every_loss_is_the_sum_of_those_of_shares(case):
         torch.manual_seed(3)
         wanted = loss_and_gradient(case.build(6), vae, x)
         found = 0.0
-        for shard in (World(i, size).share(len(x)) for i in range(size)):
+        for shard in (World(i, size).shard(len(x)) for i in range(size)):
             torch.manual_seed(3)
             with shard.noise():
                 found = found + loss_and_gradient(case.build(6), vae, *shard.rows((x,), {})[0])
@@ -673,7 +673,7 @@ def test_every_loss_is_the_sum_of_those_of_shares(case):
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 16])
 def test_shares_are_all_data_once(total, size):
-    shares = [World(i, size).share(total) for i in range(size)]
+    shares = [World(i, size).shard(total) for i in range(size)]
     assert math.isclose(sum(shard.weight for shard in shares), 1.0)
     rows = [shard.rows((torch.arange(total),), {})[0][0].tolist() for shard in shares]
     if total < size:  # all have all

@@ -199,7 +199,7 @@ def test_changes_of_variables_are_named(monkeypatch):
     assert state.failure_reason((get, x)) is None
     with monkeypatch.context() as patch:
         patch.setitem(globals(), "NUMBER", 2.0)
-        assert state.failure_reason((get, x)) == "test_states.NUMBER changed from 1.0 to 2.0"
+        assert state.failure_reason((get, x)) == "test_guards.NUMBER changed from 1.0 to 2.0"
     with monkeypatch.context() as patch:
         patch.setattr(Plain, "of_class", 2.0)
         assert state.failure_reason((get, x)) == "Plain.of_class changed from 1.0 to 2.0"
