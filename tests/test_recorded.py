@@ -90,7 +90,7 @@ def double_precision():
 
 
 def flattened(value: Any, path: str = "") -> dict[str, list[float]]:
-    """Returns the numbers in nested dicts, lists and named tuples by their path; text, which may change, is left out."""
+    """Returns the numbers in nested dicts, lists and named tuples by their path; text may change and is left out."""
     if isinstance(value, str):
         return {}
     if isinstance(value, torch.Tensor):
@@ -603,8 +603,8 @@ def test_every_case_has_recorded_numbers():
     assert json.loads(NUMBERS.read_text()).keys() == {*CASES, COMMAND_LINE}
 
 
-# Other processors round sums and elementary functions differently. MEASURED is the largest change of a number, relative to
-# 1 + its size, when the cases ran without vector instructions (ATEN_CPU_CAPABILITY=default, MKL_CBWR=COMPATIBLE), with
+# Other processors round sums and elementary functions differently. MEASURED is the largest change of a number,
+# relative to 1 + its size, when the cases ran without vector instructions (ATEN_CPU_CAPABILITY=default, MKL_CBWR=COMPATIBLE), with
 # those of SSE4.2 or AVX2, and with two threads. The tolerance is 1,000 times that, for other libraries, and still a
 # thousandth of a rounding in single precision: another number or order of draws, or a step in single precision, shows.
 MEASURED = 5e-14
@@ -631,7 +631,7 @@ def test_numbers_are_as_recorded(name):
     assert_as_recorded(name, measure(name), json.loads(NUMBERS.read_text())[name])
 
 
-# ------------------------------------------------------------------------------------------- the run on the command line
+# ------------------------------------------------------------------------------------------ the run, by commands
 
 
 def score_and_resume(directory: Path) -> dict[str, list[float]]:
