@@ -604,9 +604,10 @@ def test_every_case_has_recorded_numbers():
 
 
 # Other processors round sums and elementary functions differently. MEASURED is the largest change of a number,
-# relative to 1 + its size, when the cases ran without vector instructions (ATEN_CPU_CAPABILITY=default, MKL_CBWR=COMPATIBLE), with
-# those of SSE4.2 or AVX2, and with two threads. The tolerance is 1,000 times that, for other libraries, and still a
-# thousandth of a rounding in single precision: another number or order of draws, or a step in single precision, shows.
+# relative to 1 + its size, when the cases ran without vector instructions (ATEN_CPU_CAPABILITY=default,
+# MKL_CBWR=COMPATIBLE), with those of SSE4.2 or AVX2, and with two threads. The tolerance is 1,000 times that, for other
+# libraries, and still a thousandth of a rounding in single precision: another number or order of draws, or a step in
+# single precision, shows.
 MEASURED = 5e-14
 TOLERANCE = 1_000 * MEASURED
 COMMAND_LINE = "the run of 0.1.0 on the command line"
