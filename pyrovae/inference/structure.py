@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from inspect import signature
 from numbers import Integral
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import pyro
@@ -418,14 +419,23 @@ def _is_curved(fn: Any) -> bool:
 
 
 def described(thing: Any) -> str:
-    """Returns how an object was built, from the arguments of its class that are its attributes, defaults left out."""
+    """Returns how an object was built, from the arguments of its class that are its attributes, defaults left out.
+
+    Checkpoints hold this text: nothing in it may differ between processes, as the address in the repr of a function does.
+    """
+
+    def named(value: Any) -> str:
+        if isinstance(value, nn.Module):
+            return type(value).__name__
+        return value.__qualname__ if isinstance(value, FunctionType) else repr(value)
+
     given = []
     for name, parameter in signature(type(thing)).parameters.items():
         value = getattr(thing, name, parameter.default)
         if not (
             value is parameter.default or isinstance(value, (int, float, str, tuple)) and value == parameter.default
         ):
-            given.append(f"{name}={type(value).__name__ if isinstance(value, nn.Module) else repr(value)}")
+            given.append(f"{name}={named(value)}")
     return f"{type(thing).__name__}({', '.join(given)})"
 
 
