@@ -14,6 +14,17 @@ from pyrovae.distributions import (
     Resampled,
     StratifiedCategorical,
     VonMisesFisher,
+    blocks_of,
+    check_classes,
+    check_simplex,
+    check_temperature,
+    flattened,
+    import_zuko,
+    integers,
+    log_0f1,
+    one_hot_blocks,
+    positive,
+    tril_of,
 )
 
 __all__ = [
@@ -30,4 +41,15 @@ __all__ = [
     "Resampled",
     "StratifiedCategorical",
     "VonMisesFisher",
+    "blocks_of",
+    "check_classes",
+    "check_simplex",
+    "check_temperature",
+    "flattened",
+    "import_zuko",
+    "integers",
+    "log_0f1",
+    "one_hot_blocks",
+    "positive",
+    "tril_of",
 ]
