@@ -596,7 +596,7 @@ def test_every_distribution_has_recorded_draws():
         if isinstance(getattr(module, name), type)
         and issubclass(getattr(module, name), torch.distributions.Distribution)
     }
-    assert names == DISTRIBUTIONS.keys()
+    assert names - {"Stacked"} == DISTRIBUTIONS.keys()  # which draws as its parts do
 
 
 def test_every_case_has_recorded_numbers():
