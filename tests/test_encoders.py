@@ -9,6 +9,7 @@ import scipy.special
 import scipy.stats
 import torch
 from cases import SMALL, cases, inputs
+from helpers import FAILURE_RATE
 from linear_gaussian import assert_mean, repeat
 from pyro import distributions as dist
 from pyro.infer import Trace_ELBO
@@ -18,7 +19,6 @@ from pyrovae import VAE, distributions, encoders, fit, likelihoods, log_marginal
 from pyrovae.distributions import LogisticNormal, ReparameterizedMixture, StratifiedCategorical, VonMisesFisher, log_0f1
 
 EPS = torch.finfo(torch.float64).eps
-FAILURE_RATE = 1e-4  # of each statistical test here, with another seed
 
 
 def double(*values: float) -> Tensor:

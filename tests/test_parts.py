@@ -4,11 +4,9 @@ import copy
 import importlib
 import inspect
 import io
-import itertools
 import math
 import pickle
 import re
-from functools import partial
 
 import numpy as np
 import pyro
@@ -16,10 +14,12 @@ import pytest
 import scipy.stats
 import torch
 from cases import SMALL, Case, cases, input_shape, inputs, output_shape
+from helpers import FAILURE_RATE
 from pyro import distributions as dist
 from pyro.infer import SVI, Trace_ELBO
 from spaces import Space, agreement, space_of
 from torch import Tensor, nn
+from triples import APART, COVERING, MEETING, name_of, vae_of
 
 import pyrovae
 from pyrovae import VAE, encoders, fit, likelihoods, log_marginal, priors
@@ -33,9 +33,6 @@ EVERYTHING = cases("prior", "likelihood", "encoder", "network")
 DISTRIBUTIONS = cases("prior", "likelihood", "encoder")
 DENSITIES = [case for case in DISTRIBUTIONS if case.density]
 EPS = torch.finfo(torch.float64).eps
-
-# Chance that a statistical test here fails with another seed although the library is right.
-FAILURE_RATE = 1e-4
 
 
 def parametrise(listed: list[Case]):
@@ -592,64 +589,6 @@ def test_a_context_that_no_part_takes_is_refused(call):
 
 
 # ------------------------------------------------------------------------------- every prior, likelihood and encoder
-
-
-def representatives(kind: str) -> list[Case]:
-    """Returns the first case of each class."""
-    return list({case.cls: case for case in reversed(cases(kind))}.values())[::-1]
-
-
-def place(part: nn.Module) -> tuple[int, str]:
-    return part.latent_dim, repr(part.support)
-
-
-def apart(prior: Case, encoder: Case) -> bool:
-    return place(prior.build()) != place(encoder.build())
-
-
-def meet(prior: Case, encoder: Case) -> bool:
-    """Whether a prior and an encoder make a VAE: VampPrior goes with all that have a density, whatever their space."""
-    if prior.cls is priors.VampPrior:
-        return encoder.density
-    if prior.cls is priors.ExemplarPrior and encoder.cls in (
-        encoders.InverseAutoregressiveFlow,
-        encoders.NeuralSplineFlow,
-    ):
-        return False  # they have no mean: refused when the prior is built
-    return not apart(prior, encoder)
-
-
-PAIRS = list(itertools.product(representatives("prior"), representatives("encoder")))
-MEETING = [(p, e, x) for p, e in PAIRS if meet(p, e) for x in representatives("likelihood")]
-APART = [(p, e) for p, e in PAIRS if apart(p, e)]
-
-
-def covering(triples: list[tuple[Case, Case, Case]]) -> set[str]:
-    """Returns the names of some of the triples, in which every pair of parts that meet is met."""
-    kept, covered = set(), set()
-    for new in (3, 2, 1):  # first those that add most
-        for triple in triples:
-            pairs = {tuple(case.name for case in pair) for pair in itertools.combinations(triple, 2)}
-            if len(pairs - covered) >= new:
-                kept.add(name_of(triple))
-                covered |= pairs
-    return kept
-
-
-def name_of(triple: tuple[Case, Case, Case]) -> str:
-    return "-".join(case.name for case in triple)
-
-
-COVERING = covering(MEETING)
-
-
-def vae_of(prior: Case, encoder: Case, likelihood: Case) -> VAE:
-    x_shape = likelihood.build().x_shape
-    q = encoder.build(x_shape)
-    integers = encoder.cls is encoders.Categorical
-    network = partial(OneHotInput, num_classes=q.num_classes, network=SMALL) if integers else SMALL
-    takes_encoder = "encoder" in inspect.signature(prior.cls).parameters
-    return VAE(prior.build(q) if takes_encoder else prior.build(), likelihood.build(q.latent_dim, network), q)
 
 
 @pytest.mark.parametrize(

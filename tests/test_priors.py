@@ -10,6 +10,7 @@ import scipy.integrate
 import scipy.stats
 import torch
 from cases import SMALL, cases, inputs
+from helpers import FAILURE_RATE
 from pyro import distributions as dist
 from pyro.infer import SVI, Trace_ELBO
 from sklearn.gaussian_process import GaussianProcessRegressor, kernels
@@ -24,7 +25,6 @@ from pyrovae import VAE, encoders, fit, likelihoods, log_weights, priors
 from pyrovae.distributions import NormalMixture, import_zuko
 
 EPS = torch.finfo(torch.float64).eps
-FAILURE_RATE = 1e-4  # of each statistical test here, with another seed
 AFFINE = partial(pyrovae.nn.MLP, hidden=())
 
 
