@@ -21,7 +21,7 @@ class _Remembered:
         self._drawn = z, noise, torch.is_grad_enabled()
         return z
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008, torch's own default
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draws without remembering: the density of what is returned is that of the rounded numbers, as anyone's."""
         before = self._drawn
         with torch.no_grad():
@@ -62,7 +62,7 @@ class MultivariateNormal(_Remembered, dist.MultivariateNormal):
     tensor(True)
     """
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008, torch's own default
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         noise = self.loc.new_empty(self._extended_shape(sample_shape)).normal_()
         return self._remember(self.loc + _times(self._unbroadcasted_scale_tril, noise), noise)
 
@@ -132,7 +132,7 @@ class LowRankMultivariateNormal(_Remembered, dist.LowRankMultivariateNormal):
         r = self._qr[1]
         return (r * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-1)).mT.to(self.loc.dtype)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008, torch's own default
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         eta = self.loc.new_empty(*shape[:-1], self._unbroadcasted_cov_factor.shape[-1]).normal_()
         noise = self.loc.new_empty(shape).normal_()

@@ -99,3 +99,36 @@ def check_temperature(temperature: float) -> float:
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}.")
     return temperature
+
+
+class _OpenUnitInterval(type(constraints.unit_interval)):
+    """The numbers above 0 and below 1."""
+
+    def __init__(self):
+        super().__init__(0.0, 1.0)
+
+    def check(self, value: Tensor) -> Tensor:
+        return (value > 0) & (value < 1)
+
+    def __repr__(self) -> str:
+        return "the open interval (0, 1)"
+
+
+open_unit_interval = _OpenUnitInterval()
+
+
+class grid(constraints.Constraint):  # lower case, as constraints with arguments are in torch
+    """The numbers ``k / (levels - 1)`` for k from 0 to ``levels - 1``, to a hundredth of a level."""
+
+    is_discrete = True
+
+    def __init__(self, levels: int):
+        super().__init__()
+        self.levels = levels
+
+    def check(self, value: Tensor) -> Tensor:
+        level = value * (self.levels - 1)
+        return ((level - level.round()).abs() < 0.01) & (level > -0.01) & (level < self.levels - 0.99)
+
+    def __repr__(self) -> str:
+        return f"grid(levels={self.levels})"
