@@ -366,7 +366,7 @@ class VonMisesFisher(Encoder):
 
     def __init__(self, x_shape: Shape, latent_dim: int, network: Network = MLP, context_dim: int = 0):
         if latent_dim < 2:
-            raise ValueError(f"latent_dim must be at least 2, a sphere's, got {latent_dim}.")
+            raise ValueError(f"latent_dim must be at least 2 for latents on a sphere, got {latent_dim}.")
         super().__init__(x_shape, latent_dim, network, context_dim, num_params=latent_dim + 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:

@@ -147,9 +147,9 @@ UNTRACEABLE = {
     "VonMisesFisher": "spheres.py",
     "VonMisesFisher-circle": "spheres.py",
     "VonMisesFisher-context": "spheres.py",
-    "GRUEncoder-masked": "nn.py",
-    "OneHotInput-vector": "nn.py",
-    "OneHotInput-context": "nn.py",
+    "GRUEncoder-masked": "sequences.py",
+    "OneHotInput-vector": "inputs.py",
+    "OneHotInput-context": "inputs.py",
 }
 QUICK = {*UNTRACEABLE, *(case.name for case in representatives("network"))}
 

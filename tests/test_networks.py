@@ -415,6 +415,14 @@ def test_the_output_of_any_sequential_module_can_be_started(network, shape):
     torch.testing.assert_close(network(x), before + value, rtol=0, atol=1e-5)  # a few float32 roundings of numbers < 10
 
 
+@pytest.mark.parametrize("wrap", [partial(OneHotInput, num_classes=2), LogInput], ids=["OneHotInput", "LogInput"])
+def test_the_output_of_a_wrapped_recurrent_decoder_is_started(wrap):
+    network = wrap(2, (5, 3), network=GRUDecoder)
+    value = torch.randn(3).expand(5, 3)  # one bias serves all steps
+    set_output_bias(network, value)
+    torch.testing.assert_close(network.network.head.bias.data, value[0], rtol=0, atol=1e-6)
+
+
 def test_a_started_output_still_learns():
     network = MLP(2, 3)
     set_output_bias(network, torch.ones(3))
@@ -450,15 +458,15 @@ def test_an_output_that_cannot_be_started_is_refused(network, value, match):
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (lambda: ConvNet((28, 28), 3), "in_shape must be an image's"),
-        (lambda: ResidualConvNet((28, 28), 3), "in_shape must be an image's"),
-        (lambda: ResidualDeconvNet(3, (28, 28)), "out_shape must be an image's"),
-        (lambda: GRUEncoder(5, 3), r"in_shape must be a sequence's, \(time, features\), got 5"),
+        (lambda: ConvNet((28, 28), 3), "in_shape must be the shape of an image"),
+        (lambda: ResidualConvNet((28, 28), 3), "in_shape must be the shape of an image"),
+        (lambda: ResidualDeconvNet(3, (28, 28)), "out_shape must be the shape of an image"),
+        (lambda: GRUEncoder(5, 3), r"in_shape must be the shape of a sequence, \(time, features\), got 5"),
         (
             lambda: GRUEncoder((3, 8, 2), 3),
             r"\(2, time, features\) for a sequence stacked with its mask, got \(3, 8, 2\)",
         ),
-        (lambda: GRUDecoder(3, 5), r"out_shape must be a sequence's, \(time, features\), got 5"),
+        (lambda: GRUDecoder(3, 5), r"out_shape must be the shape of a sequence, \(time, features\), got 5"),
         (lambda: OneHotInput(3, 5, 0), "num_classes must be at least 1, got 0"),
     ],
 )

@@ -8,11 +8,11 @@ from torch.nn.functional import logsigmoid
 
 
 class Poisson(dist.Poisson):
-    r"""Torch's Poisson distribution by the logarithm of its rate, which keeps its digits at large counts.
+    r"""Torch's Poisson distribution from the logarithm of its rate, accurate at large counts.
 
     .. math:: \log p(x) = x \log \mu - \mu - \log x!
 
-    whose terms are some :math:`\mu \log \mu` large and nearly cancel: they are formed in double precision.
+    The terms are about :math:`\mu \log \mu` large and nearly cancel. They are computed in double precision.
 
     Args:
         log_rate: :math:`\log \mu`, any real number.
@@ -36,15 +36,17 @@ class Poisson(dist.Poisson):
 
 
 class NegativeBinomial(dist.NegativeBinomial):
-    r"""Torch's negative binomial distribution, whose log-probability keeps its digits.
+    r"""Torch's negative binomial distribution, accurate at large counts and near the Poisson limit.
 
-    Torch's loses them at large counts, and as it tends to a Poisson's. Here terms that nearly cancel are formed in
-    double precision.
+    .. math:: p(x) = \frac{\Gamma(\theta + x)}{\Gamma(\theta)\, x!} \left(\frac{\theta}{\theta + \mu}\right)^\theta
+        \left(\frac{\mu}{\theta + \mu}\right)^x
+
+    Terms that nearly cancel are computed in double precision.
 
     Args:
         total_count: :math:`\theta`.
         logits: :math:`\log \mu - \log \theta` for a mean of :math:`\mu`.
-        log_mean: :math:`\log \mu` instead, which keeps what rounding takes from the difference.
+        log_mean: :math:`\log \mu` in place of `logits`: more accurate, because the difference is not rounded.
 
     >>> p = NegativeBinomial(torch.tensor(1e7), logits=torch.tensor(2e-7).log())  # a Poisson's with rate 2
     >>> p.log_prob(torch.arange(30.0)).exp().sum()
@@ -61,7 +63,8 @@ class NegativeBinomial(dist.NegativeBinomial):
     ):
         if (logits is None) == (log_mean is None):
             raise ValueError("Give either logits or log_mean, not both.")
-        self.log_mean, self._theta = log_mean, total_count  # as given: what many logits share is computed once
+        # Not broadcast: a total count that many logits share is computed with once.
+        self.log_mean, self._theta = log_mean, total_count
         logits = log_mean - total_count.log() if logits is None else logits
         super().__init__(total_count, logits=logits, validate_args=validate_args)
 
@@ -80,18 +83,18 @@ class NegativeBinomial(dist.NegativeBinomial):
 
 
 class ZeroInflatedNegativeBinomial(dist.TorchDistribution):
-    r"""A negative binomial count that is lost, and reads zero, with some probability.
+    r"""A negative binomial count that is replaced by zero with some probability.
 
     .. math:: p(x) = \pi [x = 0] + (1 - \pi)\, \mathrm{NB}(x), \qquad \pi = \sigma(g)
 
-    Pyro's computes another formula once it has been sampled from, one that fails where the gate rounds to 0 or 1, and
-    can then not be expanded.
+    Pyro's distribution of this name changes its formula once it has been sampled from: the second one fails where the
+    gate rounds to 0 or 1, and cannot be expanded.
 
     Args:
-        total_count: of :class:`NegativeBinomial`.
-        logits: of :class:`NegativeBinomial`.
+        total_count: :math:`\theta` of the :class:`NegativeBinomial`.
+        logits: logits of the :class:`NegativeBinomial`, or None with `log_mean`.
         gate_logits: g.
-        log_mean: of :class:`NegativeBinomial`, instead of its `logits`, which are None then.
+        log_mean: :math:`\log \mu` of the :class:`NegativeBinomial`, in place of `logits`.
 
     >>> p = ZeroInflatedNegativeBinomial(torch.tensor(1.0), torch.tensor(0.0), torch.tensor([0.0, 100.0]))
     >>> p.log_prob(torch.tensor(0.0)).exp(), p.log_prob(torch.tensor(1.0))
@@ -143,19 +146,19 @@ class ZeroInflatedNegativeBinomial(dist.TorchDistribution):
 
 
 class Multinomial(dist.TorchDistribution):
-    r"""Counts given their total, which is each datum's own.
+    r"""Counts given their total, which may differ from datum to datum.
 
     .. math:: \log p(x \mid n) = \log \frac{n!}{\prod_d x_d!} + \sum_d x_d \log \pi_d, \qquad n = \sum_d x_d, \quad
         \pi = \mathrm{softmax}(l)
 
-    Torch's wants one total for all data. Here the log-probability takes the total from what it is given, so that it
-    sums to one over all counts of any one total.
+    Torch's distribution has one total for all data. Here the log-probability takes the total of its argument, so that
+    the probabilities of all counts with the same total sum to one.
 
     Args:
         total_count: the total of samples and of the mean.
         logits: :math:`l`, normalised or not.
         event_dim: how many of the last dimensions of the logits are one datum.
-        observed: which dimensions count, of a shape that broadcasts with the logits; None for all.
+        observed: a mask of the dimensions that count, which broadcasts with the logits; None for all.
 
     >>> p = Multinomial(10, torch.zeros(3))
     >>> p.log_prob(torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0]])).exp()
@@ -188,11 +191,11 @@ class Multinomial(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        # In double precision: terms of some n log n nearly cancel, and a rounded normaliser counts n times.
+        # In double precision: terms of about n log n nearly cancel, and an error of the normaliser counts n times.
         x, logits = value.double(), self.logits.double()
         normaliser = logits
         if self.observed is not None:
-            # Not minus infinity: where nothing is observed, the normaliser counts zero times.
+            # Not minus infinity: where nothing is observed, n = 0 multiplies the normaliser, and 0 * inf is NaN.
             normaliser = logits.masked_fill(~self.observed.expand(logits.shape), -1e300)
             x, logits = torch.where(self.observed, x, 0.0), torch.where(self.observed, logits, 0.0)
         count = len(self.event_shape)
@@ -219,10 +222,20 @@ class Multinomial(dist.TorchDistribution):
 
 
 def log_rising(a: Tensor, b: Tensor) -> Tensor:
-    r"""Returns :math:`\log \Gamma(a + b) - \log \Gamma(a)`, a difference that has no digits left if a is large."""
+    r"""Returns :math:`\log \Gamma(a + b) - \log \Gamma(a)`; the plain difference has no digits left for a large a.
+
+    .. math:: \log \Gamma(a) = \left(a - \tfrac12\right) \log a - a + \tfrac12 \log 2 \pi + \frac{1}{12 a}
+        - \frac{1}{360 a^3} + \frac{1}{1260 a^5} - \dots
+
+    References:
+        NIST Handbook of Mathematical Functions, F. W. J. Olver et al., 2010, https://dlmf.nist.gov/5.11.
+
+    >>> log_rising(torch.tensor(1e8), torch.tensor(2.0))  # log(1e8 (1e8 + 1))
+    tensor(36.8414)
+    """
     b, large = b.to(a.dtype), a > 50
 
-    def series(y: Tensor) -> Tensor:  # Stirling's
+    def series(y: Tensor) -> Tensor:  # the terms of Stirling's series in powers of 1 / y
         return (1 / 12 - (1 / 360 - 1 / 1260 / y.square()) / y.square()) / y
 
     far = torch.where(large, a, torch.full_like(a, 50.0))

@@ -12,7 +12,7 @@ from pyrovae.distributions.spaces import grid
 
 
 class IndependentBernoulli(dist.Independent):
-    r"""``Bernoulli(logits=...).to_event(n)`` with a log-probability several times as fast, to the same rounding.
+    r"""``Bernoulli(logits=...).to_event(n)`` with a log-probability that is several times as fast and as accurate.
 
     .. math:: \log p(x) = \sum_d \left(x_d l_d - \max(l_d, 0)\right)
         - \sum_g \log \prod_{d \in g} \left(1 + e^{-|l_d|}\right)
@@ -40,7 +40,10 @@ class IndependentBernoulli(dist.Independent):
 
 
 class _BernoulliLogProb(torch.autograd.Function):
-    """The sum over the last dimension, with its derivatives x - sigmoid(l) by l and l by x instead of a product's."""
+    """The log-probability summed over the last dimension, with its gradient by hand: x - sigmoid(l) by l, and l by x.
+
+    Autograd would differentiate the product, which takes more time and memory.
+    """
 
     generate_vmap_rule = True
 
@@ -64,7 +67,7 @@ class _BernoulliLogProb(torch.autograd.Function):
 
 
 class Categorical(dist.Categorical):
-    """Pyro's categorical distribution with floating-point samples, as data are for the networks that take them.
+    """Pyro's categorical distribution with floating-point samples, because networks take floating-point data.
 
     >>> Categorical(logits=torch.tensor([0.0, 100.0])).sample()
     tensor(1.)
@@ -75,13 +78,13 @@ class Categorical(dist.Categorical):
 
 
 class DiscretizedLogistic(dist.TorchDistribution):
-    r"""A logistic distribution rounded to a grid; the first and last levels take the tails.
+    r"""A logistic distribution rounded to a grid; the first and the last level have the tails.
 
     .. math:: P\left(\tfrac{k}{L - 1}\right) = \sigma(b_k) - \sigma(a_k)
         = \sigma(b_k)\, \sigma(-a_k) \left(1 - e^{a_k - b_k}\right), \qquad
         a_k, b_k = \left(\tfrac{k \mp 1/2}{L - 1} - \mu\right) / s, \quad a_0 = -\infty, \; b_{L-1} = \infty
 
-    The product is exact for any location and scale: no difference of nearly equal numbers, no floor.
+    The product is accurate for any location and scale: it has no difference of nearly equal numbers.
 
     Args:
         loc: :math:`\mu`, on the scale of the data.

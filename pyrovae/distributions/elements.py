@@ -1,4 +1,4 @@
-"""Several distributions as one: samples that are stacked, vectors in blocks, and data with elements left out."""
+"""Distributions made of others: several stacked, blocks of a vector, and data with elements left out."""
 
 import itertools
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ def center(p: dist.TorchDistribution) -> Tensor:
 
 
 class Stacked(dist.TorchDistribution):
-    r"""Distributions of one shape as one, with a dimension for them in front of the plates'.
+    r"""Several distributions of one shape, stacked along a new dimension to the left of the plates.
 
     .. math:: p(x_1, \dots, x_K) = \prod_k p_k(x_k)
 
     Args:
         parts: the distributions.
-        depth: how many dimensions of plates come after theirs.
+        depth: number of plate dimensions to the right of the new one.
 
     >>> p = Stacked([dist.Normal(torch.zeros(5), 1.0), dist.Normal(torch.ones(5), 1.0)], depth=1)
     >>> p.log_prob(torch.tensor([[0.0], [1.0]])).shape
@@ -40,8 +40,8 @@ class Stacked(dist.TorchDistribution):
 
     def __init__(self, parts: Sequence[dist.TorchDistribution], depth: int):
         self.parts = tuple(parts)
-        own = torch.broadcast_shapes(*(part.batch_shape for part in self.parts))
-        shape = torch.Size((len(self.parts), *(1,) * (depth - len(own)), *own))
+        plates = torch.broadcast_shapes(*(part.batch_shape for part in self.parts))
+        shape = torch.Size((len(self.parts), *(1,) * (depth - len(plates)), *plates))
         super().__init__(shape, self.parts[0].event_shape, validate_args=False)
 
     @property
@@ -78,20 +78,23 @@ class Stacked(dist.TorchDistribution):
             return self._draw("sample", torch.Size(sample_shape))
 
     def _draw(self, how: str, sample_shape: torch.Size) -> Tensor:
-        own = sample_shape + self.batch_shape[1:] + self.event_shape
-        drawn = [getattr(part, how)(sample_shape) for part in self.parts]
-        lead = len(self.event_shape) + len(self.batch_shape) - 1
-        apart = [x.reshape(sample_shape + (1,) * (len(own) - x.dim()) + x.shape[len(sample_shape) :]) for x in drawn]
-        return torch.stack([x.expand(own) for x in apart], dim=-lead - 1)
+        shape = sample_shape + self.batch_shape[1:] + self.event_shape
+        draws = [getattr(part, how)(sample_shape) for part in self.parts]
+        # A part may have fewer plate dimensions: ones go between the sample dimensions and its own.
+        aligned = [
+            x.reshape(sample_shape + (1,) * (len(shape) - x.dim()) + x.shape[len(sample_shape) :]) for x in draws
+        ]
+        return torch.stack([x.expand(shape) for x in aligned], dim=len(sample_shape) - len(shape) - 1)
 
     def _stack(self, each: list[Tensor], event: torch.Size, value: Tensor | None = None) -> Tensor:
+        """Stacks one tensor a part, with the sample dimensions of `value` in front."""
         outer = torch.Size() if value is None else value.shape[: value.dim() - len(self.batch_shape + self.event_shape)]
-        own = outer + self.batch_shape[1:] + event
-        return torch.stack([x.expand(own) for x in each], dim=len(outer))
+        shape = outer + self.batch_shape[1:] + event
+        return torch.stack([x.expand(shape) for x in each], dim=len(outer))
 
 
 class Blocks(dist.TorchDistribution):
-    r"""Independent distributions of vectors, side by side in one vector.
+    r"""Independent distributions of vectors, concatenated to one vector.
 
     .. math:: p(x) = \prod_b p_b(x_b), \qquad x = [x_1, \dots, x_B]
 
@@ -115,16 +118,16 @@ class Blocks(dist.TorchDistribution):
 
     @constraints.dependent_property(event_dim=1)
     def support(self):
-        return _OfBlocks(self)
+        return _BlocksConstraint(self)
 
     def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
         return Blocks([p.expand(batch_shape) for p in self.blocks], False)
 
     def split(self, x: Tensor) -> list[tuple[dist.TorchDistribution, Tensor, slice]]:
-        """Returns each block, its part of x, and which columns they are."""
+        """Returns for each block its distribution, its columns of x, and the slice of these columns."""
         ends = list(itertools.accumulate(self.sizes))
-        columns = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
-        return [(p, x[..., here], here) for p, here in zip(self.blocks, columns, strict=True)]
+        slices = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        return [(p, x[..., columns], columns) for p, columns in zip(self.blocks, slices, strict=True)]
 
     def log_prob(self, value: Tensor) -> Tensor:
         return sum(p.log_prob(x) for p, x, _ in self.split(value))
@@ -142,8 +145,8 @@ class Blocks(dist.TorchDistribution):
         return torch.cat([p.sample(sample_shape) for p in self.blocks], dim=-1)
 
 
-class _OfBlocks(constraints.Constraint):
-    """Each block's columns in its own space."""
+class _BlocksConstraint(constraints.Constraint):
+    """The columns of each block are in the support of that block."""
 
     event_dim = 1
 
@@ -160,22 +163,22 @@ class _OfBlocks(constraints.Constraint):
 
 
 def mask_elements(p: dist.TorchDistribution, mask: Tensor) -> dist.TorchDistribution:
-    r"""Returns the distribution of the observed elements of a datum: the others are left out, whatever stands there.
+    r"""Returns the distribution of the observed elements of a datum; the other elements are left out.
 
     .. math:: \log p(x_o) = \sum_{d \in o} \log p(x_d)
 
-    for distributions whose elements are independent; for :class:`Multinomial` the distribution of the observed counts
-    given their sum. The elements left out may be NaN or outside the support, and get no gradient. Samples and the mean
-    are the whole distribution's.
+    This holds for distributions with independent elements. For :class:`Multinomial` it is the distribution of the
+    observed counts given their sum. The elements left out may be NaN or outside the support, and get no gradient.
+    Samples and the mean are those of the whole distribution.
 
     Args:
         p: a distribution of independent elements (``.to_event(n)`` of one without event dimensions), a
             :class:`Multinomial`, or :class:`Blocks` of them.
-        mask: what is observed, boolean; broadcasts with ``p.batch_shape + p.event_shape``.
+        mask: True where an element is observed; broadcasts with ``p.batch_shape + p.event_shape``.
 
     Raises:
         ValueError: when the mask is not boolean, or its shape does not fit the distribution's.
-        TypeError: when the elements of `p` cannot be told apart.
+        TypeError: when the elements of `p` are not declared independent.
 
     >>> p = dist.Normal(torch.zeros(3), 1.0).to_event(1)
     >>> mask_elements(p, torch.tensor([True, False, False])).log_prob(torch.tensor([0.0, torch.nan, 9.0]))
@@ -198,7 +201,7 @@ def mask_elements(p: dist.TorchDistribution, mask: Tensor) -> dist.TorchDistribu
         p = p.expand(shape[:cut])
     mask = mask.expand(shape)
     if isinstance(p, Blocks):
-        return Blocks([mask_elements(block, here) for block, here, _ in p.split(mask)])
+        return Blocks([mask_elements(block, columns) for block, columns, _ in p.split(mask)])
     if isinstance(p, Multinomial):
         return MaskedElements(p, Multinomial(p.total_count, p.logits, len(p.event_shape), mask), mask)
     elements = p
@@ -206,8 +209,8 @@ def mask_elements(p: dist.TorchDistribution, mask: Tensor) -> dist.TorchDistribu
         elements = elements.base_dist
     if elements.event_shape or elements.batch_shape != shape or isinstance(elements, MaskedElements):
         raise TypeError(
-            f"mask_elements cannot take {type(elements).__name__} apart: its elements are not declared independent. "
-            "Use a distribution without event dimensions and .to_event(n)."
+            f"mask_elements needs a distribution of independent elements, got {type(elements).__name__}. Use a "
+            "distribution without event dimensions and .to_event(n)."
         )
     if isinstance(elements, BatchScaleNormal):
         elements = BatchScaleNormal(elements.loc, elements.scale, elements.learn, mask)
@@ -215,7 +218,18 @@ def mask_elements(p: dist.TorchDistribution, mask: Tensor) -> dist.TorchDistribu
 
 
 class MaskedElements(dist.TorchDistribution):
-    """What :func:`mask_elements` returns: `base_dist` for samples, `observed` for the log-probability."""
+    """A distribution with elements left out, as :func:`mask_elements` returns it.
+
+    Args:
+        base_dist: the whole distribution, for samples and moments.
+        observed: the distribution that scores the observed elements: `base_dist` without its event dimensions, or a
+            :class:`Multinomial` of the observed counts.
+        mask: True where an element is observed, shape ``base_dist.batch_shape + base_dist.event_shape``.
+
+    >>> p = mask_elements(dist.Normal(torch.zeros(2), 1.0).to_event(1), torch.tensor([True, False]))
+    >>> type(p).__name__, p.log_prob(torch.zeros(2))
+    ('MaskedElements', tensor(-0.9189))
+    """
 
     arg_constraints = {}
 
@@ -229,7 +243,7 @@ class MaskedElements(dist.TorchDistribution):
 
     @constraints.dependent_property
     def support(self):
-        return _OfObserved(self)
+        return _ObservedConstraint(self)
 
     def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
         mask = self.mask_of_elements.expand(torch.Size(batch_shape) + self.event_shape)
@@ -243,12 +257,15 @@ class MaskedElements(dist.TorchDistribution):
         return log_prob.flatten(log_prob.dim() - len(self.event_shape)).sum(-1) if self.event_shape else log_prob
 
     def _filler(self, dtype: torch.dtype) -> float:
-        """A number inside the support for the places of elements left out: outside, gradients may be NaN."""
+        """Returns a number inside the support, for the elements left out: outside, gradients may be NaN."""
         elements = self.support.elements
         for number in (0.5, 1.0, 0.0):
             if bool(elements.check(torch.tensor(number).to(dtype)).all()):
                 return number
-        raise TypeError(f"mask_elements knows no number for what is left out: neither 0, 1/2 nor 1 is in {elements}.")
+        raise TypeError(
+            f"mask_elements puts 0, 1/2 or 1 in place of elements left out, but none of them is in {elements}. Scale "
+            "the data so that one is."
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -269,8 +286,8 @@ class MaskedElements(dist.TorchDistribution):
         return self.base_dist.rsample(sample_shape)
 
 
-class _OfObserved(constraints.Constraint):
-    """The observed elements in the support of their distribution, the others anywhere."""
+class _ObservedConstraint(constraints.Constraint):
+    """The observed elements are in the support of their distribution; the others may be anything."""
 
     def __init__(self, p: MaskedElements):
         super().__init__()

@@ -366,7 +366,7 @@ class HypersphericalUniform(Prior):
     def __init__(self, latent_dim: int):
         super().__init__(latent_dim)
         if latent_dim < 2:
-            raise ValueError(f"latent_dim must be at least 2, a sphere's, got {latent_dim}.")
+            raise ValueError(f"latent_dim must be at least 2 for latents on a sphere, got {latent_dim}.")
         self.register_buffer("like", torch.zeros(latent_dim), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
