@@ -316,7 +316,7 @@ STRUCTURES = {
 def test_structures_compiled_are_the_same(name, traced):
     make, args = STRUCTURES[name]
     fetched = name == "MissingDataVAE"
-    with refused("structures.py") if fetched else nullcontext():
+    with refused("missing.py") if fetched else nullcontext():
         same_compiled(lambda: BY_NAME["IWAE-DReG"].build(2), lambda: pair_of(make().double()), doubles(6, 4), *args)
     assert traced.made == (not fetched)
 
