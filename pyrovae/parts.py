@@ -80,8 +80,8 @@ def likelihood_at(likelihood: nn.Module, z: Tensor, context: Tensor | None) -> d
         raise ValueError(
             f"{type(likelihood).__name__} returned a distribution of batch shape {tuple(p.batch_shape)} for z of shape "
             f"{tuple(z.shape)}, but must keep all dimensions of z except the last, {tuple(leading)}: there may be "
-            "several. In its network write h.reshape(*h.shape[:-1], ...) in place of h.view(-1, ...), and h.flatten(-3) "
-            "in place of h.flatten(1). Declare the dimensions of a datum with .to_event(n)."
+            "several. In its network write h.reshape(*h.shape[:-1], ...) in place of h.view(-1, ...), and "
+            "h.flatten(-3) in place of h.flatten(1). Declare the dimensions of a datum with .to_event(n)."
         )
     return p
 
@@ -208,8 +208,8 @@ def check_vectors(context: Tensor | None, *parts: nn.Module) -> None:
     if any(stated) or len(stated) == len(parts):
         raise ValueError(
             f"context has shape {tuple(context.shape)}, one number a datum, but must have one vector a datum, shape "
-            "(batch, context_dim). Are they labels? To leave them out, call fit(..., transform=lambda x, labels: x). To "
-            "condition on them, give torch.nn.functional.one_hot(labels, num_classes).float() and build parts with "
+            "(batch, context_dim). Are they labels? To leave them out, call fit(..., transform=lambda x, labels: x). "
+            "To condition on them, give torch.nn.functional.one_hot(labels, num_classes).float() and build parts with "
             "context_dim=num_classes. For numbers give context.unsqueeze(-1)."
         )
 

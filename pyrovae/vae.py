@@ -126,9 +126,9 @@ class VAE(OneLatent):
         TypeError: when a part is not a module (but a class, for example), or its ``forward`` takes other arguments (for
             example, because the parts are in the wrong order); when a part returns something other than a distribution
             of Pyro's.
-        ValueError: when the parts have different latent dimensions, latent spaces, data or context shapes; when a context
-            is given that no part takes, that does not have one row a datum, or whose rows are numbers (labels), not
-            vectors.
+        ValueError: when the parts have different latent dimensions, latent spaces, data or context shapes; when a
+            context is given that no part takes, that does not have one row a datum, or whose rows are numbers (labels),
+            not vectors.
 
     References:
         Auto-Encoding Variational Bayes, D. P. Kingma and M. Welling, 2014, https://arxiv.org/abs/1312.6114.

@@ -344,13 +344,19 @@ P, L, E = StandardNormal(2), Bernoulli(2, 4), DiagonalNormal(4, 2)
 @pytest.mark.parametrize(
     ("parts", "match"),
     [
-        ((E, L, P), r"prior must have a forward that takes \(context=None\), and DiagonalNormal has another.*order"),
-        ((L, P, E), "prior must have .* and Bernoulli has another"),
-        ((P, E, L), "likelihood and encoder must be one of each.*likelihood is DiagonalNormal, encoder is Bernoulli"),
-        ((P, P, E), r"likelihood must have a forward that takes \(z, context=None\), and StandardNormal has another"),
-        ((P, L, P), r"encoder must have a forward that takes \(x, context=None\), and StandardNormal has another"),
-        ((OwnEncoder(), L, P), "prior must have .* and OwnEncoder has another"),
-        ((P, L, OfOne()), r"encoder must have a forward that takes \(x, context=None\), and OfOne has another"),
+        ((E, L, P), r"prior must have .* takes \(context=None\), but that of DiagonalNormal takes other .*order"),
+        ((L, P, E), "prior must have .* but that of Bernoulli takes other arguments"),
+        ((P, E, L), "likelihood and encoder are interchanged.*likelihood is DiagonalNormal, encoder is Bernoulli"),
+        (
+            (P, P, E),
+            r"likelihood must have .* takes \(z, context=None\), but that of StandardNormal takes other arguments",
+        ),
+        (
+            (P, L, P),
+            r"encoder must have .* takes \(x, context=None\), but that of StandardNormal takes other arguments",
+        ),
+        ((OwnEncoder(), L, P), "prior must have .* but that of OwnEncoder takes other arguments"),
+        ((P, L, OfOne()), r"encoder must have .* takes \(x, context=None\), but that of OfOne takes other arguments"),
     ],
 )
 def test_parts_in_another_order_are_named(parts, match):

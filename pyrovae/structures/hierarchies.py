@@ -117,8 +117,8 @@ class HierarchicalVAE(_Hierarchy):
         q(z \mid x) = q(z_1 \mid x) \prod_{l=2}^{L} q(z_l \mid z_{l-1})
 
     The latents are at the sites "z1" (next to the data) to "zL" (the top). All lists start at the data. A conditional
-    maps a vector to a distribution of vectors: ``encoders.DiagonalNormal(above, below)``, with a standard deviation that
-    depends on the level above, or ``likelihoods.Normal(above, below)``, with one that does not.
+    maps a vector to a distribution of vectors: ``encoders.DiagonalNormal(above, below)``, with a standard deviation
+    that depends on the level above, or ``likelihoods.Normal(above, below)``, with one that does not.
 
     Args:
         prior: ``prior(context)`` returns :math:`p(z_L)`.
@@ -129,8 +129,8 @@ class HierarchicalVAE(_Hierarchy):
             :math:`q(z_l \mid z_{l-1} = z)`; one for each level.
 
     Raises:
-        ValueError: when the numbers of parts, the shapes of their inputs and outputs, or the spaces of the latents do not
-            fit; when a context is given that no part takes, or that does not have one row a datum.
+        ValueError: when the numbers of parts, the shapes of their inputs and outputs, or the spaces of the latents do
+            not fit; when a context is given that no part takes, or that does not have one row a datum.
 
     References:
         Stochastic Backpropagation and Approximate Inference in Deep Generative Models, D. J. Rezende, S. Mohamed and
@@ -169,8 +169,8 @@ class LadderVAE(_Hierarchy):
         q(z \mid x) = \mathrm{encoder}_L(d_L) \prod_{l=1}^{L-1} q(z_l \mid z_{l+1}, x), \qquad
         q(z_l \mid z_{l+1}, x) \propto \mathrm{encoder}_l(d_l)\, p(z_l \mid z_{l+1})
 
-    The model is that of :class:`HierarchicalVAE`. Below the top, the posterior is the normalised product of two diagonal
-    normals, one from the data and one from the level above: their precisions add up.
+    The model is that of :class:`HierarchicalVAE`. Below the top, the posterior is the normalised product of two
+    diagonal normals, one from the data and one from the level above: their precisions add up.
 
     Args:
         prior: ``prior(context)`` returns :math:`p(z_L)`.
@@ -252,8 +252,8 @@ def _network_takes_context(network: nn.Module) -> bool:
 def _check_count(name: str, parts: Sequence[nn.Module], count: int, levels: int) -> None:
     if len(parts) != count:
         raise ValueError(
-            f"{levels} encoders make {levels} levels, which need {count} {name}, got {len(parts)}. Give one encoder for "
-            "each level and one conditional for each level except the top, starting at the data."
+            f"{levels} encoders make {levels} levels, which need {count} {name}, got {len(parts)}. Give one encoder "
+            "for each level and one conditional for each level except the top, starting at the data."
         )
 
 

@@ -31,9 +31,9 @@ class SemiSupervisedVAE(Registered):
 
     .. math:: p(x, y, z) = p(y)\, p(z)\, p(x \mid y, z), \qquad q(y, z \mid x) = q(y \mid x)\, q(z \mid x, y)
 
-    ``vae.model`` and ``vae.guide`` take ``(x, y=None)``, with y of shape ``(batch,)``: a class from 0 to ``num_classes -
-    1``, or -1 where it is unknown. ``log_marginal(vae.model, vae.guide, x, y)`` estimates log p(x, y) where y is known
-    and log p(x) where it is unknown. Train with :class:`ClassifierELBO`, or Pyro's
+    ``vae.model`` and ``vae.guide`` take ``(x, y=None)``, with y of shape ``(batch,)``: a class from 0 to ``num_classes
+    - 1``, or -1 where it is unknown. ``log_marginal(vae.model, vae.guide, x, y)`` estimates log p(x, y) where y is
+    known and log p(x) where it is unknown. Train with :class:`ClassifierELBO`, or Pyro's
     ``TraceEnum_ELBO(max_plate_nesting=1)``: they sum over the classes. Other losses draw one class, and their gradients
     have a large variance.
 
@@ -45,8 +45,8 @@ class SemiSupervisedVAE(Registered):
         likelihood: ``likelihood(z, context)`` returns :math:`p(x \mid y, z)`; built with ``context_dim=num_classes``,
             because the context is the class as a one-hot vector.
         encoder: ``encoder(x, context)`` returns :math:`q(z \mid x, y)`, or without ``context_dim`` :math:`q(z \mid x)`.
-        classifier: the network of :math:`q(y \mid x)`, a module that returns one logit a class, or a callable that builds
-            one from ``(x_shape, num_classes)``.
+        classifier: the network of :math:`q(y \mid x)`, a module that returns one logit a class, or a callable that
+            builds one from ``(x_shape, num_classes)``.
         num_classes: number of classes.
         class_probs: :math:`p(y)`, positive numbers that sum to one, one a class; uniform by default.
 
@@ -197,8 +197,8 @@ class ClassifierELBO(TraceEnum_ELBO):
 
     .. math:: \mathrm{loss} = -\sum_n \mathrm{ELBO}_n - \alpha \sum_{n\,:\,y_n\ \mathrm{known}} \log q(y_n \mid x_n)
 
-    The ELBO sums over the classes. Where the class is known, the ELBO does not depend on the classifier; with the second
-    term, the classifier learns from these data too. :math:`\alpha` weighs the loss and is not part of the model.
+    The ELBO sums over the classes. Where the class is known, the ELBO does not depend on the classifier; with the
+    second term, the classifier learns from these data too. :math:`\alpha` weighs the loss and is not part of the model.
 
     Args:
         classify: ``vae.classify``; ``classify(x)`` returns the Categorical distribution q(y | x).
