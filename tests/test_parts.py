@@ -349,11 +349,11 @@ P, L, E = StandardNormal(2), Bernoulli(2, 4), DiagonalNormal(4, 2)
         ((P, E, L), "likelihood and encoder are interchanged.*likelihood is DiagonalNormal, encoder is Bernoulli"),
         (
             (P, P, E),
-            r"likelihood must have .* takes \(z, context=None\), but that of StandardNormal takes other arguments",
+            r"likelihood must have .* takes \(z, context=None\), but that of StandardNormal takes other",
         ),
         (
             (P, L, P),
-            r"encoder must have .* takes \(x, context=None\), but that of StandardNormal takes other arguments",
+            r"encoder must have .* takes \(x, context=None\), but that of StandardNormal takes other",
         ),
         ((OwnEncoder(), L, P), "prior must have .* but that of OwnEncoder takes other arguments"),
         ((P, L, OfOne()), r"encoder must have .* takes \(x, context=None\), but that of OfOne takes other arguments"),

@@ -297,7 +297,7 @@ def test_a_conditional_prior_asks_for_its_context(case):
         (lambda: priors.FlowPrior(3, lambda d, c: import_zuko().flows.MAF(d + 1, c)), r"flow must be .*\(4,\)"),
         (
             lambda: priors.FlowPrior(3, lambda d, c: import_zuko().flows.MAF(d, 2)),
-            "flow does not take a context of width 0",
+            "flow takes no context of width 0",
         ),
     ],
 )
@@ -351,7 +351,7 @@ def test_the_gaussian_process_has_unit_variance_and_learns_its_length_scales():
 
 
 def test_the_gaussian_process_refuses_other_numbers_of_times():
-    with pytest.raises(ValueError, match=r"context must hold 4 times a datum, got shape \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"context must hold 4 times a datum, .* got \(3, 5\)"):
         priors.GaussianProcess(8, 4, context_dim=4)(torch.rand(3, 5))
 
 
@@ -442,7 +442,7 @@ def test_pseudo_inputs_stay_in_their_bounds_and_are_no_view_of_the_data():
         ),
         ({"num_components": 5, "data": torch.rand(5, 3)}, r"data must have shape .* got \(5, 3\)"),
         ({"num_components": 5, "data": 2 + torch.rand(5, 4)}, r"data ranges from 2.* outside bounds=\(0.0, 1.0\)"),
-        ({"num_components": 5, "bounds": (1.0, 1.0)}, "bounds must be a smaller and a larger number"),
+        ({"num_components": 5, "bounds": (1.0, 1.0)}, "bounds must be a pair \\(low, high\\)"),
     ],
 )
 def test_what_makes_no_vamp_prior_is_refused(arguments, match):
@@ -579,8 +579,8 @@ def test_a_vae_with_exemplars_trains_on_its_numbered_data():
             "from 0 to 11, got values from 0.5",
         ),
         (lambda q: priors.ExemplarPrior(encoders.VonMisesFisher(4, 2), torch.rand(12, 4)), "mixture of normals"),
-        (lambda q: priors.ExemplarPrior(encoders.NeuralSplineFlow(4, 2), torch.rand(12, 4)), "states no mean"),
-        (lambda q: priors.ExemplarPrior(encoders.InverseAutoregressiveFlow(4, 2), torch.rand(12, 4)), "states no mean"),
+        (lambda q: priors.ExemplarPrior(encoders.NeuralSplineFlow(4, 2), torch.rand(12, 4)), "without a mean"),
+        (lambda q: priors.ExemplarPrior(encoders.InverseAutoregressiveFlow(4, 2), torch.rand(12, 4)), "without a mean"),
         (
             lambda q: priors.ExemplarPrior(encoders.DiagonalNormal(4, 2, context_dim=3), torch.rand(12, 4)),
             "encoder takes a context",

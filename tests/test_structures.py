@@ -900,10 +900,10 @@ def test_parts_of_a_hierarchy_in_another_order_are_named():
     ):
         HierarchicalVAE(x, [above], p, q)
     with pytest.raises(
-        TypeError, match=r"conditionals\[0\] must have .*\(z, context=None\), but that of StandardNormal takes"
+        TypeError, match=r"conditionals\[0\] must .*\(z, context=None\), but that of StandardNormal"
     ):
         HierarchicalVAE(p, [p], x, q)
     with pytest.raises(
-        TypeError, match=r"encoders\[1\] must have .*\(x, context=None\), but that of StandardNormal takes"
+        TypeError, match=r"encoders\[1\] must .*\(x, context=None\), but that of StandardNormal"
     ):
         HierarchicalVAE(p, [above], x, [q[0], p])
