@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+from abc import ABC, abstractmethod
+from typing import Any
 
 import pyro
 import torch
@@ -28,7 +30,7 @@ __all__ = ["VAE"]
 _count = itertools.count()
 
 
-class Registered(nn.Module):
+class Registered(nn.Module, ABC):
     """A module that registers its parameters with Pyro, under a name that is unique to each instance and copy."""
 
     def __init__(self):
@@ -54,6 +56,14 @@ class Registered(nn.Module):
         # name would silently train the parameters of the original.
         super().__setstate__(state)
         self.name = f"vae{next(_count)}"
+
+    @abstractmethod
+    def model(self, *args: Any) -> None:
+        """The generative process."""
+
+    @abstractmethod
+    def guide(self, *args: Any) -> None:
+        """The approximate posterior."""
 
     def register(self) -> None:
         """Registers the parameters with Pyro; every model and guide calls this first."""

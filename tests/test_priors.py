@@ -294,7 +294,7 @@ def test_a_conditional_prior_asks_for_its_context(case):
         (lambda: priors.GaussianProcess(4, 2, length_scale=0.0), "length_scale must be positive and finite, got 0"),
         (lambda: priors.GaussianProcess(4, 2, noise=1.0), "noise must be between 0 and 1, got 1"),
         (lambda: priors.GaussianProcess(4, 2, context_dim=3), "context_dim must be num_times=2, or 0 for none, got 3"),
-        (lambda: priors.FlowPrior(3, lambda d, c: import_zuko().flows.MAF(d + 1, c)), r"flow must be .*\(4,\)"),
+        (lambda: priors.FlowPrior(3, lambda d, c: import_zuko().flows.MAF(d + 1, c)), r"flow must have .*\(4,\)"),
         (
             lambda: priors.FlowPrior(3, lambda d, c: import_zuko().flows.MAF(d, 2)),
             "flow takes no context of width 0",

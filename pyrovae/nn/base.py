@@ -1,6 +1,7 @@
 """What networks have in common: shapes, contexts, and how parts build and call them."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from numbers import Integral
 
@@ -78,7 +79,7 @@ def apply(network: nn.Module, x: Tensor, context: Tensor | None, out_shape: tupl
     return out
 
 
-class ShapedNetwork(nn.Module):
+class ShapedNetwork(nn.Module, ABC):
     """Base of the networks here: it knows its shapes, and checks inputs and contexts.
 
     Args:
@@ -90,6 +91,10 @@ class ShapedNetwork(nn.Module):
     def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], context_dim: int):
         super().__init__()
         self.in_shape, self.out_shape, self.context_dim = in_shape, out_shape, context_dim
+
+    @abstractmethod
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns outputs, ``(*leading, *out_shape)``, for inputs ``(*leading, *in_shape)``."""
 
     def extra_repr(self) -> str:
         context = f", context_dim={self.context_dim}" if self.context_dim else ""

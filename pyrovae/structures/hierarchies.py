@@ -1,6 +1,6 @@
 """VAEs with several levels of latents."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import pyro
@@ -25,7 +25,7 @@ from pyrovae.priors import Prior
 from pyrovae.vae import Registered
 
 
-class _Hierarchy(Registered, ABC):
+class _Hierarchy(Registered):
     r"""A generative model with any number of levels of latents; subclasses define the inference.
 
     .. math:: p(x, z) = p(z_L) \prod_{l=1}^{L-1} p(z_l \mid z_{l+1})\; p(x \mid z_1)
