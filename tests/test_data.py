@@ -14,8 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pyrovae import data
-from pyrovae.data import Batches, Split, dynamic_binarization, load, loading, static_binarization
+from pyrovae.cli import command_parser
+from pyrovae.data import (
+    DATA_SETS,
+    Batches,
+    Split,
+    descriptions,
+    dynamic_binarization,
+    images,
+    load,
+    random_splits,
+    register,
+    static_binarization,
+)
 
 
 def digest(t: Tensor) -> str:
@@ -87,7 +98,7 @@ def test_dynamic_binarization_has_the_grey_values_as_means():
     grey = torch.linspace(0, 1, 12).reshape(3, 4)
     draws = torch.stack([dynamic_binarization(grey)[0] for _ in range(2000)])
     assert_bernoulli(draws, grey)
-    assert not draws[0].equal(draws[1]), "drawn anew at each call"
+    assert not draws[0].equal(draws[1]), "each call draws again"
     # Pixels are independent: the mean of the image has the variance of a mean of independent pixels. The variance of
     # n draws has a relative standard error of about sqrt(2 / n).
     expected = (grey * (1 - grey)).sum() / grey.numel() ** 2
@@ -332,6 +343,48 @@ def test_names_that_stand_for_nothing(tmp_path):
             load(str(tmp_path / f"missing.{suffix}"))
 
 
+# Data sets of the user's own.
+
+
+@pytest.fixture
+def no_new_data_sets():
+    before = dict(DATA_SETS)
+    yield
+    DATA_SETS.clear()
+    DATA_SETS.update(before)
+
+
+def test_a_registered_data_set_is_loaded_by_name_and_listed(tmp_path, no_new_data_sets):
+    x, labels = torch.randn(10, 3), torch.arange(10)
+    torch.save((x, labels), tmp_path / "own.pt")
+
+    @register("own")
+    def own(root: Path):
+        """Numbers in a file, shape (3,); 5 / 2 / 3.
+
+        The rest of the docstring is not listed.
+        """
+        return random_splits(*torch.load(root / "own.pt"), validation=2, test=3)
+
+    assert descriptions()["own"] == "Numbers in a file, shape (3,); 5 / 2 / 3."
+    splits = load("own", tmp_path)
+    assert [len(split.x) for split in splits] == [5, 2, 3]
+    order = torch.cat([split.labels for split in splits])
+    assert order.sort().values.equal(labels)
+    assert torch.cat([split.x for split in splits]).equal(x[order])
+    with pytest.raises(ValueError, match="no data set 'owl'.*cifar10, own, or"):
+        load("owl", tmp_path)
+    assert "cifar10, own." in " ".join(command_parser("train").format_help().split())
+
+
+def test_data_sets_without_a_new_name_or_a_description_are_refused(no_new_data_sets):
+    with pytest.raises(ValueError, match="there is a data set 'mnist' already"):
+        register("mnist")(descriptions)
+    with pytest.raises(ValueError, match="'own' must have a docstring"):
+        register("own")(lambda root: None)
+    assert "own" not in DATA_SETS
+
+
 # IDX files.
 
 
@@ -358,7 +411,7 @@ def no_download(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("files that are there must not be downloaded")
 
-    monkeypatch.setattr(data, "_download", refuse)
+    monkeypatch.setattr(images, "_download", refuse)
 
 
 @pytest.mark.parametrize(
@@ -421,13 +474,13 @@ def test_damaged_gz_files_are_refused_or_read_right(tmp_path):
     for length in range(len(content)):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=str(path)):
-            loading._read_idx(path)
+            images._read_idx(path)
     for position in range(len(content)):  # the date of a gz file, say, may be anything
         damaged = bytearray(content)
         damaged[position] ^= 0xFF
         path.write_bytes(damaged)
         try:
-            read = loading._read_idx(path)
+            read = images._read_idx(path)
         except ValueError as error:
             assert str(path) in str(error)
         else:
