@@ -226,8 +226,8 @@ def main(args: argparse.Namespace) -> None:
         "## Parts\n\n"
         "`python benchmarks/parts.py`: a training step with each part, relative to the standard VAE with a "
         f"standard-normal prior, Bernoulli likelihood and diagonal encoder ({PIXELS} pixels, {LATENT} latent "
-        f"dimensions, MLPs with one hidden layer of 400, batches of {BATCH}, one particle). {args.rounds} steps of each, "
-        "alternating with the standard VAE; medians, with quartiles in brackets. Memory: the peak of torch's "
+        f"dimensions, MLPs with one hidden layer of 400, batches of {BATCH}, one particle). {args.rounds} steps of "
+        "each, alternating with the standard VAE; medians, with quartiles in brackets. Memory: the peak of torch's "
         "allocations during a step, relative to those before it.\n\n"
         + report.table(["part", "ms / step", "/ standard", "peak MB", "/ standard"], rows)
         + f"\n\nA step with ExemplarPrior({args.exemplars:,}) takes {report.quartiles(ratios, 2)} times one with "

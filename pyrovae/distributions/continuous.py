@@ -82,7 +82,14 @@ class ContinuousBernoulli(dist.ContinuousBernoulli):
 
 
 class Beta(dist.Beta):
-    """Torch's beta distribution on the open interval (0, 1), because its density may be infinite at 0 and at 1.
+    r"""Torch's beta distribution on the open interval (0, 1), because its density may be infinite at 0 and at 1.
+
+    .. math:: p(x) = \frac{\Gamma(\alpha + \beta)}{\Gamma(\alpha)\, \Gamma(\beta)}\, x^{\alpha - 1} (1 - x)^{\beta - 1},
+        \qquad 0 < x < 1
+
+    Args:
+        concentration1: :math:`\alpha`, positive.
+        concentration0: :math:`\beta`, positive.
 
     >>> Beta(2.0, 0.5).support.check(torch.tensor([0.0, 0.5, 1.0]))
     tensor([False,  True, False])
@@ -93,13 +100,19 @@ class Beta(dist.Beta):
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         x = super().rsample(sample_shape)
         info = torch.finfo(x.dtype)
-        return x.clamp(info.tiny, 1 - info.eps / 2)  # rounding may put a draw on the boundary
+        return x.clamp(info.tiny, 1 - info.eps / 2)  # rounding may move a draw to the boundary
 
 
 class Gamma(dist.Gamma):
-    """Torch's gamma distribution without 0 in its support.
+    r"""Torch's gamma distribution without 0 in its support.
+
+    .. math:: p(x) = \frac{\beta^\alpha}{\Gamma(\alpha)}\, x^{\alpha - 1} e^{-\beta x}, \qquad x > 0
 
     At 0 the density is 0 or infinite unless the concentration is 1.
+
+    Args:
+        concentration: :math:`\alpha`, positive.
+        rate: :math:`\beta`, positive.
 
     >>> Gamma(1.0, 1.0).support.check(torch.tensor([0.0, 0.5]))
     tensor([False,  True])
@@ -109,7 +122,15 @@ class Gamma(dist.Gamma):
 
 
 class StudentT(dist.StudentT):
-    """Torch's Student t distribution, with a log-density that stays accurate for many degrees of freedom.
+    r"""Torch's Student t distribution, with a log-density that stays accurate for many degrees of freedom.
+
+    .. math:: p(x) = \frac{\Gamma((\nu + 1) / 2)}{\Gamma(\nu / 2) \sqrt{\pi \nu}\, \sigma}
+        \left(1 + \frac{(x - \mu)^2}{\nu \sigma^2}\right)^{-(\nu + 1) / 2}
+
+    Args:
+        df: degrees of freedom :math:`\nu`, positive.
+        loc: :math:`\mu`.
+        scale: :math:`\sigma`, positive.
 
     >>> StudentT(torch.tensor(1e8)).log_prob(torch.tensor(0.0))  # the normal distribution's
     tensor(-0.9189)

@@ -48,6 +48,13 @@ class NegativeBinomial(dist.NegativeBinomial):
         logits: :math:`\log \mu - \log \theta` for a mean of :math:`\mu`.
         log_mean: :math:`\log \mu` in place of `logits`: more accurate, because the difference is not rounded.
 
+    Raises:
+        ValueError: when both or neither of `logits` and `log_mean` are given.
+
+    References:
+        Deep Generative Modeling for Single-Cell Transcriptomics, R. Lopez, J. Regier, M. B. Cole, M. I. Jordan and
+        N. Yosef, 2018, https://doi.org/10.1038/s41592-018-0229-2.
+
     >>> p = NegativeBinomial(torch.tensor(1e7), logits=torch.tensor(2e-7).log())  # a Poisson's with rate 2
     >>> p.log_prob(torch.arange(30.0)).exp().sum()
     tensor(1.0000)
@@ -95,6 +102,10 @@ class ZeroInflatedNegativeBinomial(dist.TorchDistribution):
         logits: logits of the :class:`NegativeBinomial`, or None with `log_mean`.
         gate_logits: g.
         log_mean: :math:`\log \mu` of the :class:`NegativeBinomial`, in place of `logits`.
+
+    References:
+        Deep Generative Modeling for Single-Cell Transcriptomics, R. Lopez, J. Regier, M. B. Cole, M. I. Jordan and
+        N. Yosef, 2018, https://doi.org/10.1038/s41592-018-0229-2.
 
     >>> p = ZeroInflatedNegativeBinomial(torch.tensor(1.0), torch.tensor(0.0), torch.tensor([0.0, 100.0]))
     >>> p.log_prob(torch.tensor(0.0)).exp(), p.log_prob(torch.tensor(1.0))
@@ -159,6 +170,10 @@ class Multinomial(dist.TorchDistribution):
         logits: :math:`l`, normalised or not.
         event_dim: how many of the last dimensions of the logits are one datum.
         observed: a mask of the dimensions that count, which broadcasts with the logits; None for all.
+
+    References:
+        Variational Autoencoders for Collaborative Filtering, D. Liang, R. G. Krishnan, M. D. Hoffman and T. Jebara,
+        2018, https://arxiv.org/abs/1802.05814.
 
     >>> p = Multinomial(10, torch.zeros(3))
     >>> p.log_prob(torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0]])).exp()

@@ -67,7 +67,12 @@ class _BernoulliLogProb(torch.autograd.Function):
 
 
 class Categorical(dist.Categorical):
-    """Pyro's categorical distribution with floating-point samples, because networks take floating-point data.
+    r"""Pyro's categorical distribution with floating-point samples, because networks take floating-point data.
+
+    .. math:: p(x = k) = \mathrm{softmax}(l)_k, \qquad k = 0, \dots, K - 1
+
+    Args:
+        logits: :math:`l`, normalised or not, shape ``(*batch, K)``.
 
     >>> Categorical(logits=torch.tensor([0.0, 100.0])).sample()
     tensor(1.)

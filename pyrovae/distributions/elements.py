@@ -218,7 +218,9 @@ def mask_elements(p: dist.TorchDistribution, mask: Tensor) -> dist.TorchDistribu
 
 
 class MaskedElements(dist.TorchDistribution):
-    """A distribution with elements left out, as :func:`mask_elements` returns it.
+    r"""A distribution with elements left out, as :func:`mask_elements` returns it.
+
+    .. math:: \log p(x_o) = \sum_{d \in o} \log p(x_d)
 
     Args:
         base_dist: the whole distribution, for samples and moments.

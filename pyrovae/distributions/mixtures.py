@@ -263,10 +263,17 @@ class ReparameterizedMixture(dist.MixtureSameFamily):
 
 
 class StratifiedCategorical(dist.Categorical):
-    """A categorical distribution whose draws along new leading dimensions are spread evenly over its probabilities.
+    r"""A categorical distribution whose draws along new leading dimensions are spread evenly over its probabilities.
 
-    Each draw alone follows the distribution. Of n draws together, the number in each class differs from n times its
-    probability by less than two. New dimensions are those of `sample_shape` and those that ``expand`` adds.
+    .. math:: x_i = F^{-1}\left(\frac{\pi_i - 1 + u_i}{n}\right), \qquad u_i \sim \mathrm{Uniform}(0, 1), \quad
+        \pi \text{ a random permutation of } 1, \dots, n
+
+    with F the cumulative probabilities. Each draw alone follows the distribution. Of n draws together, the number in
+    each class differs from n times its probability by less than two. New dimensions are those of `sample_shape` and
+    those that ``expand`` adds.
+
+    Args:
+        logits: logarithms of the probabilities, normalised or not, shape ``(*batch, components)``.
 
     >>> StratifiedCategorical(torch.tensor([0.25, 0.75])).sample((4,)).sum()
     tensor(3)

@@ -13,7 +13,9 @@ from pyrovae.distributions.spaces import blocks_of
 
 
 class Flattened(dist.TorchDistribution):
-    """A distribution with its event dimensions flattened to one, because latents of a VAE are vectors.
+    r"""A distribution with its event dimensions flattened to one, because latents of a VAE are vectors.
+
+    .. math:: p(z) = p_{\mathrm{base}}(\mathrm{unflatten}(z))
 
     Args:
         base_dist: any distribution with events of at least one dimension.

@@ -71,10 +71,19 @@ class _AdditiveLogistic(torch.distributions.Transform):
 
 
 class RelaxedOneHotCategorical(dist.RelaxedOneHotCategorical):
-    """Pyro's relaxed one-hot distribution, with draws inside the simplex.
+    r"""Pyro's relaxed one-hot distribution, with draws inside the simplex.
+
+    .. math:: z = \mathrm{softmax}\left(\frac{l + g}{\tau}\right), \qquad g_k \sim \mathrm{Gumbel}
 
     At low temperatures small entries of a draw underflow to zero, which has no logarithm, and rounding leaves sums that
     differ from one.
+
+    Args:
+        temperature: :math:`\tau`, positive.
+        logits: :math:`l`, normalised or not, shape ``(*batch, K)``.
+
+    References:
+        The Concrete Distribution, C. J. Maddison, A. Mnih and Y. W. Teh, 2017, https://arxiv.org/abs/1611.00712.
 
     >>> p = RelaxedOneHotCategorical(torch.tensor(0.1), logits=torch.tensor([100.0, 0.0, -100.0]))
     >>> bool(p.log_prob(p.rsample()).isfinite())

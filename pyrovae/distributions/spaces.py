@@ -138,7 +138,16 @@ open_unit_interval = _OpenUnitInterval()
 
 
 class grid(constraints.Constraint):  # lower case, as constraints with arguments are in torch
-    """The numbers ``k / (levels - 1)`` for k from 0 to ``levels - 1``, to a hundredth of a level."""
+    r"""The constraint of numbers on a grid, with a tolerance of a hundredth of a level.
+
+    .. math:: x \in \left\{\tfrac{k}{L - 1} : k = 0, \dots, L - 1\right\}
+
+    Args:
+        levels: :math:`L`, the number of grid points from 0 to 1.
+
+    >>> grid(5).check(torch.tensor([0.0, 0.25, 0.3]))
+    tensor([ True,  True, False])
+    """
 
     is_discrete = True
 

@@ -100,8 +100,8 @@ class ShapedNetwork(nn.Module, ABC):
         context = f", context_dim={self.context_dim}" if self.context_dim else ""
         return f"in_shape={self.in_shape}, out_shape={self.out_shape}{context}"
 
-    def check_shape(self, x: Tensor) -> None:
-        """Raises an error unless x is a tensor of shape ``(*leading, *in_shape)``."""
+    def check_input(self, x: Tensor, floating: bool = True) -> None:
+        """Raises an error unless x is a tensor of shape ``(*leading, *in_shape)``, by default a floating-point one."""
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"{type(self).__name__} takes a tensor, got a {type(x).__name__}. Select it from a batch, as in "
@@ -112,11 +112,7 @@ class ShapedNetwork(nn.Module, ABC):
                 f"{type(self).__name__} takes inputs of shape (..., {', '.join(map(str, self.in_shape))}), got "
                 f"{tuple(x.shape)}. Reshape the data, or build the network for that shape."
             )
-
-    def check_input(self, x: Tensor) -> None:
-        """Raises an error unless x is a floating-point tensor of shape ``(*leading, *in_shape)``."""
-        self.check_shape(x)
-        if not x.is_floating_point():
+        if floating and not x.is_floating_point():
             raise TypeError(
                 f"{type(self).__name__} takes floating-point inputs, got {x.dtype}. Convert numbers with .float(); for "
                 "class numbers use nn.OneHotInput."

@@ -44,7 +44,7 @@ class OneHotInput(ShapedNetwork):
         self.network = build(network, (*self.in_shape, num_classes), self.out_shape, context_dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        self.check_shape(x)
+        self.check_input(x, floating=False)
         classes = x.long()
         # Written so that NaN is refused: every comparison with NaN is false.
         if not bool(((classes == x) & (classes >= 0) & (classes < self.num_classes)).all()):
