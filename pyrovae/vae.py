@@ -31,7 +31,7 @@ _count = itertools.count()
 
 
 class Registered(nn.Module, ABC):
-    """Base of the VAEs: it registers its parameters with Pyro, under a name that is unique to each instance and copy."""
+    """Base of the VAEs: it registers its parameters with Pyro, under a name that is unique to each copy."""
 
     def __init__(self):
         super().__init__()

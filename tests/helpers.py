@@ -34,7 +34,7 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_same(x, y, f"{where}[{i}]")
     else:
-        assert repr(a) == repr(b), f"{where}: {a!r} and {b!r}"  # of a float, exact, and NaN is like NaN
+        assert repr(a) == repr(b), f"{where}: {a!r} and {b!r}"  # exact for floats, and NaN equals NaN
 
 
 def bits(t: Tensor) -> bytes:
@@ -57,7 +57,7 @@ def in_new_process(call: str, folder: Path) -> str:
 
 
 class Moments:
-    """Counts the moments at which a process could die, and kills it at one of them, as a power cut would.
+    """Counts moments at which a process may die, and kills it at one of them, as a power failure would.
 
     The moments are, for every file that is written: half of it in the temporary file, before the flush to the disk,
     before the renaming and after it; and wherever :meth:`pass_one` is called.
@@ -69,7 +69,7 @@ class Moments:
 
     def pass_one(self, *_: Any) -> None:
         self.passed += 1
-        time.sleep(0.001)  # so that a kill from outside hits it too
+        time.sleep(0.001)  # so that a kill from outside may come here too
         if self.passed == self.last:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -80,7 +80,7 @@ class Moments:
 
 
 class HalfWritten:
-    """A file with a moment in the middle of every write."""
+    """A file with a moment in the middle of each write."""
 
     def __init__(self, file: Any, moments: Moments):
         self.file, self.moments = file, moments
@@ -103,7 +103,7 @@ class HalfWritten:
 
 
 def ended_by(work: Callable[[Moments], None], last: int | None = None, seconds: float | None = None) -> int:
-    """Forks, works until the given moment or for so many seconds, is killed; returns the signal, 0 when work was done.
+    """Forks a process that works until a moment or for some seconds and is killed; returns the signal, 0 if it ended.
 
     Only for a process that has not computed anything yet: threads do not survive a fork.
     """

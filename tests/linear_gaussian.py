@@ -1,4 +1,4 @@
-"""A VAE whose truth is known: linear, Gaussian, in closed form. Shared by the tests that need an exact answer.
+"""Linear-Gaussian VAEs, with log p(x), posteriors and bounds in closed form, for tests that need exact values.
 
 With p(z) = N(0, I) and p(x | z) = N(W z + b, s^2 I),
 
@@ -29,7 +29,7 @@ AFFINE = partial(MLP, hidden=())
 
 
 class Truth(NamedTuple):
-    """The generative parameters, W of shape (x_dim, latent_dim), and what follows from them."""
+    """The generative parameters, with W of shape (x_dim, latent_dim), and the closed forms."""
 
     weight: Tensor
     bias: Tensor
@@ -48,7 +48,7 @@ class Truth(NamedTuple):
         return self.marginal().log_prob(x) - kl_divergence(q, self.posterior(x))
 
     def log_chernoff(self, x: Tensor, q: MultivariateNormal, power: float) -> Tensor:
-        r"""The logarithm of the integral of p(z | x)^s q(z)^(1 - s): that of the mean of (w / p(x))^s."""
+        r"""Returns the logarithm of the integral of p(z | x)^s q(z)^(1 - s), which is the mean of (w / p(x))^s."""
         total = torch.zeros(len(x), dtype=torch.float64)
         precision, linear = 0.0, 0.0
         for s, d in ((power, self.posterior(x)), (1 - power, q)):
@@ -56,7 +56,7 @@ class Truth(NamedTuple):
             precision, linear = precision + s * d.precision_matrix, linear + s * at
             constant = torch.logdet(d.precision_matrix) - len(self.weight.T) * math.log(2 * math.pi)
             total = total + 0.5 * s * (constant - (at * d.mean).sum(-1))
-        # The integral of exp(-z'Az/2 + b'z), which is there if A is positive definite.
+        # The integral of exp(-z'Az/2 + b'z), which is finite if A is positive definite.
         assert (torch.linalg.eigvalsh(precision) > 0).all()
         square = (linear * torch.linalg.solve(precision, linear)).sum(-1)
         return total + 0.5 * (square - torch.logdet(precision) + len(self.weight.T) * math.log(2 * math.pi))
@@ -106,7 +106,7 @@ def set_affine(network: MLP, weight: Tensor, bias: Tensor) -> None:
 
 
 def elbo_of(vae: VAE, x: Tensor) -> Tensor:
-    r"""The ELBO of a linear-Gaussian VAE in closed form, ``(batch,)``, differentiable in all its parameters.
+    r"""Returns the ELBO of a linear-Gaussian VAE in closed form, ``(batch,)``, differentiable in all its parameters.
 
     E_q[log N(x; W z + b, s^2)] = -D/2 log(2 pi s^2) - (|x - W m - b|^2 + tr(W S W^T)) / (2 s^2), less KL(q || p(z)).
     """
@@ -151,13 +151,13 @@ def assert_mean(draws: Tensor, expected: Tensor, failure_rate: float) -> None:
 
 
 def assert_fraction(successes: int, total: int, probability: float, failure_rate: float) -> None:
-    """Asserts that a number of successes is one that a binomial with this probability gives, but for `failure_rate`."""
+    """Asserts that a number of successes agrees with a binomial distribution, by a test of this failure rate."""
     low, high = scipy.stats.binom(total, probability).interval(1 - failure_rate)
     assert low <= successes <= high, f"{successes} of {total}, expected {low:.0f} to {high:.0f}"
 
 
 def assert_unit_scores(scores: Tensor, failure_rate: float) -> None:
-    """Asserts that the sum of squares of z-scores is one that the chi-square distribution gives."""
+    """Asserts that the sum of squares of z-scores agrees with a chi-square distribution."""
     low, high = scipy.stats.chi2(scores.numel()).interval(1 - failure_rate)
     total = np.square(scores.numpy()).sum()
     assert low <= total <= high, f"the sum of z^2 is {total:.1f}, expected {low:.1f} to {high:.1f}"
@@ -166,7 +166,7 @@ def assert_unit_scores(scores: Tensor, failure_rate: float) -> None:
 def set_normal(
     encoder: nn.Module, slope: Tensor, at_zero: Tensor, factor: Tensor, classes: Tensor | None = None
 ) -> None:
-    """Makes an affine normal encoder N(at_zero + slope x + classes y, factor factor^T), for a triangular factor."""
+    """Sets the weights of an affine normal encoder to N(at_zero + slope x + classes y, factor factor^T)."""
     raw = torch.log(torch.expm1(factor.diagonal() - 1e-6)) - math.log(math.e - 1)
     below = torch.tril_indices(len(factor), len(factor), offset=-1)
     lower = factor[below[0], below[1]] if isinstance(encoder, encoders.FullRankNormal) else factor.new_zeros(0)
@@ -181,7 +181,7 @@ def set_likelihood(part: nn.Module, weight: Tensor, bias: Tensor, scale: float) 
 
 
 class Gaussian(NamedTuple):
-    """x | z ~ N(weight z + bias, noise), for z ~ N(mean, covariance): what Bayes' rule gives."""
+    """A linear-Gaussian model, x | z ~ N(weight z + bias, noise) for z ~ N(mean, covariance), and its closed forms."""
 
     mean: Tensor
     covariance: Tensor
@@ -195,7 +195,7 @@ class Gaussian(NamedTuple):
         )
 
     def posterior(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Slope in x, value at x = 0 and covariance of z given x."""
+        """Returns the slope in x, the mean at x = 0 and the covariance of z given x."""
         gain = self.covariance @ self.weight.T @ torch.linalg.inv(self.marginal().covariance_matrix)
         return gain, self.mean - gain @ self.marginal().mean, self.covariance - gain @ self.weight @ self.covariance
 
@@ -207,13 +207,13 @@ class Hierarchy(NamedTuple):
     lower: Truth
 
     def of_z1(self) -> Gaussian:
-        """x given z1, where z1 follows its marginal."""
+        """Returns the model of x given z1, where z1 follows its marginal."""
         p = self.upper.marginal()
         noise = self.lower.scale**2 * torch.eye(4, dtype=torch.float64)
         return Gaussian(p.mean, p.covariance_matrix, self.lower.weight, self.lower.bias, noise)
 
     def of_z2(self) -> Gaussian:
-        """x given z2."""
+        """Returns the model of x given z2."""
         eye = torch.eye(2, dtype=torch.float64)
         weight, bias = self.lower.weight @ self.upper.weight, self.lower.weight @ self.upper.bias + self.lower.bias
         noise = self.of_z1().noise + self.upper.scale**2 * self.lower.weight @ self.lower.weight.T

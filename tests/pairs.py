@@ -1,4 +1,4 @@
-"""Pairs of a model and a guide, and what compiled runs of them are compared by."""
+"""Pairs of a model and a guide for the tests of compilation, and the comparison of their results."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -32,14 +32,14 @@ def pair_of(vae: nn.Module) -> Pair:
 
 
 def fresh(make: Callable[[], Any]) -> Any:
-    """Makes something that is the same each time."""
+    """Calls a function with an empty parameter store and a fixed seed."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     return make()
 
 
 def same(found: Iterable, expected: Iterable) -> None:
-    """Asserts equality but for rounding: a few thousand operations on numbers of the size of the largest entry."""
+    """Asserts equality up to the rounding of a few thousand operations on numbers of the size of the largest entry."""
     for a, b in zip(found, expected, strict=True):
         if not isinstance(b, Tensor):
             assert a is b
@@ -51,7 +51,7 @@ def same(found: Iterable, expected: Iterable) -> None:
 
 
 def linear(factor: Callable[[], Any] = lambda: 1.0, decoder: nn.Module | None = None, registered: bool = True) -> Pair:
-    """Returns a pair by hand whose decoder is multiplied by what a function gives."""
+    """Returns a pair whose decoder's output is multiplied by the value of a function."""
     decoder = nn.Linear(2, 3).double() if decoder is None else decoder
 
     def model(x):
@@ -69,6 +69,6 @@ def linear(factor: Callable[[], Any] = lambda: 1.0, decoder: nn.Module | None = 
 
 
 def normalised() -> Pair:
-    """Dropout and running statistics."""
+    """Returns a pair with dropout and running statistics."""
     network = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 3)).double()
     return linear(decoder=network)

@@ -1,4 +1,4 @@
-"""Data: fixed splits, honest binarisation, batches that miss nothing, and files that are read right or refused."""
+"""Data: fixed splits, binarisation, batches that contain every row, and files that are read correctly or refused."""
 
 import gzip
 import hashlib
@@ -48,7 +48,7 @@ def test_digits_are_split_once_and_for_all():
         assert (x.dtype, labels.dtype, labels.shape) == (torch.float32, torch.int64, (len(x),))
         assert x.min() == 0 and x.max() == 1
         assert set((x * 16).unique().tolist()) == set(range(17)), "16 grey levels and nothing between"
-    # Published numbers depend on the split: it may never change, on any machine, whatever the random state.
+    # Published numbers depend on the split: it must not change, on any machine and for any random state.
     assert [digest(s.x) for s in splits] == DIGITS["x"]
     assert [digest(s.labels) for s in splits] == DIGITS["labels"]
     torch.manual_seed(1)
@@ -237,7 +237,7 @@ def test_an_npz_whose_parts_have_other_shapes_is_refused(tmp_path):
     "start", ["", "a,b,c\n", "\ufeff", "\ufeffa,b,c\n"], ids=["numbers", "names", "mark", "mark and names"]
 )
 def test_a_csv_may_start_with_names(tmp_path, start):
-    """Excel begins files with a byte order mark; no row may be lost to it."""
+    """Excel starts files with a byte order mark, which must not make a line of numbers look like names."""
     path = write(tmp_path / "numbers.csv", as_csv(numbers(10), start))
     assert rows_of(load(path)) == [tuple(row) for row in numbers(10).tolist()]
 
@@ -248,7 +248,7 @@ BAD_FILES = {
     "words.csv": "1,2\n3,x\n4,5\n6,7\n",
     "ragged.csv": "1,2\n3,4,5\n6,7\n8,9\n",
     "hole.csv": "1,2\n3,\n4,5\n6,7\n",
-    "hole in the first row.csv": "1,,2\n3,4,5\n6,7,8\n9,10,11\n",  # not a line of names, to be passed over
+    "hole in the first row.csv": "1,,2\n3,4,5\n6,7,8\n9,10,11\n",  # not a line of names, which would be skipped
     "binary.csv": b"\xff\xfe\x00\x01",
     "nan.csv": "1,2\n3,nan\n4,5\n6,7\n",
     "inf.csv": "1,2\n3,4\n-inf,5\n6,7\n",
@@ -273,7 +273,7 @@ def test_the_row_of_a_nan_is_named(tmp_path):
 
 
 class Bomb:
-    """Unpickling it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -319,7 +319,7 @@ def test_a_truncated_array_is_refused(tmp_path, save):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed], ids=lambda save: save.__name__)
 def test_a_damaged_archive_is_refused_or_read_right(tmp_path, save):
-    """Archives have checksums over their content, though not over every field of theirs."""
+    """Archives have checksums of their content, but not of all their fields."""
     path = tmp_path / "numbers.npz"
     save(path, numbers(20))
     content, written = path.read_bytes(), load(str(path))
@@ -475,7 +475,7 @@ def test_damaged_gz_files_are_refused_or_read_right(tmp_path):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=str(path)):
             images._read_idx(path)
-    for position in range(len(content)):  # the date of a gz file, say, may be anything
+    for position in range(len(content)):  # the date of a gz file, for example, may be anything
         damaged = bytearray(content)
         damaged[position] ^= 0xFF
         path.write_bytes(damaged)
@@ -504,7 +504,7 @@ def test_too_few_images_to_split_are_refused(tmp_path, no_download):
 
 
 def install(monkeypatch, name: str, dataset: type) -> None:
-    """Puts a data set in the place of one of torchvision's, without torchvision, which is slow to import."""
+    """Replaces torchvision, which is slow to import, by a module with one data set."""
     module = types.ModuleType("torchvision")
     module.datasets = types.SimpleNamespace(**{name: dataset})
     monkeypatch.setitem(sys.modules, "torchvision", module)

@@ -1,4 +1,4 @@
-"""Hierarchies, missing data and labels for some of the data, held to linear-Gaussian models in closed form."""
+"""Hierarchies, missing data and labels for some of the data, compared with linear-Gaussian models in closed form."""
 
 import copy
 import math
@@ -86,7 +86,7 @@ def test_the_latents_of_a_ladder_are_the_product_of_what_data_and_level_above_sa
     mean = (data_says.mean / data_says.variance + above_says.mean / above_says.variance) / precision
     torch.testing.assert_close(node.mean, mean, rtol=1e3 * EPS, atol=1e3 * EPS)
     torch.testing.assert_close(node.variance, 1 / precision, rtol=1e3 * EPS, atol=0)
-    # A product of densities, whatever its normaliser: the difference of logarithms does not depend on z.
+    # A product of densities up to its normaliser: the difference of logarithms does not depend on z.
     z = torch.randn(7, 5, 6, 3, dtype=torch.float64)
     difference = data_says.log_prob(z) + above_says.log_prob(z) - node.log_prob(z)
     assert (difference - difference[0]).abs().max() < ROUNDING
@@ -235,7 +235,7 @@ def test_a_context_reaches_the_parts_that_were_built_for_one():
 
 
 class ExactEncoder(nn.Module):
-    """The posterior of a linear-Gaussian model given the observed elements, `widen` times as wide, `shift`ed."""
+    """The posterior of a linear-Gaussian model given the observed elements, with wider scales and shifted means."""
 
     def __init__(self, known: Truth, widen: float = 1.0, shift: float = 0.0):
         super().__init__()
@@ -265,7 +265,7 @@ def observed_part(known: Truth, mask: Tensor) -> MultivariateNormal:
 
 
 def conditional_of(known: Truth, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the missing elements of one datum given those observed."""
+    """Returns the mean and covariance of the missing elements of one datum given the observed ones."""
     p = known.marginal()
     gain = p.covariance_matrix[~mask][:, mask] @ torch.linalg.inv(p.covariance_matrix[mask][:, mask])
     mean = p.mean[~mask] + gain @ (x[mask] - p.mean[mask])
@@ -497,7 +497,7 @@ def test_split_missing_fills_with_zeros_and_keeps_infinity():
     filled, mask = data.split_missing(x)
     assert filled.tolist() == [[1.0, 0.0], [math.inf, -2.0]]
     assert mask.tolist() == [[True, False], [True, True]]
-    assert torch.isnan(x[0, 1])  # the original is as it was
+    assert torch.isnan(x[0, 1])  # the original is unchanged
 
 
 # ----------------------------------------------------------------------------------------------- semi-supervised
@@ -513,7 +513,7 @@ class Mixture(NamedTuple):
     offsets: Tensor  # (x_dim, classes)
 
     def log_joint(self, x: Tensor) -> Tensor:
-        """Log p(x, y) for every class, (batch, classes)."""
+        """Returns log p(x, y) for every class, (batch, classes)."""
         log_p = self.known.marginal().log_prob(x.unsqueeze(1) - self.offsets.T)
         return log_p + torch.tensor(PROBS, dtype=torch.float64).log()
 
@@ -541,12 +541,12 @@ def mixture_vae(model: Mixture) -> SemiSupervisedVAE:
 
 
 def partly(y: Tensor, every: int = 3) -> Tensor:
-    """Returns labels of which every third, say, is kept."""
+    """Returns labels with every third, for example, kept and the others unknown."""
     return torch.where(torch.arange(len(y)) % every == 0, y, -1)
 
 
 def objective(model: Mixture, vae: SemiSupervisedVAE, x: Tensor, y: Tensor) -> Tensor:
-    """The objective of the paper, per datum: with the exact q(z | x, y), L(x, y) = log p(x, y)."""
+    """Returns the objective of the paper, per datum: with the exact q(z | x, y), L(x, y) = log p(x, y)."""
     log_joint, log_q = model.log_joint(x), vae.classify(x).logits
     unlabelled = (log_q.exp() * (log_joint - log_q)).sum(1)
     return torch.where(y >= 0, log_joint.gather(1, y.clamp(min=0).unsqueeze(1)).squeeze(1), unlabelled)
@@ -563,7 +563,7 @@ def test_the_enumerated_elbo_is_the_objective_of_m2(particles, every):
     expected = -objective(model, vae, x, y).sum()
     found = elbo.differentiable_loss(vae.model, vae.guide, x, y)
     torch.testing.assert_close(found, expected, rtol=0, atol=20 * ROUNDING)
-    # So are its gradients in the classifier. (The others' have noise, for the posterior of z would move.)
+    # Its gradients by the classifier agree too. (Others have noise, because the posterior of z would change.)
     if every > 1:
         for ours, theirs in zip(
             torch.autograd.grad(found, list(vae.classifier.parameters())),
@@ -592,7 +592,7 @@ def test_weights_without_classes_estimate_log_p():
     often = vae.classify(x).probs.amin(1) > 0.02
     assert often.sum() > 50
     assert_unit_scores(((estimate.value - expected) / estimate.standard_error)[often], FAILURE_RATE)
-    # With classes for some, each datum is scored for what is known of it.
+    # With classes for some data, the score is log p(x, y) where the class is known and log p(x) elsewhere.
     y = partly(y)
     some = log_marginal(vae.model, vae.guide, x, y, num_samples=200, progress=False)
     joint = model.log_joint(x).gather(1, y.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -635,7 +635,7 @@ def test_the_classifier_loss_adds_the_weighted_cross_entropy():
     for method in ("loss", "differentiable_loss", "loss_and_grads"):
         assert at(ours, method, x, y) - at(plain, method, x, y) == pytest.approx(expected, rel=1e-5)
         assert at(ours, method, x) == pytest.approx(at(plain, method, x), rel=1e-6)
-    # Their gradients are one: summed by loss_and_grads, or taken through differentiable_loss.
+    # The gradients of loss_and_grads and differentiable_loss are equal.
     vae.zero_grad()
     at(ours, "loss_and_grads", x, y)
     summed = [p.grad.clone() for p in vae.parameters()]
@@ -680,7 +680,7 @@ def test_it_learns_to_classify_from_a_few_labels():
         progress=False,
     )
     x_test, y_test = clusters(500)
-    # Better than a coin with three sides, but for a chance of FAILURE_RATE.
+    # Better than random guessing among three classes, with a chance of FAILURE_RATE to fail.
     assert vae.accuracy(x_test, y_test) * 500 > scipy.stats.binom(500, 0.45).isf(FAILURE_RATE)
     assert vae.training
 
@@ -814,7 +814,7 @@ def test_a_copy_trains_on_its_own(case):
 
 
 def moody(inputs: int, outputs: int) -> nn.Module:
-    """A network that differs in training."""
+    """A network that differs in training mode."""
     return nn.Sequential(
         nn.Flatten(), nn.Linear(inputs, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, outputs)
     )
@@ -899,11 +899,7 @@ def test_parts_of_a_hierarchy_in_another_order_are_named():
         TypeError, match=r"prior must have .* takes \(context=None\), but that of Normal takes other arguments"
     ):
         HierarchicalVAE(x, [above], p, q)
-    with pytest.raises(
-        TypeError, match=r"conditionals\[0\] must .*\(z, context=None\), but that of StandardNormal"
-    ):
+    with pytest.raises(TypeError, match=r"conditionals\[0\] must .*\(z, context=None\), but that of StandardNormal"):
         HierarchicalVAE(p, [p], x, q)
-    with pytest.raises(
-        TypeError, match=r"encoders\[1\] must .*\(x, context=None\), but that of StandardNormal"
-    ):
+    with pytest.raises(TypeError, match=r"encoders\[1\] must .*\(x, context=None\), but that of StandardNormal"):
         HierarchicalVAE(p, [above], x, [q[0], p])

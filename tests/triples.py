@@ -1,4 +1,4 @@
-"""Every prior, encoder and likelihood of cases.py that make a VAE together."""
+"""All triples of a prior, an encoder and a likelihood in cases.py that fit each other."""
 
 import inspect
 import itertools
@@ -25,7 +25,7 @@ def apart(prior: Case, encoder: Case) -> bool:
 
 
 def meet(prior: Case, encoder: Case) -> bool:
-    """Whether a prior and an encoder make a VAE: VampPrior goes with all that have a density, whatever their space."""
+    """Returns whether a prior and an encoder fit; VampPrior fits all encoders with a density, in any space."""
     if prior.cls is priors.VampPrior:
         return encoder.density
     if prior.cls is priors.ExemplarPrior and encoder.cls in (
@@ -37,9 +37,9 @@ def meet(prior: Case, encoder: Case) -> bool:
 
 
 def covering(triples: list[tuple[Case, Case, Case]]) -> set[str]:
-    """Returns the names of some of the triples, in which every pair of parts that meet is met."""
+    """Returns the names of some triples that together contain every pair of parts that fit."""
     kept, covered = set(), set()
-    for new in (3, 2, 1):  # first those that add most
+    for new in (3, 2, 1):  # greedy: triples with most new pairs first
         for triple in triples:
             pairs = {tuple(case.name for case in pair) for pair in itertools.combinations(triple, 2)}
             if len(pairs - covered) >= new:
