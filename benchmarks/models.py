@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: the data, and two VAEs in pyrovae, by hand and in pythae.
+"""Shared by the benchmarks: data, and two VAEs in pyrovae, in plain PyTorch and in pythae.
 
 One is the MLP VAE 784-400-20-400-784, the other has convolutions of 32 and 64 channels; both have Bernoulli pixels.
 """
@@ -17,7 +17,7 @@ IMAGE = (1, 28, 28)
 
 
 def binary_images(size: int) -> Tensor:
-    """Draws binary images that vary along two factors, so that there is something to learn; shape ``(size, 784)``."""
+    """Draws binary images with two latent factors, shape ``(size, 784)``."""
     loadings = 0.3 * torch.randn(2, PIXELS)
     return torch.bernoulli((torch.randn(size, 2) @ loadings).sigmoid())
 
@@ -29,13 +29,13 @@ def pyrovae_vae(pixels: int = PIXELS, latent_dim: int = LATENT) -> VAE:
 
 
 def convolutional_vae() -> VAE:
-    """Returns the VAE with pyrovae's convolutions, which are strided."""
+    """Returns the VAE with pyrovae's strided convolutions."""
     likelihood = likelihoods.Bernoulli(LATENT, IMAGE, networks.DeconvNet)
     return VAE(priors.StandardNormal(LATENT), likelihood, encoders.DiagonalNormal(IMAGE, LATENT, networks.ConvNet))
 
 
 def plain_layers(vae: VAE) -> tuple[nn.Sequential, nn.Sequential]:
-    """Returns encoder and decoder of a VAE as one writes them by hand: the same weights, in the same memory."""
+    """Returns encoder and decoder of a VAE as plain sequences of layers that share its weights."""
     encoder, decoder = vae.encoder.network, vae.likelihood.network
     if isinstance(encoder, networks.ConvNet):
         return nn.Sequential(*encoder.layers, encoder.head), nn.Sequential(decoder.foot, *decoder.layers)
@@ -48,9 +48,9 @@ def scale_of(raw: Tensor) -> Tensor:
 
 
 class ByHand(nn.Module):
-    """The loss of a VAE as one writes it by hand, around the networks of ours.
+    """The loss of a VAE in plain PyTorch, with the networks of a pyrovae VAE.
 
-    Of one particle it is the negative ELBO, the KL divergence in closed form; of more, the negative IWAE bound.
+    With one particle it is the negative ELBO with the KL divergence in closed form, with more the negative IWAE bound.
     """
 
     def __init__(self, vae: VAE, particles: int = 1):
@@ -76,8 +76,8 @@ class ByHand(nn.Module):
 
 
 def pythae_vae(vae: VAE, particles: int = 1) -> nn.Module:
-    """Returns pythae's VAE, or its IWAE, around the networks of ours: the same weights, in the same memory."""
-    # Here, so that they add nothing to the memory of who does without.
+    """Returns pythae's VAE, or its IWAE, with the networks of a pyrovae VAE; they share its weights."""
+    # Imported here, so that measurements of memory without pythae do not include it.
     from pythae.models import IWAE, IWAEConfig, VAEConfig
     from pythae.models import VAE as PythaeVAE
     from pythae.models.base.base_utils import ModelOutput

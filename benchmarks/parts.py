@@ -1,12 +1,13 @@
-"""Time and peak memory of a training step with every part, beside the standard-normal / Bernoulli / diagonal VAE.
+"""Time and peak memory of a training step with every part, relative to a standard VAE.
 
-Each part stands in a VAE that is the standard one in all else (what must change with it, as the prior of a von
-Mises-Fisher encoder, changes too): 784 pixels or columns, 40 latent dimensions, networks of one hidden layer of 400,
-batches of 128, Trace_ELBO, fused Adam. Part and standard take turns in one process. Memory is what torch holds at most
-during a step beyond what it held before, as its profiler counts it.
+The standard VAE has a standard-normal prior, a Bernoulli likelihood and a diagonal normal encoder: 784 pixels or
+columns, 40 latent dimensions, networks with one hidden layer of 400, batches of 128, Trace_ELBO, fused Adam. In each
+measurement one part is replaced, and the parts that must fit it (such as the prior of a von Mises-Fisher encoder).
+Steps of both VAEs alternate in one process. Memory is the peak of torch's allocations during a step, relative to those
+before it, from its profiler.
 
-Then the two things that a mixture prior must not cost: memory for each particle, datum, component and dimension at
-once, and time for each exemplar.
+Two costs of mixture priors are measured as well: the memory of scoring, which should not grow with particles x data x
+components x dimensions, and the time for exemplars.
 
     python benchmarks/parts.py
 """
@@ -62,7 +63,7 @@ def standard(x: Tensor, prior=None, likelihood=None, encoder=None) -> Step:
 
 
 def all_parts(binary: Tensor) -> dict[str, Callable[[], Step]]:
-    """Returns, by name, what builds a step with each part."""
+    """Returns a function for each part, by name, that builds its step."""
     x = binary[:BATCH]
     grey, images = x * 0.8 + 0.1, x.unflatten(-1, IMAGE)
     counts, classes = torch.poisson(3 * grey), torch.randint(CLASSES, x.shape).float()
@@ -168,7 +169,7 @@ def seconds(step: Callable[[], None]) -> float:
 
 
 def peak_memory(step: Callable[[], None]) -> int:
-    """Returns the bytes that torch holds at most during a step beyond what it held before."""
+    """Returns the peak of torch's allocations during a step, in bytes, relative to those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -180,7 +181,7 @@ def peak_memory(step: Callable[[], None]) -> int:
 
 
 def compared(ours: Callable[[], None], theirs: Callable[[], None], rounds: int) -> tuple[list[float], list[float]]:
-    """Returns the milliseconds of one step and its ratio to another's, taken in turns after a first step of each."""
+    """Returns the milliseconds of a step, and ratios to another step; they alternate after a warm-up step of each."""
     ours(), theirs()
     times, ratios = [], []
     for i in range(rounds):
@@ -196,7 +197,7 @@ def mixture_memory(prior: priors.Prior) -> int:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measures, prints, and writes the README's part."""
+    """Measures, prints, and writes the section of the README."""
     pyro.set_rng_seed(0)
     binary = binary_images(args.exemplars)
     baseline = standard(binary[:BATCH])
@@ -223,16 +224,17 @@ def main(args: argparse.Namespace) -> None:
     dense = 4 * PARTICLES * BATCH * COMPONENTS * LATENT
     text = (
         "## Parts\n\n"
-        f"`python benchmarks/parts.py`: a training step with each part, beside the standard-normal / Bernoulli / diagonal "
-        f"VAE ({PIXELS} pixels, {LATENT} latent dimensions, MLPs with one hidden layer of 400, batches of {BATCH}, one "
-        f"particle). {args.rounds} steps of each, taking turns with the standard's; medians, in brackets the quartiles. "
-        "Memory: the most that torch holds during a step beyond what it held before.\n\n"
+        "`python benchmarks/parts.py`: a training step with each part, relative to the standard VAE with a "
+        f"standard-normal prior, Bernoulli likelihood and diagonal encoder ({PIXELS} pixels, {LATENT} latent "
+        f"dimensions, MLPs with one hidden layer of 400, batches of {BATCH}, one particle). {args.rounds} steps of "
+        "each, alternating with the standard VAE; medians, with quartiles in brackets. Memory: the peak of torch's "
+        "allocations during a step, relative to those before it.\n\n"
         + report.table(["part", "ms / step", "/ standard", "peak MB", "/ standard"], rows)
         + f"\n\nA step with ExemplarPrior({args.exemplars:,}) takes {report.quartiles(ratios, 2)} times one with "
         f"VampPrior({COMPONENTS}) (goal: at most {GOALS['exemplar']:g}).\n\n"
         f"Score and gradient of {COMPONENTS} components at {PARTICLES} particles, batch {BATCH} and {LATENT} latent "
-        f"dimensions: {listed} (goal: below {GOALS['memory'] / 1e6:.0f} MB; one tensor over all four would take "
-        f"{dense / 1e6:.0f} MB).\n\n{report.machine()}"
+        f"dimensions: {listed} (goal: below {GOALS['memory'] / 1e6:.0f} MB; a tensor over particles, data, components "
+        f"and dimensions has {dense / 1e6:.0f} MB).\n\n{report.machine()}"
     )
     print(text)
     if not args.smoke:
@@ -241,9 +243,9 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40, help="steps of each part that count")
+    parser.add_argument("--rounds", type=int, default=40, help="measured steps of each part")
     parser.add_argument("--exemplars", type=int, default=EXEMPLARS, help="exemplars of the ExemplarPrior")
-    parser.add_argument("--smoke", action="store_true", help="a few steps, nothing written")
+    parser.add_argument("--smoke", action="store_true", help="a few steps; writes nothing")
     args = parser.parse_args()
     if args.smoke:
         args.rounds, args.exemplars = 4, 1000

@@ -1,10 +1,11 @@
-"""A training loop of one's own at the speed of hand-written PyTorch: plain Pyro, one compiled graph.
+"""A training loop of your own at the speed of hand-written PyTorch: plain Pyro, one compiled graph.
 
     python examples/compiled.py
 
-`pyrovae.compile` turns any ELBO, Pyro's own here, over any model and guide into a graph of tensor operations with its gradient.
-It is used as the ELBO is; noise, losses and weights are the same for the same seed. The weight of the warm-up is a tensor: were
-it a Python number, each of its values would take a graph of its own. `pyrovae.fit(..., compile=True)` does the same with validation, checkpoints and several processes (torchrun).
+`pyrovae.compile` turns any ELBO (here Pyro's own), for any model and guide, into one graph of tensor operations with
+its gradient. The result is used like the ELBO; noise, losses and weights are the same for the same seed. The weight of
+the warm-up is a tensor, because each new value of a Python number would need a new graph. `pyrovae.fit(...,
+compile=True)` does the same, with validation, checkpoints and several processes (torchrun).
 """
 
 import argparse
@@ -24,7 +25,7 @@ LATENT_DIM, PIXELS = 16, 64
 
 
 def make_pair(hidden=400):
-    """Returns a model, a guide, the networks of both, and the weight of the prior and the posterior in training."""
+    """Returns a model, a guide, their networks, and the weight of the KL divergence for a warm-up."""
     decoder = nn.Sequential(nn.Linear(LATENT_DIM, hidden), nn.ReLU(), nn.Linear(hidden, PIXELS))
     encoder = nn.Sequential(nn.Linear(PIXELS, hidden), nn.ReLU(), nn.Linear(hidden, 2 * LATENT_DIM))
     beta = torch.ones(())
@@ -46,7 +47,7 @@ def make_pair(hidden=400):
 
 
 def train(elbo, x, args):
-    """Trains a new pair; returns it, the loss of the last epoch, and the seconds of the first and of each later step."""
+    """Trains a new pair; returns it, the loss of the last epoch, and the seconds of the first and of a later step."""
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
     model, guide, networks, beta = make_pair()
@@ -56,7 +57,7 @@ def train(elbo, x, args):
         beta.fill_(min((epoch + 1) / 20, 1.0))
         total = 0.0
         batches = torch.randperm(len(x)).split(args.batch_size)
-        for rows in batches[:-1]:  # of one size
+        for rows in batches[:-1]:  # all of one size
             start = time.perf_counter()
             batch = torch.bernoulli(x[rows])
             optimizer.zero_grad()
@@ -69,8 +70,8 @@ def train(elbo, x, args):
 def main(args):
     splits = data.load("digits")
     x, x_test = splits.train.x.flatten(1), data.static_binarization(splits.test.x).flatten(1)
-    print(f"{'':10}{'first step':>12}{'each later':>14}{'loss at the end':>18}")
-    for name, elbo in (("as it is", Trace_ELBO()), ("compiled", pyrovae.compile(Trace_ELBO()))):
+    print(f"{'':10}{'first step':>12}{'later step':>14}{'final loss':>18}")
+    for name, elbo in (("eager", Trace_ELBO()), ("compiled", pyrovae.compile(Trace_ELBO()))):
         model, guide, loss, first, later = train(elbo, x, args)
         print(f"{name:10}{first:10.2f} s{1e3 * later:11.2f} ms{loss:13.3f} nats", flush=True)
     estimate = pyrovae.log_marginal(model, guide, x_test, num_samples=args.num_samples, compile=True, progress=False)
@@ -83,7 +84,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-samples", type=int, default=5000, help="importance samples a datum")
-    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a quick run of a few seconds")
     args = parser.parse_args()
     if args.smoke:
         args.epochs, args.num_samples = 2, 25

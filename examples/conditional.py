@@ -1,8 +1,8 @@
-"""A conditional VAE: digits given their labels. The same class; the label is a context that all three parts see.
+"""A conditional VAE: digits given their labels. The class is the same; the label is a context for the parts.
 
     python examples/conditional.py
 
-It prints test log p(x | label) beside the log p(x) of a VAE without labels, and draws each digit ten times.
+It compares test log p(x | label) with the log p(x) of a VAE without labels, and draws each digit ten times.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main(args):
         vae = make_vae(context_dim)
 
         def arguments(part):
-            """The positional arguments of model and guide: x, or x and one vector a datum."""
+            """Returns the arguments of model and guide: x, or x and one vector a datum."""
             return (part.x, one_hot(part.labels, CLASSES).float()) if context_dim else (part.x,)
 
         pyrovae.fit(
@@ -50,7 +50,7 @@ def main(args):
         print(f"{name}: test {estimate}")
 
     digits = torch.eye(CLASSES)
-    with torch.no_grad():  # ten latents, each decoded as every digit: a row keeps its style
+    with torch.no_grad():  # ten latents, each decoded as every digit: all digits of a row have the same style
         z = vae.prior().sample((10, 1)).expand(-1, CLASSES, -1)
         images = vae.decode(z, digits).mean
     plots.samples(images.flatten(0, 1), args.output, "one latent a row, one label a column")
@@ -61,8 +61,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--num-samples", type=int, default=1000, help="importance samples a datum")
-    parser.add_argument("--output", type=Path, default=Path("conditional.png"), help="where to draw the digits")
-    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--output", type=Path, default=Path("conditional.png"), help="file of the picture")
+    parser.add_argument("--smoke", action="store_true", help="a quick run of a few seconds")
     args = parser.parse_args()
     if args.smoke:
         args.epochs, args.num_samples = 2, 20

@@ -1,11 +1,12 @@
-"""A likelihood of one's own: the digits' pixels are counts from 0 to 16, so let them be binomial.
+"""A likelihood of your own: the pixels of the digits are counts from 0 to 16, here with a binomial distribution.
 
     python examples/custom_likelihood.py
 
-A part is a module whose forward returns a Pyro distribution; this one is ten lines. The command line takes the same class by
-its import path, for any file of counts:
+A part is a module whose forward returns a Pyro distribution; this one has ten lines. The command line takes the same
+class by its import path, for any file of counts:
 
-    pyrovae train --data counts.npy --preprocessing grey --likelihood custom_likelihood.Binomial --likelihood.total_count 16
+    pyrovae train --data counts.npy --preprocessing grey \
+        --likelihood custom_likelihood.Binomial --likelihood.total_count 16
 """
 
 import argparse
@@ -35,7 +36,7 @@ class Binomial(Likelihood):
 
 def main(args):
     pyro.set_rng_seed(0)
-    train, validation, test = (part.x * 16 for part in data.load("digits"))  # loaded as grey values: back to counts
+    train, validation, test = (part.x * 16 for part in data.load("digits"))  # grey values back to counts
     latent_dim, x_shape = 16, (1, 8, 8)
     vae = pyrovae.VAE(
         prior=priors.StandardNormal(latent_dim),
@@ -46,14 +47,14 @@ def main(args):
     estimate = pyrovae.log_marginal(vae.model, vae.guide, test, num_samples=args.num_samples)
     print(f"test {estimate}")
 
-    print(f"every count equally likely: {-64 * math.log(17):.3f} nats a datum (baseline)")
+    print(f"baseline, all counts equally likely: {-64 * math.log(17):.3f} nats a datum")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--num-samples", type=int, default=1000, help="importance samples a datum")
-    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a quick run of a few seconds")
     args = parser.parse_args()
     if args.smoke:
         args.epochs, args.num_samples = 2, 20

@@ -1,13 +1,13 @@
-"""Importance-weighted training: the ELBO beside the IWAE, with its plain and its doubly reparameterised gradient.
+"""Importance-weighted training: the ELBO, the IWAE, and the IWAE with doubly reparameterised gradients.
 
     python examples/iwae.py
 
-A bound is an object that `fit` takes as its loss. Digits, parts, seed and budget are the same for all three; each is stopped
-by its own bound on validation data, and all are scored alike. The importance-weighted bound
-(https://arxiv.org/abs/1509.00519) asks less of each draw, as one good draw among many is enough: the model gains, uses more
-of its latents, and the encoder leaves the ELBO behind. With many particles its plain gradient tells the encoder less and less
-(https://arxiv.org/abs/1802.04537); the doubly reparameterised one (DReG, https://arxiv.org/abs/1810.04152) does not suffer
-from that.
+A bound is an object that `fit` takes as its loss. Data, parts, seed and budget are the same for all three; each is
+stopped by its own bound on validation data, and all are scored in the same way. With the importance-weighted bound
+(https://arxiv.org/abs/1509.00519) one good particle among many is enough: the model becomes better and uses more of its
+latents, while the ELBO of its encoder becomes lower. With many particles the plain gradient of the encoder has a low
+signal-to-noise ratio (https://arxiv.org/abs/1802.04537); the doubly reparameterised gradient (DReG,
+https://arxiv.org/abs/1810.04152) does not.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MLP = partial(nn.MLP, hidden=(100, 100))
 
 @torch.no_grad()
 def active_units(vae, x, threshold=0.01):
-    """Counts the latent dimensions whose posterior mean has a variance over the data above the threshold (Burda et al.)."""
+    """Counts the latent dimensions whose posterior mean has a variance over the data above a threshold."""
     return int((vae.encode(x).mean.var(0) > threshold).sum())
 
 
@@ -41,7 +41,7 @@ def main(args):
     }
     estimates, lines = [], []
     for name, loss in losses.items():
-        pyro.set_rng_seed(args.seed)  # all start from the same weights
+        pyro.set_rng_seed(args.seed)  # the same initial weights
         vae = pyrovae.VAE(
             prior=priors.StandardNormal(LATENT_DIM),
             likelihood=likelihoods.Bernoulli(LATENT_DIM, X_SHAPE, MLP),
@@ -63,28 +63,28 @@ def main(args):
         print(f"{name}, epoch {history.best_epoch} of {len(history)}:\ntest {estimate}\n", flush=True)
         estimates.append(estimate)
 
-        with torch.no_grad():  # what it would be worth as an ELBO; terms are sums over the data
+        with torch.no_grad():  # the ELBO of this model; its terms are sums over the data
             terms = bounds.ELBO(num_particles=100).terms(vae.model, vae.guide, x_test)
-        # The same images for all: their differences say more than their means.
+        # All are scored on the same images: their differences are more accurate than their means.
         gain = estimate.value - estimates[0].value
         error = gain.std() / math.sqrt(len(gain))
         lines.append(
             f"{name:26}{estimate.value.mean():9.2f}{gain.mean():11.2f} ± {error:.2f}{terms.bound / len(x_test):10.2f}"
             f"{terms.kl['z'] / len(x_test):7.2f}{active_units(vae, x_test):9}{int((~(estimate.khat <= 0.7)).sum()):14}"
         )
-    print(f"{'trained by':26} log p(x)  over the ELBO      ELBO     KL   active   k-hat > 0.7")
+    print(f"{'loss':26} log p(x)  over the ELBO      ELBO     KL   active   k-hat > 0.7")
     print("\n".join(lines))
-    print(f"nats a datum; active: of {LATENT_DIM} latent dimensions; k-hat: of {len(x_test)} data, unknown included")
+    print(f"nats a datum; active: of {LATENT_DIM} latent dimensions; k-hat: of {len(x_test)} data, with unknown ones")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-particles", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--patience", type=int, default=30, help="epochs without a better bound on validation data")
+    parser.add_argument("--patience", type=int, default=30, help="epochs without a better validation bound")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-samples", type=int, default=5000, help="importance samples a datum")
-    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a quick run of a few seconds")
     args = parser.parse_args()
     if args.smoke:
         args.num_particles, args.epochs, args.num_samples = 5, 2, 25

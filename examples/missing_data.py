@@ -1,9 +1,9 @@
-"""Missing data: digits of which half the pixels are lost, learned from and completed.
+"""Missing data: a VAE learns from digits with half of their pixels missing, and imputes the missing pixels.
 
     python examples/missing_data.py
 
-The VAE never sees a whole digit. Its error over the lost pixels of test images stands beside that of their means and of
-scikit-learn's nearest neighbours, and a picture shows what it makes of the holes.
+The VAE never sees a complete digit. Its error over the missing pixels of test images is compared with that of the mean
+of each pixel and of scikit-learn's nearest neighbours, and a picture shows the imputed digits.
 """
 
 import argparse
@@ -22,14 +22,14 @@ LATENT_DIM, X_SHAPE = 16, (1, 8, 8)
 
 
 def lose(x, fraction):
-    """Puts NaN in a fraction of all pixels, drawn at random."""
+    """Replaces a random fraction of all pixels by NaN."""
     return torch.where(torch.rand_like(x) < fraction, torch.nan, x)
 
 
 def lose_more(x, mask):
-    """Hides some more of the pixels, others each time, so that the VAE does not learn a digit's holes by heart."""
+    """Hides further pixels, different ones each time: augmentation, so that the VAE does not memorise the masks."""
     fewer = mask & (torch.rand_like(x) > 0.2)
-    return x, torch.where(fewer.flatten(1).any(1).view(-1, 1, 1, 1), fewer, mask)  # but never all of them
+    return x, torch.where(fewer.flatten(1).any(1).view(-1, 1, 1, 1), fewer, mask)  # but never all pixels of a digit
 
 
 def main(args):
@@ -46,7 +46,7 @@ def main(args):
         vae.model,
         vae.guide,
         train,
-        transform=lose_more,  # of validation data too
+        transform=lose_more,  # also for validation data
         validation=validation,
         epochs=args.epochs,
         patience=30,
@@ -64,25 +64,25 @@ def main(args):
         f"{args.neighbours} nearest neighbours": neighbours,
         "mean of each pixel": train_nan.nanmean(0).view(X_SHAPE).expand_as(x),
     }
-    print("root mean square error over the lost pixels, of 1 from black to white:")
+    print("root mean square error over the missing pixels (black is 0, white is 1):")
     for name, completed in completions.items():
         print(f"  {name:22s} {(completed - splits.test.x)[~mask].square().mean().sqrt():.4f}")
 
-    # Seven rows of seven digits. A mean blurs all that a digit could be; a draw takes one, and adds the noise of pixels.
+    # Seven rows of seven digits. The mean blurs all possible completions; a draw shows one, with the noise of pixels.
     rows = [splits.test.x, torch.where(mask, x, 0.5), imputed.mean, *imputed.draws, neighbours]
-    title = "digit, what is left of it, VAE: mean and three draws, nearest neighbours"
+    title = "digit, observed pixels, VAE: mean and three draws, nearest neighbours"
     plots.samples(torch.cat([row[:7] for row in rows]), args.output, title)
     print(f"picture: {args.output}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--missing", type=float, default=0.5, help="fraction of the pixels that are lost")
+    parser.add_argument("--missing", type=float, default=0.5, help="fraction of missing pixels")
     parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--num-samples", type=int, default=1000, help="importance samples a datum")
     parser.add_argument("--neighbours", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=Path("missing_data.png"), help="where to draw the digits")
-    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--output", type=Path, default=Path("missing_data.png"), help="file of the picture")
+    parser.add_argument("--smoke", action="store_true", help="a quick run of a few seconds")
     args = parser.parse_args()
     if args.smoke:
         args.epochs, args.num_samples = 2, 20

@@ -1,14 +1,14 @@
-"""A model and a guide written by hand, with no class of pyrovae in them, trained and scored by pyrovae.
+"""A model and a guide in plain Pyro, without a class of pyrovae, trained and scored by pyrovae.
 
     python examples/plain_pyro.py
 
-The model is one that the library has no class for: two kinds of latents, of which one chooses the scale of the other.
+The library has no class for this model: it has two latents, and one of them is the scale of the other.
 
     s ~ LogNormal(0, 1)        z | s ~ Normal(0, s I)        x | z ~ Bernoulli(decoder(z))
 
-All that pyrovae asks of the pair: model and guide take the same arguments, what belongs to a datum stands in a plate named
-"data" at dimension -1, networks are registered with pyro.module, and they act on the last dimension, because samples come as
-(num_samples, batch, latent_dim).
+pyrovae needs the following of the pair. Model and guide take the same arguments. The sites of a datum are in a plate
+named "data" at dimension -1. Networks are registered with pyro.module and act on the last dimension, because samples
+have shape (num_samples, batch, latent_dim).
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main(args):
     estimate = pyrovae.log_marginal(model, guide, x_test, num_samples=args.num_samples)
     print(f"test {estimate}")
 
-    # The same weights one by one, (num_samples, batch): all that an estimator or a bound of one's own needs.
+    # The log weights of all samples, (num_samples, batch), for an estimator or a bound of your own.
     log_w = pyrovae.log_weights(model, guide, x_test[:5], num_samples=100)
     print(f"ELBO of the first five test data: {[round(v, 1) for v in log_w.mean(0).tolist()]}")
 
@@ -68,7 +68,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--num-samples", type=int, default=1000, help="importance samples a datum")
-    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a quick run of a few seconds")
     args = parser.parse_args()
     if args.smoke:
         args.epochs, args.num_samples = 2, 20

@@ -1,10 +1,10 @@
-"""Semi-supervised learning: handwritten digits of which one in twelve has a label.
+"""Semi-supervised learning: handwritten digits, one in twelve with a label.
 
     python examples/semi_supervised.py
 
-The model M2 of Kingma et al. (https://arxiv.org/abs/1406.5298) learns from 100 digits with a label and 1,097 without. Its
-accuracy on test digits stands beside that of the same classifier network trained on the 100 alone, and of scikit-learn's
-logistic regression.
+The model M2 of Kingma et al. (https://arxiv.org/abs/1406.5298) learns from 100 digits with a label and 1,097 without.
+Its accuracy on test digits is compared with that of the same classifier network trained on the 100 labels alone, and of
+scikit-learn's logistic regression.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MLP = partial(nn.MLP, hidden=(128,))
 
 
 def hide(labels, per_class):
-    """Keeps the first few labels of each class and puts -1, unknown, for the others."""
+    """Keeps the first few labels of each class and replaces the others by -1, unknown."""
     rank = torch.nn.functional.one_hot(labels, CLASSES).cumsum(0).gather(1, labels.unsqueeze(1)).squeeze(1)
     return torch.where(rank <= per_class, labels, -1)
 
@@ -48,7 +48,7 @@ def main(args):
 
     vae = SemiSupervisedVAE(
         prior=priors.StandardNormal(LATENT_DIM),
-        # The context of these parts is the label, as a vector of zeros and a one.
+        # The context of these parts is the label as a one-hot vector.
         likelihood=likelihoods.Normal(LATENT_DIM, X_SHAPE, MLP, scale=0.3, context_dim=CLASSES),
         encoder=encoders.DiagonalNormal(X_SHAPE, LATENT_DIM, MLP, context_dim=CLASSES),
         classifier=nn.MLP,
@@ -80,10 +80,10 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--labels-per-class", type=int, default=10)
-    parser.add_argument("--weight", type=float, default=300.0, help="of the cross entropy of the known labels")
+    parser.add_argument("--weight", type=float, default=300.0, help="weight of the cross entropy of known labels")
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--num-samples", type=int, default=1000, help="importance samples a datum")
-    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a quick run of a few seconds")
     args = parser.parse_args()
     if args.smoke:
         args.epochs, args.num_samples = 2, 20

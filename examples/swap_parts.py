@@ -2,10 +2,10 @@
 
     python examples/swap_parts.py
 
-The digits have 17 grey levels. Discrete likelihoods give the levels a probability. Densities see levels with uniform noise
-added, and the density times the width of a level bounds the probability from below (Theis et al., 2016,
-https://arxiv.org/abs/1511.01844), so that all can be compared. Where k-hat is above 0.7 for many data, importance sampling
-is likely to find too little: log p(x) is higher, and the model better, than what is printed.
+The digits have 17 grey levels. Discrete likelihoods give probabilities of these levels. Densities get levels with
+uniform noise; the density times the width of a level is a lower bound of the probability (Theis et al., 2016,
+https://arxiv.org/abs/1511.01844), which makes all of them comparable. Where k-hat is above 0.7 for many data,
+importance sampling probably underestimates log p(x): the model is better than the printed value.
 """
 
 import argparse
@@ -22,14 +22,14 @@ LATENT_DIM, X_SHAPE, LEVELS = 8, (1, 8, 8), 17
 
 
 def add_noise(x):
-    """Spreads level k of 0, ..., 16 evenly over the interval from k / 17 to (k + 1) / 17, its ends left out."""
+    """Adds uniform noise: level k of 0, ..., 16 becomes a number between k / 17 and (k + 1) / 17."""
     return ((LEVELS - 1) * x + torch.rand_like(x).clamp(1e-5, 1 - 1e-5)) / LEVELS
 
 
 def main(args):
     train, validation, test = data.load("digits")
     network = partial(nn.GatedMLP, hidden=(200,))
-    # A prior is handed what it needs: the components of a VampPrior are the encoder's posteriors at pseudo-inputs.
+    # Built from the encoder: the components of a VampPrior are posteriors of the encoder at pseudo-inputs.
     all_priors = {
         "StandardNormal": lambda encoder: priors.StandardNormal(LATENT_DIM),
         "GaussianMixture": lambda encoder: priors.GaussianMixture(LATENT_DIM, num_components=20),
@@ -74,7 +74,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--num-samples", type=int, default=1000, help="importance samples a datum")
-    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a quick run of a few seconds")
     args = parser.parse_args()
     if args.smoke:
         args.epochs, args.num_samples = 1, 20

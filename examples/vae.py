@@ -2,8 +2,9 @@
 
     python examples/vae.py
 
-`vae.model` and `vae.guide` are a Pyro model and guide like any other, so nothing of Pyro's has to be learned anew; only the
-test log p(x) at the end is pyrovae's. `examples/plain_pyro.py` is the other way round.
+`vae.model` and `vae.guide` are an ordinary Pyro model and guide, and all of Pyro works with them. Only the VAE and the
+test log p(x) at the end are from pyrovae. `examples/plain_pyro.py` shows the reverse: a model without pyrovae, trained
+by pyrovae.
 """
 
 import argparse
@@ -21,7 +22,7 @@ def main(args):
     train, _, test = data.load("digits")
     x_test = data.static_binarization(test.x)
 
-    # Three parts make a VAE. Each is a module whose forward returns a Pyro distribution, so each can be swapped alone.
+    # Three parts make a VAE. Each is a module whose forward returns a Pyro distribution, and can be replaced alone.
     latent_dim, x_shape = 16, (1, 8, 8)
     vae = pyrovae.VAE(
         prior=priors.StandardNormal(latent_dim),
@@ -33,7 +34,7 @@ def main(args):
     for epoch in range(args.epochs):
         loss = 0.0
         for rows in torch.randperm(len(train.x)).split(128):
-            x = torch.bernoulli(train.x[rows])  # grey values are the probabilities of ink: drawn anew each time
+            x = torch.bernoulli(train.x[rows])  # grey values are probabilities of ink: new pixels in each epoch
             loss += svi.step(x)
         if (epoch + 1) % max(args.epochs // 10, 1) == 0:
             print(f"epoch {epoch + 1:4d}   loss {loss / len(train.x):.3f} nats a datum")
@@ -46,7 +47,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--num-samples", type=int, default=1000, help="importance samples a datum")
-    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a quick run of a few seconds")
     args = parser.parse_args()
     if args.smoke:
         args.epochs, args.num_samples = 2, 20

@@ -75,7 +75,7 @@ def train(
     """Trains a VAE on a data set, scores it on the test part, and keeps all in a run directory.
 
     Args:
-        data: digits, mnist, fashion-mnist, kmnist, omniglot, cifar10, or a .npy, .npz or .csv file.
+        data: the name of a data set (listed at the end of this help), or a .npy, .npz or .csv file.
         run: the run directory; runs/<data> unless named. One that is there is never overwritten.
         data_root: where the images are, or are downloaded to.
         preprocessing: of values between 0 and 1. grey: none, as they are (so also for tables); static: binarised
@@ -469,7 +469,8 @@ def make_parser() -> ArgumentParser:
 def command_parser(name: str) -> ArgumentParser:
     """Returns the parser of one command, made from the function's signature."""
     function = COMMANDS[name]
-    parser = ArgumentParser(description=function.__doc__.splitlines()[0])
+    epilog = f"Data sets: {', '.join(datasets.descriptions())}." if name == "train" else None
+    parser = ArgumentParser(description=function.__doc__.splitlines()[0], epilog=epilog)
     if name == "train":
         parser.add_argument("--config", action="config", help="a file with arguments, as a run's config.yaml")
     helps = {param.arg_name: param.description for param in docstring_parser.parse(function.__doc__).params}

@@ -35,7 +35,7 @@ class Encoder(nn.Module, ABC):
     An encoder takes `x_shape` and `latent_dim` first when it is built, and ``forward(x, context=None)`` maps x of
     shape ``(batch, *x_shape)`` to a Pyro distribution with ``batch_shape == (batch,)`` and
     ``event_shape == (latent_dim,)``, with an ``rsample`` unless it is discrete. :meth:`parameters_of` calls the
-    network. In a script any module with such a forward will do; the command line looks for subclasses of this one::
+    network. In a script any module with such a ``forward`` works; the command line finds subclasses of this class::
 
         class UnitNormal(Encoder):
             def __init__(self, x_shape: Shape, latent_dim: int, network: Network = MLP, context_dim: int = 0):
@@ -44,15 +44,15 @@ class Encoder(nn.Module, ABC):
             def forward(self, x, context=None):
                 return dist.Normal(self.parameters_of(x, context), 1.0).to_event(1)
 
-    An encoder of another space than the real vectors says so in the class attribute `support`, a constraint, which must
-    be its prior's too.
+    An encoder of another space than real vectors has this space as its attribute `support`, a constraint, which must be
+    that of the prior too.
 
     Args:
         x_shape: shape of one datum.
         latent_dim: number of latent dimensions.
         network: a module, or a callable that builds one from ``(x_shape, num_params)``.
         context_dim: width of the context vector, 0 for none.
-        num_params: how many numbers the network returns for a datum.
+        num_params: length of the vector that the network returns for a datum.
     """
 
     support: constraints.Constraint = constraints.real_vector
@@ -112,7 +112,7 @@ class DiagonalNormal(Encoder):
 
 
 class FullRankNormal(Encoder):
-    r"""A normal posterior with any covariance, through its Cholesky factor.
+    r"""A normal posterior with a full covariance matrix, from its Cholesky factor.
 
     .. math:: q(z \mid x) = \mathcal{N}(z; \mu(x), L(x) L(x)^\top)
 
@@ -166,7 +166,7 @@ class LowRankNormal(Encoder):
 
     def __init__(self, x_shape: Shape, latent_dim: int, network: Network = MLP, rank: int = 1, context_dim: int = 0):
         if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}. With none it is a DiagonalNormal.")
+            raise ValueError(f"rank must be at least 1, got {rank}. For rank 0 use DiagonalNormal.")
         super().__init__(x_shape, latent_dim, network, context_dim, num_params=(2 + rank) * latent_dim)
         self.rank = rank
 
@@ -183,7 +183,7 @@ class LowRankNormal(Encoder):
 
 
 class GaussianMixture(Encoder):
-    r"""A mixture of normals with independent dimensions as the posterior, reparameterised.
+    r"""A posterior that is a mixture of normals with independent dimensions, reparameterised.
 
     .. math:: q(z \mid x) = \sum_{k=1}^K \pi_k(x)\, \mathcal{N}(z; \mu_k(x), \mathrm{diag}\, \sigma_k(x)^2)
 
@@ -192,10 +192,9 @@ class GaussianMixture(Encoder):
         latent_dim: number of latent dimensions.
         network: a module, or a callable that builds one from ``(x_shape, num_components * (1 + 2 * latent_dim))``.
         num_components: :math:`K`, at least 1.
-        stratified: whether the particles of a datum are spread evenly over the components. Each has the same
-            distribution as without, and their mean varies less; but they are not independent of one another: a
-            standard error that takes them to be so is too large, and of the bounds only the ELBO has an unbiased
-            gradient.
+        stratified: whether the particles of a datum are spread evenly over the components. Each particle has the same
+            distribution as without, and their mean has a smaller variance. But particles are not independent: standard
+            errors that assume so are too large, and only the ELBO has an unbiased gradient, not the other bounds.
         context_dim: width of the context vector, 0 for none.
 
     Raises:
@@ -238,7 +237,7 @@ class GaussianMixture(Encoder):
 
 
 class _FlowEncoder(Encoder):
-    """A normal posterior bent by a flow that sees features of x."""
+    """A normal posterior transformed by a flow that depends on features of x."""
 
     def __init__(
         self,
@@ -257,7 +256,7 @@ class _FlowEncoder(Encoder):
 
     @abstractmethod
     def _flow(self, num_transforms: int, num_features: int) -> nn.Module:
-        """Returns zuko's flow of `latent_dim` numbers given `num_features`."""
+        """Returns a flow of zuko's of `latent_dim` dimensions with a context of `num_features`."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         d, params = self.latent_dim, self.parameters_of(x, context)
@@ -265,11 +264,11 @@ class _FlowEncoder(Encoder):
 
 
 class InverseAutoregressiveFlow(_FlowEncoder):
-    r"""A normal posterior bent by inverse autoregressive flows that see features of x.
+    r"""A normal posterior transformed by inverse autoregressive flows that depend on features of x.
 
     .. math:: z = \mu(x) + \sigma(x) \odot f(\epsilon; h(x)), \qquad \epsilon \sim \mathcal{N}(0, I)
 
-    Drawing takes one pass through the flow, with the density of the draw as a by-product. The density of any other z is
+    Drawing takes one pass through the flow, which also gives the density of the draw. The density of any other z is
     exact too, and takes as many passes as there are dimensions.
 
     Args:
@@ -305,12 +304,12 @@ class InverseAutoregressiveFlow(_FlowEncoder):
 
 
 class NeuralSplineFlow(_FlowEncoder):
-    r"""A normal posterior bent by neural spline flows that see features of x.
+    r"""A normal posterior transformed by neural spline flows that depend on features of x.
 
     .. math:: z = \mu(x) + \sigma(x) \odot f(\epsilon; h(x)), \qquad \epsilon \sim \mathcal{N}(0, I)
 
-    The flows are coupling ones: drawing, and the density of any z, take two passes through each. They bend what lies
-    within five standard deviations of the mean.
+    These are coupling flows: drawing, and the density of any z, take two passes through each. They transform values
+    within five standard deviations of the mean, and are the identity outside.
 
     Args:
         x_shape: shape of one datum.
@@ -342,8 +341,8 @@ class VonMisesFisher(Encoder):
 
     .. math:: q(z \mid x) \propto \exp(\kappa(x)\, \mu(x)^\top z), \qquad \lVert z \rVert = \lVert \mu \rVert = 1
 
-    The concentration starts near twice the dimension. On a sphere of many dimensions one near 1 is next to uniform, and
-    an encoder that starts there tells the decoder nothing and stays.
+    The initial concentration is near twice the dimension. In many dimensions, a concentration near 1 is almost uniform:
+    the latents then carry no information, and training does not leave this state.
 
     Args:
         x_shape: shape of one datum.
@@ -366,7 +365,7 @@ class VonMisesFisher(Encoder):
 
     def __init__(self, x_shape: Shape, latent_dim: int, network: Network = MLP, context_dim: int = 0):
         if latent_dim < 2:
-            raise ValueError(f"latent_dim must be at least 2, a sphere's, got {latent_dim}.")
+            raise ValueError(f"latent_dim must be at least 2 for latents on a sphere, got {latent_dim}.")
         super().__init__(x_shape, latent_dim, network, context_dim, num_params=latent_dim + 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
@@ -376,7 +375,7 @@ class VonMisesFisher(Encoder):
 
 
 class Categorical(Encoder):
-    r"""Independent classes as integers; gradients by the score function.
+    r"""Independent classes as integers, with score-function gradients.
 
     .. math:: q(z \mid x) = \prod_d \pi_{d, z_d}(x), \qquad z_d \in \{0, \dots, K - 1\}
 
@@ -414,12 +413,12 @@ class Categorical(Encoder):
 
 
 class OneHotCategorical(Encoder):
-    r"""One-hot vectors, one beside the other, with the straight-through gradient: that of the probabilities.
+    r"""One-hot vectors, concatenated, with the straight-through gradient, which is that of the probabilities.
 
     .. math:: q(z \mid x) = \prod_{m=1}^M \prod_{k=1}^K \pi_{mk}(x)^{z_{mk}}, \qquad
         \frac{\partial z}{\partial \pi} := 1
 
-    The draws are exact, their gradient is biased.
+    The draws are exact; their gradient is biased.
 
     Args:
         x_shape: shape of one datum.
@@ -460,19 +459,20 @@ class OneHotCategorical(Encoder):
 
 
 class RelaxedOneHotCategorical(Encoder):
-    r"""Relaxed one-hot vectors (Gumbel-softmax, concrete), one beside the other.
+    r"""Relaxed one-hot vectors (Gumbel-softmax, concrete), concatenated.
 
     .. math:: z_m = \mathrm{softmax}\left(\frac{\log \pi_m(x) + g_m}{\tau}\right), \qquad
         g_{mk} \sim \mathrm{Gumbel}
 
-    Its density is one on the simplex, and so must be the prior's: :class:`pyrovae.priors.RelaxedOneHotCategorical`.
+    Its density is on the simplex, and the prior must have one there too:
+    :class:`pyrovae.priors.RelaxedOneHotCategorical`.
 
     Args:
         x_shape: shape of one datum.
         latent_dim: number of latent dimensions, :math:`M K`.
         network: a module, or a callable that builds one from ``(x_shape, latent_dim)``.
         num_classes: length :math:`K` of each vector, a divisor of `latent_dim`; None for one vector of all.
-        temperature: :math:`\tau`, positive; the lower, the nearer to one-hot, and the noisier the gradient.
+        temperature: :math:`\tau`, positive; lower values are nearer to one-hot and have noisier gradients.
         context_dim: width of the context vector, 0 for none.
 
     Raises:
@@ -549,7 +549,7 @@ class Delta(Encoder):
 
     .. math:: q(z \mid x) = \delta(z - \mu(x))
 
-    It has no density, so that ``log_marginal`` refuses it. Training maximises :math:`\log p(x, \mu(x))`, which is no
+    It has no density, and ``log_marginal`` refuses it. Training maximises :math:`\log p(x, \mu(x))`, which is not a
     bound on :math:`\log p(x)`.
 
     Args:

@@ -1,12 +1,12 @@
-"""The registry of every public part: add a row per new part, and the tests over all parts cover it.
+"""The registry of all public parts: add a row for a new part, and the tests over all parts include it.
 
-A row names a part and builds a small one. The shapes are small so that tests can go through the whole space that a
-distribution lives on (see spaces.py): two real dimensions (a plane), three corners of a simplex, four binary pixels (16
-images). Layers of fewer units than these would now and then be dead from the start (ReLU).
+A row names a part and builds a small one. The shapes are small so that tests can sum over the whole sample space (see
+spaces.py): two real dimensions (a plane), three corners of a simplex, four binary pixels (16 images). In smaller layers
+all units might be dead initially (ReLU).
 
-The first row of a class stands for it in the VAEs of every prior, likelihood and encoder that fit: its builder takes
-what it has to be fitted to, ``(latent_dim, network)`` for a likelihood, ``x_shape`` for an encoder, and ``encoder`` for
-a prior that is built from one. The other rows' builders take nothing.
+The first row of a class is used in triples.py, with priors, likelihoods and encoders that fit. Its builder takes
+optional arguments: ``(latent_dim, network)`` for a likelihood, ``x_shape`` for an encoder, and ``encoder`` for a prior
+that is built from one. The builders of other rows take no arguments.
 """
 
 import math
@@ -42,15 +42,15 @@ class Case(NamedTuple):
     """One public part.
 
     Args:
-        name: what the tests call it.
+        name: its name in test reports.
         kind: "prior", "likelihood", "encoder" or "network".
         cls: its class.
         build: builds one.
         context_dim: the width of the context that the built part needs, 0 for none.
-        step: how finely spaces.py has to cut its space: finer for a density with many kinks.
-        accuracy: how far from one the sum over that space may then be.
-        density: False for a distribution that has none (a point mass), which is then only drawn from.
-        space: what space its distribution has, where that cannot be told from the support.
+        step: the step size for spaces.py, smaller for a density with many kinks.
+        accuracy: the largest difference of the sum over that space from one.
+        density: False for a distribution without a density (a point mass), which is then only sampled.
+        space: returns the space of its distribution, where the support does not determine it.
     """
 
     name: str
@@ -76,7 +76,9 @@ def normal(context_dim: int = 0) -> DiagonalNormal:
 
 def exemplars(encoder: nn.Module) -> Tensor:
     size = 6 * math.prod(encoder.x_shape)
-    return (7 * torch.arange(size) % 5 < 2).float().view(6, *encoder.x_shape)  # always the same: they are not saved
+    return (
+        (7 * torch.arange(size) % 5 < 2).float().view(6, *encoder.x_shape)
+    )  # always the same, because they are not saved
 
 
 def small_flow(features: int, context: int) -> nn.Module:
@@ -252,7 +254,7 @@ CASES = [
         likelihoods.Gamma,
         lambda: likelihoods.Gamma(Z, 2, SMALL, concentration=3.0, learn_concentration=True),
     ),
-    # Next to 1 there are no numbers for the part of an infinite density's mass that lies there.
+    # An infinite density has mass between 1 and the nearest floating-point number, which the sum cannot include.
     Case(
         "Beta",
         "likelihood",
@@ -372,7 +374,7 @@ CASES = [
         encoders.GaussianMixture,
         lambda x_shape=4: encoders.GaussianMixture(x_shape, Z, SMALL, 2),
     ),
-    # Its draws are not independent, but spread more evenly than independent ones.
+    # Its draws are not independent: they are spread more evenly.
     Case(
         "GaussianMixture-stratified",
         "encoder",
@@ -571,12 +573,12 @@ CASES = [
 
 
 def cases(*kinds: str, context: bool | None = None) -> list[Case]:
-    """Returns the cases of these kinds, only those that need a context (or only those that do not) if asked for."""
+    """Returns the cases of these kinds; with `context`, only those with (or only those without) a context."""
     return [c for c in CASES if c.kind in kinds and context in (None, c.context_dim > 0)]
 
 
 def input_shape(case: Case, part: nn.Module) -> tuple[int, ...]:
-    """Returns the shape of what a likelihood, an encoder or a network is called with, leading dimensions aside."""
+    """Returns the shape of one input of a likelihood, an encoder or a network."""
     return {
         "likelihood": lambda: (part.latent_dim,),
         "encoder": lambda: part.x_shape,
@@ -595,7 +597,7 @@ def output_shape(case: Case, part: nn.Module) -> tuple[int, ...]:
 
 
 def inputs(case: Case, part: nn.Module, *leading: int) -> tuple[Tensor, ...]:
-    """Returns random arguments for a part with these leading dimensions, the context among them if it needs one."""
+    """Returns random arguments for a part with these leading dimensions, with the context if it needs one."""
     dtype = next((p.dtype for p in part.parameters()), None)
     context = (torch.randn(*leading, case.context_dim, dtype=dtype),) if case.context_dim else ()
     if case.kind == "prior":

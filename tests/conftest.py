@@ -2,15 +2,17 @@
 
 import os
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # threads of several processes that wait for each other would take most of the time
+# Threads of several processes would wait for each other most of the time.
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pyro
 import pytest
 import torch
+
+# Modules that tests import assertions from: a failure there shows its values, as in a test.
+pytest.register_assert_rewrite("helpers", "linear_gaussian", "pairs", "spaces")
 
 
 def global_state() -> dict:

@@ -1,4 +1,4 @@
-"""A VAE whose truth is known: linear, Gaussian, in closed form. Shared by the tests that need an exact answer.
+"""Linear-Gaussian VAEs, with log p(x), posteriors and bounds in closed form, for tests that need exact values.
 
 With p(z) = N(0, I) and p(x | z) = N(W z + b, s^2 I),
 
@@ -15,20 +15,21 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from pyrovae import VAE
+from pyrovae import VAE, encoders, likelihoods, priors
 from pyrovae.encoders import DiagonalNormal, FullRankNormal
 from pyrovae.likelihoods import Normal
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
+from pyrovae.structures import HierarchicalVAE, LadderVAE
 
 AFFINE = partial(MLP, hidden=())
 
 
 class Truth(NamedTuple):
-    """The generative parameters, W of shape (x_dim, latent_dim), and what follows from them."""
+    """The generative parameters, with W of shape (x_dim, latent_dim), and the closed forms."""
 
     weight: Tensor
     bias: Tensor
@@ -47,7 +48,7 @@ class Truth(NamedTuple):
         return self.marginal().log_prob(x) - kl_divergence(q, self.posterior(x))
 
     def log_chernoff(self, x: Tensor, q: MultivariateNormal, power: float) -> Tensor:
-        r"""The logarithm of the integral of p(z | x)^s q(z)^(1 - s): that of the mean of (w / p(x))^s."""
+        r"""Returns the logarithm of the integral of p(z | x)^s q(z)^(1 - s), which is the mean of (w / p(x))^s."""
         total = torch.zeros(len(x), dtype=torch.float64)
         precision, linear = 0.0, 0.0
         for s, d in ((power, self.posterior(x)), (1 - power, q)):
@@ -55,7 +56,7 @@ class Truth(NamedTuple):
             precision, linear = precision + s * d.precision_matrix, linear + s * at
             constant = torch.logdet(d.precision_matrix) - len(self.weight.T) * math.log(2 * math.pi)
             total = total + 0.5 * s * (constant - (at * d.mean).sum(-1))
-        # The integral of exp(-z'Az/2 + b'z), which is there if A is positive definite.
+        # The integral of exp(-z'Az/2 + b'z), which is finite if A is positive definite.
         assert (torch.linalg.eigvalsh(precision) > 0).all()
         square = (linear * torch.linalg.solve(precision, linear)).sum(-1)
         return total + 0.5 * (square - torch.logdet(precision) + len(self.weight.T) * math.log(2 * math.pi))
@@ -105,7 +106,7 @@ def set_affine(network: MLP, weight: Tensor, bias: Tensor) -> None:
 
 
 def elbo_of(vae: VAE, x: Tensor) -> Tensor:
-    r"""The ELBO of a linear-Gaussian VAE in closed form, ``(batch,)``, differentiable in all its parameters.
+    r"""Returns the ELBO of a linear-Gaussian VAE in closed form, ``(batch,)``, differentiable in all its parameters.
 
     E_q[log N(x; W z + b, s^2)] = -D/2 log(2 pi s^2) - (|x - W m - b|^2 + tr(W S W^T)) / (2 s^2), less KL(q || p(z)).
     """
@@ -150,13 +151,114 @@ def assert_mean(draws: Tensor, expected: Tensor, failure_rate: float) -> None:
 
 
 def assert_fraction(successes: int, total: int, probability: float, failure_rate: float) -> None:
-    """Asserts that a number of successes is one that a binomial with this probability gives, but for `failure_rate`."""
+    """Asserts that a number of successes agrees with a binomial distribution, by a test of this failure rate."""
     low, high = scipy.stats.binom(total, probability).interval(1 - failure_rate)
     assert low <= successes <= high, f"{successes} of {total}, expected {low:.0f} to {high:.0f}"
 
 
 def assert_unit_scores(scores: Tensor, failure_rate: float) -> None:
-    """Asserts that the sum of squares of z-scores is one that the chi-square distribution gives."""
+    """Asserts that the sum of squares of z-scores agrees with a chi-square distribution."""
     low, high = scipy.stats.chi2(scores.numel()).interval(1 - failure_rate)
     total = np.square(scores.numpy()).sum()
     assert low <= total <= high, f"the sum of z^2 is {total:.1f}, expected {low:.1f} to {high:.1f}"
+
+
+def set_normal(
+    encoder: nn.Module, slope: Tensor, at_zero: Tensor, factor: Tensor, classes: Tensor | None = None
+) -> None:
+    """Sets the weights of an affine normal encoder to N(at_zero + slope x + classes y, factor factor^T)."""
+    raw = torch.log(torch.expm1(factor.diagonal() - 1e-6)) - math.log(math.e - 1)
+    below = torch.tril_indices(len(factor), len(factor), offset=-1)
+    lower = factor[below[0], below[1]] if isinstance(encoder, encoders.FullRankNormal) else factor.new_zeros(0)
+    bias = torch.cat([at_zero, raw, lower])
+    slope = slope if classes is None else torch.cat([slope, classes], dim=1)
+    set_affine(encoder.network, torch.cat([slope, slope.new_zeros(len(bias) - len(slope), slope.shape[1])]), bias)
+
+
+def set_likelihood(part: nn.Module, weight: Tensor, bias: Tensor, scale: float) -> None:
+    set_affine(part.network, weight, bias)
+    part.log_scale.data.fill_(math.log(scale))
+
+
+class Gaussian(NamedTuple):
+    """A linear-Gaussian model, x | z ~ N(weight z + bias, noise) for z ~ N(mean, covariance), and its closed forms."""
+
+    mean: Tensor
+    covariance: Tensor
+    weight: Tensor
+    bias: Tensor
+    noise: Tensor
+
+    def marginal(self) -> MultivariateNormal:
+        return MultivariateNormal(
+            self.weight @ self.mean + self.bias, self.weight @ self.covariance @ self.weight.T + self.noise
+        )
+
+    def posterior(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the slope in x, the mean at x = 0 and the covariance of z given x."""
+        gain = self.covariance @ self.weight.T @ torch.linalg.inv(self.marginal().covariance_matrix)
+        return gain, self.mean - gain @ self.marginal().mean, self.covariance - gain @ self.weight @ self.covariance
+
+
+class Hierarchy(NamedTuple):
+    """Two levels, z2 (2) -> z1 (3) -> x (4); the columns of the lower weight are orthogonal."""
+
+    upper: Truth
+    lower: Truth
+
+    def of_z1(self) -> Gaussian:
+        """Returns the model of x given z1, where z1 follows its marginal."""
+        p = self.upper.marginal()
+        noise = self.lower.scale**2 * torch.eye(4, dtype=torch.float64)
+        return Gaussian(p.mean, p.covariance_matrix, self.lower.weight, self.lower.bias, noise)
+
+    def of_z2(self) -> Gaussian:
+        """Returns the model of x given z2."""
+        eye = torch.eye(2, dtype=torch.float64)
+        weight, bias = self.lower.weight @ self.upper.weight, self.lower.weight @ self.upper.bias + self.lower.bias
+        noise = self.of_z1().noise + self.upper.scale**2 * self.lower.weight @ self.lower.weight.T
+        return Gaussian(torch.zeros(2, dtype=torch.float64), eye, weight, bias, noise)
+
+    def generative_parts(self) -> dict:
+        conditional, likelihood = likelihoods.Normal(2, 3, AFFINE), likelihoods.Normal(3, 4, AFFINE)
+        set_likelihood(conditional.double(), self.upper.weight, self.upper.bias, self.upper.scale)
+        set_likelihood(likelihood.double(), self.lower.weight, self.lower.bias, self.lower.scale)
+        return {"prior": priors.StandardNormal(2), "conditionals": [conditional], "likelihood": likelihood}
+
+
+def hierarchy() -> Hierarchy:
+    lower = truth(3, 4)
+    return Hierarchy(truth(2, 3, scale=0.6), lower._replace(weight=torch.linalg.qr(lower.weight).Q * 1.5))
+
+
+def bottom_up(known: Hierarchy, widen: float = 1.0) -> HierarchicalVAE:
+    """Returns the model with its exact posterior p(z1 | x) p(z2 | z1) as the guide, made `widen` times as wide."""
+    first, second = encoders.FullRankNormal(4, 3, AFFINE).double(), encoders.FullRankNormal(3, 2, AFFINE).double()
+    for encoder, (slope, at_zero, covariance) in (
+        (first, known.of_z1().posterior()),
+        (second, posterior_of(known.upper)),
+    ):
+        set_normal(encoder, slope, at_zero, widen * torch.linalg.cholesky(covariance))
+    return HierarchicalVAE(**known.generative_parts(), encoders=[first, second]).double()
+
+
+def posterior_of(known: Truth) -> tuple[Tensor, Tensor, Tensor]:
+    latent, x = known.weight.shape[::-1]
+    eye, noise = torch.eye(latent, dtype=torch.float64), known.scale**2 * torch.eye(x, dtype=torch.float64)
+    return Gaussian(torch.zeros(latent, dtype=torch.float64), eye, known.weight, known.bias, noise).posterior()
+
+
+def ladder(known: Hierarchy, widen: float = 1.0) -> LadderVAE:
+    """Returns the model with its exact posterior p(z2 | x) p(z1 | z2, x) as the guide, its top `widen` times as wide.
+
+    The lower weight has orthogonal columns, so p(x | z1) as a function of z1 is a diagonal normal, whose product with
+    p(z1 | z2) the ladder takes.
+    """
+    first, second = encoders.DiagonalNormal(4, 3, AFFINE).double(), encoders.FullRankNormal(4, 2, AFFINE).double()
+    pseudoinverse = torch.linalg.pinv(known.lower.weight)
+    covariance = known.lower.scale**2 * torch.linalg.inv(known.lower.weight.T @ known.lower.weight)
+    set_normal(first, pseudoinverse, -pseudoinverse @ known.lower.bias, covariance.diagonal().sqrt().diag())
+    slope, at_zero, covariance = known.of_z2().posterior()
+    set_normal(second, slope, at_zero, widen * torch.linalg.cholesky(covariance))
+    networks = [nn.Identity(), nn.Identity()]
+    return LadderVAE(**known.generative_parts(), networks=networks, encoders=[first, second]).double()

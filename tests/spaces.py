@@ -1,8 +1,8 @@
-"""The spaces that distributions live on: points and weights that turn an integral or a sum over all of one into a sum.
+"""Sample spaces of distributions as points with weights: integrals or sums over a space become sums over its points.
 
 :func:`space_of` finds the space of a distribution from its support. Continuous spaces are integrated by the
 double-exponential rules of H. Takahasi and M. Mori (Double Exponential Formulas for Numerical Integration, 1974). They
-converge to rounding for functions that are smooth inside the space, whatever they do at its edges.
+converge to rounding for functions that are smooth inside the space, even if they are singular at its boundary.
 """
 
 import itertools
@@ -23,7 +23,7 @@ class Space(NamedTuple):
     log_weights: Tensor
 
     def probabilities(self, p: dist.TorchDistribution) -> Tensor:
-        """The probability of each point, or of the cell around it; they sum to one."""
+        """Returns the probability of each point, or of the cell around it; they sum to one."""
         return (p.log_prob(self.points) + self.log_weights).exp()
 
 
@@ -32,21 +32,21 @@ def _steps(low: float, high: float, step: float) -> Tensor:
 
 
 def half_line(step: float) -> Space:
-    """The positive numbers, from 1e-19 to 1e19, as x = exp(pi/2 sinh t)."""
+    """Returns the positive numbers, from 1e-19 to 1e19, as x = exp(pi/2 sinh t)."""
     t = _steps(-4.0, 4.0, step)
     log_x = math.pi / 2 * t.sinh()
     return Space(log_x.exp(), log_x + (math.pi / 2 * t.cosh() * step).log())
 
 
 def line(center: float, scale: float, step: float) -> Space:
-    """The real numbers as two half lines, so that a kink at the centre does no harm."""
+    """Returns the real numbers as two half lines, so that a kink at the centre causes no error."""
     x, log_weights = half_line(step)
     x = torch.cat([center - scale * x.flip(0), center + scale * x])
     return Space(x, torch.cat([log_weights.flip(0), log_weights]) + math.log(scale))
 
 
 def interval(step: float) -> Space:
-    """The numbers between 0 and 1, x = 1 / (1 + exp(-pi sinh t)), as near to either end as they can be told from it."""
+    """Returns the numbers between 0 and 1, x = 1 / (1 + exp(-pi sinh t)), up to rounding from the ends."""
     t = _steps(-3.1, 3.1, step)
     logit = math.pi * t.sinh()
     x = logit.sigmoid()
@@ -54,7 +54,7 @@ def interval(step: float) -> Space:
 
 
 def product(*factors: Space) -> Space:
-    """The product of spaces of scalars or vectors, as vectors."""
+    """Returns the product of spaces of scalars or vectors, as vectors."""
     index = torch.cartesian_prod(*[torch.arange(len(f.points)) for f in factors]).view(-1, len(factors))
     points = [f.points.reshape(len(f.points), -1)[i] for f, i in zip(factors, index.T, strict=True)]
     return Space(torch.cat(points, -1), sum(f.log_weights[i] for f, i in zip(factors, index.T, strict=True)))
@@ -65,7 +65,7 @@ def enumeration(points: Tensor) -> Space:
 
 
 def simplex(size: int, step: float) -> Space:
-    """The vectors of positive numbers with sum one, by the measure of their first ``size - 1`` numbers."""
+    """Returns the vectors of positive numbers with sum one, with the measure of their first ``size - 1`` numbers."""
     fractions, log_weights = product(*[interval(step)] * (size - 1))
     rest, points = torch.ones(len(fractions), dtype=torch.float64), []
     for fraction in fractions.T:
@@ -76,7 +76,7 @@ def simplex(size: int, step: float) -> Space:
 
 
 def sphere(dim: int, size: int = 200) -> Space:
-    """The unit circle by arc length, or the unit sphere by area."""
+    """Returns the unit circle with arc length, or the unit sphere with area."""
     angle = (torch.arange(size, dtype=torch.float64) + 0.5) * 2 * math.pi / size
     circle = torch.stack([angle.cos(), angle.sin()], -1)
     if dim == 2:
@@ -90,24 +90,24 @@ def sphere(dim: int, size: int = 200) -> Space:
 
 
 def compositions(total: int, size: int) -> Space:
-    """All vectors of `size` counts that sum to `total`."""
+    """Returns all vectors of `size` counts that sum to `total`."""
     bars = itertools.combinations(range(total + size - 1), size - 1)
     points = [[b - a - 1 for a, b in itertools.pairwise((-1, *bar, total + size - 1))] for bar in bars]
     return enumeration(torch.tensor(points))
 
 
 def space_of(p: dist.TorchDistribution, step: float = 1 / 16) -> Space:
-    """Returns the whole space of a distribution without batch dimensions, in its events' shape.
+    """Returns the space of a distribution without batch dimensions, with points of the shape of its events.
 
     Args:
-        p: the distribution; its samples say where the mass lies in a space without end.
-        step: how fine a continuous space is cut. Densities with kinks or narrow peaks need a finer one.
+        p: the distribution; in an unbounded space, its samples show where the mass is.
+        step: step size in a continuous space. Densities with kinks or narrow peaks need a smaller one.
     """
     support, shape = p.support, p.event_shape
     while hasattr(support, "base_constraint"):
-        shape = getattr(support, "event_shape", shape)  # of vectors that are read in another shape
+        shape = getattr(support, "event_shape", shape)  # a support of reshaped vectors
         support = support.base_constraint
-    # A support of scalars or of vectors is that of each of them.
+    # The support of one scalar or vector is that of all of them.
     size = math.prod(shape[: len(shape) - support.event_dim])
     if isinstance(support, constraints._Boolean):
         factors = [enumeration(torch.arange(2))] * size
@@ -117,7 +117,7 @@ def space_of(p: dist.TorchDistribution, step: float = 1 / 16) -> Space:
         )
         factors = [enumeration(torch.arange(low, high + 1)) for low, high in zip(*bounds, strict=True)]
     elif isinstance(support, constraints._IntegerGreaterThan):
-        # 60 standard deviations on, a tail that falls like a geometric one has less than rounding left.
+        # Beyond 60 standard deviations, a geometric tail has less mass than rounding.
         x = p.sample((1000,)).flatten(1)
         bounds = (x.mean(0) + 60 * x.std(0)).long() + 60
         factors = [enumeration(torch.arange(bound)) for bound in bounds.tolist()]
@@ -144,7 +144,7 @@ def space_of(p: dist.TorchDistribution, step: float = 1 / 16) -> Space:
 
 
 def center_of(p: dist.TorchDistribution, x: Tensor) -> Tensor:
-    """The mean, where a Laplace distribution has its kink, or the median of samples where there is none."""
+    """Returns the mean, where a Laplace distribution has its kink; without a mean, the median of samples."""
     try:
         mean = p.mean
     except NotImplementedError:
@@ -153,14 +153,14 @@ def center_of(p: dist.TorchDistribution, x: Tensor) -> Tensor:
 
 
 def agreement(x: Tensor, space: Space, probabilities: Tensor) -> float:
-    """Returns the p-value of samples ``(n, *event_shape)`` being draws of these probabilities of the space's points.
+    """Returns the p-value of the hypothesis that samples ``(n, *event_shape)`` have these probabilities.
 
-    The means of 16 smooth functions over the samples are compared with their expectations, which a sum over the points
-    gives to far less than their standard errors, whatever the space. The statistic is that of Hotelling with the true
-    covariance, and follows a chi-square distribution.
+    The means of 16 smooth functions over the samples are compared with their expectations, sums over the points of the
+    space, whose error is far below the standard errors. The statistic is Hotelling's with the true covariance, and
+    follows a chi-square distribution.
     """
     first, rest = x[:1000].flatten(1).double(), x[1000:].flatten(1).double()
-    # Cosines along directions, after each coordinate was centred and scaled by the first samples and drawn into +-pi/2.
+    # Cosines along random directions; the first samples centre and scale each coordinate, atan maps it to +-pi/2.
     center, scale = first.median(0).values, (first.quantile(0.8, 0) - first.quantile(0.2, 0)).maximum(first.std(0) / 4)
     directions, phases = (
         2 * torch.randn(first.shape[1], 16, dtype=torch.float64),
@@ -174,7 +174,7 @@ def agreement(x: Tensor, space: Space, probabilities: Tensor) -> float:
     expected = probabilities @ values
     covariance = (values - expected).T @ ((values - expected) * probabilities.unsqueeze(-1))
     variances, axes = torch.linalg.eigh(covariance)
-    # A mean of 10,000 is normal only where no rare event makes up the variance: a bounded function's must not be small.
+    # A mean of 10,000 is normal unless rare events dominate its variance: so small variances are left out.
     kept = variances > 0.02
     if not kept.any():
         raise ValueError("the distribution is so narrow that no function of its samples varies")

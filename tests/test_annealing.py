@@ -8,6 +8,7 @@ from functools import partial
 import pyro
 import pytest
 import torch
+from helpers import FAILURE_RATE
 from linear_gaussian import AFFINE, Truth, assert_fraction, assert_mean, assert_unit_scores, truth, vae_of
 from pyro import distributions as dist
 from torch import Tensor
@@ -32,9 +33,6 @@ from pyrovae.estimators import (
 from pyrovae.estimators.annealed import TemperingPath, _move
 from pyrovae.estimators.base import open_task
 from pyrovae.estimators.targets import Target
-
-# Chance that a statistical test here fails with another seed although the library is right.
-FAILURE_RATE = 1e-4
 
 log_marginal = partial(log_marginal, progress=False)
 bidirectional = partial(bidirectional, progress=False)

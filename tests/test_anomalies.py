@@ -9,6 +9,7 @@ import pyro
 import pytest
 import scipy.stats
 import torch
+from helpers import FAILURE_RATE
 from linear_gaussian import assert_fraction, truth, vae_of
 from pyro import distributions as dist
 from scipy.integrate import trapezoid
@@ -17,8 +18,6 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from pyrovae import VAE, encoders, likelihoods, log_marginal, priors, structures
 from pyrovae.diagnostics.anomalies import anomalies, auroc
 from pyrovae.plots.anomalies import _curve
-
-FAILURE_RATE = 1e-4
 
 
 def test_areas_are_those_of_all_pairs_with_ties():

@@ -13,12 +13,24 @@ import pytest
 import scipy.stats
 import torch
 from bound_cases import BOUNDS, BY_NAME
-from linear_gaussian import AFFINE, assert_mean, diagonal_vae, elbo_of, gradients, repeat, truth, vae_of
+from helpers import FAILURE_RATE
+from linear_gaussian import (
+    AFFINE,
+    assert_mean,
+    bottom_up,
+    diagonal_vae,
+    elbo_of,
+    gradients,
+    hierarchy,
+    ladder,
+    repeat,
+    truth,
+    vae_of,
+)
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
-from test_structures import bottom_up, hierarchy, ladder
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -29,8 +41,6 @@ from pyrovae.nn import MLP, OneHotInput
 from pyrovae.regularizers import MaximumMeanDiscrepancy
 from pyrovae.structures import HierarchicalVAE, MissingDataVAE, SemiSupervisedVAE
 
-# Chance that a statistical test here fails with another seed although the library is right.
-FAILURE_RATE = 1e-4
 EPS = torch.finfo(torch.float64).eps
 # Log weights here sum some ten terms below 100, whose residuals are divided by scales of at least 0.3.
 ROUNDING = 1e5 * EPS

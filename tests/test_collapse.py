@@ -10,6 +10,7 @@ import pyro
 import pytest
 import scipy.stats
 import torch
+from helpers import FAILURE_RATE
 from linear_gaussian import AFFINE, assert_mean, diagonal_vae, set_affine, truth, vae_of
 from pyro import distributions as dist
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, kl_divergence
@@ -22,7 +23,6 @@ from pyrovae.plots.collapse import collapse_history
 
 module = sys.modules["pyrovae.diagnostics.collapse"]  # whose name in the package is the function's
 
-FAILURE_RATE = 1e-4  # chance that a statistical test fails with another seed although the library is right
 SCORE = scipy.stats.norm.isf(FAILURE_RATE / 2)
 
 

@@ -1,4 +1,4 @@
-"""Data: fixed splits, honest binarisation, batches that miss nothing, and files that are read right or refused."""
+"""Data: fixed splits, binarisation, batches that contain every row, and files that are read correctly or refused."""
 
 import gzip
 import hashlib
@@ -14,8 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pyrovae import data
-from pyrovae.data import Batches, Split, dynamic_binarization, load, loading, static_binarization
+from pyrovae.cli import command_parser
+from pyrovae.data import (
+    DATA_SETS,
+    Batches,
+    Split,
+    descriptions,
+    dynamic_binarization,
+    images,
+    load,
+    random_splits,
+    register,
+    static_binarization,
+)
 
 
 def digest(t: Tensor) -> str:
@@ -37,7 +48,7 @@ def test_digits_are_split_once_and_for_all():
         assert (x.dtype, labels.dtype, labels.shape) == (torch.float32, torch.int64, (len(x),))
         assert x.min() == 0 and x.max() == 1
         assert set((x * 16).unique().tolist()) == set(range(17)), "16 grey levels and nothing between"
-    # Published numbers depend on the split: it may never change, on any machine, whatever the random state.
+    # Published numbers depend on the split: it must not change, on any machine and for any random state.
     assert [digest(s.x) for s in splits] == DIGITS["x"]
     assert [digest(s.labels) for s in splits] == DIGITS["labels"]
     torch.manual_seed(1)
@@ -87,7 +98,7 @@ def test_dynamic_binarization_has_the_grey_values_as_means():
     grey = torch.linspace(0, 1, 12).reshape(3, 4)
     draws = torch.stack([dynamic_binarization(grey)[0] for _ in range(2000)])
     assert_bernoulli(draws, grey)
-    assert not draws[0].equal(draws[1]), "drawn anew at each call"
+    assert not draws[0].equal(draws[1]), "each call draws again"
     # Pixels are independent: the mean of the image has the variance of a mean of independent pixels. The variance of
     # n draws has a relative standard error of about sqrt(2 / n).
     expected = (grey * (1 - grey)).sum() / grey.numel() ** 2
@@ -226,7 +237,7 @@ def test_an_npz_whose_parts_have_other_shapes_is_refused(tmp_path):
     "start", ["", "a,b,c\n", "\ufeff", "\ufeffa,b,c\n"], ids=["numbers", "names", "mark", "mark and names"]
 )
 def test_a_csv_may_start_with_names(tmp_path, start):
-    """Excel begins files with a byte order mark; no row may be lost to it."""
+    """Excel starts files with a byte order mark, which must not make a line of numbers look like names."""
     path = write(tmp_path / "numbers.csv", as_csv(numbers(10), start))
     assert rows_of(load(path)) == [tuple(row) for row in numbers(10).tolist()]
 
@@ -237,7 +248,7 @@ BAD_FILES = {
     "words.csv": "1,2\n3,x\n4,5\n6,7\n",
     "ragged.csv": "1,2\n3,4,5\n6,7\n8,9\n",
     "hole.csv": "1,2\n3,\n4,5\n6,7\n",
-    "hole in the first row.csv": "1,,2\n3,4,5\n6,7,8\n9,10,11\n",  # not a line of names, to be passed over
+    "hole in the first row.csv": "1,,2\n3,4,5\n6,7,8\n9,10,11\n",  # not a line of names, which would be skipped
     "binary.csv": b"\xff\xfe\x00\x01",
     "nan.csv": "1,2\n3,nan\n4,5\n6,7\n",
     "inf.csv": "1,2\n3,4\n-inf,5\n6,7\n",
@@ -262,7 +273,7 @@ def test_the_row_of_a_nan_is_named(tmp_path):
 
 
 class Bomb:
-    """Unpickling it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -308,7 +319,7 @@ def test_a_truncated_array_is_refused(tmp_path, save):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed], ids=lambda save: save.__name__)
 def test_a_damaged_archive_is_refused_or_read_right(tmp_path, save):
-    """Archives have checksums over their content, though not over every field of theirs."""
+    """Archives have checksums of their content, but not of all their fields."""
     path = tmp_path / "numbers.npz"
     save(path, numbers(20))
     content, written = path.read_bytes(), load(str(path))
@@ -330,6 +341,48 @@ def test_names_that_stand_for_nothing(tmp_path):
     for suffix in WRITERS:
         with pytest.raises(FileNotFoundError, match=f"missing.{suffix}"):
             load(str(tmp_path / f"missing.{suffix}"))
+
+
+# Data sets of the user's own.
+
+
+@pytest.fixture
+def no_new_data_sets():
+    before = dict(DATA_SETS)
+    yield
+    DATA_SETS.clear()
+    DATA_SETS.update(before)
+
+
+def test_a_registered_data_set_is_loaded_by_name_and_listed(tmp_path, no_new_data_sets):
+    x, labels = torch.randn(10, 3), torch.arange(10)
+    torch.save((x, labels), tmp_path / "own.pt")
+
+    @register("own")
+    def own(root: Path):
+        """Numbers in a file, shape (3,); 5 / 2 / 3.
+
+        The rest of the docstring is not listed.
+        """
+        return random_splits(*torch.load(root / "own.pt"), validation=2, test=3)
+
+    assert descriptions()["own"] == "Numbers in a file, shape (3,); 5 / 2 / 3."
+    splits = load("own", tmp_path)
+    assert [len(split.x) for split in splits] == [5, 2, 3]
+    order = torch.cat([split.labels for split in splits])
+    assert order.sort().values.equal(labels)
+    assert torch.cat([split.x for split in splits]).equal(x[order])
+    with pytest.raises(ValueError, match="no data set 'owl'.*cifar10, own, or"):
+        load("owl", tmp_path)
+    assert "cifar10, own." in " ".join(command_parser("train").format_help().split())
+
+
+def test_data_sets_without_a_new_name_or_a_description_are_refused(no_new_data_sets):
+    with pytest.raises(ValueError, match="there is a data set 'mnist' already"):
+        register("mnist")(descriptions)
+    with pytest.raises(ValueError, match="'own' must have a docstring"):
+        register("own")(lambda root: None)
+    assert "own" not in DATA_SETS
 
 
 # IDX files.
@@ -358,7 +411,7 @@ def no_download(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("files that are there must not be downloaded")
 
-    monkeypatch.setattr(loading, "_download", refuse)
+    monkeypatch.setattr(images, "_download", refuse)
 
 
 @pytest.mark.parametrize(
@@ -421,13 +474,13 @@ def test_damaged_gz_files_are_refused_or_read_right(tmp_path):
     for length in range(len(content)):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=str(path)):
-            loading._read_idx(path)
-    for position in range(len(content)):  # the date of a gz file, say, may be anything
+            images._read_idx(path)
+    for position in range(len(content)):  # the date of a gz file, for example, may be anything
         damaged = bytearray(content)
         damaged[position] ^= 0xFF
         path.write_bytes(damaged)
         try:
-            read = loading._read_idx(path)
+            read = images._read_idx(path)
         except ValueError as error:
             assert str(path) in str(error)
         else:
@@ -451,7 +504,7 @@ def test_too_few_images_to_split_are_refused(tmp_path, no_download):
 
 
 def install(monkeypatch, name: str, dataset: type) -> None:
-    """Puts a data set in the place of one of torchvision's, without torchvision, which is slow to import."""
+    """Replaces torchvision, which is slow to import, by a module with one data set."""
     module = types.ModuleType("torchvision")
     module.datasets = types.SimpleNamespace(**{name: dataset})
     monkeypatch.setitem(sys.modules, "torchvision", module)

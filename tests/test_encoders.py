@@ -1,4 +1,4 @@
-"""What each encoder promises, against closed forms, scipy, and derivatives that are known."""
+"""Encoders against closed forms, scipy, and exact derivatives."""
 
 import math
 import subprocess
@@ -9,6 +9,7 @@ import scipy.special
 import scipy.stats
 import torch
 from cases import SMALL, cases, inputs
+from helpers import FAILURE_RATE
 from linear_gaussian import assert_mean, repeat
 from pyro import distributions as dist
 from pyro.infer import Trace_ELBO
@@ -18,7 +19,6 @@ from pyrovae import VAE, distributions, encoders, fit, likelihoods, log_marginal
 from pyrovae.distributions import LogisticNormal, ReparameterizedMixture, StratifiedCategorical, VonMisesFisher, log_0f1
 
 EPS = torch.finfo(torch.float64).eps
-FAILURE_RATE = 1e-4  # of each statistical test here, with another seed
 
 
 def double(*values: float) -> Tensor:
@@ -35,7 +35,7 @@ def unit(*shape: int) -> Tensor:
 
 
 def mean_height(m: int, kappa: Tensor) -> Tensor:
-    """The mean of mu . z, a ratio of Bessel functions, by scipy."""
+    """Returns the mean of mu . z, a ratio of Bessel functions, by scipy."""
     return torch.from_numpy(scipy.special.ive(m / 2, kappa.numpy()) / scipy.special.ive(m / 2 - 1, kappa.numpy()))
 
 
@@ -58,7 +58,7 @@ def test_von_mises_fisher_equals_scipys(m):
         if not math.isfinite(expected[0]):
             continue
         log_prob = VonMisesFisher(loc, double(kappa)[0]).log_prob(z)
-        # Scipy's own normaliser is off by as much as the logarithm of a Bessel function that is small.
+        # Scipy's normaliser loses digits in the logarithm of a small Bessel function.
         assert (log_prob - torch.from_numpy(expected)).abs().max() <= 2e-8 + 100 * EPS * (1 + kappa)
 
 
@@ -66,7 +66,7 @@ def test_von_mises_fisher_equals_scipys(m):
 def test_the_normaliser_is_a_bessel_function(m):
     b = m / 2
     bessel = torch.from_numpy(scipy.special.ive(b - 1, KAPPAS.numpy()))
-    there = bessel > 1e-290  # below, scipy's underflows
+    there = bessel > 1e-290  # scipy underflows below
     assert there.sum() >= 6
     log_bessel = log_0f1(b, KAPPAS) - math.lgamma(b) + (b - 1) * (KAPPAS / 2).log() - KAPPAS
     error = (log_bessel - bessel.log()).abs()[there]
@@ -211,13 +211,13 @@ def test_flows_score_what_they_drew_as_anything_else(cls):
     encoder = flow_of(cls)
     q = encoder(torch.randn(6, 4, dtype=torch.float64))
     z = q.rsample((5,))
-    by_product, anew = q.log_prob(z), q.log_prob(z.clone())
-    torch.testing.assert_close(by_product, anew, rtol=0, atol=1e-9)
-    # And through the encoder's parameters, along the draw: the same derivative, whichever way it was computed.
+    cached, recomputed = q.log_prob(z), q.log_prob(z.clone())
+    torch.testing.assert_close(cached, recomputed, rtol=0, atol=1e-9)
+    # The derivative by the encoder's parameters through the draw is the same for both ways to compute the density.
     wanted = [p for p in encoder.parameters() if p.requires_grad]
     weight = torch.randn(5, 6, dtype=torch.float64)
-    ours = torch.autograd.grad((by_product * weight).sum(), wanted, retain_graph=True)
-    theirs = torch.autograd.grad((anew * weight).sum(), wanted)
+    ours = torch.autograd.grad((cached * weight).sum(), wanted, retain_graph=True)
+    theirs = torch.autograd.grad((recomputed * weight).sum(), wanted)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
 
@@ -289,7 +289,7 @@ def test_the_low_rank_normal_is_the_normal_with_that_covariance(rank):
 
 
 def full_rank(tilt: float) -> tuple[list[Tensor], dist.TorchDistribution]:
-    """Returns leaves, and a normal whose standard deviations given the dimensions before are `tilt` times too small."""
+    """Returns leaves, and a normal with conditional standard deviations `tilt` times smaller than marginal ones."""
     factor = torch.tensor([[1.0, 0.0, 0.0], [3.0, 1 / tilt, 0.0], [-2.0, 1.0, 1 / tilt]]).expand(6, 3, 3)
     leaves = [(5 * torch.randn(6, 3)).requires_grad_(), factor.clone().requires_grad_()]
     return leaves, distributions.MultivariateNormal(leaves[0], scale_tril=leaves[1].tril())
@@ -303,7 +303,7 @@ def low_rank(tilt: float) -> tuple[list[Tensor], dist.TorchDistribution]:
 
 
 def in_double(q: dist.TorchDistribution, leaves: list[Tensor]) -> tuple[list[Tensor], dist.TorchDistribution]:
-    """Returns the same normal by torch, of leaves of its own in double precision."""
+    """Returns the same normal by torch, with its own leaves in double precision."""
     leaves = [t.detach().double().requires_grad_() for t in leaves]
     if isinstance(q, dist.MultivariateNormal):
         return leaves, torch.distributions.MultivariateNormal(leaves[0], scale_tril=leaves[1].tril())
@@ -318,7 +318,7 @@ def test_the_density_of_a_draw_is_that_of_its_noise(normal, tilt):
     exact_leaves, exact = in_double(q, leaves)
     torch.manual_seed(1)
     z = q.rsample()
-    # The draw again, not rounded.
+    # The same draw without rounding.
     torch.manual_seed(1)
     if normal is full_rank:
         exact_z = exact_leaves[0] + (exact_leaves[1].tril() @ torch.randn(4, 6, 3).double().unsqueeze(-1)).squeeze(-1)
@@ -339,10 +339,10 @@ def test_the_density_of_a_draw_is_that_of_its_noise(normal, tilt):
             # Torch's own errors grow with the condition once more: terms along and across the narrow direction cancel.
             torch.testing.assert_close(a.double(), b, rtol=digits, atol=digits * max(1.0, b.abs().max().item()) * 10)
 
-    # At held latents: the score function, and the path of sticking the landing. Along the draw: all of it.
+    # With latents fixed: the score function, and the path of sticking the landing. Through the draw: the total.
     exact_held = exact_z.detach().requires_grad_()
     same_gradients(q.log_prob(held), exact.log_prob(exact_held), [held, *leaves], [exact_held, *exact_leaves])
-    with torch.no_grad():  # a draw without a graph is held too
+    with torch.no_grad():  # a draw without a graph is fixed too
         torch.manual_seed(1)
         drawn = q.rsample()
     same_gradients(q.log_prob(drawn), exact.log_prob(exact_held), leaves, exact_leaves)
@@ -386,7 +386,7 @@ def test_columns_on_a_large_scale_are_learned(encoder, scale):
     x = scale * torch.randn(256, 3) @ torch.randn(3, 10) + torch.randn(256, 10)
     vae = VAE(priors.StandardNormal(3), likelihoods.Normal(3, 10, SMALL), encoder(10, 3, SMALL))
     losses = fit(vae.model, vae.guide, x, epochs=30, progress=False)["loss"]
-    # No loss is below that of the normal with the data's moments, which no model here comes near so soon.
+    # No loss is below that of the normal with the moments of the data, which no model here reaches so soon.
     best = torch.distributions.MultivariateNormal(x.mean(0), torch.cov(x.T, correction=0)).log_prob(x).mean()
     assert -best < min(losses) and losses[-1] < losses[0] < math.inf
     estimate = log_marginal(vae.model, vae.guide, x[:50], progress=False)
@@ -454,7 +454,7 @@ def test_stratified_draws_take_each_class_its_share(how):
     counts = nn.functional.one_hot(draws, 4).sum(0)
     # An interval of probability cuts at most two of the 40 strata.
     assert ((counts - 40 * probs).abs() < 2).all()
-    assert (draws[:, 0] != draws[:, 1]).any()  # each datum has its own
+    assert (draws[:, 0] != draws[:, 1]).any()  # different data have different draws
     single = p.sample((1,)).squeeze(0) if how == "sample_shape" else p.expand((1, 50)).sample().squeeze(0)
     assert single.shape == (50,)
 
@@ -506,7 +506,7 @@ def test_the_logistic_normal_of_two_is_the_logit_normal():
 
 @torch.no_grad()
 def test_the_logistic_normal_treats_its_parts_alike():
-    # A stick-breaking one would not: its first part is drawn otherwise than its second.
+    # A stick-breaking distribution treats the first and the second coordinate differently.
     loc, scale = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5
     z = LogisticNormal(loc, scale).sample((20,))
     order = torch.tensor([2, 0, 1])
@@ -530,7 +530,7 @@ def test_straight_through_draws_are_one_hot_with_the_gradient_of_the_probabiliti
     q = encoder(x)
     z = q.rsample()
     blocks = z.unflatten(-1, (2, 3))
-    # A probability is added and taken away again, for its gradient.
+    # The straight-through draw adds and subtracts a probability, which rounds.
     assert ((blocks - blocks.round()).abs() <= 2 * EPS).all()
     assert torch.equal(blocks.round().sum(-1), torch.ones(500, 2, dtype=torch.float64))
     assert q.support.check(q.sample()).all()
@@ -578,7 +578,7 @@ def test_the_relaxed_density_is_the_concrete_one(temperature):
 def test_low_temperatures_give_nearly_one_hot_vectors_with_finite_densities():
     q = encoders.RelaxedOneHotCategorical(4, 6, SMALL, num_classes=3, temperature=0.01)(torch.randn(5000, 4))
     z = q.rsample()
-    assert q.support.check(z).all()  # which leaves no more than some roundings of a sum
+    assert q.support.check(z).all()  # with a tolerance of some roundings of a sum
     assert (z.unflatten(-1, (2, 3)).amax(-1) > 0.99).float().mean() > 0.9
     log_prob = q.log_prob(z)
     assert log_prob.isfinite().all()
@@ -600,7 +600,7 @@ def test_classes_are_integers_with_the_products_of_their_probabilities():
 def test_the_gradient_of_classes_is_that_of_the_enumerated_elbo():
     encoder = encoders.Categorical(4, 1, SMALL, num_classes=3)
     prior = priors.Categorical(1, 3)
-    # The class picks a mean: a table as a network.
+    # The class selects a mean: the network is a table.
     table = nn.Embedding(3, 4)
     likelihood = likelihoods.Normal(1, 4, network=nn.Sequential(table, nn.Flatten(-2)), learn_scale=False)
     vae = VAE(prior, likelihood, encoder).double()
@@ -666,8 +666,8 @@ def test_encoders_give_each_datum_its_own_distribution(case):
             "num_transforms must be at least 1, got 0",
         ),
         (lambda: encoders.NeuralSplineFlow(4, 2, num_features=0), "num_features must be at least 1, got 0"),
-        (lambda: encoders.VonMisesFisher(4, 1), "latent_dim must be at least 2, a sphere's, got 1"),
-        (lambda: encoders.LogisticNormal(4, 1), "latent_dim must be at least 2, a simplex's, got 1"),
+        (lambda: encoders.VonMisesFisher(4, 1), "latent_dim must be at least 2 for latents on a sphere, got 1"),
+        (lambda: encoders.LogisticNormal(4, 1), "latent_dim must be at least 2 for latents on a simplex, got 1"),
         (lambda: encoders.Categorical(4, 2, num_classes=1), "num_classes must be at least 2, got 1"),
         (lambda: encoders.OneHotCategorical(4, 6, num_classes=4), "num_classes"),
         (lambda: encoders.RelaxedOneHotCategorical(4, 6, temperature=-1.0), "temperature must be positive and finite"),

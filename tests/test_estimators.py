@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 import torch
 from cases import SMALL
+from helpers import FAILURE_RATE
 from linear_gaussian import (
     AFFINE,
     Truth,
@@ -43,8 +44,6 @@ from pyrovae.estimators import (
 )
 from pyrovae.nn import MLP, OneHotInput
 
-# Chance that a statistical test here fails with another seed although the library is right.
-FAILURE_RATE = 1e-4
 ROUNDING = 1e-9  # nats: sums of fewer than a million terms below 1,000, in double precision
 
 log_marginal = partial(log_marginal, progress=False)

@@ -1,4 +1,4 @@
-"""The examples and the README's code run, and print what they say they print."""
+"""The examples and the code of the README run, and print an estimate."""
 
 import re
 import subprocess

@@ -8,13 +8,12 @@ import pyro
 import pytest
 import scipy.stats
 import torch
+from helpers import FAILURE_RATE
 from linear_gaussian import AFFINE, diagonal_vae, set_affine
 from pyro import distributions as dist
 
 from pyrovae import VAE, encoders, likelihoods, priors, structures
 from pyrovae.diagnostics.exploration import interpolations, latent_map, traversals
-
-FAILURE_RATE = 1e-4  # chance that a statistical test fails with another seed although the library is right
 
 
 def pair(latent_dim: int = 3, x_dim: int = 4):

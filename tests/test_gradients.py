@@ -10,9 +10,9 @@ import pytest
 import scipy.stats
 import torch
 from bound_cases import BOUNDS, BY_NAME
-from linear_gaussian import assert_mean, diagonal_vae, gradients, repeat, truth, vae_of
+from helpers import FAILURE_RATE
+from linear_gaussian import assert_mean, bottom_up, diagonal_vae, gradients, hierarchy, ladder, repeat, truth, vae_of
 from pyro import distributions as dist
-from test_structures import bottom_up, hierarchy, ladder
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
@@ -22,8 +22,6 @@ from pyrovae.bounds.gradients import leave_one_out
 from pyrovae.nn import MLP, OneHotInput
 from pyrovae.structures import HierarchicalVAE, LadderVAE, SemiSupervisedVAE
 
-# Chance that a statistical test here fails with another seed although the library is right.
-FAILURE_RATE = 1e-4
 EPS = torch.finfo(torch.float64).eps
 ROUNDING = 1e5 * EPS  # as in test_bounds.py
 SMALL = partial(MLP, hidden=(6,))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pyro
 import pytest
 import torch
+from helpers import FAILURE_RATE
 from linear_gaussian import assert_mean, assert_unit_scores
 from pyro import distributions as dist
 from pyro import poutine
@@ -22,8 +23,6 @@ from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
 
-# Chance that a statistical test here fails with another seed although the library is right.
-FAILURE_RATE = 1e-4
 EPS = torch.finfo(torch.float64).eps
 # Log weights here are below 1000 and sums of fewer than 1000 terms: no double-precision result is off by more.
 ROUNDING = 1000 * 1000 * EPS

@@ -1,4 +1,4 @@
-"""The likelihoods against closed forms, scipy, quadrature and enumeration; test_parts.py has what holds for all."""
+"""The likelihoods against closed forms, scipy, quadrature and enumeration; test_parts.py tests properties of all."""
 
 import itertools
 import math
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyrovae import VAE, distributions, likelihoods, priors
 from pyrovae.distributions import mask_elements
+from pyrovae.distributions.counts import log_rising
 from pyrovae.encoders import DiagonalNormal
 from pyrovae.inference.structure import check_observed
 from pyrovae.inference.weights import log_weights
@@ -29,7 +30,7 @@ AFFINE = partial(MLP, hidden=())
 
 
 class Given(nn.Module):
-    """A decoder that returns what it was given, whatever z."""
+    """A decoder that returns a constant for any z."""
 
     def __init__(self, output: Tensor):
         super().__init__()
@@ -53,7 +54,7 @@ def close(ours: Tensor, truth, digits: float = 1e-12) -> None:
 
 
 RAW = torch.tensor([-1.3, 0.0, 0.4, 2.1], dtype=torch.float64)
-# A start value is kept in single precision when a part is built; these are exact in it.
+# Initial values are rounded to single precision when a part is built; these values are exact in it.
 POSITIVE, COUNTS = torch.tensor([0.2, 1.0, 3.7, 0.01]).double(), torch.tensor([0.0, 1.0, 4.0, 12.0]).double()
 
 
@@ -76,7 +77,7 @@ def test_student_t_keeps_its_digits_for_any_degrees_of_freedom(df):
 
 
 def truth_of_t(df: float, x: Tensor) -> Tensor:
-    """The log-density with the constant by quadrature: the integral of (1 + x^2/df)^(-(df+1)/2) over the line."""
+    """Returns the log-density, with its constant by quadrature of (1 + x^2/df)^(-(df+1)/2) over the real line."""
 
     def integrand(u: float) -> float:  # x = sinh(u)
         return math.exp(-(df + 1) / 2 * math.log1p(math.sinh(u) ** 2 / df)) * math.cosh(u)
@@ -119,7 +120,7 @@ def test_beta_is_scipys_with_the_stated_mean_and_starts_uniform():
     close(p.log_prob(x), truth.sum(), 1e-11)
     close(p.mean, mean)
     uniform = given(likelihoods.Beta, 4, torch.zeros(2, 4))
-    close(uniform.log_prob(x), 0.0, 1e-5)  # but for the floor of 1e-6 under the concentration
+    close(uniform.log_prob(x), 0.0, 1e-5)  # up to the floor of 1e-6 of the concentration
 
 
 @pytest.mark.parametrize("logit", [-60.0, -20.0, 20.0, 60.0, 1e9])
@@ -146,7 +147,7 @@ def negative_binomial(mean: Tensor, theta: float):
 @pytest.mark.parametrize("theta", [0.25, 1.0, 64.0])
 def test_negative_binomial_is_scipys_with_the_stated_moments(theta):
     p = given(likelihoods.NegativeBinomial, 4, RAW, inverse_dispersion=theta)
-    # log theta is kept in single precision: its rounding times the derivative, below 10 theta.
+    # log theta is stored in single precision: its rounding times the derivative, below 10 theta.
     close(p.log_prob(COUNTS), negative_binomial(RAW.exp(), theta).logpmf(COUNTS.numpy()).sum(), SINGLE * 50 * theta)
     close(p.mean, RAW.exp())
     close(p.variance, RAW.exp() + RAW.exp().square() / theta, 10 * SINGLE)
@@ -157,9 +158,9 @@ def test_negative_binomial_sums_to_one_in_single_precision_for_any_dispersion(th
     theta, mean = torch.tensor(theta), torch.tensor(5.0)
     p = distributions.NegativeBinomial(theta, logits=mean.log() - theta.log())
     total = p.log_prob(torch.arange(100000.0)).double().exp().sum().item()
-    # Each log-probability errs by some eps times its largest term, x log(theta) < 1000 where the mass is.
+    # Each log-probability has an error of some eps times its largest term, x log(theta) < 1000 where the mass is.
     assert abs(total - 1) < 1000 * SINGLE
-    if theta >= 1e5:  # Poisson, but for a term of order x^2 / theta
+    if theta >= 1e5:  # Poisson, up to a term of order x^2 / theta
         x = torch.arange(15.0)
         close(p.log_prob(x).exp(), dist.Poisson(5.0).log_prob(x).double().exp(), 1000 * SINGLE + 40 / theta.item())
 
@@ -171,7 +172,7 @@ def large_counts(mean: float) -> tuple[Tensor, Tensor]:
 
 
 def keeps_its_digits(p: dist.TorchDistribution, x: Tensor, log_mean: Tensor, truth: np.ndarray, slope: Tensor) -> None:
-    """Asserts that log-probabilities and their derivative by `log_mean` are the truth, rounded."""
+    """Asserts that log-probabilities and their derivatives by `log_mean` are exact up to rounding."""
     log_prob = p.log_prob(x)
     (gradient,) = torch.autograd.grad(log_prob.sum(), log_mean)
     # Half an eps of rounding, and double precision's of terms that are below 1e9.
@@ -204,7 +205,7 @@ def test_negative_binomials_keep_their_digits_at_large_counts(mean, theta):
     truth = ratio + theta * np.log(theta / (theta + mu)) + n * np.log(mu / (theta + mu))
     slope = theta * (k - exact.exp()) / (theta + exact.exp())
     keeps_its_digits(distributions.NegativeBinomial(torch.tensor(theta), log_mean=log_mean), x, log_mean, truth, slope)
-    gate = torch.zeros(())  # which a count above zero has passed with probability one half
+    gate = torch.zeros(())  # a count is replaced by zero with probability one half
     inflated = distributions.ZeroInflatedNegativeBinomial(torch.tensor(theta), None, gate, log_mean=log_mean)
     keeps_its_digits(inflated.expand((100,)), x, log_mean, truth - math.log(2), slope)
 
@@ -234,8 +235,8 @@ def test_the_log_of_a_rising_factorial_is_right_on_both_sides_of_the_switch():
     for b in (0, 1, 2, 7, 40):  # Gamma(a + b) / Gamma(a) is a product
         truth = sum(((a + i).log() for i in range(b)), torch.zeros_like(a))
         # Below the switch it is the difference of numbers of up to 330, each to a few eps.
-        close(distributions._log_rising(a, torch.tensor(float(b)).double()), truth, 2000 * EPS)
-    half, a = distributions._log_rising(a[:5], torch.tensor(0.5).double()), a[:5].numpy()
+        close(log_rising(a, torch.tensor(float(b)).double()), truth, 2000 * EPS)
+    half, a = log_rising(a[:5], torch.tensor(0.5).double()), a[:5].numpy()
     close(half, scipy.special.gammaln(a + 0.5) - scipy.special.gammaln(a), 6000 * 4 * EPS)
 
 
@@ -379,7 +380,7 @@ def test_the_gradient_of_the_optimal_scale_is_that_of_the_closed_form():
     part(torch.zeros(1)).log_prob(x).backward()
     # The total is -n/2 (log(2 pi v) + 1), v the mean square: its derivative by loc is (x - loc) / v.
     close(part.network.output.grad, (x - loc) / (x - loc).square().mean())
-    # One datum's share depends on v too: -d/2 log v - s/(2 v), s its own sum of squares.
+    # The term of one datum depends on v too: -d/2 log v - s/(2 v), where s is its own sum of squares.
     part = OptimalNormal(1, 3, nn.Linear(1, 3)).double()
     z = torch.randn(7, 1, dtype=torch.float64)
     part(z).log_prob(x)[0].backward()
@@ -499,8 +500,8 @@ def test_discretized_logistic_sums_to_one_with_finite_gradients_however_extreme(
     log_prob.sum().backward()
     assert torch.isfinite(log_prob).all()
     assert torch.isfinite(part.network.output.grad).all()
-    # At a scale of s the edges of a bin err by eps (1 + |loc|) / s standard units, for its two neighbours alike; bins
-    # whose edges err by more than their mass is wide are those of the tails. In double precision the sum is exact.
+    # With scale s, the edge of a bin has an error of eps (1 + |loc|) / s standard units, the same in both adjacent
+    # bins. The error exceeds the mass only for bins in the tails. In double precision the sum is exact.
     p = given(likelihoods.DiscretizedLogistic, 1, torch.tensor([[loc], [log_scale]]))
     total = p.log_prob((torch.arange(256).double() / 255).unsqueeze(-1)).exp().sum().item()
     step = math.exp(-max(-20, min(20, log_scale)))
@@ -586,7 +587,7 @@ def test_mixed_names_the_columns_that_are_outside():
 
 # ---------------------------------------------------------------------------------------------------- start_at
 
-STARTS = {  # data of 200, and whether the mean starts at the data's to rounding
+STARTS = {  # 200 data, and whether the initial mean is that of the data up to rounding
     "Bernoulli": (lambda: (torch.rand(200, 2, 3) < 0.3).float(), {}),
     "ContinuousBernoulli": (lambda: torch.rand(200, 2, 3) ** 3, {}),
     "Normal": (lambda: torch.randn(200, 2, 3) + 2, {}),
@@ -614,7 +615,7 @@ def test_a_likelihood_starts_at_the_mean_of_the_data(name):
     x = make()
     part = getattr(likelihoods, name)(2, (2, 3), AFFINE, **arguments)
     assert part.start_at(x) is part
-    # z = 0 leaves the bias alone. The discretised ones have tails beyond the grid, here far below the rounding.
+    # At z = 0 only the bias remains. The discretised ones have tails outside the grid, here far below the rounding.
     mean = part(torch.zeros(2)).mean
     torch.testing.assert_close(mean, x.mean(0), rtol=1e-4, atol=1e-5)
 
@@ -897,7 +898,7 @@ def test_scales_are_one_or_one_per_dimension(name):
 
 def test_a_mask_needs_a_number_inside_the_support():
     p = dist.Uniform(torch.full((3,), 5.0), 6.0).to_event(1)
-    with pytest.raises(TypeError, match="neither 0, 1/2 nor 1"):
+    with pytest.raises(TypeError, match=r"puts 0, 1/2 or 1 in place of .*, but none of them is in Interval"):
         mask_elements(p, torch.zeros(3, dtype=torch.bool)).log_prob(torch.full((3,), 5.5))
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import scipy.stats
 import torch
+from helpers import FAILURE_RATE
 from linear_gaussian import (
     assert_fraction,
     assert_mean,
@@ -21,8 +22,6 @@ from torch.distributions import kl_divergence
 
 from pyrovae import log_marginal, log_weights
 
-# Chance that a statistical test here fails with another seed although the library is right.
-FAILURE_RATE = 1e-4
 EPS = torch.finfo(torch.float64).eps
 DIMS = [(2, 3), (10, 20)]
 

@@ -1,4 +1,4 @@
-"""What each network promises beyond what holds for all of them (test_parts.py)."""
+"""Properties of single networks; test_parts.py has those of all."""
 
 import math
 from functools import partial
@@ -26,12 +26,12 @@ from pyrovae.nn import (
 )
 
 EPS = torch.finfo(torch.float64).eps
-FAILURE_RATE = 1e-6  # of each bound on a random start, of which a test has up to a few dozen
+FAILURE_RATE = 1e-6  # of each bound on random initial weights; a test has up to a few dozen bounds
 SIZES = [(7, 5), (1, 2), (28, 28), (33, 17)]
 
 
 def rounding(network: nn.Module) -> float:
-    """How far two ways to sum may be apart: eps times the terms, fewer than the parameters, each below 100."""
+    """Returns a bound of the difference of two orders of summation: eps times the parameters, for terms below 100."""
     return 100 * EPS * sum(p.numel() for p in network.parameters())
 
 
@@ -84,10 +84,10 @@ RESIDUAL = {
 
 
 def relative_bounds(units: int) -> tuple[float, float]:
-    """Bounds of a mean square over independent normal units, relative to its expectation.
+    """Returns bounds of a mean square over independent normal units, relative to its expectation.
 
-    The mean over units of (weighted sums of squares of normals) leaves them with a chance below FAILURE_RATE, however
-    the data within a unit are correlated (Laurent and Massart, 2000, lemma 1, with norms at their largest).
+    The mean over units of weighted sums of squares of normals is outside with a probability below FAILURE_RATE, for any
+    correlation of the data within a unit (Laurent and Massart, 2000, lemma 1, with the largest possible norms).
     """
     x = math.log(2 / FAILURE_RATE)
     return 1 - 2 * math.sqrt(x / units), 1 + 2 * math.sqrt(x / units) + 2 * x / units
@@ -161,7 +161,7 @@ def test_memories_of_a_gru_reach_over_the_sequence_at_the_start():
     time, width = 100, 64
     encoder = GRUEncoder((time, 3), 2, width=width)
     x = torch.randn(32, time, 3, requires_grad=True)
-    # The first direction's last state: the other has read the first step last.
+    # The last state of the first direction; that of the second belongs to the first step.
     state = encoder.gru(x)[1][0]
     (gradient,) = torch.autograd.grad((state * torch.randn(width)).sum(), x)
     first, last = gradient[:, 0].square().mean().sqrt(), gradient[:, -1].square().mean().sqrt()
@@ -238,7 +238,7 @@ def test_gru_encoder_is_the_equations_of_both_directions(masked):
     time, features, lengths = 6, 3, [6, 1, 4] if masked else [6, 6, 6]
     encoder = GRUEncoder((2, time, features) if masked else (time, features), 5, width=4).double()
     x = sequences(time, features, lengths)
-    x[0, 1, 2, 1] = 0  # a hole
+    x[0, 1, 2, 1] = 0  # a missing value
     out = encoder(x if masked else x[:, 0])
     for i, length in enumerate(lengths):
         values, mask = x[i, :, :length]
@@ -270,7 +270,7 @@ def test_a_hole_is_read_and_what_stands_in_it_is_not():
     zeros = x.clone()
     zeros[0, 0, 2:4] = 0
     shorter = torch.cat([x[:, :, :2], x[:, :, 4:], torch.zeros(1, 2, 2, 2).double()], dim=2)
-    for different in (x, zeros, shorter):  # seen, seen to be zero, and not there at all
+    for different in (x, zeros, shorter):  # observed, observed as zero, and missing
         assert (encoder(different) - encoder(hole)).abs().max() > 1e-4
     partly = x.clone()  # a step with one feature observed counts as observed
     partly[0, 1, 6, 1] = 1
@@ -350,7 +350,7 @@ def test_what_is_no_class_is_refused(x, match):
 
 # -------------------------------------------------------------------------------------------------- the output's start
 
-DECODERS = {  # and the dimensions of an output over which a bias is shared
+DECODERS = {  # with the dimensions of an output over which a bias is shared
     "mlp": (partial(MLP, 4, (2, 3)), ()),
     "gated": (partial(GatedMLP, 4, (2, 3)), ()),
     "residual": (partial(ResidualMLP, 4, (2, 3)), ()),
@@ -373,7 +373,7 @@ def test_the_output_moves_by_the_value_less_the_old_bias(name, context_dim):
     value = torch.randn(network.out_shape, dtype=torch.float64)
     set_output_bias(network, zero)
     before = network(*inputs)
-    assert before.abs().max() > 1e-3  # what the input adds
+    assert before.abs().max() > 1e-3  # the contribution of the input
     set_output_bias(network, value)
     moved = value.mean(shared, keepdim=True) if shared else value
     torch.testing.assert_close(
@@ -391,7 +391,7 @@ def test_the_mean_output_starts_near_the_value(name):
     hidden = network.layers[:-1](z).mean(0)
     # Uniform weights of variance 1 / (3 n) add a sum that is sub-Gaussian with the deviation |hidden| / sqrt(3 n).
     bound = math.sqrt(2 * math.log(2 * value.numel() / FAILURE_RATE)) * hidden.norm() / math.sqrt(3 * len(hidden))
-    assert bound < 3.5  # less than the value's own scale
+    assert bound < 3.5  # less than the scale of the value
     assert (network(z).mean(0) - value).abs().max() < bound
 
 
@@ -413,6 +413,14 @@ def test_the_output_of_any_sequential_module_can_be_started(network, shape):
     before = network(x)
     set_output_bias(network, value)
     torch.testing.assert_close(network(x), before + value, rtol=0, atol=1e-5)  # a few float32 roundings of numbers < 10
+
+
+@pytest.mark.parametrize("wrap", [partial(OneHotInput, num_classes=2), LogInput], ids=["OneHotInput", "LogInput"])
+def test_the_output_of_a_wrapped_recurrent_decoder_is_started(wrap):
+    network = wrap(2, (5, 3), network=GRUDecoder)
+    value = torch.randn(3).expand(5, 3)  # one bias serves all steps
+    set_output_bias(network, value)
+    torch.testing.assert_close(network.network.head.bias.data, value[0], rtol=0, atol=1e-6)
 
 
 def test_a_started_output_still_learns():
@@ -450,15 +458,15 @@ def test_an_output_that_cannot_be_started_is_refused(network, value, match):
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (lambda: ConvNet((28, 28), 3), "in_shape must be an image's"),
-        (lambda: ResidualConvNet((28, 28), 3), "in_shape must be an image's"),
-        (lambda: ResidualDeconvNet(3, (28, 28)), "out_shape must be an image's"),
-        (lambda: GRUEncoder(5, 3), r"in_shape must be a sequence's, \(time, features\), got 5"),
+        (lambda: ConvNet((28, 28), 3), "in_shape must be the shape of an image"),
+        (lambda: ResidualConvNet((28, 28), 3), "in_shape must be the shape of an image"),
+        (lambda: ResidualDeconvNet(3, (28, 28)), "out_shape must be the shape of an image"),
+        (lambda: GRUEncoder(5, 3), r"in_shape must be the shape of a sequence, \(time, features\), got 5"),
         (
             lambda: GRUEncoder((3, 8, 2), 3),
             r"\(2, time, features\) for a sequence stacked with its mask, got \(3, 8, 2\)",
         ),
-        (lambda: GRUDecoder(3, 5), r"out_shape must be a sequence's, \(time, features\), got 5"),
+        (lambda: GRUDecoder(3, 5), r"out_shape must be the shape of a sequence, \(time, features\), got 5"),
         (lambda: OneHotInput(3, 5, 0), "num_classes must be at least 1, got 0"),
     ],
 )

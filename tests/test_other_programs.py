@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import pyro
 import pytest
 import torch
+from helpers import FAILURE_RATE
 from linear_gaussian import assert_unit_scores
 from programs import PROGRAMS, Pair, Program, by_fit, by_svi, cevae, cevae_blind, lda, made, sparse_gamma, trained
 from pyro import poutine
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from pyrovae import History, bounds, diagnostics, estimators, fit, log_marginal, log_weights
 
-FAILURE_RATE = 1e-4  # chance that a statistical test here fails with another seed although the library is right
 HALF_THE_DIGITS = math.sqrt(torch.finfo(torch.float64).eps)  # what rounding may grow to over the steps of a run
 LEFT_OUT = math.exp(-25) * 40_000  # Quadrature leaves out points 25 nats below the highest, of so many
 

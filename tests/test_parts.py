@@ -1,14 +1,12 @@
-"""What holds for every public part, over the registry in cases.py, and what each part promises beyond that."""
+"""Properties of all public parts, over the registry in cases.py, and of the VAEs made of them."""
 
 import copy
 import importlib
 import inspect
 import io
-import itertools
 import math
 import pickle
 import re
-from functools import partial
 
 import numpy as np
 import pyro
@@ -16,10 +14,12 @@ import pytest
 import scipy.stats
 import torch
 from cases import SMALL, Case, cases, input_shape, inputs, output_shape
+from helpers import FAILURE_RATE
 from pyro import distributions as dist
 from pyro.infer import SVI, Trace_ELBO
 from spaces import Space, agreement, space_of
 from torch import Tensor, nn
+from triples import APART, COVERING, MEETING, name_of, vae_of
 
 import pyrovae
 from pyrovae import VAE, encoders, fit, likelihoods, log_marginal, priors
@@ -33,9 +33,6 @@ EVERYTHING = cases("prior", "likelihood", "encoder", "network")
 DISTRIBUTIONS = cases("prior", "likelihood", "encoder")
 DENSITIES = [case for case in DISTRIBUTIONS if case.density]
 EPS = torch.finfo(torch.float64).eps
-
-# Chance that a statistical test here fails with another seed although the library is right.
-FAILURE_RATE = 1e-4
 
 
 def parametrise(listed: list[Case]):
@@ -109,7 +106,7 @@ def test_a_context_broadcasts_over_leading_dimensions_and_matters(case):
     out = network(particles, context)
     assert torch.equal(out, network(particles, context.expand(3, *context.shape)))
     other = network(particles, -context)
-    assert (out - other).flatten(2).abs().amax(-1).min() > 1e-6  # for every datum: the context has a part in it
+    assert (out - other).flatten(2).abs().amax(-1).min() > 1e-6  # the output for every datum depends on the context
 
 
 @parametrise([case for case in EVERYTHING if case.density and trainable(case.build())])
@@ -120,10 +117,10 @@ def test_every_trainable_parameter_gets_a_gradient(case):
         loss = (out * torch.randn_like(out)).sum()
     else:
         log_prob = out.log_prob(out.sample())
-        loss = (log_prob * torch.randn_like(log_prob)).sum()  # the signs of a Laplace's derivatives may add up to zero
+        loss = (log_prob * torch.randn_like(log_prob)).sum()  # random weights: derivatives of a Laplace may cancel
     assert_gradients(part, loss)
     if case.kind == "likelihood" and hasattr(part, "log_scale") and part.log_scale.requires_grad:
-        assert part.log_scale.grad.ne(0).all()  # it has no dead units
+        assert part.log_scale.grad.ne(0).all()  # no dead units
 
 
 @parametrise([case for case in cases("prior", "encoder") if trainable(case.build())])
@@ -134,13 +131,13 @@ def test_every_trainable_parameter_gets_a_gradient_through_samples(case):
         with pytest.raises(NotImplementedError):
             p.rsample()
         return
-    # Many draws, and no symmetric function of them: at the start some derivatives cancel, or are zero for most draws.
+    # Many draws and an asymmetric function: initially some derivatives cancel, or are zero for most draws.
     z = p.rsample((50,) if part.context_dim or case.kind == "encoder" else (800,))
     loss = (z * torch.randn_like(z)).sum() + z.pow(3).sum()
     assert_gradients(part, loss)
     if case.kind == "encoder":
         bias = list(part.network.parameters())[-1]
-        assert bias.grad.ne(0).all()  # the last layer's: it has no dead units
+        assert bias.grad.ne(0).all()  # that of the last layer: no dead units
 
 
 def assert_gradients(part: nn.Module, loss: Tensor) -> None:
@@ -150,7 +147,7 @@ def assert_gradients(part: nn.Module, loss: Tensor) -> None:
 
 
 def one_distribution(case: Case) -> dist.TorchDistribution:
-    """Returns the distribution of a part whose parameters are not where it starts, where much is alike."""
+    """Returns the distribution of a part with random parameters, because initial ones are often equal."""
     part = case.build().double().eval()
     with torch.no_grad():
         for p in part.parameters():
@@ -168,7 +165,7 @@ def test_densities_are_normalised_and_samples_agree_with_them(case):
     p = one_distribution(case)
     space = space_for(case, p)
     probabilities = space.probabilities(p)
-    # Enumerated terms each err by eps times the size of their logarithm, below 200 where it counts; they add up to 1.
+    # Each enumerated term has an error of eps times its logarithm, below 200 where it matters; the terms sum to 1.
     accuracy = case.accuracy if space.log_weights.any() else 200 * EPS
     assert abs(probabilities.sum().item() - 1) < accuracy
     assert agreement(p.sample((11000,)), space, probabilities) > FAILURE_RATE / len(DENSITIES)
@@ -184,7 +181,7 @@ def test_samples_lie_in_the_support(case):
     if case.kind == "likelihood":
         return
     assert part.support.check(x).all()
-    # What is outside the one is outside the other: the part's support is no wider, and no narrower.
+    # The supports of the part and of the distribution agree, inside and outside.
     first = torch.eye(x.shape[-1])[0]
     for other in (x + 0.5, -x, x * first, x * (1 - first), x + first, torch.full_like(x, math.nan)):
         assert torch.equal(part.support.check(other), p.support.check(other))
@@ -193,7 +190,7 @@ def test_samples_lie_in_the_support(case):
 @parametrise(EVERYTHING)
 def test_saved_and_loaded_parts_give_the_same_distribution(case, tmp_path):
     saved, loaded = case.build().eval(), case.build().eval()
-    for p in saved.parameters():  # some start out equal; those that are not trained must travel too
+    for p in saved.parameters():  # some are initially equal; those that are not trained must be saved too
         p.data.add_(0.1 * torch.randn_like(p))
     pyrovae.save(saved, tmp_path / "part.safetensors")
     assert pyrovae.load(loaded, tmp_path / "part.safetensors") is loaded
@@ -202,7 +199,7 @@ def test_saved_and_loaded_parts_give_the_same_distribution(case, tmp_path):
     if case.kind == "network":
         assert torch.equal(ours, theirs)
     else:
-        x = ours.sample().clone()  # a correlated normal scores its own draw by the noise, to other rounding
+        x = ours.sample().clone()  # a correlated normal scores its own draw from its noise, with other rounding
         assert torch.equal(ours.log_prob(x), theirs.log_prob(x))
 
 
@@ -267,8 +264,8 @@ def test_a_context_that_is_not_wanted_is_refused(case):
         (lambda: Normal(2, 4, scale=math.inf), ValueError, "scale must be positive and finite, got inf"),
         (lambda: Normal(2, 4, context_dim=-1), ValueError, "context_dim must be 0 .* got -1"),
         (lambda: MLP(4, -3), ValueError, "out_shape must be a positive int"),
-        (lambda: ConvNet(784, 3), ValueError, "in_shape must be an image's"),
-        (lambda: DeconvNet(3, (28, 28)), ValueError, "out_shape must be an image's"),
+        (lambda: ConvNet(784, 3), ValueError, "in_shape must be the shape of an image"),
+        (lambda: DeconvNet(3, (28, 28)), ValueError, "out_shape must be the shape of an image"),
         (lambda: encoders.Encoder(4, 2, num_params=2), TypeError, "abstract"),
         (lambda: likelihoods.Likelihood(4, 2), TypeError, "abstract"),
         (lambda: priors.Prior(4), TypeError, "abstract"),
@@ -324,7 +321,7 @@ def test_a_class_in_place_of_a_part_makes_no_vae():
 
 
 class OwnEncoder(nn.Module):
-    """An encoder of one's own, that returns what a function makes of the mean."""
+    """A user's encoder that returns a function of the mean."""
 
     def __init__(self, returned=lambda loc: dist.Normal(loc, 1.0).to_event(1)):
         super().__init__()
@@ -335,7 +332,7 @@ class OwnEncoder(nn.Module):
 
 
 class OfOne(OwnEncoder):
-    """One that cannot be called with a context."""
+    """An encoder that takes no context."""
 
     def forward(self, x):
         return super().forward(x)
@@ -347,13 +344,19 @@ P, L, E = StandardNormal(2), Bernoulli(2, 4), DiagonalNormal(4, 2)
 @pytest.mark.parametrize(
     ("parts", "match"),
     [
-        ((E, L, P), r"prior must have a forward that takes \(context=None\), and DiagonalNormal has another.*order"),
-        ((L, P, E), "prior must have .* and Bernoulli has another"),
-        ((P, E, L), "likelihood and encoder must be one of each.*likelihood is DiagonalNormal, encoder is Bernoulli"),
-        ((P, P, E), r"likelihood must have a forward that takes \(z, context=None\), and StandardNormal has another"),
-        ((P, L, P), r"encoder must have a forward that takes \(x, context=None\), and StandardNormal has another"),
-        ((OwnEncoder(), L, P), "prior must have .* and OwnEncoder has another"),
-        ((P, L, OfOne()), r"encoder must have a forward that takes \(x, context=None\), and OfOne has another"),
+        ((E, L, P), r"prior must have .* takes \(context=None\), but that of DiagonalNormal takes other .*order"),
+        ((L, P, E), "prior must have .* but that of Bernoulli takes other arguments"),
+        ((P, E, L), "likelihood and encoder are interchanged.*likelihood is DiagonalNormal, encoder is Bernoulli"),
+        (
+            (P, P, E),
+            r"likelihood must have .* takes \(z, context=None\), but that of StandardNormal takes other",
+        ),
+        (
+            (P, L, P),
+            r"encoder must have .* takes \(x, context=None\), but that of StandardNormal takes other",
+        ),
+        ((OwnEncoder(), L, P), "prior must have .* but that of OwnEncoder takes other arguments"),
+        ((P, L, OfOne()), r"encoder must have .* takes \(x, context=None\), but that of OfOne takes other arguments"),
     ],
 )
 def test_parts_in_another_order_are_named(parts, match):
@@ -390,7 +393,7 @@ def test_parts_must_return_pyros_distributions(returned, match):
 
 
 class Flat(nn.Module):
-    """A decoder network that takes all dimensions but the last for one."""
+    """A decoder network that treats all dimensions but the last as one."""
 
     def __init__(self):
         super().__init__()
@@ -424,7 +427,7 @@ def test_decoders_may_leave_out_what_they_do_not_depend_on():
 
 
 def moody(inputs: int, outputs: int) -> nn.Module:
-    """A network that differs in training, one layer of it left in evaluation mode."""
+    """A network that differs in training mode, with one layer in evaluation mode."""
     return nn.Sequential(
         nn.Linear(inputs, 8),
         nn.BatchNorm1d(8),
@@ -480,7 +483,7 @@ def test_the_mode_is_put_back_after_an_error():
 
 
 def test_model_and_guide_run_in_the_mode_that_there_is():
-    """Batch norm's statistics move once a run of the pair; so they do in a model of one's own that calls decode."""
+    """Statistics of batch norm are updated once in each run, also in a user's model that calls decode."""
     vae, x = moody_vae(), torch.randn(10, 4)
 
     def model(x):
@@ -534,7 +537,7 @@ def test_parts_that_are_shared_are_shared_in_copies():
 
 def test_a_context_goes_to_the_parts_that_were_built_for_one():
     class Recorded(nn.Module):
-        """A part of one's own that does not say whether it takes a context, and so is given it."""
+        """A user's part without `context_dim`, which gets the context."""
 
         seen = None
 
@@ -545,7 +548,7 @@ def test_a_context_goes_to_the_parts_that_were_built_for_one():
     context = torch.randn(5, 3)
     prior = Recorded()
     vae = VAE(prior, Bernoulli(2, 4, context_dim=3), DiagonalNormal(4, 2))
-    vae.guide(torch.zeros(5, 4), context)  # an encoder without a context would raise if it were given one
+    vae.guide(torch.zeros(5, 4), context)  # an encoder without a context would raise if it got one
     vae.model(torch.zeros(5, 4), context)
     assert prior.seen is context
     assert vae.sample(7, context).shape == (7, 5, 4)
@@ -594,64 +597,6 @@ def test_a_context_that_no_part_takes_is_refused(call):
 # ------------------------------------------------------------------------------- every prior, likelihood and encoder
 
 
-def representatives(kind: str) -> list[Case]:
-    """Returns the first case of each class."""
-    return list({case.cls: case for case in reversed(cases(kind))}.values())[::-1]
-
-
-def place(part: nn.Module) -> tuple[int, str]:
-    return part.latent_dim, repr(part.support)
-
-
-def apart(prior: Case, encoder: Case) -> bool:
-    return place(prior.build()) != place(encoder.build())
-
-
-def meet(prior: Case, encoder: Case) -> bool:
-    """Whether a prior and an encoder make a VAE: VampPrior goes with all that have a density, whatever their space."""
-    if prior.cls is priors.VampPrior:
-        return encoder.density
-    if prior.cls is priors.ExemplarPrior and encoder.cls in (
-        encoders.InverseAutoregressiveFlow,
-        encoders.NeuralSplineFlow,
-    ):
-        return False  # they have no mean: refused when the prior is built
-    return not apart(prior, encoder)
-
-
-PAIRS = list(itertools.product(representatives("prior"), representatives("encoder")))
-MEETING = [(p, e, x) for p, e in PAIRS if meet(p, e) for x in representatives("likelihood")]
-APART = [(p, e) for p, e in PAIRS if apart(p, e)]
-
-
-def covering(triples: list[tuple[Case, Case, Case]]) -> set[str]:
-    """Returns the names of some of the triples, in which every pair of parts that meet is met."""
-    kept, covered = set(), set()
-    for new in (3, 2, 1):  # first those that add most
-        for triple in triples:
-            pairs = {tuple(case.name for case in pair) for pair in itertools.combinations(triple, 2)}
-            if len(pairs - covered) >= new:
-                kept.add(name_of(triple))
-                covered |= pairs
-    return kept
-
-
-def name_of(triple: tuple[Case, Case, Case]) -> str:
-    return "-".join(case.name for case in triple)
-
-
-COVERING = covering(MEETING)
-
-
-def vae_of(prior: Case, encoder: Case, likelihood: Case) -> VAE:
-    x_shape = likelihood.build().x_shape
-    q = encoder.build(x_shape)
-    integers = encoder.cls is encoders.Categorical
-    network = partial(OneHotInput, num_classes=q.num_classes, network=SMALL) if integers else SMALL
-    takes_encoder = "encoder" in inspect.signature(prior.cls).parameters
-    return VAE(prior.build(q) if takes_encoder else prior.build(), likelihood.build(q.latent_dim, network), q)
-
-
 @pytest.mark.parametrize(
     ("prior", "encoder", "likelihood"),
     [
@@ -687,7 +632,7 @@ def test_parts_over_different_spaces_make_no_vae(prior, encoder):
     named = re.findall(r"(priors|encoders)\.(\w+)", str(error.value))
     if "support" in str(error.value):
         assert named or "Build both with the same" in str(error.value)
-    # Those that it names are over the same kind of space.
+    # The parts that the message names are over the same kind of space.
     over = {(f"{case.kind}s", case.cls.__name__): case.build().support for case in cases("prior", "encoder")}
     for kind, name in named:
         assert type(innermost(over[kind, name])) is type(innermost((p if kind == "encoders" else q).support))
@@ -729,7 +674,7 @@ def test_a_conditional_vae_samples_for_every_row_of_its_context():
     context = torch.eye(3)
     x = vae.sample(50, context)
     assert x.shape == (50, 3, 6)
-    # Each row has its own latent draws and its own context: no two columns of samples are near one another.
+    # Each row has its own latents and its own context: no two columns of samples are near each other.
     assert (x[:, 0] - x[:, 1]).abs().amax(-1).min() > 0.01
 
 
@@ -739,7 +684,7 @@ def test_covariance_of_the_full_rank_normal_is_its_factor_times_its_transpose():
     x = torch.randn(6, 3, dtype=torch.float64)
     q = encoder(x)
     params = encoder.network(x)
-    # The documented order, written again with loops: mean, diagonal, strict lower triangle row by row.
+    # The documented order in loops: mean, diagonal, strict lower triangle row by row.
     factor = torch.zeros(6, d, d, dtype=torch.float64)
     lower = iter(params[:, 2 * d :].unbind(-1))
     for i in range(d):
@@ -757,7 +702,7 @@ def test_every_entry_of_the_full_rank_factor_gets_a_gradient():
     encoder = FullRankNormal(3, d, network=MLP)
     q = encoder(torch.randn(6, 3))
     (gradient,) = torch.autograd.grad((q.scale_tril * torch.randn(6, d, d)).sum(), encoder.network.layers[-1].bias)
-    assert gradient[:d].eq(0).all()  # the mean has no part in the factor
+    assert gradient[:d].eq(0).all()  # the factor does not depend on the mean
     assert gradient[d:].ne(0).all()
 
 
@@ -799,7 +744,7 @@ def standard_log_prob(logits: Tensor, x: Tensor, event_dims: int) -> Tensor:
 
 
 def rounding(logits: Tensor, event_dims: int) -> Tensor:
-    """How far float32 may be off: (size + 64) roundings of half an ulp, of sums below that of |l| + 1.
+    """Returns a bound of the float32 error: (size + 64) roundings of half an ulp, of sums below that of |l| + 1.
 
     64 is for the product of up to 64 factors, each multiplication with its rounding.
     """
@@ -827,7 +772,7 @@ def test_fast_bernoulli_in_double_precision_is_exact_to_double_rounding(shape):
     p = IndependentBernoulli(dist.Bernoulli(logits=logits), len(shape))
     error = (p.log_prob(x) - standard_log_prob(logits, x, len(shape))).abs()
     ratio = EPS / torch.finfo(torch.float32).eps
-    assert (error <= 2 * ratio * rounding(logits, len(shape))).all()  # twice, for the standard one rounds too
+    assert (error <= 2 * ratio * rounding(logits, len(shape))).all()  # twice, because the standard formula rounds too
 
 
 @pytest.mark.parametrize("values", [(), (4,), (5, 4), (2, 5, 4)], ids=str)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pyro
 import pytest
 import torch
+from helpers import FAILURE_RATE
 from linear_gaussian import assert_fraction, assert_unit_scores
 from pyro import distributions as dist
 from pyro.infer import Trace_ELBO
@@ -19,8 +20,6 @@ from pyro.nn import PyroModule, pyro_method
 from torch import Tensor, nn
 
 from pyrovae import fit, log_marginal, log_weights
-
-FAILURE_RATE = 1e-4  # chance that a statistical test fails with another seed although the library is right
 
 
 class Written(NamedTuple):

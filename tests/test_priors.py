@@ -1,4 +1,4 @@
-"""What each prior promises, against closed forms, scipy, scikit-learn, and sums taken one term at a time."""
+"""Priors against closed forms, scipy, scikit-learn, and sums computed term by term."""
 
 import math
 import weakref
@@ -10,6 +10,7 @@ import scipy.integrate
 import scipy.stats
 import torch
 from cases import SMALL, cases, inputs
+from helpers import FAILURE_RATE
 from pyro import distributions as dist
 from pyro.infer import SVI, Trace_ELBO
 from sklearn.gaussian_process import GaussianProcessRegressor, kernels
@@ -24,7 +25,6 @@ from pyrovae import VAE, encoders, fit, likelihoods, log_weights, priors
 from pyrovae.distributions import NormalMixture, import_zuko
 
 EPS = torch.finfo(torch.float64).eps
-FAILURE_RATE = 1e-4  # of each statistical test here, with another seed
 AFFINE = partial(pyrovae.nn.MLP, hidden=())
 
 
@@ -34,7 +34,7 @@ MIXTURES = [priors.GaussianMixture, priors.FullRankGaussianMixture, priors.TiedG
 
 
 def moved(prior: nn.Module, by: float = 0.5) -> nn.Module:
-    """Moves parameters away from where they start, where much is alike."""
+    """Adds noise to the parameters, because initial ones are often equal."""
     with torch.no_grad():
         for p in prior.parameters():
             p.add_(by * torch.randn_like(p))
@@ -55,10 +55,10 @@ def torch_mixture(p: NormalMixture) -> torch.distributions.MixtureSameFamily:
 
 
 def rounding_of(p: NormalMixture, z: Tensor, eps: float) -> Tensor:
-    """How far rounding may move the log-density, which is a difference of squares.
+    """Returns a bound of the rounding error of the log-density, which is a difference of squares.
 
-    Each of some d^2 + 4 d sums and products is off by half of eps times the squares themselves, (|z| + |m|)^T |S^-1|
-    (|z| + |m|), less centred than they are computed; an inverse by as much again, times its condition.
+    Each of some d^2 + 4 d sums and products has an error of eps / 2 times the squares, (|z| + |m|)^T |S^-1|
+    (|z| + |m|), which are computed with centred z and so are smaller; an inverse has the same error times its condition.
     """
     _, loc, scale_tril = factors_of(p)
     d = z.shape[-1]
@@ -91,7 +91,7 @@ def test_narrow_components_far_apart_are_scored_as_well_as_single_precision_hold
         value, truth = p.log_prob(z), torch_mixture(p).log_prob(z.double())
     bound = rounding_of(p, z, EPS) + torch.finfo(torch.float32).eps * truth.abs()
     assert ((value.double() - truth).abs() <= bound).all()
-    assert bound.max() < 0.1  # where single precision would be off by thousands
+    assert bound.max() < 0.1  # the error of single precision would be thousands
 
 
 @pytest.mark.parametrize("cls", MIXTURES, ids=lambda cls: cls.__name__)
@@ -113,7 +113,7 @@ def test_mixtures_state_their_mean_and_variance(cls):
     p = moved(cls(3, 4)).double()()
     truth = torch_mixture(p)
     torch.testing.assert_close(p.mean, truth.mean, rtol=0, atol=1e3 * EPS)
-    # Of the component distributions torch has no variance of a full covariance's mixture but this.
+    # torch has no variance of mixtures of full-rank normals: it is computed from the components.
     logits, loc, scale_tril = factors_of(p)
     second = (logits.exp()[:, None] * (scale_tril.square().sum(-1) + loc.square())).sum(0)
     torch.testing.assert_close(p.variance, second - truth.mean.square(), rtol=0, atol=1e3 * EPS)
@@ -132,7 +132,7 @@ def test_a_mixture_for_each_context_is_that_of_each_context(cls):
 
 
 class Allocations(TorchDispatchMode):
-    """Follows the memory of all tensors that are made inside: how much there is now, and was at most."""
+    """Tracks the memory of all tensors that are created inside: now and at the peak."""
 
     def __init__(self):
         super().__init__()
@@ -160,7 +160,7 @@ class Allocations(TorchDispatchMode):
 def test_the_measure_of_memory_measures():
     x = torch.ones(1000, 250, requires_grad=True)  # a megabyte
     with Allocations() as memory:
-        y = x.exp()  # is kept for the backward pass
+        y = x.exp()  # saved for the backward pass
         del y
         assert memory.now == 0
         y = x.exp().exp().sum()
@@ -211,7 +211,7 @@ def test_independent_priors_equal_scipys(prior, truth):
 
 def test_priors_start_where_they_say():
     assert torch.equal(priors.DiagonalNormal(3)().mean, torch.zeros(3))
-    # softplus(log(e - 1)) is 1, with the floor of 1e-6 under it and float32's rounding.
+    # softplus(log(e - 1)) is 1, plus the floor of 1e-6 and float32 rounding.
     torch.testing.assert_close(priors.DiagonalNormal(3)().stddev, torch.ones(3), rtol=0, atol=2e-6)
     torch.testing.assert_close(priors.StudentT(3, df=7.0)().base_dist.df, torch.full((3,), 7.0), rtol=0, atol=2e-5)
     torch.testing.assert_close(
@@ -227,7 +227,7 @@ def test_dirichlet_equals_scipys():
         z = p.sample((20,))
         truth = scipy.stats.dirichlet(p.concentration.numpy())
         expected = torch.tensor([truth.logpdf(row.numpy()) for row in z])
-    # Scipy takes the last number as one less the others: of a small one that leaves little.
+    # Scipy computes the last number as one minus the others, which loses digits of a small one.
     error = (p.log_prob(z) - expected).abs()
     assert (error <= 1e3 * EPS * (1 + 1 / z.amin(-1))).all()
 
@@ -281,9 +281,9 @@ def test_a_conditional_prior_asks_for_its_context(case):
         (lambda: priors.GaussianMixture(2, 0), "num_components must be at least 1, got 0"),
         (lambda: priors.TiedGaussianMixture(2, 0), "num_components must be at least 1, got 0"),
         (lambda: priors.FullRankGaussianMixture(2, 0), "num_components must be at least 1, got 0"),
-        (lambda: priors.HypersphericalUniform(1), "latent_dim must be at least 2, a sphere's, got 1"),
-        (lambda: priors.LogisticNormal(1), "latent_dim must be at least 2, a simplex's, got 1"),
-        (lambda: priors.Dirichlet(1), "latent_dim must be at least 2, a simplex's, got 1"),
+        (lambda: priors.HypersphericalUniform(1), "latent_dim must be at least 2 for latents on a sphere, got 1"),
+        (lambda: priors.LogisticNormal(1), "latent_dim must be at least 2 for latents on a simplex, got 1"),
+        (lambda: priors.Dirichlet(1), "latent_dim must be at least 2 for latents on a simplex, got 1"),
         (lambda: priors.Dirichlet(2, concentration=-1.0), "concentration must be positive and finite, got -1"),
         (lambda: priors.Categorical(2, 1), "num_classes must be at least 2, got 1"),
         (lambda: priors.OneHotCategorical(4, 3), "num_classes.*4.*3|num_classes.*3.*4"),
@@ -294,10 +294,10 @@ def test_a_conditional_prior_asks_for_its_context(case):
         (lambda: priors.GaussianProcess(4, 2, length_scale=0.0), "length_scale must be positive and finite, got 0"),
         (lambda: priors.GaussianProcess(4, 2, noise=1.0), "noise must be between 0 and 1, got 1"),
         (lambda: priors.GaussianProcess(4, 2, context_dim=3), "context_dim must be num_times=2, or 0 for none, got 3"),
-        (lambda: priors.FlowPrior(3, lambda d, c: import_zuko().flows.MAF(d + 1, c)), r"flow must be .*\(4,\)"),
+        (lambda: priors.FlowPrior(3, lambda d, c: import_zuko().flows.MAF(d + 1, c)), r"flow must have .*\(4,\)"),
         (
             lambda: priors.FlowPrior(3, lambda d, c: import_zuko().flows.MAF(d, 2)),
-            "flow does not take a context of width 0",
+            "flow takes no context of width 0",
         ),
     ],
 )
@@ -346,12 +346,12 @@ def test_the_gaussian_process_has_unit_variance_and_learns_its_length_scales():
     torch.testing.assert_close(p.variance, torch.ones(8), rtol=0, atol=1e-5)
     z = torch.cat([torch.ones(4), torch.tensor([1.0, -1.0, 1.0, -1.0])])
     p.log_prob(z).backward()
-    assert prior.params.grad[0] > 0  # a constant path wants a longer one
-    assert prior.params.grad[1] < 0  # one that jumps a shorter one
+    assert prior.params.grad[0] > 0  # a constant path prefers a longer length scale
+    assert prior.params.grad[1] < 0  # a path that jumps prefers a shorter one
 
 
 def test_the_gaussian_process_refuses_other_numbers_of_times():
-    with pytest.raises(ValueError, match=r"context must hold 4 times a datum, got shape \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"context must hold 4 times a datum, .* got \(3, 5\)"):
         priors.GaussianProcess(8, 4, context_dim=4)(torch.rand(3, 5))
 
 
@@ -397,7 +397,7 @@ def test_vamp_prior_encodes_its_pseudo_inputs_once(num_particles):
     with torch.no_grad():
         log_weights(vae.model, vae.guide, x, num_samples=num_particles)
     assert sorted(rows)[: len(rows) // 2] == len(rows) // 2 * [3]
-    assert len(rows) == 2 * 4  # three times more each: the look at the structure, and at draws at once and alone
+    assert len(rows) == 2 * 4  # three more runs each: the check of the structure, and of vectorised and single draws
     handle.remove()
 
 
@@ -442,7 +442,7 @@ def test_pseudo_inputs_stay_in_their_bounds_and_are_no_view_of_the_data():
         ),
         ({"num_components": 5, "data": torch.rand(5, 3)}, r"data must have shape .* got \(5, 3\)"),
         ({"num_components": 5, "data": 2 + torch.rand(5, 4)}, r"data ranges from 2.* outside bounds=\(0.0, 1.0\)"),
-        ({"num_components": 5, "bounds": (1.0, 1.0)}, "bounds must be a smaller and a larger number"),
+        ({"num_components": 5, "bounds": (1.0, 1.0)}, "bounds must be a pair \\(low, high\\)"),
     ],
 )
 def test_what_makes_no_vamp_prior_is_refused(arguments, match):
@@ -485,7 +485,7 @@ def exemplar_prior(count: int = 12, **arguments) -> priors.ExemplarPrior:
 
 
 def terms_of(prior: priors.ExemplarPrior, z: Tensor) -> Tensor:
-    """Log-densities of z by each exemplar, one after the other: (exemplars, *leading)."""
+    """Returns the log-densities of z by each exemplar in turn, (exemplars, *leading)."""
     means = prior.encoder(prior.data.double()).mean
     return torch.stack([dist.Normal(m, prior.params.exp()).to_event(1).log_prob(z) for m in means])
 
@@ -512,7 +512,7 @@ def test_exemplars_leave_out_the_datum_itself(training):
 
 @torch.no_grad()
 def test_exemplars_with_all_neighbours_are_exact_and_with_fewer_bounded():
-    z = torch.randn(1, 1, 2, dtype=torch.float64)  # a single one: others would bring their neighbours along
+    z = torch.randn(1, 1, 2, dtype=torch.float64)  # a single row: others would add their neighbours
     prior = exemplar_prior(30, num_neighbors=5, scale=0.3)
     terms = terms_of(prior, z)
     nearest = terms.topk(5, dim=0).values.logsumexp(0) - math.log(30)
@@ -540,7 +540,7 @@ def test_samples_of_exemplars_never_come_from_the_one_left_out():
 def test_gradients_reach_the_encoder_through_the_neighbours():
     prior = exemplar_prior(num_neighbors=3).train()
     prior(torch.arange(5)).log_prob(torch.randn(5, 2, dtype=torch.float64)).sum().backward()
-    assert prior.encoder.network.layers[-1].bias.grad[:2].ne(0).all()  # the mean's half
+    assert prior.encoder.network.layers[-1].bias.grad[:2].ne(0).all()  # the biases of the mean
     assert prior.params.grad.ne(0).all()
 
 
@@ -579,8 +579,8 @@ def test_a_vae_with_exemplars_trains_on_its_numbered_data():
             "from 0 to 11, got values from 0.5",
         ),
         (lambda q: priors.ExemplarPrior(encoders.VonMisesFisher(4, 2), torch.rand(12, 4)), "mixture of normals"),
-        (lambda q: priors.ExemplarPrior(encoders.NeuralSplineFlow(4, 2), torch.rand(12, 4)), "states no mean"),
-        (lambda q: priors.ExemplarPrior(encoders.InverseAutoregressiveFlow(4, 2), torch.rand(12, 4)), "states no mean"),
+        (lambda q: priors.ExemplarPrior(encoders.NeuralSplineFlow(4, 2), torch.rand(12, 4)), "without a mean"),
+        (lambda q: priors.ExemplarPrior(encoders.InverseAutoregressiveFlow(4, 2), torch.rand(12, 4)), "without a mean"),
         (
             lambda q: priors.ExemplarPrior(encoders.DiagonalNormal(4, 2, context_dim=3), torch.rand(12, 4)),
             "encoder takes a context",
@@ -621,9 +621,9 @@ def test_resampled_prior_is_the_closed_form(tries):
         for v in z.tolist()
     ]
     error = (prior().log_prob(z.unsqueeze(-1)) - torch.tensor(expected, dtype=torch.float64)).abs().max()
-    # What is promised of Z: s / (128 Z), where the standard deviation of a is below a half.
+    # The documented error of log Z is s / (128 Z), with a standard deviation of a below one half.
     assert error < 0.5 / (128 * normalizer)
-    assert tries > 1 or error < 1e-12  # the first draw is kept
+    assert tries > 1 or error < 1e-12  # with one try the first draw is accepted
 
 
 @pytest.mark.parametrize("tries", [1, 2, 5, 1000])

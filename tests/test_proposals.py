@@ -8,6 +8,7 @@ import pyro
 import pytest
 import torch
 from cases import SMALL, Case, cases, inputs
+from helpers import FAILURE_RATE
 from linear_gaussian import AFFINE, assert_fraction, assert_mean, elbo_of, set_affine, truth, vae_of
 from pyro import distributions as dist
 from pyro import poutine
@@ -19,8 +20,6 @@ from pyrovae.estimators import Guide, ImportanceSampling, Mixed, Prior, Refined,
 from pyrovae.estimators.weighted import WeightSums, _shares
 from pyrovae.nn import OneHotInput
 
-# Chance that a statistical test here fails with another seed although the library is right.
-FAILURE_RATE = 1e-4
 ROUNDING = 1e-9  # nats: sums of fewer than a million terms below 1,000, in double precision
 
 log_marginal = partial(log_marginal, progress=False)

@@ -10,13 +10,12 @@ import pyro
 import pytest
 import scipy.linalg
 import torch
+from helpers import FAILURE_RATE
 from linear_gaussian import assert_mean, repeat, truth, vae_of
 from pyro import distributions as dist
 
 from pyrovae import VAE, encoders, likelihoods, nn, priors, structures
 from pyrovae.diagnostics.quality import QualityScores, _latent_means, frechet_distance, precision_recall, quality
-
-FAILURE_RATE = 1e-4
 
 
 @pytest.mark.parametrize("k", [1, 3])

@@ -13,6 +13,7 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
+from helpers import FAILURE_RATE
 from linear_gaussian import AFFINE, assert_mean, diagonal_vae, gradients, repeat, set_affine
 from pyro import distributions as dist
 from pyro import poutine
@@ -36,8 +37,6 @@ from pyrovae.regularizers import (
 )
 from pyrovae.structures import HierarchicalVAE
 
-# Chance that a statistical test here fails with another seed although the library is right.
-FAILURE_RATE = 1e-4
 REPEATS = 300
 EPS = torch.finfo(torch.float64).eps
 # Costs and losses here sum up to a thousand terms, most of them below 10, each the result of some ten operations.

@@ -8,14 +8,13 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from helpers import FAILURE_RATE
 from linear_gaussian import assert_mean, repeat, truth, vae_of
 from pyro import distributions as dist
 
 from pyrovae import VAE, encoders, likelihoods, nn, priors, structures
 from pyrovae.data import split_missing
 from pyrovae.diagnostics.sharpness import _bands, _laplacian, _power, sharpness
-
-FAILURE_RATE = 1e-4
 
 
 def constant_pair(loc, scale):

@@ -7,6 +7,7 @@ import pyro
 import pytest
 import scipy.stats
 import torch
+from helpers import FAILURE_RATE
 from linear_gaussian import assert_mean, diagonal_vae, elbo_of, gradients, repeat, truth, vae_of
 from pyro import distributions as dist
 from pyro import poutine
@@ -29,9 +30,6 @@ from pyrovae.encoders import DiagonalNormal, FullRankNormal
 from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
-
-# Chance that a statistical test here fails with another seed although the library is right.
-FAILURE_RATE = 1e-4
 
 # Nothing is enumerated in a VAE, and TraceEnum_ELBO warns of that unless it is told.
 TraceEnum_ELBO = partial(TraceEnum_ELBO, strict_enumeration_warning=False, max_plate_nesting=1)

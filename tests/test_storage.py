@@ -1,134 +1,22 @@
 """Files: read back to the bit as they were written, refused when damaged or foreign, whole when a process is killed."""
 
-import builtins
 import errno
 import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from helpers import Moments, assert_same, ended_by, in_new_process
+from torch import nn
 
 from pyrovae import storage
 from pyrovae.storage import load, read_checkpoint, save, write_atomically, write_checkpoint
 
-
-def assert_same(a: Any, b: Any, where: str = "") -> None:
-    """Asserts that two nested values are the same to the bit: types, keys and their order, dtypes, NaN included."""
-    assert type(a) is type(b), f"{where}: {type(a).__name__} and {type(b).__name__}"
-    if isinstance(a, Tensor):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape), where
-        assert bits(a) == bits(b), f"{where} differs by up to {(a.double() - b.double()).abs().max().item()}"
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}[{key!r}]")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert repr(a) == repr(b), f"{where}: {a!r} and {b!r}"  # of a float, exact, and NaN is like NaN
-
-
-def bits(t: Tensor) -> bytes:
-    return t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
 # Processes that are killed. Their functions run in new processes, which import them from here and from test_training.
-
-
-def in_new_process(call: str, folder: Path) -> str:
-    """Runs ``module.function`` of a module beside this in a new interpreter with a path; returns what it printed."""
-    module, function = call.split(".")
-    code = f"import sys, pathlib, {module}; {module}.{function}(pathlib.Path(sys.argv[1]))"
-    ended = subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
-
-
-class Moments:
-    """Counts the moments at which a process could die, and kills it at one of them, as a power cut would.
-
-    The moments are, for every file that is written: half of it in the temporary file, before the flush to the disk,
-    before the renaming and after it; and wherever :meth:`pass_one` is called.
-    """
-
-    def __init__(self, last: int | None):
-        self.passed, self.last = 0, last
-        self.open, self.fsync, self.replace = builtins.open, os.fsync, os.replace
-
-    def pass_one(self, *_: Any) -> None:
-        self.passed += 1
-        time.sleep(0.001)  # so that a kill from outside hits it too
-        if self.passed == self.last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def install(self) -> None:
-        storage.open = lambda *args: HalfWritten(self.open(*args), self)
-        os.fsync = lambda file: (self.pass_one(), self.fsync(file))
-        os.replace = lambda *paths: (self.pass_one(), self.replace(*paths), self.pass_one())
-
-
-class HalfWritten:
-    """A file with a moment in the middle of every write."""
-
-    def __init__(self, file: Any, moments: Moments):
-        self.file, self.moments = file, moments
-
-    def write(self, content: bytes) -> None:
-        half = len(content) // 2
-        self.file.write(content[:half])
-        self.file.flush()
-        self.moments.pass_one()
-        self.file.write(content[half:])
-
-    def __enter__(self) -> "HalfWritten":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-
-def ended_by(work: Callable[[Moments], None], last: int | None = None, seconds: float | None = None) -> int:
-    """Forks, works until the given moment or for so many seconds, is killed; returns the signal, 0 when work was done.
-
-    Only for a process that has not computed anything yet: threads do not survive a fork.
-    """
-    child = os.fork()
-    if child == 0:
-        moments = Moments(last)
-        moments.install()
-        status = 1
-        try:
-            work(moments)
-            status = 0
-        finally:
-            os._exit(status)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert status != 1 << 8, "the work raised"
-    return status
 
 
 OLD, NEW = {"content": [1.0] * 1000}, {"content": [2.0] * 1000}

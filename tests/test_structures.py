@@ -1,7 +1,8 @@
-"""Hierarchies, missing data and labels for some of the data, held to linear-Gaussian models in closed form."""
+"""Hierarchies, missing data and labels for some of the data, compared with linear-Gaussian models in closed form."""
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -10,127 +11,38 @@ import pyro
 import pytest
 import scipy.stats
 import torch
-from linear_gaussian import AFFINE, Truth, assert_mean, assert_unit_scores, repeat, set_affine, truth
+from helpers import FAILURE_RATE
+from linear_gaussian import (
+    AFFINE,
+    Truth,
+    assert_mean,
+    assert_unit_scores,
+    bottom_up,
+    hierarchy,
+    ladder,
+    posterior_of,
+    repeat,
+    set_likelihood,
+    set_normal,
+    truth,
+)
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 from torch.distributions import Categorical, MultivariateNormal
 from torch.nn.functional import cross_entropy, one_hot
 
-from pyrovae import VAE, data, encoders, fit, importance, likelihoods, load, log_marginal, log_weights, priors, save
+from pyrovae import VAE, data, encoders, fit, likelihoods, load, log_marginal, log_weights, priors, save
 from pyrovae.inference.structure import inspect
 from pyrovae.inference.weights import impute
 from pyrovae.nn import MLP, ConvNet, DeconvNet
 from pyrovae.structures import ClassifierELBO, HierarchicalVAE, LadderVAE, MissingDataVAE, SemiSupervisedVAE
 
-# Chance that a statistical test here fails with another seed although the library is right.
-FAILURE_RATE = 1e-4
 EPS = torch.finfo(torch.float64).eps
 # Log weights here sum some 20 terms below 100 each, whose residuals, sums of a few products below 10, are divided by
 # scales of at least 0.3: some 1e4 roundings of numbers of size one.
 ROUNDING = 1e5 * EPS
 SMALL = partial(MLP, hidden=(8,))
-
-
-def set_normal(
-    encoder: nn.Module, slope: Tensor, at_zero: Tensor, factor: Tensor, classes: Tensor | None = None
-) -> None:
-    """Makes an affine normal encoder N(at_zero + slope x + classes y, factor factor^T), for a triangular factor."""
-    raw = torch.log(torch.expm1(factor.diagonal() - 1e-6)) - math.log(math.e - 1)
-    below = torch.tril_indices(len(factor), len(factor), offset=-1)
-    lower = factor[below[0], below[1]] if isinstance(encoder, encoders.FullRankNormal) else factor.new_zeros(0)
-    bias = torch.cat([at_zero, raw, lower])
-    slope = slope if classes is None else torch.cat([slope, classes], dim=1)
-    set_affine(encoder.network, torch.cat([slope, slope.new_zeros(len(bias) - len(slope), slope.shape[1])]), bias)
-
-
-def set_likelihood(part: nn.Module, weight: Tensor, bias: Tensor, scale: float) -> None:
-    set_affine(part.network, weight, bias)
-    part.log_scale.data.fill_(math.log(scale))
-
-
-class Gaussian(NamedTuple):
-    """x | z ~ N(weight z + bias, noise), for z ~ N(mean, covariance): what Bayes' rule gives."""
-
-    mean: Tensor
-    covariance: Tensor
-    weight: Tensor
-    bias: Tensor
-    noise: Tensor
-
-    def marginal(self) -> MultivariateNormal:
-        return MultivariateNormal(
-            self.weight @ self.mean + self.bias, self.weight @ self.covariance @ self.weight.T + self.noise
-        )
-
-    def posterior(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Slope in x, value at x = 0 and covariance of z given x."""
-        gain = self.covariance @ self.weight.T @ torch.linalg.inv(self.marginal().covariance_matrix)
-        return gain, self.mean - gain @ self.marginal().mean, self.covariance - gain @ self.weight @ self.covariance
-
-
-class Hierarchy(NamedTuple):
-    """Two levels, z2 (2) -> z1 (3) -> x (4); the columns of the lower weight are orthogonal."""
-
-    upper: Truth
-    lower: Truth
-
-    def of_z1(self) -> Gaussian:
-        """x given z1, where z1 follows its marginal."""
-        p = self.upper.marginal()
-        noise = self.lower.scale**2 * torch.eye(4, dtype=torch.float64)
-        return Gaussian(p.mean, p.covariance_matrix, self.lower.weight, self.lower.bias, noise)
-
-    def of_z2(self) -> Gaussian:
-        """x given z2."""
-        eye = torch.eye(2, dtype=torch.float64)
-        weight, bias = self.lower.weight @ self.upper.weight, self.lower.weight @ self.upper.bias + self.lower.bias
-        noise = self.of_z1().noise + self.upper.scale**2 * self.lower.weight @ self.lower.weight.T
-        return Gaussian(torch.zeros(2, dtype=torch.float64), eye, weight, bias, noise)
-
-    def generative_parts(self) -> dict:
-        conditional, likelihood = likelihoods.Normal(2, 3, AFFINE), likelihoods.Normal(3, 4, AFFINE)
-        set_likelihood(conditional.double(), self.upper.weight, self.upper.bias, self.upper.scale)
-        set_likelihood(likelihood.double(), self.lower.weight, self.lower.bias, self.lower.scale)
-        return {"prior": priors.StandardNormal(2), "conditionals": [conditional], "likelihood": likelihood}
-
-
-def hierarchy() -> Hierarchy:
-    lower = truth(3, 4)
-    return Hierarchy(truth(2, 3, scale=0.6), lower._replace(weight=torch.linalg.qr(lower.weight).Q * 1.5))
-
-
-def bottom_up(known: Hierarchy, widen: float = 1.0) -> HierarchicalVAE:
-    """Returns the model with its exact posterior p(z1 | x) p(z2 | z1) as the guide, made `widen` times as wide."""
-    first, second = encoders.FullRankNormal(4, 3, AFFINE).double(), encoders.FullRankNormal(3, 2, AFFINE).double()
-    for encoder, (slope, at_zero, covariance) in (
-        (first, known.of_z1().posterior()),
-        (second, posterior_of(known.upper)),
-    ):
-        set_normal(encoder, slope, at_zero, widen * torch.linalg.cholesky(covariance))
-    return HierarchicalVAE(**known.generative_parts(), encoders=[first, second]).double()
-
-
-def posterior_of(known: Truth) -> tuple[Tensor, Tensor, Tensor]:
-    latent, x = known.weight.shape[::-1]
-    eye, noise = torch.eye(latent, dtype=torch.float64), known.scale**2 * torch.eye(x, dtype=torch.float64)
-    return Gaussian(torch.zeros(latent, dtype=torch.float64), eye, known.weight, known.bias, noise).posterior()
-
-
-def ladder(known: Hierarchy, widen: float = 1.0) -> LadderVAE:
-    """Returns the model with its exact posterior p(z2 | x) p(z1 | z2, x) as the guide, its top made `widen` times as wide.
-
-    The lower weight has orthogonal columns, so p(x | z1) as a function of z1 is a diagonal normal, whose product with
-    p(z1 | z2) the ladder takes.
-    """
-    first, second = encoders.DiagonalNormal(4, 3, AFFINE).double(), encoders.FullRankNormal(4, 2, AFFINE).double()
-    pseudoinverse = torch.linalg.pinv(known.lower.weight)
-    covariance = known.lower.scale**2 * torch.linalg.inv(known.lower.weight.T @ known.lower.weight)
-    set_normal(first, pseudoinverse, -pseudoinverse @ known.lower.bias, covariance.diagonal().sqrt().diag())
-    slope, at_zero, covariance = known.of_z2().posterior()
-    set_normal(second, slope, at_zero, widen * torch.linalg.cholesky(covariance))
-    networks = [nn.Identity(), nn.Identity()]
-    return LadderVAE(**known.generative_parts(), networks=networks, encoders=[first, second]).double()
 
 
 @pytest.mark.parametrize("make", [bottom_up, ladder])
@@ -174,7 +86,7 @@ def test_the_latents_of_a_ladder_are_the_product_of_what_data_and_level_above_sa
     mean = (data_says.mean / data_says.variance + above_says.mean / above_says.variance) / precision
     torch.testing.assert_close(node.mean, mean, rtol=1e3 * EPS, atol=1e3 * EPS)
     torch.testing.assert_close(node.variance, 1 / precision, rtol=1e3 * EPS, atol=0)
-    # A product of densities, whatever its normaliser: the difference of logarithms does not depend on z.
+    # A product of densities up to its normaliser: the difference of logarithms does not depend on z.
     z = torch.randn(7, 5, 6, 3, dtype=torch.float64)
     difference = data_says.log_prob(z) + above_says.log_prob(z) - node.log_prob(z)
     assert (difference - difference[0]).abs().max() < ROUNDING
@@ -246,7 +158,7 @@ class Dirichlet(encoders.Encoder):
     ("make", "message"),
     [
         (lambda: three_levels(encoders=[]), "encoders is empty"),
-        (lambda: three_levels(conditionals=[]), "3 encoders make 3 levels, which take 2 conditionals, got 0"),
+        (lambda: three_levels(conditionals=[]), "3 encoders make 3 levels, which need 2 conditionals, got 0"),
         (lambda: three_levels(prior=priors.StandardNormal(3)), r"shape of z3: .*prior is built for \(3,\)"),
         (
             lambda: three_levels(likelihood=likelihoods.Normal(5, (2, 3))),
@@ -275,7 +187,7 @@ class Dirichlet(encoders.Encoder):
             lambda: LadderVAE(
                 priors.StandardNormal(2), [], likelihoods.Normal(2, 4), [], [encoders.DiagonalNormal(4, 2)]
             ),
-            "1 levels, which take 1 networks, got 0",
+            "1 levels, which need 1 networks, got 0",
         ),
         (
             lambda: LadderVAE(
@@ -323,7 +235,7 @@ def test_a_context_reaches_the_parts_that_were_built_for_one():
 
 
 class ExactEncoder(nn.Module):
-    """The posterior of a linear-Gaussian model given the observed elements, `widen` times as wide, `shift`ed."""
+    """The posterior of a linear-Gaussian model given the observed elements, with wider scales and shifted means."""
 
     def __init__(self, known: Truth, widen: float = 1.0, shift: float = 0.0):
         super().__init__()
@@ -353,7 +265,7 @@ def observed_part(known: Truth, mask: Tensor) -> MultivariateNormal:
 
 
 def conditional_of(known: Truth, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the missing elements of one datum given those observed."""
+    """Returns the mean and covariance of the missing elements of one datum given the observed ones."""
     p = known.marginal()
     gain = p.covariance_matrix[~mask][:, mask] @ torch.linalg.inv(p.covariance_matrix[mask][:, mask])
     mean = p.mean[~mask] + gain @ (x[mask] - p.mean[mask])
@@ -381,12 +293,12 @@ def test_weights_with_missing_data_are_the_log_density_of_what_was_observed():
 def test_imputation_gives_the_conditional_mean(samples_at_once, monkeypatch):
     known = truth(2, 5)
     vae, x, mask = missing_vae(known, widen=1.3, shift=0.5), known.marginal().sample((6,)), random_masks(6, 5)
-    monkeypatch.setattr(importance, "_CHUNK", samples_at_once * x.numel())
+    monkeypatch.setattr(sys.modules[impute.__module__], "_CHUNK", samples_at_once * x.numel())
     found = repeat(lambda: vae.impute(x, mask, num_samples=1000).mean, 50)
     expected = x.clone()
     for row, m, out in zip(x, mask, expected, strict=True):
         out[~m] = conditional_of(known, row, m)[0]
-    # Self-normalised weights have a bias of the order of 1 / num_samples, a fifth of the error of the mean over 50 runs.
+    # Self-normalised weights have a bias of about 1 / num_samples, a fifth of the error of the mean over 50 runs.
     assert_mean(found, expected, FAILURE_RATE)
 
 
@@ -394,7 +306,7 @@ def test_imputation_gives_the_conditional_mean(samples_at_once, monkeypatch):
 def test_draws_of_an_imputation_have_the_conditional_distribution(samples_at_once, monkeypatch):
     known, n = truth(2, 5), 2000
     x, mask = known.marginal().sample((1,)).expand(n, 5), torch.tensor([True, False, True, True, False]).expand(n, 5)
-    monkeypatch.setattr(importance, "_CHUNK", samples_at_once * x.numel())
+    monkeypatch.setattr(sys.modules[impute.__module__], "_CHUNK", samples_at_once * x.numel())
     found = missing_vae(known, widen=1.3, shift=0.5).impute(x, mask, num_samples=300)
     assert torch.equal(found.draws[0][mask], x[mask])
     mean, covariance = conditional_of(known, x[0], mask[0])
@@ -411,7 +323,7 @@ def test_chunks_of_an_imputation_change_nothing_but_the_order_of_draws(monkeypat
     x, mask = known.marginal().sample((6,)), random_masks(6, 5)
     vae = missing_vae(known)
     for samples_at_once in (1000, 7):
-        monkeypatch.setattr(importance, "_CHUNK", samples_at_once * x.numel())
+        monkeypatch.setattr(sys.modules[impute.__module__], "_CHUNK", samples_at_once * x.numel())
         found = vae.impute(x, mask, num_samples=100, num_draws=3)
         assert found.draws.shape == (3, 6, 5)
         # Under the exact posterior weights are equal, up to rounding.
@@ -421,7 +333,7 @@ def test_chunks_of_an_imputation_change_nothing_but_the_order_of_draws(monkeypat
 def test_draws_of_one_datum_come_from_all_chunks(monkeypatch):
     known = truth(2, 5)
     x, mask = known.marginal().sample((1,)), torch.tensor([[True, False, True, True, False]])
-    monkeypatch.setattr(importance, "_CHUNK", 50 * x.numel())
+    monkeypatch.setattr(sys.modules[impute.__module__], "_CHUNK", 50 * x.numel())
     found = missing_vae(known, widen=1.3, shift=0.5).impute(x, mask, num_samples=20_000, num_draws=2000)
     mean, covariance = conditional_of(known, x[0], mask[0])
     # 2,000 draws of some 14,000 effective samples are close to independent: an eighth more variance of their mean.
@@ -502,7 +414,7 @@ def test_impute_names_a_datum_whose_samples_have_no_weight(samples_at_once, monk
             pyro.sample("z", pyro.distributions.Normal(0.0, 1.0))
 
     x = torch.tensor([-1.0, 1.0])
-    monkeypatch.setattr(importance, "_CHUNK", samples_at_once * x.numel())
+    monkeypatch.setattr(sys.modules[impute.__module__], "_CHUNK", samples_at_once * x.numel())
     with pytest.raises(ValueError, match="all 100 samples of datum 1 have weight zero"):
         impute(model, guide, x, num_samples=100)
     assert impute(model, guide, x[:1], num_samples=100).mean.isfinite().all()
@@ -585,7 +497,7 @@ def test_split_missing_fills_with_zeros_and_keeps_infinity():
     filled, mask = data.split_missing(x)
     assert filled.tolist() == [[1.0, 0.0], [math.inf, -2.0]]
     assert mask.tolist() == [[True, False], [True, True]]
-    assert torch.isnan(x[0, 1])  # the original is as it was
+    assert torch.isnan(x[0, 1])  # the original is unchanged
 
 
 # ----------------------------------------------------------------------------------------------- semi-supervised
@@ -601,7 +513,7 @@ class Mixture(NamedTuple):
     offsets: Tensor  # (x_dim, classes)
 
     def log_joint(self, x: Tensor) -> Tensor:
-        """Log p(x, y) for every class, (batch, classes)."""
+        """Returns log p(x, y) for every class, (batch, classes)."""
         log_p = self.known.marginal().log_prob(x.unsqueeze(1) - self.offsets.T)
         return log_p + torch.tensor(PROBS, dtype=torch.float64).log()
 
@@ -629,12 +541,12 @@ def mixture_vae(model: Mixture) -> SemiSupervisedVAE:
 
 
 def partly(y: Tensor, every: int = 3) -> Tensor:
-    """Returns labels of which every third, say, is kept."""
+    """Returns labels with every third, for example, kept and the others unknown."""
     return torch.where(torch.arange(len(y)) % every == 0, y, -1)
 
 
 def objective(model: Mixture, vae: SemiSupervisedVAE, x: Tensor, y: Tensor) -> Tensor:
-    """The objective of the paper, per datum: with the exact q(z | x, y), L(x, y) = log p(x, y)."""
+    """Returns the objective of the paper, per datum: with the exact q(z | x, y), L(x, y) = log p(x, y)."""
     log_joint, log_q = model.log_joint(x), vae.classify(x).logits
     unlabelled = (log_q.exp() * (log_joint - log_q)).sum(1)
     return torch.where(y >= 0, log_joint.gather(1, y.clamp(min=0).unsqueeze(1)).squeeze(1), unlabelled)
@@ -651,7 +563,7 @@ def test_the_enumerated_elbo_is_the_objective_of_m2(particles, every):
     expected = -objective(model, vae, x, y).sum()
     found = elbo.differentiable_loss(vae.model, vae.guide, x, y)
     torch.testing.assert_close(found, expected, rtol=0, atol=20 * ROUNDING)
-    # So are its gradients in the classifier. (The others' have noise, for the posterior of z would move.)
+    # Its gradients by the classifier agree too. (Others have noise, because the posterior of z would change.)
     if every > 1:
         for ours, theirs in zip(
             torch.autograd.grad(found, list(vae.classifier.parameters())),
@@ -680,7 +592,7 @@ def test_weights_without_classes_estimate_log_p():
     often = vae.classify(x).probs.amin(1) > 0.02
     assert often.sum() > 50
     assert_unit_scores(((estimate.value - expected) / estimate.standard_error)[often], FAILURE_RATE)
-    # With classes for some, each datum is scored for what is known of it.
+    # With classes for some data, the score is log p(x, y) where the class is known and log p(x) elsewhere.
     y = partly(y)
     some = log_marginal(vae.model, vae.guide, x, y, num_samples=200, progress=False)
     joint = model.log_joint(x).gather(1, y.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -723,7 +635,7 @@ def test_the_classifier_loss_adds_the_weighted_cross_entropy():
     for method in ("loss", "differentiable_loss", "loss_and_grads"):
         assert at(ours, method, x, y) - at(plain, method, x, y) == pytest.approx(expected, rel=1e-5)
         assert at(ours, method, x) == pytest.approx(at(plain, method, x), rel=1e-6)
-    # Their gradients are one: summed by loss_and_grads, or taken through differentiable_loss.
+    # The gradients of loss_and_grads and differentiable_loss are equal.
     vae.zero_grad()
     at(ours, "loss_and_grads", x, y)
     summed = [p.grad.clone() for p in vae.parameters()]
@@ -768,7 +680,7 @@ def test_it_learns_to_classify_from_a_few_labels():
         progress=False,
     )
     x_test, y_test = clusters(500)
-    # Better than a coin with three sides, but for a chance of FAILURE_RATE.
+    # Better than random guessing among three classes, with a chance of FAILURE_RATE to fail.
     assert vae.accuracy(x_test, y_test) * 500 > scipy.stats.binom(500, 0.45).isf(FAILURE_RATE)
     assert vae.training
 
@@ -902,7 +814,7 @@ def test_a_copy_trains_on_its_own(case):
 
 
 def moody(inputs: int, outputs: int) -> nn.Module:
-    """A network that differs in training."""
+    """A network that differs in training mode."""
     return nn.Sequential(
         nn.Flatten(), nn.Linear(inputs, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, outputs)
     )
@@ -943,7 +855,7 @@ VERBS = {
     "a hierarchy's sample": (moody_hierarchy, lambda vae: vae.sample(10)),
     "a hierarchy's reconstruct": (moody_hierarchy, lambda vae: vae.reconstruct(X)),
     "a ladder's reconstruct": (moody_ladder, lambda vae: vae.reconstruct(X)),
-    "encode with holes": (moody_missing, lambda vae: vae.encode(X, X > 0.0 * X[:, :1] - 2).mean),
+    "encode with holes": (moody_missing, lambda vae: vae.encode(X, 0.0 * X[:, :1] - 2 < X).mean),
     "sample of data with holes": (moody_missing, lambda vae: vae.sample(10)),
     "classify": (moody_semi_supervised, lambda vae: vae.classify(X).probs),
     "accuracy": (moody_semi_supervised, lambda vae: torch.tensor(vae.accuracy(X, torch.arange(10) % 3))),
@@ -984,10 +896,10 @@ def test_parts_of_a_hierarchy_in_another_order_are_named():
     q = [encoders.DiagonalNormal(4, 3), encoders.DiagonalNormal(3, 2)]
     p, above, x = priors.StandardNormal(2), encoders.DiagonalNormal(2, 3), likelihoods.Normal(3, 4)
     with pytest.raises(
-        TypeError, match=r"prior must have a forward that takes \(context=None\), and Normal has another"
+        TypeError, match=r"prior must have .* takes \(context=None\), but that of Normal takes other arguments"
     ):
         HierarchicalVAE(x, [above], p, q)
-    with pytest.raises(TypeError, match=r"conditionals\[0\] must have .*\(z, context=None\), and StandardNormal has"):
+    with pytest.raises(TypeError, match=r"conditionals\[0\] must .*\(z, context=None\), but that of StandardNormal"):
         HierarchicalVAE(p, [p], x, q)
-    with pytest.raises(TypeError, match=r"encoders\[1\] must have .*\(x, context=None\), and StandardNormal has"):
+    with pytest.raises(TypeError, match=r"encoders\[1\] must .*\(x, context=None\), but that of StandardNormal"):
         HierarchicalVAE(p, [above], x, [q[0], p])

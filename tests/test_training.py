@@ -18,12 +18,12 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from helpers import Moments, assert_same, ended_by, in_new_process
 from pyro import distributions as dist
 from pyro.distributions import constraints
 from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
-from test_storage import Moments, assert_same, ended_by, in_new_process
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR

@@ -1,5 +1,21 @@
-"""Data sets with fixed splits, what is done to data before training, and batches of data in memory."""
+"""Data sets with fixed splits, preprocessing of data, and batches."""
 
-from pyrovae.data.loading import Batches, Split, Splits, dynamic_binarization, load, split_missing, static_binarization
+from pyrovae.data import images as images  # registers its data sets
+from pyrovae.data.batches import Batches
+from pyrovae.data.loading import DATA_SETS, descriptions, load, register
+from pyrovae.data.preprocessing import dynamic_binarization, split_missing, static_binarization
+from pyrovae.data.splits import Split, Splits, random_splits
 
-__all__ = ["Batches", "Split", "Splits", "dynamic_binarization", "load", "split_missing", "static_binarization"]
+__all__ = [
+    "DATA_SETS",
+    "Batches",
+    "Split",
+    "Splits",
+    "descriptions",
+    "dynamic_binarization",
+    "load",
+    "random_splits",
+    "register",
+    "split_missing",
+    "static_binarization",
+]

@@ -1,28 +1,11 @@
 """Distributions that neither torch nor Pyro has, or has right, each a Pyro distribution like any other."""
 
+from pyrovae.distributions.continuous import BatchScaleNormal, Beta, ContinuousBernoulli, Gamma, StudentT
+from pyrovae.distributions.counts import Multinomial, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from pyrovae.distributions.discrete import Categorical, DiscretizedLogistic, IndependentBernoulli
+from pyrovae.distributions.elements import Blocks, MaskedElements, Stacked, center, mask_elements
 from pyrovae.distributions.mixtures import Exemplars, NormalMixture, ReparameterizedMixture, StratifiedCategorical
 from pyrovae.distributions.normals import LowRankMultivariateNormal, MultivariateNormal
-from pyrovae.distributions.observed import (
-    BatchScaleNormal,
-    Beta,
-    Blocks,
-    Categorical,
-    ContinuousBernoulli,
-    DiscretizedLogistic,
-    Gamma,
-    IndependentBernoulli,
-    MaskedElements,
-    Multinomial,
-    NegativeBinomial,
-    Poisson,
-    Stacked,
-    StudentT,
-    ZeroInflatedNegativeBinomial,
-    center,
-    grid,
-    mask_elements,
-    open_unit_interval,
-)
 from pyrovae.distributions.reshaped import Flattened, Flow, Resampled, import_zuko
 from pyrovae.distributions.simplexes import LogisticNormal, RelaxedOneHotCategorical
 from pyrovae.distributions.spaces import (
@@ -31,8 +14,10 @@ from pyrovae.distributions.spaces import (
     check_simplex,
     check_temperature,
     flattened,
+    grid,
     integers,
     one_hot_blocks,
+    open_unit_interval,
     positive,
     tril_of,
 )

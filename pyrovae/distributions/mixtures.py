@@ -11,22 +11,23 @@ from torch.special import ndtr
 
 
 class NormalMixture(dist.TorchDistribution):
-    r"""A mixture of normals, scored by matrix products: no tensor over particles, data, components and dimensions.
+    r"""A mixture of normals that is scored by matrix products.
 
     .. math:: p(z) = \sum_c \pi_c\, \mathcal{N}(z; \mu_c, \Sigma_c), \qquad
         \log \mathcal{N}(z; \mu_c, \Sigma_c) = -\tfrac12 \mathrm{vec}(\Sigma_c^{-1})^\top \mathrm{vec}(z z^\top)
         + (\Sigma_c^{-1} \mu_c)^\top z + \mathrm{const}_c
 
-    so that one product of a matrix of features of z with one of components gives the log-densities of all of them. The
-    terms cancel where components are narrow and far apart, and so the product is taken in double precision: what is
-    lost is less than what z lost when it was rounded to single. Expanding copies no parameter.
+    One product of a matrix of features of z with a matrix of the components gives all log-densities, without a tensor
+    over particles, data, components and dimensions. The terms nearly cancel where components are narrow and far apart;
+    therefore the product is computed in double precision, and the error is below that of rounding z to single
+    precision. Expanding copies no parameter.
 
     Args:
         logits: log weights, normalised or not, shape ``(*batch, components)``.
         loc: means, shape ``(*batch, components, d)``.
         scale: standard deviations, shape ``(*batch, components, d)``, or None.
-        scale_tril: Cholesky factors of covariances, shape ``(*batch, components, d, d)``, or ``(*batch, 1, d, d)`` for
-            one that all components share; instead of `scale`.
+        scale_tril: in place of `scale`, Cholesky factors of the covariances, shape ``(*batch, components, d, d)``, or
+            ``(*batch, 1, d, d)`` for one that all components share.
 
     >>> p = NormalMixture(torch.zeros(2), torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1))
     >>> p.log_prob(torch.zeros(1))
@@ -61,7 +62,7 @@ class NormalMixture(dist.TorchDistribution):
         constant = constant - scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
         inverse = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
-        if scale_tril.shape[-3] == 1:  # shared: whiten both sides, and components differ in a product alone
+        if scale_tril.shape[-3] == 1:  # shared: after whitening, the components differ only in an inner product
             inverse = inverse.squeeze(-3)
             z, loc = _rows_by_components(z, inverse), loc @ inverse.mT
             constant = constant - 0.5 * loc.square().sum(-1)
@@ -85,7 +86,7 @@ class NormalMixture(dist.TorchDistribution):
         which = dist.Categorical(logits=logits).sample(sample_shape)
 
         def pick(t: Tensor, event_dims: int) -> Tensor:
-            """Takes each draw's component; expanding and gathering copy no more than what is taken."""
+            """Returns the parameters of the component of each draw; gathers, and so copies no others."""
             event = t.shape[t.dim() - event_dims :]
             t = t.expand(*which.shape, self.logits.shape[-1], *event)
             index = which.reshape(*which.shape, *[1] * (event_dims + 1)).expand(*which.shape, 1, *event)
@@ -110,7 +111,7 @@ class NormalMixture(dist.TorchDistribution):
 
 
 class _LowerProducts(torch.autograd.Function):
-    """The products z_i z_j for given i and j; keeps z for the gradient, where autograd would keep both factors."""
+    """The products z_i z_j for given i and j, with a gradient that saves z alone; autograd would save both factors."""
 
     generate_vmap_rule = True
 
@@ -132,7 +133,7 @@ class _LowerProducts(torch.autograd.Function):
 def _rows_by_components(features: Tensor, weights: Tensor) -> Tensor:
     """Returns products of features ``(*samples, *batch, n)`` with weights ``(*batch, components, n)`` as one matmul.
 
-    Samples become the rows of a matrix beside each batch's components, so that nothing is copied for each of them.
+    Samples become rows of the left matrix, so that the weights are not copied for each of them.
     """
     samples = features.shape[: features.dim() - weights.dim() + 1]
     rows = features.reshape(samples.numel(), *features.shape[len(samples) :]).movedim(0, -2)
@@ -140,15 +141,20 @@ def _rows_by_components(features: Tensor, weights: Tensor) -> Tensor:
 
 
 class Exemplars(dist.TorchDistribution):
-    r"""A mixture, equally weighted, of normals of one width around means, of which each datum may leave one out.
+    r"""An equally weighted mixture of normals with one scale; each datum may leave one component out.
 
     .. math:: p(z) = \frac{1}{N} \sum_{n=1}^N \mathcal{N}(z; \mu_n, \sigma^2 I)
 
     Args:
         means: :math:`\mu`, shape ``(N, d)``.
         scale: :math:`\sigma`, one number.
-        left_out: the number of the mean that each datum leaves out, shape ``(batch,)``; None for no such.
-        nearest: returns numbers and means of those to score z by, in place of all: a lower bound.
+        left_out: the index of the component that each datum leaves out, shape ``(batch,)``; None to keep all.
+        nearest: maps z to the indices and means of the components to score z by; the log-density is then a lower
+            bound. None for all components.
+
+    References:
+        Exemplar VAE: Linking Generative Models, Nearest Neighbor Retrieval, and Data Augmentation, S. Norouzi,
+        D. J. Fleet and M. Norouzi, 2020, https://arxiv.org/abs/2004.04795.
 
     >>> Exemplars(torch.zeros(2, 1), torch.ones(1)).log_prob(torch.zeros(1))
     tensor(-0.9189)
@@ -175,17 +181,17 @@ class Exemplars(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
-        numbers, means = None, self.means
+        indices, means = None, self.means
         if self.nearest is not None:
-            numbers, means = self.nearest(value.detach())
-        # The square of a distance as a difference of squares, which cancel: hence the centre, and double precision.
+            indices, means = self.nearest(value.detach())
+        # The squared distance is a difference of squares that nearly cancel: centred, and in double precision.
         center, scale = means.detach().double().mean(0), self.scale.double()
         z, means = (value - center) / scale, (means - center) / scale
         closeness = z @ means.T - 0.5 * means.square().sum(-1)
         count = len(self.means)
         if self.left_out is not None:
-            numbers = torch.arange(count, device=means.device) if numbers is None else numbers
-            closeness = closeness.masked_fill(self.left_out.unsqueeze(-1) == numbers, -math.inf)
+            indices = torch.arange(count, device=means.device) if indices is None else indices
+            closeness = closeness.masked_fill(self.left_out.unsqueeze(-1) == indices, -math.inf)
             count -= 1
         constant = math.log(count) + self.event_shape[0] * (scale.log().squeeze() + 0.5 * math.log(2 * math.pi))
         return (closeness.logsumexp(-1) - 0.5 * z.square().sum(-1) - constant).to(value.dtype)
@@ -200,15 +206,21 @@ class Exemplars(dist.TorchDistribution):
 
 
 class ReparameterizedMixture(dist.MixtureSameFamily):
-    r"""A mixture of diagonal normals whose draws are differentiable in all its parameters, without bias.
+    r"""A mixture of diagonal normals with unbiased reparameterised gradients for all parameters, weights included.
 
     .. math:: F_i(z_i \mid z_{<i}) = \sum_k w_{ki}\, \Phi\left(\frac{z_i - \mu_{ki}}{\sigma_{ki}}\right), \qquad
         w_{ki} \propto \pi_k \prod_{j<i} \mathcal{N}(z_j; \mu_{kj}, \sigma_{kj}^2), \qquad
         \frac{\partial z}{\partial \theta} = -\left(\frac{\partial F}{\partial z}\right)^{-1}
         \frac{\partial F}{\partial \theta}
 
-    A draw is held at its conditional probabilities F while the parameters move. (Pyro's ``MixtureOfDiagNormals`` has
-    biased gradients by the weights: those of the expectation of a square are off by as much as they are.)
+    These are implicit reparameterisation gradients: the conditional probabilities F of a draw stay fixed while the
+    parameters change. (Pyro's ``MixtureOfDiagNormals`` has biased gradients by the weights: for the expectation of a
+    square the bias is as large as the gradient.)
+
+    Args:
+        mixture_distribution: the weights, ``Categorical`` or :class:`StratifiedCategorical`.
+        component_distribution: the components, ``Normal(loc, scale).to_event(1)``, ``loc`` of shape
+            ``(*batch, components, d)``.
 
     References:
         Implicit Reparameterization Gradients, M. Figurnov, S. Mohamed and A. Mnih, 2018,
@@ -236,10 +248,10 @@ class ReparameterizedMixture(dist.MixtureSameFamily):
         log_density = -0.5 * standard.square() - normal.scale.log()
         before = log_density.cumsum(-1) - log_density
         weights = (self.mixture_distribution.logits.unsqueeze(-1) + before).softmax(-2)
-        with torch.no_grad():  # the smaller tail of the two, so that nothing cancels
+        with torch.no_grad():  # use the smaller of the two tails, so that nothing cancels
             side = torch.where((weights * ndtr(standard)).sum(-2, keepdim=True) > 0.5, -1.0, 1.0).to(z.dtype)
         tails = side * ndtr(side * standard)
-        levels = (weights * tails).sum(-2)  # the conditional probabilities, or those less one
+        levels = (weights * tails).sum(-2)  # the conditional probabilities F, or F - 1
         with torch.no_grad():
             below = torch.einsum(
                 "...ki,...kj->...ij", weights * (tails - levels.unsqueeze(-2)), -standard / normal.scale
@@ -247,14 +259,21 @@ class ReparameterizedMixture(dist.MixtureSameFamily):
             density = (weights * log_density.exp()).sum(-2) / math.sqrt(2 * math.pi)
             slopes = below.tril(-1) + torch.diag_embed(density.clamp_min(torch.finfo(z.dtype).tiny))
         moved = torch.linalg.solve_triangular(slopes, (levels - levels.detach()).unsqueeze(-1), upper=False)
-        return z - moved.squeeze(-1)  # what is taken off is zero, and has the gradient
+        return z - moved.squeeze(-1)  # `moved` is zero; it carries the gradient
 
 
 class StratifiedCategorical(dist.Categorical):
-    """A categorical distribution whose draws along new leading dimensions are spread evenly over its probabilities.
+    r"""A categorical distribution whose draws along new leading dimensions are spread evenly over its probabilities.
 
-    Each draw alone has the distribution; together, n draws take each class n times its probability, give or take fewer
-    than two. New dimensions are those of `sample_shape` and those that ``expand`` adds.
+    .. math:: x_i = F^{-1}\left(\frac{\pi_i - 1 + u_i}{n}\right), \qquad u_i \sim \mathrm{Uniform}(0, 1), \quad
+        \pi \text{ a random permutation of } 1, \dots, n
+
+    with F the cumulative probabilities. Each draw alone follows the distribution. Of n draws together, the number in
+    each class differs from n times its probability by less than two. New dimensions are those of `sample_shape` and
+    those that ``expand`` adds.
+
+    Args:
+        logits: logarithms of the probabilities, normalised or not, shape ``(*batch, components)``.
 
     >>> StratifiedCategorical(torch.tensor([0.25, 0.75])).sample((4,)).sum()
     tensor(3)

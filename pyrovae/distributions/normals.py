@@ -1,4 +1,4 @@
-"""Normals with correlations, whose log-densities stay right when their covariances are ill-conditioned."""
+"""Multivariate normals with accurate log-densities when their covariances are ill-conditioned."""
 
 import math
 from functools import cached_property
@@ -9,20 +9,20 @@ from torch import Tensor
 
 
 class _Remembered:
-    r"""What a normal knows of its last draw: the noise, which the rounding of z hides.
+    r"""Keeps the noise of the last draw, for its log-density.
 
-    The rounded z of an ill-conditioned normal is many of its standard deviations off the z that was meant, in a
-    direction in which it is narrow. The noise says where z was meant to be.
+    For an ill-conditioned normal, rounding moves z by many standard deviations along a narrow direction. The noise
+    gives the log-density of the exact z.
     """
 
-    _drawn = None  # z, its noise, and whether z has a graph
+    _drawn = None  # z, its noise, and whether z was drawn with a graph
 
     def _remember(self, z: Tensor, *noise: Tensor) -> Tensor:
         self._drawn = z, noise, torch.is_grad_enabled()
         return z
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008, torch's own default
-        """Draws without remembering: the density of what is returned is that of the rounded numbers, as anyone's."""
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Draws without keeping the noise: the log-density of the draw is then that of the rounded numbers."""
         before = self._drawn
         with torch.no_grad():
             z = self.rsample(sample_shape)
@@ -30,14 +30,14 @@ class _Remembered:
         return z
 
     def _noise_of(self, value: Tensor) -> tuple[Tensor, ...] | None:
-        """Returns the noise of a value that is the last draw itself, with all that depends on it, or None."""
+        """Returns the noise of the last draw if `value` is that very tensor, else None."""
         if self._drawn is None or value is not self._drawn[0]:
             return None
-        # A draw without its graph may be held while parameters move: its noise then moves too.
+        # A draw without a graph may stay fixed while parameters change: then its noise depends on them.
         return self._drawn[1] if self._drawn[2] or not torch.is_grad_enabled() else None
 
     def _start(self, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Returns where a value equals the last draw, shape ``(..., 1)``, and the noise; where there is none, None."""
+        """Returns a mask of where `value` equals the last draw, shape ``(..., 1)``, and the noise there, if any."""
         if self._drawn is None or value.shape != self._drawn[0].shape:
             return torch.zeros((), dtype=torch.bool, device=value.device), None
         z, noise, _ = self._drawn
@@ -46,7 +46,7 @@ class _Remembered:
 
 
 class MultivariateNormal(_Remembered, dist.MultivariateNormal):
-    r"""Torch's multivariate normal, whose log-density of its own draws comes from their noise.
+    r"""Torch's multivariate normal, with log-densities of its own draws from their noise.
 
     .. math:: \log q(z) = -\tfrac12 \lVert \epsilon \rVert^2 - \log \lvert L \rvert - \tfrac{d}{2} \log 2 \pi, \qquad
         z = \mu + L \epsilon
@@ -62,7 +62,7 @@ class MultivariateNormal(_Remembered, dist.MultivariateNormal):
     tensor(True)
     """
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008, torch's own default
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         noise = self.loc.new_empty(self._extended_shape(sample_shape)).normal_()
         return self._remember(self.loc + _times(self._unbroadcasted_scale_tril, noise), noise)
 
@@ -86,15 +86,15 @@ class MultivariateNormal(_Remembered, dist.MultivariateNormal):
 
 
 class LowRankMultivariateNormal(_Remembered, dist.LowRankMultivariateNormal):
-    r"""Torch's normal of a covariance :math:`D + W W^\top`, whose log-density of its own draws comes from their noise.
+    r"""Torch's normal with covariance :math:`D + W W^\top`, with log-densities of its own draws from their noise.
 
     .. math:: \log q(z) = -\tfrac12 \lVert (I - Q Q^\top)\, b \rVert^2 - \log \lvert R \rvert
         - \tfrac12 \log \lvert D \rvert - \tfrac{d}{2} \log 2 \pi, \qquad
         \begin{pmatrix} D^{-1/2} W \\ I \end{pmatrix} = Q R
 
-    where b is :math:`(\epsilon, -\eta)` for a draw :math:`z = \mu + W \eta + D^{1/2} \epsilon`, and
-    :math:`(D^{-1/2} (z - \mu), 0)` for any other z, in double precision. Both give the same but for rounding, for they
-    differ by a combination of Q's columns. Nothing cancels, as it does in Woodbury's formula.
+    Here b is :math:`(\epsilon, -\eta)` for a draw :math:`z = \mu + W \eta + D^{1/2} \epsilon`, and
+    :math:`(D^{-1/2} (z - \mu), 0)`, in double precision, for any other z. Both give the same up to rounding, because
+    they differ by a combination of the columns of Q. Nothing cancels, as it does in the Woodbury formula.
 
     Args:
         loc: :math:`\mu`.
@@ -107,7 +107,7 @@ class LowRankMultivariateNormal(_Remembered, dist.LowRankMultivariateNormal):
     """
 
     def __init__(self, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor, validate_args: bool | None = None):
-        # Not torch's: it takes the Cholesky factor of what is no longer positive definite when rounded.
+        # Not torch's __init__: it takes a Cholesky factor of a matrix that rounding makes indefinite.
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], cov_factor.shape[:-2], cov_diag.shape[:-1])
         self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag = cov_factor, cov_diag
         self.loc, self.cov_diag = loc.expand(*batch_shape, -1), cov_diag.expand(*batch_shape, -1)
@@ -132,7 +132,7 @@ class LowRankMultivariateNormal(_Remembered, dist.LowRankMultivariateNormal):
         r = self._qr[1]
         return (r * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-1)).mT.to(self.loc.dtype)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008, torch's own default
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         eta = self.loc.new_empty(*shape[:-1], self._unbroadcasted_cov_factor.shape[-1]).normal_()
         noise = self.loc.new_empty(shape).normal_()
@@ -164,13 +164,13 @@ class LowRankMultivariateNormal(_Remembered, dist.LowRankMultivariateNormal):
 
 
 def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """Returns products of matrices with vectors ``(*samples, *batch, d)``; samples share a matrix without copying it."""
+    """Returns products of matrices with vectors ``(*samples, *batch, d)``, without copying a matrix for each sample."""
     columns = _as_columns(matrix, vectors)
     return _as_vectors(matrix @ columns, vectors.shape[:-1])
 
 
 def _solve(tril: Tensor, vectors: Tensor) -> Tensor:
-    """Returns what the matrices take to the vectors."""
+    """Returns the solutions y of ``tril @ y = vectors``, without a copy of a matrix for each sample."""
     columns = _as_columns(tril, vectors)
     return _as_vectors(torch.linalg.solve_triangular(tril, columns, upper=False), vectors.shape[:-1])
 
@@ -187,5 +187,5 @@ def _as_vectors(columns: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _zero_where(same: Tensor, t: Tensor) -> Tensor:
-    """Returns t, zero where it is known to be zero but for rounding, with its whole gradient."""
+    """Returns t with zeros where it is zero but for rounding; the gradient is that of t everywhere."""
     return t - torch.where(same, t.detach(), 0.0)

@@ -1,4 +1,4 @@
-"""Distributions over latents made from another: its events flattened, resampled, or sent through a flow."""
+"""Distributions of latents made from another one: flattened, resampled, or transformed by a flow."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,9 @@ from pyrovae.distributions.spaces import blocks_of
 
 
 class Flattened(dist.TorchDistribution):
-    """A distribution whose event dimensions are made one, as the latents of a VAE have only one.
+    r"""A distribution with its event dimensions flattened to one, because latents of a VAE are vectors.
+
+    .. math:: p(z) = p_{\mathrm{base}}(\mathrm{unflatten}(z))
 
     Args:
         base_dist: any distribution with events of at least one dimension.
@@ -68,7 +70,7 @@ def _kl_flattened(q: Flattened, p: Flattened) -> Tensor:
 
 
 class Resampled(dist.TorchDistribution):
-    r"""Rejection sampling with a learned acceptance probability, given up after a number of tries.
+    r"""Rejection sampling with a learned acceptance probability and a limited number of tries (LARS).
 
     .. math:: p(z) = \pi(z) \left( \frac{a(z)}{Z} \left(1 - (1 - Z)^{T-1}\right) + (1 - Z)^{T-1} \right),
         \qquad Z = \mathrm{E}_{\pi}[a(z)]
@@ -77,11 +79,14 @@ class Resampled(dist.TorchDistribution):
         base_dist: the proposal :math:`\pi`.
         log_acceptance: returns :math:`\log a(z)` for z of shape ``(*leading, d)``.
         log_normalizer: :math:`\log Z`, of the proposal's batch shape.
-        tries: T, at least 1; the last one is kept whatever comes.
+        tries: T, at least 1; the last draw is always accepted.
+
+    References:
+        Resampled Priors for Variational Autoencoders, M. Bauer and A. Mnih, 2019, https://arxiv.org/abs/1810.11428.
 
     >>> proposal = dist.Normal(torch.zeros(1), 1.0).to_event(1)
     >>> p = Resampled(proposal, lambda z: torch.zeros(z.shape[:-1]), torch.tensor(0.0), tries=5)
-    >>> p.log_prob(torch.zeros(1))  # all are accepted
+    >>> p.log_prob(torch.zeros(1))  # every draw is accepted
     tensor(-0.9189)
     """
 
@@ -121,15 +126,26 @@ class Resampled(dist.TorchDistribution):
 
 
 class Flow(dist.TorchDistribution):
-    r"""A zuko flow, scaled and shifted: :math:`z = \mu + \sigma \odot f(\epsilon)`.
+    r"""A distribution of zuko's, scaled and shifted.
 
-    What it drew last it scores without inverting the flow.
+    .. math:: z = \mu + \sigma \odot f(\epsilon), \qquad
+        \log p(z) = \log p_f\left(\frac{z - \mu}{\sigma}\right) - \sum_d \log \sigma_d
+
+    The last draw is scored without inverting the flow.
 
     Args:
-        flow: a distribution of zuko's, events of shape ``(d,)``; or with features, what makes one from them.
+        flow: a distribution of zuko's with events of shape ``(d,)``; with `features`, a callable that maps them to one.
         loc: :math:`\mu`, shape ``(*batch, d)`` or ``()``.
         scale: :math:`\sigma`, of the same shape.
-        features: what the flow is made from, shape ``(*batch, num_features)``, or None.
+        features: the argument of `flow`, shape ``(*batch, num_features)``, or None.
+
+    References:
+        Normalizing Flows for Probabilistic Modeling and Inference, G. Papamakarios, E. Nalisnick, D. J. Rezende,
+        S. Mohamed and B. Lakshminarayanan, 2021, https://arxiv.org/abs/1912.02762.
+
+    >>> normal = import_zuko().distributions.DiagNormal(torch.zeros(2), torch.ones(2))
+    >>> Flow(normal, torch.zeros(2), torch.full((2,), 2.0)).log_prob(torch.zeros(2))  # -log(8 pi)
+    tensor(-3.2242)
     """
 
     arg_constraints = {
@@ -165,23 +181,26 @@ class Flow(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         drawn, log_prob = self._drawn
-        # Under no_grad the drawing kept no graph; a score that needs one is computed anew.
+        # A draw under no_grad has a score without a graph: where gradients are needed, the score is computed again.
         if value is drawn and (log_prob.requires_grad or not torch.is_grad_enabled()):
             return log_prob
         return self._made.log_prob((value - self.loc) / self.scale) - self._log_scale()
+
+    def __repr__(self) -> str:
+        return f"Flow({self._made!r})"
 
     def _log_scale(self) -> Tensor:
         return self.scale.log().expand(self.scale.shape[:-1] + self.event_shape).sum(-1)
 
 
 def import_zuko():
-    """Imports zuko, and undoes what importing it changes for the whole process: that arguments are not validated."""
+    """Imports zuko and turns the validation of arguments, which zuko turns off for the whole process, on again."""
     base = torch.distributions.Distribution
     before = base._validate_args, base.__dict__["arg_constraints"]
     import zuko
 
     base._validate_args, base.arg_constraints = before
-    for name in zuko.distributions.__all__:  # these rely on it
+    for name in zuko.distributions.__all__:  # these need it turned off
         kind = getattr(zuko.distributions, name)
         if isinstance(kind.arg_constraints, property):
             kind.arg_constraints = {}

@@ -12,8 +12,8 @@ class LogisticNormal(dist.TransformedDistribution):
     .. math:: z = \mathrm{softmax}(y_1, \dots, y_{K-1}, 0), \quad y \sim \mathcal{N}(\mu, \mathrm{diag}\,\sigma^2),
         \qquad \log p(z) = \log \mathcal{N}(y; \mu, \sigma^2) - \sum_{k=1}^K \log z_k
 
-    The density is one of the first K - 1 coordinates, as a Dirichlet's. Torch's distribution of this name breaks a
-    stick instead, so that its parts are not alike.
+    The density is with respect to the first K - 1 coordinates, as for a Dirichlet. Torch's ``LogisticNormal`` uses
+    stick breaking instead, which treats the coordinates differently.
 
     Args:
         loc: :math:`\mu`, shape ``(*batch, K - 1)``.
@@ -42,7 +42,7 @@ class LogisticNormal(dist.TransformedDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """The softmax of the mean of y, which is near the mean; that has no closed form."""
+        """The softmax of the mean of y: near the mean, which has no closed form."""
         return _AdditiveLogistic()(self.loc)
 
 
@@ -71,10 +71,19 @@ class _AdditiveLogistic(torch.distributions.Transform):
 
 
 class RelaxedOneHotCategorical(dist.RelaxedOneHotCategorical):
-    """Pyro's relaxed one-hot distribution, its draws kept inside the simplex.
+    r"""Pyro's relaxed one-hot distribution, with draws inside the simplex.
 
-    At low temperatures a draw's small entries fall below the smallest number of its type, and zero has no logarithm;
-    and rounding leaves sums that differ from one.
+    .. math:: z = \mathrm{softmax}\left(\frac{l + g}{\tau}\right), \qquad g_k \sim \mathrm{Gumbel}
+
+    At low temperatures small entries of a draw underflow to zero, which has no logarithm, and rounding leaves sums that
+    differ from one.
+
+    Args:
+        temperature: :math:`\tau`, positive.
+        logits: :math:`l`, normalised or not, shape ``(*batch, K)``.
+
+    References:
+        The Concrete Distribution, C. J. Maddison, A. Mnih and Y. W. Teh, 2017, https://arxiv.org/abs/1611.00712.
 
     >>> p = RelaxedOneHotCategorical(torch.tensor(0.1), logits=torch.tensor([100.0, 0.0, -100.0]))
     >>> bool(p.log_prob(p.rsample()).isfinite())

@@ -1,4 +1,4 @@
-"""The spaces that latents live in, and how free numbers are mapped into them."""
+"""Spaces of latents and data as constraints, and maps from real numbers into them."""
 
 import math
 
@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 _ONE = math.log(math.e - 1)  # softplus(_ONE) = 1
-_FLOOR = 1e-6  # a smaller scale beside a prior of scale one is lost to float32 rounding
+_FLOOR = 1e-6  # float32 would round a smaller scale away, relative to a prior of scale one
 
 
 def positive(raw: Tensor) -> Tensor:
-    """Maps any number to a positive one, zero to one, so that untrained scales start at one.
+    r"""Maps real numbers to positive ones, and zero to one, so that untrained scales start at one.
+
+    .. math:: \mathrm{softplus}(r + \log(e - 1)) + 10^{-6}
 
     >>> positive(torch.zeros(1))
     tensor([1.0000])
@@ -21,9 +23,16 @@ def positive(raw: Tensor) -> Tensor:
 
 
 def tril_of(raw: Tensor) -> Tensor:
-    """Returns lower triangular matrices with a positive diagonal from d (d + 1) / 2 numbers each.
+    """Returns lower triangular matrices with a positive diagonal, each from d (d + 1) / 2 numbers.
 
-    The first d numbers are the diagonal before :func:`positive`, the others the strict lower triangle row by row.
+    The first d numbers are mapped by :func:`positive` to the diagonal; the others are the strict lower triangle, row by
+    row.
+
+    Args:
+        raw: any real numbers, shape ``(*leading, d (d + 1) / 2)``.
+
+    Returns:
+        Shape ``(*leading, d, d)``.
 
     >>> tril_of(torch.tensor([0.0, 0.0, 5.0]))
     tensor([[1.0000, 0.0000],
@@ -32,7 +41,7 @@ def tril_of(raw: Tensor) -> Tensor:
     d = (math.isqrt(8 * raw.shape[-1] + 1) - 1) // 2
     rows, cols = torch.tril_indices(d, d, offset=-1, device=raw.device)
     lower = raw[..., d:]
-    # Scatter, not assignment: the matrix keeps its gradient and any number of leading dimensions.
+    # Scatter, not assignment: it is differentiable and takes any number of leading dimensions.
     flat = torch.diag_embed(positive(raw[..., :d])).flatten(-2)
     return flat.scatter(-1, (rows * d + cols).expand(lower.shape), lower).unflatten(-1, (d, d))
 
@@ -43,11 +52,11 @@ def integers(num_classes: int) -> constraints.Constraint:
 
 
 class flattened(constraints.Constraint):
-    """The support of a :class:`Flattened` distribution: a constraint on vectors that are read in another shape.
+    """The support of a :class:`Flattened` distribution: a constraint on vectors that are reshaped first.
 
     Args:
-        base_constraint: the constraint in that shape.
-        event_shape: the shape.
+        base_constraint: the constraint on events of `event_shape`.
+        event_shape: the shape that a vector is given.
 
     >>> flattened(constraints.one_hot, (2, 2)).check(torch.tensor([0.0, 1.0, 1.0, 0.0]))
     tensor(True)
@@ -69,12 +78,23 @@ class flattened(constraints.Constraint):
 
 
 def blocks_of(constraint: constraints.Constraint, shape: tuple[int, ...]) -> constraints.Constraint:
-    """Returns the support of vectors that hold several events one after the other; of one event, its own support."""
+    """Returns the support of vectors that are several events concatenated; for a single event, `constraint` itself."""
     return constraint if constraint.event_dim == 1 and math.prod(shape[:-1]) == 1 else flattened(constraint, shape)
 
 
 def one_hot_blocks(latent_dim: int, num_classes: int | None) -> tuple[int, int]:
-    """Returns how many one-hot vectors of which length make up the latents; raises if they do not."""
+    """Returns the number of one-hot vectors in the latents and their length.
+
+    Args:
+        latent_dim: number of latent dimensions.
+        num_classes: length of each vector; None for one vector of `latent_dim`.
+
+    Raises:
+        ValueError: when `num_classes` is below 2 or does not divide `latent_dim`.
+
+    >>> one_hot_blocks(6, 3)
+    (2, 3)
+    """
     num_classes = latent_dim if num_classes is None else num_classes
     check_classes(num_classes)
     if latent_dim % num_classes:
@@ -89,13 +109,55 @@ def check_classes(num_classes: int) -> None:
 
 
 def check_simplex(latent_dim: int) -> None:
-    """Raises a ValueError unless there are at least two parts of a whole."""
+    """Raises a ValueError unless there are at least two dimensions."""
     if latent_dim < 2:
-        raise ValueError(f"latent_dim must be at least 2, a simplex's, got {latent_dim}.")
+        raise ValueError(f"latent_dim must be at least 2 for latents on a simplex, got {latent_dim}.")
 
 
 def check_temperature(temperature: float) -> float:
-    """Raises a ValueError unless a temperature is positive."""
+    """Returns the temperature; raises a ValueError unless it is positive and finite."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}.")
     return temperature
+
+
+class _OpenUnitInterval(type(constraints.unit_interval)):
+    """The numbers above 0 and below 1."""
+
+    def __init__(self):
+        super().__init__(0.0, 1.0)
+
+    def check(self, value: Tensor) -> Tensor:
+        return (value > 0) & (value < 1)
+
+    def __repr__(self) -> str:
+        return "the open interval (0, 1)"
+
+
+open_unit_interval = _OpenUnitInterval()
+
+
+class grid(constraints.Constraint):  # lower case, as constraints with arguments are in torch
+    r"""The constraint of numbers on a grid, with a tolerance of a hundredth of a level.
+
+    .. math:: x \in \left\{\tfrac{k}{L - 1} : k = 0, \dots, L - 1\right\}
+
+    Args:
+        levels: :math:`L`, the number of grid points from 0 to 1.
+
+    >>> grid(5).check(torch.tensor([0.0, 0.25, 0.3]))
+    tensor([ True,  True, False])
+    """
+
+    is_discrete = True
+
+    def __init__(self, levels: int):
+        super().__init__()
+        self.levels = levels
+
+    def check(self, value: Tensor) -> Tensor:
+        level = value * (self.levels - 1)
+        return ((level - level.round()).abs() < 0.01) & (level > -0.01) & (level < self.levels - 0.99)
+
+    def __repr__(self) -> str:
+        return f"grid(levels={self.levels})"

@@ -17,7 +17,8 @@ class HypersphericalUniform(dist.TorchDistribution):
     .. math:: p(z) = \frac{\Gamma(m / 2)}{2 \pi^{m / 2}}, \qquad \lVert z \rVert = 1
 
     Args:
-        like: a tensor of shape ``(m,)`` that says dimension, device and dtype.
+        like: a tensor of shape ``(m,)`` with the dimension, device and dtype of the draws.
+        batch_shape: the batch shape.
 
     >>> HypersphericalUniform(torch.empty(3)).log_prob(torch.tensor([0.0, 0.0, 1.0]))  # the area is 4 pi
     tensor(-2.5310)
@@ -53,10 +54,10 @@ class VonMisesFisher(dist.TorchDistribution):
     .. math:: p(z) = \frac{\exp(\kappa\, \mu^\top z)}{A_m\; {}_0F_1(; m/2; \kappa^2/4)}, \qquad
         A_m = \frac{2 \pi^{m/2}}{\Gamma(m/2)}
 
-    which is the usual form with a Bessel function, but has no division by zero at :math:`\kappa = 0`. The height
-    :math:`w = \mu^\top z` is drawn by Wood's rejection; its derivative by :math:`\kappa` is
-    :math:`-\partial_\kappa F(w; \kappa) / f(w; \kappa)`, by quadrature, so that gradients are unbiased: those through
-    the accepted proposal alone, as in Davidson et al., are not.
+    This is the usual form with a Bessel function, written without a division by zero at :math:`\kappa = 0`. The height
+    :math:`w = \mu^\top z` is drawn by Wood's rejection sampling. Its derivative by :math:`\kappa` is
+    :math:`-\partial_\kappa F(w; \kappa) / f(w; \kappa)`, computed by quadrature. These gradients are unbiased; those
+    through the accepted proposal alone, as in Davidson et al., are not.
 
     Args:
         loc: mean direction :math:`\mu`, of unit length, shape ``(*batch, m)``.
@@ -79,7 +80,7 @@ class VonMisesFisher(dist.TorchDistribution):
 
     def __init__(self, loc: Tensor, concentration: Tensor, validate_args: bool | None = None):
         if loc.shape[-1] < 2:
-            raise ValueError(f"loc must have at least 2 dimensions, a sphere's, got shape {tuple(loc.shape)}.")
+            raise ValueError(f"loc must be vectors of at least 2 dimensions, got shape {tuple(loc.shape)}.")
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], concentration.shape)
         self.loc = loc.expand(*batch_shape, loc.shape[-1])
         self.concentration = concentration.expand(batch_shape)
@@ -113,11 +114,11 @@ class VonMisesFisher(dist.TorchDistribution):
             slope = _vmf_slopes(height, kappa.detach(), self._mean_height().detach().double(), shape[-1])
             height = height + slope * (kappa - kappa.detach())
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        # A direction in the tangent plane at the mean, uniform whatever the mean: differentiable in it.
+        # A uniform direction in the tangent plane at the mean, differentiable in the mean.
         tangent = normalize(noise - (noise * self.loc).sum(-1, keepdim=True) * self.loc, dim=-1)
         radius = (1 - height.square()).clamp_min(torch.finfo(height.dtype).tiny).sqrt()
         height, radius = height.to(noise.dtype).unsqueeze(-1), radius.to(noise.dtype).unsqueeze(-1)
-        return normalize(height * self.loc + radius * tangent, dim=-1)  # of length one but for rounding
+        return normalize(height * self.loc + radius * tangent, dim=-1)  # its length is one but for rounding
 
 
 @register_kl(VonMisesFisher, HypersphericalUniform)
@@ -131,8 +132,8 @@ def log_0f1(b: float, kappa: Tensor) -> Tensor:
     .. math:: {}_0F_1(; b; \kappa^2/4) = \sum_{j \ge 0} \frac{(\kappa^2/4)^j}{j!\, (b)_j}
         = \Gamma(b) \left(\frac{2}{\kappa}\right)^{b - 1} I_{b - 1}(\kappa)
 
-    The series up to :math:`\kappa = 30`, and above it the uniform asymptotic expansion of the Bessel function I in
-    orders of :math:`1 / \sqrt{(b-1)^2 + \kappa^2}`, whose error is below 2e-8 there.
+    Up to :math:`\kappa = 30` the series is summed. Above, the uniform asymptotic expansion of the Bessel function I in
+    powers of :math:`1 / \sqrt{(b-1)^2 + \kappa^2}` is used, with an error below 2e-8.
 
     References:
         NIST Handbook of Mathematical Functions, F. W. J. Olver et al., 2010, https://dlmf.nist.gov/10.41.
@@ -165,7 +166,7 @@ def _log_area(m: int) -> float:
 
 
 def _vmf_heights(kappa: Tensor, m: int) -> Tensor:
-    """Draws heights with density proportional to exp(kappa w) (1 - w^2)^((m - 3) / 2), by Wood's rejection."""
+    """Draws heights with density proportional to exp(kappa w) (1 - w^2)^((m - 3) / 2), by Wood's rejection sampling."""
     b = (m - 1) / (2 * kappa + (4 * kappa.square() + (m - 1) ** 2).sqrt())
     x = (1 - b) / (1 + b)
     # log(1 - x^2) without cancellation.
@@ -183,11 +184,11 @@ def _vmf_heights(kappa: Tensor, m: int) -> Tensor:
 
 @torch.no_grad()
 def _vmf_slopes(height: Tensor, kappa: Tensor, mean: Tensor, m: int) -> Tensor:
-    r"""Returns the derivative of a height by kappa at fixed probability below it.
+    r"""Returns the derivative of a height by kappa, with its cumulative probability F fixed.
 
     With :math:`t = \cos\theta`, :math:`\partial_\kappa F(w) = \int_{t < w} (t - \mathrm{E}\, t) f(t)\, dt`. The
-    integrand has one sign on either side of the mean and integrates to zero over all, so the side is taken where
-    nothing cancels, as far as twelve standard deviations.
+    integrand has one sign on each side of the mean and integrates to zero over both. Therefore the integral goes over
+    the side of w that does not contain the mean, where nothing cancels, up to twelve standard deviations.
     """
     nodes, weights = (torch.from_numpy(a).to(height) for a in np.polynomial.legendre.leggauss(48))
     angle = height.clamp(-1, 1).acos()
@@ -200,5 +201,5 @@ def _vmf_slopes(height: Tensor, kappa: Tensor, mean: Tensor, m: int) -> Tensor:
     sines = theta.sin().clamp_min(1e-300).log() - angle.sin().clamp_min(1e-300).log().unsqueeze(-1)
     ratio = (kappa.unsqueeze(-1) * (t - w) + (m - 2) * sines).exp()
     integral = (weights * half * (t - mean.unsqueeze(-1)) * ratio).sum(-1)
-    # Below the mean: minus the integral from the angle to pi. Above: the same of the other side, where half < 0.
+    # Below the mean: minus the integral from the angle to pi. Above: the same for the other side, where half < 0.
     return -integral * angle.sin()

@@ -1,7 +1,7 @@
 r"""Likelihoods: modules whose ``forward(z, context=None)`` returns the Pyro distribution :math:`p(x \mid z)`.
 
-Each holds its decoder network, declares its event dimensions and is normalised: ``log_prob`` is in nats, with every
-constant in it.
+Each has its decoder network, declares its event dimensions and is normalised: ``log_prob`` is in nats and includes all
+constants.
 """
 
 from pyrovae.likelihoods.base import Likelihood, bits_per_dim

@@ -15,14 +15,14 @@ class Likelihood(nn.Module, ABC):
 
     A likelihood takes `latent_dim` and `x_shape` first when it is built, and ``forward(z, context=None)`` maps z of
     shape ``(*leading, latent_dim)`` to a Pyro distribution with ``batch_shape == leading`` and
-    ``event_shape == x_shape``. :meth:`parameters_of` calls the decoder. In a script any module with such a forward
-    will do; the command line looks for subclasses of this one::
+    ``event_shape == x_shape``. :meth:`parameters_of` calls the decoder. In a script any module with such a ``forward``
+    works; the command line finds subclasses of this class::
 
         class Exponential(Likelihood):
             def forward(self, z, context=None):
                 return dist.Exponential(self.parameters_of(z, context).exp()).to_event(len(self.x_shape))
 
-            def output_for(self, x):  # for start_at alone
+            def output_for(self, x):  # only start_at needs it
                 return -x.mean(0).log()
 
     Args:
@@ -30,7 +30,7 @@ class Likelihood(nn.Module, ABC):
         x_shape: shape of one datum.
         network: the decoder, a module or a callable that builds one from ``(latent_dim, param_shape)``.
         context_dim: width of the context vector, 0 for none.
-        param_shape: shape of what the decoder returns, `x_shape` unless the distribution has several parameters.
+        param_shape: shape of the decoder's output; None for `x_shape`, one parameter an element.
     """
 
     def __init__(
@@ -56,15 +56,16 @@ class Likelihood(nn.Module, ABC):
         """Returns the distribution."""
 
     def output_for(self, x: Tensor) -> Tensor:
-        r"""Returns what the decoder must give, of shape `param_shape`, for :math:`p(x \mid z)` to have x's mean."""
+        r"""Returns the decoder output, of shape `param_shape`, at which :math:`p(x \mid z)` has the mean of x."""
         raise NotImplementedError(
-            f"{type(self).__name__} defines no output_for(x), from which start_at(x) would start."
+            f"{type(self).__name__} defines no output_for(x), which start_at(x) needs. Define it, or train without "
+            "start_at(x)."
         )
 
     def start_at(self, x: Tensor) -> "Likelihood":
-        r"""Starts the bias of the decoder from data: :math:`p(x \mid z)` has their mean, but for what z adds to it.
+        r"""Initialises the bias of the decoder from data, so that :math:`p(x \mid z)` has about their mean at first.
 
-        An untrained decoder then need not learn the average datum first.
+        The decoder then need not learn the average datum.
 
         Args:
             x: the training data, ``(size, *x_shape)``.
@@ -73,8 +74,8 @@ class Likelihood(nn.Module, ABC):
             The likelihood itself.
 
         Raises:
-            ValueError: when x has not the likelihood's shape, when no output is right for its mean (a negative mean of
-                positive data), or when the decoder does not end in a layer with a bias.
+            ValueError: when x does not have the shape of the likelihood, when no output gives its mean (a negative mean
+                of positive data), or when the decoder does not end in a layer with a bias.
 
         References:
             Importance Weighted Autoencoders, Y. Burda, R. Grosse and R. Salakhutdinov, 2016,
@@ -99,15 +100,16 @@ class Likelihood(nn.Module, ABC):
 
 
 def bits_per_dim(log_prob: Tensor, x_shape: Shape, bin_width: float = 1.0) -> Tensor:
-    r"""Turns log-probabilities in nats into bits per dimension, the fewer the better.
+    r"""Converts log-probabilities in nats to bits per dimension; lower is better.
 
     .. math:: -\frac{\log p(x) + D \log w}{D \log 2}
 
     Args:
         log_prob: log p(x) in nats, of any shape.
         x_shape: shape of one datum, of D dimensions.
-        bin_width: w, for a density of data that had been rounded to bins of this width (and dequantised): it makes the
-            density a probability of the bin, comparable with discrete likelihoods. 1/256 for bytes scaled to [0, 1].
+        bin_width: w, for a density of data that were rounded to bins of this width (and dequantised). The density times
+            the volume of a bin is the probability of the bin, which is comparable with discrete likelihoods. 1/256 for
+            bytes scaled to [0, 1].
 
     Raises:
         ValueError: when `bin_width` is not positive and finite.
@@ -125,7 +127,18 @@ def bits_per_dim(log_prob: Tensor, x_shape: Shape, bin_width: float = 1.0) -> Te
 
 
 def keep_log(part: nn.Module, name: str, value: float, shape: tuple[int, ...], learn: bool = True) -> None:
-    """Keeps the logarithm of a positive number as the parameter (or buffer) ``log_<name>``."""
+    """Registers the logarithm of a positive number as the parameter (or buffer) ``log_<name>``.
+
+    Args:
+        part: the module.
+        name: name of the number.
+        value: its initial value.
+        shape: shape of the parameter; all its elements start at the same value.
+        learn: whether it is a parameter; otherwise it is a buffer.
+
+    Raises:
+        ValueError: when the value is not positive and finite.
+    """
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}.")
     log = torch.full(shape, math.log(value))
@@ -136,10 +149,10 @@ def keep_log(part: nn.Module, name: str, value: float, shape: tuple[int, ...], l
 
 
 def inside(mean: Tensor, size: int) -> Tensor:
-    """Keeps means of numbers from 0 to 1 off the ends by half a datum's part."""
+    """Clamps means of `size` numbers from 0 to 1 to half a datum from the ends, where a logit is infinite."""
     return mean.clamp(0.5 / size, 1 - 0.5 / size)
 
 
 def bounded(log: Tensor) -> Tensor:
-    """Keeps the exponential of a network's output and its inverse within what float32 can hold."""
+    """Clamps the output of a network, so that its exponential and the inverse are finite in float32."""
     return log.clamp(-60, 60)

@@ -42,7 +42,7 @@ class ContinuousBernoulli(Likelihood):
     def output_for(self, x: Tensor) -> Tensor:
         mean = inside(x.mean(0), len(x))
         low, high = torch.full_like(mean, -1e6), torch.full_like(mean, 1e6)
-        for _ in range(80):  # the mean rises with the logit; bisection to rounding
+        for _ in range(80):  # bisection down to rounding: the mean increases with the logit
             middle = (low + high) / 2
             below = distributions.ContinuousBernoulli(logits=middle).mean < mean
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
@@ -50,7 +50,7 @@ class ContinuousBernoulli(Likelihood):
 
 
 class Normal(Likelihood):
-    r"""Independent normal pixels with a scale that is fixed, learned once, or learned per dimension.
+    r"""Independent normal pixels with a scale that is fixed, learned for all dimensions, or learned for each.
 
     .. math:: p(x \mid z) = \prod_d \mathcal{N}(x_d; \mu_d(z), \sigma_d^2), \qquad \mu(z) = \mathrm{network}(z)
 
@@ -58,9 +58,9 @@ class Normal(Likelihood):
         latent_dim: number of latent dimensions.
         x_shape: shape of one datum.
         network: the decoder, a module or a callable that builds one from ``(latent_dim, x_shape)``.
-        scale: :math:`\sigma`, in the units of the data; where learning starts if it is learned.
-        learn_scale: whether :math:`\sigma` is a parameter (of its logarithm) or stays as given.
-        per_dimension: whether each dimension of x has its own :math:`\sigma_d`; otherwise one serves all.
+        scale: :math:`\sigma`, in the units of the data; its initial value if it is learned.
+        learn_scale: whether the logarithm of :math:`\sigma` is learned; otherwise :math:`\sigma` is constant.
+        per_dimension: whether each dimension of x has its own :math:`\sigma_d`; otherwise all share one.
         context_dim: width of the context vector, 0 for none.
 
     Raises:
@@ -96,22 +96,22 @@ class Normal(Likelihood):
 
 
 class OptimalNormal(Likelihood):
-    r"""Independent normal pixels with the one scale that is best for them, in closed form: the sigma-VAE.
+    r"""Independent normal pixels with the optimal common scale in closed form: the sigma-VAE.
 
     .. math:: p(x \mid z) = \prod_d \mathcal{N}(x_d; \mu_d(z), \sigma^2), \qquad
         \sigma^2 = \frac{1}{N} \sum_{i=1}^N (x_i - \mu_i)^2
 
-    In training mode the scale is that of the N numbers which ``log_prob`` is given (over particles, data and
-    dimensions), gradient included: the log-probabilities of a batch then depend on each other, and their sum is the
-    largest that one scale gives. In evaluation mode it is the running average of those scales, so that the density is
-    a proper one, the same in any batch. Samples always take the running average.
+    In training mode, ``log_prob`` uses the optimal scale for its N numbers (over particles, data and dimensions), with
+    its gradient. The log-probabilities of a batch then depend on each other, and their sum is the largest that one
+    scale gives. In evaluation mode, it uses the running average of these scales, so that the density does not depend on
+    the batch. Samples always use the running average.
 
     Args:
         latent_dim: number of latent dimensions.
         x_shape: shape of one datum.
         network: the decoder, a module or a callable that builds one from ``(latent_dim, x_shape)``.
-        momentum: weight of the newest batch in the running average, above 0 and at most 1; the first batches weigh
-            equally until then.
+        momentum: weight of the newest batch in the running average, above 0 and at most 1; the first batches have equal
+            weights.
         context_dim: width of the context vector, 0 for none.
 
     Raises:
@@ -159,8 +159,8 @@ class Laplace(Likelihood):
         latent_dim: number of latent dimensions.
         x_shape: shape of one datum.
         network: the decoder, a module or a callable that builds one from ``(latent_dim, x_shape)``.
-        scale: where the scale :math:`b` starts, in the units of the data; its logarithm is learned.
-        per_dimension: whether each dimension of x has its own :math:`b_d`; otherwise one serves all.
+        scale: initial scale :math:`b`, in the units of the data; its logarithm is learned.
+        per_dimension: whether each dimension of x has its own :math:`b_d`; otherwise all share one.
         context_dim: width of the context vector, 0 for none.
 
     Raises:
@@ -194,7 +194,7 @@ class Laplace(Likelihood):
 
 
 class StudentT(Likelihood):
-    r"""Independent Student t pixels, whose heavy tails bear outliers.
+    r"""Independent Student t pixels, with heavy tails for data with outliers.
 
     .. math:: p(x \mid z) = \prod_d \mathrm{t}_{\nu_d}\!\left((x_d - \mu_d(z)) / \sigma_d\right) / \sigma_d, \qquad
         \mu(z) = \mathrm{network}(z)
@@ -203,10 +203,10 @@ class StudentT(Likelihood):
         latent_dim: number of latent dimensions.
         x_shape: shape of one datum.
         network: the decoder, a module or a callable that builds one from ``(latent_dim, x_shape)``.
-        df: where the degrees of freedom :math:`\nu` start; their logarithm is learned.
-        scale: where the scale :math:`\sigma` starts, in the units of the data; its logarithm is learned.
-        per_dimension: whether each dimension of x has its own :math:`\nu_d` and :math:`\sigma_d`; otherwise one of
-            each serves all.
+        df: initial degrees of freedom :math:`\nu`; their logarithm is learned.
+        scale: initial scale :math:`\sigma`, in the units of the data; its logarithm is learned.
+        per_dimension: whether each dimension of x has its own :math:`\nu_d` and :math:`\sigma_d`; otherwise all share
+            one.
         context_dim: width of the context vector, 0 for none.
 
     Raises:
@@ -243,7 +243,7 @@ class StudentT(Likelihood):
 
 
 class LogNormal(Likelihood):
-    r"""Independent log-normal elements, for positive numbers that vary by factors.
+    r"""Independent log-normal elements, for positive numbers that vary over orders of magnitude.
 
     .. math:: p(x \mid z) = \prod_d \frac{1}{x_d} \mathcal{N}(\log x_d; \mu_d(z), \sigma_d^2), \qquad
         \mu(z) = \mathrm{network}(z)
@@ -252,8 +252,8 @@ class LogNormal(Likelihood):
         latent_dim: number of latent dimensions.
         x_shape: shape of one datum.
         network: the decoder, a module or a callable that builds one from ``(latent_dim, x_shape)``.
-        scale: where :math:`\sigma`, of the logarithm of the data, starts; its logarithm is learned.
-        per_dimension: whether each dimension of x has its own :math:`\sigma_d`; otherwise one serves all.
+        scale: initial standard deviation :math:`\sigma` of the logarithm of the data; its logarithm is learned.
+        per_dimension: whether each dimension of x has its own :math:`\sigma_d`; otherwise all share one.
         context_dim: width of the context vector, 0 for none.
 
     Raises:
@@ -292,15 +292,15 @@ class Gamma(Likelihood):
     .. math:: p(x \mid z) = \prod_d \frac{(\alpha / m_d)^\alpha}{\Gamma(\alpha)} x_d^{\alpha - 1} e^{-\alpha x_d / m_d},
         \qquad m(z) = e^{\mathrm{network}(z)}
 
-    With :math:`\alpha = 1`, the exponential distribution, minus its logarithm is the Itakura-Saito divergence from x to
-    its mean m, but for terms in x alone: the likelihood of a power spectrum whose Fourier coefficients are normal.
+    With :math:`\alpha = 1` it is the exponential distribution: the likelihood of a power spectrum with normal Fourier
+    coefficients. Its negative logarithm is the Itakura-Saito divergence from x to its mean m, up to terms in x alone.
 
     Args:
         latent_dim: number of latent dimensions.
         x_shape: shape of one datum.
-        network: the decoder, a module or a callable that builds one from ``(latent_dim, x_shape)``; it gives log m.
-        concentration: :math:`\alpha`; where learning starts if it is learned.
-        learn_concentration: whether :math:`\alpha` is a parameter (of its logarithm) or stays as given.
+        network: the decoder, a module or a callable that builds one from ``(latent_dim, x_shape)``; it returns log m.
+        concentration: :math:`\alpha`; its initial value if it is learned.
+        learn_concentration: whether the logarithm of :math:`\alpha` is learned; otherwise :math:`\alpha` is constant.
         context_dim: width of the context vector, 0 for none.
 
     Raises:
@@ -343,9 +343,9 @@ class Beta(Likelihood):
     .. math:: p(x \mid z) = \prod_d \mathrm{Beta}(x_d; m_d c_d, (1 - m_d) c_d), \qquad
         m(z) = \sigma(\mathrm{network}(z)_1), \quad c(z) = \mathrm{softplus}(\mathrm{network}(z)_2 + a)
 
-    m is the mean, c the concentration about it; the constant a makes every element uniform where the network is zero.
-    The density may be infinite at 0 and at 1, which are therefore outside the support: squeeze data that has them,
-    for example with ``(x * (n - 1) + 0.5) / n`` for n data.
+    m is the mean and c the concentration around it; the constant a makes every element uniform where the network is
+    zero. The density may be infinite at 0 and at 1, which are therefore outside the support: shrink data that have
+    them, for example with ``(x * (n - 1) + 0.5) / n`` for n data.
 
     Args:
         latent_dim: number of latent dimensions.

@@ -12,11 +12,11 @@ from pyrovae.nn import MLP, Network, Shape, as_shape
 
 
 class Bernoulli(Likelihood):
-    r"""Independent Bernoulli pixels, for data that is 0 or 1.
+    r"""Independent Bernoulli pixels, for data that are 0 or 1.
 
     .. math:: p(x \mid z) = \prod_d \mu_d(z)^{x_d} (1 - \mu_d(z))^{1 - x_d}, \qquad \mu(z) = \sigma(\mathrm{network}(z))
 
-    Grey values between 0 and 1 are outside its support: its "likelihood" of them does not integrate to one. Binarise
+    Grey values between 0 and 1 are outside the support, because their "likelihood" does not integrate to one. Binarise
     them (``fit(..., transform=pyrovae.data.dynamic_binarization)``) or use a likelihood of real numbers.
 
     Args:
@@ -49,8 +49,8 @@ class Poisson(Likelihood):
 
     .. math:: p(x \mid z) = \prod_d \frac{\mu_d^{x_d} e^{-\mu_d}}{x_d!}, \qquad \mu(z) = e^{\mathrm{network}(z)}
 
-    With `library`, :math:`\mu = l\, \mathrm{softmax}(\mathrm{network}(z, c))` instead, where the last number of the
-    context c is :math:`\log l`, the logarithm of the datum's library size (its expected total).
+    With `library`, :math:`\mu = l\, \mathrm{softmax}(\mathrm{network}(z, c))` instead. The last number of the context c
+    is :math:`\log l`, the logarithm of the library size of a datum (its expected total).
 
     Args:
         latent_dim: number of latent dimensions.
@@ -100,14 +100,14 @@ class NegativeBinomial(Likelihood):
         \qquad \mu(z) = e^{\mathrm{network}(z)}
 
     The variance is :math:`\mu + \mu^2 / \theta`. With `library`,
-    :math:`\mu = l\, \mathrm{softmax}(\mathrm{network}(z, c))` instead, where the last number of the context c is
-    :math:`\log l`, the logarithm of the datum's library size.
+    :math:`\mu = l\, \mathrm{softmax}(\mathrm{network}(z, c))` instead. The last number of the context c is
+    :math:`\log l`, the logarithm of the library size of a datum.
 
     Args:
         latent_dim: number of latent dimensions.
         x_shape: shape of one datum.
         network: the decoder, a module or a callable that builds one from ``(latent_dim, x_shape)``.
-        inverse_dispersion: where :math:`\theta` starts; its logarithm is learned for each dimension of x.
+        inverse_dispersion: initial :math:`\theta`; its logarithm is learned for each dimension of x.
         library: whether the last column of the context is the logarithm of a library size.
         context_dim: width of the context vector, 0 for none; includes the library size.
 
@@ -146,18 +146,18 @@ class NegativeBinomial(Likelihood):
 
 
 class ZeroInflatedNegativeBinomial(Likelihood):
-    r"""Independent negative binomial counts, some of which are lost and read zero.
+    r"""Independent negative binomial counts, each replaced by zero with some probability.
 
     .. math:: p(x \mid z) = \prod_d \left(\pi_d [x_d = 0] + (1 - \pi_d)\, \mathrm{NB}(x_d; \mu_d, \theta_d)\right),
         \qquad \mu(z) = e^{\mathrm{network}(z)_1}, \quad \pi(z) = \sigma(\mathrm{network}(z)_2)
 
-    NB is that of :class:`NegativeBinomial`, and so is what `library` does to :math:`\mu`.
+    NB is the distribution of :class:`NegativeBinomial`, and `library` has the same meaning as there.
 
     Args:
         latent_dim: number of latent dimensions.
         x_shape: shape of one datum.
         network: the decoder, a module or a callable that builds one from ``(latent_dim, (2, *x_shape))``.
-        inverse_dispersion: where :math:`\theta` starts; its logarithm is learned for each dimension of x.
+        inverse_dispersion: initial :math:`\theta`; its logarithm is learned for each dimension of x.
         library: whether the last column of the context is the logarithm of a library size.
         context_dim: width of the context vector, 0 for none; includes the library size.
 
@@ -194,12 +194,12 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         return p.to_event(len(self.x_shape))
 
     def output_for(self, x: Tensor) -> Tensor:
-        log_mean = _log_mean_count(x)  # the gate starts at one half, so the counts that pass have twice the mean
+        log_mean = _log_mean_count(x)  # the gate starts at one half, so the other counts have twice the mean
         return torch.stack([log_mean + math.log(2), torch.zeros_like(log_mean)])
 
 
 class Categorical(Likelihood):
-    r"""Independent classes, numbered from 0, as floats or as integers.
+    r"""Independent classes, numbered from 0, as floats or integers.
 
     .. math:: p(x \mid z) = \prod_d \mathrm{softmax}(\mathrm{network}(z)_{\cdot d})_{x_d}
 
@@ -235,17 +235,17 @@ class Categorical(Likelihood):
 
     def output_for(self, x: Tensor) -> Tensor:
         classes = torch.arange(self.param_shape[0], device=x.device).view(-1, *(1,) * x.dim())
-        # Half a datum more of each class, so that one that was not seen has a logarithm.
+        # Half a datum is added to each class: the logarithm is finite for a class that does not occur.
         return torch.log(((x == classes).float().sum(1) + 0.5) / (len(x) + 0.5 * len(classes)))
 
 
 class Multinomial(Likelihood):
-    r"""Counts given their total: how often a user chose each item, a document each word.
+    r"""Counts given their total, such as those of words in a document or of items that a user chose.
 
     .. math:: p(x \mid z) = \frac{n!}{\prod_d x_d!} \prod_d \pi_d(z)^{x_d}, \qquad n = \sum_d x_d, \quad
         \pi(z) = \mathrm{softmax}(\mathrm{network}(z))
 
-    The log-probability is conditional on each datum's own total n, which may differ from datum to datum.
+    The log-probability is conditional on the total n of each datum, which may differ from datum to datum.
 
     Args:
         latent_dim: number of latent dimensions.
@@ -281,13 +281,13 @@ class Multinomial(Likelihood):
 
 
 class DiscretizedLogistic(Likelihood):
-    r"""Independent logistic pixels rounded to a grid, for bytes: data ``k / (levels - 1)`` from 0 to 1.
+    r"""Independent logistic pixels rounded to a grid, for bytes: data are ``k / (levels - 1)``, from 0 to 1.
 
     .. math:: p(x \mid z) = \prod_d \int_{a(x_d)}^{b(x_d)} \mathrm{Logistic}(u; \mu_d, s_d)\, du, \qquad
         \mu(z) = \tfrac{1}{2} + \mathrm{network}(z)_1, \quad s(z) = e^{\mathrm{network}(z)_2}
 
-    from half a level below to half a level above; the first and the last level take the tails. Comparable with a
-    categorical likelihood, and by :func:`bits_per_dim` with a density.
+    The integral is from half a level below to half a level above; the first and the last level have the tails. Its
+    log-probabilities are comparable with those of a categorical likelihood, and with densities by :func:`bits_per_dim`.
 
     Args:
         latent_dim: number of latent dimensions.
@@ -321,19 +321,19 @@ class DiscretizedLogistic(Likelihood):
         return p.to_event(len(self.x_shape))
 
     def output_for(self, x: Tensor) -> Tensor:
-        # About the data's mean: the tails beyond the grid move it.
+        # Only about the mean of the data: the tails outside the grid change it.
         scale = (x.std(0, correction=0) * math.sqrt(3) / math.pi).clamp_min(0.5 / (self.levels - 1))
         return torch.stack([x.mean(0) - 0.5, scale.log()])
 
 
 class DiscretizedLogisticMixture(Likelihood):
-    r"""Independent mixtures of rounded logistic distributions: pixels as in PixelCNN++, without its dependences.
+    r"""Independent mixtures of rounded logistic distributions: pixels as in PixelCNN++, but independent.
 
     .. math:: p(x \mid z) = \prod_d \sum_{k=1}^K \pi_{kd}(z) \int_{a(x_d)}^{b(x_d)} \mathrm{Logistic}(u; \mu_{kd}(z),
         s_{kd}(z))\, du
 
-    from half a level below to half a level above, as in :class:`DiscretizedLogistic`; :math:`\pi` is the softmax of the
-    network's first output, the others are as there.
+    The integral and the location and scale are those of :class:`DiscretizedLogistic`; :math:`\pi` is the softmax of the
+    first output of the network.
 
     Args:
         latent_dim: number of latent dimensions.
@@ -379,7 +379,7 @@ class DiscretizedLogisticMixture(Likelihood):
         return dist.MixtureSameFamily(dist.Categorical(logits=logits), components).to_event(len(self.x_shape))
 
     def output_for(self, x: Tensor) -> Tensor:
-        # Components side by side over two standard deviations: alike, they would long stay so.
+        # Components spread over two standard deviations, because identical ones would stay alike for long.
         std = x.std(0, correction=0).clamp_min(0.5 / (self.levels - 1))
         offset = (torch.arange(self.num_components) * 2 + 1) / self.num_components - 1
         loc = torch.stack([x.mean(0) - 0.5 + float(o) * std for o in offset])
@@ -398,8 +398,8 @@ def _log_mean(raw: Tensor, event_dim: int, library: Tensor | None) -> Tensor:
 def _check_library(library: bool, context_dim: int) -> None:
     if library and context_dim < 1:
         raise ValueError(
-            "library=True takes the log library size from the last column of the context: build the likelihood with "
-            f"context_dim=1 or more, got {context_dim}."
+            "library=True takes the log library size from the last column of the context, and needs context_dim of at "
+            f"least 1, got {context_dim}. Build the likelihood with context_dim=1 or more."
         )
 
 
@@ -409,4 +409,4 @@ def _check_levels(levels: int) -> None:
 
 
 def _log_mean_count(x: Tensor) -> Tensor:
-    return x.mean(0).clamp_min(0.5 / len(x)).log()  # half a count where there is none
+    return x.mean(0).clamp_min(0.5 / len(x)).log()  # half a count where all counts are zero

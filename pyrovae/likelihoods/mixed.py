@@ -1,4 +1,4 @@
-"""A likelihood of tables, whose columns differ in kind."""
+"""A likelihood of tables with columns of different types."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,19 +11,19 @@ from pyrovae.nn import Shape, as_shape
 
 
 class Mixed(Likelihood):
-    r"""Independent blocks of columns, each with a likelihood and a decoder of its own: tables of mixed types.
+    r"""Independent blocks of columns, each with its own likelihood and decoder: tables of mixed types.
 
     .. math:: p(x \mid z) = \prod_b p_b(x_b \mid z), \qquad x = [x_1, \dots, x_B]
 
     Args:
         latent_dim: number of latent dimensions.
-        x_shape: the number of columns, the sum of the blocks'.
-        blocks: for each block a callable that builds its likelihood from ``(latent_dim, columns)``, and how many
-            columns it has. With a context it is called with `context_dim` too.
+        x_shape: the number of columns, summed over the blocks.
+        blocks: for each block a callable that builds its likelihood from ``(latent_dim, columns)``, and its number of
+            columns. With a context the callable also gets `context_dim`.
         context_dim: width of the context vector, 0 for none.
 
     Raises:
-        ValueError: when there is no block, or the blocks' columns do not add up to `x_shape`.
+        ValueError: when there is no block, or the columns of the blocks do not add up to `x_shape`.
 
     References:
         Handling Incomplete Heterogeneous Data Using VAEs, A. Nazabal, P. M. Olmos, Z. Ghahramani and I. Valera, 2020,
@@ -44,7 +44,7 @@ class Mixed(Likelihood):
         blocks: Sequence[tuple[Callable[[int, Shape], Likelihood], int]],
         context_dim: int = 0,
     ):
-        nn.Module.__init__(self)  # no decoder of its own
+        nn.Module.__init__(self)  # not Likelihood's: only the blocks have decoders
         for block in blocks:
             if not isinstance(block, (tuple, list)) or len(block) != 2 or isinstance(block[0], nn.Module):
                 raise ValueError(
@@ -65,7 +65,7 @@ class Mixed(Likelihood):
         return distributions.Blocks([block(z, context) for block in self.blocks])
 
     def output_for(self, x: Tensor) -> Tensor:
-        raise NotImplementedError("Mixed has no network of its own: each of its blocks has.")
+        raise NotImplementedError("Mixed has no decoder, only its blocks have. Call output_for of a block.")
 
     def start_at(self, x: Tensor) -> "Mixed":
         for block, columns in zip(self.blocks, self._check_data(x).split(self.sizes, dim=-1), strict=True):

@@ -14,8 +14,8 @@ class Prior(nn.Module, ABC):
 
     A prior takes `latent_dim` first when it is built, and ``forward(context=None)`` returns a Pyro distribution with
     ``event_shape == (latent_dim,)``. Its ``batch_shape`` is ``()``, or ``(batch,)`` when it depends on a context of
-    shape ``(batch, context_dim)``. In a script any module with such a forward will do; the command line looks for
-    subclasses of this one::
+    shape ``(batch, context_dim)``. In a script any module with such a ``forward`` works; the command line finds
+    subclasses of this class::
 
         class WideNormal(Prior):
             def __init__(self, latent_dim: int, scale: float = 2.0):
@@ -25,16 +25,16 @@ class Prior(nn.Module, ABC):
             def forward(self, context=None):
                 return dist.Normal(torch.zeros(self.latent_dim), self.scale).to_event(1)
 
-    A prior with parameters says where they start, and :meth:`parameters_of` returns them: learned, or learned with the
-    output of a network of the context added to them. One over another space than the real vectors says so in the
-    attribute `support`, a constraint, which must be its encoder's too.
+    A prior with parameters gives their initial values as `start`. :meth:`parameters_of` then returns the learned
+    parameters, or with a context their sum with the output of a network. A prior over another space than real vectors
+    has this space as its attribute `support`, a constraint, which must be that of the encoder too.
 
     Args:
         latent_dim: number of latent dimensions, at least 1.
-        network: what maps a context to what is added to the parameters, a module or a callable that builds one from
+        network: maps a context to a vector that is added to the parameters, a module or a callable that builds one from
             ``(context_dim, len(start))``.
         context_dim: width of the context vector, 0 for none.
-        start: the parameters before training, as one vector; None for a prior without.
+        start: the initial parameters, as one vector; None for a prior without parameters.
     """
 
     support: constraints.Constraint = constraints.real_vector
@@ -51,18 +51,20 @@ class Prior(nn.Module, ABC):
 
     def parameters_of(self, context: Tensor | None = None) -> Tensor:
         """Returns the parameters as one vector, or with a context as vectors of shape ``(*leading, size)``."""
-        context = self.own(context)
+        context = self.select_context(context)
         if context is None:
             return self.params
         return self.params + apply(self.network, context, None, self.params.shape, type(self).__name__)
 
-    def own(self, context: Tensor | None) -> Tensor | None:
+    def select_context(self, context: Tensor | None) -> Tensor | None:
         """Returns the context if the prior was built for one, else None; raises a ValueError if it is missing."""
         if not self.context_dim:
             return None
         if context is None:
             name = type(self).__name__
-            raise ValueError(f"{name} was built with context_dim={self.context_dim} and needs a context.")
+            raise ValueError(
+                f"{name} was built with context_dim={self.context_dim} and needs a context. Give one vector a datum."
+            )
         return context
 
     @abstractmethod

@@ -33,7 +33,7 @@ class StandardNormal(Prior):
 
     def __init__(self, latent_dim: int):
         super().__init__(latent_dim)
-        # Buffers, so that the prior follows the module's device and dtype; constants, so not part of its state.
+        # Buffers, so that they move with the module; not persistent, because they are constants.
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
 
@@ -42,13 +42,13 @@ class StandardNormal(Prior):
 
 
 class DiagonalNormal(Prior):
-    r"""A normal prior with learned mean and scales, or with a network's of the context.
+    r"""A normal prior with learned mean and scales, which may depend on a context through a network.
 
     .. math:: p(z \mid c) = \mathcal{N}(z; \mu(c), \mathrm{diag}\, \sigma(c)^2)
 
     Args:
         latent_dim: number of latent dimensions.
-        network: what maps a context to the parameters, a module or a callable that builds one from
+        network: maps a context to the parameters, a module or a callable that builds one from
             ``(context_dim, 2 * latent_dim)``.
         context_dim: width of the context vector, 0 for none.
 
@@ -69,13 +69,13 @@ class DiagonalNormal(Prior):
 
 
 class Laplace(Prior):
-    r"""Independent Laplace dimensions with learned location and scale: sparser than a normal.
+    r"""Independent Laplace dimensions with learned locations and scales: sparser than a normal.
 
     .. math:: p(z) = \prod_d \frac{1}{2 b_d} \exp\left(-\frac{|z_d - \mu_d|}{b_d}\right)
 
     Args:
         latent_dim: number of latent dimensions.
-        network: what maps a context to the parameters, a module or a callable that builds one from
+        network: maps a context to the parameters, a module or a callable that builds one from
             ``(context_dim, 2 * latent_dim)``.
         context_dim: width of the context vector, 0 for none.
 
@@ -95,14 +95,14 @@ class Laplace(Prior):
 
 
 class StudentT(Prior):
-    r"""Independent Student-t dimensions with learned location, scale and degrees of freedom: heavier tails.
+    r"""Independent Student t dimensions with learned locations, scales and degrees of freedom: heavier tails.
 
     .. math:: p(z) = \prod_d \mathrm{StudentT}(z_d; \nu_d, \mu_d, \sigma_d)
 
     Args:
         latent_dim: number of latent dimensions.
-        df: degrees of freedom :math:`\nu` before training, positive.
-        network: what maps a context to the parameters, a module or a callable that builds one from
+        df: initial degrees of freedom :math:`\nu`, positive.
+        network: maps a context to the parameters, a module or a callable that builds one from
             ``(context_dim, 3 * latent_dim)``.
         context_dim: width of the context vector, 0 for none.
 
@@ -125,14 +125,18 @@ class StudentT(Prior):
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         loc, raw, raw_df = self.parameters_of(context).chunk(3, dim=-1)
-        return dist.StudentT(self.df * positive(raw_df), loc, positive(raw)).to_event(1)
+        return distributions.StudentT(self.df * positive(raw_df), loc, positive(raw)).to_event(1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, df={self.df}"
 
 
 def spline_flow(features: int, context: int) -> nn.Module:
-    """Returns zuko's neural spline flow with coupling, which draws and scores in two passes a transformation.
+    """Returns a neural spline flow of zuko's with coupling: drawing and scoring take two passes a transformation.
+
+    Args:
+        features: number of dimensions.
+        context: width of the context vector, 0 for none.
 
     References:
         Neural Spline Flows, C. Durkan, A. Bekasov, I. Murray and G. Papamakarios, 2019,
@@ -173,31 +177,31 @@ class FlowPrior(Prior):
                     p.log_prob(torch.zeros(latent_dim))
         except RuntimeError as error:
             raise ValueError(
-                f"flow does not take a context of width {context_dim}: {error}. Build it from both widths given."
+                f"flow takes no context of width {context_dim}: {error}. Build it from (latent_dim, context_dim)."
             ) from error
         if event_shape != (latent_dim,):
-            raise ValueError(f"flow must be one of ({latent_dim},) numbers, but its events have shape {event_shape}.")
+            raise ValueError(f"flow must have events of shape ({latent_dim},), got {event_shape}.")
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        return distributions.Flow(self.flow(self.own(context)), self.zero, self.zero + 1)
+        return distributions.Flow(self.flow(self.select_context(context)), self.zero, self.zero + 1)
 
 
 class ResampledPrior(Prior):
-    r"""The standard normal, reshaped by rejection with a learned acceptance probability (LARS).
+    r"""The standard normal, changed by rejection sampling with a learned acceptance probability (LARS).
 
     .. math:: p(z) = \mathcal{N}(z; 0, I) \left( \frac{a(z)}{Z} \left(1 - (1 - Z)^{T-1}\right) + (1 - Z)^{T-1} \right),
         \qquad Z = \mathrm{E}\, a(z), \quad a(z) = \sigma(\mathrm{network}(z))
 
-    In training Z is estimated anew in each step, from `num_samples` draws; in evaluation mode from 16,384 points of a
-    Sobol sequence, always the same, so that log p(z) is a fixed function. The density is normalised as well as they
-    know Z: its logarithm is off by about :math:`s / (128 Z)` nats or less, where s is the standard deviation of a(z).
+    In training, each step estimates Z from `num_samples` draws. In evaluation mode, Z is estimated from 16,384 fixed
+    points of a Sobol sequence, so that log p(z) is a fixed function. The normalisation is as accurate as this estimate:
+    the error of log p(z) is at most about :math:`s / (128 Z)` nats, where s is the standard deviation of a(z).
 
     Args:
         latent_dim: number of latent dimensions.
         network: the logit of the acceptance probability, a module or a callable that builds one from
             ``(latent_dim, 1)``.
-        tries: T, the draw that is kept whatever its acceptance probability, at least 1.
+        tries: T, at least 1; draw number T is always accepted.
         num_samples: draws for Z in training, at least 1.
         context_dim: width of the context vector, 0 for none.
 
@@ -229,7 +233,7 @@ class ResampledPrior(Prior):
         self.register_buffer("points", _normal_points(latent_dim), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        context = self.own(context)
+        context = self.select_context(context)
         base = dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)
         points = base.sample((self.num_samples,)) if self.training else self.points
         if context is not None:
@@ -251,49 +255,51 @@ def _normal_points(latent_dim: int) -> Tensor:
 
 
 def squared_exponential(distance: Tensor) -> Tensor:
-    r"""The squared-exponential kernel, :math:`\exp(-r^2 / 2)`: very smooth."""
+    r"""The squared-exponential kernel, :math:`\exp(-r^2 / 2)`, with smooth paths, of distances r in length scales."""
     return (-0.5 * distance.square()).exp()
 
 
 def matern_32(distance: Tensor) -> Tensor:
-    r"""The Matern kernel of smoothness 3/2, :math:`(1 + \sqrt3 r) \exp(-\sqrt3 r)`: once differentiable paths."""
+    r"""The Matern kernel of smoothness 3/2, :math:`(1 + \sqrt3 r) \exp(-\sqrt3 r)`, with once differentiable paths."""
     r = math.sqrt(3) * distance
     return (1 + r) * (-r).exp()
 
 
 def matern_52(distance: Tensor) -> Tensor:
-    r"""The Matern kernel of smoothness 5/2, :math:`(1 + \sqrt5 r + 5 r^2 / 3) \exp(-\sqrt5 r)`: twice."""
+    r"""The Matern kernel of smoothness 5/2, :math:`(1 + \sqrt5 r + 5 r^2 / 3) \exp(-\sqrt5 r)`, with twice
+    differentiable paths.
+    """
     r = math.sqrt(5) * distance
     return (1 + r + r.square() / 3) * (-r).exp()
 
 
 def cauchy(distance: Tensor) -> Tensor:
-    r"""The Cauchy (rational quadratic) kernel, :math:`1 / (1 + r^2)`: many length scales at once."""
+    r"""The Cauchy (rational quadratic) kernel, :math:`1 / (1 + r^2)`, a mixture of many length scales."""
     return 1 / (1 + distance.square())
 
 
 class GaussianProcess(Prior):
-    r"""Gaussian processes over a known coordinate, times for example: a prior for sequences.
+    r"""Gaussian processes over a known coordinate, such as time: a prior for sequences.
 
     .. math:: z_p = (z_p(t_1), \dots, z_p(t_T)) \sim \mathcal{N}(0, K_p), \qquad
         K_p(t, t') = (1 - s)\, k(|t - t'| / l_p) + s\, [t = t']
 
-    The latents of a datum are :math:`P = \mathrm{latent\_dim} / T` independent processes at T times, one process after
-    the other: ``z.unflatten(-1, (P, T))``. The context holds the times of each datum; a prior without one takes the
-    times 0, 1, ..., T - 1 for all. The variance is one, as a decoder may scale its input.
+    The latents of a datum are :math:`P = \mathrm{latent\_dim} / T` independent processes at T times, concatenated:
+    ``z.unflatten(-1, (P, T))``. The context holds the times of each datum; without one, the times are 0, 1, ..., T - 1
+    for all data. The variance is one, because a decoder may scale its input.
 
     Args:
         latent_dim: number of latent dimensions, a multiple of `num_times`.
         num_times: :math:`T`, at least 1.
-        length_scale: :math:`l_p` before training, in units of the times; each process learns its own.
+        length_scale: initial :math:`l_p`, in the units of the times; each process learns its own.
         kernel: :math:`k`, a function of the distance in length scales, with k(0) = 1: `squared_exponential`,
             `matern_32`, `matern_52` or `cauchy`, of :mod:`pyrovae.priors`, or another.
-        noise: :math:`s`, the share of the variance that is not smooth, in (0, 1).
+        noise: :math:`s`, the fraction of the variance that is white noise, in (0, 1).
         context_dim: `num_times` if each datum has its own times, 0 if all have 0, 1, ..., T - 1.
 
     Raises:
-        ValueError: when `num_times` does not divide `latent_dim`, or another argument is out of range, or the times are
-            missing or not T for each datum.
+        ValueError: when `num_times` does not divide `latent_dim`, when another argument is out of range, or when the
+            context does not have T times for each datum.
 
     References:
         Gaussian Process Prior Variational Autoencoders, F. P. Casale, A. Dalca, L. Saglietti, J. Listgarten and
@@ -326,10 +332,13 @@ class GaussianProcess(Prior):
         self.register_buffer("times", torch.arange(num_times, dtype=torch.get_default_dtype()), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        context = self.own(context)
+        context = self.select_context(context)
         times = self.times if context is None else context.to(self.times)
         if times.shape[-1:] != (self.num_times,):
-            raise ValueError(f"context must hold {self.num_times} times a datum, got shape {tuple(times.shape)}.")
+            raise ValueError(
+                f"context must hold {self.num_times} times a datum, shape (batch, {self.num_times}), got "
+                f"{tuple(times.shape)}."
+            )
         distance = (times.unsqueeze(-1) - times.unsqueeze(-2)).abs().unsqueeze(-3)
         smooth = self.kernel(distance / self.params.exp().reshape(-1, 1, 1))
         eye = torch.eye(self.num_times, dtype=smooth.dtype, device=smooth.device)
@@ -366,7 +375,7 @@ class HypersphericalUniform(Prior):
     def __init__(self, latent_dim: int):
         super().__init__(latent_dim)
         if latent_dim < 2:
-            raise ValueError(f"latent_dim must be at least 2, a sphere's, got {latent_dim}.")
+            raise ValueError(f"latent_dim must be at least 2 for latents on a sphere, got {latent_dim}.")
         self.register_buffer("like", torch.zeros(latent_dim), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
@@ -380,7 +389,7 @@ class LogisticNormal(Prior):
 
     Args:
         latent_dim: number of topics :math:`K`, at least 2.
-        network: what maps a context to the parameters, a module or a callable that builds one from
+        network: maps a context to the parameters, a module or a callable that builds one from
             ``(context_dim, 2 * (latent_dim - 1))``.
         context_dim: width of the context vector, 0 for none.
 
@@ -414,8 +423,8 @@ class Dirichlet(Prior):
 
     Args:
         latent_dim: number of topics :math:`K`, at least 2.
-        concentration: every :math:`\alpha_k` before training, positive; below one it favours few topics at a time.
-        network: what maps a context to the parameters, a module or a callable that builds one from
+        concentration: initial value of every :math:`\alpha_k`, positive; below one it favours few topics in a datum.
+        network: maps a context to the parameters, a module or a callable that builds one from
             ``(context_dim, latent_dim)``.
         context_dim: width of the context vector, 0 for none.
 

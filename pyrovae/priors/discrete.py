@@ -1,4 +1,4 @@
-"""Priors over classes, as integers, one-hot vectors or relaxed ones."""
+"""Priors over classes, as integers, one-hot vectors or relaxed one-hot vectors."""
 
 import torch
 from pyro import distributions as dist
@@ -16,12 +16,12 @@ class Categorical(Prior):
 
     .. math:: p(z) = \prod_d \pi_{d, z_d}, \qquad z_d \in \{0, \dots, K - 1\}
 
-    The decoder then takes integers: ``network=functools.partial(nn.OneHotInput, num_classes=K)``.
+    The decoder then needs a network of integers: ``network=functools.partial(nn.OneHotInput, num_classes=K)``.
 
     Args:
         latent_dim: number of latent variables.
         num_classes: :math:`K`, at least 2.
-        network: what maps a context to the logits, a module or a callable that builds one from
+        network: maps a context to the logits, a module or a callable that builds one from
             ``(context_dim, latent_dim * num_classes)``.
         context_dim: width of the context vector, 0 for none.
 
@@ -50,14 +50,14 @@ class Categorical(Prior):
 
 
 class OneHotCategorical(Prior):
-    r"""One-hot vectors, one beside the other, with learned probabilities.
+    r"""One-hot vectors, concatenated, with learned probabilities.
 
     .. math:: p(z) = \prod_{m=1}^M \prod_{k=1}^K \pi_{mk}^{z_{mk}}, \qquad M K = \mathrm{latent\_dim}
 
     Args:
         latent_dim: number of latent dimensions.
         num_classes: length :math:`K` of each one-hot vector, a divisor of `latent_dim`; None for one vector of all.
-        network: what maps a context to the logits, a module or a callable that builds one from
+        network: maps a context to the logits, a module or a callable that builds one from
             ``(context_dim, latent_dim)``.
         context_dim: width of the context vector, 0 for none.
 
@@ -86,15 +86,15 @@ class OneHotCategorical(Prior):
 
 
 class RelaxedOneHotCategorical(Prior):
-    r"""Relaxed one-hot vectors (points of the simplex), one beside the other, with learned probabilities.
+    r"""Relaxed one-hot vectors (points of the simplex), concatenated, with learned probabilities.
 
     .. math:: z_m = \mathrm{softmax}\left(\frac{\log \pi_m + g_m}{\tau}\right), \qquad g_{mk} \sim \mathrm{Gumbel}
 
     Args:
         latent_dim: number of latent dimensions.
         num_classes: length :math:`K` of each vector, a divisor of `latent_dim`; None for one vector of all.
-        temperature: :math:`\tau`, positive; the lower, the nearer to one-hot.
-        network: what maps a context to the logits, a module or a callable that builds one from
+        temperature: :math:`\tau`, positive; lower values are nearer to one-hot.
+        network: maps a context to the logits, a module or a callable that builds one from
             ``(context_dim, latent_dim)``.
         context_dim: width of the context vector, 0 for none.
 

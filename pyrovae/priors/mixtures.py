@@ -1,4 +1,4 @@
-"""Priors that are mixtures, of components of their own or of the encoder's."""
+"""Priors that are mixtures, of learned components or of posteriors of the encoder."""
 
 import math
 from abc import ABC, abstractmethod
@@ -16,12 +16,12 @@ from pyrovae.priors.base import Prior
 
 
 class _GaussianMixture(Prior, ABC):
-    """A mixture of normals, whatever their covariances: the parameters are weights, means and what they take."""
+    """A mixture of normals; subclasses define the covariances. The parameters are weights, means and covariances."""
 
     def __init__(self, latent_dim: int, num_components: int = 10, network: Network = MLP, context_dim: int = 0):
         if num_components < 1:
             raise ValueError(f"num_components must be at least 1, got {num_components}.")
-        # Means apart from one another, for components that are alike stay so.
+        # Random means, because identical components would stay identical.
         means, scales = torch.randn(num_components * latent_dim), self._num_scales(latent_dim, num_components)
         start = torch.cat([torch.zeros(num_components), means, torch.zeros(scales)])
         super().__init__(latent_dim, network, context_dim, start=start)
@@ -29,11 +29,11 @@ class _GaussianMixture(Prior, ABC):
 
     @abstractmethod
     def _num_scales(self, latent_dim: int, num_components: int) -> int:
-        """Returns how many numbers the covariances take."""
+        """Returns the number of parameters of the covariances."""
 
     @abstractmethod
     def _scales(self, raw: Tensor) -> dict[str, Tensor]:
-        """Returns those numbers as the argument of a :class:`pyrovae.distributions.NormalMixture` that they are."""
+        """Returns these parameters as keyword arguments of :class:`pyrovae.distributions.NormalMixture`."""
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         params, k = self.parameters_of(context), self.num_components
@@ -53,7 +53,7 @@ class GaussianMixture(_GaussianMixture):
     Args:
         latent_dim: number of latent dimensions.
         num_components: :math:`K`, at least 1.
-        network: what maps a context to the parameters, a module or a callable that builds one from
+        network: maps a context to the parameters, a module or a callable that builds one from
             ``(context_dim, num_components * (1 + 2 * latent_dim))``.
         context_dim: width of the context vector, 0 for none.
 
@@ -73,14 +73,14 @@ class GaussianMixture(_GaussianMixture):
 
 
 class FullRankGaussianMixture(_GaussianMixture):
-    r"""A mixture of normals, each with a covariance of its own.
+    r"""A mixture of normals, each with its own covariance.
 
     .. math:: p(z) = \sum_{k=1}^K \pi_k\, \mathcal{N}(z; \mu_k, L_k L_k^\top)
 
     Args:
         latent_dim: number of latent dimensions.
         num_components: :math:`K`, at least 1.
-        network: what maps a context to the parameters, a module or a callable that builds one from ``(context_dim,
+        network: maps a context to the parameters, a module or a callable that builds one from ``(context_dim,
             num_components * (1 + latent_dim + latent_dim * (latent_dim + 1) // 2))``.
         context_dim: width of the context vector, 0 for none.
 
@@ -107,7 +107,7 @@ class TiedGaussianMixture(_GaussianMixture):
     Args:
         latent_dim: number of latent dimensions.
         num_components: :math:`K`, at least 1.
-        network: what maps a context to the parameters, a module or a callable that builds one from ``(context_dim,
+        network: maps a context to the parameters, a module or a callable that builds one from ``(context_dim,
             num_components * (1 + latent_dim) + latent_dim * (latent_dim + 1) // 2)``.
         context_dim: width of the context vector, 0 for none.
 
@@ -131,19 +131,19 @@ class VampPrior(Prior):
 
     .. math:: p(z) = \frac{1}{K} \sum_{k=1}^K q(z \mid u_k)
 
-    The encoder sees the pseudo-inputs once for each run of the model, however many particles there are. With a context,
-    they are encoded along with each row of it. Posteriors that are normal are scored by one matrix product; others,
-    flows above all, one by one for every z, which takes as many times as long as there are components.
+    Each run of the model encodes the pseudo-inputs once, for all particles. With a context, they are encoded with each
+    of its rows. Normal posteriors are scored by one matrix product. Others, such as flows, are scored one by one for
+    every z, and the time is proportional to the number of components.
 
     Args:
         encoder: the encoder of the VAE.
         num_components: number of pseudo-inputs :math:`K`, at least 1.
-        data: what they start from: shape ``(at least num_components, *x_shape)``, of which the first are taken; None
-            for noise.
+        data: initial pseudo-inputs, the first `num_components` rows, shape ``(at least num_components, *x_shape)``;
+            None for noise.
         bounds: smallest and largest value of a pseudo-input; None for any real number.
 
     Raises:
-        ValueError: when `num_components` is below 1, or `data` has another shape or fewer rows, or lies outside
+        ValueError: when `num_components` is below 1, or `data` has another shape, fewer rows, or values outside
             `bounds`.
 
     References:
@@ -166,15 +166,15 @@ class VampPrior(Prior):
             raise ValueError(f"num_components must be at least 1, got {num_components}.")
         shape = (num_components, *encoder.x_shape)
         if bounds is not None and not bounds[0] < bounds[1]:
-            raise ValueError(f"bounds must be a smaller and a larger number, got {bounds}.")
+            raise ValueError(f"bounds must be a pair (low, high) with low < high, or None, got {bounds}.")
         self.num_components, self.bounds = num_components, bounds
         self.support, self.context_dim = encoder.support, getattr(encoder, "context_dim", 0)
         if data is None:
             raw = torch.randn(shape).to(_weight(encoder))
         elif data.shape[1:] != shape[1:] or len(data) < num_components:
             raise ValueError(
-                f"data must have shape (at least {num_components}, *{shape[1:]}), got {tuple(data.shape)}. Give more, or "
-                "fewer num_components."
+                f"data must have shape (at least {num_components}, *{shape[1:]}), got {tuple(data.shape)}. Give more "
+                "data or fewer num_components."
             )
         else:
             raw = self._raw(data[:num_components].detach().clone().to(_weight(encoder)))
@@ -184,7 +184,7 @@ class VampPrior(Prior):
             with torch.no_grad():
                 q = encoder(self.pseudo_inputs()[:1])
             if isinstance(q, dist.Delta):
-                raise ValueError("encoder gives points (Delta), which make no density. Give an encoder that has one.")
+                raise ValueError("encoder returns points (Delta) without a density. Give an encoder with a density.")
 
     def _raw(self, data: Tensor) -> Tensor:
         if self.bounds is None:
@@ -195,7 +195,7 @@ class VampPrior(Prior):
                 f"data ranges from {data.min().item():g} to {data.max().item():g}, outside bounds={self.bounds}. Give "
                 "the bounds of the data, or None."
             )
-        # At the bounds themselves a sigmoid has no slope: pixels that are 0 or 1 start a hundredth inside.
+        # At the bounds a sigmoid has no gradient: pixels of 0 or 1 start one hundredth inside.
         return ((data - low) / (high - low)).clamp(0.01, 0.99).logit()
 
     def pseudo_inputs(self) -> Tensor:
@@ -206,7 +206,7 @@ class VampPrior(Prior):
         return low + (high - low) * self.raw_inputs.sigmoid()
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        inputs, context = self.pseudo_inputs(), self.own(context)
+        inputs, context = self.pseudo_inputs(), self.select_context(context)
         if context is not None:
             leading, inputs = context.shape[:-1], inputs.expand(*context.shape[:-1], *inputs.shape)
             context = context.unsqueeze(-2).expand(*leading, self.num_components, -1)
@@ -223,26 +223,26 @@ class VampPrior(Prior):
 
 
 class ExemplarPrior(Prior):
-    r"""A mixture of normals of one width around the encoder's means of the training data themselves.
+    r"""A mixture of normals with one scale around the means that the encoder gives for the training data.
 
     .. math:: p(z) = \frac{1}{N} \sum_{n=1}^N \mathcal{N}(z; \mu(x_n), \sigma^2 I)
 
-    In training the context is the number of each datum in `data`, shape ``(batch,)``, and its own exemplar is left out
-    (the mean is then over N - 1): ``fit(vae.model, vae.guide, (data, torch.arange(len(data))))``. Without a context
-    none is left out. In training the sum runs over the exemplars nearest to the z of the batch, found among means that
-    were kept from when they were last encoded, and encoded anew; leaving terms out makes it a lower bound. In
-    evaluation mode it is exact, over all of them.
+    In training, the context is the index of each datum in `data`, shape ``(batch,)``, and each datum leaves its own
+    exemplar out (the mean is then over N - 1): ``fit(vae.model, vae.guide, (data, torch.arange(len(data))))``. Without
+    a context, no exemplar is left out. In training, the sum has only the exemplars nearest to the latents of the batch,
+    which makes it a lower bound. They are selected by means from earlier steps, and then encoded again. In evaluation
+    mode the sum is exact, over all exemplars.
 
     Args:
         encoder: the encoder of the VAE, with a mean.
-        data: the exemplars, shape ``(N, *x_shape)``. They are no part of what is saved: build the prior with the same
-            ones before loading.
-        num_neighbors: exemplars taken for each z in training.
-        scale: :math:`\sigma` before training.
+        data: the exemplars, shape ``(N, *x_shape)``. They are not saved: build the prior with the same data before
+            loading.
+        num_neighbors: number of exemplars for each z in training.
+        scale: initial :math:`\sigma`.
 
     Raises:
-        ValueError: when `data` does not have the encoder's shape, `num_neighbors` is below 1, `scale` is not positive,
-            or the numbers of the data are out of range.
+        ValueError: when `data` does not have the shape of the encoder's input, `num_neighbors` is below 1, `scale` is
+            not positive, or an index in the context is out of range.
 
     References:
         Exemplar VAE: Linking Generative Models, Nearest Neighbor Retrieval, and Data Augmentation, S. Norouzi,
@@ -258,29 +258,32 @@ class ExemplarPrior(Prior):
             raise ValueError(f"scale must be positive and finite, got {scale}.")
         weight = _weight(encoder)
         super().__init__(encoder.latent_dim, start=weight.new_full((1,), math.log(scale)))
-        self.context_dim, self.takes_numbers = 1, True  # the number of a datum, not a vector
+        self.context_dim, self.takes_numbers = 1, True  # the context is an index, not a vector
         if data.shape[1:] != encoder.x_shape or len(data) < 2:
             raise ValueError(f"data must have shape (at least 2, *{encoder.x_shape}), got {tuple(data.shape)}.")
         if num_neighbors < 1:
             raise ValueError(f"num_neighbors must be at least 1, got {num_neighbors}.")
         if getattr(encoder, "context_dim", 0):
-            raise ValueError("encoder takes a context, but exemplars are encoded without. Build it with context_dim=0.")
+            raise ValueError("encoder takes a context, but exemplars have none. Build it with context_dim=0.")
         if encoder.support is not constraints.real_vector:
             raise ValueError(f"ExemplarPrior is a mixture of normals, but the encoder's latents are {encoder.support}.")
         try:
             with torch.no_grad():
                 encoder(data[:1].to(weight)).mean  # noqa: B018
         except NotImplementedError as error:
-            raise ValueError(f"{type(encoder).__name__} states no mean, which an ExemplarPrior needs.") from error
+            raise ValueError(
+                f"{type(encoder).__name__} returns a distribution without a mean, which an ExemplarPrior needs. Use "
+                "an encoder such as DiagonalNormal."
+            ) from error
         self.num_neighbors, self.encoder = min(num_neighbors, len(data) - 1), encoder
-        # No buffer: neither a checkpoint nor a file of weights is to hold the data.
+        # Not a buffer, so that checkpoints and files of weights do not hold the data.
         self.data = data.detach()
         means = weight.new_full((len(data), encoder.latent_dim), math.nan)
         self.register_buffer("means", means, persistent=False)
         self._encoded_with = None
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        left_out = None if context is None else self._numbers(context)
+        left_out = None if context is None else self._indices(context)
         if not self.training:
             weights = tuple((id(t), t._version, t.dtype) for t in [*self.encoder.parameters(), *self.encoder.buffers()])
             if weights != self._encoded_with:
@@ -291,17 +294,18 @@ class ExemplarPrior(Prior):
         nearest = partial(self._nearest, left_out) if self.training else None
         return distributions.Exemplars(self.means, self.params.exp(), left_out, nearest)
 
-    def _numbers(self, context: Tensor) -> Tensor:
-        numbers = context.long().flatten()
-        if bool((numbers != context.flatten()).any() | (numbers < 0).any() | (numbers >= len(self.data)).any()):
+    def _indices(self, context: Tensor) -> Tensor:
+        indices = context.long().flatten()
+        if bool((indices != context.flatten()).any() | (indices < 0).any() | (indices >= len(self.data)).any()):
             raise ValueError(
-                "the context of an ExemplarPrior is the number of each datum in its data, from 0 to "
-                f"{len(self.data) - 1}, got values from {context.min().item():g} to {context.max().item():g}."
+                "the context of an ExemplarPrior must be the index of each datum in its data, from 0 to "
+                f"{len(self.data) - 1}, got values from {context.min().item():g} to {context.max().item():g}. Give "
+                "torch.arange(len(data)) with the training data."
             )
-        return numbers
+        return indices
 
-    def _encode(self, numbers: Tensor) -> Tensor:
-        return self.encoder(self.data[numbers.to(self.data.device)].to(self.params)).mean
+    def _encode(self, indices: Tensor) -> Tensor:
+        return self.encoder(self.data[indices.to(self.data.device)].to(self.params)).mean
 
     @torch.no_grad()
     def _encode_all(self) -> None:
@@ -309,26 +313,27 @@ class ExemplarPrior(Prior):
             self.means[rows] = self._encode(rows)
 
     def _nearest(self, left_out: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the numbers of the exemplars nearest to any row of z, and their means, encoded anew."""
+        """Returns the indices of the exemplars that are nearest to some row of z, and their means, encoded again."""
         with torch.no_grad():
             half_squares = 0.5 * self.means.square().sum(-1)
-            own = None if left_out is None else left_out.expand(z.shape[:-1]).flatten()
+            excluded = None if left_out is None else left_out.expand(z.shape[:-1]).flatten()
             rows = z.reshape(-1, self.latent_dim)
-            found = [] if left_out is None else [left_out]
-            for start in range(0, len(rows), 256):  # for memory
+            # With the exemplars left out, whose means are then encoded again too.
+            selected = [] if left_out is None else [left_out]
+            for start in range(0, len(rows), 256):  # bounds the memory
                 closeness = torch.addmm(-half_squares, rows[start : start + 256], self.means.T)
-                if own is not None:
-                    closeness.scatter_(1, own[start : start + 256, None], -math.inf)
-                found.append(closeness.topk(self.num_neighbors, sorted=False).indices.flatten())
-            numbers = torch.cat(found).unique()
-        means = self._encode(numbers)
-        self.means[numbers] = means.detach()
-        return numbers, means
+                if excluded is not None:
+                    closeness.scatter_(1, excluded[start : start + 256, None], -math.inf)
+                selected.append(closeness.topk(self.num_neighbors, sorted=False).indices.flatten())
+            indices = torch.cat(selected).unique()
+        means = self._encode(indices)
+        self.means[indices] = means.detach()
+        return indices, means
 
     def extra_repr(self) -> str:
         return f"latent_dim={self.latent_dim}, num_exemplars={len(self.data)}, num_neighbors={self.num_neighbors}"
 
 
 def _weight(encoder: nn.Module) -> Tensor:
-    """Returns a tensor of the device and type that an encoder works in."""
+    """Returns a tensor with the device and dtype of an encoder."""
     return next((p.detach() for p in encoder.parameters()), torch.zeros(()))

@@ -31,7 +31,7 @@ from pyrovae.bounds import Bound
 from pyrovae.compilation import api as graphs
 from pyrovae.compilation.cudagraph import PostStep
 from pyrovae.compilation.guards import Guards
-from pyrovae.data.loading import Batches, as_batches
+from pyrovae.data.batches import Batches, as_batches
 from pyrovae.distributed import Shard, init_process_group
 from pyrovae.inference.structure import (
     ObservedChecked,

@@ -1,0 +1,156 @@
+"""Distributions of binary numbers, classes, and levels of a grid."""
+
+from collections.abc import Iterator
+
+import torch
+from pyro import distributions as dist
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from pyrovae.distributions.spaces import grid
+
+
+class IndependentBernoulli(dist.Independent):
+    r"""``Bernoulli(logits=...).to_event(n)`` with a log-probability that is several times as fast and as accurate.
+
+    .. math:: \log p(x) = \sum_d \left(x_d l_d - \max(l_d, 0)\right)
+        - \sum_g \log \prod_{d \in g} \left(1 + e^{-|l_d|}\right)
+
+    One logarithm serves a group g of up to 64 dimensions: every factor is in (1, 2], so the product cannot overflow.
+
+    Args:
+        base_distribution: a Bernoulli distribution.
+        reinterpreted_batch_ndims: how many of its batch dimensions are event dimensions.
+
+    >>> logits, x = torch.tensor([[-2.0, 0.5, 3.0]]), torch.tensor([0.0, 1.0, 1.0])
+    >>> IndependentBernoulli(dist.Bernoulli(logits=logits), 1).log_prob(x)
+    tensor([-0.6496])
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        event_dims = self.reinterpreted_batch_ndims
+        if event_dims == 0:
+            return super().log_prob(value)
+        if self._validate_args:
+            self.base_dist._validate_sample(value)
+        logits = self.base_dist.logits
+        logits, value = torch.broadcast_tensors(logits, value.to(logits.dtype))
+        return _BernoulliLogProb.apply(logits.flatten(-event_dims), value.flatten(-event_dims))
+
+
+class _BernoulliLogProb(torch.autograd.Function):
+    """The log-probability summed over the last dimension, with its gradient by hand: x - sigmoid(l) by l, and l by x.
+
+    Autograd would differentiate the product, which takes more time and memory.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, x: Tensor) -> Tensor:
+        size = logits.shape[-1]
+        group = max(n for n in range(1, 65) if size % n == 0)
+        factors = logits.abs().neg_().exp_().add_(1).unflatten(-1, (group, -1))
+        return (x * logits).sub_(logits.relu()).sum(-1) - factors.prod(-2).log_().sum(-1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        logits, x = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        by_logits = grad * (x - logits.sigmoid()) if ctx.needs_input_grad[0] else None
+        return by_logits, grad * logits if ctx.needs_input_grad[1] else None
+
+
+class Categorical(dist.Categorical):
+    r"""Pyro's categorical distribution with floating-point samples, because networks take floating-point data.
+
+    .. math:: p(x = k) = \mathrm{softmax}(l)_k, \qquad k = 0, \dots, K - 1
+
+    Args:
+        logits: :math:`l`, normalised or not, shape ``(*batch, K)``.
+
+    >>> Categorical(logits=torch.tensor([0.0, 100.0])).sample()
+    tensor(1.)
+    """
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        return super().sample(sample_shape).to(self.logits.dtype)
+
+
+class DiscretizedLogistic(dist.TorchDistribution):
+    r"""A logistic distribution rounded to a grid; the first and the last level have the tails.
+
+    .. math:: P\left(\tfrac{k}{L - 1}\right) = \sigma(b_k) - \sigma(a_k)
+        = \sigma(b_k)\, \sigma(-a_k) \left(1 - e^{a_k - b_k}\right), \qquad
+        a_k, b_k = \left(\tfrac{k \mp 1/2}{L - 1} - \mu\right) / s, \quad a_0 = -\infty, \; b_{L-1} = \infty
+
+    The product is accurate for any location and scale: it has no difference of nearly equal numbers.
+
+    Args:
+        loc: :math:`\mu`, on the scale of the data.
+        scale: :math:`s`, positive.
+        levels: :math:`L`, the number of grid points from 0 to 1.
+
+    References:
+        Improved Variational Inference with Inverse Autoregressive Flow, D. P. Kingma et al., 2016,
+        https://arxiv.org/abs/1606.04934.
+
+    >>> p = DiscretizedLogistic(torch.tensor(0.3), torch.tensor(0.1), levels=4)
+    >>> p.log_prob(torch.tensor([0, 1 / 3, 2 / 3, 1])).exp()
+    tensor([0.2086, 0.6722, 0.1144, 0.0048])
+    """
+
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+
+    def __init__(self, loc: Tensor, scale: Tensor, levels: int = 256, validate_args: bool | None = None):
+        self.loc, self.scale = torch.broadcast_tensors(loc, scale)
+        self.levels = levels
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self):
+        return grid(self.levels)
+
+    def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
+        return DiscretizedLogistic(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels, False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        steps = self.levels - 1
+        level = (value * steps).round()
+        below = ((level - 0.5) / steps - self.loc) / self.scale
+        above = ((level + 0.5) / steps - self.loc) / self.scale
+        zero = torch.zeros_like(above)
+        first, last = level <= 0, level >= steps
+        upper = torch.where(last, zero, logsigmoid(above))
+        lower = torch.where(first, zero, logsigmoid(-below))
+        width = torch.log(-torch.expm1(-1 / (steps * self.scale)))
+        return upper + lower + torch.where(first | last, zero, width)
+
+    def _tails(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields each level k from 1 on, and the probability that the level is k or above."""
+        steps = self.levels - 1
+        for k in range(1, self.levels):  # one level at a time: all at once would take `levels` times the memory
+            yield k, torch.sigmoid((self.loc - (k - 0.5) / steps) / self.scale)
+
+    @property
+    def mean(self) -> Tensor:
+        return sum(tail for _, tail in self._tails()) / (self.levels - 1)
+
+    @property
+    def variance(self) -> Tensor:
+        square = sum((2 * k - 1) * tail for k, tail in self._tails()) / (self.levels - 1) ** 2
+        return (square - self.mean.square()).clamp_min(0)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        u = torch.rand(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
+        u = u.clamp_min(torch.finfo(u.dtype).tiny)
+        steps = self.levels - 1
+        return ((self.loc + self.scale * (u.log() - torch.log1p(-u))) * steps).round().clamp(0, steps) / steps

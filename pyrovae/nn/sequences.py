@@ -1,0 +1,145 @@
+"""Recurrent networks, from sequences to vectors and back."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from pyrovae.nn.base import Shape, ShapedNetwork, as_shape, start_layer
+
+
+def _sequence_shape(shape: Shape, name: str) -> tuple[int, ...]:
+    result = as_shape(shape, name)
+    if len(result) < 2:
+        raise ValueError(
+            f"{name} must be the shape of a sequence, (time, features), got {shape!r}. Use MLP for vectors."
+        )
+    return result
+
+
+@torch.no_grad()
+def _start_gru(gru: nn.GRU, time: int) -> nn.GRU:
+    """Initialises input weights at unit gain, recurrent weights as rotations, and memories of 1 to `time` steps.
+
+    Torch scales all weights by the width of the state, which makes a few input features weak, and gives all units a
+    memory of two steps, through which no gradient reaches the far end of a long sequence.
+    """
+    for name, parameter in gru.named_parameters():
+        for gate, chunk in zip(("reset", "update", "new"), parameter.chunk(3), strict=True):  # the order in nn.GRU
+            if name.startswith("weight_ih"):
+                nn.init.normal_(chunk, std=1 / math.sqrt(chunk.shape[1]))
+            elif name.startswith("weight_hh"):
+                nn.init.orthogonal_(chunk)
+            elif name.startswith("bias_ih") and gate == "update":
+                # A gate of sigmoid(log u) = u / (1 + u) keeps its state for about 1 + u steps.
+                chunk.uniform_(1, max(time - 1, 1)).log_()
+            else:
+                nn.init.zeros_(chunk)
+    return gru
+
+
+class GRUEncoder(ShapedNetwork):
+    r"""A bidirectional gated recurrent network from a sequence to a vector.
+
+    .. math:: y = W [\overrightarrow{h}_{\mathrm{last}}, \overleftarrow{h}_{\mathrm{first}}, c] + b
+
+    Sequences of different lengths are padded to one length and stacked with their mask, as shape
+    ``(2, time, features)``: values first, then the mask, 1 where observed and 0 where not. The network then reads the
+    values and the mask, with zeros in place of values that were not observed. It does not read the steps after the last
+    observation, so that more padding does not change the result. Of a sequence without any observation it reads the
+    first step.
+
+    Args:
+        in_shape: shape of one input: ``(time, features)``; or ``(2, time, features)``, a sequence and its mask.
+        out_shape: shape of one output.
+        width: units of the state of each direction.
+        context_dim: width of the context vector, 0 for none; it enters the affine map to the output.
+
+    Raises:
+        ValueError: when `in_shape` is not that of a sequence, or an input or context does not have the stated shape.
+        TypeError: when an input is not floating point.
+
+    References:
+        Learning Phrase Representations using RNN Encoder-Decoder, K. Cho et al., 2014,
+        https://arxiv.org/abs/1406.1078.
+        Can Recurrent Neural Networks Warp Time?, C. Tallec and Y. Ollivier, 2018, https://arxiv.org/abs/1804.11188
+        (the initialisation of the update gates, which gives units memories of 1 to `time` steps).
+
+    >>> GRUEncoder((50, 3), 8)(torch.zeros(7, 50, 3)).shape
+    torch.Size([7, 8])
+    >>> x, mask = torch.randn(7, 50, 3), torch.arange(50).unsqueeze(-1).lt(20).expand(7, 50, 3)
+    >>> GRUEncoder((2, 50, 3), 8)(torch.stack([x, mask.float()], dim=1)).shape
+    torch.Size([7, 8])
+    """
+
+    def __init__(self, in_shape: Shape, out_shape: Shape, width: int = 128, context_dim: int = 0):
+        super().__init__(_sequence_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), context_dim)
+        if len(self.in_shape) != 2 and (len(self.in_shape) != 3 or self.in_shape[0] != 2):
+            raise ValueError(
+                f"in_shape must be (time, features), or (2, time, features) for a sequence stacked with its mask, got "
+                f"{in_shape!r}."
+            )
+        time, features = self.in_shape[-2], math.prod(self.in_shape[:-2]) * self.in_shape[-1]
+        self.gru = _start_gru(nn.GRU(features, width, batch_first=True, bidirectional=True), time)
+        self.head = nn.Linear(2 * width + context_dim, math.prod(self.out_shape))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        self.check_input(x)
+        leading = x.shape[: x.dim() - len(self.in_shape)]
+        x = x.reshape(math.prod(leading), *self.in_shape)
+        if len(self.in_shape) == 3:
+            observed = x[:, 1] != 0
+            x = torch.cat([x[:, 0].where(observed, 0), x[:, 1]], dim=-1)
+            if len(x):  # torch cannot pack an empty batch
+                steps = torch.arange(1, self.in_shape[1] + 1, device=x.device)
+                lengths = (steps * observed.any(-1)).amax(-1).clamp_min(1)
+                x = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        _, h = self.gru(x)
+        h = self.append_context(h.transpose(0, 1).reshape(*leading, 2 * h.shape[-1]), context)
+        return self.head(h).unflatten(-1, self.out_shape)
+
+
+class GRUDecoder(ShapedNetwork):
+    r"""A gated recurrent network from a vector to a sequence.
+
+    .. math:: h_0 = \tanh(W_0 [z, c] + b_0), \quad h_t = \mathrm{GRU}([z, c], h_{t-1}), \quad y_t = W h_t + b
+
+    Its input is the latent alone, never earlier outputs: given z, the outputs do not depend on the data, and a
+    likelihood may treat the steps as independent.
+
+    Args:
+        in_shape: shape of one input, flattened inside.
+        out_shape: shape of one output, ``(..., time, features)``; the dimensions before the last two are parameters
+            of each feature.
+        width: units of the state.
+        context_dim: width of the context vector, 0 for none.
+
+    Raises:
+        ValueError: when `out_shape` is not that of a sequence, or an input or context does not have the stated shape.
+        TypeError: when an input is not floating point.
+
+    References:
+        Learning Phrase Representations using RNN Encoder-Decoder, K. Cho et al., 2014,
+        https://arxiv.org/abs/1406.1078.
+        Can Recurrent Neural Networks Warp Time?, C. Tallec and Y. Ollivier, 2018, https://arxiv.org/abs/1804.11188
+        (the initialisation of the update gates).
+
+    >>> GRUDecoder(8, (50, 3))(torch.zeros(4, 7, 8)).shape
+    torch.Size([4, 7, 50, 3])
+    """
+
+    def __init__(self, in_shape: Shape, out_shape: Shape, width: int = 128, context_dim: int = 0):
+        super().__init__(as_shape(in_shape, "in_shape"), _sequence_shape(out_shape, "out_shape"), context_dim)
+        time, features = self.out_shape[-2], math.prod(self.out_shape[:-2]) * self.out_shape[-1]
+        self.foot = start_layer(nn.Linear(math.prod(self.in_shape) + context_dim, width), 1.0)
+        self.gru = _start_gru(nn.GRU(self.foot.in_features, width, batch_first=True), time)
+        self.head = nn.Linear(width, features)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.flatten_input(x, context)
+        leading = h.shape[:-1]
+        h = h.reshape(math.prod(leading), h.shape[-1])
+        states, _ = self.gru(h.unsqueeze(1).expand(-1, self.out_shape[-2], -1), self.foot(h).tanh().unsqueeze(0))
+        out = self.head(states).unflatten(-1, (-1, self.out_shape[-1])).transpose(-3, -2)
+        return out.reshape(*leading, *self.out_shape)

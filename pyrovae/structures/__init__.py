@@ -1,0 +1,10 @@
+r"""Models beyond one latent and complete data: hierarchies, missing values, labels for some of the data.
+
+Each has a ``.model`` and a ``.guide``, which are used as those of a :class:`pyrovae.VAE`.
+"""
+
+from pyrovae.structures.hierarchies import HierarchicalVAE, LadderVAE
+from pyrovae.structures.missing import MissingDataVAE
+from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
+
+__all__ = ["ClassifierELBO", "HierarchicalVAE", "LadderVAE", "MissingDataVAE", "SemiSupervisedVAE"]
