@@ -44,7 +44,7 @@ from pyrovae.likelihoods import Bernoulli, Normal, OptimalNormal
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
 from pyrovae.storage import read_checkpoint, save
-from pyrovae.training import trainer as training
+from pyrovae.training import checkpoints, loop
 
 train = partial(fit, progress=False)
 SMALL = partial(MLP, hidden=(8,))
@@ -1095,7 +1095,7 @@ def stateful_run(
 
 
 STATES = {
-    "Adam, StepLR": (training.Adam, partial(StepLR, step_size=2, gamma=0.5)),
+    "Adam, StepLR": (loop.Adam, partial(StepLR, step_size=2, gamma=0.5)),
     "SGD, plateau": (partial(SGD, lr=0.05, momentum=0.9), partial(ReduceLROnPlateau, patience=1)),
     "AdamW, cosine": (partial(torch.optim.AdamW, lr=0.1, amsgrad=True), partial(CosineAnnealingLR, T_max=6)),
     "RMSprop": (partial(torch.optim.RMSprop, lr=0.01, centered=True), None),
@@ -1248,7 +1248,7 @@ def work(folder: Path, moments: Moments | None = None) -> None:
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine would take most of the time
     clock = itertools.count()
     now = [0.0]
-    training.time = types.SimpleNamespace(monotonic=lambda: now[0])  # writing takes no time, an epoch a second
+    loop.time = checkpoints.time = types.SimpleNamespace(monotonic=lambda: now[0])  # a write takes no time, an epoch a second
 
     def pass_one(*batch: Tensor) -> tuple[Tensor, ...]:
         if moments is not None:
