@@ -843,7 +843,7 @@ class Images(Dataset):
 def test_rows_stay_with_the_parameters_that_belong_to_them(form):
     x = torch.randn(40, 3)
     guide = AutoDelta(one_latent_a_datum)
-    with pytest.warns(UserWarning, match="'AutoDelta.z' belong to rows of the data, which are therefore not shuffled"):
+    with pytest.warns(UserWarning, match="'AutoDelta.z' belong to rows of the data, so the data are not shuffled"):
         # A step of the mean loss: 1 / 40 of the gradient, times 40 / 5, is Newton's, which is there at once.
         history = train(one_latent_a_datum, guide, form(x), epochs=3, batch_size=40, optimizer=partial(SGD, lr=40 / 5))
     mode = 0.8 * x @ W.T

@@ -24,12 +24,13 @@ class Callback(Protocol):
     * add entries to the last record, ``history.records[-1]["accuracy"] = 0.9``. Numbers, strings, tensors, and lists,
       tuples and dicts of these are kept in checkpoints. This is how a callback keeps state over a resume: it reads
       ``history`` instead of its own attributes, as :class:`pyrovae.diagnostics.CollapseMonitor` does;
-    * return True (a ``bool``, or one of NumPy or of torch without dimensions) to stop training. Any other value is ignored;
+    * return True (a ``bool``, or one of NumPy or of torch without dimensions) to stop training. Any other value is
+      ignored;
     * call ``eval()``, make Pyro parameters of its own, or change weights. The next epoch restores the training modes;
     * raise an error, which ends training. The checkpoint then keeps the state before this epoch.
 
-    It must not draw random numbers from the global generators if the run is to have the same result with and without it:
-    wrap what it draws in ``torch.random.fork_rng()``. With several processes, only rank 0 calls callbacks.
+    It must not draw random numbers from the global generators if the run is to have the same result with and without
+    it: wrap what it draws in ``torch.random.fork_rng()``. With several processes, only rank 0 calls callbacks.
 
     >>> def stop_below(history):
     ...     return history["loss"][-1] < 2.6

@@ -35,8 +35,8 @@ class Checkpointer:
         saved = self.trainer.world.broadcast_from_rank0(lambda: storage.read_checkpoint(self.path))
         if saved["data"] != self.fingerprint:
             raise ValueError(
-                f"checkpoint {self.path} was written with {saved['data']}, but now there are {self.fingerprint}. Resume with "
-                "the same data and batch size."
+                f"checkpoint {self.path} was written with {saved['data']}, but now there are {self.fingerprint}. "
+                "Resume with the same data and batch size."
             )
         self.trainer.load_state_dict(saved)
         set_random_state(saved["random"], self.batches)

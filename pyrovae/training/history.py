@@ -12,9 +12,9 @@ class History:
     """One record (a dict) for each epoch of training.
 
     A record holds "epoch", "loss", "learning_rate", "seconds" since the start, and "validation" if there are validation
-    data. Losses are in nats per datum, so lower is better. A bound of :mod:`pyrovae.bounds` adds the parts of its loss, in
-    nats per datum: "bound", "reconstruction", "kl z" for each latent site "z", and each regularizer under the name of its
-    class. Callbacks may add entries to the last record.
+    data. Losses are in nats per datum, so lower is better. A bound of :mod:`pyrovae.bounds` adds the parts of its loss,
+    in nats per datum: "bound", "reconstruction", "kl z" for each latent site "z", and each regularizer under the name
+    of its class. Callbacks may add entries to the last record.
 
     Args:
         records: the records, in order.

@@ -59,13 +59,13 @@ def fit(
 ) -> History:
     r"""Trains the parameters of any Pyro model and guide by gradient descent on an ELBO.
 
-    A step lowers the loss per datum of a batch, :math:`\frac{1}{N} \mathrm{loss}(x_1, \dots, x_N)`. Batches and noise are
-    drawn from torch's random state: call ``pyro.set_rng_seed`` first to make a run repeatable.
+    A step lowers the loss per datum of a batch, :math:`\frac{1}{N} \mathrm{loss}(x_1, \dots, x_N)`. Batches and noise
+    are drawn from torch's random state: call ``pyro.set_rng_seed`` first to make a run repeatable.
 
-    Every epoch runs in training mode (dropout, batch norm), even if a callback called ``eval()``. At the end, the modes of
-    before are restored. What is frozen in evaluation mode stays in evaluation mode: a module in evaluation mode whose
-    parameters all have ``requires_grad=False``, or a single layer, such as batch norm, in evaluation mode inside a module
-    in training mode.
+    Every epoch runs in training mode (dropout, batch norm), even if a callback called ``eval()``. At the end, the modes
+    of before are restored. What is frozen in evaluation mode stays in evaluation mode: a module in evaluation mode
+    whose parameters all have ``requires_grad=False``, or a single layer, such as batch norm, in evaluation mode inside
+    a module in training mode.
 
     Data in memory are shuffled, unless there are parameters that belong to rows of the data, such as those of Pyro's
     automatic guides for latents per datum. All data must then come in one batch, in their order, and `fit` warns of it.
@@ -73,14 +73,14 @@ def fit(
     Args:
         model: a Pyro model, called with a batch: ``model(x)``, or ``model(x, context)`` for pairs.
         guide: a Pyro guide, called like the model.
-        data: data in memory, a ``Dataset`` or a ``DataLoader``. In memory: a tensor, a NumPy array, a packed sequence, a
-            dict of these, or a tuple of these and of lists with an entry per datum. The members of a tuple become
+        data: data in memory, a ``Dataset`` or a ``DataLoader``. In memory: a tensor, a NumPy array, a packed sequence,
+            a dict of these, or a tuple of these and of lists with an entry per datum. The members of a tuple become
             positional arguments, ``Arguments(x, mask=mask)`` of :mod:`pyrovae.arguments` gives keyword arguments.
             Numbers, ``None`` and the like are passed with every batch. Batches of data in memory are made without a
             Python loop over the data. The batches of a ``DataLoader`` are used as they are, whatever `batch_size` says,
             and become arguments by the same rules, so a dict is one argument.
-        loss: any ``pyro.infer.ELBO``, such as one of :mod:`pyrovae.bounds`; ``Trace_ELBO()`` by default. The loss of an ELBO
-            that has a gradient only, such as ``TraceTailAdaptive_ELBO``, is recorded as infinite.
+        loss: any ``pyro.infer.ELBO``, such as one of :mod:`pyrovae.bounds`; ``Trace_ELBO()`` by default. The loss of an
+            ELBO that has a gradient only, such as ``TraceTailAdaptive_ELBO``, is recorded as infinite.
         epochs: passes over the data, including those before a resume.
         batch_size: data per step, or all data if there are fewer. The last batch of an epoch may be smaller.
         optimizer: called with the parameters, such as ``functools.partial(torch.optim.Adam, lr=3e-4)``; or a torch
@@ -89,16 +89,16 @@ def fit(
         transform: called with every batch, its result used instead: ``transform(x)``, or ``transform(x, context)``.
             It applies to validation batches too.
         clip_norm: largest norm of the gradient of the loss per datum, over all parameters together.
-        validation: data in any of the forms above. Their loss is computed after every epoch, in evaluation mode and with
-            the same noise each time.
-        patience: stop when the validation loss has not improved for this many epochs, and restore the weights of the best
-            epoch.
+        validation: data in any of the forms above. Their loss is computed after every epoch, in evaluation mode and
+            with the same noise each time.
+        patience: stop when the validation loss has not improved for this many epochs, and restore the weights of the
+            best epoch.
         callbacks: functions called with the :class:`History` after every epoch, in order; see
             :class:`pyrovae.training.Callback`. Training stops if one returns True.
-        checkpoint: a file for the state of training. It is written after epochs, if at most a twentieth of the time goes
-            into it, and at the end. A write that is interrupted leaves the earlier file.
-        resume: continue from the checkpoint if it exists. The result is bitwise that of an uninterrupted run on the same
-            machine.
+        checkpoint: a file for the state of training. It is written after epochs, if at most a twentieth of the time
+            goes into it, and at the end. A write that is interrupted leaves the earlier file.
+        resume: continue from the checkpoint if it exists. The result is bitwise that of an uninterrupted run on the
+            same machine.
         device: the device that data in memory are moved to at the start, and the batches of a loader one by one; None
             leaves them where they are.
         compile: compute the loss and its gradient by a compiled graph, with the same noise; see
@@ -111,13 +111,13 @@ def fit(
 
     Raises:
         ValueError: when an argument is out of range; when the data are empty, hold NaN or infinity or are outside the
-            support of the likelihood; when model and guide do not fit each other; when parameters belong to rows of data
-            that come in several batches; or when the checkpoint is of another model.
-        TypeError: when `optimizer` is not and does not make a torch optimizer, `loss` is not an ELBO, or `scheduler` or a
-            callback cannot be called.
+            support of the likelihood; when model and guide do not fit each other; when parameters belong to rows of
+            data that come in several batches; or when the checkpoint is of another model.
+        TypeError: when `optimizer` is not and does not make a torch optimizer, `loss` is not an ELBO, or `scheduler` or
+            a callback cannot be called.
         FileExistsError: when the checkpoint exists and `resume` is False.
-        FloatingPointError: when the loss or a parameter becomes NaN or infinite. The message names the step and the site.
-            The checkpoint keeps the last good state.
+        FloatingPointError: when the loss or a parameter becomes NaN or infinite. The message names the step and the
+            site. The checkpoint keeps the last good state.
 
     >>> import pyro
     >>> import pyrovae
@@ -245,8 +245,8 @@ def _check_arguments(
         raise ValueError("patience stops training by the validation loss: give validation data, or leave patience out.")
     if not (scheduler is None or callable(scheduler)):
         raise TypeError(
-            "scheduler must make a schedule when called with the optimizer, such as functools.partial(StepLR, step_size=10); "
-            f"got {scheduler!r}."
+            "scheduler must make a schedule when called with the optimizer, such as functools.partial(StepLR, "
+            f"step_size=10); got {scheduler!r}."
         )
     if not (isinstance(callbacks, Sequence) and all(map(callable, callbacks))):
         raise TypeError(f"callbacks must be a list of functions of the history, got {callbacks!r}.")
@@ -260,8 +260,8 @@ def _warn_of_long_schedules(loss: ELBO, steps_per_epoch: int | None, epochs: int
     for name, value in (("epochs", epochs), ("patience", patience)):
         if value is not None and value < span:
             warn(
-                f"the schedule of {type(loss).__name__} takes {loss.span} steps, which are {span} epochs of these data, but "
-                f"{name}={value}. Make the schedule shorter, or {name} larger."
+                f"the schedule of {type(loss).__name__} takes {loss.span} steps, which are {span} epochs of these "
+                f"data, but {name}={value}. Make the schedule shorter, or {name} larger."
             )
 
 

@@ -17,10 +17,10 @@ def parameters_of_rows(
 ) -> list[str]:
     """Returns the keys of the parameters whose elements belong to rows of a batch, whichever data are in these rows.
 
-    The first datum is scored in the first row, and again in the second row after a shift of all rows by one. The elements
-    of a parameter that have a gradient in the two runs are compared. Elements that belong to a datum (the output of a
-    network, or what is looked up for the datum) are the same in both. If the two sets of elements are disjoint, the
-    parameter belongs to the rows.
+    The first datum is scored in the first row, and again in the second row after a shift of all rows by one. The
+    elements of a parameter that have a gradient in the two runs are compared. Elements that belong to a datum (the
+    output of a network, or what is looked up for the datum) are the same in both. If the two sets of elements are
+    disjoint, the parameter belongs to the rows.
 
     Args:
         model: a Pyro model.
@@ -118,8 +118,8 @@ def check_rows(names: list[str], batch_size: int, num_batches: int) -> None:
     listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     if num_batches > 1:
         raise ValueError(
-            f"parameters {listed} belong to the {batch_size} rows of a batch, but these rows hold other data in every step. "
-            "Take all data in one batch, batch_size=len(data); or infer the latents by an encoder network; or make "
-            "parameters for all data and look up those of a batch by row numbers, data=(x, torch.arange(len(x)))."
+            f"parameters {listed} belong to the {batch_size} rows of a batch, but these rows hold other data in every "
+            "step. Take all data in one batch, batch_size=len(data); or infer the latents by an encoder network; or "
+            "make parameters for all data and look up those of a batch by row numbers, data=(x, torch.arange(len(x)))."
         )
     warn(f"parameters {listed} belong to rows of the data, so the data are not shuffled.")

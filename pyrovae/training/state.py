@@ -68,8 +68,8 @@ class ModelState:
             if ours != theirs:
                 key = sorted(ours.items() ^ theirs.items())[0][0]
                 raise ValueError(
-                    f"The checkpoint was written for another model: {display_name(key)!r} has shape {theirs.get(key)} in "
-                    f"the checkpoint, {ours.get(key)} in the model. Resume with the same model and guide."
+                    f"The checkpoint was written for another model: {display_name(key)!r} has shape {theirs.get(key)} "
+                    f"in the checkpoint, {ours.get(key)} in the model. Resume with the same model and guide."
                 )
         for k, t in (self.params | self.buffers).items():
             t.copy_((snapshot["params"] | snapshot["buffers"])[k])
@@ -136,11 +136,11 @@ def find_state(loss: ELBO, model: Callable, guide: Callable, args: tuple, kwargs
     for module in modules.values():
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad and id(p) not in known:
-                taken = ", ".join(sorted({key.split("$$$")[0] for key in pyro.get_param_store().keys()}))
+                taken = ", ".join(sorted({key.split("$$$")[0] for key in pyro.get_param_store()}))
                 raise ValueError(
                     f"{name} of {module} is used but would not be trained, because Pyro does not know it. Register the "
-                    f"network with pyro.module, under a name that no other model has (taken: {taken}); or freeze it with "
-                    "requires_grad_(False)."
+                    f"network with pyro.module, under a name that no other model has (taken: {taken}); or freeze it "
+                    "with requires_grad_(False)."
                 )
     buffers = {
         f"{i} {name}": buffer

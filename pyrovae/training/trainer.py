@@ -1,4 +1,4 @@
-"""Steps of training: the loss and its gradient, the optimizer, validation, and the cause of a loss that is not finite."""
+"""The steps of training: loss, gradient and optimizer; validation; the cause of a loss that is not finite."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -66,8 +66,8 @@ class Trainer:
         guide: a Pyro guide.
         loss: an ELBO, or what :func:`pyrovae.compile` makes of one.
         first_batch: the first batch, as the data give it.
-        num_shuffled: the number of data to be shuffled, 0 if their order is not to be changed. `row_parameters` holds the
-            names of the parameters that prevent it.
+        num_shuffled: the number of data to be shuffled, 0 if their order is not to be changed. `row_parameters` holds
+            the names of the parameters that prevent it.
         optimizer: a torch optimizer, or called with the parameters to make one.
         scheduler: called with the optimizer to make a learning-rate schedule.
         transform: called with the arguments of every batch, its result used instead.
@@ -106,7 +106,8 @@ class Trainer:
         for name in structure.outside:
             warn(
                 f'data at site "{name}" are outside the support of its distribution, which was built with '
-                "validate_args=False: the loss is not that of a probability of these data, and log_marginal will refuse them."
+                "validate_args=False: the loss is not that of a probability of these data, and log_marginal will "
+                "refuse them."
             )
         self.unvalidated = structure.unvalidated
         if self.compiled is not None:
@@ -125,7 +126,8 @@ class Trainer:
 
         self.num_steps = 0
         self.latest_call: _LossCall | None = None
-        # The sums over an epoch are tensors changed in place, because a CUDA graph adds to them. The first step makes them.
+        # The sums over an epoch are tensors changed in place, because a CUDA graph adds to them. The first step makes
+        # them.
         self.names: list[str] = []  # of the loss and its parts
         self.totals: Tensor | None = None  # the sums of these
         self.is_valid: Tensor | None = None  # whether all losses were finite, and all data in their support
@@ -350,7 +352,11 @@ class Trainer:
             raise _not_finite(where, f"parameter {name!r} is no longer finite")
 
     def _explain(self, error: Exception) -> NoReturn:
-        """Repeats the latest call of the loss, and raises an error that names the cause; `error` itself if none is found."""
+        """Repeats the latest call of the loss, and raises an error that names the cause.
+
+        Args:
+            error: what was wrong with the loss, raised itself if no cause is found.
+        """
         args, kwargs, rng_state, rows, where = self.latest_call
         torch.set_rng_state(rng_state)
         self._check_parameters(where)
@@ -387,7 +393,8 @@ class Trainer:
             saved = state["kinds"].get(argument, name)
             if saved != name:
                 raise ValueError(
-                    f"{argument} is {name}, but the checkpoint was written with {saved}. Resume with the same {argument}."
+                    f"{argument} is {name}, but the checkpoint was written with {saved}. Resume with the same "
+                    f"{argument}."
                 )
         self.state.restore(state)
         for ours, theirs in zip(self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=False):
