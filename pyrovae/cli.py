@@ -245,12 +245,10 @@ def evaluate(
     elif num_samples is not None:
         raise ValueError(f"--num-samples is for the default method: give --method.num_samples {num_samples} instead.")
     _check_device(device)
-    vae, config = storage.load_run(run, trust=trust)
-    splits, description = _load(data or config["data"], data_root or config["data_root"], config["preprocessing"])
-    print(description)
+    vae, splits, preprocessing = _load_run(run, data, data_root, trust)
     pyro.set_rng_seed(seed)
     vae.to(device)
-    x = _scored(splits, split, config["preprocessing"])[:num_data].to(device)
+    x = _scored(splits, split, preprocessing)[:num_data].to(device)
     estimate = log_marginal(vae.model, vae.guide, x, method=method, max_memory=max_memory, compile=compile)
     if out is not None and world.first:
         columns = {name: getattr(estimate, name) for name in ("value", "standard_error", "ess", "khat", "trusted")}
@@ -319,9 +317,7 @@ def reconstruct(
     if num_data < 1:
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
     out = _new_file(output or Path(run) / f"reconstructions-{split}.png", (".png", ".npy", ".csv"))
-    vae, config = storage.load_run(run, trust=trust)
-    splits, description = _load(data or config["data"], data_root or config["data_root"], config["preprocessing"])
-    print(description)
+    vae, splits, _ = _load_run(run, data, data_root, trust)
     pyro.set_rng_seed(seed)
     x = getattr(splits, split).x[:num_data]
     reconstructed = vae.reconstruct(x)
@@ -559,6 +555,16 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     return resumed
 
 
+def _load_run(
+    run: str, data: str | None, data_root: str | None, trust: bool
+) -> tuple[VAE, datasets.Splits, Preprocessing]:
+    """Returns the VAE of a run, and the data of the run or another data set with their preprocessing."""
+    vae, config = storage.load_run(run, trust=trust)
+    splits, description = _load(data or config["data"], data_root or config["data_root"], config["preprocessing"])
+    print(description)
+    return vae, splits, config["preprocessing"]
+
+
 def _load(data: str, data_root: str, preprocessing: Preprocessing) -> tuple[datasets.Splits, str]:
     """Returns the splits, and lines that describe them. What is to be binarised once is binarised."""
     splits = datasets.load(data, data_root)
@@ -614,8 +620,7 @@ def _draw_collapse(metrics: Path, path: Path) -> None:
 
 @torch.no_grad()
 def _is_discrete(vae: VAE) -> bool | None:
-    """Returns whether the likelihood is of discrete data; None if it is of data with discrete and continuous "
-    "columns."""
+    """Returns whether the data of the likelihood are discrete; None if only some of their columns are."""
     p = vae.decode(vae.prior().sample((1,)))
     kinds = {block.support.is_discrete for block in (p.blocks if isinstance(p, Blocks) else [p])}
     return kinds.pop() if len(kinds) == 1 else None

@@ -19,7 +19,7 @@ from pyrovae.vae import VAE
 PARTS = ("prior", "likelihood", "encoder", "loss", "optimizer", "scheduler")
 
 # Packages that have another name now than in the configurations of earlier versions.
-_RENAMED_PACKAGES = {"pyrovae.latents": "pyrovae.distributions"}
+_RENAMED_PACKAGES = {"pyrovae.latents": "pyrovae.distributions", "pyrovae.graphs": "pyrovae.compilation.api"}
 # All public names of these packages are trusted: kernels, schedules and the like are not torch modules.
 _TRUSTED_PACKAGES = ("pyrovae.priors", "pyrovae.bounds", "pyrovae.regularizers")
 _TRUSTED_BASES = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, pyro.infer.ELBO)

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import itertools
+import json
 import math
 import os
 import random
@@ -44,7 +45,7 @@ from pyrovae.likelihoods import Bernoulli, Normal, OptimalNormal
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
 from pyrovae.storage import read_checkpoint, save
-from pyrovae.training import checkpoints, loop
+from pyrovae.training import MetricsFile, checkpoints, loop
 
 train = partial(fit, progress=False)
 SMALL = partial(MLP, hidden=(8,))
@@ -104,7 +105,7 @@ def without_seconds(history: History) -> list[dict[str, Any]]:
 
 
 class Shuffled:
-    """Batches in an order drawn anew from torch's random state in every pass."""
+    """Batches in an order drawn from torch's random state in every pass."""
 
     def __init__(self, *tensors: Tensor, batch_size: int = 16, transform: Callable = lambda *batch: batch):
         self.tensors, self.batch_size, self.transform = tensors, batch_size, transform
@@ -844,7 +845,7 @@ def test_rows_stay_with_the_parameters_that_belong_to_them(form):
     x = torch.randn(40, 3)
     guide = AutoDelta(one_latent_a_datum)
     with pytest.warns(UserWarning, match="'AutoDelta.z' belong to rows of the data, so the data are not shuffled"):
-        # A step of the mean loss: 1 / 40 of the gradient, times 40 / 5, is Newton's, which is there at once.
+        # A step of the mean loss: 1 / 40 of the gradient, times 40 / 5, is Newton's, which needs one step.
         history = train(one_latent_a_datum, guide, form(x), epochs=3, batch_size=40, optimizer=partial(SGD, lr=40 / 5))
     mode = 0.8 * x @ W.T
     # A step from numbers of size one rounds by some units of 1.2e-7, times the condition number of one.
@@ -916,7 +917,7 @@ def looked_up() -> tuple:
 
 
 def clustered() -> tuple:
-    """As many components as there are rows, of which each datum draws one."""
+    """As many components as rows. Each datum draws one of them."""
     classifier = nn.Linear(3, 10)
 
     def model(x):
@@ -1017,6 +1018,35 @@ def test_callbacks_may_use_pyro_for_themselves():
         pyro.param(f"probe {len(history)}", torch.tensor(0.0))
 
     assert len(stopping(callbacks=[probe], epochs=3)) == 3
+
+
+def test_a_file_of_metrics_holds_the_history_also_after_a_resume(tmp_path):
+    """The interrupted run wrote an epoch after its last checkpoint, which the resumed run writes again."""
+    path, state = tmp_path / "metrics.jsonl", tmp_path / "checkpoint"
+
+    def read() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    history = stopping(epochs=2, callbacks=[MetricsFile(path)], checkpoint=state)
+    assert read() == history.records
+    with open(path, "a") as file:
+        file.write(json.dumps({"epoch": 3}) + "\n")
+    pyro.clear_param_store()
+    history = stopping(epochs=4, callbacks=[MetricsFile(path)], checkpoint=state, resume=True)
+    assert read() == history.records and len(history) == 4
+
+
+def test_a_callback_keeps_its_state_in_the_history(tmp_path):
+    """It counts over a resume because it reads what it wrote to the records, which checkpoints hold."""
+
+    def count(history: History) -> None:
+        before = history.records[-2]["calls"] if len(history) > 1 else 0
+        history.records[-1]["calls"] = before + 1
+
+    stopping(epochs=2, callbacks=[count], checkpoint=tmp_path / "run")
+    pyro.clear_param_store()
+    history = stopping(epochs=4, callbacks=[count], checkpoint=tmp_path / "run", resume=True)
+    assert history["calls"] == [1, 2, 3, 4]
 
 
 def test_history_gives_columns_and_tables(tmp_path):
@@ -1734,7 +1764,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, failing, 
 
 
 def test_history_entries_that_a_checkpoint_can_keep(tmp_path):
-    """What callbacks note, numpy's and torch's numbers among it, is there after a resume."""
+    """Entries of callbacks, including NumPy's and torch's numbers, are in the history after a resume."""
 
     def note(history: History) -> None:
         history.records[-1].update(plain=0.5, numpy=np.float32(0.5), torch=torch.tensor(0.5))

@@ -160,7 +160,17 @@ def fit(
     loss = graphs.compile(loss) if compile else loss
     with placed(getattr(batches, "rows", None)):
         trainer = Trainer(
-            world, model, guide, loss, first, num_shuffled, optimizer, scheduler, transform, clip_norm, device
+            world,
+            model,
+            guide,
+            loss,
+            first_batch=first,
+            num_shuffled=num_shuffled,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            transform=transform,
+            clip_norm=clip_norm,
+            device=device,
         )
     if trainer.row_parameters:
         check_rows(trainer.row_parameters, batch_size, len(batches))

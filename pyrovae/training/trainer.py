@@ -200,7 +200,8 @@ class Trainer:
         size = self.data_size or shard.count
         scale = shard.weight / size  # of the loss of the shard in the mean over the batch
         try:
-            if not self._compiled_step(args, kwargs, shard, scale, size):
+            is_done = self.compiled is not None and self._compiled_step(args, kwargs, shard, scale, size)
+            if not is_done:
                 self.optimizer.zero_grad()
                 parts, is_inside = self._loss_and_grads(args, kwargs, shard, scale)
                 values = torch.stack([*parts.values()]).double()
@@ -229,8 +230,8 @@ class Trainer:
         return args, kwargs
 
     def _compiled_step(self, args: tuple, kwargs: dict[str, Any], shard: Shard, scale: float, size: int) -> bool:
-        """Takes a step by a compiled graph; returns False where there is none."""
-        if self.compiled is None or not self.state.has_loss:
+        """Takes a step by a compiled graph; returns False if nothing was done, because there can be no graph."""
+        if not self.state.has_loss:
             return False
 
         def update(step: graphs.Step, state: Guards) -> None:
@@ -449,7 +450,7 @@ def _make_recordable(optimizer: Optimizer) -> bool:
             group["capturable"] = True
         for p, kept in optimizer.state.items():
             kept.update({name: x.to(p.device) for name, x in kept.items() if isinstance(x, Tensor) and x.dim() == 0})
-        # Its first steps run outside of a CUDA graph on purpose, of which torch would warn.
+        # torch would warn that its first steps run outside of a CUDA graph, as they should.
         optimizer._warned_capturable_if_run_uncaptured = True
     return True
 
