@@ -59,8 +59,20 @@ def test_train_leaves_a_whole_run_and_beats_the_baseline(run):
         pytest.param(["--prior", "FlowPrior", "--encoder", "GaussianMixture"], marks=pytest.mark.slow),
         ["--prior", "GaussianProcess", "--prior.num_times", "4", "--prior.kernel", "pyrovae.priors.matern_32"],
         ["--prior", "HypersphericalUniform", "--encoder", "VonMisesFisher"],
-        "--prior Categorical --prior.num_classes 3 --encoder Categorical --encoder.num_classes 3 --likelihood.network "
-        "OneHotInput --likelihood.network.num_classes 3".split(),
+        [
+            "--prior",
+            "Categorical",
+            "--prior.num_classes",
+            "3",
+            "--encoder",
+            "Categorical",
+            "--encoder.num_classes",
+            "3",
+            "--likelihood.network",
+            "OneHotInput",
+            "--likelihood.network.num_classes",
+            "3",
+        ],  # fmt: skip
     ],
     ids=lambda parts: parts[1],
 )

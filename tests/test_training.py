@@ -1160,7 +1160,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, optimizer, scheduler, 
 
 def test_epochs_count_from_the_very_start(tmp_path):
     _, history = stateful_run(3, 3, *STATES["Adam, StepLR"], checkpoint=tmp_path / "run")
-    vae, again = stateful_run(99, 3, *STATES["Adam, StepLR"], checkpoint=tmp_path / "run", resume=True)
+    _, again = stateful_run(99, 3, *STATES["Adam, StepLR"], checkpoint=tmp_path / "run", resume=True)
     assert without_seconds(again) == without_seconds(history), "nothing was left to do"
     _, fewer = stateful_run(99, 2, *STATES["Adam, StepLR"], checkpoint=tmp_path / "run", resume=True)
     assert len(fewer) == 3
@@ -1278,7 +1278,8 @@ def work(folder: Path, moments: Moments | None = None) -> None:
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine would take most of the time
     clock = itertools.count()
     now = [0.0]
-    loop.time = checkpoints.time = types.SimpleNamespace(monotonic=lambda: now[0])  # a write takes no time, an epoch a second
+    # A write takes no time, an epoch a second.
+    loop.time = checkpoints.time = types.SimpleNamespace(monotonic=lambda: now[0])
 
     def pass_one(*batch: Tensor) -> tuple[Tensor, ...]:
         if moments is not None:
@@ -1622,11 +1623,9 @@ def spoilt_above(limit: float, part: str) -> Pair:
 def test_a_site_that_turns_nan(part, site, validate):
     x = torch.zeros(40)
     x[25] = 10.0  # in the third batch
-    with pyro.validation_enabled(validate):
-        with pytest.raises(
-            FloatingPointError, match=rf'at step 3 \(epoch 1\): the .* of site "{site}" in the {part} is nan'
-        ):
-            train(*spoilt_above(5.0, part), DataLoader(Wrap(x), 10))
+    message = rf'at step 3 \(epoch 1\): the .* of site "{site}" in the {part} is nan'
+    with pyro.validation_enabled(validate), pytest.raises(FloatingPointError, match=message):
+        train(*spoilt_above(5.0, part), DataLoader(Wrap(x), 10))
 
 
 def test_validation_that_turns_nan():
