@@ -72,7 +72,7 @@ def test_train_leaves_a_whole_run_and_beats_the_baseline(run):
             "OneHotInput",
             "--likelihood.network.num_classes",
             "3",
-        ],  # fmt: skip
+        ],
     ],
     ids=lambda parts: parts[1],
 )
