@@ -70,15 +70,15 @@ def with_current_names(config: Any) -> Any:
 
 
 def _current_name(name: str) -> str:
-    """Returns a name that can be imported as it is; another one with the public package that has its last part.
+    """Returns the public name of what a name meant in an earlier version; a name that can be imported as it is stays.
 
     >>> _current_name("pyrovae.latents.spheres.VonMisesFisher")
     'pyrovae.distributions.VonMisesFisher'
     """
     module, _, attribute = name.rpartition(".")
-    if hasattr(sys.modules.get(module), attribute):
-        return name
     package = ".".join(module.split(".")[:2])
+    if package not in _RENAMED_PACKAGES and hasattr(sys.modules.get(module), attribute):
+        return name
     package = _RENAMED_PACKAGES.get(package, package)
     return f"{package}.{attribute}" if hasattr(sys.modules.get(package), attribute) else name
 

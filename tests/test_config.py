@@ -33,6 +33,11 @@ def test_names_that_moved_are_replaced(old):
     assert hasattr(importlib.import_module(module), attribute)
 
 
+def test_a_renamed_package_is_replaced_also_where_its_old_name_is_imported():
+    importlib.import_module("pyrovae.latents")
+    assert with_current_names("pyrovae.latents.VonMisesFisher") == "pyrovae.distributions.VonMisesFisher"
+
+
 @pytest.mark.parametrize(
     "name",
     [
