@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyrovae import config as configs
 from pyrovae._version import __version__
+from pyrovae.vae import VAE
 
 __all__ = ["load", "load_run", "read_checkpoint", "save", "write_atomically", "write_checkpoint"]
 
@@ -109,7 +110,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         ) from error
 
 
-def load_run(directory: str | Path, trust: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+def load_run(directory: str | Path, trust: bool = False) -> tuple[VAE, dict[str, Any]]:
     """Loads a run directory that ``pyrovae train`` wrote, without running code from it.
 
     Args:
@@ -132,7 +133,9 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[nn.Module, dic
         raise FileNotFoundError(
             f"{directory} has no weights yet. Finish the run with: pyrovae train --run {directory} --resume"
         )
-    return load(configs.build_vae(config, config["x_shape"]), weights).eval(), config
+    vae = configs.build_vae(config, config["x_shape"])
+    load(vae, weights)
+    return vae.eval(), config
 
 
 def create_run(directory: str | Path, config: str, x_shape: tuple[int, ...]) -> None:

@@ -83,12 +83,12 @@ def _elements_used_by_row(
         with poutine.replay(trace=draws):
             guide_sites = sample_sites(guide_trace)
             model_sites = sample_sites(traced(model, guide_trace, *batch.args, **batch.kwargs))
-        plates = [
+        of_sites = [
             {f.name for f in site["cond_indep_stack"] if f.vectorized and f.size == size}
             for site in model_sites.values()
             if site["is_observed"]
         ]
-        plates = set.intersection(*plates) if plates else set()
+        plates = set.intersection(*of_sites) if of_sites else set()  # those that hold all observed sites
         total = torch.zeros(())  # all densities and values of the row
         for site in [*guide_sites.values(), *model_sites.values()] if len(plates) == 1 else []:
             value, event_dim = site["value"], site["fn"].event_dim
@@ -98,7 +98,8 @@ def _elements_used_by_row(
                     if x.requires_grad and x.dim() >= -frame.dim and x.shape[frame.dim] == size:
                         total = total + x.select(frame.dim, row).sum()
         if total.requires_grad:
-            gradients = torch.autograd.grad(total, list(params.values()), allow_unused=True, materialize_grads=True)
+            leaves = list(params.values())
+            gradients = list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
         else:
             gradients = [torch.zeros_like(p) for p in params.values()]
     drawn = poutine.Trace()

@@ -1,7 +1,7 @@
 """The state that training changes: parameters, buffers and modes of modules, and the random generators."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +37,7 @@ class ModelState:
 
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    frozen: list[Tensor]
+    frozen: Sequence[Tensor]
     modes: dict[nn.Module, bool]
     has_loss: bool
 

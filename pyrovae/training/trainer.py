@@ -125,12 +125,12 @@ class Trainer:
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
 
         self.num_steps = 0
-        self.latest_call: _LossCall | None = None
-        # The sums over an epoch are tensors changed in place, because a CUDA graph adds to them. The first step makes
-        # them.
+        self.latest_call = _LossCall(args, kwargs, torch.get_rng_state(), None, "on the first batch")
+        # The sums over an epoch are changed in place, because a CUDA graph adds to them. The first step gives them
+        # their shapes and device.
         self.names: list[str] = []  # of the loss and its parts
-        self.totals: Tensor | None = None  # the sums of these
-        self.is_valid: Tensor | None = None  # whether all losses were finite, and all data in their support
+        self.totals = torch.zeros(0)  # the sums of these
+        self.is_valid = torch.tensor(True)  # whether all losses were finite, and all data in their support
         self.has_gradient: list[bool] = []  # for each parameter, whether any process has a gradient for it
         self.num_pyro_params = 0  # in Pyro's parameter store
         self.synchronize()
@@ -164,9 +164,8 @@ class Trainer:
         self.num_pyro_params = len(pyro.get_param_store())  # callbacks may have made parameters of their own
         self.synchronize()  # callbacks run on rank 0 only, and may have changed anything
         self.has_gradient = []
-        if self.totals is not None:
-            self.totals.zero_()
-            self.is_valid.fill_(True)
+        self.totals.zero_()
+        self.is_valid.fill_(True)
         count = 0.0
         # Pyro's validation takes a tenth of the time of a step. The first batch has passed it. What may change later is
         # checked in every step: the data at each observed site, and whether the loss is finite.
@@ -253,7 +252,7 @@ class Trainer:
 
     def _loss_and_grads(
         self, args: tuple, kwargs: dict[str, Any], shard: Shard, scale: float
-    ) -> tuple[dict[str, Tensor], Tensor | bool]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Computes the gradient of `scale` times the loss.
 
         Returns:
@@ -281,7 +280,7 @@ class Trainer:
 
     def _update(self, names: list[str], values: Tensor, is_valid: Tensor, shard: Shard, size: int) -> None:
         """Adds the loss and its parts to the sums of the epoch, and takes a step of the optimizer."""
-        if self.totals is None:
+        if not self.names:
             self.names, self.totals, self.is_valid = names, torch.zeros_like(values), torch.ones_like(is_valid)
         self.totals.add_(values, alpha=shard.weight * shard.total / size)
         self.is_valid.logical_and_(is_valid)
@@ -331,8 +330,8 @@ class Trainer:
                 "validation gave no batch. Give at least one datum, and a DataLoader that does not drop it."
             )
         device = self.state.trained[0].device
-        (total,) = self.world.all_reduce([torch.tensor(total, dtype=torch.double, device=device)])
-        return total.item() / count
+        (sum_of_all,) = self.world.all_reduce([torch.tensor(total, dtype=torch.double, device=device)])
+        return sum_of_all.item() / count
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Steps the schedule; raises if the last step made a parameter NaN or infinite, before it is saved."""
