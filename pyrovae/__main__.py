@@ -1,3 +1,6 @@
+"""The command line, as ``python -m pyrovae``."""
+
 from pyrovae.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

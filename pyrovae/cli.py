@@ -1,9 +1,8 @@
 """The command line: ``pyrovae train | evaluate | diagnose | sample | reconstruct``.
 
-Arguments come from the signatures below: jsonargparse reads their type hints and docstrings.
+The arguments of a command are those of its function below: jsonargparse reads their type hints and docstrings.
 """
 
-import inspect
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from tqdm.auto import tqdm
 import pyrovae
 from pyrovae import data as datasets
 from pyrovae import diagnostics, storage
+from pyrovae.config import make_vae
 from pyrovae.distributed import alone, init_process_group, was_restarted
 from pyrovae.distributions import Blocks, center
 from pyrovae.encoders import DiagonalNormal, Encoder
@@ -36,15 +36,15 @@ from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, independ
 from pyrovae.likelihoods import Bernoulli, Likelihood, bits_per_dim
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior, StandardNormal
-from pyrovae.training import History, fit
+from pyrovae.training import Callback, History, MetricsFile, fit
 from pyrovae.vae import VAE
 
 __all__ = ["diagnose", "evaluate", "main", "reconstruct", "sample", "train"]
 
-_MONITORED = 300  # data that are looked at during training for a collapse of the latents
+_NUM_MONITORED = 300  # validation data in which training measures whether the latents collapse
 
 Preprocessing = Literal["grey", "static", "dynamic"]
-Part = Literal["train", "validation", "test"]
+SplitName = Literal["train", "validation", "test"]
 
 
 def train(
@@ -72,52 +72,59 @@ def train(
     *,
     config: str = "",
 ) -> None:
-    """Trains a VAE on a data set, scores it on the test part, and keeps all in a run directory.
+    """Trains a VAE on a data set, scores it on the test split, and writes the results to a run directory.
 
     Args:
         data: the name of a data set (listed at the end of this help), or a .npy, .npz or .csv file.
-        run: the run directory; runs/<data> unless named. One that is there is never overwritten.
-        data_root: where the images are, or are downloaded to.
-        preprocessing: of values between 0 and 1. grey: none, as they are (so also for tables); static: binarised
-            once; dynamic: training data binarised anew for each batch, the rest once.
+        run: the run directory; runs/<data> by default. An existing directory is never overwritten.
+        data_root: the directory of the images, which are downloaded to it if needed.
+        preprocessing: what to do with values between 0 and 1. grey: nothing (also for tables); static: binarise all
+            data once; dynamic: binarise the training data again for each batch, and the other splits once.
         latent_dim: number of latent dimensions.
         prior: the class of p(z).
         likelihood: the class of p(x | z).
         encoder: the class of q(z | x).
-        loss: the class of the training objective, one of pyrovae.bounds for example; Pyro's Trace_ELBO unless named.
+        loss: the class of the training objective, such as one of pyrovae.bounds; Pyro's Trace_ELBO by default.
         optimizer: the class of the optimizer.
-        scheduler: the class of a learning-rate schedule, stepped once an epoch.
+        scheduler: the class of a learning-rate schedule, which steps once per epoch.
         epochs: passes over the training data.
-        batch_size: data a step.
-        patience: stop after so many epochs without a lower validation loss; null for never.
-        clip_norm: largest norm of the gradient over all parameters; null for any.
-        num_samples: importance samples a datum, for the test log p(x).
-        seed: of weights, batches and noise.
-        device: cpu, cuda, cuda:1, ...; processes of torchrun take a GPU each with cuda.
+        batch_size: data per step.
+        patience: stop when the validation loss has not improved for this many epochs; null to never stop early.
+        clip_norm: largest norm of the gradient over all parameters; null for no limit.
+        num_samples: importance samples per datum for the test log p(x).
+        seed: seed of the weights, the batches and the noise.
+        device: cpu, cuda, cuda:1, ...; with cuda, each process of torchrun takes a GPU of its own.
         compile: train and score by compiled graphs, which take some seconds to make.
-        resume: go on with the run in the run directory, with its configuration, or start it if there is none. Only epochs
-            (upwards), patience, num_samples, data_root and device may be given anew.
-        trust: let a configuration that is resumed name classes outside pyrovae, and so run their code.
+        resume: continue the run in the run directory with its configuration, or start it if there is none. Only epochs
+            (to a larger number), patience, num_samples, data_root and device may be changed.
+        trust: allow the configuration of a resumed run to name classes outside pyrovae, torch and Pyro, which runs
+            their code.
+        config: the configuration as YAML, to be kept in the run directory.
     """
     directory, world = Path(run) if run is not None else default_run(data), init_process_group(device)
-    taken, is_new = world.broadcast_from_rank0(
+    is_taken, is_new = world.broadcast_from_rank0(
         lambda: (directory.exists() and (not directory.is_dir() or any(directory.iterdir())), not directory.exists())
     )
-    if taken and not resume:
+    if is_taken and not resume:
         raise FileExistsError(
-            f"{directory} is there already. Go on with it (--resume), or name another place (--run DIRECTORY)."
+            f"{directory} already exists. Continue the run with --resume, or give another place with --run DIRECTORY."
         )
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     _check_device(device)
     pyro.set_rng_seed(seed)
-    splits, described = _load(data, data_root, preprocessing)
+    splits, description = _load(data, data_root, preprocessing)
     x_shape = tuple(splits.train.x.shape[1:])
-    vae = _build(prior, likelihood, encoder, latent_dim, x_shape).to(device)
-    print(f"{described}\n{vae}\nrun directory: {directory}")
+    vae = make_vae(x_shape, latent_dim, prior, likelihood, encoder).to(device)
+    print(f"{description}\n{vae}\nrun directory: {directory}")
 
-    held_out = splits.validation.x[:_MONITORED].to(device)
-    monitors = [_monitor(vae, held_out, max(1, epochs // 50))] if len(held_out) > 1 else []
+    metrics = MetricsFile(directory / "metrics.jsonl")
+    callbacks: list[Callback] = []
+    monitored = splits.validation.x[:_NUM_MONITORED].to(device)
+    if len(monitored) > 1:
+        monitor = diagnostics.CollapseMonitor(vae.model, vae.guide, monitored, every=max(1, epochs // 50))
+        callbacks.append(_WherePossible(monitor))
+    callbacks.append(metrics)  # the last, because it writes the entries of the others
     if world.first:
         storage.create_run(directory, config, x_shape)
     try:
@@ -134,50 +141,70 @@ def train(
             clip_norm=clip_norm,
             validation=splits.validation.x,
             patience=patience,
-            callbacks=[*monitors, _metrics_writer(directory / "metrics.jsonl")],
+            callbacks=callbacks,
             checkpoint=directory / "checkpoint.safetensors",
             resume=resume,
             device=device,
             compile=compile,
         )
     except Exception:
-        if (
-            world.first and is_new and not (directory / "checkpoint.safetensors").exists()
-        ):  # bad input leaves nothing behind
+        # Bad input leaves nothing behind.
+        if world.first and is_new and not (directory / "checkpoint.safetensors").exists():
             for name in ("config.yaml", "run.json"):
                 (directory / name).unlink()
             directory.rmdir()
         raise
-    if len(history) < epochs:
-        print(
-            f"stopped after epoch {len(history)}: no lower validation loss for {patience} epochs. The weights are those of "
-            f"epoch {history.best_epoch}."
-        )
+
     vae.eval()
     test = splits.test.x.to(device)
     estimate = log_marginal(vae.model, vae.guide, test, num_samples=num_samples, compile=compile)
-    if not world.first:
-        return
-    storage.save(vae, directory / "weights.safetensors")
-    result = {"split": "test", **_summary(estimate)}
-    beside = ""
-    # The baseline is a probability of binary data, a density of other.
-    if _kinds(vae) == {bool(((splits.test.x == 0) | (splits.test.x == 1)).all())}:
+    if world.first:
+        storage.save(vae, directory / "weights.safetensors")
+        _report_training(vae, splits, history, epochs, estimate, metrics, directory)
+
+
+def _report_training(
+    vae: VAE,
+    splits: datasets.Splits,
+    history: History,
+    epochs: int,
+    estimate: Estimate,
+    metrics: MetricsFile,
+    directory: Path,
+) -> None:
+    """Writes the metrics and the pictures of a run, and prints its results and what can be done next."""
+    if len(history) < epochs:
+        print(
+            f"stopped after epoch {len(history)}: the validation loss had not improved since epoch "
+            f"{history.best_epoch}, whose weights are kept."
+        )
+    n = len(estimate.value)
+    result = {
+        "split": "test",
+        "log_marginal": estimate.value.mean().item(),
+        "standard_error": estimate.standard_error.square().sum().sqrt().item() / n,
+        "khat_above_0.7": int((estimate.khat > 0.7).sum()),
+        "num_data": n,
+        "num_samples": estimate.num_samples,
+    }
+    scores = f"test: {estimate}"
+    # The baseline is a probability for binary data, and a density for all others.
+    if _is_discrete(vae) == bool(((splits.test.x == 0) | (splits.test.x == 1)).all()):
         name, baseline = independent_baseline(splits.train.x, splits.test.x)
         result["baseline"] = baseline.mean().item()
-        beside = f"\n{name}: {result['baseline']:.3f} nats a datum (baseline)"
-    _write_metrics(directory / "metrics.jsonl", [*history.records, result], append=False)
+        scores += f"\n{name}: {result['baseline']:.3f} nats per datum (baseline)"
+    metrics.write([*history.records, result])
     _draw(vae, splits, history, directory)
-    print(f"\n{history}\n\ntest: {estimate}{beside}")
-    named = re.search(r"method=(\w+)", estimate.remedy)
-    again = f"--method {named[1]}" if named else "--num-samples 5000"
-    print(f"\npictures, weights and metrics: {directory}\nscore it again: pyrovae evaluate {directory} {again}")
+    print(f"\n{history}\n\n{scores}")
+    method = re.search(r"method=(\w+)", estimate.remedy)
+    options = f"--method {method[1]}" if method else "--num-samples 5000"
+    print(f"\npictures, weights and metrics: {directory}\nscore it again: pyrovae evaluate {directory} {options}")
     print(f"what it learned, and where it loses nats: pyrovae diagnose {directory}")
 
 
 def evaluate(
     run: str,
-    split: Part = "test",
+    split: SplitName = "test",
     method: Estimator | None = None,
     num_samples: int | None = None,
     num_data: int | None = None,
@@ -190,24 +217,24 @@ def evaluate(
     compile: bool = False,
     trust: bool = False,
 ) -> None:
-    """Estimates log p(x) per datum of a trained run, by importance sampling or any other estimator.
+    """Estimates log p(x) of each datum under a trained run, by importance sampling or another estimator.
 
     Args:
         run: the run directory.
-        split: the part of the data to score.
-        method: the class of the estimator, one of pyrovae.estimators; ImportanceSampling unless named.
-        num_samples: importance samples a datum, 5000 unless given; other methods take their own, as
-            --method.num_samples.
-        num_data: score the first so many only; all unless given.
-        output: a .csv file for what is known of each datum: estimate, standard error, effective sample size, k-hat,
-            whether it is to be trusted, and what else the method says.
-        data: another data set of the same shape to score; the run's own unless named.
-        data_root: where the images are; as in training unless named.
-        max_memory: budget for intermediate results, in bytes.
-        seed: of the samples.
-        device: cpu, cuda, cuda:1, ...; processes of torchrun take a GPU each with cuda.
+        split: the split of the data to score.
+        method: the class of the estimator, one of pyrovae.estimators; ImportanceSampling by default.
+        num_samples: importance samples per datum, 5000 by default. For other methods use --method.num_samples.
+        num_data: score only this many data, the first of the split; all by default.
+        output: a .csv file for the results of each datum: estimate, standard error, effective sample size, k-hat,
+            whether it can be trusted, and what else the method gives.
+        data: another data set of the same shape to score; that of the run by default.
+        data_root: the directory of the images; that of the run by default.
+        max_memory: memory for intermediate results, in bytes.
+        seed: seed of the samples.
+        device: cpu, cuda, cuda:1, ...; with cuda, each process of torchrun takes a GPU of its own.
         compile: score by compiled graphs, which take some seconds to make.
-        trust: let the run's configuration name classes outside pyrovae, and so run their code.
+        trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
+            code.
     """
     world = init_process_group(device)
     out = None if output is None else world.broadcast_from_rank0(lambda: _new_file(output, (".csv",)))
@@ -216,16 +243,12 @@ def evaluate(
     if method is None:
         method = ImportanceSampling(5000 if num_samples is None else num_samples)
     elif num_samples is not None:
-        raise ValueError(
-            f"a method has its own number: give --method.num_samples {num_samples} instead of --num-samples."
-        )
+        raise ValueError(f"--num-samples is for the default method: give --method.num_samples {num_samples} instead.")
     _check_device(device)
-    vae, config = storage.load_run(run, trust=trust)
-    splits, described = _load(data or config["data"], data_root or config["data_root"], config["preprocessing"])
-    print(described)
+    vae, splits, preprocessing = _load_run(run, data, data_root, trust)
     pyro.set_rng_seed(seed)
     vae.to(device)
-    x = _scored(splits, split, config["preprocessing"])[:num_data].to(device)
+    x = _scored(splits, split, preprocessing)[:num_data].to(device)
     estimate = log_marginal(vae.model, vae.guide, x, method=method, max_memory=max_memory, compile=compile)
     if out is not None and world.first:
         columns = {name: getattr(estimate, name) for name in ("value", "standard_error", "ess", "khat", "trusted")}
@@ -235,22 +258,23 @@ def evaluate(
         np.savetxt(out, table, delimiter=",", fmt=["%d"] + ["%.9g"] * len(columns), comments="", header=header)
         print(f"per datum: {out}")
     print(f"{split}: {estimate}")
-    if _kinds(vae) == {True} and method.relation == "=":
+    if _is_discrete(vae) and method.relation == "=":
         print(f"{bits_per_dim(estimate.value, x.shape[1:]).mean().item():.4f} bits per dimension, of {x[0].numel():,}")
 
 
 def sample(
     run: str, num_samples: int = 64, output: str | None = None, mean: bool = False, seed: int = 0, trust: bool = False
 ) -> None:
-    """Draws samples from p(x) of a trained run, as a picture or an array.
+    """Draws samples from p(x) of a trained run, and writes them as a picture or an array.
 
     Args:
         run: the run directory.
-        num_samples: how many.
-        output: a .png, .npy or .csv file; samples-<seed>.png in the run directory unless named.
-        mean: the mean of p(x | z) instead of a draw from it.
-        seed: of the samples.
-        trust: let the run's configuration name classes outside pyrovae, and so run their code.
+        num_samples: number of samples.
+        output: a .png, .npy or .csv file; samples-<seed>.png in the run directory by default.
+        mean: write the mean of p(x | z) instead of a draw from it.
+        seed: seed of the samples.
+        trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
+            code.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
@@ -269,7 +293,7 @@ def sample(
 
 def reconstruct(
     run: str,
-    split: Part = "test",
+    split: SplitName = "test",
     num_data: int = 10,
     output: str | None = None,
     data: str | None = None,
@@ -277,24 +301,23 @@ def reconstruct(
     seed: int = 0,
     trust: bool = False,
 ) -> None:
-    """Reconstructs the first data of a part of the data with a trained run, as a picture or an array.
+    """Reconstructs the first data of a split by a trained run, and writes them as a picture or an array.
 
     Args:
         run: the run directory.
-        split: the part of the data.
-        num_data: how many.
-        output: a .png, .npy or .csv file; reconstructions-<split>.png in the run directory unless named.
-        data: another data set of the same shape; the run's own unless named.
-        data_root: where the images are; as in training unless named.
-        seed: of the latents.
-        trust: let the run's configuration name classes outside pyrovae, and so run their code.
+        split: the split of the data.
+        num_data: number of data.
+        output: a .png, .npy or .csv file; reconstructions-<split>.png in the run directory by default.
+        data: another data set of the same shape; that of the run by default.
+        data_root: the directory of the images; that of the run by default.
+        seed: seed of the latents.
+        trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
+            code.
     """
     if num_data < 1:
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
     out = _new_file(output or Path(run) / f"reconstructions-{split}.png", (".png", ".npy", ".csv"))
-    vae, config = storage.load_run(run, trust=trust)
-    splits, described = _load(data or config["data"], data_root or config["data_root"], config["preprocessing"])
-    print(described)
+    vae, splits, _ = _load_run(run, data, data_root, trust)
     pyro.set_rng_seed(seed)
     x = getattr(splits, split).x[:num_data]
     reconstructed = vae.reconstruct(x)
@@ -309,7 +332,7 @@ def reconstruct(
 
 def diagnose(
     run: str,
-    split: Part = "test",
+    split: SplitName = "test",
     num_data: int = 300,
     method: Estimator | None = None,
     nuts_samples: int = 1000,
@@ -329,9 +352,10 @@ def diagnose(
         num_data: look at the first so many; gaps are measured on a third of them.
         method: the class of the estimator of log p(x) that gaps are measured from, one of pyrovae.estimators;
             AnnealedImportanceSampling unless named.
-        nuts_samples: draws of each of two NUTS chains that the posteriors of three data are compared with, after half as many
-            to warm up: the slowest part. At least 100, or 0 to leave it out.
-        other: a second data set of the same shape to tell from the first; without one, the most unusual data are listed.
+        nuts_samples: draws of each of two NUTS chains that the posteriors of three data are compared with, after half
+            as many to warm up: the slowest part. At least 100, or 0 to leave it out.
+        other: a second data set of the same shape to tell from the first; without one, the most unusual data are
+            listed.
         output: a directory for the results; diagnosis-<split> in the run directory unless named.
         data: another data set of the same shape; the run's own unless named.
         data_root: where the images are; as in training unless named.
@@ -426,9 +450,9 @@ RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; exits with a message and status 1 when the input is at fault."""
+    """Runs the command line; exits with a message and status 1 when the input is wrong."""
     argv = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)]
-    if os.getcwd() not in sys.path:  # the classes of a user lie beside their data, not beside this script
+    if os.getcwd() not in sys.path:  # where the modules with the user's own classes are
         sys.path.insert(0, os.getcwd())
     parser = make_parser()
     try:
@@ -438,13 +462,13 @@ def main(argv: list[str] | None = None) -> None:
             settings = _resumed(parser, argv, settings.train)
             settings.train.resume = True
         command = settings.subcommand
-        # A loss may hold a network, which is built here: from the seed too, but not with the numbers of the VAE's weights.
+        # A loss may hold a network, which is built here. It gets random numbers other than those of the VAE's weights.
         pyro.set_rng_seed((settings[command].seed + 1) % 2**32)
         arguments = parser.instantiate(settings)[command].as_dict()
         arguments.pop("config", None)
         if command == "train":
             arguments["config"] = _config(settings.train)
-        # One of several processes speaks for all, and does alone what is not for several.
+        # Of several processes only rank 0 prints. It runs alone the commands that are not distributed.
         if command in ("train", "evaluate"):
             with nullcontext() if world.first else redirect_stdout(None):
                 COMMANDS[command](**arguments)
@@ -454,7 +478,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"pyrovae: error: {str(error).partition('Trace Shapes:')[0].rstrip()}")  # Pyro adds a long table
     except KeyboardInterrupt:
-        sys.exit("\npyrovae: interrupted. A training run goes on where it was with --resume.")
+        sys.exit("\npyrovae: interrupted. To continue a training run, use --resume.")
 
 
 def make_parser() -> ArgumentParser:
@@ -467,12 +491,12 @@ def make_parser() -> ArgumentParser:
 
 
 def command_parser(name: str) -> ArgumentParser:
-    """Returns the parser of one command, made from the function's signature."""
+    """Returns the parser of one command, from the signature and docstring of its function."""
     function = COMMANDS[name]
     epilog = f"Data sets: {', '.join(datasets.descriptions())}." if name == "train" else None
     parser = ArgumentParser(description=function.__doc__.splitlines()[0], epilog=epilog)
     if name == "train":
-        parser.add_argument("--config", action="config", help="a file with arguments, as a run's config.yaml")
+        parser.add_argument("--config", action="config", help="a file with arguments, such as the config.yaml of a run")
     helps = {param.arg_name: param.description for param in docstring_parser.parse(function.__doc__).params}
     flags = {name: text for name, text in helps.items() if name in FLAGS}
     parser.add_function_arguments(function, as_positional=True, skip={*flags, "config"})
@@ -482,30 +506,13 @@ def command_parser(name: str) -> ArgumentParser:
 
 
 def _config(settings: Any) -> str:
-    """Returns the configuration of a training run as YAML: all but what says where and whether to go on."""
+    """Returns the configuration of a training run as YAML: all arguments but the run directory and the flags."""
     config = yaml.safe_load(command_parser("train").dump(settings, skip_unset=False))
     return yaml.safe_dump({k: v for k, v in config.items() if k not in ("config", "run", *FLAGS)}, sort_keys=False)
 
 
-def build_from_config(config: dict[str, Any], x_shape: tuple[int, ...]) -> VAE:
-    """Returns the VAE that a run's configuration describes, with new weights."""
-    parser = ArgumentParser()
-    names = ("latent_dim", "prior", "likelihood", "encoder")
-    parser.add_function_arguments(train, skip={*inspect.signature(train).parameters} - {*names})
-    parts = parser.instantiate(parser.parse_object({name: config[name] for name in names}))
-    return _build(parts.prior, parts.likelihood, parts.encoder, parts.latent_dim, x_shape)
-
-
-def _build(prior: Callable, likelihood: Callable, encoder: Callable, latent_dim: int, x_shape: tuple[int, ...]) -> VAE:
-    """Returns the VAE of these parts; a prior whose first argument is the encoder (a VampPrior) is handed it."""
-    p, q = likelihood(latent_dim, x_shape), encoder(x_shape, latent_dim)
-    cls = next((a for a in getattr(prior, "args", ()) if isinstance(a, type)), prior)  # in jsonargparse's partial
-    first = next(iter(inspect.signature(cls).parameters))
-    return VAE(prior(q if first == "encoder" else latent_dim), p, q)
-
-
 def default_run(data: str) -> Path:
-    """Returns the run directory for a data set where none is named."""
+    """Returns the default run directory for a data set."""
     return Path("runs") / Path(data).stem
 
 
@@ -514,38 +521,58 @@ def _with_underscores(arg: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
 
 
-def _resumed(parser: ArgumentParser, argv: list[str], given: Any) -> Any:
-    """Returns the settings of the run that is resumed, with what the command line gives besides."""
-    directory = Path(given.run) if given.run is not None else default_run(given.data)
-    file = directory / "config.yaml"
-    if not file.exists():
+def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
+    """Returns the settings of the run to be resumed, with the changes on the command line.
+
+    Args:
+        parser: the parser of the whole command line.
+        argv: the command line.
+        settings: the settings of ``pyrovae train`` on this command line alone.
+    """
+    directory = Path(settings.run) if settings.run is not None else default_run(settings.data)
+    if not (directory / "config.yaml").exists():
         if init_process_group().first:
             print(f"nothing to resume in {directory}: starting")
         return parser.parse_args(argv)
-    stored = storage.read_config(directory, trust=given.trust)
+    stored = storage.read_config(directory, trust=settings.trust)
+    # As text, not as a file, because the names in it are the present ones.
+    text = yaml.safe_dump({name: value for name, value in stored.items() if name != "x_shape"})
     at = argv.index("train") + 1
-    settings = parser.parse_args([*argv[:at], "--config", str(file), *argv[at:]])
-    settings.train.run = str(directory)
-    # The checkpoint holds the optimizer and the noise as they were: a change that it overrules must not seem to be made.
-    changed = yaml.safe_load(_config(settings.train))
-    names = [name for name in changed if changed[name] != stored.get(name) and name not in RENEWABLE]
-    if names:
+    resumed = parser.parse_args([*argv[:at], "--config", text, *argv[at:]])
+    resumed.train.run = str(directory)
+    # The checkpoint restores the optimizer and the random state: a change that it would undo must be an error.
+    config = yaml.safe_load(_config(resumed.train))
+    changed = [name for name in config if config[name] != stored.get(name) and name not in RENEWABLE]
+    if changed:
         raise ValueError(
-            f"a run is resumed with its own {', '.join(names)}. Leave that out, or start a new run with --run DIRECTORY; "
-            f"what may change is {', '.join(RENEWABLE)}."
+            f"{', '.join(changed)} cannot change when a run is resumed. Leave this out, or start a new run with "
+            f"--run DIRECTORY; what may change is {', '.join(RENEWABLE)}."
         )
-    if changed["epochs"] < stored["epochs"]:
-        raise ValueError(f"epochs is {changed['epochs']}, but the run in {directory} was made for {stored['epochs']}.")
-    return settings
+    if config["epochs"] < stored["epochs"]:
+        raise ValueError(
+            f"epochs is {config['epochs']}, but the run in {directory} was started with {stored['epochs']}. Give a "
+            "larger number."
+        )
+    return resumed
+
+
+def _load_run(
+    run: str, data: str | None, data_root: str | None, trust: bool
+) -> tuple[VAE, datasets.Splits, Preprocessing]:
+    """Returns the VAE of a run, and the data of the run or another data set with their preprocessing."""
+    vae, config = storage.load_run(run, trust=trust)
+    splits, description = _load(data or config["data"], data_root or config["data_root"], config["preprocessing"])
+    print(description)
+    return vae, splits, config["preprocessing"]
 
 
 def _load(data: str, data_root: str, preprocessing: Preprocessing) -> tuple[datasets.Splits, str]:
-    """Returns the splits, binarised as asked for except where each batch is to be, and a line that describes them."""
+    """Returns the splits, and lines that describe them. What is to be binarised once is binarised."""
     splits = datasets.load(data, data_root)
     words = {
         "grey": "grey (values as they are)",
         "static": "static binarisation (once, seed 0)",
-        "dynamic": "dynamic binarisation (training data for each batch, the rest once, seed 0)",
+        "dynamic": "dynamic binarisation (training data again for each batch, the rest once, seed 0)",
     }[preprocessing]
     if preprocessing != "grey":
         seeds = (None if preprocessing == "dynamic" else 0, 1, 2)
@@ -559,31 +586,30 @@ def _load(data: str, data_root: str, preprocessing: Preprocessing) -> tuple[data
     return splits, f"{data}: {sizes} of shape {tuple(splits.train.x.shape[1:])}\npreprocessing: {words}"
 
 
-def _scored(splits: datasets.Splits, split: Part, preprocessing: Preprocessing) -> Tensor:
-    """Returns the data of a part as a likelihood of binary data scores them, binarised once."""
+def _scored(splits: datasets.Splits, split: SplitName, preprocessing: Preprocessing) -> Tensor:
+    """Returns the data of a split for scoring: binarised once, where training binarises each batch."""
     x = getattr(splits, split).x
     return datasets.static_binarization(x, 0) if preprocessing == "dynamic" and split == "train" else x
 
 
-def _monitor(vae: VAE, x: Tensor, every: int) -> Callable[[History], None]:
-    """Returns a callback that records how much the latents hold, as long as that can be said of these parts."""
-    monitor = diagnostics.CollapseMonitor(vae.model, vae.guide, x, every=every)
+class _WherePossible:
+    """A callback that is dropped, with one line that says why, where it is not defined for the parts of a VAE."""
 
-    def record(history: History) -> None:
-        nonlocal monitor
-        if monitor is None:
+    def __init__(self, callback: Callback):
+        self.callback: Callback | None = callback
+
+    def __call__(self, history: History) -> None:
+        if self.callback is None:
             return
         try:
-            monitor(history)
+            self.callback(history)
         except (ValueError, NotImplementedError) as error:
             tqdm.write(f"whether the latents collapse is not recorded: {error}")
-            monitor = None
-
-    return record
+            self.callback = None
 
 
 def _draw_collapse(metrics: Path, path: Path) -> None:
-    """Draws how much the latents held over training, if a run recorded it."""
+    """Plots the mutual information of data and latents over training, if the run recorded it."""
     from pyrovae import plots
 
     records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
@@ -593,46 +619,12 @@ def _draw_collapse(metrics: Path, path: Path) -> None:
         print(f"\nover training: {path}")
 
 
-def _summary(estimate: Estimate) -> dict[str, float]:
-    n = len(estimate.value)
-    return {
-        "log_marginal": estimate.value.mean().item(),
-        "standard_error": estimate.standard_error.square().sum().sqrt().item() / n,
-        "khat_above_0.7": int((estimate.khat > 0.7).sum()),
-        "num_data": n,
-        "num_samples": estimate.num_samples,
-    }
-
-
-def _metrics_writer(path: Path) -> Callable[[History], None]:
-    """Returns a callback that keeps one JSON object an epoch; its first call writes the whole history anew.
-
-    So a resumed run drops what the killed one had written after its last checkpoint.
-    """
-    started = False
-
-    def write(history: History) -> None:
-        nonlocal started
-        _write_metrics(path, history.records[-1:] if started else history.records, append=started)
-        started = True
-
-    return write
-
-
-def _write_metrics(path: Path, records: list[dict], append: bool) -> None:
-    content = "".join(json.dumps(record) + "\n" for record in records)
-    if not append:
-        storage.write_atomically(path, content.encode())
-        return
-    with open(path, "a") as file:
-        file.write(content)
-
-
 @torch.no_grad()
-def _kinds(vae: VAE) -> set[bool]:
-    """Returns whether the dimensions of the data are discrete, both values where some are."""
+def _is_discrete(vae: VAE) -> bool | None:
+    """Returns whether the data of the likelihood are discrete; None if only some of their columns are."""
     p = vae.decode(vae.prior().sample((1,)))
-    return {block.support.is_discrete for block in (p.blocks if isinstance(p, Blocks) else [p])}
+    kinds = {block.support.is_discrete for block in (p.blocks if isinstance(p, Blocks) else [p])}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 _MEANS = "means of p(x | z), z from the prior"
@@ -670,7 +662,7 @@ def _new_file(path: str | Path, suffixes: tuple[str, ...]) -> Path:
     if path.suffix not in suffixes:
         raise ValueError(f"output must end in {' or '.join(suffixes)}, got {path}.")
     if path.exists():
-        raise FileExistsError(f"{path} is there already. Name another place with --output, or take another --seed.")
+        raise FileExistsError(f"{path} already exists. Give another file with --output, or another --seed.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

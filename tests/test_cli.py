@@ -59,8 +59,20 @@ def test_train_leaves_a_whole_run_and_beats_the_baseline(run):
         pytest.param(["--prior", "FlowPrior", "--encoder", "GaussianMixture"], marks=pytest.mark.slow),
         ["--prior", "GaussianProcess", "--prior.num_times", "4", "--prior.kernel", "pyrovae.priors.matern_32"],
         ["--prior", "HypersphericalUniform", "--encoder", "VonMisesFisher"],
-        "--prior Categorical --prior.num_classes 3 --encoder Categorical --encoder.num_classes 3 --likelihood.network "
-        "OneHotInput --likelihood.network.num_classes 3".split(),
+        [
+            "--prior",
+            "Categorical",
+            "--prior.num_classes",
+            "3",
+            "--encoder",
+            "Categorical",
+            "--encoder.num_classes",
+            "3",
+            "--likelihood.network",
+            "OneHotInput",
+            "--likelihood.network.num_classes",
+            "3",
+        ],
     ],
     ids=lambda parts: parts[1],
 )
@@ -252,7 +264,7 @@ def test_an_existing_directory_is_never_overwritten(run, tmp_path):
     assert digest(run) == before
 
     (tmp_path / "thesis.txt").write_text("precious")
-    assert "there already" in error_of("train", "--run", tmp_path, "--epochs", "1")
+    assert "already exists" in error_of("train", "--run", tmp_path, "--epochs", "1")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -371,7 +383,7 @@ def test_damaged_and_foreign_runs_are_refused(run, tmp_path):
     other = (run / "config.yaml").read_text().replace("latent_dim: 16", "latent_dim: 3").encode()
     assert "another module" in damaged("config.yaml", other)
     assert not (tmp_path / "new.npy").exists()
-    assert "no run directory" in error_of("sample", tmp_path / "nothing")
+    assert "not a run directory" in error_of("sample", tmp_path / "nothing")
 
 
 def test_bad_data_leaves_nothing_behind(tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# Heavy, and needed only by those who draw, read one of their data sets or use the command line.
+# Slow to import, and needed only for plots, some data sets and the command line.
 LAZY = ("torchvision", "matplotlib", "sklearn", "scipy", "jsonargparse", "zuko", "pandas", "PIL", "torch._dynamo")
 
 STATE = """

@@ -482,7 +482,7 @@ def test_an_elbo_that_has_a_gradient_alone_trains_as_in_svi():
         found.append(pyro.param("shift").detach().clone())
     assert (found[1] - 1).norm() > 0
     torch.testing.assert_close(*found, rtol=0, atol=ROUNDING)
-    with pytest.raises(ValueError, match="TraceTailAdaptive_ELBO has a gradient alone"):
+    with pytest.raises(ValueError, match="TraceTailAdaptive_ELBO has a gradient only"):
         fit(model, shifted, x, loss=elbo, validation=x, epochs=1, progress=False)
 
 

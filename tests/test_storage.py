@@ -1,4 +1,4 @@
-"""Files: read back to the bit as they were written, refused when damaged or foreign, whole when a process is killed."""
+"""Files: read back bitwise, refused when damaged or foreign, and intact when a process is killed."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ OLD, NEW = {"content": [1.0] * 1000}, {"content": [2.0] * 1000}
 
 
 def overwrite_and_be_killed(folder: Path) -> None:
-    """Kills processes that replace OLD by NEW, and asserts after each that the file is one of them, whole."""
+    """Kills processes that replace OLD by NEW, and asserts that the file is always one of them."""
     seen = []
 
     def found(path: Path) -> dict:
@@ -37,7 +37,7 @@ def overwrite_and_be_killed(folder: Path) -> None:
         status = ended_by(lambda _, path=path: write_checkpoint(path, NEW), last=last)
         assert status == (signal.SIGKILL if last < 6 else 0)
         seen.append(found(path))
-    assert seen == [OLD, OLD, OLD, NEW, NEW, NEW], "the new content must be there from the renaming on, and not before"
+    assert seen == [OLD, OLD, OLD, NEW, NEW, NEW], "the new content must appear with the renaming, and not before"
 
     def forever(_: Moments) -> None:
         while True:
@@ -117,7 +117,7 @@ def test_truncated_at_any_length(tmp_path):
 
 
 def test_any_flipped_bit(tmp_path):
-    """Every single bit: either the file is refused, or what is read is what was written.
+    """For every bit: either the file is refused, or the weights read are those written.
 
     The second happens only where the file tells the version of pyrovae that wrote it, which is for people to read.
     """
@@ -217,7 +217,7 @@ def test_nested_values_are_read_back_to_the_bit(tmp_path):
         "bools": [True, False],
         "numbers": [0, -1, 2**63, 0.1, -0.0, 1e-320, float("inf"), float("nan")],
         "text": ["", 'ß \u2028 \0 " \\', "tensor", "dict", "tuple"],
-        # Keys that JSON would turn into text, and keys that are what an own encoding might use as marks.
+        # Keys that JSON would turn into text, and keys that the encoding itself uses.
         "keys": {
             0: "int",
             "0": "text",

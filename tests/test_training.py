@@ -1,8 +1,9 @@
-"""Training: the loop one would write by hand, to the bit; killed and resumed, to the bit; and what it refuses."""
+"""Training: bitwise equal to a loop written by hand, and to an uninterrupted run when killed and resumed; errors."""
 
 import errno
 import importlib
 import itertools
+import json
 import math
 import os
 import random
@@ -44,7 +45,7 @@ from pyrovae.likelihoods import Bernoulli, Normal, OptimalNormal
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
 from pyrovae.storage import read_checkpoint, save
-from pyrovae.training import trainer as training
+from pyrovae.training import MetricsFile, checkpoints, loop
 
 train = partial(fit, progress=False)
 SMALL = partial(MLP, hidden=(8,))
@@ -76,7 +77,7 @@ class Pair(NamedTuple):
 
 
 def regression(**start: float) -> Pair:
-    """y ~ Normal(weight x + bias, 1) without latents: its training can be done on paper.
+    """y ~ Normal(weight x + bias, 1) without latents: the results of training are known exactly.
 
     The loss per datum is (y - weight x - bias)^2 / 2 + log(2 pi) / 2.
     """
@@ -100,11 +101,11 @@ def without_seconds(history: History) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name != "seconds"} for record in history.records]
 
 
-# The loop that fit stands for.
+# A loop written by hand, which fit must equal.
 
 
 class Shuffled:
-    """Batches in an order drawn anew from torch's random state in every pass."""
+    """Batches in an order drawn from torch's random state in every pass."""
 
     def __init__(self, *tensors: Tensor, batch_size: int = 16, transform: Callable = lambda *batch: batch):
         self.tensors, self.batch_size, self.transform = tensors, batch_size, transform
@@ -115,7 +116,7 @@ class Shuffled:
 
 
 def by_hand(model, guide, batches, epochs=3, loss=None, size=None) -> list[float]:
-    """Trains as one does without fit, Pyro's own way to gradients and Adam; returns the loss of each epoch.
+    """Trains without fit, by Pyro's own loss_and_grads and Adam; returns the loss of each epoch.
 
     Like fit it takes a look at one batch first, which draws an order, and runs the loss once for the parameters to be
     made. Batches are of 16, a power of two, so that it makes no difference to the bit whether a loss or its gradient
@@ -158,7 +159,7 @@ def assert_as_by_hand(make, data, batches, loss=Trace_ELBO, size=None, **options
     fitted, history = trained(lambda m, g: train(m, g, data(), loss=loss(), **options), make)
     written, losses = trained(lambda m, g: by_hand(m, g, batches(), loss=loss(), size=size), make)
     assert_same(fitted, written)
-    # Pyro adds losses up in double or in single precision, by the way it takes: 1e-6 is eight units of the latter.
+    # Pyro sums losses in double or in single precision: 1e-6 is eight units of the latter.
     assert history["loss"] == pytest.approx(losses, rel=1e-6)
     assert history["epoch"] == [1, 2, 3]
     return history
@@ -274,7 +275,7 @@ def test_fit_takes_any_elbo(loss):
 
 
 def mixture() -> Pair:
-    """Which of two components a datum is from is summed over: nothing for the guide to do."""
+    """A mixture of two components. Pyro sums over the component, so the guide has no site."""
 
     def model(x):
         locs = pyro.param("locs", torch.tensor([-1.0, 1.0]))
@@ -319,7 +320,7 @@ class Rows(Dataset):
 
 
 class Stream(IterableDataset):
-    """Data whose number nobody knows."""
+    """Data without a length."""
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(Rows(64).x)
@@ -366,7 +367,7 @@ LOADERS = {
 
 @pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
 def test_loaders_have_the_say_over_batches(loader):
-    # The batch size of fit plays no part.
+    # The batch size of fit is ignored.
     assert_as_by_hand(normal_vae, loader, lambda: Wrapped(loader()), batch_size=128)
 
 
@@ -570,7 +571,7 @@ def test_schedules_act_on_the_steps():
 
 
 def test_plateau_schedules_see_the_validation_loss():
-    """Where x is zero the weight plays no part: validation stands still while the loss falls."""
+    """Where x is zero the weight has no effect: the validation loss is constant while the loss decreases."""
     ones, zeros = torch.ones(8), torch.zeros(8)
     options = {
         "optimizer": partial(SGD, lr=0.25),
@@ -627,7 +628,7 @@ def test_validation_has_the_same_noise_each_time():
 
 
 def test_validation_is_in_evaluation_mode():
-    """Dropout of nearly everything: only in evaluation mode is the loss that without dropout."""
+    """Dropout of nearly everything: the loss equals that without dropout in evaluation mode only."""
     dropout, x, y = nn.Dropout(0.99), torch.randn(64), torch.randn(64)
 
     def model(x, y):
@@ -726,7 +727,7 @@ def modes(module: nn.Module) -> list[bool]:
 
 
 def state_after(vae: VAE, **options: Any) -> dict[str, Tensor]:
-    """Returns the state that three epochs leave, and makes sure of the modes."""
+    """Returns the state after three epochs, and checks that the modes are restored."""
     before = modes(vae)
     pyro.set_rng_seed(1)
     train(vae.model, vae.guide, torch.rand(40, 16).round(), epochs=3, batch_size=16, **options)
@@ -743,7 +744,7 @@ def same_start() -> VAE:
 def test_what_was_in_evaluation_mode_trains_the_same(compile):
     vae = same_start()
     assert_same(state_after(vae.eval(), compile=compile), state_after(same_start(), compile=compile))
-    # So does what only some of the parts of a new model are.
+    # Also if only some parts are in evaluation mode.
     vae = same_start()
     vae.likelihood.eval(), vae.encoder.eval()
     assert_same(state_after(vae, compile=compile), state_after(same_start(), compile=compile))
@@ -843,8 +844,8 @@ class Images(Dataset):
 def test_rows_stay_with_the_parameters_that_belong_to_them(form):
     x = torch.randn(40, 3)
     guide = AutoDelta(one_latent_a_datum)
-    with pytest.warns(UserWarning, match="'AutoDelta.z' belong to rows of the data, which are therefore not shuffled"):
-        # A step of the mean loss: 1 / 40 of the gradient, times 40 / 5, is Newton's, which is there at once.
+    with pytest.warns(UserWarning, match="'AutoDelta.z' belong to rows of the data, so the data are not shuffled"):
+        # A step of the mean loss: 1 / 40 of the gradient, times 40 / 5, is Newton's, which needs one step.
         history = train(one_latent_a_datum, guide, form(x), epochs=3, batch_size=40, optimizer=partial(SGD, lr=40 / 5))
     mode = 0.8 * x @ W.T
     # A step from numbers of size one rounds by some units of 1.2e-7, times the condition number of one.
@@ -905,7 +906,7 @@ def decoded() -> tuple:
 
 
 def looked_up() -> tuple:
-    """A parameter a datum, by the number of the datum."""
+    """A parameter for each datum, looked up by the number of the datum."""
 
     def guide(x, rows):
         loc = pyro.param("loc", lambda: torch.zeros(40, 2))[rows]
@@ -916,7 +917,7 @@ def looked_up() -> tuple:
 
 
 def clustered() -> tuple:
-    """As many components as there are rows, of which each datum draws one."""
+    """As many components as rows. Each datum draws one of them."""
     classifier = nn.Linear(3, 10)
 
     def model(x):
@@ -1019,6 +1020,35 @@ def test_callbacks_may_use_pyro_for_themselves():
     assert len(stopping(callbacks=[probe], epochs=3)) == 3
 
 
+def test_a_file_of_metrics_holds_the_history_also_after_a_resume(tmp_path):
+    """The interrupted run wrote an epoch after its last checkpoint, which the resumed run writes again."""
+    path, state = tmp_path / "metrics.jsonl", tmp_path / "checkpoint"
+
+    def read() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    history = stopping(epochs=2, callbacks=[MetricsFile(path)], checkpoint=state)
+    assert read() == history.records
+    with open(path, "a") as file:
+        file.write(json.dumps({"epoch": 3}) + "\n")
+    pyro.clear_param_store()
+    history = stopping(epochs=4, callbacks=[MetricsFile(path)], checkpoint=state, resume=True)
+    assert read() == history.records and len(history) == 4
+
+
+def test_a_callback_keeps_its_state_in_the_history(tmp_path):
+    """It counts over a resume because it reads what it wrote to the records, which checkpoints hold."""
+
+    def count(history: History) -> None:
+        before = history.records[-2]["calls"] if len(history) > 1 else 0
+        history.records[-1]["calls"] = before + 1
+
+    stopping(epochs=2, callbacks=[count], checkpoint=tmp_path / "run")
+    pyro.clear_param_store()
+    history = stopping(epochs=4, callbacks=[count], checkpoint=tmp_path / "run", resume=True)
+    assert history["calls"] == [1, 2, 3, 4]
+
+
 def test_history_gives_columns_and_tables(tmp_path):
     history = stopping(epochs=3, scheduler=partial(StepLR, step_size=1, gamma=0.5))
     assert len(history) == 3 and history["epoch"] == [1, 2, 3]
@@ -1075,7 +1105,7 @@ def test_history_draws_itself(tmp_path):
 def stateful_run(
     seed: int, epochs: int, optimizer, scheduler, data_size: int = 40, **options: Any
 ) -> tuple[VAE, History]:
-    """Trains with everything that has a state: statistics, dropout, momentum, a schedule, noise, the best weights."""
+    """Trains with everything that has state: statistics, dropout, momentum, a schedule, noise, the best weights."""
     pyro.set_rng_seed(seed)
     vae = stateful_vae()
     grey = torch.rand(data_size, 16, generator=torch.Generator().manual_seed(5))
@@ -1095,7 +1125,7 @@ def stateful_run(
 
 
 STATES = {
-    "Adam, StepLR": (training.Adam, partial(StepLR, step_size=2, gamma=0.5)),
+    "Adam, StepLR": (loop.Adam, partial(StepLR, step_size=2, gamma=0.5)),
     "SGD, plateau": (partial(SGD, lr=0.05, momentum=0.9), partial(ReduceLROnPlateau, patience=1)),
     "AdamW, cosine": (partial(torch.optim.AdamW, lr=0.1, amsgrad=True), partial(CosineAnnealingLR, T_max=6)),
     "RMSprop": (partial(torch.optim.RMSprop, lr=0.01, centered=True), None),
@@ -1116,7 +1146,7 @@ def test_the_same_seed_gives_the_same_result():
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, optimizer, scheduler, at):
     whole, history = stateful_run(3, 6, optimizer, scheduler, checkpoint=tmp_path / "whole")
     stateful_run(3, at, optimizer, scheduler, checkpoint=tmp_path / "parts")
-    # Other weights and other noise to begin with: all that counts is in the checkpoint.
+    # Other weights and other noise at the start: the checkpoint replaces both.
     parts, resumed = stateful_run(99, 6, optimizer, scheduler, checkpoint=tmp_path / "parts", resume=True)
     assert_same(dict(parts.state_dict()), dict(whole.state_dict()))
     assert without_seconds(resumed) == without_seconds(history)
@@ -1130,7 +1160,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, optimizer, scheduler, 
 
 def test_epochs_count_from_the_very_start(tmp_path):
     _, history = stateful_run(3, 3, *STATES["Adam, StepLR"], checkpoint=tmp_path / "run")
-    vae, again = stateful_run(99, 3, *STATES["Adam, StepLR"], checkpoint=tmp_path / "run", resume=True)
+    _, again = stateful_run(99, 3, *STATES["Adam, StepLR"], checkpoint=tmp_path / "run", resume=True)
     assert without_seconds(again) == without_seconds(history), "nothing was left to do"
     _, fewer = stateful_run(99, 2, *STATES["Adam, StepLR"], checkpoint=tmp_path / "run", resume=True)
     assert len(fewer) == 3
@@ -1244,11 +1274,12 @@ def test_buffers_outside_forward_are_resumed(tmp_path):
 
 
 def work(folder: Path, moments: Moments | None = None) -> None:
-    """Trains, with a checkpoint after every epoch and moments to die at in between, and writes the weights."""
+    """Trains, with a checkpoint after every epoch and moments to be killed at in between, and writes the weights."""
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine would take most of the time
     clock = itertools.count()
     now = [0.0]
-    training.time = types.SimpleNamespace(monotonic=lambda: now[0])  # writing takes no time, an epoch a second
+    # A write takes no time, an epoch a second.
+    loop.time = checkpoints.time = types.SimpleNamespace(monotonic=lambda: now[0])
 
     def pass_one(*batch: Tensor) -> tuple[Tensor, ...]:
         if moments is not None:
@@ -1292,7 +1323,7 @@ def work_undisturbed(folder: Path) -> None:
 
 
 def work_and_be_killed(folder: Path) -> None:
-    """Works in processes that are killed, at counted moments and at any, until one of them gets to the end."""
+    """Trains in processes that are killed, at counted and at random moments, until one of them finishes."""
     importlib.import_module("torch._dynamo")  # a torch optimizer imports it, in seconds: once, not in every process
     for last in MOMENTS:
         assert ended_by(partial(work, folder), last=last) == signal.SIGKILL
@@ -1315,7 +1346,7 @@ def test_killed_and_resumed_to_the_bit(tmp_path):
     assert len(read_checkpoint(parts / "checkpoint")["history"]) == 8
 
 
-# What is refused. Nothing may be written, and nothing changed.
+# Errors. Nothing may be written or changed.
 
 
 def refused(error: type[Exception], match: str, model, guide, data, **options: Any) -> None:
@@ -1381,11 +1412,11 @@ def test_grey_pixels_are_not_bernoulli(row):
 
 
 def test_grey_pixels_from_a_transform_in_a_later_epoch():
-    """What a transform makes is new in every epoch: that the data passed once says nothing about it."""
+    """A transform gives new values in every epoch, so they are checked in every epoch."""
     calls = itertools.count()
 
     def transform(x: Tensor) -> Tensor:
-        return x + 0.5 if next(calls) > 10 else x  # a look and two epochs of four batches pass
+        return x + 0.5 if next(calls) > 10 else x  # the first batch and two epochs of four batches pass
 
     vae = VAE(StandardNormal(2), Bernoulli(2, 16, SMALL), DiagonalNormal(16, 2, SMALL))
     with pytest.raises(ValueError, match='site "x".*outside the support of Bernoulli'):
@@ -1443,7 +1474,7 @@ def test_bad_validation_data():
 
 
 def test_a_stream_that_flows_once():
-    """An iterator in place of a data set is empty in the second epoch, or in the first if a look has drained it."""
+    """An iterator is empty in the second epoch, or in the first if the first batch was taken from it."""
 
     class Once(IterableDataset):
         def __init__(self):
@@ -1535,14 +1566,14 @@ def test_parameters_that_come_late():
 
 
 def test_a_name_that_another_model_holds():
-    """Pyro's store is keyed by name: the second of two models of one name would be run but never trained."""
+    """Pyro's store is keyed by name: of two models with one name, the second would never be trained."""
     x = torch.randn(40, 4)
     train(*closures(), x, epochs=1, batch_size=10)
     with pytest.raises(ValueError, match="decoder|encoder"):
         train(*closures(), x, epochs=1, batch_size=10)
 
 
-# Training that breaks down.
+# Losses and parameters that are not finite.
 
 
 def test_a_parameter_that_overflows(tmp_path):
@@ -1556,7 +1587,7 @@ def test_a_parameter_that_overflows(tmp_path):
 
 
 def test_a_parameter_that_overflows_in_the_last_step(tmp_path):
-    """No later step would show it: the epoch's end does, before anything is saved."""
+    """No later step shows it. It is found at the end of the epoch, before anything is saved."""
     ones = torch.ones(40)
     options = {"optimizer": partial(SGD, lr=1e38), "checkpoint": tmp_path / "run", "epochs": 1, "batch_size": 40}
     with pytest.raises(FloatingPointError, match="in epoch 1: parameter 'weight' is no longer finite"):
@@ -1592,11 +1623,9 @@ def spoilt_above(limit: float, part: str) -> Pair:
 def test_a_site_that_turns_nan(part, site, validate):
     x = torch.zeros(40)
     x[25] = 10.0  # in the third batch
-    with pyro.validation_enabled(validate):
-        with pytest.raises(
-            FloatingPointError, match=rf'at step 3 \(epoch 1\): the .* of site "{site}" in the {part} is nan'
-        ):
-            train(*spoilt_above(5.0, part), DataLoader(Wrap(x), 10))
+    message = rf'at step 3 \(epoch 1\): the .* of site "{site}" in the {part} is nan'
+    with pyro.validation_enabled(validate), pytest.raises(FloatingPointError, match=message):
+        train(*spoilt_above(5.0, part), DataLoader(Wrap(x), 10))
 
 
 def test_validation_that_turns_nan():
@@ -1607,7 +1636,7 @@ def test_validation_that_turns_nan():
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's own, where it does not validate
 def test_a_run_that_broke_down_can_be_resumed(tmp_path):
-    """What broke it is mended, and the result is that of a run that never broke."""
+    """After the cause is removed, the result is that of a run without it."""
     broken = [False]
 
     def run(name: str, break_at: int = 99, **options) -> dict[str, Tensor]:
@@ -1658,7 +1687,7 @@ def test_a_checkpoint_is_not_overwritten(tmp_path):
 
 
 def plain_vae() -> VAE:
-    """Like `stateful_vae` with a normalisation that has the same weights but no statistics."""
+    """Like `stateful_vae`, with batch normalisation that has weights but no running statistics."""
     vae = stateful_vae()
     vae.encoder.network[1] = nn.BatchNorm1d(8, track_running_stats=False)
     return vae
@@ -1734,7 +1763,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, failing, 
 
 
 def test_history_entries_that_a_checkpoint_can_keep(tmp_path):
-    """What callbacks note, numpy's and torch's numbers among it, is there after a resume."""
+    """Entries of callbacks, including NumPy's and torch's numbers, are in the history after a resume."""
 
     def note(history: History) -> None:
         history.records[-1].update(plain=0.5, numpy=np.float32(0.5), torch=torch.tensor(0.5))

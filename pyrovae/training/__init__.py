@@ -1,5 +1,7 @@
 """Training of any Pyro model and guide."""
 
-from pyrovae.training.trainer import History, fit
+from pyrovae.training.callbacks import Callback, MetricsFile
+from pyrovae.training.history import History
+from pyrovae.training.loop import fit
 
-__all__ = ["History", "fit"]
+__all__ = ["Callback", "History", "MetricsFile", "fit"]

@@ -1,0 +1,280 @@
+"""The training loop: :func:`fit`."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
+from tqdm.auto import tqdm
+
+from pyrovae.arguments import converted, count_data, of_batch, placed
+from pyrovae.bounds import Bound
+from pyrovae.compilation import api as graphs
+from pyrovae.data.loading import Batches, as_batches
+from pyrovae.distributed import init_process_group
+from pyrovae.inference.structure import is_integer, warn
+from pyrovae.training.callbacks import Callback, stop_requested
+from pyrovae.training.checkpoints import Checkpointer
+from pyrovae.training.history import History
+from pyrovae.training.rows import check_rows
+from pyrovae.training.trainer import Trainer
+
+__all__ = ["fit"]
+
+Data = Any  # tensors, arrays, containers of these, a Dataset or a DataLoader
+
+# The fused kernel updates all parameters at once, in a fraction of the time of a loop over them.
+Adam = partial(torch.optim.Adam, lr=1e-3, fused=True)
+
+
+def fit(
+    model: Callable,
+    guide: Callable,
+    data: Data,
+    *,
+    loss: ELBO | None = None,
+    epochs: int = 100,
+    batch_size: int = 128,
+    optimizer: Callable[[Iterable[Tensor]], Optimizer] | Optimizer = Adam,
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    transform: Callable | None = None,
+    clip_norm: float | None = None,
+    validation: Data | None = None,
+    patience: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    compile: bool = False,
+    progress: bool = True,
+) -> History:
+    r"""Trains the parameters of any Pyro model and guide by gradient descent on an ELBO.
+
+    A step lowers the loss per datum of a batch, :math:`\frac{1}{N} \mathrm{loss}(x_1, \dots, x_N)`. Batches and noise
+    are drawn from torch's random state: call ``pyro.set_rng_seed`` first to make a run repeatable.
+
+    Every epoch runs in training mode (dropout, batch norm), even if a callback called ``eval()``. At the end, the modes
+    of before are restored. What is frozen in evaluation mode stays in evaluation mode: a module in evaluation mode
+    whose parameters all have ``requires_grad=False``, or a single layer, such as batch norm, in evaluation mode inside
+    a module in training mode.
+
+    Data in memory are shuffled, unless there are parameters that belong to rows of the data, such as those of Pyro's
+    automatic guides for latents per datum. All data must then come in one batch, in their order, and `fit` warns of it.
+
+    Args:
+        model: a Pyro model, called with a batch: ``model(x)``, or ``model(x, context)`` for pairs.
+        guide: a Pyro guide, called like the model.
+        data: data in memory, a ``Dataset`` or a ``DataLoader``. In memory: a tensor, a NumPy array, a packed sequence,
+            a dict of these, or a tuple of these and of lists with an entry per datum. The members of a tuple become
+            positional arguments, ``Arguments(x, mask=mask)`` of :mod:`pyrovae.arguments` gives keyword arguments.
+            Numbers, ``None`` and the like are passed with every batch. Batches of data in memory are made without a
+            Python loop over the data. The batches of a ``DataLoader`` are used as they are, whatever `batch_size` says,
+            and become arguments by the same rules, so a dict is one argument.
+        loss: any ``pyro.infer.ELBO``, such as one of :mod:`pyrovae.bounds`; ``Trace_ELBO()`` by default. The loss of an
+            ELBO that has a gradient only, such as ``TraceTailAdaptive_ELBO``, is recorded as infinite.
+        epochs: passes over the data, including those before a resume.
+        batch_size: data per step, or all data if there are fewer. The last batch of an epoch may be smaller.
+        optimizer: called with the parameters, such as ``functools.partial(torch.optim.Adam, lr=3e-4)``; or a torch
+            optimizer that holds them.
+        scheduler: called with the optimizer to make a learning-rate schedule, which steps once per epoch.
+        transform: called with every batch, its result used instead: ``transform(x)``, or ``transform(x, context)``.
+            It applies to validation batches too.
+        clip_norm: largest norm of the gradient of the loss per datum, over all parameters together.
+        validation: data in any of the forms above. Their loss is computed after every epoch, in evaluation mode and
+            with the same noise each time.
+        patience: stop when the validation loss has not improved for this many epochs, and restore the weights of the
+            best epoch.
+        callbacks: functions called with the :class:`History` after every epoch, in order; see
+            :class:`pyrovae.training.Callback`. Training stops if one returns True.
+        checkpoint: a file for the state of training. It is written after epochs, if at most a twentieth of the time
+            goes into it, and at the end. A write that is interrupted leaves the earlier file.
+        resume: continue from the checkpoint if it exists. The result is bitwise that of an uninterrupted run on the
+            same machine.
+        device: the device that data in memory are moved to at the start, and the batches of a loader one by one; None
+            leaves them where they are.
+        compile: compute the loss and its gradient by a compiled graph, with the same noise; see
+            :func:`pyrovae.compile`. The first step of a process takes some seconds more. On a GPU the step of the
+            optimizer is recorded together with it.
+        progress: show a progress bar.
+
+    Returns:
+        The :class:`History`.
+
+    Raises:
+        ValueError: when an argument is out of range; when the data are empty, hold NaN or infinity or are outside the
+            support of the likelihood; when model and guide do not fit each other; when parameters belong to rows of
+            data that come in several batches; or when the checkpoint is of another model.
+        TypeError: when `optimizer` is not and does not make a torch optimizer, `loss` is not an ELBO, or `scheduler` or
+            a callback cannot be called.
+        FileExistsError: when the checkpoint exists and `resume` is False.
+        FloatingPointError: when the loss or a parameter becomes NaN or infinite. The message names the step and the
+            site. The checkpoint keeps the last good state.
+
+    >>> import pyro
+    >>> import pyrovae
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> pyro.set_rng_seed(0)
+    >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
+    >>> history = fit(vae.model, vae.guide, torch.randn(100, 3), epochs=5, batch_size=50, progress=False)
+    >>> len(history)
+    5
+    """
+    _check_arguments(epochs, batch_size, patience, clip_norm, validation, scheduler, callbacks, loss)
+    epochs, batch_size = int(epochs), int(batch_size)  # NumPy's integers are not accepted by all of torch
+    world = init_process_group(device)
+    checkpoint_exists = checkpoint is not None and world.broadcast_from_rank0(lambda: Path(checkpoint).exists())
+    if checkpoint_exists and not resume:
+        raise FileExistsError(
+            f"checkpoint {checkpoint} already exists. Pass resume=True to continue from it, or give another path."
+        )
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs a checkpoint to continue from.")
+    if world.size > 1 and isinstance(getattr(data, "sampler", None), DistributedSampler):
+        raise ValueError(
+            "data has a DistributedSampler, but fit itself divides each batch among the processes: give the DataLoader "
+            "without it."
+        )
+
+    batches = as_batches("data", data, batch_size, shuffle=True, device=device)
+    held_out = None if validation is None else as_batches("validation", validation, None, shuffle=False, device=device)
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError("data gives no batch. Give at least one datum, and a DataLoader that does not drop it.")
+    if isinstance(batches, Batches) and len(batches) == 1:
+        first = next(iter(batches.in_order()))
+    if isinstance(data, (DataLoader, IterableDataset)):  # which decide on the order of the data
+        num_shuffled = 0
+    else:
+        num_shuffled = batches.size if isinstance(batches, Batches) else len(data)
+
+    loss = Trace_ELBO() if loss is None else loss
+    loss = graphs.compile(loss) if compile else loss
+    with placed(getattr(batches, "rows", None)):
+        trainer = Trainer(
+            world,
+            model,
+            guide,
+            loss,
+            first_batch=first,
+            num_shuffled=num_shuffled,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            transform=transform,
+            clip_norm=clip_norm,
+            device=device,
+        )
+    if trainer.row_parameters:
+        check_rows(trainer.row_parameters, batch_size, len(batches))
+        batches = as_batches("data", data, batch_size, shuffle=False, device=device)
+    if held_out is not None and not trainer.state.has_loss:
+        raise ValueError(
+            f"validation needs a loss, but {type(trainer.loss).__name__} has a gradient only. Leave validation out."
+        )
+    try:
+        steps_per_epoch = len(batches)
+    except TypeError:  # an iterable data set has no length
+        steps_per_epoch = None
+    _warn_of_long_schedules(trainer.loss, steps_per_epoch, epochs, patience)
+
+    history, best, checkpointer = History(), None, None  # best: the weights of the best epoch
+    if checkpoint is not None:
+        first = of_batch(first)
+        count = count_data(*converted(first.args, first.kwargs))
+        fingerprint = {"steps an epoch": steps_per_epoch, "data in the first batch": count}
+        checkpointer = Checkpointer(checkpoint, trainer, batches, fingerprint)
+        if checkpoint_exists:
+            history, best = checkpointer.load()
+        checkpointer.save(history, best)  # if the file cannot be written, this raises now and not after an epoch
+    start = time.monotonic() - (history["seconds"][-1] if len(history) else 0.0)
+    bar = tqdm(
+        total=None if steps_per_epoch is None else steps_per_epoch * epochs,
+        initial=0 if steps_per_epoch is None else steps_per_epoch * min(len(history), epochs),
+        unit="step",
+        disable=not (progress and world.first),
+    )
+
+    def describe(line: str = "") -> None:
+        bar.set_description(line or f"epoch {len(history) + 1}/{epochs}", refresh=bool(line))
+
+    if trainer.compiled is not None:
+        trainer.compiled.graphs.report = describe  # with a line before a graph is compiled, without after
+    with trainer.state.modes_restored(), bar:
+        while len(history) < epochs and not _is_out_of_patience(history, patience):
+            epoch = len(history) + 1
+            describe()
+            record = {"epoch": epoch} | trainer.train_epoch(batches, epoch, after_step=bar.update)
+            if held_out is not None:
+                record["validation"] = trainer.validate(held_out, epoch)
+            record["learning_rate"] = trainer.optimizer.param_groups[0]["lr"]
+            trainer.end_epoch(record)
+            record["seconds"] = time.monotonic() - start
+            history.records.append(record)
+            shown = {name: f"{record[name]:.3f}" for name in ("loss", "validation") if name in record}
+            bar.set_postfix(shown, refresh=False)
+
+            if history.best_epoch == epoch:
+                best = trainer.state.snapshot()
+            stop = world.broadcast_from_rank0(lambda: stop_requested(callbacks, history))
+            is_last = stop or epoch == epochs or _is_out_of_patience(history, patience)
+            if checkpointer is not None and (is_last or checkpointer.is_due()):
+                checkpointer.save(history, best)
+            if stop:
+                break
+    trainer.synchronize()
+    if patience is not None and best is not None:
+        trainer.state.restore(best)
+    return history
+
+
+def _check_arguments(
+    epochs: Any,
+    batch_size: Any,
+    patience: Any,
+    clip_norm: Any,
+    validation: Any,
+    scheduler: Any,
+    callbacks: Any,
+    loss: Any,
+) -> None:
+    """Raises an error that names the first argument that is out of range or of the wrong type."""
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
+        if not (is_integer(value) and value >= 1 or name == "patience" and value is None):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, got {clip_norm}.")
+    if patience is not None and validation is None:
+        raise ValueError("patience stops training by the validation loss: give validation data, or leave patience out.")
+    if not (scheduler is None or callable(scheduler)):
+        raise TypeError(
+            "scheduler must make a schedule when called with the optimizer, such as functools.partial(StepLR, "
+            f"step_size=10); got {scheduler!r}."
+        )
+    if not (isinstance(callbacks, Sequence) and all(map(callable, callbacks))):
+        raise TypeError(f"callbacks must be a list of functions of the history, got {callbacks!r}.")
+    if loss is not None and (isinstance(loss, type) or not callable(getattr(loss, "loss", None))):
+        raise TypeError(f"loss must be an ELBO object, such as bounds.IWAE(16), got {loss!r}.")
+
+
+def _warn_of_long_schedules(loss: ELBO, steps_per_epoch: int | None, epochs: int, patience: int | None) -> None:
+    """Warns if training ends, or may be stopped, before the schedules of a loss end."""
+    span = math.ceil(loss.span / steps_per_epoch) if isinstance(loss, Bound) and steps_per_epoch else 0
+    for name, value in (("epochs", epochs), ("patience", patience)):
+        if value is not None and value < span:
+            warn(
+                f"the schedule of {type(loss).__name__} takes {loss.span} steps, which are {span} epochs of these "
+                f"data, but {name}={value}. Make the schedule shorter, or {name} larger."
+            )
+
+
+def _is_out_of_patience(history: History, patience: int | None) -> bool:
+    best = history.best_epoch
+    return patience is not None and best is not None and len(history) - best >= patience

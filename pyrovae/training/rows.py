@@ -1,0 +1,126 @@
+"""Parameters whose elements belong to rows of the data, such as those of Pyro's automatic guides of local latents."""
+
+from collections.abc import Callable
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from torch import Tensor
+
+from pyrovae.arguments import Arguments, settled, take_rows, tensors_of
+from pyrovae.inference.structure import evaluation_mode, sample_sites, traced, unwrapped, warn
+
+
+def parameters_of_rows(
+    model: Callable, guide: Callable, params: dict[str, Tensor], batch: Arguments, size: int, num_data: int
+) -> list[str]:
+    """Returns the keys of the parameters whose elements belong to rows of a batch, whichever data are in these rows.
+
+    The first datum is scored in the first row, and again in the second row after a shift of all rows by one. The
+    elements of a parameter that have a gradient in the two runs are compared. Elements that belong to a datum (the
+    output of a network, or what is looked up for the datum) are the same in both. If the two sets of elements are
+    disjoint, the parameter belongs to the rows.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        params: the parameters by key.
+        batch: arguments of both.
+        size: the number of rows in the batch.
+        num_data: the number of data in all batches.
+    """
+    params = {key: p for key, p in params.items() if any(n and n % m == 0 for n in p.shape for m in (size, num_data))}
+    if size < 2 or not params:
+        return []
+    devices = sorted(
+        {x.device for x in (*tensors_of(batch.args, batch.kwargs), *params.values()) if x.is_cuda}, key=str
+    )
+    try:
+        with evaluation_mode(), pyro.validation_enabled(False):
+            with torch.random.fork_rng(devices):
+                in_first, draws = _elements_used_by_row(0, model, guide, params, batch, size, poutine.Trace())
+            for site in draws.nodes.values():  # the draws for a datum are shifted with it
+                for frame in site["cond_indep_stack"]:
+                    if frame.vectorized:
+                        dim, x = frame.dim - site["fn"].event_dim, site["value"]
+                        if x.dim() >= -dim and x.shape[dim] == size:
+                            site["value"] = x.roll(1, dim)
+            args, kwargs = take_rows(torch.arange(size).roll(1), *settled(batch.args, batch.kwargs)[:2])
+            with torch.random.fork_rng(devices):
+                in_second, _ = _elements_used_by_row(1, model, guide, params, Arguments(*args, **kwargs), size, draws)
+    except Exception:  # rows that cannot be shifted, such as sequences sorted by their lengths
+        return []
+    return [
+        key
+        for key, a, b in zip(params, in_first, in_second, strict=True)
+        if bool(a.any()) and bool(b.any()) and not bool((a & b).any())
+    ]
+
+
+def _elements_used_by_row(
+    row: int,
+    model: Callable,
+    guide: Callable,
+    params: dict[str, Tensor],
+    batch: Arguments,
+    size: int,
+    draws: poutine.Trace,
+) -> tuple[list[Tensor], poutine.Trace]:
+    """Returns a mask for each parameter, True where an element has a gradient in a row; and the latents drawn.
+
+    Args:
+        row: the row of the batch.
+        model: a Pyro model.
+        guide: a Pyro guide.
+        params: the parameters by key.
+        batch: arguments of both.
+        size: the number of rows in the batch.
+        draws: latents to use instead of new draws.
+    """
+    with torch.enable_grad():
+        guide_trace = traced(guide, draws, *batch.args, **batch.kwargs)
+        with poutine.replay(trace=draws):
+            guide_sites = sample_sites(guide_trace)
+            model_sites = sample_sites(traced(model, guide_trace, *batch.args, **batch.kwargs))
+        of_sites = [
+            {f.name for f in site["cond_indep_stack"] if f.vectorized and f.size == size}
+            for site in model_sites.values()
+            if site["is_observed"]
+        ]
+        plates = set.intersection(*of_sites) if of_sites else set()  # those that hold all observed sites
+        total = torch.zeros(())  # all densities and values of the row
+        for site in [*guide_sites.values(), *model_sites.values()] if len(plates) == 1 else []:
+            value, event_dim = site["value"], site["fn"].event_dim
+            summed = value.flatten(value.dim() - event_dim).sum(-1) if event_dim else value
+            for frame in site["cond_indep_stack"]:
+                for x in (site["fn"].log_prob(value), summed) if frame.name in plates else ():
+                    if x.requires_grad and x.dim() >= -frame.dim and x.shape[frame.dim] == size:
+                        total = total + x.select(frame.dim, row).sum()
+        if total.requires_grad:
+            leaves = list(params.values())
+            gradients = list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
+        else:
+            gradients = [torch.zeros_like(p) for p in params.values()]
+    drawn = poutine.Trace()
+    for name, site in (model_sites | guide_sites).items():
+        # A Delta is recomputed from its parameters, and so is the auxiliary draw of an automatic guide.
+        if not (site["is_observed"] or site["infer"].get("is_auxiliary") or isinstance(unwrapped(site["fn"]), Delta)):
+            drawn.add_node(name, **{**site, "value": site["value"].detach()})
+    return [gradient != 0 for gradient in gradients], drawn
+
+
+def check_rows(names: list[str], batch_size: int, num_batches: int) -> None:
+    """Warns of parameters that belong to rows of the data, which are then not shuffled.
+
+    Raises:
+        ValueError: when the data come in several batches.
+    """
+    listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if num_batches > 1:
+        raise ValueError(
+            f"parameters {listed} belong to the {batch_size} rows of a batch, but these rows hold other data in every "
+            "step. Take all data in one batch, batch_size=len(data); or infer the latents by an encoder network; or "
+            "make parameters for all data and look up those of a batch by row numbers, data=(x, torch.arange(len(x)))."
+        )
+    warn(f"parameters {listed} belong to rows of the data, so the data are not shuffled.")
