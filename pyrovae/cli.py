@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 import pyrovae
 from pyrovae import data as datasets
 from pyrovae import diagnostics, storage
-from pyrovae.distributed import alone, init_process_group, was_restarted
+from pyrovae.distributed import init_process_group, single_process, was_restarted
 from pyrovae.distributions import Blocks, center
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, independent_baseline, log_marginal
@@ -118,7 +118,7 @@ def train(
 
     held_out = splits.validation.x[:_MONITORED].to(device)
     monitors = [_monitor(vae, held_out, max(1, epochs // 50))] if len(held_out) > 1 else []
-    if world.first:
+    if world.is_rank0:
         storage.create_run(directory, config, x_shape)
     try:
         history = fit(
@@ -142,7 +142,7 @@ def train(
         )
     except Exception:
         if (
-            world.first and is_new and not (directory / "checkpoint.safetensors").exists()
+            world.is_rank0 and is_new and not (directory / "checkpoint.safetensors").exists()
         ):  # bad input leaves nothing behind
             for name in ("config.yaml", "run.json"):
                 (directory / name).unlink()
@@ -156,7 +156,7 @@ def train(
     vae.eval()
     test = splits.test.x.to(device)
     estimate = log_marginal(vae.model, vae.guide, test, num_samples=num_samples, compile=compile)
-    if not world.first:
+    if not world.is_rank0:
         return
     storage.save(vae, directory / "weights.safetensors")
     result = {"split": "test", **_summary(estimate)}
@@ -227,7 +227,7 @@ def evaluate(
     vae.to(device)
     x = _scored(splits, split, config["preprocessing"])[:num_data].to(device)
     estimate = log_marginal(vae.model, vae.guide, x, method=method, max_memory=max_memory, compile=compile)
-    if out is not None and world.first:
+    if out is not None and world.is_rank0:
         columns = {name: getattr(estimate, name) for name in ("value", "standard_error", "ess", "khat", "trusted")}
         columns |= estimate.diagnostics
         table = torch.stack([torch.arange(len(x)), *(column.double().cpu() for column in columns.values())], dim=1)
@@ -446,10 +446,10 @@ def main(argv: list[str] | None = None) -> None:
             arguments["config"] = _config(settings.train)
         # One of several processes speaks for all, and does alone what is not for several.
         if command in ("train", "evaluate"):
-            with nullcontext() if world.first else redirect_stdout(None):
+            with nullcontext() if world.is_rank0 else redirect_stdout(None):
                 COMMANDS[command](**arguments)
-        elif world.first:
-            with alone():
+        elif world.is_rank0:
+            with single_process():
                 COMMANDS[command](**arguments)
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"pyrovae: error: {str(error).partition('Trace Shapes:')[0].rstrip()}")  # Pyro adds a long table
@@ -518,7 +518,7 @@ def _resumed(parser: ArgumentParser, argv: list[str], given: Any) -> Any:
     directory = Path(given.run) if given.run is not None else default_run(given.data)
     file = directory / "config.yaml"
     if not file.exists():
-        if init_process_group().first:
+        if init_process_group().is_rank0:
             print(f"nothing to resume in {directory}: starting")
         return parser.parse_args(argv)
     stored = storage.read_config(directory, trust=given.trust)

@@ -27,7 +27,7 @@ class World(NamedTuple):
     size: int
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this one prints and writes for all."""
         return self.rank == 0
 
@@ -47,9 +47,9 @@ class World(NamedTuple):
         if self.size == 1:
             return value()
         found: list[Any] = [None, None]
-        if self.first:
+        if self.is_rank0:
             try:
-                with alone():
+                with single_process():
                     found = [value(), None]
             except Exception as error:
                 found = [None, error]
@@ -205,7 +205,7 @@ _ALONE: list[bool] = []  # not empty while one process does what the others only
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Makes this process one of one, for what it does inside without the others."""
     _ALONE.append(True)
     try:

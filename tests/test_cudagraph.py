@@ -12,7 +12,7 @@ import pytest
 import torch
 from bound_cases import BY_NAME
 from pyro.infer import SVI, Trace_ELBO
-from test_graphs import Pair, fresh, normalised, pair_of, same, small_vae
+from test_compilation import Pair, fresh, normalised, pair_of, same, small_vae
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR

@@ -70,7 +70,7 @@ def torchrun(*argv: Any, size: int = 2, restarts: int = 0) -> subprocess.Complet
 
 def in_processes(function: Callable[[Path], None], folder: Path, **options: int) -> None:
     """Runs a function of this module in several processes, which must end well."""
-    ended = torchrun("test_ranks", function.__name__, folder, **options)
+    ended = torchrun("test_distributed", function.__name__, folder, **options)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -782,7 +782,7 @@ def fail_in_one_process(folder: Path) -> None:
 
 
 def test_an_error_in_one_process_ends_all_within_seconds(tmp_path):
-    ended = torchrun("test_ranks", "fail_in_one_process", tmp_path)
+    ended = torchrun("test_distributed", "fail_in_one_process", tmp_path)
     assert time.time() - float((tmp_path / "failed").read_text()) < 30
     assert ended.returncode != 0
     assert 'The data at site "x" is outside the support of Normal' in ended.stderr

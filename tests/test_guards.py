@@ -199,7 +199,7 @@ def test_changes_of_variables_are_named(monkeypatch):
     assert state.failure_reason((get, x)) is None
     with monkeypatch.context() as patch:
         patch.setitem(globals(), "NUMBER", 2.0)
-        assert state.failure_reason((get, x)) == "test_states.NUMBER changed from 1.0 to 2.0"
+        assert state.failure_reason((get, x)) == "test_guards.NUMBER changed from 1.0 to 2.0"
     with monkeypatch.context() as patch:
         patch.setattr(Plain, "of_class", 2.0)
         assert state.failure_reason((get, x)) == "Plain.of_class changed from 1.0 to 2.0"
@@ -247,7 +247,7 @@ def test_too_many_objects_are_refused(monkeypatch):
 
 def test_what_is_told_of_a_state_is_that_of_all_but_its_tensors():
     def told(p: float, on: bool = True) -> tuple:
-        return Guards((nn.Sequential(nn.Linear(2, 2), nn.Dropout(p)).train(on),)).told
+        return Guards((nn.Sequential(nn.Linear(2, 2), nn.Dropout(p)).train(on),)).fingerprint
 
     assert told(0.1) == told(0.1)
     assert len({told(0.1), told(0.2), told(0.1, on=False), told(0.1)}) == 3

@@ -36,7 +36,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
-from pyrovae.arguments import holds_packed
+from pyrovae.arguments import cuda_devices, holds_packed
 from pyrovae.bounds import Bound, Terms
 from pyrovae.bounds.elbo import ScheduledStep
 from pyrovae.compilation.cudagraph import CudaGraph, PostStep, on_one_gpu
@@ -121,7 +121,7 @@ class GraphCache:
             self.refuse(error)
             return None
 
-    def look_at(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def refuse_packed(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Refuses a function that is called with a packed sequence, whose lengths no graph can follow."""
         if self.reason is None and holds_packed(args, kwargs):
             self.refuse(Untraceable("the lengths in a packed sequence decide what is computed"))
@@ -433,7 +433,7 @@ def _undone(state: Guards, function: Callable[[], Any]) -> tuple[Any, list[tuple
     """
     versions = [t._version for t in state.tensors]
     kept = [b.clone() for b in state.buffers]
-    devices = sorted({t.device for t in state.tensors if t.is_cuda}, key=str)
+    devices = cuda_devices(state.tensors)
     torch.clear_autocast_cache()  # holds copies of weights that are no longer theirs
     try:
         with torch.random.fork_rng(devices), pyro.validation_enabled(False):
@@ -620,7 +620,7 @@ class Compiled(ELBO):
             What was computed and the state that it was computed from; None where there can be no graph, after one
             warning that says why. Nothing has happened then.
         """
-        self.graphs.look_at(args, kwargs)
+        self.graphs.refuse_packed(args, kwargs)
         leaves, form = _flattened(args, kwargs)
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         others = [x for x in leaves if not isinstance(x, Tensor)]

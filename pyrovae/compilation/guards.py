@@ -112,7 +112,7 @@ class Guards:
         return len(values) == len(self._saved) and all(map(operator.is_, values, self._saved))
 
     @property
-    def told(self) -> tuple:
+    def fingerprint(self) -> tuple:
         """What two states that differ in nothing but their tensors have in common, hashable."""
         return tuple(
             (slot.where, *(x if isinstance(x, ATOMS) else type(x) for x in slot.saved)) for slot in self._slots

@@ -26,7 +26,7 @@ from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
 from pyrovae import storage
-from pyrovae.arguments import Arguments, converted, count_data, moved, of_batch, placed, settled, take_rows, tensors_of
+from pyrovae.arguments import Arguments, converted, count_data, cuda_devices, moved, of_batch, placed, settled, take_rows, tensors_of
 from pyrovae.bounds import Bound
 from pyrovae.compilation import api as graphs
 from pyrovae.compilation.cudagraph import PostStep
@@ -274,7 +274,7 @@ def fit(
         _set_random_state(saved["random"], batches)
 
     def save() -> float:
-        if not world.first:
+        if not world.is_rank0:
             return 0.0
         start = time.monotonic()
         rest = {"data": fingerprint, "history": history.records, "best": best, "random": _random_state(batches)}
@@ -291,7 +291,7 @@ def fit(
             total=None if steps is None else steps * epochs,
             initial=0 if steps is None else steps * min(len(history), epochs),
             unit="step",
-            disable=not (progress and world.first),
+            disable=not (progress and world.is_rank0),
         ) as bar,
     ):
         if run.compiled is not None:
@@ -414,7 +414,7 @@ class _Run:
         """
         modules: dict[int, nn.Module] = {}
         handle = nn.modules.module.register_module_forward_pre_hook(lambda m, _: modules.setdefault(id(m), m) and None)
-        devices = sorted({x.device for x in tensors_of(args, kwargs) if x.is_cuda}, key=str)
+        devices = cuda_devices(tensors_of(args, kwargs))
         try:
             with (
                 torch.no_grad(),
@@ -475,9 +475,7 @@ class _Run:
         params = {name: p for name, p in self.params.items() if any(n and n % m == 0 for n in p.shape for m in sizes)}
         if size < 2 or not params:
             return []
-        devices = sorted(
-            {x.device for x in (*tensors_of(batch.args, batch.kwargs), *params.values()) if x.is_cuda}, key=str
-        )
+        devices = cuda_devices([*tensors_of(batch.args, batch.kwargs), *params.values()])
 
         try:
             with evaluation_mode(), pyro.validation_enabled(False):
@@ -714,7 +712,7 @@ class _Run:
     def validate(self, batches: Iterable, epoch: int) -> float:
         """Returns the validation loss per datum, with the same noise each time so that epochs can be compared."""
         total, count = 0.0, 0
-        devices = sorted({p.device for p in self.trained if p.is_cuda}, key=str)
+        devices = cuda_devices(self.trained)
         with evaluation_mode(), torch.random.fork_rng(devices):
             torch.manual_seed(0)
             for batch in batches:
