@@ -43,14 +43,15 @@ from torch.utils._pytree import tree_leaves
 
 from pyrovae import VAE, bounds, encoders, estimators, fit, likelihoods, log_marginal, priors
 from pyrovae import compile as compiled
-from pyrovae.compilation import api as graphs
+from pyrovae.compilation import cache, graph
+from pyrovae.compilation.api import Compiled
 from pyrovae.nn import MLP, ConvNet, DeconvNet
 from pyrovae.regularizers import Adversarial, DensityRatio, MaximumMeanDiscrepancy, TotalCorrelation
 from pyrovae.structures import ClassifierELBO, HierarchicalVAE, LadderVAE, MissingDataVAE, SemiSupervisedVAE
 
 fit, log_marginal = partial(fit, progress=False), partial(log_marginal, progress=False)
 SGD = partial(torch.optim.SGD, lr=1e-3)
-FETCHED = "a value is fetched from a tensor"
+FETCHED = "the computation depends on a value fetched from a tensor"
 
 
 class Traced:
@@ -72,20 +73,20 @@ class Traced:
 @pytest.fixture
 def traced(monkeypatch) -> Traced:
     stand_in = Traced()
-    monkeypatch.setattr(graphs, "_optimized", stand_in)
+    monkeypatch.setattr(graph, "compile_module", stand_in)
     return stand_in
 
 
 @pytest.fixture
 def at_once(monkeypatch) -> None:
     """Makes a graph for each shape of the data when it first comes."""
-    monkeypatch.setattr(graphs, "_WORTH_IT", 0)
+    monkeypatch.setattr(cache, "_WARMUP_CALLS", 0)
 
 
 @contextmanager
 def refused(reason: str) -> Iterator[list]:
     """Expects one warning that something is not compiled, for a reason."""
-    with pytest.warns(UserWarning, match=f"not compiled, but run as it is: .*{reason}") as warned:
+    with pytest.warns(UserWarning, match=f"not compiled, and runs eagerly: .*{reason}") as warned:
         yield warned
     assert len(warned) == 1
 
@@ -124,7 +125,7 @@ def evaluated(elbo: Any, pair: Pair, args: tuple, kwargs: dict[str, Any]) -> lis
     """Returns a loss, all that it is made of, and the gradients, which it leaves in place."""
     for p in pair.parameters():
         p.grad = None
-    if isinstance(elbo, bounds.Bound) or isinstance(elbo, graphs.Compiled) and isinstance(elbo.elbo, bounds.Bound):
+    if isinstance(elbo, bounds.Bound) or isinstance(elbo, Compiled) and isinstance(elbo.elbo, bounds.Bound):
         terms = elbo.terms(pair.model, pair.guide, *args, **kwargs)
         terms.loss.backward()
         found = [t.detach().clone() for t in tree_leaves(tuple(terms))]
@@ -160,7 +161,7 @@ def same(found: Iterable, expected: Iterable) -> None:
             assert torch.equal(a, b)
 
 
-def same_compiled(make_elbo: Callable[[], Any], make: Callable[[], Pair], *args: Any, **kwargs: Any) -> graphs.Compiled:
+def same_compiled(make_elbo: Callable[[], Any], make: Callable[[], Pair], *args: Any, **kwargs: Any) -> Compiled:
     """Asserts that steps compiled are those that are not; returns the compiled ELBO."""
     expected = trained(make_elbo(), fresh(make), *args, **kwargs)
     elbo = compiled(make_elbo())
@@ -632,7 +633,7 @@ def test_without_gradients_nothing_is_compiled(traced):
 
 @pytest.mark.parametrize("given", [Trace_ELBO, "ELBO", None, bounds.ELBO])
 def test_what_is_compiled_must_be_an_elbo_that_is_built(given):
-    with pytest.raises(TypeError, match="elbo must be an ELBO that is built"):
+    with pytest.raises(TypeError, match="elbo must be an instance of ELBO"):
         compiled(given)
 
 
@@ -1046,7 +1047,7 @@ def test_other_types_get_a_graph_of_their_own(traced, at_once):
 
 
 def test_another_shape_waits_until_it_is_worth_it(traced, monkeypatch):
-    monkeypatch.setattr(graphs, "_WORTH_IT", 3)
+    monkeypatch.setattr(cache, "_WARMUP_CALLS", 3)
     found, x = [], doubles(8, 3)
     for wrap in (lambda elbo: elbo, compiled):
         pair, elbo, made = fresh(lambda: pair_of(diagonal_vae(2, 3))), wrap(bounds.ELBO(2)), []
@@ -1059,7 +1060,7 @@ def test_another_shape_waits_until_it_is_worth_it(traced, monkeypatch):
 
 
 def test_a_resumed_run_makes_graphs_when_it_would_have(traced, monkeypatch, tmp_path):
-    monkeypatch.setattr(graphs, "_WORTH_IT", 3)
+    monkeypatch.setattr(cache, "_WARMUP_CALLS", 3)
     x, made = doubles(12, 3), []
     for epochs in (2, 3, 4):  # of two batches, the last one smaller
         pair = fresh(linear)
@@ -1184,7 +1185,7 @@ def test_making_a_graph_is_one_step(traced):
 
 @pytest.mark.parametrize("scales", [(0.5, 0.5, 2.0, 0.5), (1.0, 3.0, 3.0, 1.0)], ids=str)
 def test_scales_around(scales, traced, monkeypatch):
-    monkeypatch.setattr(graphs, "_WORTH_IT", 0)
+    monkeypatch.setattr(cache, "_WARMUP_CALLS", 0)
     x, found = doubles(5, 3), []
     for wrap in (lambda elbo: elbo, compiled):
         pair, elbo = fresh(linear), wrap(bounds.IWAE(3))
@@ -1207,7 +1208,7 @@ def test_handlers_around_that_hold_more_are_not_told_apart(traced):
 
 
 def test_autocast_and_default_types_are_inputs(traced, monkeypatch):
-    monkeypatch.setattr(graphs, "_WORTH_IT", 0)
+    monkeypatch.setattr(cache, "_WARMUP_CALLS", 0)
 
     def steps(elbo: Any) -> list:
         pair, x, found = pair_of(fresh(small_vae)), doubles(5, 3).float(), []
@@ -1288,7 +1289,7 @@ def counting_with_a_tensor() -> Pair:
 REFUSED = {
     "value of a tensor": (fetching, FETCHED),
     "counted calls": (counting, "a run changes what the next one reads"),
-    "counted calls in a tensor": (counting_with_a_tensor, "it changes a tensor in place that is no buffer"),
+    "counted calls in a tensor": (counting_with_a_tensor, "it changes a tensor in place that is not a buffer"),
     "random": (lambda: linear(lambda: 1 + random.random()), "random numbers of Python or NumPy"),
     "numpy.random": (lambda: linear(lambda: 1 + np.random.rand()), "random numbers of Python or NumPy"),
 }
@@ -1326,7 +1327,7 @@ def test_a_compiler_that_fails_is_warned_of_once(error, later, monkeypatch):
     def fail(*given):
         raise error
 
-    monkeypatch.setattr(graphs, "_optimized", (lambda module: fail) if later else fail)
+    monkeypatch.setattr(graph, "compile_module", (lambda module: fail) if later else fail)
     with refused("torch.compile failed: .*(no C|none)"):
         same_compiled(bounds.ELBO, lambda: pair_of(diagonal_vae(2, 3)), doubles(5, 3))
 
@@ -1356,7 +1357,7 @@ def test_an_argument_that_is_another_number_each_time_is_named(traced):
         return Pair(model, lambda x, factor: guide(x), [layer])
 
     found = []
-    with refused("is another again"):
+    with refused("is a new value, and there are graphs for 4 earlier values"):
         for wrap in (lambda elbo: elbo, compiled):
             made, elbo = fresh(pair), wrap(Trace_ELBO())
             found.append([t for step in range(12) for t in trained(elbo, made, doubles(5, 3), step / 10, steps=1)])
@@ -1408,7 +1409,7 @@ def test_what_changes_unseen_is_found_at_the_next_check(wrong, traced):
         if step == wrong:
             array.fill(1.001)
         if step == {2: 2, 3: 4}[wrong]:
-            with pytest.raises(RuntimeError, match="the graph of ELBO gives something else than ELBO itself"):
+            with pytest.raises(RuntimeError, match="the compiled graph of ELBO disagrees with ELBO itself"):
                 elbo.terms(pair.model, pair.guide, x)
             break
         elbo.terms(pair.model, pair.guide, x)
@@ -1418,9 +1419,9 @@ def test_a_compiler_that_errs_is_found(monkeypatch):
     def erring(module):
         return lambda *given: [t * (1 + 1e-3) if t.is_floating_point() else t for t in module(*given)]
 
-    monkeypatch.setattr(graphs, "_optimized", erring)
+    monkeypatch.setattr(graph, "compile_module", erring)
     vae = diagonal_vae(2, 3)
-    with pytest.raises(RuntimeError, match="or torch.compile erred"):
+    with pytest.raises(RuntimeError, match="or torch.compile made an error"):
         compiled(bounds.ELBO()).terms(vae.model, vae.guide, doubles(5, 3))
 
 
@@ -1694,5 +1695,5 @@ def test_a_unit_at_a_kink_is_no_mistake_of_a_graph():
     x, loss = torch.rand(128, *shape).bernoulli(), compiled(Trace_ELBO())
     for _ in range(100):
         loss.loss_and_grads(vae.model, vae.guide, x)
-        for kind in loss.graphs._kinds.values():
-            kind.graphs[0].calls = 1  # the next call is held against the ELBO itself
+        for entry in loss.graphs._entries.values():
+            entry.graphs[0].calls = 1  # the next call is compared with the ELBO itself

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyrovae import bounds, estimators, fit, log_marginal
 from pyrovae import compile as compiled
-from pyrovae.compilation import api as graphs
-from pyrovae.compilation import cudagraph as recordings
+from pyrovae.compilation import graph
+from pyrovae.compilation.api import Compiled
+from pyrovae.compilation.cudagraph import CudaGraph
 from pyrovae.training import trainer as training
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,12 +34,12 @@ fit, log_marginal = partial(fit, progress=False), partial(log_marginal, progress
 class StandIn:
     """Does again what was recorded, from and into the same memory."""
 
-    def __init__(self, function: Callable, inputs: list[Tensor], kept: list[Tensor], told: list):
-        self.function, self.kept, self.told = function, kept, told
-        self.places = [t.data_ptr() for t in kept]
+    def __init__(self, function: Callable, inputs: list[Tensor], kept: list[Tensor], fingerprint: list):
+        self.function, self.kept, self.fingerprint = function, kept, fingerprint
+        self.addresses = [t.data_ptr() for t in kept]
         self.inputs, self.result = [t.clone() for t in inputs], None
 
-    matches = recordings.CudaGraph.matches
+    matches = CudaGraph.matches
 
     def replay(self, inputs: list[Tensor]) -> Any:
         for own, given in zip(self.inputs, inputs, strict=True):
@@ -55,10 +56,10 @@ class StandIn:
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch) -> None:
     if DEVICE == "cpu":
-        monkeypatch.setattr(graphs, "CudaGraph", StandIn)
-        monkeypatch.setattr(graphs, "on_one_gpu", lambda module, tensors: True)
+        monkeypatch.setattr(graph, "CudaGraph", StandIn)
+        monkeypatch.setattr(graph, "on_one_gpu", lambda module, tensors: True)
         monkeypatch.setattr(training, "_make_recordable", lambda optimizer: not isinstance(optimizer, Adagrad))
-        monkeypatch.setattr(graphs, "_optimized", lambda module: module)
+        monkeypatch.setattr(graph, "compile_module", lambda module: module)
 
 
 def random_state() -> Tensor:
@@ -86,8 +87,8 @@ def fitted(elbo: Any, make: Callable[[], Pair] = lambda: pair_of(small_vae()), x
     return [torch.tensor(history["loss"]), *left, random_state()]
 
 
-def recordings_of(elbo: graphs.Compiled) -> list:
-    return [graph.recording for kind in elbo.graphs._kinds.values() for graph in kind.graphs]
+def recordings_of(elbo: Compiled) -> list:
+    return [made.recording for entry in elbo.graphs._entries.values() for made in entry.graphs]
 
 
 LOSSES = {
@@ -122,7 +123,7 @@ def test_every_optimizer(name):
     options = {"optimizer": optimizer, "clip_norm": 1.0}
     same(fitted(elbo, **options), fitted(Trace_ELBO(), **options))
     assert recordings_of(elbo)
-    along = [recording for recording in recordings_of(elbo) if recording is not None and recording.told]
+    along = [recording for recording in recordings_of(elbo) if recording is not None and recording.fingerprint]
     assert bool(along) is recorded
 
 

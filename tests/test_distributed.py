@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from pyrovae import VAE, History, bounds, fit, log_marginal
 from pyrovae.cli import main
-from pyrovae.compilation import api as graphs
+from pyrovae.compilation import graph
 from pyrovae.data import dynamic_binarization
 from pyrovae.distributed import World, init_process_group
 from pyrovae.encoders import DiagonalNormal
@@ -383,11 +383,11 @@ class Drawn:
 @contextlib.contextmanager
 def without_inductor() -> Iterator[None]:
     """Runs graphs as they were traced."""
-    optimized, graphs._optimized = graphs._optimized, lambda module: module
+    compile_module, graph.compile_module = graph.compile_module, lambda module: module
     try:
         yield
     finally:
-        graphs._optimized = optimized
+        graph.compile_module = compile_module
 
 
 def run_scenarios(folder: Path) -> None:

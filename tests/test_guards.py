@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 from pyrovae import VAE, encoders, likelihoods, priors
-from pyrovae.compilation import guards as states
+from pyrovae.compilation import guards
 from pyrovae.compilation.guards import Guards
 from pyrovae.inference.messages import Untraceable
 
@@ -211,7 +211,7 @@ def test_other_roots_are_a_change():
     state = Guards((a.method, 3))
     assert state.failure_reason((a.method, 3)) is None  # a method is made anew each time that it is asked for
     for roots in ((b.method, 3), (a.method, 4), (a.doubled, 3), (a.method,)):
-        assert state.failure_reason(roots) == "the model, the guide or an argument became another object"
+        assert state.failure_reason(roots) == "the model, the guide or an argument is a different object"
 
 
 def test_what_cannot_be_told_apart_is_no_change():
@@ -239,7 +239,7 @@ def test_libraries_are_not_looked_into():
 
 
 def test_too_many_objects_are_refused(monkeypatch):
-    monkeypatch.setattr(states, "_MOST", 20)
+    monkeypatch.setattr(guards, "_MAX_SLOTS", 20)
     Guards(([[] for _ in range(18)],))
     with pytest.raises(Untraceable, match="more than 20 objects can be reached, too many to watch"):
         Guards(([[] for _ in range(20)],))

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from pyrovae import arguments
 from pyrovae.arguments import take_rows
-from pyrovae.compilation.api import GraphCache
+from pyrovae.compilation.cache import GraphCache
 from pyrovae.distributed import World, init_process_group
 from pyrovae.inference.structure import (
     SiteStructure,
