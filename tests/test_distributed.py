@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -340,7 +341,7 @@ def a_loader_that_shares_out_itself():
 
     with contextlib.suppress(ValueError):
         train(Pair(model, vae.guide), DataLoader(TensorDataset(data()), batch_size=11, sampler=sampler), epochs=1)
-        assert {*sum(init_process_group().all_gather(seen), [])} >= {*data().flatten().tolist()}
+        assert {*chain.from_iterable(init_process_group().all_gather(seen))} >= {*data().flatten().tolist()}
     return {}
 
 
@@ -422,7 +423,7 @@ def test_two_processes_end_where_one_does(name, ended):
     if isinstance(alone, str):
         assert first == second == alone
     elif name == "numpys order":
-        assert first == second and "gives other batches in other processes" in first
+        assert first == second and "gives different batches in different processes" in first
     else:
         assert not isinstance(first, str), first
         torch.testing.assert_close(first, alone, **ROUNDING)
@@ -679,7 +680,7 @@ def test_shares_are_all_data_once(total, size):
     if total < size:  # all have all
         assert rows == size * [[*range(total)]]
     else:
-        assert sum(rows, []) == [*range(total)]
+        assert [*chain.from_iterable(rows)] == [*range(total)]
         assert all(math.isclose(shard.weight, shard.count / total) and shard.count for shard in shares)
 
 

@@ -167,9 +167,9 @@ def compile(elbo: ELBO) -> Compiled:
     r"""Returns an ELBO with the same losses and gradients, computed by compiled graphs.
 
     The loss over a Pyro model and guide and its gradient are traced, through Pyro's handlers, into one graph of tensor
-    operations, which ``torch.compile`` compiles: it is as fast as code written by hand. The result is used as any ELBO: in ``pyro.infer.SVI``, in a training
-    loop with ``loss_and_grads``, in :func:`pyrovae.fit`, where ``compile=True`` is a short form. For the same seed,
-    noise is the same as without compilation.
+    operations, which ``torch.compile`` compiles: it is as fast as code written by hand. The result is used as any ELBO:
+    in ``pyro.infer.SVI``, in a training loop with ``loss_and_grads``, in :func:`pyrovae.fit`, where ``compile=True``
+    is a short form. For the same seed, noise is the same as without compilation.
 
     Everything may change between calls: there is one graph for each shape of the data and for each state of what model
     and guide can reach (numbers, flags, train and eval mode, global variables); schedules of a bound are inputs. At

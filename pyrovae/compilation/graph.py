@@ -157,11 +157,11 @@ class CompiledGraph:
         was_suspect, self.gradient_suspect = self.gradient_suspect, gradient_error > precision**0.25
         if value_error > precision**0.5 or gradient_error > 0.5 or (self.gradient_suspect and was_suspect):
             raise RuntimeError(
-                f"the compiled graph of {self.name} disagrees with {self.name} itself for the same noise: values differ "
-                f"by {value_error:.1e} of the largest, gradients by {gradient_error:.1e} of their norm. Either it reads "
-                "something that no guard sees (a file, the environment), which changed since the last comparison (made "
-                "at calls 1, 2, 4, 8, ...); or torch.compile made an error. Pass what changes as an argument, or leave "
-                "out compile."
+                f"the compiled graph of {self.name} disagrees with {self.name} itself for the same noise: values "
+                f"differ by {value_error:.1e} of the largest, gradients by {gradient_error:.1e} of their norm. Either "
+                "it reads something that no guard sees (a file, the environment), which changed since the last "
+                "comparison (made at calls 1, 2, 4, 8, ...); or torch.compile made an error. Pass what changes as an "
+                "argument, or leave out compile."
             )
 
 
