@@ -11,8 +11,8 @@ import pyro
 import pytest
 import torch
 from bound_cases import BY_NAME
+from compiling import Pair, fresh, normalised, pair_of, same, small_vae
 from pyro.infer import SVI, Trace_ELBO
-from test_compilation import Pair, fresh, normalised, pair_of, same, small_vae
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
