@@ -53,7 +53,7 @@ from pyrovae.structures import ClassifierELBO, HierarchicalVAE, LadderVAE, Missi
 fit = partial(fit, progress=False)
 
 
-# The parts that decide by values what they compute, and where: lines that fetch them.
+# The parts whose computation depends on values of tensors, and the files that fetch these.
 UNTRACEABLE = {
     "ExemplarPrior": "mixtures.py",
     "OneHotCategorical": "reshaped.py",
@@ -73,8 +73,8 @@ UNTRACEABLE = {
 QUICK = {*UNTRACEABLE, *(case.name for case in representatives("network"))}
 
 
-def alone(case: Case) -> tuple[Pair, tuple]:
-    """Returns a pair that draws from a part, or observes data by it, and its arguments."""
+def pair_with(case: Case) -> tuple[Pair, tuple]:
+    """Returns a pair with one part, which draws latents or observes data, and its arguments."""
     part = case.build().double()
     args, shape = inputs(case, part, 4), output_shape(case, part)
     x = doubles(4, *shape) if case.kind == "network" else part(*args).sample()
@@ -103,9 +103,9 @@ def alone(case: Case) -> tuple[Pair, tuple]:
     [pytest.param(c, id=c.name, marks=[] if c.name in QUICK else [pytest.mark.slow]) for c in CASES],
 )
 def test_every_part_compiled_is_the_same(case, traced):
-    pair, args = fresh(lambda: alone(case))
+    pair, args = fresh(lambda: pair_with(case))
     expected = trained(Trace_ELBO(), pair, *args, steps=3)
-    pair, _ = fresh(lambda: alone(case))
+    pair, _ = fresh(lambda: pair_with(case))
     where = UNTRACEABLE.get(case.name)
     with refused(f"{FETCHED}.*{where}") if where else nullcontext():
         same(trained(compiled(Trace_ELBO()), pair, *args, steps=3), expected)
@@ -118,7 +118,7 @@ def traceable(case: Case) -> bool:
 
 
 def each_once(triples: list[tuple[Case, Case, Case]]) -> list[tuple[Case, Case, Case]]:
-    """Returns some of the triples, in which each part is met."""
+    """Returns some of the triples, which together hold each part."""
     kept, covered = [], set()
     for new in (3, 2, 1):
         for triple in triples:
@@ -135,10 +135,10 @@ ONCE.sort(key=lambda triple: not any("Spline" in case.name or "Flow" in case.nam
 assert len(ONCE) <= len(BOUNDS)
 
 
-def test_each_class_of_parts_is_met():
+def test_each_class_of_parts_is_covered():
     met = {case.name for triple in ONCE for case in triple}
     apart = {case.name for case in CASES if not (traceable(case) and case.density)}
-    # Only encoders that cannot be traced go with these.
+    # These fit only encoders that cannot be traced.
     apart |= {"HypersphericalUniform", "Categorical"}
     assert {case.name for kind in ("prior", "encoder", "likelihood") for case in representatives(kind)} - apart <= met
 
@@ -146,7 +146,7 @@ def test_each_class_of_parts_is_met():
 def assert_parts(triple: tuple[Case, Case, Case], bound: BoundCase, steps: int, traced: Traced) -> None:
     x = fresh(lambda: vae_of(*triple).double().sample(6))
     elbo = same_compiled(lambda: bound.build(2), lambda: pair_of(vae_of(*triple).double()), x, steps=steps)
-    # To make it, at every call of the loss, and nowhere else.
+    # One run to compile, and one for each call of the loss.
     assert (traced.made, traced.runs, elbo.elbo.steps) == (1, 1 + steps, steps)
 
 
@@ -250,7 +250,7 @@ def test_a_context_is_an_input(traced):
     elbo, pair = compiled(bounds.ELBO()), fresh(make)
     x, context = doubles(6, 4), doubles(6, 3)
     losses = []
-    for given in (context, context, -context):  # the third is not held against what it should be
+    for given in (context, context, -context):  # the third call makes no comparison
         pyro.set_rng_seed(1)
         losses.append(elbo.terms(pair.model, pair.guide, x, given).loss.item())
     pyro.set_rng_seed(1)
@@ -285,7 +285,7 @@ def test_the_elbos_of_pyro_compiled_are_the_same(make, reason, traced):
 
 
 def classes() -> Pair:
-    """Which of two components a datum is from is summed over."""
+    """A mixture of two components, summed over."""
     locs = nn.ParameterList([torch.tensor([-1.0, 1.0]).double()])
 
     def model(x):
@@ -304,7 +304,7 @@ def some_labelled() -> Pair:
 
 
 @pytest.mark.parametrize("make", [classes, some_labelled])
-def test_sums_over_classes_run_as_they_are(make, traced):
+def test_sums_over_classes_run_eagerly(make, traced):
     def elbo_of(pair: Pair) -> TraceEnum_ELBO:
         return TraceEnum_ELBO(**ONE_PLATE) if make is classes else ClassifierELBO(pair.modules[0].classify, 3.0)
 
@@ -318,7 +318,7 @@ def test_sums_over_classes_run_as_they_are(make, traced):
 
 
 def subsampled() -> Pair:
-    """Two latents, one of them not the data's, in a pair that takes keywords and None, and sees a part of its data."""
+    """A pair with a global and a local latent, keywords, None, and a subsampled plate."""
     decoder, encoder = nn.Linear(2, 3).double(), nn.Linear(3, 4).double()
 
     def model(x, size=None, *, offset=None, unused=None):
@@ -370,7 +370,7 @@ class Written(PyroModule):
 
 
 def automatic(kind: type, model: Callable, module: nn.Module) -> Pair:
-    """Returns a model with an automatic guide that has set itself up."""
+    """Returns a model with an automatic guide, after its first call."""
     guide = kind(model)
     guide(doubles(5, 3))
     guide.double()
@@ -443,8 +443,8 @@ def test_a_loss_is_differentiated_times_an_outer_factor_and_adds_to_gradients(tr
     same(found[1], found[0])
 
 
-def test_each_parameter_has_a_gradient_of_its_own(traced):
-    # What is added to one parameter or to another has the same gradient, but what is done to one is not done to both.
+def test_gradients_of_parameters_do_not_share_memory(traced):
+    # A sum of two parameters gives both the same gradient, but a change of one in place must not change the other.
     first, second = (nn.Linear(2, 3).double() for _ in range(2))
 
     def model(x):
@@ -465,7 +465,7 @@ def test_each_parameter_has_a_gradient_of_its_own(traced):
 
 
 def test_the_gradient_of_a_sum_of_parameters_can_be_clipped(traced):
-    # It is one number for all of them, which stands in one place.
+    # It is one number, expanded to the shape of the parameters.
     def model(x):
         loc = pyro.param("loc", torch.zeros(3).double())
         with pyro.plate("data", len(x)):
@@ -484,7 +484,7 @@ def test_the_gradient_of_a_sum_of_parameters_can_be_clipped(traced):
     same(found[1], found[0])
 
 
-def test_the_gradient_of_an_elbo_of_ones_own_is_its_own(traced):
+def test_an_elbo_with_its_own_loss_and_grads_keeps_it(traced):
     class Doubled(Trace_ELBO):
         def loss_and_grads(self, model, guide, *args, **kwargs):
             return 2 * super().loss_and_grads(model, guide, *args, **kwargs)
@@ -493,7 +493,7 @@ def test_the_gradient_of_an_elbo_of_ones_own_is_its_own(traced):
     for wrap in (lambda elbo: elbo, compiled):
         pair = fresh(linear)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it need not be compiled
+            warnings.simplefilter("ignore")  # that it is not compiled
             found.append(trained(wrap(Doubled()), pair, doubles(5, 3)))
     same(found[1], found[0])
 
@@ -513,7 +513,7 @@ def test_without_gradients_nothing_is_compiled(traced):
 
 
 @pytest.mark.parametrize("given", [Trace_ELBO, "ELBO", None, bounds.ELBO])
-def test_what_is_compiled_must_be_an_elbo_that_is_built(given):
+def test_what_is_compiled_must_be_an_instance_of_elbo(given):
     with pytest.raises(TypeError, match="elbo must be an instance of ELBO"):
         compiled(given)
 

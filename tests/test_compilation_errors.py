@@ -60,7 +60,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_a_graph_is_warned_of_once_and_runs(make, reason, traced):
+def test_what_cannot_be_compiled_runs_with_one_warning(make, reason, traced):
     pair, elbo = fresh(make), compiled(Trace_ELBO())
     with refused(reason) as warned:
         losses = [elbo.loss_and_grads(pair.model, pair.guide, doubles(5, 3)) for _ in range(5)]
@@ -69,7 +69,7 @@ def test_what_cannot_be_a_graph_is_warned_of_once_and_runs(make, reason, traced)
     assert len(set(map(float, losses))) == 5
 
 
-def test_what_is_refused_is_as_it_was(traced):
+def test_a_refused_loss_is_the_eager_one(traced):
     with refused(FETCHED):
         same_compiled(Trace_ELBO, fetching, doubles(5, 3))
 
@@ -87,7 +87,7 @@ def test_an_argument_that_requires_a_gradient_is_not_compiled(traced):
     "error", [RuntimeError("no C++ compiler\nwas found"), torch._dynamo.exc.TorchRuntimeError("none")], ids=str
 )
 @pytest.mark.parametrize("later", [False, True])
-def test_a_compiler_that_fails_is_warned_of_once(error, later, monkeypatch):
+def test_a_compiler_that_fails_gives_one_warning(error, later, monkeypatch):
     def fail(*given):
         raise error
 
@@ -96,7 +96,7 @@ def test_a_compiler_that_fails_is_warned_of_once(error, later, monkeypatch):
         same_compiled(bounds.ELBO, lambda: pair_of(diagonal_vae(2, 3)), doubles(5, 3))
 
 
-def test_what_changes_too_often_is_named(traced):
+def test_state_that_changes_too_often_is_named(traced):
     found, held, x = [], [0.0], doubles(5, 3)
     with refused(r"held\[0\] changed from \d.0 to 4.0, and there are 4 graphs for earlier values"):
         for wrap in (lambda elbo: elbo, compiled):
@@ -107,7 +107,7 @@ def test_what_changes_too_often_is_named(traced):
     assert traced.made == 4
 
 
-def test_an_argument_that_is_another_number_each_time_is_named(traced):
+def test_a_number_that_differs_in_each_call_is_named(traced):
     def pair() -> Pair:
         layer = nn.Linear(2, 3).double()
 
@@ -126,17 +126,19 @@ def test_an_argument_that_is_another_number_each_time_is_named(traced):
             made, elbo = fresh(pair), wrap(Trace_ELBO())
             found.append([t for step in range(12) for t in trained(elbo, made, doubles(5, 3), step / 10, steps=1)])
     same(found[1], found[0])
-    assert traced.made == 1  # the others wait until it is worth it
+    assert traced.made == 1  # the others run eagerly at first
 
 
 @pytest.mark.parametrize("generator", [torch.Generator, lambda: np.random.default_rng(0)], ids=["torch", "numpy"])
-def test_generators_of_ones_own_are_refused(generator, traced):
+def test_other_generators_are_refused(generator, traced):
     def make() -> Pair:
-        own = generator()
+        drawn_from = generator()
 
         def factor() -> float | Tensor:
             return 1 + (
-                own.random() if isinstance(own, np.random.Generator) else torch.rand((), generator=own).double()
+                drawn_from.random()
+                if isinstance(drawn_from, np.random.Generator)
+                else torch.rand((), generator=drawn_from).double()
             )
 
         return linear(factor)
@@ -157,7 +159,7 @@ def test_sizes_that_depend_on_values_are_refused(traced):
     x, elbo = doubles(5, 3), compiled(Trace_ELBO())
     with refused(""):
         losses = []
-        for given in (x, x, -x):  # the third is not held against what it should be
+        for given in (x, x, -x):  # the third call makes no comparison
             pyro.set_rng_seed(1)
             losses.append(float(elbo.loss_and_grads(model, pair.guide, given)))
     pyro.set_rng_seed(1)
@@ -165,7 +167,7 @@ def test_sizes_that_depend_on_values_are_refused(traced):
 
 
 @pytest.mark.parametrize("wrong", [2, 3])
-def test_what_changes_unseen_is_found_at_the_next_check(wrong, traced):
+def test_a_change_that_no_guard_sees_is_found_at_the_next_comparison(wrong, traced):
     array = np.ones(2000)  # small ones are compared
     pair, x = fresh(lambda: linear(lambda: float(array[0]))), doubles(5, 3)
     elbo = compiled(bounds.ELBO())
@@ -179,7 +181,7 @@ def test_what_changes_unseen_is_found_at_the_next_check(wrong, traced):
         elbo.terms(pair.model, pair.guide, x)
 
 
-def test_a_compiler_that_errs_is_found(monkeypatch):
+def test_a_wrong_result_of_the_compiler_is_found(monkeypatch):
     def erring(module):
         return lambda *given: [t * (1 + 1e-3) if t.is_floating_point() else t for t in module(*given)]
 
@@ -195,7 +197,7 @@ def binary() -> VAE:
     ).double()
 
 
-def test_data_outside_of_the_support_are_refused_as_ever(traced):
+def test_data_outside_of_the_support_are_refused(traced):
     x = (doubles(6, 3) > 0).double()
     vae = fresh(binary)
     elbo = compiled(bounds.ELBO())
@@ -227,7 +229,7 @@ class Spoilt:
 
 @pytest.mark.parametrize("what", ["support", "weights"])
 def test_fit_raises_the_same_errors(what, traced):
-    told = []
+    messages = []
     for compile in (False, True):
         vae = fresh(binary)
         spoil = {
@@ -246,7 +248,7 @@ def test_fit_raises_the_same_errors(what, traced):
                 transform=Spoilt(spoil),
                 compile=compile,
             )
-        told.append(str(raised.value))
-    assert told[0] == told[1]
-    assert {"support": "outside the support of", "weights": "is no longer finite"}[what] in told[0]
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+    assert {"support": "outside the support of", "weights": "is no longer finite"}[what] in messages[0]
     assert traced.made == 1

@@ -43,7 +43,7 @@ fit = partial(fit, progress=False)
 
 
 class Changing(NamedTuple):
-    """A pair, what changes something that its loss depends on, and whether the old graph goes on to serve."""
+    """A pair, what changes something that its loss depends on, and whether the same graph serves after the change."""
 
     pair: Pair
     change: Callable[[], Any]
@@ -51,7 +51,7 @@ class Changing(NamedTuple):
 
 
 class Scaled(nn.Linear):
-    """A layer that is multiplied by numbers from many places."""
+    """A layer whose output is multiplied by numbers from many places."""
 
     of_class = 1.0
 
@@ -172,7 +172,7 @@ def of_tensor(in_place: bool) -> Callable[[], Changing]:
 
 
 def one_more() -> Tensor:
-    """A parameter that Pyro knows, without one of which its ELBO has no gradient."""
+    """A parameter in Pyro's store: without any, Pyro's ELBO has no gradient."""
     return pyro.param("one more", torch.tensor(1.0).double())
 
 
@@ -210,7 +210,7 @@ def of_parameter_store() -> Changing:
     return Changing(pair, change)
 
 
-def of_parameter_set_anew() -> Changing:
+def of_parameter_set_again() -> Changing:
     pair = linear(lambda: pyro.param("factor", torch.tensor(1.0).double(), constraint=constraints.positive))
 
     def change():
@@ -220,7 +220,7 @@ def of_parameter_set_anew() -> Changing:
 
 
 class Namespace:
-    """Settings as a class that is never made an object of."""
+    """Settings as a class without instances."""
 
     factor = 1.0
 
@@ -231,7 +231,7 @@ class Slots:
 
 
 class Described(nn.Linear):
-    """A layer that looks for what may be there, and for what all layers of its class share."""
+    """A layer that reads an optional attribute, and attributes of its class."""
 
     shared = {"factor": 1.0}
     tensor = torch.tensor(1.0).double()
@@ -362,12 +362,12 @@ CHANGES = {
     "method": of_object(called=False),
     "flag": of_flag,
     "tensor in place": of_tensor(in_place=True),
-    "tensor bound anew": of_tensor(in_place=False),
+    "another tensor": of_tensor(in_place=False),
     "new parameter": of_new_parameter,
     "new layer": of_new_layer,
     "load_state_dict": of_state_dict,
     "clear_param_store": of_parameter_store,
-    "parameter set anew": of_parameter_set_anew,
+    "parameter set again": of_parameter_set_again,
 }
 
 
@@ -377,14 +377,14 @@ def class_attributes_as_they_were(monkeypatch):
 
 
 def assert_seen(make: Callable[[], Changing]) -> None:
-    """Asserts that a change is seen by the very next step, of which no check is made."""
+    """Asserts that the next step sees a change, at a call without a comparison."""
     x, found = doubles(5, 3), []
     for wrap, changes in ((lambda elbo: elbo, True), (compiled, True), (lambda elbo: elbo, False)):
         Scaled.of_class = 1.0
         case, elbo = fresh(make), wrap(Trace_ELBO())
         found.append(trained(elbo, case.pair, x, steps=3, change=lambda step: step == 2 and changes and case.change()))
     same(found[1], found[0])
-    # It does make a difference.
+    # The change makes a difference.
     assert any(a is None or not torch.equal(a, b) for a, b in zip(found[2], found[0], strict=True) if b is not None)
 
 
@@ -394,7 +394,7 @@ def test_a_change_is_seen_at_once(make, traced):
     assert traced.made == (1 if make().same_graph else 2)
 
 
-def test_back_again_needs_no_new_graph(traced):
+def test_a_former_state_needs_no_new_graph(traced):
     case = of_flag()
     held = next(c.cell_contents for c in case.change.__closure__ if isinstance(c.cell_contents, types.SimpleNamespace))
     elbo, x = compiled(bounds.ELBO()), doubles(5, 3)
@@ -419,7 +419,7 @@ def test_frozen_weights_get_no_gradient(traced):
     assert traced.made == 2
 
 
-def test_other_types_get_a_graph_of_their_own(traced, at_once):
+def test_another_dtype_gets_another_graph(traced, at_once):
     found = []
     for wrap in (lambda elbo: elbo, compiled):
         vae, elbo = fresh(lambda: diagonal_vae(2, 3).float()), wrap(bounds.IWAE(3))
@@ -430,7 +430,7 @@ def test_other_types_get_a_graph_of_their_own(traced, at_once):
     assert traced.made == 2
 
 
-def test_another_shape_waits_until_it_is_worth_it(traced, monkeypatch):
+def test_another_shape_runs_eagerly_at_first(traced, monkeypatch):
     monkeypatch.setattr(cache, "_WARMUP_CALLS", 3)
     found, x = [], doubles(8, 3)
     for wrap in (lambda elbo: elbo, compiled):
@@ -443,18 +443,18 @@ def test_another_shape_waits_until_it_is_worth_it(traced, monkeypatch):
     assert made == [1, 1, 1, 1, 1, 2, 2, 2, 2, 2]
 
 
-def test_a_resumed_run_makes_graphs_when_it_would_have(traced, monkeypatch, tmp_path):
+def test_a_resumed_run_compiles_at_the_same_steps(traced, monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "_WARMUP_CALLS", 3)
     x, made = doubles(12, 3), []
     for epochs in (2, 3, 4):  # of two batches, the last one smaller
         pair = fresh(linear)
         fit(*pair[:2], x, epochs=epochs, batch_size=8, compile=True, checkpoint=tmp_path / "run", resume=epochs > 2)
         made.append(traced.made)
-    assert made == [1, 2, 4]  # the fourth small batch is the first of its process, and has one of its own
+    assert made == [1, 2, 4]  # the fourth small batch is the first call of its process: a graph at once
 
 
 class Steep(bounds.Schedule):
-    """A schedule of one's own."""
+    """A schedule that a user wrote."""
 
     span = 5
 
@@ -484,12 +484,12 @@ SCHEDULES = {
     "Cyclical": lambda: bounds.ELBO(beta=bounds.Cyclical(period=4, start=0.5)),
     "Capacity": lambda: bounds.ELBO(beta=3.0, penalty=bounds.Capacity(bounds.Linear(steps=8, end=4.0))),
     "both": lambda: bounds.ELBO(beta=bounds.Linear(steps=4), penalty=bounds.Capacity(bounds.Cyclical(4, end=4.0))),
-    "one's own": lambda: bounds.ELBO(beta=Steep(), penalty=bounds.FreeBits(0.2)),
+    "a user's": lambda: bounds.ELBO(beta=Steep(), penalty=bounds.FreeBits(0.2)),
 }
 
 
 @pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
-def test_schedules_go_on_in_one_graph(make, traced):
+def test_schedules_continue_in_one_graph(make, traced):
     elbo = same_compiled(make, lambda: pair_of(diagonal_vae(2, 3)), doubles(5, 3), steps=10)
     assert (traced.made, elbo.elbo.steps) == (1, 10)
 
@@ -520,7 +520,7 @@ def test_train_and_eval_mode_and_running_statistics(traced):
     assert traced.made == 2
 
 
-def test_noise_is_that_of_the_random_state(traced):
+def test_noise_follows_the_random_state(traced):
     pair, x = fresh(normalised), doubles(6, 3)
     elbo = compiled(Trace_ELBO())
 
@@ -535,7 +535,7 @@ def test_noise_is_that_of_the_random_state(traced):
 
 
 def test_masks_of_dropout_differ_from_call_to_call(traced):
-    # Whatever the latents, what is masked is all ones, and the gradient by what is hidden zero.
+    # Whatever the latents, the layer that is masked gives ones, and gradients by hidden elements are zero.
     network = nn.Sequential(nn.Linear(2, 64), nn.Dropout(0.5), nn.Linear(64, 3)).double()
     nn.init.zeros_(network[0].weight)
     nn.init.ones_(network[0].bias)
@@ -547,8 +547,8 @@ def test_masks_of_dropout_differ_from_call_to_call(traced):
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(gradients, 2))
 
 
-def test_making_a_graph_is_one_step(traced):
-    # Random states, buffers, gradients and the parameter store are as after a step that is not compiled.
+def test_compilation_has_the_effects_of_one_step(traced):
+    # Random states, buffers, gradients and the parameter store are those after an eager step.
     found = []
     for wrap in (lambda elbo: elbo, compiled):
         pair, elbo = fresh(normalised), wrap(Trace_ELBO())
@@ -575,7 +575,7 @@ def test_scales_around(scales, traced, monkeypatch):
     assert traced.made == len(set(scales))
 
 
-def test_handlers_around_that_hold_more_are_not_told_apart(traced):
+def test_inside_handlers_with_other_state_nothing_is_compiled(traced):
     pair, x = fresh(linear), doubles(5, 3)
     with poutine.block(hide=["nothing"]):
         expected = trained(Trace_ELBO(), pair, x, steps=2)
@@ -591,7 +591,7 @@ def test_autocast_and_default_types_are_inputs(traced, monkeypatch):
     def steps(elbo: Any) -> list:
         pair, x, found = pair_of(fresh(small_vae)), doubles(5, 3).float(), []
         for on in (False, True, True, False, True):
-            # Each step opens a region of its own: there is no cache of weights as they were.
+            # A new region for each step: no cache of old weights.
             with torch.autocast("cpu", torch.bfloat16, enabled=on):
                 found += trained(elbo, pair, x, steps=1)
         torch.set_default_dtype(torch.float64)
@@ -606,7 +606,7 @@ def test_autocast_and_default_types_are_inputs(traced, monkeypatch):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_autocast_outside_of_training_sees_the_weights_of_now(compile, traced):
+def test_autocast_outside_of_training_sees_the_current_weights(compile, traced):
     def train(loss: bounds.ELBO, outside: Any) -> list[Tensor]:
         vae = fresh(small_vae)
         with outside:
@@ -623,13 +623,13 @@ def test_autocast_outside_of_training_sees_the_weights_of_now(compile, traced):
         assert history["loss"][-1] < 0.9 * history["loss"][0]
         return [torch.tensor(history["loss"]), *(p.detach() for p in vae.parameters())]
 
-    class EachForItself(bounds.ELBO):
-        """Casts weights anew for every step."""
+    class CastsInEachStep(bounds.ELBO):
+        """Casts weights again in every step."""
 
         def terms(self, *args, **kwargs):
             with torch.autocast("cpu", torch.bfloat16):
                 return super().terms(*args, **kwargs)
 
     found = train(bounds.ELBO(), torch.autocast("cpu", torch.bfloat16))
-    same(found, train(EachForItself(), nullcontext()))
+    same(found, train(CastsInEachStep(), nullcontext()))
     assert traced.made == 2 * compile

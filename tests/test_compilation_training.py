@@ -54,7 +54,7 @@ def test_fit_compiled_is_the_same(loss, options, traced, at_once):
     assert traced.made == 2  # the last batch of an epoch is smaller
 
 
-def test_the_last_batch_waits_until_it_is_worth_it(traced):
+def test_the_smaller_last_batch_runs_eagerly_at_first(traced):
     vae = fresh(lambda: diagonal_vae(2, 3))
     fit(vae.model, vae.guide, doubles(22, 3), epochs=3, batch_size=8, compile=True)
     assert traced.made == 1
@@ -105,7 +105,7 @@ def same_estimates(make: Callable[[], Pair], method: estimators.Estimator, *args
         pyro.set_rng_seed(1)
         e = log_marginal(pair.model, pair.guide, *args, method=method, compile=compile, **kwargs)
         found.append([e.value, e.standard_error, *e.diagnostics.values(), torch.get_rng_state()])
-    # Rounding in one way or another decides nothing but with a chance of its size.
+    # A decision, such as to accept a move, depends on rounding with a probability of the size of the rounding.
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
 
@@ -201,9 +201,9 @@ def test_every_estimate_by_the_compiler_is_the_same(method):
 
 
 @pytest.mark.slow
-def test_a_unit_at_a_kink_is_no_mistake_of_a_graph():
-    # Eager and compiled convolutions add in different orders. Of some 2 million ReLUs a step some have an input within
-    # rounding of zero, and then the gradients of that unit differ by a datum's whole share.
+def test_a_unit_at_a_kink_is_no_error_of_a_graph():
+    # Eager and compiled convolutions add in different orders. Of some 2 million ReLUs a step, some have an input within
+    # rounding of zero, where the gradients of that unit differ by the whole contribution of a datum.
     shape = (1, 28, 28)
     likelihood = likelihoods.Bernoulli(20, shape, DeconvNet)
     vae = VAE(priors.StandardNormal(20), likelihood, encoders.DiagonalNormal(shape, 20, ConvNet))

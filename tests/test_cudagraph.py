@@ -1,6 +1,6 @@
-"""Compiled steps that are recorded on a GPU and played back: the same as run as they are.
+"""Compiled steps that are recorded as CUDA graphs give the results of eager ones.
 
-Without a GPU what decides when to record and what to play back is tested by a stand-in.
+Without a GPU, a stand-in tests when a step is recorded and when it is replayed.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ fit, log_marginal = partial(fit, progress=False), partial(log_marginal, progress
 
 
 class StandIn:
-    """Does again what was recorded, from and into the same memory."""
+    """Calls the recorded function again, from and into the same memory."""
 
     def __init__(self, function: Callable, inputs: list[Tensor], kept: list[Tensor], fingerprint: list):
         self.function, self.kept, self.fingerprint = function, kept, fingerprint
@@ -42,14 +42,14 @@ class StandIn:
     matches = CudaGraph.matches
 
     def replay(self, inputs: list[Tensor]) -> Any:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+        for kept, new in zip(self.inputs, inputs, strict=True):
+            kept.copy_(new)
         result = self.function(self.inputs)
         if self.result is None:
             self.result = result
-        for own, new in zip(tree_leaves(self.result), tree_leaves(result), strict=True):
+        for kept, new in zip(tree_leaves(self.result), tree_leaves(result), strict=True):
             if isinstance(new, Tensor):
-                own.copy_(new)
+                kept.copy_(new)
         return self.result
 
 
@@ -78,10 +78,10 @@ def on_device(make: Callable[[], Pair] = lambda: pair_of(small_vae())) -> Pair:
 
 
 def fitted(elbo: Any, make: Callable[[], Pair] = lambda: pair_of(small_vae()), x: Any = None, **options: Any) -> list:
-    """Returns the losses of training, the weights and buffers it left, and the random state."""
+    """Returns the losses of training, the final weights and buffers, and the random state."""
     pair = on_device(make)
     torch.manual_seed(1)
-    options = {"epochs": 12, "batch_size": 16} | options  # of which the last is smaller
+    options = {"epochs": 12, "batch_size": 16} | options  # the last batch is smaller
     history = fit(pair.model, pair.guide, data() if x is None else x, loss=elbo, **options)
     left = [t.clone() for module in pair.modules for t in module.state_dict().values()]
     return [torch.tensor(history["loss"]), *left, random_state()]
@@ -105,7 +105,7 @@ def test_training_is_the_same_and_recorded(make):
     assert recordings_of(elbo) and all(recordings_of(elbo))
 
 
-# With whether they are recorded.
+# Each with whether it is recorded.
 OPTIMIZERS = {
     "Adam": (partial(Adam, lr=1e-2), True),
     "AdamW": (partial(AdamW, lr=1e-2, weight_decay=0.1, amsgrad=True), True),
@@ -170,7 +170,7 @@ def test_running_statistics_and_dropout():
     assert all(recordings_of(elbo))
 
 
-def test_weights_that_are_put_elsewhere_are_read_there():
+def test_weights_that_move_in_memory_are_read_there():
     def run(elbo: Any) -> list:
         pair = on_device()
 
@@ -186,7 +186,7 @@ def test_weights_that_are_put_elsewhere_are_read_there():
 
 
 @needs_gpu
-def test_a_loader_whose_thread_talks_to_the_gpu():
+def test_a_loader_whose_thread_uses_the_gpu():
     def loader() -> DataLoader:
         return DataLoader(TensorDataset(data().cpu()), batch_size=16, pin_memory=True, num_workers=1)
 
@@ -197,7 +197,7 @@ def test_a_loader_whose_thread_talks_to_the_gpu():
 
 
 @needs_gpu
-def test_what_cannot_be_recorded_is_warned_of_and_runs(monkeypatch):
+def test_what_cannot_be_recorded_runs_with_a_warning(monkeypatch):
     expected, step = fitted(Trace_ELBO(), optimizer=partial(SGD, lr=1e-3)), SGD.step
 
     def waiting(self, closure=None):
@@ -213,7 +213,7 @@ def test_what_cannot_be_recorded_is_warned_of_and_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_resumed_run_is_the_same_on_a_gpu_and_goes_on_without_one(compile, tmp_path):
+def test_a_resumed_run_is_the_same_on_a_gpu_and_continues_without_one(compile, tmp_path):
     whole, path = fitted(Trace_ELBO(), epochs=6, compile=compile), tmp_path / "checkpoint.pt"
     for epochs in (3, 6):
         resumed = fitted(Trace_ELBO(), epochs=epochs, compile=compile, checkpoint=path, resume=epochs == 6)
@@ -279,7 +279,7 @@ def test_low_precision():
 
 
 class Failing(nn.Module):
-    """A module that turns to NaN once a counter of its own has come so far."""
+    """A module whose output is NaN after 60 calls."""
 
     def __init__(self):
         super().__init__()
@@ -290,7 +290,7 @@ class Failing(nn.Module):
         return torch.where(self.count > 60, torch.nan, x)
 
 
-def test_a_loss_that_is_no_longer_finite_is_found_within_some_steps():
+def test_a_loss_that_is_not_finite_is_found_within_some_steps():
     vae = small_vae()
     vae.encoder.network = nn.Sequential(Failing(), vae.encoder.network)
     vae.to(DEVICE, torch.float64)
