@@ -1,30 +1,30 @@
-"""Speed: pyrovae, compiled and not, beside hand-written PyTorch, stock Pyro and pythae.
+"""Speed of pyrovae, compiled and eager, compared with hand-written PyTorch, stock Pyro and pythae.
 
 A training step (`mlp`, `conv`). The models are the MLP VAE 784-400-20-400-784 and one with strided convolutions, with
 Bernoulli pixels; the data are binary and in memory, in a new random order every epoch; Adam at a learning rate of 1e-3,
-float32. The objectives are the ELBO of one particle and the IWAE bound of 50. What takes part:
+float32. The objectives are the ELBO of one particle and the IWAE bound of 50. The contenders:
 
-- hand-written PyTorch: eager; its loss under `torch.compile`; on a GPU the whole step of each as one CUDA graph. Fused Adam.
-- stock SVI: Pyro's SVI, Adam and Trace_ELBO, or RenyiELBO(alpha=0) for the IWAE bound, on pyrovae's model and guide.
-- fit: `pyrovae.fit` eager, and with its loss compiled, as `compile=True` does.
-- pythae: the loop of its trainer on its VAE or IWAE.
+- hand-written PyTorch: eager; its loss under `torch.compile`; on a GPU the whole step of each as one CUDA graph. Fused
+Adam. - stock SVI: Pyro's SVI, Adam and Trace_ELBO, or RenyiELBO(alpha=0) for the IWAE bound, on pyrovae's model and
+guide. - fit: `pyrovae.fit` eager, and with its loss compiled, as `compile=True` does. - pythae: the loop of its trainer
+on its VAE or IWAE.
 
-All have the same networks and start from the same weights, and each keeps its own throughout. They take turns in one
-process: a round is a few short epochs of each, in an order that moves on from round to round. What is timed is the time
-from the end of a round's first epoch to the end of its last, all that the loop does between steps and between epochs
-included, so that what a call of `fit` does once is left out, as is compilation, which falls into a round to warm up.
-In the end all are scored on the same data with the same noise, which shows that they trained the same model alike.
+All have the same networks and the same initial weights, and each trains its own copy. They take turns in one process: a
+round is a few short epochs of each, in an order that rotates from round to round. The time runs from the end of a
+round's first epoch to the end of its last, and includes everything that the loop does between steps and between epochs.
+It excludes what a call of `fit` does once, and compilation, which happens in a round that warms up. At the end all are
+scored on the same data with the same noise, which shows that they trained the same model equally well.
 
 Importance sampling (`importance`): log p(x) of the trained MLP VAE, by `log_marginal` and by pythae's `get_nll` at its
-default batch size and at others, and the networks' arithmetic as a share of the rate of a matrix product.
+default batch size and at others, and the arithmetic rate of the networks relative to that of a matrix product.
 
-Precision (`precision`): the same VAE scored in float32 and under bfloat16 autocast, the noise being the same.
+Precision (`precision`): the same VAE scored in float32 and under bfloat16 autocast, with the same noise.
 
-Memory (`memory`): a loss with its gradients, in a fresh process each: what torch holds at most beyond what it held
-before, and the peak of the process, VmHWM, once the call was made twice, with all that compilation takes.
+Memory (`memory`): a loss with its gradients, each in a fresh process: the largest amount that torch holds above what it
+held before, and the peak of the process (VmHWM) after two calls, compilation included.
 
 First step (`first`): the first training step of a fresh process, from building the optimizer on, with an empty cache of
-compiled code and, in another process, with what the first one left there.
+compiled code and, in another process, with the cache that the first one filled.
 
 Several processes (`processes`): data a second in one process of one thread, and in two, which share a batch of twice
 the size.
@@ -82,9 +82,9 @@ HAND_GRAPH, HAND_COMPILED_GRAPH = "hand-written, CUDA graph", "hand-written, com
 GRAPHS_BY_HAND = (HAND_GRAPH, HAND_COMPILED_GRAPH)  # on a GPU
 STOCK, FIT, COMPILED, PYTHAE = "stock SVI", "fit", "fit, compiled", "pythae"
 
-# Trains for some epochs and calls mark() after each, which ends training when it returns True.
+# Trains for some epochs. It calls mark() after each, and stops when mark() returns True.
 Train = Callable[[int, Callable[[], bool | None]], None]
-# Builds it from a VAE, the data, the batch size and the number of particles.
+# Builds a Train from a VAE, the data, the batch size and the number of particles.
 Build = Callable[[VAE, Tensor, int, int], Train]
 Measured = dict[str, Any]
 
@@ -99,7 +99,7 @@ def shuffled_batches(x: Tensor, batch: int) -> Iterator[Tensor]:
 
 
 def loop(step: Callable[[Tensor], Tensor | float], x: Tensor, batch: int) -> Train:
-    """A training loop as one writes it by hand, which looks at the loss once an epoch."""
+    """A hand-written training loop, which reads the loss once an epoch."""
 
     def train(epochs: int, mark: Callable[[], bool | None]) -> None:
         for _ in range(epochs):
@@ -114,7 +114,7 @@ def loop(step: Callable[[Tensor], Tensor | float], x: Tensor, batch: int) -> Tra
 
 
 def hand_written(vae: VAE, x: Tensor, batch: int, particles: int, compiled: bool = False) -> Train:
-    """PyTorch as one writes it by hand, with fused Adam."""
+    """Hand-written PyTorch, with fused Adam."""
     loss = ByHand(vae, particles)
     optimizer = torch.optim.Adam(loss.parameters(), lr=LEARNING_RATE, fused=True)
     compute = torch.compile(loss, dynamic=False) if compiled else loss
@@ -130,7 +130,7 @@ def hand_written(vae: VAE, x: Tensor, batch: int, particles: int, compiled: bool
 
 
 def hand_written_graph(vae: VAE, x: Tensor, batch: int, particles: int, compiled: bool = False) -> Train:
-    """The same, its whole step recorded once and played back by the GPU."""
+    """The same, with the whole step recorded as a CUDA graph."""
     loss = ByHand(vae, particles)
     optimizer = torch.optim.Adam(loss.parameters(), lr=LEARNING_RATE, fused=True, capturable=True)
     compute = torch.compile(loss, dynamic=False) if compiled else loss
@@ -143,7 +143,7 @@ def hand_written_graph(vae: VAE, x: Tensor, batch: int, particles: int, compiled
         optimizer.step()
         return value.detach()
 
-    # What libraries set up at a first call must not be recorded.
+    # The setup that libraries do at their first call must not be recorded.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -159,32 +159,32 @@ def hand_written_graph(vae: VAE, x: Tensor, batch: int, particles: int, compiled
         graph.replay()
         return value
 
-    replay.held = optimizer  # what is played back writes into its memory
+    replay.held = optimizer  # keeps its memory alive, which the graph writes into
     return loop(replay, x, batch)
 
 
 def stock_elbo(particles: int) -> ELBO:
-    """Returns Pyro's own objective."""
+    """Returns Pyro's objective."""
     if particles == 1:
         return Trace_ELBO()
     return RenyiELBO(alpha=0, num_particles=particles, vectorize_particles=True)
 
 
 def stock_svi(vae: VAE, x: Tensor, batch: int, particles: int) -> Train:
-    """Pyro's own SVI, objective and Adam on pyrovae's model and guide."""
+    """Pyro's SVI, objective and Adam on pyrovae's model and guide."""
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": LEARNING_RATE}), stock_elbo(particles))
     return loop(lambda rows: svi.step(rows) / len(rows), x, batch)
 
 
 def pyrovae_elbo(particles: int, compiled: bool) -> ELBO:
-    """Returns the objective that a user of ``fit`` takes."""
+    """Returns the objective that a user passes to ``fit``."""
     loss = Trace_ELBO() if particles == 1 else bounds.IWAE(particles)
     return pyrovae.compile(loss) if compiled else loss
 
 
 def pyrovae_fit(vae: VAE, x: Tensor, batch: int, particles: int, compiled: bool = False) -> Train:
-    """``pyrovae.fit`` as a user calls it, all defaults but the loss and the progress bar."""
-    loss = pyrovae_elbo(particles, compiled)  # kept from call to call, and its graphs with it
+    """``pyrovae.fit`` with its defaults, except the loss and the progress bar."""
+    loss = pyrovae_elbo(particles, compiled)  # kept from call to call, with its graphs
 
     def train(epochs: int, mark: Callable[[], bool | None]) -> None:
         callbacks = [lambda _: mark()]
@@ -232,18 +232,18 @@ BUILD: dict[str, Build] = {
 
 
 def loops_on(device: str) -> list[str]:
-    """Returns the names of all loops that there are on a device."""
+    """Returns the names of all loops that run on a device."""
     return [name for name in BUILD if name not in GRAPHS_BY_HAND or device == "cuda"]
 
 
 def finish(device: str) -> None:
-    """Waits until a GPU has done what it was asked."""
+    """Waits until a GPU has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def in_fresh_process(function: Callable, *args: Any) -> Any:
-    """Calls a function in a process of its own, which may have children: compilers."""
+    """Calls a function in a new process, which may have children, such as compilers."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
@@ -262,7 +262,7 @@ def objective(particles: int) -> str:
 
 
 def started(name: str, network: str, x: Tensor, batch: int, particles: int) -> tuple[VAE, Train]:
-    """Returns a VAE, of the same weights each time, and the loop that trains it."""
+    """Returns a VAE, with the same weights each time, and the loop that trains it."""
     pyro.set_rng_seed(1)
     vae = NETWORKS[network][1]().to(x.device)
     return vae, BUILD[name](vae, x, batch, particles)
@@ -281,7 +281,7 @@ def ms_a_step(train: Train, epochs: int, steps: int, device: str) -> float:
 
 
 def measure_case(network: str, particles: int, batch: int, args: argparse.Namespace) -> Measured:
-    """Returns milliseconds a step in every round, and the loss in the end, by loop."""
+    """Returns milliseconds a step in every round, and the final loss, by loop."""
     torch.compiler.reset()
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -289,11 +289,11 @@ def measure_case(network: str, particles: int, batch: int, args: argparse.Namesp
     def images(size: int) -> Tensor:
         return binary_images(size).reshape(size, *NETWORKS[network][2]).to(args.device)
 
-    tried = ms_a_step(started(HAND, network, images(2 * batch), batch, particles)[1], 3, 2, args.device)
-    steps = max(1, min(round(1e3 * EPOCH_SECONDS / tried), MOST_DATA // batch))
+    trial_ms = ms_a_step(started(HAND, network, images(2 * batch), batch, particles)[1], 3, 2, args.device)
+    steps = max(1, min(round(1e3 * EPOCH_SECONDS / trial_ms), MOST_DATA // batch))
     steps = min(steps, 4) if args.smoke else steps
     fewest, most = (2, 2) if args.smoke else ROUNDS
-    rounds = max(fewest, min(round(1e3 * args.seconds / (tried * steps * args.epochs)), most))
+    rounds = max(fewest, min(round(1e3 * args.seconds / (trial_ms * steps * args.epochs)), most))
     x, names = images(steps * batch), loops_on(args.device)
     vaes, trains = {}, {}
     for name in names:
@@ -326,7 +326,7 @@ def by_objective(measured: Measured) -> dict[int, list[Measured]]:
     return groups
 
 
-def told_network(network: str, measured: Measured) -> str:
+def network_section(network: str, measured: Measured) -> str:
     parts = []
     for particles, cases in by_objective(measured).items():
         rows = []
@@ -346,7 +346,7 @@ def told_network(network: str, measured: Measured) -> str:
 
 
 def digits(value: float) -> str:
-    """Returns a number with three digits at least."""
+    """Returns a number with at least three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -398,7 +398,7 @@ def best_of_pythae(measured: Measured) -> str:
     return min(names, key=lambda name: statistics.median(measured["seconds"][name]))
 
 
-def told_importance(measured: Measured) -> str:
+def importance_section(measured: Measured) -> str:
     times, n, best = measured["seconds"], measured["images"], best_of_pythae(measured)
     ours, rows = times["log_marginal, compiled"], []
     for name, took in times.items():
@@ -413,10 +413,9 @@ def told_importance(measured: Measured) -> str:
             ]
         )
     return (
-        "### Importance sampling\n\n"
-        f"log p(x) of the trained MLP VAE, {measured['samples']:,} samples an image, {len(ours)} rounds of {n} images. "
-        f"The share is that of the networks' matrix products in the rate of one of {SQUARE} x {SQUARE} alone, in "
-        "float32: "
+        f"### Importance sampling\n\nlog p(x) of the trained MLP VAE, {measured['samples']:,} samples an image, "
+        f"{len(ours)} rounds of {n} images. The share of the product is the arithmetic rate of the networks' matrix "
+        f"products, relative to that of one product of two matrices of {SQUARE} x {SQUARE} in float32: "
         f"{report.quartiles(measured['GFLOP/s of a matrix product'], 0)} GFLOP/s.\n\n"
         + report.table(["estimator", "ms / image", "this / compiled", "share of the product", "mean log p(x)"], rows)
     )
@@ -456,31 +455,30 @@ def measure_precision(args: argparse.Namespace) -> Measured:
 
 
 def has_bfloat16(device: str) -> bool:
-    """Returns whether the device multiplies bfloat16 numbers in hardware; of CPUs, on Linux only."""
+    """Returns whether the device multiplies bfloat16 numbers in hardware; for CPUs, known on Linux only."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", cpuinfo.read_text()) is not None
 
 
-def told_precision(measured: Measured) -> str:
+def precision_section(measured: Measured) -> str:
     times, n = measured["seconds"], measured["images"]
     relative = report.quartiles(ratios(times["bfloat16"], times["float32"]), 2)
     units = (
         "This device has units for bfloat16."
         if measured["bfloat16 units"]
-        else "This device has no units for bfloat16, so that this is the price of emulation and no gain of speed."
+        else "This device has no units for bfloat16: it emulates them, which is slower."
     )
     rows = [
         [name, f"{d['mean']:+.4f}", f"{d['standard error']:.4f}", f"{d['largest']:.3f}"]
         for name, d in measured["difference"].items()
     ]
     return (
-        "### Precision\n\n"
-        f"The same VAE scored under `torch.autocast` in bfloat16 and in float32, {n} images, {measured['samples']:,} "
-        "samples each, the same noise, both compiled: log p(x) of the one less that of the other, in nats. A second "
-        f"run in float32 tells what noise alone changes. bfloat16 took {relative} times as long. {units}\n\n"
-        + report.table(["less float32", "mean", "standard error", "largest of a datum"], rows)
+        f"### Precision\n\nThe same VAE scored under `torch.autocast` in bfloat16 and in float32, {n} images, "
+        f"{measured['samples']:,} samples each, the same noise, both compiled. Differences of log p(x), in nats. A "
+        f"second run in float32, with other noise, shows the effect of noise. bfloat16 took {relative} times as long. "
+        f"{units}\n\n" + report.table(["minus float32", "mean", "standard error", "largest of a datum"], rows)
     )
 
 
@@ -490,7 +488,7 @@ MEMORY = ("hand-written", "hand-written, compiled", "RenyiELBO (Pyro)", "IWAE", 
 
 
 def step_memory(name: str, particles: int, batch: int, device: str) -> Measured:
-    """Returns megabytes: what torch holds at most in a loss with its gradients, and the peak of the process."""
+    """Returns megabytes: the most that torch holds in a loss with its gradients, and the peak of the process."""
     pyro.set_rng_seed(0)
     vae, x = pyrovae_vae().to(device), binary_images(batch).to(device)
     before, compiled = resident("VmRSS"), name.endswith("compiled")
@@ -507,7 +505,7 @@ def step_memory(name: str, particles: int, batch: int, device: str) -> Measured:
             elbo.loss_and_grads(vae.model, vae.guide, x)
 
     def memory() -> float:
-        vae.zero_grad(set_to_none=True)  # so that gradients start from none
+        vae.zero_grad(set_to_none=True)  # gradients are allocated again
         return held_at_most(call, device) / 1e6
 
     call(), call()
@@ -516,7 +514,7 @@ def step_memory(name: str, particles: int, batch: int, device: str) -> Measured:
 
 
 def held_at_most(call: Callable[[], None], device: str) -> int:
-    """Returns the bytes that torch holds at most during a call beyond what it held before."""
+    """Returns the largest number of bytes that torch holds during a call, above what it held before."""
     if device != "cuda":
         return peak_memory(call)
     finish(device)
@@ -535,16 +533,15 @@ def measure_memory(args: argparse.Namespace) -> Measured:
     return {"particles": args.particles, "batch": batch, "MB": found}
 
 
-def told_memory(measured: Measured) -> str:
+def memory_section(measured: Measured) -> str:
     columns = ("third call", "fourth call", "process before", "process at most")
     rows = [[name, *(f"{megabytes[c]:.0f}" for c in columns)] for name, megabytes in measured["MB"].items()]
     return (
-        "### Memory\n\n"
-        f"A loss with its gradients, {objective(measured['particles'])}, MLP, batch {measured['batch']}, in MB, a "
-        "fresh process each. The first two columns: the most that torch holds during a call beyond what it held "
-        "before. At its calls 1, 2, 4, 8 and so on a graph of pyrovae is held against the objective itself. The last "
-        "two: the process before, and its peak after two calls, compilation included.\n\n"
-        + report.table(["loss", *columns], rows)
+        f"### Memory\n\nA loss with its gradients, {objective(measured['particles'])}, MLP, batch {measured['batch']}, "
+        "in MB, each in a fresh process. The first two columns: the most that torch holds during a call, above what "
+        "it held before. At calls 1, 2, 4, 8, ... pyrovae compares a graph with the eager objective. The last two "
+        "columns: the process "
+        "before, and its peak after two calls, compilation included.\n\n" + report.table(["loss", *columns], rows)
     )
 
 
@@ -552,7 +549,7 @@ def told_memory(measured: Measured) -> str:
 
 
 def first_step(name: str, batch: int, cache: str, device: str) -> float:
-    """Returns the seconds that it takes to build a training loop and to make one step."""
+    """Returns the seconds it takes to build a training loop and to make one step."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     pyro.set_rng_seed(0)
     vae, x = pyrovae_vae().to(device), binary_images(batch).to(device)
@@ -573,14 +570,13 @@ def measure_first(args: argparse.Namespace) -> Measured:
     return {"batch": 128, "seconds": found}
 
 
-def told_first(measured: Measured) -> str:
+def first_section(measured: Measured) -> str:
     rows = [[name, *(report.quartiles(took, 1) for took in by.values())] for name, by in measured["seconds"].items()]
     return (
-        "### The first step\n\n"
-        "Seconds that the first training step of a process takes, with building the optimizer, which makes torch "
-        "import half of its compiler, but without other imports and data: MLP, ELBO, batch "
-        f"{measured['batch']}; with an empty cache of compiled code, and in another process with what the first one "
-        f"left there. Of {len(measured['seconds'][FIT]['same again'])} processes each.\n\n"
+        f"### The first step\n\nSeconds of the first training step of a process: MLP, ELBO, batch {measured['batch']}. "
+        "They include building the optimizer, which makes torch import half of its compiler, but no other imports and "
+        "no data. With an empty cache of compiled code, and in another process with the cache that the first one "
+        f"filled; {len(measured['seconds'][FIT]['same again'])} processes each.\n\n"
         + report.table(["loop", "empty cache", "same again"], rows)
     )
 
@@ -589,7 +585,7 @@ def told_first(measured: Measured) -> str:
 
 
 def data_a_second(processes: int, batch: int, compiled: bool) -> float:
-    """Returns how many data a second are trained on in processes of one thread each, with a batch each."""
+    """Returns data a second in processes of one thread each, with one batch each."""
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     )
@@ -616,7 +612,7 @@ def measure_processes(args: argparse.Namespace) -> Measured:
     return {"cases": cases}
 
 
-def told_processes(measured: Measured) -> str:
+def processes_section(measured: Measured) -> str:
     rows = [
         [
             COMPILED if case["compiled"] else FIT,
@@ -628,10 +624,9 @@ def told_processes(measured: Measured) -> str:
         for case in measured["cases"]
     ]
     return (
-        "### Several processes\n\n"
-        "Data a second that `fit` trains on, MLP, ELBO of one particle (Trace_ELBO), in processes of one thread each over "
-        f"gloo on this machine, with the same batch a process. Of {len(measured['cases'][0]['one'])} runs each.\n\n"
-        + report.table(["loop", "batch a process", "one process", "two processes", "two / one"], rows)
+        "### Several processes\n\nData a second in `fit`, MLP, ELBO of one particle (Trace_ELBO), in processes of one "
+        f"thread each over gloo on one machine, with the same batch size a process; {len(measured['cases'][0]['one'])} "
+        "runs each.\n\n" + report.table(["loop", "batch a process", "one process", "two processes", "two / one"], rows)
     )
 
 
@@ -641,7 +636,7 @@ def told_processes(measured: Measured) -> str:
 def time_to_target(
     name: str, particles: int, target: float, seed: int, cache: str, args: argparse.Namespace
 ) -> Measured:
-    """Trains on the digits until the test log p(x) reaches a target; returns how long it took, evaluation left out."""
+    """Trains on the digits until the test log p(x) reaches a target; returns the time without evaluation."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     pyro.set_rng_seed(seed)
     train_set, _, test_set = data.load("digits")
@@ -680,19 +675,19 @@ def measure_quality(args: argparse.Namespace) -> Measured:
     return {"runs": runs, "samples": TEST_SAMPLES, "every": EVERY}
 
 
-def told_quality(measured: Measured) -> str:
+def quality_section(measured: Measured) -> str:
     rows = []
     for particles in dict.fromkeys(run["particles"] for run in measured["runs"]):
         for name in dict.fromkeys(run["loop"] for run in measured["runs"]):
-            own = [run for run in measured["runs"] if (run["loop"], run["particles"]) == (name, particles)]
-            reached = all(run["log p(x)"] >= run["target"] for run in own)
+            its_runs = [run for run in measured["runs"] if (run["loop"], run["particles"]) == (name, particles)]
+            reached = all(run["log p(x)"] >= run["target"] for run in its_runs)
             seconds, beyond, epochs, value = (
-                statistics.mean(run[key] for run in own) for key in ("seconds", "beyond", "epochs", "log p(x)")
+                statistics.mean(run[key] for run in its_runs) for key in ("seconds", "beyond", "epochs", "log p(x)")
             )
             rows.append(
                 [
                     objective(particles) if name == HAND else "",
-                    f"{own[0]['target']:.1f}" if name == HAND else "",
+                    f"{its_runs[0]['target']:.1f}" if name == HAND else "",
                     name,
                     f"{seconds:.1f}" if reached else f"not in {seconds:.1f}",
                     f"{beyond:.1f}",
@@ -704,13 +699,13 @@ def told_quality(measured: Measured) -> str:
     runs = len({run["seed"] for run in measured["runs"]})
     header = ["objective", "target", "loop", "seconds", "of it once", "epochs", "ms / epoch", "reached"]
     return (
-        "### Time to a given log p(x)\n\n"
-        "Training an MLP VAE (16 latent dimensions) on the digits, static binarization, batches of 128 and a smaller "
-        f"last one, until the mean log p(x) of the test digits, by {measured['samples']} samples every "
-        f"{measured['every']} epochs, reaches a target in nats; means of {runs} runs, a fresh process each with an "
-        "empty cache. Evaluation is not counted. What is spent once, beyond the median epoch, is given apart, "
-        "compilation above all: hand-written PyTorch compiles for each of the two sizes, `fit` for the smaller one "
-        "once it has come 32 times.\n\n" + report.table(header, rows)
+        "### Time to a given log p(x)\n\nTraining an MLP VAE (16 latent dimensions) on the digits, static "
+        "binarization, batches of 128 and a smaller last one, until the mean log p(x) of the test digits, by "
+        f"{measured['samples']} samples every {measured['every']} epochs, reaches a target in nats; means of {runs} "
+        "runs, each in a fresh process with an empty cache, evaluation not counted. The column 'of it once' is the "
+        "time above the median epoch, mostly for compilation: hand-written PyTorch compiles for both sizes at once, "
+        "`fit` for the smaller one when it has come 32 "
+        "times.\n\n" + report.table(header, rows)
     )
 
 
@@ -718,18 +713,18 @@ def told_quality(measured: Measured) -> str:
 
 
 PARTS: dict[str, tuple[Callable[[argparse.Namespace], Measured], Callable[[Measured], str]]] = {
-    **{name: (partial(measure_network, name), partial(told_network, name)) for name in NETWORKS},
-    "importance": (measure_importance, told_importance),
-    "precision": (measure_precision, told_precision),
-    "memory": (measure_memory, told_memory),
-    "first": (measure_first, told_first),
-    "processes": (measure_processes, told_processes),
-    "quality": (measure_quality, told_quality),
+    **{name: (partial(measure_network, name), partial(network_section, name)) for name in NETWORKS},
+    "importance": (measure_importance, importance_section),
+    "precision": (measure_precision, precision_section),
+    "memory": (measure_memory, memory_section),
+    "first": (measure_first, first_section),
+    "processes": (measure_processes, processes_section),
+    "quality": (measure_quality, quality_section),
 }
 
 
-def told_goals(device: str, parts: dict[str, Measured]) -> str:
-    """Returns the table of what is to be reached."""
+def goals_section(device: str, parts: dict[str, Measured]) -> str:
+    """Returns the table of goals."""
     rows = []
 
     def add(what: str, values: list[float], goal: str, digits: int = 2) -> None:
@@ -834,41 +829,40 @@ def draw(results: dict[str, dict[str, Measured]]) -> Figure | None:
     return figure
 
 
-def told(results: dict[str, dict[str, Measured]]) -> str:
-    """Returns the README's part."""
+def speed_section(results: dict[str, dict[str, Measured]]) -> str:
+    """Returns the section of the README."""
     text = (
-        "## Speed\n\n"
-        "`python benchmarks/compare.py`: pyrovae beside hand-written PyTorch, stock Pyro and pythae, taking turns in "
-        "one process; the docstring says what each does. Medians over rounds, in brackets the quartiles; ratios are "
-        "taken within a round. The loss, in nats a datum after as many steps, is that of the same data and noise for "
-        "all, and shows that they train the same model alike. Stock SVI runs as it comes, with Pyro's validation. All "
-        f"numbers: `{JSON.name}`.\n\n"
-        f"![steps per second relative to hand-written PyTorch]({PICTURE.name})"
+        "## Speed\n\n`python benchmarks/compare.py`: pyrovae, hand-written PyTorch, stock Pyro and pythae take turns "
+        "in one process; the docstring of the script describes each. Medians over rounds, with quartiles in brackets; "
+        "ratios are taken within a round. The loss is in nats a datum, after the same number of steps, on the same "
+        "data with the same noise: it shows that all train the same model equally well. Stock SVI has its defaults, "
+        f"Pyro's validation included. All numbers: `{JSON.name}`.\n\n![steps per second relative to hand-written "
+        f"PyTorch]({PICTURE.name})"
     )
     for device, parts in results.items():
         on = " on a GPU" if device == "cuda" else ""
-        goals = told_goals(device, parts)
+        goals = goals_section(device, parts)
         text += f"\n\n### Goals{on}\n\n{goals}" if goals else ""
-        for name, (_, tell) in PARTS.items():
+        for name, (_, section) in PARTS.items():
             if name in parts:
-                text += f"\n\n{tell(parts[name])}\n\n{parts[name]['machine']}"
+                text += f"\n\n{section(parts[name])}\n\n{parts[name]['machine']}"
     return text
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measures, prints, and writes the numbers, the picture and the README's part."""
+    """Measures, prints, and writes the numbers, the picture and the section of the README."""
     logging.disable(logging.INFO)  # pythae's
     results = json.loads(JSON.read_text()) if JSON.exists() and not args.smoke else {}
     parts = results.setdefault(args.device, {})
     for name in args.only:
-        measure, tell = PARTS[name]
+        measure, section = PARTS[name]
         pyro.set_rng_seed(0)
         parts[name] = {"machine": report.machine(args.device), **measure(args)}
-        print(tell(parts[name]) + "\n", flush=True)
+        print(section(parts[name]) + "\n", flush=True)
         if not args.smoke:
             JSON.write_text(json.dumps(results, indent=1) + "\n")
-    print(told_goals(args.device, parts))
-    text, figure = told(results), draw(results)
+    print(goals_section(args.device, parts))
+    text, figure = speed_section(results), draw(results)
     if not args.smoke:
         if figure is not None:
             figure.savefig(PICTURE, dpi=120)
@@ -878,15 +872,19 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure, others are kept"
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="parts to measure; the results of the others are kept",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where all of it runs")
-    parser.add_argument("--seconds", type=float, default=7, help="of hand-written PyTorch in each case, about")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs a round, the first of them not timed")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where everything runs")
+    parser.add_argument("--seconds", type=float, default=7, help="of hand-written PyTorch in each case, approximately")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs a round; the first is not timed")
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 128, 512, 2048], help="for the ELBO")
     parser.add_argument("--iwae-batches", type=int, nargs="+", default=[64], help="for the IWAE bound")
     parser.add_argument("--particles", type=int, default=50, help="of the IWAE bound")
-    parser.add_argument("--rounds", type=int, default=8, help="rounds of importance sampling and precision that count")
+    parser.add_argument("--rounds", type=int, default=8, help="timed rounds of importance sampling and precision")
     parser.add_argument("--images", type=int, default=20, help="images a round of importance sampling")
     parser.add_argument("--precision-images", type=int, default=100, help="images scored in two precisions")
     parser.add_argument("--num-samples", type=int, default=5000, help="samples an image, a multiple of each batch size")
@@ -906,5 +904,5 @@ if __name__ == "__main__":
         args.process_batches = [128]
         args.precision_images, args.train_epochs, args.repeats, args.runs, args.most_epochs = 10, 1, 2, 1, 5
     if any(args.num_samples % b for b in args.pythae_batches):
-        parser.error("pythae draws a whole number of batches: make --num-samples a multiple of --pythae-batches")
+        parser.error("pythae draws whole batches: make --num-samples a multiple of --pythae-batches")
     main(args)

@@ -1,4 +1,4 @@
-"""Writes what a benchmark measured into README.md beside it, with the machine it was measured on."""
+"""Writes the results of a benchmark into the README.md of this folder, with the machine that they are from."""
 
 import os
 import platform
@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 README = Path(__file__).with_name("README.md")
-HEADING = "# Benchmarks\n\nEach part below was written by the script it names, and is written anew by running it.\n"
+HEADING = "# Benchmarks\n\nEach section below is written by the script that it names.\n"
 
 
 def machine(device: str = "cpu") -> str:
-    """Returns one line about the machine, its GPU where that is what was measured, the versions and the day."""
+    """Returns one line about the machine (with its GPU if that was measured), the versions and the date."""
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pyro-ppl", "pythae"))
@@ -29,7 +29,7 @@ def machine(device: str = "cpu") -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table in Markdown, its columns lined up."""
+    """Returns a table in Markdown with aligned columns."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)

@@ -5,7 +5,7 @@ sequences, and dicts, lists and tuples of these. What holds an entry a datum is 
 ``None``, functions, tensors without dimensions and other objects belong to all data and are passed on as they are.
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
@@ -203,6 +203,11 @@ def tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     found: list[Tensor] = []
     mapped(lambda x: found.extend(t for t in tree_leaves(x) if isinstance(t, Tensor)), (args, kwargs))
     return found
+
+
+def cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
+    """Returns the GPUs that hold some tensors, for ``torch.random.fork_rng``."""
+    return sorted({t.device for t in tensors if t.is_cuda}, key=str)
 
 
 def holds_packed(args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -29,7 +29,7 @@ import pyrovae
 from pyrovae import data as datasets
 from pyrovae import diagnostics, storage
 from pyrovae.config import make_vae
-from pyrovae.distributed import alone, init_process_group, was_restarted
+from pyrovae.distributed import init_process_group, single_process, was_restarted
 from pyrovae.distributions import Blocks, center
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, independent_baseline, log_marginal
@@ -125,7 +125,7 @@ def train(
         monitor = diagnostics.CollapseMonitor(vae.model, vae.guide, monitored, every=max(1, epochs // 50))
         callbacks.append(_WherePossible(monitor))
     callbacks.append(metrics)  # the last, because it writes the entries of the others
-    if world.first:
+    if world.is_rank0:
         storage.create_run(directory, config, x_shape)
     try:
         history = fit(
@@ -149,7 +149,7 @@ def train(
         )
     except Exception:
         # Bad input leaves nothing behind.
-        if world.first and is_new and not (directory / "checkpoint.safetensors").exists():
+        if world.is_rank0 and is_new and not (directory / "checkpoint.safetensors").exists():
             for name in ("config.yaml", "run.json"):
                 (directory / name).unlink()
             directory.rmdir()
@@ -158,7 +158,7 @@ def train(
     vae.eval()
     test = splits.test.x.to(device)
     estimate = log_marginal(vae.model, vae.guide, test, num_samples=num_samples, compile=compile)
-    if world.first:
+    if world.is_rank0:
         storage.save(vae, directory / "weights.safetensors")
         _report_training(vae, splits, history, epochs, estimate, metrics, directory)
 
@@ -250,7 +250,7 @@ def evaluate(
     vae.to(device)
     x = _scored(splits, split, preprocessing)[:num_data].to(device)
     estimate = log_marginal(vae.model, vae.guide, x, method=method, max_memory=max_memory, compile=compile)
-    if out is not None and world.first:
+    if out is not None and world.is_rank0:
         columns = {name: getattr(estimate, name) for name in ("value", "standard_error", "ess", "khat", "trusted")}
         columns |= estimate.diagnostics
         table = torch.stack([torch.arange(len(x)), *(column.double().cpu() for column in columns.values())], dim=1)
@@ -470,10 +470,10 @@ def main(argv: list[str] | None = None) -> None:
             arguments["config"] = _config(settings.train)
         # Of several processes only rank 0 prints. It runs alone the commands that are not distributed.
         if command in ("train", "evaluate"):
-            with nullcontext() if world.first else redirect_stdout(None):
+            with nullcontext() if world.is_rank0 else redirect_stdout(None):
                 COMMANDS[command](**arguments)
-        elif world.first:
-            with alone():
+        elif world.is_rank0:
+            with single_process():
                 COMMANDS[command](**arguments)
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"pyrovae: error: {str(error).partition('Trace Shapes:')[0].rstrip()}")  # Pyro adds a long table
@@ -531,7 +531,7 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     """
     directory = Path(settings.run) if settings.run is not None else default_run(settings.data)
     if not (directory / "config.yaml").exists():
-        if init_process_group().first:
+        if init_process_group().is_rank0:
             print(f"nothing to resume in {directory}: starting")
         return parser.parse_args(argv)
     stored = storage.read_config(directory, trust=settings.trust)

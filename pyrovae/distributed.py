@@ -1,4 +1,4 @@
-"""Several processes that train and score as one: data are shared out, gradients added up, results gathered in order."""
+"""Training and scoring in several processes as in one: data are sharded, gradients summed, results gathered."""
 
 import atexit
 import os
@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+import torch.distributed as dist
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -16,80 +17,83 @@ from pyrovae.arguments import converted, of_batch, settled, take_rows, tensors_o
 
 
 class World(NamedTuple):
-    """This process among those that work together, started by ``torchrun`` or with a process group of their own.
+    """This process and those that it works with, started by ``torchrun`` or joined in a process group of the user's.
 
     Args:
-        rank: its number, from 0.
-        size: how many there are.
+        rank: of this process, from 0.
+        size: number of processes.
     """
 
     rank: int
     size: int
 
     @property
-    def first(self) -> bool:
-        """Whether this one prints and writes for all."""
+    def is_rank0(self) -> bool:
+        """Whether this process prints and writes for all."""
         return self.rank == 0
 
     def shard(self, total: int) -> "Shard":
-        """Returns which of so many data are this process's; all of them, with less weight, if there are too few to go round."""
+        """Returns this process's shard of a batch of so many data.
+
+        A batch of fewer data than processes is not divided: each process takes all of it, with a lower weight.
+        """
         if total < self.size:
             return Shard(0, total, total, 1 / self.size)
         start, end = self.shard_bounds(total)
         return Shard(start, end - start, total, (end - start) / total)
 
     def shard_bounds(self, total: int) -> tuple[int, int]:
-        """Returns where this process's part of so many data starts and ends; it may hold none."""
+        """Returns where this process's part of so many data starts and ends; the part may be empty."""
         return self.rank * total // self.size, (self.rank + 1) * total // self.size
 
     def broadcast_from_rank0(self, value: Callable[[], Any]) -> Any:
-        """Returns to all what the first process finds; an error there is raised by all."""
+        """Broadcasts rank 0's result of a function; an error of rank 0 is raised by all processes."""
         if self.size == 1:
             return value()
-        found: list[Any] = [None, None]
-        if self.first:
+        outcome: list[Any] = [None, None]  # the result and the error
+        if self.is_rank0:
             try:
-                with alone():
-                    found = [value(), None]
+                with single_process():
+                    outcome = [value(), None]
             except Exception as error:
-                found = [None, error]
-        distributed.broadcast_object_list(found, src=0, device=_device())
-        if found[1] is not None:
-            raise found[1]
-        return found[0]
+                outcome = [None, error]
+        dist.broadcast_object_list(outcome, src=0, device=_device())
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def all_gather(self, value: Any) -> list:
-        """Returns to all what each process has, in order."""
+        """Returns the values of all processes, in order of rank."""
         if self.size == 1:
             return [value]
-        found = [None] * self.size
-        distributed.all_gather_object(found, value)
-        return found
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def all_reduce(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Returns to all the sums over processes of tensors that each has, of the same shapes in the same order."""
-        return list(tensors) if self.size == 1 else _together(distributed.all_reduce, tensors)
+        """Returns the sums over processes of tensors, whose shapes and order must be the same in all processes."""
+        return list(tensors) if self.size == 1 else _coalesced(dist.all_reduce, tensors)
 
     def check_same_batches(self, batches: Iterable) -> Iterator:
-        """Yields batches, after making sure that the first is the same in all processes."""
+        """Yields batches, and checks that the first is the same in all processes."""
         for i, batch in enumerate(batches):
             if i == 0 and self.size > 1:
                 sums = self.all_gather([(tuple(t.shape), t.double().sum().item()) for t in _tensors_of(batch)])
                 if any(other != sums[0] for other in sums):
                     raise ValueError(
-                        "data gives other batches in other processes, of which each is to take its share. Let a loader draw its "
-                        "order from torch's random state."
+                        "data gives different batches in different processes, but each process must take its shard of "
+                        "the same batch. Let the loader draw its order from torch's random state."
                     )
             yield batch
 
     @torch.no_grad()
     def broadcast_state(self, tensors: Iterable[Tensor]) -> None:
-        """Gives all processes the first one's values of tensors, and its random state, from which all draw alike."""
+        """Copies rank 0's values of tensors, and its random state, to all processes, so that all draw the same."""
         if self.size == 1:
             return
         tensors = list(tensors)
-        for t, first in zip(tensors, _together(partial(distributed.broadcast, src=0), tensors), strict=True):
-            t.copy_(first)
+        for t, value in zip(tensors, _coalesced(partial(dist.broadcast, src=0), tensors), strict=True):
+            t.copy_(value)
         states = self.broadcast_from_rank0(
             lambda: (torch.get_rng_state(), torch.cuda.get_rng_state() if _on_gpu() else None)
         )
@@ -98,16 +102,16 @@ class World(NamedTuple):
             torch.cuda.set_rng_state(states[1])
 
 
-def _together(act: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Returns what an operation among processes makes of tensors: those of a type in one piece, for each piece takes a while."""
+def _coalesced(collective: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Applies a collective operation to tensors, once for all tensors of a type: each call has a latency."""
     tensors = [t.detach() for t in tensors]
-    kinds: dict[tuple, list[int]] = {}
+    groups: dict[tuple, list[int]] = {}
     for i, t in enumerate(tensors):
-        kinds.setdefault((t.dtype, t.device), []).append(i)
-    for places in kinds.values():
-        flat = torch.cat([tensors[i].reshape(-1) for i in places])
-        act(flat)
-        for i, part in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
+        groups.setdefault((t.dtype, t.device), []).append(i)
+    for group in groups.values():
+        flat = torch.cat([tensors[i].reshape(-1) for i in group])
+        collective(flat)
+        for i, part in zip(group, flat.split([tensors[i].numel() for i in group]), strict=True):
             tensors[i] = part.view_as(tensors[i])
     return tensors
 
@@ -116,10 +120,10 @@ class Shard(NamedTuple):
     """Some of the data of a batch.
 
     Args:
-        start: the first of them.
-        count: how many.
-        total: data of the batch.
-        weight: what their mean counts in that of the batch.
+        start: position of the first.
+        count: number of data.
+        total: number of data of the batch.
+        weight: of their mean in the mean over the batch.
     """
 
     start: int
@@ -128,31 +132,53 @@ class Shard(NamedTuple):
     weight: float
 
     def rows(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Returns these data of what a model is called with."""
+        """Returns the rows of a batch's arguments that belong to these data."""
         if self.count == self.total:
             return args, kwargs
         args, kwargs, _ = settled(args, kwargs)
         return take_rows(slice(self.start, self.start + self.count), args, kwargs)
 
     def noise(self) -> AbstractContextManager:
-        """Returns a context inside of which noise for these data is what one process would draw for them."""
-        return nullcontext() if self.count == self.total else _Noise(self)
+        """Returns a context in which random draws for these data are those of one process with the whole batch."""
+        return nullcontext() if self.count == self.total else _ShardNoise(self)
 
 
-# What draws for each element by itself, and what draws a vector from each, whose last dimension is not the data's.
-_EACH = (
-    "normal normal_ randn randn_like uniform_ rand rand_like bernoulli bernoulli_ exponential_ log_normal_ cauchy_ geometric_ "
-    "randint randint_like random_ poisson binomial _standard_gamma native_dropout"
-).split()
-_VECTORS = ("multinomial", "_sample_dirichlet")
+# Operations that draw each element independently.
+_ELEMENTWISE_DRAWS = frozenset(
+    {
+        "normal",
+        "normal_",
+        "randn",
+        "randn_like",
+        "uniform_",
+        "rand",
+        "rand_like",
+        "bernoulli",
+        "bernoulli_",
+        "exponential_",
+        "log_normal_",
+        "cauchy_",
+        "geometric_",
+        "randint",
+        "randint_like",
+        "random_",
+        "poisson",
+        "binomial",
+        "_standard_gamma",
+        "native_dropout",
+    }
+)
+# Operations that draw vectors: their last dimension is never that of the data.
+_VECTOR_DRAWS = frozenset({"multinomial", "_sample_dirichlet"})
 
 
-class _Noise(TorchDispatchMode):
-    """Draws for all data of a batch, and takes what is for a share of them.
+class _ShardNoise(TorchDispatchMode):
+    """Draws for all data of a batch, and keeps the draws of a shard.
 
-    Processes of one random state then draw what a single one would. The dimension of the data is told by its size: the last
-    but one, of latents that are vectors, else the first of that size; else one that holds several draws for each. Were it mistaken
-    for another, the noise would be as good, but another.
+    Processes with the same random state then draw what a single process would draw. The dimension of the data is
+    recognised by its size: preferably the last but one, as for latents that are vectors; else the first of that size;
+    else one whose size is a multiple, which holds several draws for each datum. If another dimension is taken by
+    mistake, the draws still have the right distribution, but are not those of a single process.
     """
 
     def __init__(self, shard: Shard):
@@ -161,83 +187,86 @@ class _Noise(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
-        if name not in _EACH and name not in _VECTORS:
+        if name not in _ELEMENTWISE_DRAWS and name not in _VECTOR_DRAWS:
             return func(*args, **kwargs)
-        given = tree_leaves((args, kwargs), is_leaf=_is_shape)
+        leaves = tree_leaves((args, kwargs), is_leaf=_is_shape)
         shapes = [
             tuple(x.shape) if isinstance(x, Tensor) else tuple(x)
-            for x in given
+            for x in leaves
             if isinstance(x, Tensor) or _is_shape(x)
         ]
-        place = self._place(max(shapes, key=len, default=()), name in _VECTORS)
-        if place is None:
+        dim = self._data_dim(max(shapes, key=len, default=()), name in _VECTOR_DRAWS)
+        if dim is None:
             return func(*args, **kwargs)
-        wide_args, wide_kwargs = tree_map(lambda x: self._widened(x, place), (args, kwargs), is_leaf=_is_shape)
-        drawn = tree_map(lambda x: self._own(x, place), func(*wide_args, **wide_kwargs))
+        wide_args, wide_kwargs = tree_map(lambda x: self._widened(x, dim), (args, kwargs), is_leaf=_is_shape)
+        drawn = tree_map(lambda x: self._narrowed(x, dim), func(*wide_args, **wide_kwargs))
         return args[0].copy_(drawn) if func._schema.is_mutable else drawn
 
-    def _place(self, shape: tuple[int, ...], are_vectors: bool) -> int | None:
-        """Returns the dimension of the data, counted from the last; None if there is none."""
-        places = list(range(-len(shape), -1 if are_vectors else 0))
-        places.sort(key=lambda i: i != -2)
-        exact = [i for i in places if shape[i] == self.shard.count]
-        several = [i for i in places if shape[i] > 0 and shape[i] % self.shard.count == 0]
-        return next(iter(exact + several), None)
+    def _data_dim(self, shape: tuple[int, ...], are_vectors: bool) -> int | None:
+        """Returns the dimension of the data, negative; None if there is none."""
+        dims = list(range(-len(shape), -1 if are_vectors else 0))
+        dims.sort(key=lambda dim: dim != -2)
+        exact = [dim for dim in dims if shape[dim] == self.shard.count]
+        multiple = [dim for dim in dims if shape[dim] > 0 and shape[dim] % self.shard.count == 0]
+        return next(iter(exact + multiple), None)
 
-    def _widened(self, x: Any, place: int) -> Any:
+    def _widened(self, x: Any, dim: int) -> Any:
+        """Returns a tensor or a shape for all data of the batch. Rows outside of the shard repeat its first or last."""
         start, count, total, _ = self.shard
-        if isinstance(x, Tensor) and x.dim() >= -place and x.shape[place] and x.shape[place] % count == 0:
+        if isinstance(x, Tensor) and x.dim() >= -dim and x.shape[dim] and x.shape[dim] % count == 0:
             rows = (torch.arange(total, device=x.device) - start).clamp(0, count - 1)
-            rows = (count * torch.arange(x.shape[place] // count, device=x.device).unsqueeze(1) + rows).flatten()
-            return x.index_select(x.dim() + place, rows)
+            rows = (count * torch.arange(x.shape[dim] // count, device=x.device).unsqueeze(1) + rows).flatten()
+            return x.index_select(x.dim() + dim, rows)
         if _is_shape(x):
-            at = len(x) + place
+            at = len(x) + dim
             return [*x[:at], x[at] // count * total, *x[at + 1 :]]
         return x
 
-    def _own(self, x: Tensor, place: int) -> Tensor:
+    def _narrowed(self, x: Tensor, dim: int) -> Tensor:
+        """Returns the rows of the shard."""
         start, count, total, _ = self.shard
-        at = x.dim() + place
+        at = x.dim() + dim
         return x.unflatten(at, (-1, total)).narrow(at + 1, start, count).flatten(at, at + 1)
 
 
-_ALONE: list[bool] = []  # not empty while one process does what the others only hear of
+_SINGLE: list[bool] = []  # not empty inside of single_process
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Makes this process one of one, for what it does inside without the others."""
-    _ALONE.append(True)
+def single_process() -> Iterator[None]:
+    """Makes this process work without the others: inside, :func:`init_process_group` returns a world of size 1."""
+    _SINGLE.append(True)
     try:
         yield
     finally:
-        _ALONE.pop()
+        _SINGLE.pop()
 
 
 def init_process_group(device: torch.device | str | None = None) -> World:
-    """Returns this process among those it works with, and joins them if ``torchrun`` has started it; else, one of one.
+    """Returns this process's world, and joins the process group if ``torchrun`` started it; else a world of size 1.
 
     Args:
-        device: where it computes; a GPU talks by NCCL, all else by gloo.
+        device: where it computes; the backend is NCCL for a GPU, else gloo.
     """
-    if _ALONE or not distributed.is_available():
+    if _SINGLE or not dist.is_available():
         return World(0, 1)
-    if not distributed.is_initialized() and distributed.is_torchelastic_launched():
+    if not dist.is_initialized() and dist.is_torchelastic_launched():
         on_gpu = device is not None and torch.device(device).type == "cuda"
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        store, rank, size = next(distributed.rendezvous("env://"))
-        # The store outlives processes that were killed, and those that are started anew must not hear of their addresses.
-        store = distributed.PrefixStore(f"life {_restarts()}", store)
-        distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size)
+        store, rank, size = next(dist.rendezvous("env://"))
+        # The store outlives processes that were killed. After a restart, processes must not read the addresses that
+        # those left in it.
+        store = dist.PrefixStore(f"life {_restarts()}", store)
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size)
         atexit.register(_leave)
-    if not distributed.is_initialized():
+    if not dist.is_initialized():
         return World(0, 1)
-    return World(distributed.get_rank(), distributed.get_world_size())
+    return World(dist.get_rank(), dist.get_world_size())
 
 
 def was_restarted() -> bool:
-    """Returns whether ``torchrun`` has started the processes anew, after one of them failed."""
+    """Returns whether ``torchrun`` restarted the processes, after one of them failed."""
     return _restarts() > 0
 
 
@@ -246,12 +275,12 @@ def _restarts() -> int:
 
 
 def _leave() -> None:
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _on_gpu() -> bool:
-    return distributed.get_backend() == "nccl"
+    return dist.get_backend() == "nccl"
 
 
 def _device() -> torch.device | None:

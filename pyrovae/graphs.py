@@ -1,4 +1,4 @@
-"""The name that this module had before :mod:`pyrovae.compilation`."""
+"""The former name of :mod:`pyrovae.compilation`."""
 
 from pyrovae.compilation import compile
 

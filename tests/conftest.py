@@ -39,3 +39,23 @@ def clean_start_and_clean_end():
     after = global_state()
     changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
     assert not changed, f"the test left global state changed (before, after): {changed}"
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Runs traced graphs without the compiler, which takes seconds for each; returns a counter of graphs and runs."""
+    from compiling import Traced
+
+    from pyrovae.compilation import graph
+
+    stand_in = Traced()
+    monkeypatch.setattr(graph, "compile_module", stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def at_once(monkeypatch) -> None:
+    """Makes a graph for each shape of the data when it first comes."""
+    from pyrovae.compilation import cache
+
+    monkeypatch.setattr(cache, "_WARMUP_CALLS", 0)

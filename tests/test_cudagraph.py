@@ -1,6 +1,6 @@
-"""Compiled steps that are recorded on a GPU and played back: the same as run as they are.
+"""Compiled steps that are recorded as CUDA graphs give the results of eager ones.
 
-Without a GPU what decides when to record and what to play back is tested by a stand-in.
+Without a GPU, a stand-in tests when a step is recorded and when it is replayed.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import pyro
 import pytest
 import torch
 from bound_cases import BY_NAME
-from pairs import Pair, fresh, normalised, pair_of, same, small_vae
+from compiling import Pair, fresh, normalised, pair_of, same, small_vae
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyrovae import bounds, estimators, fit, log_marginal
 from pyrovae import compile as compiled
-from pyrovae.compilation import api as graphs
-from pyrovae.compilation import cudagraph as recordings
+from pyrovae.compilation import graph
+from pyrovae.compilation.api import Compiled
+from pyrovae.compilation.cudagraph import CudaGraph
 from pyrovae.training import trainer as training
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,34 +32,34 @@ fit, log_marginal = partial(fit, progress=False), partial(log_marginal, progress
 
 
 class StandIn:
-    """Does again what was recorded, from and into the same memory."""
+    """Calls the recorded function again, from and into the same memory."""
 
-    def __init__(self, function: Callable, inputs: list[Tensor], kept: list[Tensor], told: list):
-        self.function, self.kept, self.told = function, kept, told
-        self.places = [t.data_ptr() for t in kept]
+    def __init__(self, function: Callable, inputs: list[Tensor], kept: list[Tensor], fingerprint: list):
+        self.function, self.kept, self.fingerprint = function, kept, fingerprint
+        self.addresses = [t.data_ptr() for t in kept]
         self.inputs, self.result = [t.clone() for t in inputs], None
 
-    matches = recordings.CudaGraph.matches
+    matches = CudaGraph.matches
 
     def replay(self, inputs: list[Tensor]) -> Any:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+        for kept, new in zip(self.inputs, inputs, strict=True):
+            kept.copy_(new)
         result = self.function(self.inputs)
         if self.result is None:
             self.result = result
-        for own, new in zip(tree_leaves(self.result), tree_leaves(result), strict=True):
+        for kept, new in zip(tree_leaves(self.result), tree_leaves(result), strict=True):
             if isinstance(new, Tensor):
-                own.copy_(new)
+                kept.copy_(new)
         return self.result
 
 
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch) -> None:
     if DEVICE == "cpu":
-        monkeypatch.setattr(graphs, "CudaGraph", StandIn)
-        monkeypatch.setattr(graphs, "on_one_gpu", lambda module, tensors: True)
+        monkeypatch.setattr(graph, "CudaGraph", StandIn)
+        monkeypatch.setattr(graph, "on_one_gpu", lambda module, tensors: True)
         monkeypatch.setattr(training, "_make_recordable", lambda optimizer: not isinstance(optimizer, Adagrad))
-        monkeypatch.setattr(graphs, "_optimized", lambda module: module)
+        monkeypatch.setattr(graph, "compile_module", lambda module: module)
 
 
 def random_state() -> Tensor:
@@ -77,17 +78,17 @@ def on_device(make: Callable[[], Pair] = lambda: pair_of(small_vae())) -> Pair:
 
 
 def fitted(elbo: Any, make: Callable[[], Pair] = lambda: pair_of(small_vae()), x: Any = None, **options: Any) -> list:
-    """Returns the losses of training, the weights and buffers it left, and the random state."""
+    """Returns the losses of training, the final weights and buffers, and the random state."""
     pair = on_device(make)
     torch.manual_seed(1)
-    options = {"epochs": 12, "batch_size": 16} | options  # of which the last is smaller
+    options = {"epochs": 12, "batch_size": 16} | options  # the last batch is smaller
     history = fit(pair.model, pair.guide, data() if x is None else x, loss=elbo, **options)
     left = [t.clone() for module in pair.modules for t in module.state_dict().values()]
     return [torch.tensor(history["loss"]), *left, random_state()]
 
 
-def recordings_of(elbo: graphs.Compiled) -> list:
-    return [graph.recording for kind in elbo.graphs._kinds.values() for graph in kind.graphs]
+def recordings_of(elbo: Compiled) -> list:
+    return [made.recording for entry in elbo.graphs._entries.values() for made in entry.graphs]
 
 
 LOSSES = {
@@ -104,7 +105,7 @@ def test_training_is_the_same_and_recorded(make):
     assert recordings_of(elbo) and all(recordings_of(elbo))
 
 
-# With whether they are recorded.
+# Each with whether it is recorded.
 OPTIMIZERS = {
     "Adam": (partial(Adam, lr=1e-2), True),
     "AdamW": (partial(AdamW, lr=1e-2, weight_decay=0.1, amsgrad=True), True),
@@ -122,7 +123,7 @@ def test_every_optimizer(name):
     options = {"optimizer": optimizer, "clip_norm": 1.0}
     same(fitted(elbo, **options), fitted(Trace_ELBO(), **options))
     assert recordings_of(elbo)
-    along = [recording for recording in recordings_of(elbo) if recording is not None and recording.told]
+    along = [recording for recording in recordings_of(elbo) if recording is not None and recording.fingerprint]
     assert bool(along) is recorded
 
 
@@ -169,7 +170,7 @@ def test_running_statistics_and_dropout():
     assert all(recordings_of(elbo))
 
 
-def test_weights_that_are_put_elsewhere_are_read_there():
+def test_weights_that_move_in_memory_are_read_there():
     def run(elbo: Any) -> list:
         pair = on_device()
 
@@ -185,7 +186,7 @@ def test_weights_that_are_put_elsewhere_are_read_there():
 
 
 @needs_gpu
-def test_a_loader_whose_thread_talks_to_the_gpu():
+def test_a_loader_whose_thread_uses_the_gpu():
     def loader() -> DataLoader:
         return DataLoader(TensorDataset(data().cpu()), batch_size=16, pin_memory=True, num_workers=1)
 
@@ -196,7 +197,7 @@ def test_a_loader_whose_thread_talks_to_the_gpu():
 
 
 @needs_gpu
-def test_what_cannot_be_recorded_is_warned_of_and_runs(monkeypatch):
+def test_what_cannot_be_recorded_runs_with_a_warning(monkeypatch):
     expected, step = fitted(Trace_ELBO(), optimizer=partial(SGD, lr=1e-3)), SGD.step
 
     def waiting(self, closure=None):
@@ -212,7 +213,7 @@ def test_what_cannot_be_recorded_is_warned_of_and_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_resumed_run_is_the_same_on_a_gpu_and_goes_on_without_one(compile, tmp_path):
+def test_a_resumed_run_is_the_same_on_a_gpu_and_continues_without_one(compile, tmp_path):
     whole, path = fitted(Trace_ELBO(), epochs=6, compile=compile), tmp_path / "checkpoint.pt"
     for epochs in (3, 6):
         resumed = fitted(Trace_ELBO(), epochs=epochs, compile=compile, checkpoint=path, resume=epochs == 6)
@@ -278,7 +279,7 @@ def test_low_precision():
 
 
 class Failing(nn.Module):
-    """A module that turns to NaN once a counter of its own has come so far."""
+    """A module whose output is NaN after 60 calls."""
 
     def __init__(self):
         super().__init__()
@@ -289,9 +290,9 @@ class Failing(nn.Module):
         return torch.where(self.count > 60, torch.nan, x)
 
 
-def test_a_loss_that_is_no_longer_finite_is_found_within_some_steps():
+def test_a_loss_that_is_not_finite_is_found_within_some_steps():
     vae = small_vae()
     vae.encoder.network = nn.Sequential(Failing(), vae.encoder.network)
     vae.to(DEVICE, torch.float64)
-    with pytest.raises(FloatingPointError, match="loss is not finite at step"):
+    with pytest.raises(FloatingPointError, match="stopped being finite at step"):
         fit(vae.model, vae.guide, data(), epochs=100, batch_size=10, compile=True)

@@ -1,4 +1,4 @@
-"""Several processes, real ones by torchrun over gloo: they are to end where one process does, also if one is killed."""
+"""Several processes, started by torchrun over gloo, end with the same result as one, even if one of them is killed."""
 
 import contextlib
 import json
@@ -10,30 +10,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
 import pytest
-import scipy.stats
 import torch
-from bound_cases import BOUNDS, BoundCase
-from helpers import assert_same
-from linear_gaussian import assert_unit_scores, diagonal_vae, gradients, truth, vae_of
+from linear_gaussian import assert_unit_scores, truth, vae_of
 from pyro import distributions as dist
 from pyro.infer import Trace_ELBO
+from test_storage import assert_same
 from torch import Tensor, nn
-from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from pyrovae import VAE, History, bounds, fit, log_marginal
 from pyrovae.cli import main
-from pyrovae.compilation import api as graphs
+from pyrovae.compilation import graph
 from pyrovae.data import dynamic_binarization
-from pyrovae.distributed import World, init_process_group
+from pyrovae.distributed import init_process_group
 from pyrovae.encoders import DiagonalNormal
 from pyrovae.estimators import AnnealedImportanceSampling, Estimate, ImportanceSampling
 from pyrovae.likelihoods import Bernoulli, Normal
@@ -45,11 +43,11 @@ SMALL = partial(MLP, hidden=(8,))
 SIZE, WIDTH = 44, 5  # data, in batches of 16 and a last one of 12
 
 
-# Processes that work together. Their functions run in this module, of which each process has its own.
+# Processes that work together. Each imports this module and runs one of its functions.
 
 
 def torchrun(*argv: Any, size: int = 2, restarts: int = 0) -> subprocess.CompletedProcess:
-    """Runs a module in several processes of torchrun, whatever becomes of it."""
+    """Runs a module in several processes by torchrun; it may fail."""
     options = ["--standalone", "--nproc-per-node", size, "--max-restarts", restarts, "-m", "--"]
     command = [sys.executable, "-m", "torch.distributed.run", *map(str, (*options, *argv))]
     started = subprocess.Popen(
@@ -63,13 +61,13 @@ def torchrun(*argv: Any, size: int = 2, restarts: int = 0) -> subprocess.Complet
     try:
         printed = started.communicate(timeout=120)
     except subprocess.TimeoutExpired:
-        started.terminate()  # killed, it would leave the processes that hang behind
+        started.terminate()  # a kill would leave its child processes
         pytest.fail(f"{argv} hangs: {started.communicate()[1]}")
     return subprocess.CompletedProcess(command, started.returncode, *printed)
 
 
 def in_processes(function: Callable[[Path], None], folder: Path, **options: int) -> None:
-    """Runs a function of this module in several processes, which must end well."""
+    """Runs a function of this module in several processes, which must succeed."""
     ended = torchrun("test_distributed", function.__name__, folder, **options)
     assert ended.returncode == 0, ended.stderr
 
@@ -84,7 +82,7 @@ def normal_vae(encoder: Callable | nn.Module = SMALL, decoder: Callable = SMALL,
 
 
 def train(pair: Any, x: Any, **options: Any) -> dict[str, Any]:
-    """Trains a model and guide; returns what must not depend on the number of processes."""
+    """Trains a model and guide; returns everything that must not depend on the number of processes."""
     options = {"epochs": 2, "batch_size": 16, "optimizer": partial(SGD, lr=0.02), "progress": False} | options
     history = fit(pair.model, pair.guide, x, **options)
     buffers = dict(pair.named_buffers()) if isinstance(pair, nn.Module) else {}
@@ -104,7 +102,7 @@ class Pair:
 
 
 def subsampled() -> Pair:
-    """A plate that stands for as many data as there are, of which it holds a batch."""
+    """A plate for all data that holds a batch of them."""
     network = nn.Linear(WIDTH, 2).double()
 
     def model(x):
@@ -302,7 +300,7 @@ def weights_that_only_some_data_use():
 
 @scenario
 def batch_norm_with_the_same_statistics_for_all():
-    """They are those of shares, not those of one process; but all are to go on with the same."""
+    """Statistics of shards differ from those of a whole batch, but all processes must have the same."""
     network = nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     train(normal_vae(network), data())
     means = init_process_group().all_gather(network[1].running_mean)
@@ -311,7 +309,7 @@ def batch_norm_with_the_same_statistics_for_all():
 
 @scenario
 def numpys_order():
-    """An order of the data that is not torch's, nor the same in all processes."""
+    """An order of the data that is not from torch's generator, and differs between processes."""
     order = np.random.default_rng(rank())
     return train(normal_vae(), DataLoader(TensorDataset(data()), batch_size=11, sampler=Drawn(order)))
 
@@ -329,8 +327,8 @@ def a_graph_of_pyros_own_loss():
 
 
 @scenario
-def a_loader_that_shares_out_itself():
-    """Refused, or all data used once an epoch."""
+def a_loader_that_shards_itself():
+    """fit refuses it, or uses all data once an epoch."""
     seen, vae = [], normal_vae()
     sampler = DistributedSampler(range(SIZE), init_process_group().size, init_process_group().rank, shuffle=False)
 
@@ -340,7 +338,7 @@ def a_loader_that_shares_out_itself():
 
     with contextlib.suppress(ValueError):
         train(Pair(model, vae.guide), DataLoader(TensorDataset(data()), batch_size=11, sampler=sampler), epochs=1)
-        assert {*sum(init_process_group().all_gather(seen), [])} >= {*data().flatten().tolist()}
+        assert {*chain.from_iterable(init_process_group().all_gather(seen))} >= {*data().flatten().tolist()}
     return {}
 
 
@@ -382,16 +380,16 @@ class Drawn:
 
 @contextlib.contextmanager
 def without_inductor() -> Iterator[None]:
-    """Runs graphs as they were traced."""
-    optimized, graphs._optimized = graphs._optimized, lambda module: module
+    """Runs traced graphs without the compiler."""
+    compile_module, graph.compile_module = graph.compile_module, lambda module: module
     try:
         yield
     finally:
-        graphs._optimized = optimized
+        graph.compile_module = compile_module
 
 
 def run_scenarios(folder: Path) -> None:
-    """Writes what each scenario came to in this process."""
+    """Writes the outcome of each scenario in this process."""
     found = {}
     for name, function in SCENARIOS.items():
         pyro.clear_param_store()
@@ -409,38 +407,38 @@ def outcome(function: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> list[dict[str, Any]]:
-    """What each of two processes came to."""
+    """The outcomes in each of two processes."""
     folder = tmp_path_factory.mktemp("scenarios")
     in_processes(run_scenarios, folder)
     return [torch.load(folder / f"{i}.pt") for i in range(2)]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_two_processes_end_where_one_does(name, ended):
-    alone = outcome(SCENARIOS[name])
+def test_two_processes_have_the_result_of_one(name, ended):
+    expected = outcome(SCENARIOS[name])
     first, second = (each["found"][name] for each in ended)
-    if isinstance(alone, str):
-        assert first == second == alone
+    if isinstance(expected, str):
+        assert first == second == expected
     elif name == "numpys order":
-        assert first == second and "gives other batches in other processes" in first
+        assert first == second and "gives different batches in different processes" in first
     else:
         assert not isinstance(first, str), first
-        torch.testing.assert_close(first, alone, **ROUNDING)
+        torch.testing.assert_close(first, expected, **ROUNDING)
         assert_same(first, second)
 
 
-# log p(x), the data shared out.
+# log p(x) of sharded data.
 
 
 def estimates() -> dict[str, Any]:
-    """Returns estimates of log p(x) and the random state that they leave behind; a failure by its message."""
+    """Returns estimates of log p(x); of one that failed, the message."""
     torch.manual_seed(0)
     known = truth(2, 3)
     vae = vae_of(known, widen=1.5)
     x = known.marginal().sample((7,))
 
     class Mine(ImportanceSampling):
-        """An estimator that cannot be pickled, being made inside a function."""
+        """An estimator that cannot be pickled, because its class is local."""
 
     torch.manual_seed(rank())
     return {
@@ -471,12 +469,12 @@ def scores(estimate: dict[str, Tensor], exact: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["odd", "annealed", "local"])
-def test_estimates_of_all_data_come_in_order_to_all(name, ended):
+def test_all_processes_have_the_estimates_of_all_data_in_order(name, ended):
     first, second = (each["estimates"] for each in ended)
     assert not isinstance(first[name], str), first[name]
     assert_same(first[name], second[name])
     assert_unit_scores(scores(first[name], first["truth"]), failure_rate=1e-6)
-    assert scores(first[name], first["truth"].roll(1)).square().sum() > 100  # another order would not pass
+    assert scores(first[name], first["truth"].roll(1)).square().sum() > 100  # another order would fail
 
 
 def test_there_may_be_fewer_data_than_processes(ended):
@@ -485,209 +483,16 @@ def test_there_may_be_fewer_data_than_processes(ended):
     assert_unit_scores(scores(first["one"], first["truth"][:1]), failure_rate=1e-6)
 
 
-def test_shares_of_an_estimate_have_noise_of_their_own(ended):
+def test_shards_of_an_estimate_have_different_noise(ended):
     values = ended[0]["estimates"]["alike"]["value"]
     assert len(values.unique()) == len(values)
 
 
-# Noise of a shard.
-
-DRAWS: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
-    "randn": torch.randn,
-    "rand": torch.rand,
-    "randint": lambda shape: torch.randint(1000, shape),
-    "randn_like": lambda shape: torch.randn_like(torch.empty(shape)),
-    "rand_like": lambda shape: torch.rand_like(torch.empty(shape)),
-    "randint_like": lambda shape: torch.randint_like(torch.empty(shape), 1000),
-    "randn of out": lambda shape: torch.randn(shape, out=torch.empty(shape)),
-    "normal_": lambda shape: torch.empty(shape).normal_(),
-    "uniform_": lambda shape: torch.empty(shape).uniform_(),
-    "exponential_": lambda shape: torch.empty(shape).exponential_(),
-    "cauchy_": lambda shape: torch.empty(shape).cauchy_(),
-    "log_normal_": lambda shape: torch.empty(shape).log_normal_(),
-    "geometric_": lambda shape: torch.empty(shape).geometric_(0.1),
-    "bernoulli_": lambda shape: torch.empty(shape).bernoulli_(0.4),
-    "bernoulli_ of probabilities": lambda shape: torch.empty(shape).bernoulli_(torch.full(shape, 0.4)),
-    "bernoulli": lambda shape: torch.bernoulli(torch.full(shape, 0.4)),
-    "normal": lambda shape: torch.normal(torch.zeros(shape), torch.ones(shape)),
-    "normal of one scale": lambda shape: torch.normal(torch.zeros(shape), 2.0),
-    "dropout": lambda shape: dropout(torch.ones(shape), 0.4),
-    "Normal": lambda shape: dist.Normal(torch.zeros(shape), 1.0).rsample(),
-    "Normal, expanded": lambda shape: dist.Normal(torch.zeros(shape[-1:]), 1.0).expand(shape).rsample(),
-    "Laplace": lambda shape: dist.Laplace(torch.zeros(shape), 1.0).rsample(),
-    "Bernoulli": lambda shape: dist.Bernoulli(torch.full(shape, 0.4)).sample(),
-    "Categorical": lambda shape: dist.Categorical(torch.ones(*shape, 5)).sample(),
-}
-# The place of the data, and the shape of noise for so many of them.
-LAYOUTS: dict[str, tuple[int, Callable[[int], tuple[int, ...]]]] = {
-    "data": (0, lambda n: (n,)),
-    "particles": (1, lambda n: (6, n)),
-    "vectors": (0, lambda n: (n, 13)),
-    "as many dimensions as data of a share": (0, lambda n: (n, 4)),
-    "images": (0, lambda n: (n, 3, 11, 13)),
-    "particles of vectors": (1, lambda n: (6, n, 13)),
-    "as many particles as data of a share": (1, lambda n: (4, n, 13)),
-    "particles of particles": (2, lambda n: (2, 6, n, 13)),
-}
-
-
-def shared(function: Callable[[int], Tensor], total: int, size: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns what a function of the number of data gives to each process, and the random states that it leaves."""
-    found, states = [], []
-    for shard in (World(i, size).shard(total) for i in range(size)):
-        torch.manual_seed(3)
-        with shard.noise():
-            found.append(function(shard.count))
-        states.append(torch.get_rng_state())
-    return found, states
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", DRAWS)
-def test_shares_of_noise_are_put_together_what_one_process_draws(name, layout):
-    place, shape = LAYOUTS[layout]
-    if name == "Categorical" and place != len(shape(1)) - 1:
-        pytest.skip("torch draws it with all batch dimensions in one, where the data are not told from the others")
-    for total, size in ((8, 2), (7, 2), (10, 3)):
-        found, states = shared(lambda n: DRAWS[name](shape(n)), total, size)
-        torch.manual_seed(3)
-        whole = DRAWS[name](shape(total))
-        assert_same(torch.cat(found, place), whole)
-        for state in states:
-            assert state.equal(torch.get_rng_state())
-
-
-def test_particles_and_data_may_be_in_one_dimension():
-    for total, size in ((8, 2), (7, 2), (10, 3)):
-        found, states = shared(lambda n: torch.randn(3 * n, 13), total, size)
-        torch.manual_seed(3)
-        whole = torch.randn(3 * total, 13)
-        assert_same(torch.cat([x.unflatten(0, (3, -1)) for x in found], 1), whole.unflatten(0, (3, -1)))
-        for state in states:
-            assert state.equal(torch.get_rng_state())
-
-
-def test_noise_that_is_not_of_data_is_the_same_for_all():
-    (first, second), (state, other) = shared(lambda n: torch.randn(5, 13), 12, 2)
-    assert_same(first, second)
-    assert state.equal(other)
-
-
-# What is drawn by rejection, which takes more or fewer numbers by what they are, or where the data cannot be told from
-# another dimension, is right in distribution: the cumulative probabilities of such draws for so many data.
-OTHERS: dict[str, Callable[[int], np.ndarray]] = {
-    "Gamma": lambda n: scipy.stats.gamma(0.7).cdf(dist.Gamma(torch.full((n, 50), 0.7), 1.0).rsample()),
-    "Beta": lambda n: scipy.stats.beta(0.7, 2).cdf(dist.Beta(torch.full((n, 50), 0.7), 2.0).rsample()),
-    "Dirichlet": lambda n: scipy.stats.beta(0.7, 1.4).cdf(
-        dist.Dirichlet(torch.full((n, 50, 3), 0.7)).rsample()[..., 0]
-    ),
-    "two dimensions of the data's size": lambda n: scipy.stats.norm.cdf(torch.randn(n, 3, n, 2)),
-    "one that is a multiple of it": lambda n: scipy.stats.norm.cdf(torch.randn(3, 2 * n, 2)),
-    "flattened": lambda n: scipy.stats.norm.cdf(torch.randn(n * 50)),
-}
-
-
-@pytest.mark.parametrize("total", [400, 401])
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_noise_is_right_in_distribution_and_independent(name, total):
-    (first, second), _ = shared(lambda n: torch.as_tensor(OTHERS[name](n)), total, 2)
-    for found, n in ((first, total // 2), (second, total - total // 2)):
-        assert found.shape == torch.as_tensor(OTHERS[name](n)).shape
-        assert scipy.stats.kstest(found.flatten(), "uniform").pvalue > 1e-6
-    length = min(first.numel(), second.numel())
-    assert scipy.stats.spearmanr(first.flatten()[:length], second.flatten()[:length]).pvalue > 1e-6
-
-
-def test_noise_that_is_not_of_data_keeps_its_shape():
-    """Weights of a Bayesian network, of which one dimension is that of a batch."""
-    found, _ = shared(lambda n: torch.randn(400, 128), 128, 2)
-    assert [x.shape for x in found] == 2 * [(400, 128)]
-
-
-def test_there_may_be_as_many_categories_as_data_of_a_share():
-    for total in (7, 8):
-        found, _ = shared(lambda n: dist.Categorical(torch.ones(6, n, total // 2)).sample(), total, 2)
-        assert [x.shape[0] for x in found] == [6, 6]
-        assert max(x.max() for x in found) < total // 2
-
-
-def test_a_simplex_may_have_as_many_corners_as_there_are_data_of_a_share():
-    found, _ = shared(lambda n: dist.Dirichlet(torch.ones(2, 4)).sample(), 8, 2)
-    for x in found:
-        torch.testing.assert_close(x.sum(-1), torch.ones(2))
-
-
-def test_random_slopes_have_their_gradient():
-    def slopes(n: int) -> Tensor:
-        x = torch.full((n, 13), -2.0, requires_grad=True)
-        y = nn.RReLU()(x + 0)
-        (gradient,) = torch.autograd.grad(y.sum(), x)
-        return torch.stack([gradient, y.detach() / -2], 1)
-
-    found, _ = shared(slopes, 8, 2)
-    for gradient, slope in (x.unbind(1) for x in found):
-        torch.testing.assert_close(gradient, slope)
-        assert ((gradient > 1 / 8) & (gradient < 1 / 3)).all() and gradient.std() > 0
-
-
-def test_order_is_of_the_data_of_a_share():
-    """What permutes the data that a model is given must hold their indices."""
-    found, _ = shared(torch.randperm, 8, 2)
-    for order in found:
-        assert order.sort().values.tolist() == [0, 1, 2, 3]
-
-
-def test_attention_without_dropout_is_no_noise():
-    """Its kernel may draw, says torch; widened by mistake along the sequence, it would weigh some elements twice."""
-    x = torch.randn(8, 2, 4, 6)
-    wanted = scaled_dot_product_attention(x, x, x)
-    for shard in (World(i, 2).shard(8) for i in range(2)):
-        ((mine,), _) = shard.rows((x,), {})
-        with shard.noise():
-            found = scaled_dot_product_attention(mine, mine, mine)
-        torch.testing.assert_close(found, shard.rows((wanted,), {})[0][0])
-
-
-def loss_and_gradient(bound: Any, vae: VAE, x: Tensor) -> Tensor:
-    loss = bound.differentiable_loss(vae.model, vae.guide, x)
-    return torch.cat([loss.detach().reshape(1), gradients(loss, vae)])
-
-
-LOSSES = [*BOUNDS, BoundCase("Trace_ELBO", lambda k: Trace_ELBO(k, vectorize_particles=True, max_plate_nesting=1))]
-
-
-@pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
-def test_every_loss_is_the_sum_of_those_of_shares(case):
-    vae, x = diagonal_vae(2, WIDTH), data(7)
-    for size in (2, 3):
-        torch.manual_seed(3)
-        wanted = loss_and_gradient(case.build(6), vae, x)
-        found = 0.0
-        for shard in (World(i, size).shard(len(x)) for i in range(size)):
-            torch.manual_seed(3)
-            with shard.noise():
-                found = found + loss_and_gradient(case.build(6), vae, *shard.rows((x,), {})[0])
-        torch.testing.assert_close(found, wanted, **ROUNDING)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-@pytest.mark.parametrize("total", [1, 2, 3, 7, 16])
-def test_shares_are_all_data_once(total, size):
-    shares = [World(i, size).shard(total) for i in range(size)]
-    assert math.isclose(sum(shard.weight for shard in shares), 1.0)
-    rows = [shard.rows((torch.arange(total),), {})[0][0].tolist() for shard in shares]
-    if total < size:  # all have all
-        assert rows == size * [[*range(total)]]
-    else:
-        assert sum(rows, []) == [*range(total)]
-        assert all(math.isclose(shard.weight, shard.count / total) and shard.count for shard in shares)
-
-
-# Processes that are killed, or fail.
+# Processes that are killed or fail.
 
 
 class Recorded:
-    """A callback that notes the life and the epoch, and leaves time for a checkpoint to be written."""
+    """A callback that records the number of restarts and the epoch, and leaves time to write a checkpoint."""
 
     def __init__(self, folder: Path):
         self.file, self.life = folder / "epochs", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -699,7 +504,7 @@ class Recorded:
 
 
 def train_with_checkpoint(folder: Path, killed: bool = False, epochs: int = 5) -> dict[str, Any]:
-    """Trains and goes on from a checkpoint; in its first life the second process kills itself amid the fourth epoch."""
+    """Trains, or resumes from a checkpoint; before any restart, rank 1 kills itself in the fourth epoch."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     vae = normal_vae(nn.Sequential(nn.Linear(WIDTH, 8), nn.Dropout(0.3), nn.Linear(8, 4)))
@@ -727,19 +532,19 @@ def train_and_be_killed(folder: Path) -> None:
     torch.save(train_with_checkpoint(folder, killed=True), folder / f"{rank()}.pt")
 
 
-def go_on_for_two_epochs(folder: Path) -> None:
+def resume_for_two_epochs(folder: Path) -> None:
     torch.save(train_with_checkpoint(folder, epochs=7), folder / f"{rank()}.pt")
 
 
 @pytest.fixture(scope="module")
 def survived(tmp_path_factory) -> Path:
-    """Where processes of which one was killed wrote their checkpoint and what they came to."""
+    """The folder of a run in which one process was killed: its checkpoint and its results."""
     folder = tmp_path_factory.mktemp("survived")
     in_processes(train_and_be_killed, folder, restarts=1)
     return folder
 
 
-def test_a_run_goes_on_after_a_process_was_killed_and_ends_as_if_none_had_been(survived, tmp_path):
+def test_a_run_in_which_a_process_is_killed_has_the_result_of_one_without(survived, tmp_path):
     lives = [line.split() for line in (survived / "epochs").read_text().splitlines()]
     assert [epoch for life, epoch in lives if life == "0"] == ["1", "2", "3"]
     again = [int(epoch) for life, epoch in lives if life == "1"]
@@ -749,7 +554,7 @@ def test_a_run_goes_on_after_a_process_was_killed_and_ends_as_if_none_had_been(s
     torch.testing.assert_close(first, train_with_checkpoint(tmp_path), **ROUNDING)
 
 
-def test_one_process_goes_on_from_the_checkpoint_of_two(survived, tmp_path):
+def test_one_process_resumes_the_checkpoint_of_two(survived, tmp_path):
     (tmp_path / "resumed").mkdir()
     (tmp_path / "whole").mkdir()
     (tmp_path / "resumed" / "checkpoint").write_bytes((survived / "checkpoint").read_bytes())
@@ -758,11 +563,11 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(survived, tmp_path):
 
 
 @pytest.mark.slow
-def test_three_processes_go_on_from_the_checkpoint_of_two(survived, tmp_path):
+def test_three_processes_resume_the_checkpoint_of_two(survived, tmp_path):
     (tmp_path / "resumed").mkdir()
     (tmp_path / "whole").mkdir()
     (tmp_path / "resumed" / "checkpoint").write_bytes((survived / "checkpoint").read_bytes())
-    in_processes(go_on_for_two_epochs, tmp_path / "resumed", size=3)
+    in_processes(resume_for_two_epochs, tmp_path / "resumed", size=3)
     whole = train_with_checkpoint(tmp_path / "whole", epochs=7)
     for i in range(3):
         torch.testing.assert_close(torch.load(tmp_path / "resumed" / f"{i}.pt"), whole, **ROUNDING)
@@ -802,7 +607,7 @@ def score_in_a_callback(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_callback_may_score(tmp_path):
-    """It runs in the first process alone."""
+    """Only rank 0 runs it."""
     in_processes(score_in_a_callback, tmp_path)
     found = torch.load(tmp_path / "0.pt")
     assert all(math.isfinite(record["test"]) for record in found["history"])
@@ -814,12 +619,12 @@ def compile_for_real(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_with_graphs_by_inductor_end_where_one_does_without(tmp_path):
+def test_two_compiled_processes_have_the_result_of_an_eager_one(tmp_path):
     in_processes(compile_for_real, tmp_path)
     pyro.set_rng_seed(0)
-    alone = train(normal_vae(), data(), loss=bounds.IWAE(3))
+    expected = train(normal_vae(), data(), loss=bounds.IWAE(3))
     for i in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"{i}.pt"), alone, **ROUNDING)
+        torch.testing.assert_close(torch.load(tmp_path / f"{i}.pt"), expected, **ROUNDING)
 
 
 # The command line.
@@ -829,7 +634,7 @@ SHORT = ["--epochs", "3", "--num-samples", "50"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, Path, str]:
-    """The run directories of two processes and of one, and what the two printed."""
+    """The run directories of two processes and of one, and the output of the two."""
     folder = tmp_path_factory.mktemp("runs")
     ended = torchrun("pyrovae", "train", "--run", folder / "two", *SHORT)
     assert ended.returncode == 0, ended.stderr
@@ -843,12 +648,12 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def assert_same_training(run: Path, other: Path) -> None:
     """Asserts that two runs have the same losses, in single precision, and a test log p(x) within standard errors."""
-    (*epochs, result), (*others, beside) = metrics(run), metrics(other)
+    (*epochs, result), (*other_epochs, other_result) = metrics(run), metrics(other)
     assert [{**record, "seconds": 0} for record in epochs] == [
-        pytest.approx({**record, "seconds": 0}, rel=1e-4) for record in others
+        pytest.approx({**record, "seconds": 0}, rel=1e-4) for record in other_epochs
     ]
-    error = math.hypot(result["standard_error"], beside["standard_error"])
-    assert abs(result["log_marginal"] - beside["log_marginal"]) < 5 * error
+    error = math.hypot(result["standard_error"], other_result["standard_error"])
+    assert abs(result["log_marginal"] - other_result["log_marginal"]) < 5 * error
 
 
 @pytest.mark.slow
@@ -869,14 +674,14 @@ def test_two_processes_evaluate_data_in_order(runs, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("test: log p(x)") == 1
     main([*argv, str(tmp_path / "one.csv")])
-    found, alone = (np.genfromtxt(tmp_path / name, delimiter=",", names=True) for name in ("two.csv", "one.csv"))
+    found, expected = (np.genfromtxt(tmp_path / name, delimiter=",", names=True) for name in ("two.csv", "one.csv"))
     assert found["datum"].tolist() == [*range(21)]
-    error = np.hypot(found["standard_error"], alone["standard_error"])
-    assert_unit_scores(torch.as_tensor((found["value"] - alone["value"]) / error), failure_rate=1e-6)
+    error = np.hypot(found["standard_error"], expected["standard_error"])
+    assert_unit_scores(torch.as_tensor((found["value"] - expected["value"]) / error), failure_rate=1e-6)
 
 
 def train_and_be_killed_in_the_command(folder: Path) -> None:
-    """Trains by the command line; in its first life the second process is killed amid the third epoch."""
+    """Trains by the command line; before any restart, rank 1 is killed in the third epoch."""
     if rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         metrics_file, step = folder / "run" / "metrics.jsonl", SGD.step
 
@@ -890,14 +695,14 @@ def train_and_be_killed_in_the_command(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_goes_on_after_a_process_was_killed(tmp_path):
+def test_the_command_continues_after_a_process_was_killed(tmp_path):
     in_processes(train_and_be_killed_in_the_command, tmp_path, restarts=1)
     main(["train", "--run", str(tmp_path / "one"), *SHORT, "--optimizer", "SGD", "--optimizer.lr", "0.001"])
     assert_same_training(tmp_path / "run", tmp_path / "one")
 
 
 @pytest.mark.slow
-def test_a_command_that_is_not_for_several_processes_runs_in_the_first(runs, tmp_path):
+def test_a_command_for_one_process_runs_in_rank_0(runs, tmp_path):
     argv = ["--num-data", "30", "--nuts-samples", "0", "--output", tmp_path / "looks"]
     ended = torchrun("pyrovae", "diagnose", runs[0], *argv)
     assert ended.returncode == 0, ended.stderr

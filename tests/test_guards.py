@@ -1,4 +1,4 @@
-"""What a state sees of the objects that a function can reach, and what it says of a change."""
+"""Guards find the state that a function can reach, and name what changed in it."""
 
 import random
 import types
@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 from pyrovae import VAE, encoders, likelihoods, priors
-from pyrovae.compilation import guards as states
+from pyrovae.compilation import guards
 from pyrovae.compilation.guards import Guards
 from pyrovae.inference.messages import Untraceable
 
@@ -90,22 +90,22 @@ def with_buffer(t: torch.Tensor) -> nn.Module:
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
 def test_tensors_are_found_wherever_they_are(hold):
     t = torch.zeros(3)
-    state = Guards((hold(t), 3, None))
-    assert [id(x) for x in state.tensors] == [id(t)]
-    assert state.failure_reason(state.roots) is None
+    snapshot = Guards((hold(t), 3, None))
+    assert [id(x) for x in snapshot.tensors] == [id(t)]
+    assert snapshot.failure_reason(snapshot.roots) is None
     t += 1
-    assert state.failure_reason(state.roots) is None  # its values are an input
+    assert snapshot.failure_reason(snapshot.roots) is None  # its values are an input
     t.requires_grad_()
-    assert state.failure_reason(state.roots).endswith("changed its shape, type, device or requires_grad")
+    assert snapshot.failure_reason(snapshot.roots).endswith("changed its shape, type, device or requires_grad")
 
 
 def test_parameters_of_networks_are_leaves_and_buffers_are_buffers():
     network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
     network[2].bias.requires_grad_(False)
-    state = Guards((network,))
-    assert {id(t) for t in state.tensors} == {id(t) for t in (*network.parameters(), *network.buffers())}
-    assert {id(t) for t in state.buffers} == {id(t) for t in network.buffers()}
-    assert {id(t) for t in state.leaves} == {id(t) for t in network.parameters() if t.requires_grad}
+    snapshot = Guards((network,))
+    assert {id(t) for t in snapshot.tensors} == {id(t) for t in (*network.parameters(), *network.buffers())}
+    assert {id(t) for t in snapshot.buffers} == {id(t) for t in network.buffers()}
+    assert {id(t) for t in snapshot.leaves} == {id(t) for t in network.parameters() if t.requires_grad}
 
 
 def test_tensors_that_are_shared_count_once():
@@ -114,23 +114,23 @@ def test_tensors_that_are_shared_count_once():
     assert len(Guards((first, second, [first], first)).tensors) == 3
 
 
-def test_objects_that_hold_each_other_come_to_an_end():
+def test_objects_that_hold_each_other_are_visited_once():
     a, b = Plain(), Plain()
     a.value, b.value = [b], {"a": a}
-    state = Guards((a,))
-    assert state.failure_reason((a,)) is None
+    snapshot = Guards((a,))
+    assert snapshot.failure_reason((a,)) is None
     b.value["a"] = b
-    assert state.failure_reason((a,)) is not None
+    assert snapshot.failure_reason((a,)) is not None
 
 
 def test_parameters_of_the_store_are_found_by_name():
     first, other = (pyro.param(name, torch.zeros(2)).unconstrained() for name in ("first", "other"))
-    state = Guards((), ("first",))
-    assert [id(t) for t in state.tensors] == [id(first)]
+    snapshot = Guards((), ("first",))
+    assert [id(t) for t in snapshot.tensors] == [id(first)]
     pyro.get_param_store()["other"] = torch.ones(2)
-    assert state.failure_reason(()) is None
+    assert snapshot.failure_reason(()) is None
     pyro.get_param_store()["first"] = torch.ones(2)
-    assert state.failure_reason(()) == "pyro.param.first changed"
+    assert snapshot.failure_reason(()) == "pyro.param.first changed"
     assert id(other) != id(first)
 
 
@@ -173,84 +173,84 @@ MESSAGES = {
 @pytest.mark.parametrize(("make", "change", "message"), MESSAGES.values(), ids=MESSAGES)
 def test_changes_are_named(make, change, message):
     x = make()
-    state = Guards((x,))
-    assert state.failure_reason((x,)) is None
+    snapshot = Guards((x,))
+    assert snapshot.failure_reason((x,)) is None
     change(x)
-    assert state.failure_reason((x,)) == message
+    assert snapshot.failure_reason((x,)) == message
     assert Guards((x,)).failure_reason((x,)) is None
 
 
 @pytest.mark.parametrize("kind", [list, deque])
 def test_what_moves_from_one_container_to_the_next_is_seen(kind):
     first, second = kind([1.0]), kind()
-    state = Guards((first, second))
-    assert state.failure_reason((first, second)) is None
+    snapshot = Guards((first, second))
+    assert snapshot.failure_reason((first, second)) is None
     second.append(first.pop())
-    assert state.failure_reason((first, second)).endswith("has 0 entries, and had 1")
+    assert snapshot.failure_reason((first, second)).endswith("has 0 entries, and had 1")
 
 
 def test_changes_of_variables_are_named(monkeypatch):
     get, put = holder(1.0)
     x = Plain()
-    state = Guards((get, x))
+    snapshot = Guards((get, x))
     put(2.0)
-    assert state.failure_reason((get, x)) == "holder.<locals>.get.value changed from 1.0 to 2.0"
+    assert snapshot.failure_reason((get, x)) == "holder.<locals>.get.value changed from 1.0 to 2.0"
     put(1.0)
-    assert state.failure_reason((get, x)) is None
+    assert snapshot.failure_reason((get, x)) is None
     with monkeypatch.context() as patch:
         patch.setitem(globals(), "NUMBER", 2.0)
-        assert state.failure_reason((get, x)) == "test_guards.NUMBER changed from 1.0 to 2.0"
+        assert snapshot.failure_reason((get, x)) == "test_guards.NUMBER changed from 1.0 to 2.0"
     with monkeypatch.context() as patch:
         patch.setattr(Plain, "of_class", 2.0)
-        assert state.failure_reason((get, x)) == "Plain.of_class changed from 1.0 to 2.0"
-    assert state.failure_reason((get, x)) is None
+        assert snapshot.failure_reason((get, x)) == "Plain.of_class changed from 1.0 to 2.0"
+    assert snapshot.failure_reason((get, x)) is None
 
 
 def test_other_roots_are_a_change():
     a, b = Plain(), Plain()
-    state = Guards((a.method, 3))
-    assert state.failure_reason((a.method, 3)) is None  # a method is made anew each time that it is asked for
+    snapshot = Guards((a.method, 3))
+    assert snapshot.failure_reason((a.method, 3)) is None  # each access creates a new bound method
     for roots in ((b.method, 3), (a.method, 4), (a.doubled, 3), (a.method,)):
-        assert state.failure_reason(roots) == "the model, the guide or an argument became another object"
+        assert snapshot.failure_reason(roots) == "the model, the guide or an argument is a different object"
 
 
-def test_what_cannot_be_told_apart_is_no_change():
+def test_equal_values_are_no_change():
     x = Plain([1.0, float("nan"), "text", (1, (2,)), [], {}])
-    state = Guards((x,))
+    snapshot = Guards((x,))
     x.value[:] = [float("1"), float("nan"), "te" + "xt"[:2], (1, (2,)), [], {}]
-    assert state.failure_reason((x,)) is None
+    assert snapshot.failure_reason((x,)) is None
     x.value[4] = [1]
-    assert state.failure_reason((x,)) == "Plain.value[4] changed"
+    assert snapshot.failure_reason((x,)) == "Plain.value[4] changed"
 
 
-def test_attributes_may_be_left_out():
+def test_attributes_may_be_skipped():
     x = Derived()
-    state = Guards((x,), skip={Plain: frozenset({"value"})})
+    snapshot = Guards((x,), skip={Plain: frozenset({"value"})})
     x.value = torch.zeros(3)
-    assert state.failure_reason((x,)) is None
+    assert snapshot.failure_reason((x,)) is None
     assert not Guards((x,), skip={Plain: frozenset({"value"})}).tensors
     x.other = 1.0
     assert Guards((x,), skip={Plain: frozenset({"value"})}).failure_reason((x,)) is None
 
 
-def test_libraries_are_not_looked_into():
-    # Nor what a function of a library reads, which would be without end.
+def test_libraries_are_not_entered():
+    # Nor is what a function of a library reads, which would be endless.
     assert not Guards((torch.nn.functional.linear, random.random, print, nn.Linear, torch, Trace_ELBO)).tensors
 
 
 def test_too_many_objects_are_refused(monkeypatch):
-    monkeypatch.setattr(states, "_MOST", 20)
+    monkeypatch.setattr(guards, "_MAX_SLOTS", 20)
     Guards(([[] for _ in range(18)],))
     with pytest.raises(Untraceable, match="more than 20 objects can be reached, too many to watch"):
         Guards(([[] for _ in range(20)],))
 
 
-def test_what_is_told_of_a_state_is_that_of_all_but_its_tensors():
-    def told(p: float, on: bool = True) -> tuple:
-        return Guards((nn.Sequential(nn.Linear(2, 2), nn.Dropout(p)).train(on),)).told
+def test_a_fingerprint_does_not_depend_on_tensors():
+    def fingerprint(p: float, on: bool = True) -> tuple:
+        return Guards((nn.Sequential(nn.Linear(2, 2), nn.Dropout(p)).train(on),)).fingerprint
 
-    assert told(0.1) == told(0.1)
-    assert len({told(0.1), told(0.2), told(0.1, on=False), told(0.1)}) == 3
+    assert fingerprint(0.1) == fingerprint(0.1)
+    assert len({fingerprint(0.1), fingerprint(0.2), fingerprint(0.1, on=False), fingerprint(0.1)}) == 3
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -265,8 +265,8 @@ def test_steps_of_training_are_no_change(train):
         optimizer.step()
         vae.zero_grad(set_to_none=step == 1)
         if step == 0:
-            state = Guards(roots, tuple(pyro.get_param_store().keys()))
-        assert state.failure_reason((vae.model, vae.guide, elbo)) is None
-    assert {id(p) for p in vae.parameters()} == {id(p) for p in state.leaves}
+            snapshot = Guards(roots, tuple(pyro.get_param_store().keys()))
+        assert snapshot.failure_reason((vae.model, vae.guide, elbo)) is None
+    assert {id(p) for p in vae.parameters()} == {id(p) for p in snapshot.leaves}
     vae.load_state_dict(vae.state_dict())
-    assert state.failure_reason(roots) is None
+    assert snapshot.failure_reason(roots) is None

@@ -1,4 +1,4 @@
-"""An objective as one compiled graph, checked against what it was made from."""
+"""Objectives as compiled graphs that are compared with the eager objectives."""
 
 from pyrovae.compilation.api import compile
 

@@ -1,4 +1,4 @@
-"""What is computed on a GPU again and again, recorded once and played back as one launch."""
+"""Recording of what a function launches on a GPU as a CUDA graph, replayed as one launch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,73 +7,77 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.compilation.guards import Guards, same
+from pyrovae.compilation import torch_internals
+from pyrovae.compilation.guards import Guards, all_unchanged
 
 
 class PostStep(NamedTuple):
-    """What is done with the result of a function, such as a step of an optimizer; on a GPU in one go with it.
+    """What follows the computation of a result, such as a step of an optimizer; on a GPU it is recorded with it.
 
     Args:
-        call: called with the result and the state; changes tensors in place.
-        told: returns numbers and objects that are the same whenever it launches the same on the same memory; None where
-            that cannot be told, and it is not to be recorded.
+        call: called with the result and the guards; changes tensors in place.
+        fingerprint: returns numbers and objects that are unchanged whenever `call` launches the same kernels on the
+            same memory; None where that is unknown, and `call` must not be recorded.
     """
 
     call: Callable[[Any, Guards], Any]
-    told: Callable[[], list] | None
+    fingerprint: Callable[[], list] | None
 
 
 class CudaGraph:
-    """What a function launches on a GPU, to be launched again at once, from and into the same memory: a CUDA graph.
+    """A CUDA graph: the kernels that a function launched, launched again from and into the same memory.
 
     Args:
-        function: called with inputs; its launches depend on nothing but what is told here.
-        inputs: tensors that it reads, others at each call.
+        function: called with inputs.
+        inputs: tensors that it reads, different at each call.
         kept: the other tensors that it reads, and may change in place.
-        told: what else decides what it launches.
+        fingerprint: everything else that its launches depend on.
 
     Raises:
-        RuntimeError: when it does what cannot be recorded, as waiting for the GPU.
+        RuntimeError: when the function does what cannot be recorded, such as waiting for the GPU.
     """
 
-    def __init__(self, function: Callable[[list[Tensor]], Any], inputs: list[Tensor], kept: list[Tensor], told: list):
-        self.kept, self.told = kept, told
-        self.places = [t.data_ptr() for t in kept]
+    def __init__(
+        self, function: Callable[[list[Tensor]], Any], inputs: list[Tensor], kept: list[Tensor], fingerprint: list
+    ):
+        self.kept, self.fingerprint = kept, fingerprint
+        self.addresses = [t.data_ptr() for t in kept]
         self.inputs = [t.clone() for t in inputs]
         if any(a.stride() != b.stride() for a, b in zip(self.inputs, inputs, strict=True)):
             raise RuntimeError("an argument is a view with gaps, call contiguous() on it")
         self.device = (inputs or kept)[0].device
         with torch.cuda.device(self.device):
             try:
-                self.graph, self.result = _recorded(lambda: function(self.inputs))
+                self.graph, self.result = _captured(lambda: function(self.inputs))
             except RuntimeError:
-                # Torch's generator is left as if it were recording still, until a recording comes to its end.
+                # A failed capture leaves torch's generator in its capturing state, until some capture succeeds.
                 nothing = torch.zeros((), device=self.device)
-                _recorded(lambda: nothing.zero_())
+                _captured(lambda: nothing.zero_())
                 raise
 
-    def matches(self, told: list) -> bool:
-        """Returns whether it does what is asked for now."""
-        return same(self.told, told) and [t.data_ptr() for t in self.kept] == self.places
+    def matches(self, fingerprint: list) -> bool:
+        """Returns whether a replay computes what a call of the function would compute now."""
+        is_same = all_unchanged(self.fingerprint, fingerprint)
+        return is_same and [t.data_ptr() for t in self.kept] == self.addresses
 
     def replay(self, inputs: list[Tensor]) -> Any:
-        """Launches it for inputs; returns its result, which the next time overwrites."""
+        """Replays the graph for some inputs; returns its result, which the next replay overwrites."""
         with torch.cuda.device(self.device):
             if inputs:
-                torch._foreach_copy_(self.inputs, inputs)
+                torch_internals.copy_tensors(self.inputs, inputs)
             self.graph.replay()
         return self.result
 
 
-def _recorded(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+def _captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     graph = torch.cuda.CUDAGraph()
-    # The thread of a loader may talk to the GPU meanwhile.
+    # The default mode forbids what the thread of a loader may do on the GPU meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         return graph, function()
 
 
 def on_one_gpu(module: torch.fx.GraphModule, tensors: list[Tensor]) -> bool:
-    """Returns whether all is read and drawn on one GPU, so that nothing is left out where only its launches are recorded."""
+    """Returns whether a graph reads and draws on one GPU only, so that a recording of it is complete."""
     drawn = [n for n in module.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
     tensors = [*tensors, *(t for n in drawn for t in tree_leaves(n.meta["val"]) if isinstance(t, Tensor))]
     return all(t.is_cuda for t in tensors) and len({t.device for t in tensors}) == 1

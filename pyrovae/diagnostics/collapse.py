@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyrovae.arguments import take_rows, tensors_of
+from pyrovae.arguments import cuda_devices, take_rows, tensors_of
 from pyrovae.bounds.base import conditioned_alike, layers
 from pyrovae.bounds.elbo import kl_in_closed_form
 from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, in_memory, inspect_part, latents_of
@@ -336,7 +336,7 @@ class CollapseMonitor:
     def __call__(self, history: History) -> None:
         last = history.records[-1]
         if last["epoch"] % self.every == 0:
-            devices = sorted({t.device for t in tensors_of(self.args, self.kwargs) if t.is_cuda}, key=str)
+            devices = cuda_devices(tensors_of(self.args, self.kwargs))
             with torch.random.fork_rng(devices):
                 torch.manual_seed(0)
                 found = collapse(

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from pyrovae import arguments
 from pyrovae.arguments import take_rows
-from pyrovae.compilation.api import GraphCache
+from pyrovae.compilation.cache import GraphCache
 from pyrovae.distributed import World, init_process_group
 from pyrovae.inference.structure import (
     SiteStructure,
@@ -338,11 +338,11 @@ def _scored(
     """Scores data that are in memory, the first of which is one of so many."""
     given = arguments.tensors_of(*arguments.converted(args, kwargs))
     world = init_process_group(given[0].device if given else None)
-    with open_task(model, guide, method, args, kwargs, max_memory, progress and world.first, offset) as task:
+    with open_task(model, guide, method, args, kwargs, max_memory, progress and world.is_rank0, offset) as task:
         if compile:
             graphs = _graphs_of(model)
             graphs.report = task.bar.set_description
-            graphs.look_at(task.args, task.kwargs)
+            graphs.refuse_packed(task.args, task.kwargs)
             task = replace(task, graphs=graphs)
         estimate = method.estimate(task) if world.size == 1 else _shared(method, task, world)
         return replace(estimate, remedy="" if bool(estimate.trusted.all()) else method.remedy(task.structure))

@@ -173,7 +173,7 @@ class Target:
         if self.task.graphs is None:
             return self._densities(u)
         inputs = [u, *self.reads.tensors]
-        return self.task.compute(lambda: self._densities(u), inputs, ("densities", len(u), self.reads.told))
+        return self.task.compute(lambda: self._densities(u), inputs, ("densities", len(u), self.reads.fingerprint))
 
     def _densities(self, u: Tensor) -> Densities:
         with torch.enable_grad():

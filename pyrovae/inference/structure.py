@@ -23,7 +23,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyrovae.arguments import count_data, named_tensors, row_name, types_explained
+from pyrovae.arguments import count_data, cuda_devices, named_tensors, row_name, types_explained
 from pyrovae.distributions import Blocks, MaskedElements, Stacked, grid, open_unit_interval
 
 __all__ = ["SiteStructure", "check_finite", "evaluation_mode", "inspect", "sample_sites"]
@@ -234,7 +234,7 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Site
     tensors = named_tensors(args, kwargs)
     for name, t in tensors:
         check_finite(name, t)
-    devices = sorted({t.device for _, t in tensors if t.is_cuda}, key=str)
+    devices = cuda_devices(t for _, t in tensors)
     with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices), types_explained(args, kwargs):
         guide_trace = traced(guide, None, *args, **kwargs)
         guide_sites = sample_sites(guide_trace)

@@ -14,7 +14,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.arguments import in_memory, mapped, tensors_of
+from pyrovae.arguments import cuda_devices, in_memory, mapped, tensors_of
 from pyrovae.distributions import Stacked, center
 from pyrovae.distributions.normals import LowRankMultivariateNormal, MultivariateNormal
 from pyrovae.inference.structure import (
@@ -107,7 +107,7 @@ def check_draws(structure: SiteStructure, model: Callable, guide: Callable, *arg
     if not structure.vectorized:
         return structure
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    devices = sorted({t.device for t in tensors if t.is_cuda}, key=str)
+    devices = cuda_devices(tensors)
     with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
         reason = _why_one_by_one(model, guide, structure, tensors, args, kwargs)
     if reason is None:

@@ -45,7 +45,7 @@ class Checkpointer:
     def save(self, history: History, best: Snapshot | None) -> None:
         """Writes the state on rank 0."""
         start = time.monotonic()
-        if self.trainer.world.first:
+        if self.trainer.world.is_rank0:
             run = {"data": self.fingerprint, "history": history.records, "best": best}
             storage.write_checkpoint(
                 self.path, self.trainer.state_dict() | run | {"random": random_state(self.batches)}

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from pyrovae.arguments import converted, count_data, of_batch, placed
 from pyrovae.bounds import Bound
 from pyrovae.compilation import api as graphs
-from pyrovae.data.loading import Batches, as_batches
+from pyrovae.data.batches import Batches, as_batches
 from pyrovae.distributed import init_process_group
 from pyrovae.inference.structure import is_integer, warn
 from pyrovae.training.callbacks import Callback, stop_requested
@@ -199,7 +199,7 @@ def fit(
         total=None if steps_per_epoch is None else steps_per_epoch * epochs,
         initial=0 if steps_per_epoch is None else steps_per_epoch * min(len(history), epochs),
         unit="step",
-        disable=not (progress and world.first),
+        disable=not (progress and world.is_rank0),
     )
 
     def describe(line: str = "") -> None:

@@ -1,0 +1,258 @@
+"""A compiled graph of a function: how it is made, run, recorded on a GPU and compared with the function."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
+
+from pyrovae.compilation.cudagraph import CudaGraph, PostStep, on_one_gpu
+from pyrovae.compilation.guards import Guards, all_unchanged
+from pyrovae.compilation.tracing import (
+    compile_module,
+    describe_error,
+    discover_state,
+    run_and_restore,
+    trace,
+    without_warnings,
+)
+from pyrovae.inference.messages import Untraceable
+from pyrovae.inference.structure import full_precision, warn
+
+Function = Callable[[list[Tensor]], Any]  # of the leaves of autograd that it reads
+
+
+class CompiledGraph:
+    """A compiled graph, for one state of what its function reads.
+
+    Args:
+        name: of the function, for messages.
+        guards: snapshot of the state that it reads.
+        arguments: of the graph: tensors of the state, and the positions of inputs.
+        structure: the tree structure of the function's result.
+        aliases: which inputs are the same tensor, as :func:`_aliases` returns them.
+    """
+
+    def __init__(self, name: str, guards: Guards, arguments: list[Tensor | int], structure: Any, aliases: list[int]):
+        self.name, self.guards, self.arguments = name, guards, arguments
+        self.structure, self.aliases = structure, aliases
+        self.run_compiled: Callable | None = None
+        self.calls = 1  # the first is made by compile_graph
+        self.gradient_suspect = False  # whether gradients differed in the latest comparison
+        self.copied_outputs: list[int] = []
+        self.recordable = False
+        self.recording: CudaGraph | None = None
+        self.last_fingerprint: list | None = None  # of the post-step at the latest call that was not a replay
+
+    def failure_reason(self, inputs: list[Tensor], roots: tuple) -> str | None:
+        """Returns what changed since the graph was made, for a message; None if nothing did."""
+        if _aliases(inputs, self.guards) != self.aliases:
+            return "the arguments that are the same tensor changed"
+        return self.guards.failure_reason(roots)
+
+    def __call__(self, function: Function, inputs: list[Tensor], post_step: PostStep | None) -> Any:
+        """Returns what the graph computes, after the post-step; compares with the function at calls 1, 2, 4, 8, ..."""
+        self.calls += 1
+        is_power_of_two = not self.calls & (self.calls - 1)
+        if is_power_of_two or self.gradient_suspect:
+            return self.run(inputs, post_step, run_and_restore(self.guards, lambda: function(self.guards.leaves)))
+        if self.recordable and self._has_recording(inputs, post_step):
+            return self.replay(inputs, post_step)
+        return self.run(inputs, post_step)
+
+    def run(self, inputs: list[Tensor], post_step: PostStep | None, eager: tuple | None = None) -> Any:
+        """Runs the compiled code and the post-step; compares with the eager result and buffers, if given."""
+        fingerprint = _fingerprint(post_step) if self.recordable else None
+        result = self.compute(inputs)
+        if eager is not None:
+            self.compare(result, inputs, *eager)
+        if post_step is not None:
+            post_step.call(result, self.guards)
+        self.last_fingerprint = fingerprint
+        return result
+
+    def compute(self, inputs: list[Tensor]) -> Any:
+        """Returns what the compiled code computes, in memory of its own."""
+        given = [inputs[t] if isinstance(t, int) else t for t in self.arguments]
+        # The casts of autocast are in the graph already.
+        with torch.no_grad(), full_precision(t.device for t in given):
+            results = list(self.run_compiled(*given))
+        for i in self.copied_outputs:
+            results[i] = results[i].clone(memory_format=torch.contiguous_format)
+        return tree_unflatten(results, self.structure)
+
+    def replay(self, inputs: list[Tensor], post_step: PostStep | None) -> Any:
+        """Replays the recording, which the post-step is part of if it has a fingerprint."""
+        result = self.recording.replay(inputs)
+        if post_step is None:
+            return tree_map_only(Tensor, torch.clone, result)
+        if post_step.fingerprint is None:
+            post_step.call(result, self.guards)
+        return result
+
+    def _has_recording(self, inputs: list[Tensor], post_step: PostStep | None) -> bool:
+        """Returns whether there is a recording that matches; records at the second call with the same fingerprint.
+
+        The call before allocates what a post-step keeps from call to call, which must not happen at every replay.
+        """
+        fingerprint = _fingerprint(post_step)
+        if self.recording is not None and self.recording.matches(fingerprint):
+            return True
+        self.recording = None
+        if self.last_fingerprint is not None and all_unchanged(self.last_fingerprint, fingerprint):
+            self.record(inputs, post_step, fingerprint)
+        return self.recording is not None
+
+    def record(self, inputs: list[Tensor], post_step: PostStep | None, fingerprint: list) -> None:
+        """Records what the compiled code and the post-step launch; warns, once, where a GPU refuses."""
+
+        def run(inputs: list[Tensor]) -> Any:
+            result = self.compute(inputs)
+            if post_step is not None and post_step.fingerprint is not None:
+                post_step.call(result, self.guards)
+            return result
+
+        kept = [t for t in self.arguments if isinstance(t, Tensor)]
+        try:
+            self.recording = CudaGraph(run, inputs, kept, fingerprint)
+        except RuntimeError as error:
+            self.recordable = False
+            warn(f"{self.name} is compiled, but not recorded as a CUDA graph: {describe_error(error)}.")
+
+    def find_aliased_outputs(self, result: Any) -> None:
+        """Finds outputs that alias other tensors, or expand over their memory; :meth:`compute` copies them."""
+        taken = {t.untyped_storage().data_ptr() for t in self.arguments if isinstance(t, Tensor)}
+        for i, t in enumerate(tree_leaves(result)):
+            if isinstance(t, Tensor):
+                address = t.untyped_storage().data_ptr()
+                if address in taken or t.untyped_storage().nbytes() < t.numel() * t.element_size():
+                    self.copied_outputs.append(i)
+                taken.add(address)
+
+    def compare(self, result: Any, inputs: list[Tensor], expected: Any, buffers: list[tuple[Tensor, Tensor]]) -> None:
+        """Raises a RuntimeError unless a result, and the buffers, agree with the eager ones.
+
+        Values must agree to half of their digits. Gradients may jump: of a million rectified units, some are within
+        rounding of their kink and fall on the other side. Gradients must agree, in norm, to a quarter of their digits
+        in one of two successive calls, and to half of their norm in each.
+        """
+        paths, wanted = zip(*tree_flatten_with_path(expected)[0], strict=True)
+        pairs = [*zip(["gradient" in keystr(path) for path in paths], tree_leaves(result), wanted, strict=True)]
+        gradients = [(a, b) for is_gradient, a, b in pairs if is_gradient]
+        values = [*buffers, *((a, b) for is_gradient, a, b in pairs if not is_gradient)]
+        scalars, tensors = ([pair for pair in values if _is_scalar(pair[1]) == kind] for kind in (True, False))
+        value_error = max(_relative_error(scalars, math.inf), _relative_error(tensors, math.inf))
+        gradient_error = _relative_error(gradients, 2)
+        precision = _precision([*inputs, *self.guards.leaves, *wanted])
+        was_suspect, self.gradient_suspect = self.gradient_suspect, gradient_error > precision**0.25
+        if value_error > precision**0.5 or gradient_error > 0.5 or (self.gradient_suspect and was_suspect):
+            raise RuntimeError(
+                f"the compiled graph of {self.name} disagrees with {self.name} itself for the same noise: values "
+                f"differ by {value_error:.1e} of the largest, gradients by {gradient_error:.1e} of their norm. Either "
+                "it reads something that no guard sees (a file, the environment), which changed since the last "
+                "comparison (made at calls 1, 2, 4, 8, ...); or torch.compile made an error. Pass what changes as an "
+                "argument, or leave out compile."
+            )
+
+
+def compile_graph(
+    function: Function, name: str, inputs: list[Tensor], roots: tuple, post_step: PostStep | None
+) -> tuple[CompiledGraph, Any]:
+    """Runs a function eagerly, traces and compiles it.
+
+    Returns:
+        The graph, and its first result, checked against the eager result.
+
+    Raises:
+        Untraceable: when there can be no graph.
+    """
+    guards = discover_state(function, roots)
+    eager = run_and_restore(guards, lambda: function(guards.leaves))
+    tensors = list({id(t): t for t in [*inputs, *guards.tensors]}.values())
+    module, structure = trace(function, tensors, guards)
+    change = guards.failure_reason(roots)
+    if change is not None:
+        raise Untraceable(f"a run changes what the next one reads: {change}")
+    again, _ = run_and_restore(guards, lambda: function(guards.leaves))
+    pairs = [*zip(tree_leaves(again), tree_leaves(eager[0]), strict=True)]
+    if _relative_error(pairs, 2) > _precision([*inputs, *guards.leaves]) ** 0.25:
+        raise Untraceable("two runs with the same noise differ: draw random numbers from torch's global generator")
+    positions = {id(t): i for i, t in enumerate(inputs)}
+    arguments: list[Tensor | int] = []
+    for node, t in zip(module.graph.find_nodes(op="placeholder"), tensors, strict=True):
+        if node.users:
+            arguments.append(positions.get(id(t), t))
+        else:
+            module.graph.erase_node(node)
+    module.recompile()
+    graph = CompiledGraph(name, guards, arguments, structure, _aliases(inputs, guards))
+    while True:
+        try:
+            with without_warnings():
+                graph.run_compiled = compile_module(module)
+                run_and_restore(guards, lambda: graph.find_aliased_outputs(graph.compute(inputs)))
+            break
+        except Exception as error:
+            # A run that was killed while it compiled leaves half a file in the cache, where every later run finds it.
+            damaged = re.search(r"(/\S+\.so): file too short", str(error))
+            if damaged is None or not Path(damaged[1]).exists():
+                raise Untraceable(f"torch.compile failed: {describe_error(error)}") from error
+            Path(damaged[1]).unlink()
+    graph.recordable = on_one_gpu(module, [*inputs, *(t for t in arguments if isinstance(t, Tensor))])
+    return graph, graph.run(inputs, post_step, eager)
+
+
+def _aliases(inputs: list[Tensor], guards: Guards) -> list[int]:
+    """Returns, for each input, the position of the first tensor among inputs and state that is the same object."""
+    positions: dict[int, int] = {id(t): -i for i, t in enumerate(guards.tensors, start=1)}
+    return [positions.setdefault(id(t), i) for i, t in enumerate(inputs)]
+
+
+def _fingerprint(post_step: PostStep | None) -> list:
+    return [] if post_step is None or post_step.fingerprint is None else post_step.fingerprint()
+
+
+def _is_scalar(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 0
+
+
+def _relative_error(pairs: list[tuple[Any, Any]], order: float) -> float:
+    """Returns the largest error among pairs of a result and its expected value: a norm relative to the expected norm.
+
+    One hundredth of the largest expected norm is added to each: a value that is much smaller than the others may be a
+    difference of large numbers.
+    """
+    errors, sizes = [0.0], [0.0]
+    for got, wanted in pairs:
+        size, error = 0.0, 0.0 if got is wanted else math.inf
+        if (
+            isinstance(got, Tensor)
+            and isinstance(wanted, Tensor)
+            and got.shape == wanted.shape
+            and got.dtype == wanted.dtype
+        ):
+            a, b = (torch.cat([t.detach().double().flatten(), t.new_zeros(1).double()]) for t in (got, wanted))
+            agree = (a == b) | (a.isnan() & b.isnan())  # infinities too
+            error = torch.linalg.vector_norm(torch.where(agree, 0.0, a - b), order).nan_to_num(math.inf).item()
+            size = torch.linalg.vector_norm(b[b.isfinite()], order).item()
+        errors.append(error)
+        sizes.append(size)
+    return max(e / max(size + max(sizes) / 100, 1e-300) for e, size in zip(errors, sizes, strict=True))
+
+
+def _precision(tensors: list[Any]) -> float:
+    """Returns the machine epsilon of the least precise floating-point type among some tensors, autocast included."""
+    device_types = {t.device.type for t in tensors if isinstance(t, Tensor)}
+    dtypes = [t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+    dtypes += [torch.get_autocast_dtype(kind) for kind in device_types if torch.is_autocast_enabled(kind)]
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)

@@ -1,0 +1,184 @@
+"""Tracing of a function into a graph of tensor operations, and runs of a function that leave no effects behind."""
+
+import logging
+import random
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
+
+from pyrovae.arguments import cuda_devices
+from pyrovae.bounds import Bound
+from pyrovae.compilation import torch_internals
+from pyrovae.compilation.guards import Guards
+from pyrovae.inference.messages import Untraceable
+
+# Attributes that are not guarded: what a bound and its schedules change at every step, which a graph takes as inputs,
+# and what a guide creates again before each use.
+_UNGUARDED = {Bound: frozenset({"steps", "_inspected", "_structure"}), AutoGuide: frozenset({"plates"})}
+
+
+def discover_state(function: Callable[[list[Tensor]], Any], roots: tuple) -> Guards:
+    """Runs a function once, and returns guards for the state that it reads.
+
+    The run comes first, because a first call may create state: parameters in Pyro's store, attributes of objects.
+    """
+    with poutine.trace(param_only=True) as trace:
+        run_and_restore(Guards(roots, skip=_UNGUARDED), lambda: function([]))
+    return Guards(roots, tuple(trace.trace.nodes), _UNGUARDED)
+
+
+def run_and_restore(guards: Guards, function: Callable[[], Any]) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    """Runs a function and restores torch's random states and the buffers of modules.
+
+    Returns:
+        Its result, and each buffer that it changed with the value that it gave to it.
+
+    Raises:
+        Untraceable: when it changes another tensor in place.
+    """
+    versions = [t._version for t in guards.tensors]
+    kept = [b.clone() for b in guards.buffers]
+    # The cache of autocast holds copies of weights, which may have changed since.
+    torch.clear_autocast_cache()
+    try:
+        with torch.random.fork_rng(cuda_devices(guards.tensors)), pyro.validation_enabled(False):
+            result = function()
+    finally:
+        torch.clear_autocast_cache()
+        changed = [t for t, version in zip(guards.tensors, versions, strict=True) if t._version != version]
+        after = [(t, t.clone()) for t in changed]
+        with torch.no_grad():
+            for b, before in zip(guards.buffers, kept, strict=True):
+                b.copy_(before)
+    buffers = {id(b) for b in guards.buffers}
+    if not all(id(t) in buffers for t in changed):
+        raise Untraceable(
+            "it changes a tensor in place that is not a buffer of a module: register it with register_buffer"
+        )
+    return result, after
+
+
+def trace(
+    function: Callable[[list[Tensor]], Any], inputs: list[Tensor], guards: Guards
+) -> tuple[torch.fx.GraphModule, Any]:
+    """Traces what a function does with some tensors, through whatever object it reaches them.
+
+    Returns:
+        The graph, and the tree structure of the function's result.
+    """
+    structures, before = [], _other_random_states()
+
+    def flat(*_: Tensor) -> list:
+        # make_fx follows the tensors themselves; the function reads them from its own objects.
+        leaves, structure = tree_flatten(function(guards.leaves))
+        structures.append(structure)
+        return leaves
+
+    try:
+        with without_warnings(), _without_host_reads(), _RefuseValues():
+            module, _ = run_and_restore(guards, lambda: torch_internals.trace(flat, inputs))
+    except Untraceable:
+        raise
+    except Exception as error:
+        raise Untraceable(describe_error(error)) from error
+    if any(map(_has_size_from_values, module.graph.nodes)):
+        raise Untraceable("the size of a tensor depends on values, as in x[x > 0]: use torch.where or poutine.mask")
+    if before != _other_random_states():
+        raise Untraceable("random numbers of Python or NumPy would be the same in every run: use torch's")
+    return module, structures[-1]
+
+
+def compile_module(module: torch.fx.GraphModule) -> Callable:
+    """Compiles a traced graph by ``torch.compile``."""
+    # Random numbers as in eager mode, so that a compiled run gives the same results. No guards of torch's: ours decide.
+    options = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
+    return torch.compile(module.forward, fullgraph=True, dynamic=False, options=options)
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silences torch's tracer and compiler. The function itself ran eagerly before, and gave its warnings then."""
+    log = logging.getLogger("torch.utils.cpp_extension")  # logs that there is no GPU
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def describe_error(error: Exception) -> str:
+    """Returns the first line of an error, and the line of code that caused it, for a warning."""
+    # The last line of code that is neither an installed package's nor of this package.
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    frames = [f for f in frames if Path(f.filename).parent != Path(__file__).parent and f.filename[:1] != "<"]
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    text = str(error)
+    if "_local_scalar_dense" in text or "Could not guard on data-dependent" in text or "aten.nonzero" in text:
+        return f"the computation depends on a value fetched from a tensor{place}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}{place}"
+
+
+class _RefuseValues(TorchFunctionMode):
+    """Refuses conversions of tensors to NumPy arrays and lists, which make_fx does not see."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+            raise Untraceable(f"values are fetched from a tensor ({func.__name__}), and would be constants in a graph")
+        return func(*args, **(kwargs or {}))
+
+
+def _has_size_from_values(node: torch.fx.Node) -> bool:
+    """Returns whether the size of a result depends on the values of a tensor."""
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    if node.target is not torch.ops.aten.index.Tensor:
+        return True
+    return any(x is not None and x.meta["val"].dtype in (torch.bool, torch.uint8) for x in node.args[1])
+
+
+def _other_random_states() -> tuple:
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, keys.tobytes(), *rest
+
+
+@contextmanager
+def _without_host_reads() -> Iterator[None]:
+    """Keeps Pyro from reading numbers from tensors: to print a loss, to warn of NaN, to validate draws.
+
+    Validation is replaced in the class, because a distribution that was built outside of the model validates whatever
+    ``pyro.validation_enabled`` says.
+    """
+    substitutes = {
+        "torch_item": lambda x: x.detach() if isinstance(x, Tensor) else x,
+        "warn_if_nan": lambda value, *args, **kwargs: value,
+    }
+    replaced = [(Distribution, "_validate_sample", Distribution._validate_sample)]
+    Distribution._validate_sample = lambda self, value: None
+    for module in [m for name, m in sys.modules.items() if name.startswith("pyro.infer.")]:
+        for name, substitute in substitutes.items():
+            if name in vars(module):
+                replaced.append((module, name, getattr(module, name)))
+                setattr(module, name, substitute)
+    try:
+        yield
+    finally:
+        for owner, name, original in replaced:
+            setattr(owner, name, original)
