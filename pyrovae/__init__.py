@@ -10,3 +10,31 @@ from pyrovae.importance import Imputation, impute, log_weights
 from pyrovae.storage import load, load_run, save
 from pyrovae.training import History, fit
 from pyrovae.vae import VAE
+
+__all__ = [
+    "Arguments",
+    "Estimate",
+    "History",
+    "Imputation",
+    "VAE",
+    "__version__",
+    "bounds",
+    "compile",
+    "data",
+    "data_plate",
+    "diagnostics",
+    "encoders",
+    "estimators",
+    "fit",
+    "impute",
+    "likelihoods",
+    "load",
+    "load_run",
+    "log_marginal",
+    "log_weights",
+    "nn",
+    "priors",
+    "regularizers",
+    "save",
+    "structures",
+]

@@ -1,0 +1,116 @@
+"""The directive `public`: all public names of a module, and links to them by whatever path they are imported.
+
+`.. public:: pyrovae.bounds` shows the module's docstring, tables of its public names, and each name's own docstring.
+Public names are those of `__all__`: in which file a class is defined has no part in it. A name that is in two modules
+is described in the one that stands first in the configuration's `public_modules`.
+"""
+
+import inspect
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.nodes import make_refnode
+
+
+def public_names(module: ModuleType) -> dict[str, Any]:
+    """Returns the public names of a module and what they stand for, without modules."""
+    found = {name: getattr(module, name) for name in module.__all__}
+    return {name: value for name, value in found.items() if not inspect.ismodule(value)}
+
+
+def described(modules: list[str]) -> dict[int, str]:
+    """Returns the name under which each object is described, by the object's id."""
+    names: dict[int, str] = {}
+    for path in modules:
+        for name, value in public_names(import_module(path)).items():
+            names.setdefault(id(value), f"{path}.{name}")
+    return names
+
+
+def groups(found: dict[str, Any]) -> dict[str, list[str]]:
+    """Returns names under headings: classes under their base where that is public and has several, then the others."""
+    classes = {value: name for name, value in found.items() if inspect.isclass(value)}
+    families: dict[str, list[str]] = {}
+    for cls, name in classes.items():
+        base = [other for other in cls.__mro__ if other in classes][-1]
+        families.setdefault(classes[base], []).append(name)
+    headings = {f"{base} and its subclasses": names for base, names in families.items() if len(names) > 2}
+    grouped = {name for names in headings.values() for name in names}
+    functions = [name for name, value in found.items() if inspect.isroutine(value)]
+    headings["Classes"] = [name for name in classes.values() if name not in grouped]
+    headings["Functions"] = functions
+    headings["Values"] = [name for name in found if name not in {*classes.values(), *functions}]
+    return {heading: names for heading, names in headings.items() if names}
+
+
+class Public(SphinxDirective):
+    """Describes the public names of a module."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        (path,) = self.arguments
+        found = public_names(import_module(path))
+        names = described(self.config.public_modules)
+        lines = [f".. automodule:: {path}", ""]
+        for heading, members in groups(found).items():
+            lines += [f".. rubric:: {heading}", "", ".. autosummary::", "   :nosignatures:", ""]
+            lines += [f"   ~{names[id(found[name])]}" for name in members] + [""]
+        for name, value in found.items():
+            if names[id(value)] == f"{path}.{name}":
+                kind = "class" if inspect.isclass(value) else "function" if inspect.isroutine(value) else "data"
+                lines += [f".. auto{kind}:: {path}.{name}"]
+                lines += ["   :members:", "   :show-inheritance:", ""] if kind == "class" else [""]
+        container = nodes.Element()
+        self.state.nested_parse(StringList(lines, source=path), self.content_offset, container)
+        return container.children
+
+
+def locate(path: str) -> list[tuple[Any, str]]:
+    """Returns the objects on the way of a dotted path, the last first, each with the rest of the path."""
+    parts = path.split(".")
+    for size in range(len(parts), 0, -1):
+        try:
+            value = import_module(".".join(parts[:size]))
+        except ImportError:
+            continue
+        way = []
+        for i, part in enumerate(parts[size:], size + 1):
+            if not hasattr(value, part):
+                return []
+            value = getattr(value, part)
+            way.insert(0, (value, ".".join(["", *parts[i:]])))
+        return way
+    return []
+
+
+def resolve(app, env, node, contnode):
+    """Links a name that was given by another path than the one it is described under."""
+    if node.get("refdomain") != "py":
+        return None
+    target, module = node["reftarget"], node.get("py:module")
+    names = described(app.config.public_modules)
+    for path in (target, f"{module}.{target}"):
+        for value, rest in locate(path) if path.startswith("pyrovae") else []:
+            name = names.get(id(value), "") + rest
+            entry = env.domains["py"].objects.get(name)
+            if entry:
+                return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, name)
+    return None
+
+
+def skip_fields(app, what, name, value, skip, options):
+    """Leaves out the fields of named tuples: the class says what they are."""
+    return True if (inspect.getdoc(value) or "").startswith("Alias for field number") else None
+
+
+def setup(app):
+    app.add_config_value("public_modules", [], "env")
+    app.add_directive("public", Public)
+    app.connect("missing-reference", resolve)
+    app.connect("autodoc-skip-member", skip_fields)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
