@@ -123,7 +123,9 @@ def static_binarization(x: Tensor, seed: int = 0) -> Tensor:
 
 
 def split_missing(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits data with holes, where x is NaN, into data without and a mask; for :class:`MissingDataVAE`.
+    """Splits data with holes, where x is NaN, into data without and a mask.
+
+    :class:`~pyrovae.structures.MissingDataVAE` takes both.
 
     Args:
         x: data of any shape, NaN where a value is missing.

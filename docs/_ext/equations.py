@@ -16,6 +16,7 @@ from sphinx.util.math import get_node_equation_number
 SIZE = 16.0  # pixels that an em has while an equation is set; the page scales it with its text
 MARGIN = 1.0  # pixels around an equation, so that no outline is cut
 ziafont.config.svg2 = False  # outlines without identifiers, which would be repeated in a page
+ziafont.config.precision = 2
 logger = logging.getLogger(__name__)
 
 

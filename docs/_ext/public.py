@@ -6,6 +6,7 @@ is described in the one that stands first in the configuration's `public_modules
 """
 
 import inspect
+import sys
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -59,7 +60,10 @@ class Public(SphinxDirective):
         lines = [f".. automodule:: {path}", ""]
         for heading, members in groups(found).items():
             lines += [f".. rubric:: {heading}", "", ".. autosummary::", "   :nosignatures:", ""]
-            lines += [f"   ~{names[id(found[name])]}" for name in members] + [""]
+            for name in members:
+                target = names[id(found[name])]
+                lines.append(f"   {name}" if target == f"{path}.{name}" else f"   ~{target}")
+            lines += [""]
         for name, value in found.items():
             if names[id(value)] == f"{path}.{name}":
                 kind = "class" if inspect.isclass(value) else "function" if inspect.isroutine(value) else "data"
@@ -71,35 +75,38 @@ class Public(SphinxDirective):
 
 
 def locate(path: str) -> list[tuple[Any, str]]:
-    """Returns the objects on the way of a dotted path, the last first, each with the rest of the path."""
+    """Returns the objects that a dotted path leads through, the last first, each with the rest of the path."""
     parts = path.split(".")
     for size in range(len(parts), 0, -1):
-        try:
-            value = import_module(".".join(parts[:size]))
-        except ImportError:
-            continue
-        way = []
-        for i, part in enumerate(parts[size:], size + 1):
-            if not hasattr(value, part):
-                return []
-            value = getattr(value, part)
-            way.insert(0, (value, ".".join(["", *parts[i:]])))
-        return way
+        if (value := sys.modules.get(".".join(parts[:size]))) is not None:
+            found = [(value, "".join(f".{part}" for part in parts[size:]))]
+            for i, part in enumerate(parts[size:], size + 1):
+                if not hasattr(value, part):
+                    return []
+                value = getattr(value, part)
+                found.insert(0, (value, "".join(f".{part}" for part in parts[i:])))
+            return found
     return []
 
 
 def resolve(app, env, node, contnode):
-    """Links a name that was given by another path than the one it is described under."""
+    """Links a name that was given by another path than the one it is described under.
+
+    What exists, but has no page, stays text: a class of torch, or one that is not public. What does not exist is left
+    to Sphinx, which warns.
+    """
     if node.get("refdomain") != "py":
         return None
-    target, module = node["reftarget"], node.get("py:module")
+    target = node["reftarget"]
     names = described(app.config.public_modules)
-    for path in (target, f"{module}.{target}"):
-        for value, rest in locate(path) if path.startswith("pyrovae") else []:
+    for path in (target, f"{node.get('py:module')}.{target}", f"builtins.{target}"):
+        found = locate(path)
+        for value, rest in found:
             name = names.get(id(value), "") + rest
-            entry = env.domains["py"].objects.get(name)
-            if entry:
+            if entry := env.domains["py"].objects.get(name):
                 return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, name)
+        if found:
+            return contnode
     return None
 
 

@@ -422,7 +422,7 @@ class Bound(PyroELBO, ABC):
 
 
 class ImportanceBound(Bound):
-    """Base of the bounds that are functions of importance weights per datum; one writes :meth:`reduce`."""
+    """Base of the bounds that are functions of importance weights per datum; one writes `reduce`."""
 
     def _check_structure(self, structure: Structure) -> None:
         given = [f'site "{name}" of the model is outside the plate {structure.data}' for name in sorted(structure.given)]

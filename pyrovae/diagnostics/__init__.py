@@ -1,17 +1,52 @@
 """What a model learned, and where it loses nats: functions of any model and guide that print, draw and summarise."""
 
 from pyrovae.diagnostics.base import Diagnosis
-from pyrovae.diagnostics.exploration import interpolations, latent_map, traversals
-from pyrovae.diagnostics.features import frechet_distance, precision_recall, quality
-from pyrovae.diagnostics.information import CollapseMonitor, collapse
-from pyrovae.diagnostics.nats import gaps
-from pyrovae.diagnostics.posteriors import calibration, posterior_check, reliability
-from pyrovae.diagnostics.scores import anomalies, auroc
-from pyrovae.diagnostics.spectra import sharpness
+from pyrovae.diagnostics.exploration import (
+    Interpolations,
+    LatentMap,
+    Traversals,
+    interpolations,
+    latent_map,
+    traversals,
+)
+from pyrovae.diagnostics.features import (
+    PrecisionRecall,
+    Quality,
+    QualityScores,
+    frechet_distance,
+    precision_recall,
+    quality,
+)
+from pyrovae.diagnostics.information import Collapse, CollapseMonitor, collapse
+from pyrovae.diagnostics.nats import Gaps, gaps
+from pyrovae.diagnostics.posteriors import (
+    Calibration,
+    PosteriorCheck,
+    Reliability,
+    calibration,
+    posterior_check,
+    reliability,
+)
+from pyrovae.diagnostics.scores import AUROC, Anomalies, anomalies, auroc
+from pyrovae.diagnostics.spectra import Sharpness, sharpness
 
 __all__ = [
+    "AUROC",
+    "Anomalies",
+    "Calibration",
+    "Collapse",
     "CollapseMonitor",
     "Diagnosis",
+    "Gaps",
+    "Interpolations",
+    "LatentMap",
+    "PosteriorCheck",
+    "PrecisionRecall",
+    "Quality",
+    "QualityScores",
+    "Reliability",
+    "Sharpness",
+    "Traversals",
     "anomalies",
     "auroc",
     "calibration",
