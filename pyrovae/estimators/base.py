@@ -91,8 +91,8 @@ class Estimator(ABC):
     r"""Base of the estimators of :math:`\log p(x)`; :func:`log_marginal` takes any of them.
 
     To add one, write :meth:`estimate`, which scores the data of a :class:`~pyrovae.estimators.Task`; :meth:`trusts` and
-    :meth:`describe`, which say of which data the result is not to be trusted. `unit` is what it draws, `relation` what stands between log
-    p(x) and the value, `needs_guide` whether it looks at the guide.
+    :meth:`describe`, which say of which data the result is not to be trusted. `unit` is what it draws, `relation` what
+    stands between log p(x) and the value, `needs_guide` whether it looks at the guide.
 
     Args:
         num_samples: what it draws per datum, at least 1.

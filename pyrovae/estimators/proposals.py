@@ -40,9 +40,9 @@ class Weighed(NamedTuple):
 class Proposal(ABC):
     r"""Base of the proposals: what the latents of a datum are drawn from, for an estimator.
 
-    To add one, write :meth:`guides`, which returns Pyro guides made from those of a :class:`~pyrovae.estimators.Task`, for all
-    its data, with their shares of the draws. Whatever is drawn from, weights have the right mean: a proposal decides about the
-    variance alone. `needs_guide` says whether it looks at the guide.
+    To add one, write :meth:`guides`, which returns Pyro guides made from those of a
+    :class:`~pyrovae.estimators.Task`, for all its data, with their shares of the draws. Whatever is drawn from, weights
+    have the right mean: a proposal decides about the variance alone. `needs_guide` says whether it looks at the guide.
     """
 
     needs_guide = True
