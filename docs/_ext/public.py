@@ -6,6 +6,7 @@ is described in the one that stands first in the configuration's `public_modules
 """
 
 import inspect
+import re
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -18,8 +19,8 @@ from sphinx.util.nodes import make_refnode
 
 
 def public_names(module: ModuleType) -> dict[str, Any]:
-    """Returns the public names of a module and what they stand for, without modules."""
-    found = {name: getattr(module, name) for name in module.__all__}
+    """Returns the public names of a module and what they stand for, without modules and the version."""
+    found = {name: getattr(module, name) for name in module.__all__ if not name.startswith("_")}
     return {name: value for name, value in found.items() if not inspect.ismodule(value)}
 
 
@@ -68,7 +69,11 @@ class Public(SphinxDirective):
             if names[id(value)] == f"{path}.{name}":
                 kind = "class" if inspect.isclass(value) else "function" if inspect.isroutine(value) else "data"
                 lines += [f".. auto{kind}:: {path}.{name}"]
-                lines += ["   :members:", "   :show-inheritance:", ""] if kind == "class" else [""]
+                if kind == "class":
+                    lines.append("   :members:")
+                if kind == "class" and value.__bases__ != (object,):
+                    lines.append("   :show-inheritance:")
+                lines.append("")
         container = nodes.Element()
         self.state.nested_parse(StringList(lines, source=path), self.content_offset, container)
         return container.children
@@ -115,9 +120,15 @@ def skip_fields(app, what, name, value, skip, options):
     return True if (inspect.getdoc(value) or "").startswith("Alias for field number") else None
 
 
+def plain_defaults(app, what, name, value, options, signature, annotation):
+    """Writes "..." for defaults that are shown as <...>, with which Sphinx could not read the signature."""
+    return (re.sub(r"<[^<>]*>", "...", signature), annotation) if signature else None
+
+
 def setup(app):
     app.add_config_value("public_modules", [], "env")
     app.add_directive("public", Public)
     app.connect("missing-reference", resolve)
     app.connect("autodoc-skip-member", skip_fields)
+    app.connect("autodoc-process-signature", plain_defaults)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
