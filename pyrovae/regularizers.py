@@ -100,7 +100,7 @@ class Regularizer(ABC):
 class TotalCorrelation(Regularizer):
     r"""The total correlation of the aggregate posterior, from a minibatch: with the ELBO, the beta-TCVAE.
 
-    .. math:: \lambda\, \mathrm{KL}\Big(q(z) \,\Big\|\, \prod_d q(z_d)\Big), \qquad q(z) = \frac{1}{N} \sum_n q(z \mid x_n)
+    .. math:: \lambda\, \mathrm{KL}\Big(q(z) \,\|\, \prod_d q(z_d)\Big), \qquad q(z) = \frac{1}{N} \sum_n q(z \mid x_n)
 
     The ELBO's KL divergence holds the total correlation once, so ``ELBO(regularizers=[TotalCorrelation(beta - 1, N)])``
     weighs it by beta. The stratified estimate of the density is unbiased,
@@ -294,7 +294,7 @@ class DensityRatio(_Discriminated):
     r"""The total correlation by a density ratio that a discriminator learns: with the ELBO, FactorVAE.
 
     .. math:: \gamma\, \mathrm{E}_{q(z)} \log \frac{D(z)}{1 - D(z)} \approx
-        \gamma\, \mathrm{KL}\Big(q(z) \,\Big\|\, \prod_d q(z_d)\Big)
+        \gamma\, \mathrm{KL}\Big(q(z) \,\|\, \prod_d q(z_d)\Big)
 
     The discriminator tells latents from latents whose dimensions were permuted among the data of the batch. It is
     trained along by the optimizer of the loss.

@@ -436,7 +436,7 @@ class Bound(PyroELBO, ABC):
 
 
 class ImportanceBound(Bound):
-    """Base of the bounds that are functions of importance weights per datum; one writes :meth:`reduce`."""
+    """Base of the bounds that are functions of importance weights per datum; one writes `reduce`."""
 
     def _check_structure(self, structure: SiteStructure) -> None:
         given = [

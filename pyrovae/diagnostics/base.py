@@ -28,7 +28,7 @@ class Diagnosis(ABC):
     @property
     @abstractmethod
     def verdict(self) -> str:
-        """One line: what was found, and what usually mends it."""
+        """What was found and what usually mends it, in one line."""
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:

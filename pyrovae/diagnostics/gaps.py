@@ -178,8 +178,8 @@ def gaps(
         guide: a Pyro guide.
         *args: tensors with the data along their first dimension, or anything else, which is passed on as it is.
         train: the arguments for training data; a single one need not be in a tuple.
-        method: an estimator of log p(x); :class:`AnnealedImportanceSampling` from the prior unless given, which does
-            not look at the guide, or for discrete latents :class:`Enumeration`.
+        method: an estimator of log p(x). Unless given, :class:`~pyrovae.estimators.AnnealedImportanceSampling` from the
+            prior, which does not look at the guide, or for discrete latents :class:`~pyrovae.estimators.Enumeration`.
         num_samples: draws a datum for the ELBOs, at least 2.
         num_steps: gradient steps to the best q.
         learning_rate: the rate they start at.

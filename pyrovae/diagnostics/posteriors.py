@@ -53,7 +53,7 @@ class PosteriorCheck(Diagnosis):
         difference: the guide's mean less that of NUTS, in standard deviations of NUTS, shape ``(batch, total)``.
         ratio: the guide's standard deviation over that of NUTS, shape ``(batch, total)``.
         distance: 1-Wasserstein distance of the marginals, in standard deviations of NUTS, shape ``(batch, total)``.
-            Where nothing is wrong, draws alone make it some :math:`\sqrt{1 / \text{ess} + 1 / \text{num\_draws}}`.
+            Where nothing is wrong, draws alone make it some :math:`\sqrt{1 / \text{ess} + 1 / S}` for S draws.
         correlation_difference: correlations under the guide less those under NUTS, shape ``(batch, total, total)``.
         rhat: split R-hat of the chains, shape ``(batch, total)``.
         ess: effective sample size of the chains, shape ``(batch, total)``.
@@ -79,7 +79,7 @@ class PosteriorCheck(Diagnosis):
 
     @property
     def converged(self) -> Tensor:
-        """Whether the chains of a datum may be believed: R-hat and effective sample size of all dimensions."""
+        """Whether the chains of a datum may be believed, by R-hat and effective sample size of all dimensions."""
         return ((self.rhat <= _RHAT) & (self.ess >= _ESS)).all(-1)
 
     @property
@@ -89,7 +89,7 @@ class PosteriorCheck(Diagnosis):
 
     @property
     def verdict(self) -> str:
-        """One line: what was found, and what usually mends it."""
+        """What was found and what usually mends it, in one line."""
         use = self.converged
         doubtful = int((~use).sum())
         if doubtful == len(use):
@@ -341,7 +341,7 @@ class Calibration(Diagnosis):
 
     @property
     def verdict(self) -> str:
-        """One line: what was found, and what usually mends it."""
+        """What was found and what usually mends it, in one line."""
         found = [name for name, bad in zip(self.shapes, self.uneven.tolist(), strict=True) if bad]
         data = f"in {len(self.ranks):,} data drawn from the model itself (not in yours)"
         if not found:
@@ -528,7 +528,7 @@ class Reliability(Diagnosis):
 
     @property
     def verdict(self) -> str:
-        """One line: what was found, and what usually mends it."""
+        """What was found and what usually mends it, in one line."""
         bad = f"k-hat is above 0.7 for {self.counts[2]:,} of {len(self.khat):,} data"
         if self.counts[2] <= _SHARE * len(self.khat):
             return f"The guide is a good proposal: {bad}."

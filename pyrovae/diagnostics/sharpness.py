@@ -74,12 +74,12 @@ class Sharpness(Diagnosis):
 
     @property
     def ratio(self) -> float | None:
-        """How many times as wide p(x | z) is as its residuals: 1 if the scale fits."""
+        """How many times as wide p(x | z) is as its residuals; 1 if the scale fits."""
         return None if self.width is None or self.residual == 0 else self.width / self.residual
 
     @property
     def excess(self) -> Tensor:
-        """Power of the error over that of white noise of the same total, shape ``(bands,)``: above 1 by structure."""
+        """Power of the error over that of white noise of the same total, shape ``(bands,)``; above 1 by structure."""
         return self.error / (self.error.sum() * self.share)
 
     @property

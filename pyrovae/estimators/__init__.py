@@ -10,7 +10,7 @@ from pyrovae.estimators.annealed import (
     Sigmoid,
     bidirectional,
 )
-from pyrovae.estimators.base import Estimate, Estimator, independent_baseline, log_marginal
+from pyrovae.estimators.base import Estimate, Estimator, Task, independent_baseline, log_marginal
 from pyrovae.estimators.exact import Enumeration, Quadrature
 from pyrovae.estimators.proposals import Guide, Mixed, Prior, Proposal, Refined, Widened, refine
 from pyrovae.estimators.weighted import CUBO, ImportanceSampling
@@ -34,6 +34,7 @@ __all__ = [
     "Schedule",
     "SequentialMonteCarlo",
     "Sigmoid",
+    "Task",
     "Widened",
     "bidirectional",
     "independent_baseline",

@@ -31,7 +31,7 @@ _PILOT_CHAINS = 32
 
 
 class Schedule(ABC):
-    r"""Base of the schedules of temperatures :math:`0 = \beta_0 < \dots < \beta_T = 1`; write :meth:`betas` for another.
+    r"""Base of the schedules of temperatures :math:`0 = \beta_0 < \dots < \beta_T = 1`; write `betas` for another.
 
     References:
         On the Quantitative Analysis of Decoder-Based Generative Models, Y. Wu, Y. Burda, R. Salakhutdinov and R.

@@ -42,7 +42,8 @@ class Estimate:
     Args:
         value: :math:`\log \hat p(x)` in nats.
         standard_error: of `value`, in nats, from the spread of the samples; NaN for a single one. It cannot tell of
-            mass that no sample has found: see `trusted`. Of a :class:`Quadrature`, what halving its points changes.
+            mass that no sample has found: see `trusted`. Of a :class:`~pyrovae.estimators.Quadrature`, what halving its
+            points changes.
         ess: effective sample size, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, between 1 and the number of samples; NaN
             where nothing is sampled.
         khat: shape of the Pareto tail of the weights. Above 0.7 neither value nor error is to be trusted; minus
@@ -89,9 +90,9 @@ class Estimate:
 class Estimator(ABC):
     r"""Base of the estimators of :math:`\log p(x)`; :func:`log_marginal` takes any of them.
 
-    To add one, write :meth:`estimate`, which scores the data of a :class:`Task`; :meth:`trusts` and :meth:`describe`,
-    which say of which data the result is not to be trusted. `unit` is what it draws, `relation` what stands between log
-    p(x) and the value, `needs_guide` whether it looks at the guide.
+    To add one, write :meth:`estimate`, which scores the data of a :class:`~pyrovae.estimators.Task`; :meth:`trusts` and
+    :meth:`describe`, which say of which data the result is not to be trusted. `unit` is what it draws, `relation` what
+    stands between log p(x) and the value, `needs_guide` whether it looks at the guide.
 
     Args:
         num_samples: what it draws per datum, at least 1.
@@ -138,7 +139,7 @@ class Task:
 
     Args:
         model: a Pyro model.
-        guide: a Pyro guide; without one, :func:`prior_of` the model.
+        guide: a Pyro guide; without one, `prior_of` the model.
         structure: of both.
         args: what both are called with.
         kwargs: what both are called with.
@@ -273,7 +274,7 @@ def log_marginal(
         *args: tensors, arrays, lists or packed sequences with an entry a datum, and dicts, lists and tuples of such; numbers,
             ``None``, strings and other objects, which are for all data; or a ``Dataset``, or a ``DataLoader`` that keeps the order of
             the data, whose batches become arguments as :func:`pyrovae.fit` has it.
-        method: an estimator of :mod:`pyrovae.estimators`; :class:`ImportanceSampling` unless given.
+        method: an estimator of :mod:`pyrovae.estimators`; :class:`~pyrovae.estimators.ImportanceSampling` unless given.
         num_samples: short for ``method=ImportanceSampling(num_samples)``, 1,000 unless given.
         max_memory: budget for intermediate results, in bytes. On a CPU more is not faster; on a GPU it is.
         compile: whether to score the model by compiled graphs, as :func:`pyrovae.compile` makes them; they take some

@@ -40,9 +40,9 @@ class WeightedGuide(NamedTuple):
 class Proposal(ABC):
     r"""Base of the proposals: what the latents of a datum are drawn from, for an estimator.
 
-    To add one, write :meth:`guides`, which returns Pyro guides made from those of a :class:`Task`, for all its data,
-    with their shares of the draws. Whatever is drawn from, weights have the right mean: a proposal decides about the
-    variance alone. `needs_guide` says whether it looks at the guide.
+    To add one, write :meth:`guides`, which returns Pyro guides made from those of a
+    :class:`~pyrovae.estimators.Task`, for all its data, with their shares of the draws. Whatever is drawn from, weights
+    have the right mean: a proposal decides about the variance alone. `needs_guide` says whether it looks at the guide.
     """
 
     needs_guide = True
@@ -181,8 +181,8 @@ class Refined(Proposal):
     Args:
         num_steps: steps of Adam, at least 1, at a rate that falls to zero.
         learning_rate: the rate it starts at, positive.
-        bound: the bound to raise, of :mod:`pyrovae.bounds`; ``ELBO(8)`` unless given. An :class:`IWAE` makes wider
-            proposals, but in many dimensions its gradient needs far more particles.
+        bound: the bound to raise, of :mod:`pyrovae.bounds`; ``ELBO(8)`` unless given. An :class:`~pyrovae.bounds.IWAE`
+            makes wider proposals, but in many dimensions its gradient needs far more particles.
 
     References:
         Semi-Amortized Variational Autoencoders, Y. Kim, S. Wiseman, A. C. Miller, D. Sontag and A. M. Rush, 2018,
