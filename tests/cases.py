@@ -75,10 +75,9 @@ def normal(context_dim: int = 0) -> DiagonalNormal:
 
 
 def exemplars(encoder: nn.Module) -> Tensor:
+    """Returns six exemplars, always the same ones, because a prior does not save them."""
     size = 6 * math.prod(encoder.x_shape)
-    return (
-        (7 * torch.arange(size) % 5 < 2).float().view(6, *encoder.x_shape)
-    )  # always the same, because they are not saved
+    return (7 * torch.arange(size) % 5 < 2).float().view(6, *encoder.x_shape)
 
 
 def small_flow(features: int, context: int) -> nn.Module:

@@ -58,7 +58,7 @@ def rounding_of(p: NormalMixture, z: Tensor, eps: float) -> Tensor:
     """Returns a bound of the rounding error of the log-density, which is a difference of squares.
 
     Each of some d^2 + 4 d sums and products has an error of eps / 2 times the squares, (|z| + |m|)^T |S^-1|
-    (|z| + |m|), which are computed with centred z and so are smaller; an inverse has the same error times its condition.
+    (|z| + |m|), which are smaller because z is centred; an inverse has the same error times its condition.
     """
     _, loc, scale_tril = factors_of(p)
     d = z.shape[-1]
