@@ -1036,6 +1036,16 @@ def test_a_file_of_metrics_holds_the_history_also_after_a_resume(tmp_path):
     assert read() == history.records and len(history) == 4
 
 
+def test_a_file_of_metrics_takes_numbers_of_numpy_and_torch(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.write([{"numpy": np.float32(0.5), "array": np.arange(2), "torch": torch.tensor([0.5]), "text": "a"}])
+    assert json.loads(metrics.path.read_text()) == {"numpy": 0.5, "array": [0, 1], "torch": [0.5], "text": "a"}
+    before = metrics.path.read_text()
+    with pytest.raises(TypeError, match="cannot hold a set.*Use numbers"):
+        metrics.write([{"strange": {1}}])
+    assert metrics.path.read_text() == before
+
+
 def test_a_callback_keeps_its_state_in_the_history(tmp_path):
     """It counts over a resume because it reads what it wrote to the records, which checkpoints hold."""
 

@@ -81,9 +81,17 @@ class MetricsFile:
             self._is_started = True
             return
         with open(self.path, "a") as file:
-            file.write(json.dumps(history.records[-1]) + "\n")
+            file.write(_json_line(history.records[-1]))
 
     def write(self, records: Iterable[dict[str, Any]]) -> None:
         """Replaces the file by one with these records."""
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        storage.write_atomically(self.path, lines.encode())
+        storage.write_atomically(self.path, "".join(map(_json_line, records)).encode())
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    def as_number(x: Any) -> Any:
+        if isinstance(x, (np.generic, np.ndarray, Tensor)):
+            return x.tolist()
+        raise TypeError(f"a file of metrics cannot hold a {type(x).__name__}: {x!r}. Use numbers, strings and tensors.")
+
+    return json.dumps(record, default=as_number) + "\n"
