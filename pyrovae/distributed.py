@@ -127,7 +127,7 @@ class Shard(NamedTuple):
     """
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides the count of tuples
     total: int
     weight: float
 

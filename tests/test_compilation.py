@@ -512,6 +512,11 @@ def test_without_gradients_nothing_is_compiled(traced):
     assert elbo is compiled(elbo)
 
 
+def test_elbos_of_pyro_have_no_terms():
+    with pytest.raises(AttributeError, match="Trace_ELBO has no terms"):
+        compiled(Trace_ELBO()).terms(*pair_of(diagonal_vae(2, 3))[:2], doubles(5, 3))
+
+
 @pytest.mark.parametrize("given", [Trace_ELBO, "ELBO", None, bounds.ELBO])
 def test_what_is_compiled_must_be_an_instance_of_elbo(given):
     with pytest.raises(TypeError, match="elbo must be an instance of ELBO"):

@@ -56,7 +56,7 @@ class Compiled(ELBO):
 
     def __init__(self, elbo: ELBO, report: Callable[[str], Any] = lambda line: None):
         super().__init__(num_particles=elbo.num_particles, vectorize_particles=elbo.vectorize_particles)
-        self.elbo = elbo
+        self.elbo: Any = elbo  # a Bound has more than the methods of ELBO
         self.graphs = GraphCache(type(elbo).__name__, report)
         self.unvalidated: frozenset[str] = frozenset()  # observed sites whose data are not checked
 
@@ -116,10 +116,15 @@ class Compiled(ELBO):
 
     def terms(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Terms:
         """Estimates the loss of a bound and its parts, as :meth:`pyrovae.bounds.Bound.terms` does."""
+        if not isinstance(self.elbo, Bound):
+            raise AttributeError(
+                f"{type(self.elbo).__name__} has no terms: use loss, or compile one of pyrovae.bounds."
+            )
         result = self._checked_step(model, guide, args, kwargs) if torch.is_grad_enabled() else None
         if result is None:
             return self.elbo.terms(model, guide, *args, **kwargs)
         step, guards = result
+        assert step.terms is not None  # those of a Bound
         return step.terms._replace(loss=_differentiable(step, guards))
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -211,7 +216,7 @@ def _flattened(args: tuple, kwargs: dict[str, Any]) -> tuple[Sequence[Any], Any]
 
 
 def _step(
-    elbo: ELBO,
+    elbo: Any,
     model: Callable,
     guide: Callable,
     args: tuple,
@@ -231,7 +236,7 @@ def _step(
     with torch.enable_grad(), ObservedChecked(later=True, without=unvalidated) as data:
         if isinstance(elbo, Bound):
             steps = elbo.steps
-            elbo.steps = ScheduledStep(schedule_values)
+            elbo.steps = ScheduledStep(schedule_values)  # type: ignore[assignment]
             try:
                 terms = elbo.terms(model, guide, *args, **kwargs)
             finally:
@@ -240,7 +245,7 @@ def _step(
             terms = terms._replace(loss=loss.detach())
         else:
             loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
-        gradients = [None] * len(leaves)
+        gradients: list[Tensor | None] = [None] * len(leaves)
         if leaves and loss.requires_grad:
             gradients = list(torch.autograd.grad(loss * scale, leaves, allow_unused=True))
     loss, inside = loss.detach(), torch.as_tensor(data.inside(), device=loss.device)

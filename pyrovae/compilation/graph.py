@@ -38,15 +38,23 @@ class CompiledGraph:
     Args:
         name: of the function, for messages.
         guards: snapshot of the state that it reads.
-        arguments: of the graph: tensors of the state, and the positions of inputs.
+        run_compiled: the compiled code.
+        arguments: of the compiled code: tensors of the state, and the positions of inputs.
         structure: the tree structure of the function's result.
         aliases: which inputs are the same tensor, as :func:`_aliases` returns them.
     """
 
-    def __init__(self, name: str, guards: Guards, arguments: list[Tensor | int], structure: Any, aliases: list[int]):
-        self.name, self.guards, self.arguments = name, guards, arguments
-        self.structure, self.aliases = structure, aliases
-        self.run_compiled: Callable | None = None
+    def __init__(
+        self,
+        name: str,
+        guards: Guards,
+        run_compiled: Callable,
+        arguments: list[Tensor | int],
+        structure: Any,
+        aliases: list[int],
+    ):
+        self.name, self.guards, self.run_compiled = name, guards, run_compiled
+        self.arguments, self.structure, self.aliases = arguments, structure, aliases
         self.calls = 1  # the first is made by compile_graph
         self.gradient_suspect = False  # whether gradients differed in the latest comparison
         self.copied_outputs: list[int] = []
@@ -66,9 +74,15 @@ class CompiledGraph:
         is_power_of_two = not self.calls & (self.calls - 1)
         if is_power_of_two or self.gradient_suspect:
             return self.run(inputs, post_step, run_and_restore(self.guards, lambda: function(self.guards.leaves)))
-        if self.recordable and self._has_recording(inputs, post_step):
-            return self.replay(inputs, post_step)
-        return self.run(inputs, post_step)
+        recording = self._matching_recording(inputs, post_step) if self.recordable else None
+        if recording is None:
+            return self.run(inputs, post_step)
+        result = recording.replay(inputs)
+        if post_step is None:
+            return tree_map_only(Tensor, torch.clone, result)
+        if post_step.fingerprint is None:  # else it is a part of the recording
+            post_step.call(result, self.guards)
+        return result
 
     def run(self, inputs: list[Tensor], post_step: PostStep | None, eager: tuple | None = None) -> Any:
         """Runs the compiled code and the post-step; compares with the eager result and buffers, if given."""
@@ -91,27 +105,17 @@ class CompiledGraph:
             results[i] = results[i].clone(memory_format=torch.contiguous_format)
         return tree_unflatten(results, self.structure)
 
-    def replay(self, inputs: list[Tensor], post_step: PostStep | None) -> Any:
-        """Replays the recording, which the post-step is part of if it has a fingerprint."""
-        result = self.recording.replay(inputs)
-        if post_step is None:
-            return tree_map_only(Tensor, torch.clone, result)
-        if post_step.fingerprint is None:
-            post_step.call(result, self.guards)
-        return result
-
-    def _has_recording(self, inputs: list[Tensor], post_step: PostStep | None) -> bool:
-        """Returns whether there is a recording that matches; records at the second call with the same fingerprint.
+    def _matching_recording(self, inputs: list[Tensor], post_step: PostStep | None) -> CudaGraph | None:
+        """Returns a recording that matches, if any; records at the second call with the same fingerprint.
 
         The call before allocates what a post-step keeps from call to call, which must not happen at every replay.
         """
         fingerprint = _fingerprint(post_step)
-        if self.recording is not None and self.recording.matches(fingerprint):
-            return True
-        self.recording = None
-        if self.last_fingerprint is not None and all_unchanged(self.last_fingerprint, fingerprint):
-            self.record(inputs, post_step, fingerprint)
-        return self.recording is not None
+        if self.recording is None or not self.recording.matches(fingerprint):
+            self.recording = None
+            if self.last_fingerprint is not None and all_unchanged(self.last_fingerprint, fingerprint):
+                self.record(inputs, post_step, fingerprint)
+        return self.recording
 
     def record(self, inputs: list[Tensor], post_step: PostStep | None, fingerprint: list) -> None:
         """Records what the compiled code and the post-step launch; warns, once, where a GPU refuses."""
@@ -195,11 +199,11 @@ def compile_graph(
         else:
             module.graph.erase_node(node)
     module.recompile()
-    graph = CompiledGraph(name, guards, arguments, structure, _aliases(inputs, guards))
     while True:
         try:
             with without_warnings():
-                graph.run_compiled = compile_module(module)
+                compiled = compile_module(module)
+                graph = CompiledGraph(name, guards, compiled, arguments, structure, _aliases(inputs, guards))
                 run_and_restore(guards, lambda: graph.find_aliased_outputs(graph.compute(inputs)))
             break
         except Exception as error:

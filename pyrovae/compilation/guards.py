@@ -103,7 +103,7 @@ class Guards:
         The values of all slots are compared as one list. A value that moved from the end of one container to the start
         of the next leaves that list as it was, but changes the numbers of entries, which are values too.
         """
-        values = []
+        values: list[Any] = []
         try:
             for read in self._reads:
                 values += read()
@@ -261,7 +261,7 @@ _VISITORS: tuple[tuple[Any, Callable[[Guards, str, Any], None]], ...] = (
 class _Slot:
     """Values that were read from one place, and the function that reads them again."""
 
-    def __init__(self, where: str, read: Callable[[], Iterable], names: Sequence):
+    def __init__(self, where: str, read: Callable[[], Any], names: Sequence):
         self.where, self.read, self.names = where, read, names
         self.saved = tuple(read())
 

@@ -105,7 +105,7 @@ def trace(
 def compile_module(module: torch.fx.GraphModule) -> Callable:
     """Compiles a traced graph by ``torch.compile``."""
     # Random numbers as in eager mode, so that a compiled run gives the same results. No guards of torch's: ours decide.
-    options = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
+    options: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
     return torch.compile(module.forward, fullgraph=True, dynamic=False, options=options)
 
 
@@ -151,11 +151,13 @@ def _has_size_from_values(node: torch.fx.Node) -> bool:
         return False
     if node.target is not torch.ops.aten.index.Tensor:
         return True
-    return any(x is not None and x.meta["val"].dtype in (torch.bool, torch.uint8) for x in node.args[1])
+    indices: Any = node.args[1]
+    return any(x is not None and x.meta["val"].dtype in (torch.bool, torch.uint8) for x in indices)
 
 
 def _other_random_states() -> tuple:
-    kind, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    kind, keys, *rest = state
     return random.getstate(), kind, keys.tobytes(), *rest
 
 
@@ -166,19 +168,18 @@ def _without_host_reads() -> Iterator[None]:
     Validation is replaced in the class, because a distribution that was built outside of the model validates whatever
     ``pyro.validation_enabled`` says.
     """
-    substitutes = {
+    in_modules: dict[str, Callable] = {
         "torch_item": lambda x: x.detach() if isinstance(x, Tensor) else x,
         "warn_if_nan": lambda value, *args, **kwargs: value,
     }
-    replaced = [(Distribution, "_validate_sample", Distribution._validate_sample)]
-    Distribution._validate_sample = lambda self, value: None
+    substitutes: list[tuple[Any, str, Callable]] = [(Distribution, "_validate_sample", lambda self, value: None)]
     for module in [m for name, m in sys.modules.items() if name.startswith("pyro.infer.")]:
-        for name, substitute in substitutes.items():
-            if name in vars(module):
-                replaced.append((module, name, getattr(module, name)))
-                setattr(module, name, substitute)
+        substitutes += [(module, name, in_modules[name]) for name in in_modules if name in vars(module)]
+    originals = [getattr(owner, name) for owner, name, _ in substitutes]
+    for owner, name, substitute in substitutes:
+        setattr(owner, name, substitute)
     try:
         yield
     finally:
-        for owner, name, original in replaced:
+        for (owner, name, _), original in zip(substitutes, originals, strict=True):
             setattr(owner, name, original)
