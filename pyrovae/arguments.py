@@ -44,7 +44,7 @@ class Arguments:
 
     def pin_memory(self) -> "Arguments":
         """Returns the same with tensors in pinned memory, as a ``DataLoader`` asks for."""
-        args, kwargs = mapped(lambda t: t.pin_memory(), (self.args, self.kwargs))
+        args, kwargs = tree_map(lambda t: t.pin_memory(), (self.args, self.kwargs))
         return Arguments(*args, **kwargs)
 
 
@@ -77,7 +77,7 @@ for _kind in (_EntryList, _EntryTuple, _MemberList, _MemberTuple):
     register_pytree_node(_kind, lambda x: (list(x), None), lambda x, _, kind=_kind: kind(x))
 
 
-def of_batch(batch: Any) -> Arguments:
+def as_arguments(batch: Any) -> Arguments:
     """Returns what a loader gives as arguments: tuples and lists are positional ones, all else is a single one."""
     if isinstance(batch, Arguments):
         return batch
@@ -131,7 +131,7 @@ def _counted(given: list[tuple[str, Any]]) -> tuple[str, int]:
     )
 
 
-def settled(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], int]:
+def canonicalize(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], int]:
     """Returns arguments with arrays as tensors and lists marked as entries or members, and the number of data.
 
     Floating-point arrays get the type of the floating-point tensors beside them, or the default one; those of strings and
@@ -140,7 +140,7 @@ def settled(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any],
     Raises:
         ValueError: when something has rows or entries, but not one a datum, or may be taken in two ways.
     """
-    args, kwargs = converted(args, kwargs)
+    args, kwargs = as_tensors(args, kwargs)
     given = named(args, kwargs)
     first, size = _counted(given)
     if size == 0:
@@ -149,7 +149,7 @@ def settled(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any],
     return tuple(decided[: len(args)]), dict(zip(kwargs, decided[len(args) :], strict=True)), size
 
 
-def converted(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def as_tensors(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Returns arguments with arrays, and what gives them by ``to_numpy``, as tensors."""
     if not kwargs and all(isinstance(x, Tensor) for x in args):
         return args, kwargs
@@ -166,7 +166,7 @@ def converted(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any
         x = np.array(x, dtype=x.dtype.newbyteorder("="), order="C")
         return torch.from_numpy(x).to(dtype) if x.dtype.kind == "f" else torch.from_numpy(x)
 
-    return mapped(convert, (args, kwargs))
+    return tree_map(convert, (args, kwargs))
 
 
 def take(value: Any, rows: slice | Tensor) -> Any:
@@ -189,9 +189,9 @@ def take_rows(rows: slice | Tensor, args: tuple, kwargs: dict[str, Any]) -> tupl
     return tuple(take(x, rows) for x in args), {name: take(x, rows) for name, x in kwargs.items()}
 
 
-def moved(args: tuple, kwargs: dict[str, Any], device: torch.device | str) -> tuple[tuple, dict[str, Any]]:
+def to_device(args: tuple, kwargs: dict[str, Any], device: torch.device | str) -> tuple[tuple, dict[str, Any]]:
     """Returns arguments with their tensors on a device."""
-    return mapped(
+    return tree_map(
         lambda t: t.to(device, non_blocking=True) if isinstance(t, (Tensor, PackedSequence)) else t, (args, kwargs)
     )
 
@@ -201,7 +201,7 @@ def tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     if not kwargs and all(isinstance(x, Tensor) for x in args):
         return list(args)
     found: list[Tensor] = []
-    mapped(lambda x: found.extend(t for t in tree_leaves(x) if isinstance(t, Tensor)), (args, kwargs))
+    tree_map(lambda x: found.extend(t for t in tree_leaves(x) if isinstance(t, Tensor)), (args, kwargs))
     return found
 
 
@@ -210,7 +210,7 @@ def holds_packed(args: tuple, kwargs: dict[str, Any]) -> bool:
     if not kwargs and all(isinstance(x, Tensor) for x in args):
         return False
     found: list[bool] = []
-    mapped(lambda x: found.append(isinstance(x, PackedSequence)), (args, kwargs))
+    tree_map(lambda x: found.append(isinstance(x, PackedSequence)), (args, kwargs))
     return any(found)
 
 
@@ -222,21 +222,21 @@ def named_tensors(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Tensor
     return found
 
 
-def width(args: tuple, kwargs: dict[str, Any], size: int) -> float:
+def elements_per_datum(args: tuple, kwargs: dict[str, Any], size: int) -> float:
     """Returns how many numbers a datum has in the largest of so many data's tensors, at least 1."""
     return max(1.0, max((t.numel() for t in tensors_of(args, kwargs)), default=0) / size)
 
 
-def mapped(function: Callable, value: Any) -> Any:
+def tree_map(function: Callable, value: Any) -> Any:
     """Returns arguments with what a function makes of each thing in containers of any kind."""
     if isinstance(value, (Mapping, _Members)) or _is_record(value):
-        return _rebuilt(value, lambda x: mapped(function, x))
+        return _rebuilt(value, lambda x: tree_map(function, x))
     if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
-        return type(value)(mapped(function, x) for x in value)
+        return type(value)(tree_map(function, x) for x in value)
     return function(value)
 
 
-def loader_of(args: tuple, kwargs: dict[str, Any]) -> DataLoader | None:
+def as_loader(args: tuple, kwargs: dict[str, Any]) -> DataLoader | None:
     """Returns the loader if there is one, and nothing else, among arguments, after checking that it keeps the order.
 
     A data set gets a loader that takes its data in order.
@@ -265,23 +265,23 @@ def loader_of(args: tuple, kwargs: dict[str, Any]) -> DataLoader | None:
 
 def in_memory(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], int]:
     """Returns settled arguments, those of a loader in memory, and the number of data."""
-    loader = loader_of(args, kwargs)
+    loader = as_loader(args, kwargs)
     if loader is None:
-        return settled(args, kwargs)
+        return canonicalize(args, kwargs)
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed, also where it needs none
-        batches = [settled(batch.args, batch.kwargs | kwargs)[:2] for batch in map(of_batch, loader)]
+        batches = [canonicalize(batch.args, batch.kwargs | kwargs)[:2] for batch in map(as_arguments, loader)]
     if not batches:
         raise ValueError("there is no batch of data. Give at least one datum, and a DataLoader that does not drop it.")
     joined = _joined([dict(enumerate(args)) | named for args, named in batches])
     places = range(len(batches[0][0]))
-    return settled(tuple(joined[i] for i in places), {name: x for name, x in joined.items() if name not in places})
+    return canonicalize(tuple(joined[i] for i in places), {name: x for name, x in joined.items() if name not in places})
 
 
 _placed: ContextVar[int | Tensor | None] = ContextVar("placed", default=None)
 
 
 @contextmanager
-def placed(rows: int | Tensor | None) -> Iterator[None]:
+def row_positions(rows: int | Tensor | None) -> Iterator[None]:
     """Has messages inside name rows by their places in the data: the first of a run of rows, or the place of each."""
     token = _placed.set(rows)
     try:
@@ -299,7 +299,7 @@ def row_name(row: int) -> str:
 
 
 @contextmanager
-def types_explained(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+def explain_type_errors(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
     """Raises a TypeError that says what an argument is to be instead, where its type is the matter."""
     try:
         yield

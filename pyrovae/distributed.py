@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyrovae.arguments import converted, of_batch, settled, take_rows, tensors_of
+from pyrovae.arguments import as_arguments, as_tensors, canonicalize, take_rows, tensors_of
 
 
 class World(NamedTuple):
@@ -131,7 +131,7 @@ class Shard(NamedTuple):
         """Returns these data of what a model is called with."""
         if self.count == self.total:
             return args, kwargs
-        args, kwargs, _ = settled(args, kwargs)
+        args, kwargs, _ = canonicalize(args, kwargs)
         return take_rows(slice(self.start, self.start + self.count), args, kwargs)
 
     def noise(self) -> AbstractContextManager:
@@ -263,5 +263,5 @@ def _is_shape(x: Any) -> bool:
 
 
 def _tensors_of(batch: Any) -> list[Tensor]:
-    batch = of_batch(batch)
-    return tensors_of(*converted(batch.args, batch.kwargs))
+    batch = as_arguments(batch)
+    return tensors_of(*as_tensors(batch.args, batch.kwargs))

@@ -14,7 +14,8 @@ from torch.func import functional_call
 from torch.nn.functional import softplus
 
 from pyrovae.distributions import center
-from pyrovae.inference.structure import described, sample_sites
+from pyrovae.inference.messages import described
+from pyrovae.inference.sites import sample_sites
 from pyrovae.nn import register
 
 __all__ = [

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from pyrovae.arguments import row_name
 from pyrovae.distributions import center, mask_elements
 from pyrovae.encoders import Encoder
-from pyrovae.inference.weights import Imputation, impute
+from pyrovae.inference.imputation import Imputation, impute
 from pyrovae.likelihoods import Likelihood
 from pyrovae.nn import MLP, Network, apply, build
 from pyrovae.priors import Prior

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pyrovae.distributions import center
 from pyrovae.encoders import Encoder
-from pyrovae.inference.structure import evaluation_mode, innermost
+from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.sites import innermost
 from pyrovae.likelihoods import Likelihood
 from pyrovae.nn import register
 from pyrovae.priors import Prior

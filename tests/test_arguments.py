@@ -19,7 +19,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
 from pyrovae import VAE, fit, impute, log_marginal
-from pyrovae.arguments import Arguments, in_memory, settled, take_rows
+from pyrovae.arguments import Arguments, canonicalize, in_memory, take_rows
 from pyrovae.diagnostics import calibration, collapse, gaps, latent_map, quality, reliability, sharpness
 from pyrovae.encoders import DiagonalNormal
 from pyrovae.estimators import ImportanceSampling
@@ -390,7 +390,7 @@ def test_what_cannot_be_told_is_refused(given, match):
 def test_a_single_datum_is_no_question():
     x = torch.zeros(1, 3)
     for given in ([x, [x]], [x, [x, x]], [[x]], [x, [[1.0, 2.0]]]):
-        args, kwargs, size = settled(tuple(given), {})
+        args, kwargs, size = canonicalize(tuple(given), {})
         assert size == 1
         assert str(take_rows(slice(0, 1), args, kwargs)[0]) == str(tuple(given))
 
@@ -398,9 +398,9 @@ def test_a_single_datum_is_no_question():
 def test_what_a_list_is_stays_when_few_rows_are_left():
     """Two rows of two things, and two sequences of two steps, look alike."""
     x = torch.arange(8.0).reshape(4, 2)
-    args, kwargs, _ = settled((x, [x, x + 1], [x[:2], x[1:3], x[2:], x[:2]]), {})
+    args, kwargs, _ = canonicalize((x, [x, x + 1], [x[:2], x[1:3], x[2:], x[:2]]), {})
     head = take_rows(slice(0, 2), args, kwargs)
-    one = settled(*head)[:2]
+    one = canonicalize(*head)[:2]
     for part in (take_rows(slice(0, 1), *one)[0], take_rows(torch.tensor([0]), *one)[0]):
         assert [t.tolist() for t in part[1]] == [[[0.0, 1.0]], [[1.0, 2.0]]]
         assert [t.tolist() for t in part[2]] == [[[0.0, 1.0], [2.0, 3.0]]]
@@ -415,7 +415,7 @@ def test_nothing_is_changed():
 
 
 def test_integers_and_booleans_are_kept():
-    args, _, _ = settled(
+    args, _, _ = canonicalize(
         (torch.zeros(2, dtype=torch.double), np.array([1, 2]), np.array([True, False]), np.float32([1, 2])), {}
     )
     assert [t.dtype for t in args] == [torch.double, torch.long, torch.bool, torch.double]

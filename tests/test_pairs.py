@@ -92,7 +92,7 @@ def test_plates_of_other_sizes_beside_the_data():
 
     for size in (5, 3):
         if size == 3:  # then the shape does not tell which plate it is
-            with pytest.raises(ValueError, match='which plate holds the data is unclear.*"rows".*"columns"'):
+            with pytest.raises(ValueError, match='the plate over the data may be.*"rows".*"columns"'):
                 log_weights(partial(nested, observe=True), partial(nested, observe=False), data(3), num_samples=2)
             with pyrovae.data_plate("rows"):
                 assert_exact(partial(nested, observe=True), partial(nested, observe=False), data(3))
@@ -375,7 +375,7 @@ def test_what_cannot_be_is_refused_by_name():
             z = pyro.sample("z", prior(len(x)))
             pyro.sample("x", Unnormalised(z.exp().sum(-1)), obs=torch.ones(len(x)).double())
 
-    with pytest.raises(ValueError, match='"x", Unnormalised, is no probability'):
+    with pytest.raises(ValueError, match='"x", Unnormalised, is not normalised'):
         log_marginal(counts, guide, x, progress=False)
 
     def improper(x):

@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyrovae.bounds.gradients import Coefficients, Gradient, Reparameterized, leave_one_out
+from pyrovae.bounds.kl import conditioned_alike
 from pyrovae.bounds.reductions import Reduced
-from pyrovae.inference.structure import DATA, SiteStructure, described, inspect, is_integer, named_plate, sample_sites
+from pyrovae.inference.messages import described, is_integer
+from pyrovae.inference.sites import layers, sample_sites
+from pyrovae.inference.structure import DATA, SiteStructure, inspect, named_plate
 from pyrovae.inference.weights import (
     check_draws,
     check_same_sites,
@@ -172,8 +175,8 @@ class Bound(PyroELBO, ABC):
         look = (model, guide, _form(args, kwargs), named_plate.get())
         if self._inspected != look:
             structure = inspect(model, guide, *args, **kwargs)
-            if structure.extra:
-                listed = ", ".join(f'"{name}"' for name in sorted(structure.extra))
+            if structure.guide_observed:
+                listed = ", ".join(f'"{name}"' for name in sorted(structure.guide_observed))
                 raise ValueError(
                     f"the guide observes {listed}, which is no part of q, so that {type(self).__name__} would bound nothing. "
                     "Hide it with poutine.block, move it to the model, or train with pyro.infer.Trace_ELBO."
@@ -440,7 +443,8 @@ class ImportanceBound(Bound):
 
     def _check_structure(self, structure: SiteStructure) -> None:
         given = [
-            f'site "{name}" of the model is outside the plate {structure.data}' for name in sorted(structure.given)
+            f'site "{name}" of the model is outside the plate {structure.data}'
+            for name in sorted(structure.global_observed)
         ]
         if structure.problems or given:
             raise ValueError(
@@ -521,23 +525,6 @@ def _dot(coefficient: Tensor, t: Tensor) -> Tensor:
     return (coefficient * t.masked_fill(coefficient == 0, 0.0)).sum()
 
 
-def conditioned_alike(model_names: list[str], guide_names: list[str]) -> set[str]:
-    """Returns the latents whose KL divergence given the latents before them is what the ELBO holds.
-
-    Given what the guide drew before a site, its term's mean over the site's own draw is a KL divergence if what the model
-    may condition on there was drawn before. In a guide of another order it was not: p(z1 | z2) depends on a z2 that in
-    q(z2 | z1) depends on z1.
-    """
-    place = {name: i for i, name in enumerate(guide_names)}
-    alike, latest = set(), -1
-    for name in model_names:
-        if name in place:
-            if place[name] > latest:
-                alike.add(name)
-            latest = max(latest, place[name])
-    return alike
-
-
 def _check_sites(structure: SiteStructure, guide_trace: poutine.Trace, model_trace: poutine.Trace) -> None:
     names = sample_sites(guide_trace).keys() | sample_sites(model_trace).keys()
     check_same_sites(structure.sites, names)
@@ -601,11 +588,6 @@ def _form(args: tuple, kwargs: dict[str, Any]) -> list[tuple]:
         )
         for name, value in [*enumerate(args), *kwargs.items()]
     ]
-
-
-def layers(fn: Any) -> list:
-    """Returns a distribution and those that it wraps, the innermost last."""
-    return [fn, *(layers(fn.base_dist) if hasattr(fn, "base_dist") else [])]
 
 
 def _name(fn: Any) -> str:

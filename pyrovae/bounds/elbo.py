@@ -1,206 +1,22 @@
 r"""The evidence lower bound, and what training does with its KL divergence."""
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 import torch
 from pyro import distributions as dist
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import kl_divergence
 
-from pyrovae.bounds.base import Bound, LossParts, Sides, layers, same_scale
+from pyrovae.bounds.base import Bound, LossParts, Sides, same_scale
 from pyrovae.bounds.gradients import Gradient
+from pyrovae.bounds.kl import kl_in_closed_form
+from pyrovae.bounds.penalties import Penalty
 from pyrovae.bounds.reductions import Reduced, power_mean
-from pyrovae.distributions import Stacked
-from pyrovae.inference.messages import Untraceable
-from pyrovae.inference.structure import SiteStructure, described, full_precision
+from pyrovae.bounds.schedules import Schedule, check_weight, value_at
+from pyrovae.inference.running import full_precision
+from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import log_prob_of, per_datum
 from pyrovae.regularizers import Regularizer
-
-
-class Schedule(ABC):
-    """Base of numbers that change from one training step to the next; a bound counts its steps."""
-
-    @property
-    @abstractmethod
-    def span(self) -> int:
-        """Steps until the end is reached, once."""
-
-    @abstractmethod
-    def __call__(self, step: int | None) -> float:
-        """Returns the number after so many steps; None for the end, which evaluation takes."""
-
-    def __repr__(self) -> str:
-        return described(self)
-
-
-class Linear(Schedule):
-    r"""A straight line, and its end from there on: a warm-up.
-
-    .. math:: \beta_t = \beta_0 + \min(t / T, 1)\, (\beta_T - \beta_0)
-
-    Args:
-        steps: training steps :math:`T`, at least 1.
-        start: the number at the first step, exactly.
-        end: the number from step `steps` on.
-
-    Raises:
-        ValueError: when `steps` is below 1, or a number is negative or not finite.
-
-    References:
-        Generating Sentences from a Continuous Space, S. R. Bowman, L. Vilnis, O. Vinyals, A. M. Dai, R. Jozefowicz and
-        S. Bengio, 2016, https://arxiv.org/abs/1511.06349; Ladder Variational Autoencoders, C. K. Sønderby et al., 2016,
-        https://arxiv.org/abs/1602.02282.
-
-    >>> beta = Linear(steps=100)
-    >>> beta(0), beta(50), beta(1000)
-    (0.0, 0.5, 1.0)
-    """
-
-    def __init__(self, steps: int, start: float = 0.0, end: float = 1.0):
-        if not steps >= 1:
-            raise ValueError(f"steps must be at least 1, got {steps}.")
-        self.steps = steps
-        self.start, self.end = _weight("start", start), _weight("end", end)
-
-    def __call__(self, step: int | None) -> float:
-        share = 1.0 if step is None else min(step / self.steps, 1.0)
-        return self.start + share * (self.end - self.start)
-
-    @property
-    def span(self) -> int:
-        return self.steps
-
-
-class Cyclical(Schedule):
-    r"""A warm-up again and again: a straight line over the first part of each period, and its end over the rest.
-
-    .. math:: \beta_t = \beta_0 + \min\left(\frac{t \bmod T}{r T}, 1\right) (\beta_T - \beta_0)
-
-    Args:
-        period: training steps :math:`T` of a cycle, at least 1.
-        start: the number at the first step of a cycle, exactly.
-        end: the number when the line has ended.
-        ramp: the share :math:`r` of a cycle that the line takes, above 0 and at most 1.
-
-    Raises:
-        ValueError: when an argument is out of range.
-
-    References:
-        Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing, H. Fu, C. Li, X. Liu, J. Gao,
-        A. Celikyilmaz and L. Carin, 2019, https://arxiv.org/abs/1903.10145.
-
-    >>> beta = Cyclical(period=100)
-    >>> beta(25), beta(75), beta(100)
-    (0.5, 1.0, 0.0)
-    """
-
-    def __init__(self, period: int, start: float = 0.0, end: float = 1.0, ramp: float = 0.5):
-        if not period >= 1:
-            raise ValueError(f"period must be at least 1, got {period}.")
-        if not 0 < ramp <= 1:
-            raise ValueError(f"ramp must be above 0 and at most 1, got {ramp}.")
-        self.period, self.ramp = period, ramp
-        self.start, self.end = _weight("start", start), _weight("end", end)
-
-    def __call__(self, step: int | None) -> float:
-        share = 1.0 if step is None else min(step % self.period / (self.ramp * self.period), 1.0)
-        return self.start + share * (self.end - self.start)
-
-    @property
-    def span(self) -> int:
-        return self.period
-
-
-class Penalty(ABC):
-    """Base of functions of KL divergences that the ELBO takes in their place.
-
-    Args:
-        per_dimension: whether it is given the divergence of each dimension of a latent, or that of the whole.
-    """
-
-    per_dimension: bool = False
-
-    @abstractmethod
-    def __call__(self, kl: Tensor, step: int | None) -> Tensor:
-        """Returns a penalty per datum, ``(batch,)``, which autograd can differentiate.
-
-        Args:
-            kl: divergence of one latent site, ``(batch,)``, or ``(batch, latent_dim)`` of each dimension.
-            step: training steps so far; None in evaluation.
-        """
-
-    def __repr__(self) -> str:
-        return described(self)
-
-
-class FreeBits(Penalty):
-    r"""Free bits: divergences below a threshold cost nothing more, so that they are used.
-
-    .. math:: \sum_g \max(\lambda, \overline{\mathrm{KL}}_g)
-
-    over groups of dimensions, with the mean over the data of the batch, as in the paper. Groups need a prior and a
-    posterior whose dimensions are independent.
-
-    Args:
-        nats: threshold :math:`\lambda` for each group, in nats (a bit is 0.693), at least 0.
-        group_size: dimensions a group, the last one perhaps smaller; 1 for each dimension by itself, None for all of a
-            latent site together.
-
-    Raises:
-        ValueError: when `nats` is negative or not finite, or `group_size` is below 1.
-
-    References:
-        Improving Variational Inference with Inverse Autoregressive Flow, D. P. Kingma, T. Salimans, R. Jozefowicz,
-        X. Chen, I. Sutskever and M. Welling, 2016, https://arxiv.org/abs/1606.04934.
-
-    >>> FreeBits(0.5)(torch.tensor([[0.1, 2.0], [0.3, 4.0]]), step=0)
-    tensor([3.5000, 3.5000])
-    """
-
-    def __init__(self, nats: float, group_size: int | None = 1):
-        self.nats = _weight("nats", nats)
-        if group_size is not None and not (isinstance(group_size, int) and group_size >= 1):
-            raise ValueError(
-                f"group_size must be an integer of at least 1, or None for all together, got {group_size}."
-            )
-        self.group_size, self.per_dimension = group_size, group_size is not None
-
-    def __call__(self, kl: Tensor, step: int | None) -> Tensor:
-        groups = kl.mean(0).reshape(1) if self.group_size is None else kl.mean(0).split(self.group_size)
-        total = sum(group.sum().clamp_min(self.nats) for group in groups)
-        return total.expand(len(kl))
-
-
-class Capacity(Penalty):
-    r"""A target for the KL divergence of each latent site, which training raises slowly.
-
-    .. math:: |\overline{\mathrm{KL}} - C_t|
-
-    of the mean over the data of the batch, so that the noise of an estimated divergence hardly counts. The ELBO's `beta`
-    is its weight :math:`\gamma`.
-
-    Args:
-        nats: :math:`C_t`, a number or a :class:`Schedule`, at least 0.
-
-    Raises:
-        ValueError: when `nats` is negative or not finite.
-
-    References:
-        Understanding Disentangling in beta-VAE, C. P. Burgess et al., 2018, https://arxiv.org/abs/1804.03599.
-
-    >>> Capacity(Linear(steps=100, end=25.0))(torch.tensor([3.0, 4.0]), step=20)
-    tensor([1.5000, 1.5000])
-    """
-
-    def __init__(self, nats: float | Schedule):
-        self.nats = nats if isinstance(nats, Schedule) else _weight("nats", nats)
-
-    def __call__(self, kl: Tensor, step: int | None) -> Tensor:
-        return (kl.mean() - _at(self.nats, step)).abs().expand(len(kl))
 
 
 class ELBO(Bound):
@@ -254,7 +70,7 @@ class ELBO(Bound):
     ):
         if not (penalty is None or isinstance(penalty, Penalty)):
             raise TypeError(f"penalty must be one that is built, such as bounds.FreeBits(0.1), got {penalty!r}.")
-        self.beta = beta if isinstance(beta, Schedule) else _weight("beta", beta)
+        self.beta = beta if isinstance(beta, Schedule) else check_weight("beta", beta)
         self.penalty, self.closed_form = penalty, closed_form
         # A penalty of divergences that are estimated is no function of the mean log weight any more.
         self.linear = self.smooth = penalty is None
@@ -324,7 +140,7 @@ class ELBO(Bound):
 
     def _loss_parts(self, sides: Sides, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> LossParts:
         step = self.steps if torch.is_grad_enabled() else None
-        beta, scales = _at(self.beta, step), sides.scales
+        beta, scales = value_at(self.beta, step), sides.scales
         log_p = [t * scales["p", name] for name, t in sides.observed.items()]
         log_q, loss = [], -reconstruction
         for name, divergence in kl.items():
@@ -364,40 +180,8 @@ def _by_datum(log_p: list[Tensor], log_q: list[Tensor], batch: int) -> tuple[Ten
     return *(side + torch.zeros_like(like) for side in sides), outside
 
 
-def kl_in_closed_form(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor | None:
-    """Returns KL(q || p) of each element of the batch, or None where no closed form is known.
-
-    >>> q = dist.MultivariateNormal(torch.zeros(2), torch.eye(2))
-    >>> kl_in_closed_form(q, dist.Normal(torch.ones(2), 1.0).to_event(1))
-    tensor(1.)
-    """
-    # Torch and Pyro leave a point's density, and what a mask hides, out of account.
-    if any(isinstance(fn, dist.Delta | dist.MaskedDistribution | Stacked) for fn in (*layers(q), *layers(p))):
-        return None
-    if q.batch_shape != p.batch_shape:  # some closed forms do not broadcast
-        shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
-        q, p = q.expand(shape), p.expand(shape)
-    if isinstance(q, dist.MultivariateNormal | dist.LowRankMultivariateNormal) and _is_diagonal_normal(p):
-        loc, scale = p.base_dist.loc, p.base_dist.scale
-        if isinstance(q, dist.MultivariateNormal):
-            log_det = 2 * q.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        else:
-            log_det = _low_rank_log_det(q)
-        squares = ((q.variance + (q.loc - loc).square()) / scale.square() - 1).sum(-1)
-        return 0.5 * (squares + 2 * scale.log().sum(-1) - log_det)
-    try:
-        return kl_divergence(q, p)
-    except NotImplementedError:
-        return None
-
-
-def _is_diagonal_normal(p: dist.TorchDistribution) -> bool:
-    return isinstance(p, dist.Independent) and isinstance(p.base_dist, dist.Normal) and p.reinterpreted_batch_ndims == 1
-
-
-def _low_rank_log_det(q: dist.LowRankMultivariateNormal) -> Tensor:
-    """Returns the log-determinant of a covariance W W' + D, by the matrix determinant lemma."""
-    return 2 * q._capacitance_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + q.cov_diag.log().sum(-1)
+def _varies(scale: float | Tensor) -> bool:
+    return isinstance(scale, Tensor) and scale.dim() > 0
 
 
 def _dimensions(site: dict) -> dist.TorchDistribution:
@@ -411,51 +195,3 @@ def _dimensions(site: dict) -> dist.TorchDistribution:
         f'FreeBits(group_size=...) needs the KL divergence of each dimension, but site "{site["name"]}" has a '
         f"{type(fn).__name__} whose dimensions are not independent. Take group_size=None, for the site as a whole."
     )
-
-
-def _varies(scale: float | Tensor) -> bool:
-    return isinstance(scale, Tensor) and scale.dim() > 0
-
-
-def _at(number: float | Schedule, step: "int | ScheduledStep | None") -> float | Tensor:
-    if not isinstance(number, Schedule):
-        return number
-    return step.at(number) if isinstance(step, ScheduledStep) else number(step)
-
-
-class ScheduledStep:
-    """Any training step, with what schedules give at it: what stands in a graph for all steps.
-
-    Args:
-        numbers: tensors without dimensions, by the identity of a schedule.
-
-    Raises:
-        Untraceable: when it is used as a number, for which it would have to be a certain step.
-    """
-
-    def __init__(self, numbers: dict[int, Tensor]):
-        self.numbers = numbers
-
-    def at(self, schedule: Schedule) -> Tensor:
-        if id(schedule) not in self.numbers:
-            raise Untraceable(f"{schedule!r} is no attribute of the bound or of its penalty")
-        return self.numbers[id(schedule)]
-
-    def __add__(self, steps: int) -> "ScheduledStep":
-        return self
-
-    def _refuse(self, *_: Any) -> NoReturn:
-        raise Untraceable(
-            "it computes with the training step, which would stay the same: make it an attribute that is a Schedule"
-        )
-
-    __index__ = __int__ = __float__ = __bool__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __sub__ = __rsub__ = __mod__ = __floordiv__ = _refuse
-
-
-def _weight(name: str, value: float) -> float:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, or where it may change a schedule that is built, got {value!r}.")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be at least 0 and finite, got {value}.")
-    return value

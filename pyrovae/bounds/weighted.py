@@ -9,7 +9,9 @@ from torch import Tensor
 from pyrovae.bounds.base import ImportanceBound
 from pyrovae.bounds.gradients import Coefficients, DoublyReparameterized, Gradient
 from pyrovae.bounds.reductions import Reduced, mean_of_groups, power_mean, tempered, thermodynamic_sum
-from pyrovae.inference.structure import SiteStructure, sample_sites, traced
+from pyrovae.inference.running import traced
+from pyrovae.inference.sites import sample_sites
+from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import log_prob_of, of_depth, per_datum, simulate
 from pyrovae.regularizers import Regularizer, Run
 

@@ -38,12 +38,13 @@ from torch.utils._pytree import (
 
 from pyrovae.arguments import holds_packed
 from pyrovae.bounds import Bound, Terms
-from pyrovae.bounds.elbo import ScheduledStep
+from pyrovae.bounds.schedules import ScheduledStep
 from pyrovae.compilation.cudagraph import CudaGraph, PostStep, on_one_gpu
 from pyrovae.compilation.guards import ATOMS, Guards, same, tensor_kind
 from pyrovae.distributed import Shard
-from pyrovae.inference.messages import Untraceable
-from pyrovae.inference.structure import ObservedChecked, check_observed_by, full_precision, named_plate, warn
+from pyrovae.inference.messages import ObservedChecked, Untraceable, check_observed_by, warn
+from pyrovae.inference.running import full_precision
+from pyrovae.inference.structure import named_plate
 
 __all__ = ["Compiled", "GraphCache", "compile"]
 

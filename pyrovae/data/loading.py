@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from pyrovae.arguments import Arguments, count_data, moved, of_batch, settled, take_rows, tensors_of
-from pyrovae.inference.structure import check_finite
+from pyrovae.arguments import Arguments, as_arguments, canonicalize, count_data, take_rows, tensors_of, to_device
+from pyrovae.inference.messages import check_finite
 
 __all__ = ["Batches", "Split", "Splits", "dynamic_binarization", "load", "split_missing", "static_binarization"]
 
@@ -143,7 +143,7 @@ class Batches:
 
     Args:
         tensors: positional arguments, with the data along the first dimension, of one length; or what else
-            :func:`pyrovae.arguments.settled` returns.
+            :func:`pyrovae.arguments.canonicalize` returns.
         batch_size: data a batch; the last may be smaller.
         shuffle: whether to draw a new order from torch's random state for every pass.
         named: keyword arguments, if there are any.
@@ -210,9 +210,9 @@ def as_batches(
         raise TypeError(
             f"{name} must be a tensor, an array, a dict or a tuple of such, a Dataset or a DataLoader, got {type(data).__name__}."
         )
-    batch = of_batch(data)
+    batch = as_arguments(data)
     try:
-        args, kwargs, size = settled(batch.args, batch.kwargs)
+        args, kwargs, size = canonicalize(batch.args, batch.kwargs)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     found = tensors_of(args, kwargs)
@@ -222,7 +222,7 @@ def as_batches(
     if device is None and len(devices) > 1:
         raise ValueError(f"{name} holds tensors on {' and '.join(map(str, devices))}. Put them on one device.")
     if device is not None:
-        args, kwargs = moved(args, kwargs, device)
+        args, kwargs = to_device(args, kwargs, device)
     return Batches(args, min(batch_size or 1000, size), shuffle, kwargs)
 
 

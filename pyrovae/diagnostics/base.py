@@ -1,5 +1,6 @@
 """What all diagnoses have in common: data that can print, draw and summarise itself; latents and data by site."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from pyrovae import arguments
 from pyrovae.arguments import take_rows
 from pyrovae.distributions import center
 from pyrovae.estimators.base import checked
-from pyrovae.inference.structure import SiteStructure, inspect, sample_sites
+from pyrovae.inference.sites import sample_sites
+from pyrovae.inference.structure import SiteStructure, inspect
 from pyrovae.inference.weights import in_data, inspect_samples, trace_guide, trace_model
 
 
@@ -166,14 +168,19 @@ def check_at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
+def finite_or_none(value: float) -> float | None:
+    """Returns a number, or None where JSON has no number for it (NaN and infinity)."""
+    return float(value) if math.isfinite(value) else None
+
+
 def in_memory(minimum: int, what_for: str, args: tuple, kwargs: dict) -> tuple[tuple, dict, int]:
     """Returns arguments whose rows can be taken, a loader's data in one piece, and the number of data.
 
     Raises:
         ValueError: when there are too few for a diagnostic, or they are not finite.
     """
-    if arguments.loader_of(args, kwargs) is None:
-        size = arguments.count_data(*arguments.converted(args, kwargs))
+    if arguments.as_loader(args, kwargs) is None:
+        size = arguments.count_data(*arguments.as_tensors(args, kwargs))
     else:
         args, kwargs, size = arguments.in_memory(args, kwargs)
     if size < minimum:

@@ -15,17 +15,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrovae.arguments import take_rows, tensors_of
-from pyrovae.bounds.base import conditioned_alike, layers
-from pyrovae.bounds.elbo import kl_in_closed_form
-from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, in_memory, inspect_part, latents_of
-from pyrovae.estimators.proposals import check_no_auxiliary
-from pyrovae.inference.structure import (
-    SiteStructure,
-    check_all_observed,
-    evaluation_mode,
-    is_masked,
-    sample_sites,
+from pyrovae.bounds.kl import conditioned_alike, kl_in_closed_form
+from pyrovae.diagnostics.base import (
+    Diagnosis,
+    Latents,
+    at_latents,
+    check_at_least,
+    finite_or_none,
+    in_memory,
+    inspect_part,
+    latents_of,
 )
+from pyrovae.estimators.proposals import check_no_auxiliary
+from pyrovae.inference.messages import PER_DATUM, check_all_observed
+from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.sites import independent_elements, is_masked, layers, sample_sites
+from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import check_draws, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.training import History
 
@@ -149,20 +154,20 @@ class Collapse(Diagnosis):
         return {
             "num_data": len(self.kl),
             "num_draws": self.num_draws,
-            "kl": _finite(self.kl.double().mean().item()),
-            "kl_error": _finite(self.kl_error),
-            "kl_by_site": {name: _finite(kl.double().mean().item()) for name, kl in self.kl_by_site.items()},
-            "kl_by_dimension": [_finite(kl) for kl in self.kl_by_dimension.tolist()],
-            "variance": [_finite(v) for v in self.variance.tolist()],
+            "kl": finite_or_none(self.kl.double().mean().item()),
+            "kl_error": finite_or_none(self.kl_error),
+            "kl_by_site": {name: finite_or_none(kl.double().mean().item()) for name, kl in self.kl_by_site.items()},
+            "kl_by_dimension": [finite_or_none(kl) for kl in self.kl_by_dimension.tolist()],
+            "variance": [finite_or_none(v) for v in self.variance.tolist()],
             "active_units": self.active_units,
             "num_dimensions": len(self.variance),
-            "mutual_information": _finite(self.mutual_information),
-            "mutual_information_error": _finite(self.mutual_information_error),
-            "mutual_information_upper": _finite(self.mutual_information_upper),
+            "mutual_information": finite_or_none(self.mutual_information),
+            "mutual_information_error": finite_or_none(self.mutual_information_error),
+            "mutual_information_upper": finite_or_none(self.mutual_information_upper),
             "mutual_information_ceiling": self.ceiling,
-            "aggregate_kl": _finite(self.aggregate_kl),
-            "aggregate_kl_error": _finite(self.aggregate_kl_error),
-            "aggregate_kl_lower": _finite(self.aggregate_kl_lower),
+            "aggregate_kl": finite_or_none(self.aggregate_kl),
+            "aggregate_kl_error": finite_or_none(self.aggregate_kl_error),
+            "aggregate_kl_lower": finite_or_none(self.aggregate_kl_lower),
             "verdict": self.verdict,
         }
 
@@ -256,9 +261,7 @@ def collapse(
         structure = inspect_part(model, guide, slice(0, 2), args, kwargs)
         if structure.problems:
             raise ValueError(
-                f"KL divergences per datum are undefined: {'; '.join(structure.problems)}. What belongs to a datum "
-                'must stand under pyro.plate("data", len(x)) in the model and in the guide, drawn from a '
-                "density."
+                f"KL divergences per datum are undefined: {'; '.join(structure.problems)}. {PER_DATUM}."
             )
         check_no_auxiliary(structure)
         drawn, step = [], max(1, _ROWS // num_draws)
@@ -426,9 +429,8 @@ def _divergence(q: dict, p: dict, given_alike: bool) -> tuple[Tensor, Tensor | N
 
 def _dimensions(fn: dist.TorchDistribution) -> dist.TorchDistribution | None:
     """Returns the distribution of independent dimensions one by one, as elements of its batch; None without."""
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return None if fn.event_shape or isinstance(fn, dist.MaskedDistribution) else fn
+    elements = independent_elements(fn)
+    return None if isinstance(elements, dist.MaskedDistribution) else elements
 
 
 def _mean(site: dict) -> Tensor:
@@ -522,10 +524,6 @@ def _error(draws: Tensor) -> float:
     """Returns the standard error of the mean of ``(num_draws, batch)`` for these data."""
     num_draws, size = draws.shape
     return (draws.var(0).sum() / num_draws).sqrt().item() / size
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _near(value: float) -> float:

@@ -5,7 +5,7 @@ The one place where :math:`\log p(x, z) - \log q(z \mid x)` is formed.
 
 import math
 from collections.abc import Callable, Set
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -14,27 +14,17 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.arguments import in_memory, mapped, tensors_of
-from pyrovae.distributions import Stacked, center
+from pyrovae.arguments import tensors_of, tree_map
+from pyrovae.distributions import Stacked
 from pyrovae.distributions.normals import LowRankMultivariateNormal, MultivariateNormal
-from pyrovae.inference.structure import (
-    DataPlate,
-    SiteStructure,
-    check_observed_by,
-    evaluation_mode,
-    full_precision,
-    inspect,
-    latents_of_trace,
-    sample_sites,
-    traced,
-    unwrapped,
-    warn,
-)
+from pyrovae.inference.messages import PER_DATUM, check_observed_by, warn
+from pyrovae.inference.running import full_precision, isolated, traced
+from pyrovae.inference.sites import latents_of_trace, sample_sites, unwrapped
+from pyrovae.inference.structure import SiteStructure, inspect
 
-__all__ = ["Imputation", "impute", "log_weights"]
+__all__ = ["log_weights"]
 
 _SAMPLES = "_num_samples"  # the plate of the draws, left of all others
-_CHUNK = 2**22  # elements of the largest argument, times samples, that impute works on at once
 
 
 def log_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, **kwargs: Any) -> Tensor:
@@ -84,11 +74,10 @@ def inspect_weights(model: Callable, guide: Callable, *args: Any, num_samples: i
     structure = inspect(model, guide, *args, **kwargs)
     if structure.problems:
         raise ValueError(
-            f"Importance weights per datum are undefined: {'; '.join(structure.problems)}. What belongs to a datum "
-            'must stand under pyro.plate("data", len(x)) in the model and in the guide, drawn from a density; a latent that '
-            "all data share must have a value, by poutine.condition of the model and of the guide."
+            f"Importance weights per datum are undefined: {'; '.join(structure.problems)}. {PER_DATUM}; give "
+            "a latent that all data share a value, by poutine.condition of the model and of the guide."
         )
-    if structure.outside:  # which a model may be trained on, but a density of none is no score
+    if structure.out_of_support:  # which a model may be trained on, but a density of none is no score
         check_observed_by(model, guide, *args, **kwargs)
     return check_draws(structure, model, guide, *args, **kwargs)
 
@@ -107,8 +96,7 @@ def check_draws(structure: SiteStructure, model: Callable, guide: Callable, *arg
     if not structure.vectorized:
         return structure
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    devices = sorted({t.device for t in tensors if t.is_cuda}, key=str)
-    with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
+    with isolated(tensors):
         reason = _why_one_by_one(model, guide, structure, tensors, args, kwargs)
     if reason is None:
         return structure
@@ -200,6 +188,10 @@ def draw(
     return trace, log_q_of(trace)
 
 
+def _samples(structure: SiteStructure, num_samples: int) -> pyro.plate:
+    return pyro.plate(_SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting)
+
+
 def trace_guide(
     guide: Callable, structure: SiteStructure, num_samples: int, *args: Any, **kwargs: Any
 ) -> poutine.Trace:
@@ -229,7 +221,9 @@ def log_joint(
 def log_p_of(trace: poutine.Trace, structure: SiteStructure) -> Tensor:
     r"""Returns :math:`\log p(x, z)` of a model's trace, ``(num_samples, batch)``, given what all data share."""
     sites = sample_sites(trace)
-    return sum(per_datum(site, log_prob_of(site)) for name, site in sites.items() if name not in structure.given)
+    return sum(
+        per_datum(site, log_prob_of(site)) for name, site in sites.items() if name not in structure.global_observed
+    )
 
 
 def log_q_of(trace: poutine.Trace) -> Tensor:
@@ -373,7 +367,7 @@ def simulate(model: Callable, *args: Any, **kwargs: Any) -> tuple[poutine.Trace,
                     "none of the arguments as given. Observe the argument itself."
                 )
             in_place[id(seen)] = site["value"]
-    return drawn, *mapped(lambda value: in_place.get(id(value), value), (args, kwargs))
+    return drawn, *tree_map(lambda value: in_place.get(id(value), value), (args, kwargs))
 
 
 def log_prob_of(site: dict) -> Tensor:
@@ -403,156 +397,3 @@ def per_datum(site: dict, t: Tensor, event_dim: int = 0) -> Tensor:
     if end == 2:
         return t
     return t.movedim(end + site["data"].dim, end - 1).flatten(1, end - 2).sum(1)
-
-
-class Imputation(NamedTuple):
-    r"""What a model makes of data that it was given, seen through the latents.
-
-    Args:
-        mean: :math:`\mathrm{E}[x' \mid x]`, shape ``(batch, *x_shape)``.
-        draws: draws of :math:`x' \sim p(x' \mid x)`, shape ``(num_draws, batch, *x_shape)``.
-        ess: effective sample size of the weights, shape ``(batch,)``, between 1 and the number of samples; where it is
-            small, neither mean nor draws are to be trusted.
-    """
-
-    mean: Tensor
-    draws: Tensor
-    ess: Tensor
-
-
-@torch.no_grad()
-def impute(
-    model: Callable,
-    guide: Callable,
-    *args: Any,
-    num_samples: int = 1000,
-    num_draws: int = 1,
-    site: str = "x",
-    **kwargs: Any,
-) -> Imputation:
-    r"""Draws data anew given the data, by self-normalised importance sampling with the guide as the proposal.
-
-    .. math:: \mathrm{E}[x' \mid x] \approx \sum_{k=1}^K \bar w_k\, \mathrm{E}[x' \mid z_k], \qquad
-        \bar w_k = \frac{w_k}{\sum_j w_j}, \quad w_k = \frac{p(x, z_k)}{q(z_k \mid x)}, \quad z_k \sim q(z \mid x)
-
-    A draw of :math:`x'` takes one :math:`z_k`, each with probability :math:`\bar w_k`, and then
-    :math:`x' \sim p(x' \mid z_k)`. Where elements of x were not observed (masked), :math:`x'` is what the model puts in
-    their place; where they were, a reconstruction. Modules run in evaluation mode. Samples are worked through in
-    chunks; data are not, so hand over only as many as fit in memory.
-
-    Args:
-        model: a Pyro model, called with the same arguments as the guide.
-        guide: a Pyro guide with the model's latent sites.
-        *args: what both are called with.
-        num_samples: samples per datum :math:`K`.
-        num_draws: draws of :math:`x'` per datum.
-        site: name of the observed site of the model to draw.
-        **kwargs: what both are called with.
-
-    Returns:
-        An :class:`Imputation`. Its mean is made of modes where :math:`p(x' \mid z)` has no finite mean (classes).
-
-    Raises:
-        ValueError: when `num_samples` or `num_draws` is below 1, the model has no such observed site, all weights of a
-            datum are zero, or weights per datum are undefined, as in :func:`log_weights`.
-
-    References:
-        MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets, P.-A. Mattei and J. Frellsen, 2019,
-        https://arxiv.org/abs/1812.02633.
-
-    >>> import pyrovae
-    >>> from pyrovae import encoders, likelihoods, priors
-    >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
-    >>> imputed = impute(vae.model, vae.guide, torch.zeros(5, 3), num_samples=100, num_draws=4)
-    >>> imputed.mean.shape, imputed.draws.shape, imputed.ess.shape
-    (torch.Size([5, 3]), torch.Size([4, 5, 3]), torch.Size([5]))
-    """
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
-    args, kwargs, size = in_memory(args, kwargs)
-    chunk = max(1, _CHUNK // max((t.numel() for t in tensors_of(args, kwargs)), default=1))
-    with evaluation_mode():
-        structure = inspect_weights(model, guide, *args, num_samples=num_samples, **kwargs)
-        place, right = structure.data_index, -1 - structure.data.dim  # of the data, and how many plates come after
-        log_sum = log_sum_of_squares = mean = kept = None
-        for start in range(0, num_samples, chunk):
-            k = min(chunk, num_samples - start)
-            drawn, log_q = draw(guide, structure, k, *args, **kwargs)
-            scored = trace_model(model, drawn, structure, k, *args, **kwargs)
-            if start == 0:
-                _check_imputed(scored, site, log_q, size, structure.data)
-            # In double precision, for the sums may run over very many terms.
-            log_w = (log_p_of(scored, structure) - log_q).double()
-            log_sum_here = log_w.logsumexp(0)
-            before = torch.full_like(log_sum_here, -math.inf) if log_sum is None else log_sum
-            log_sum = torch.logaddexp(before, log_sum_here)
-            squares = (2 * log_w).logsumexp(0)
-            log_sum_of_squares = squares if start == 0 else torch.logaddexp(log_sum_of_squares, squares)
-
-            # As long as all weights are zero, their shares are 0 / 0: count them as none.
-            w = (log_w - log_sum).exp().nan_to_num(0.0)
-            p = scored.nodes[site]["fn"]
-            part = (_beside(w, place, right, p) * center(p)).sum(0)
-            mean = (
-                part
-                if start == 0
-                else part + mean * _beside((before - log_sum).exp().nan_to_num(0.0), place - 1, right, p)
-            )
-
-            # Each draw keeps a latent of earlier chunks, or takes one of this, by their shares of the weight.
-            choice = torch.multinomial((w + (w.sum(0) == 0)).T, num_draws, replacement=True).T
-            taken = _take(drawn, choice, place)
-            if start > 0:
-                fresh = torch.rand_like(choice, dtype=w.dtype) < w.sum(0)
-                _replace(taken, kept, ~fresh, place, right)
-            kept = taken
-        if bool((log_sum == -math.inf).any()):
-            raise ValueError(
-                f"all {num_samples} samples of datum {int((log_sum == -math.inf).nonzero()[0])} have weight zero, so there "
-                "is nothing to impute from. Train the guide, or draw more samples."
-            )
-        p = trace_model(model, kept, structure, num_draws, *args, **kwargs).nodes[site]["fn"]
-        draws = p.sample()
-    ess = (2 * log_sum - log_sum_of_squares).exp().clamp(max=num_samples)
-    shape = _own_shape(scored.nodes[site], mean.shape, structure.max_plate_nesting)
-    return Imputation(mean.to(center(p).dtype).reshape(shape), draws.reshape(num_draws, *shape), ess.to(log_q.dtype))
-
-
-def _samples(structure: SiteStructure, num_samples: int) -> pyro.plate:
-    return pyro.plate(_SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting)
-
-
-def _check_imputed(trace: poutine.Trace, site: str, log_q: Tensor, size: int, plate: DataPlate) -> None:
-    observed = [name for name, node in sample_sites(trace).items() if node["is_observed"]]
-    if site not in observed:
-        raise ValueError(f'The model has no observed site "{site}" to impute; it has {", ".join(observed) or "none"}.')
-    plate.check_in_order(log_q.shape[1], size)
-
-
-def _beside(t: Tensor, dim: int, right: int, p: Any) -> Tensor:
-    """Returns t, ``(*samples, batch)``, with the data at dimension `dim`, `right` more plates, and room for the events of p."""
-    shape = t.shape[:-1] + (1,) * (dim + 1 - t.dim()) + t.shape[-1:] + (1,) * right
-    return t.reshape(shape + (1,) * len(p.event_shape))
-
-
-def _take(trace: poutine.Trace, choice: Tensor, dim: int) -> poutine.Trace:
-    """Returns a guide's trace at chosen samples, ``(num_draws, batch)``, with the data at dimension `dim`."""
-    rows = torch.arange(choice.shape[1], device=choice.device)
-    taken = trace.copy()
-    for name, node in sample_sites(trace).items():
-        if not node["is_observed"]:
-            taken.nodes[name] = {**node, "value": node["value"].movedim(dim, 1)[choice, rows].movedim(1, dim)}
-    return taken
-
-
-def _replace(trace: poutine.Trace, other: poutine.Trace, where: Tensor, dim: int, right: int) -> None:
-    for name, node in sample_sites(trace).items():
-        if not node["is_observed"]:
-            node["value"] = torch.where(
-                _beside(where, dim, right, node["fn"]), other.nodes[name]["value"], node["value"]
-            )
-
-
-def _own_shape(node: dict, shape: torch.Size, depth: int) -> torch.Size:
-    """Returns a shape without the leading dimensions of plates that a site does not stand in."""
-    return shape[depth - node["num_plates"] :]

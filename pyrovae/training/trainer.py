@@ -26,26 +26,27 @@ from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
 from pyrovae import storage
-from pyrovae.arguments import Arguments, converted, count_data, moved, of_batch, placed, settled, take_rows, tensors_of
+from pyrovae.arguments import (
+    Arguments,
+    as_arguments,
+    as_tensors,
+    canonicalize,
+    count_data,
+    row_positions,
+    take_rows,
+    tensors_of,
+    to_device,
+)
 from pyrovae.bounds import Bound
 from pyrovae.compilation import api as graphs
 from pyrovae.compilation.cudagraph import PostStep
 from pyrovae.compilation.guards import Guards
 from pyrovae.data.loading import Batches, as_batches
 from pyrovae.distributed import Shard, init_process_group
-from pyrovae.inference.structure import (
-    ObservedChecked,
-    check_all_observed,
-    check_finite,
-    evaluation_mode,
-    inspect,
-    is_integer,
-    latents_of_trace,
-    sample_sites,
-    traced,
-    unwrapped,
-    warn,
-)
+from pyrovae.inference.messages import ObservedChecked, check_all_observed, check_finite, is_integer, warn
+from pyrovae.inference.running import evaluation_mode, traced
+from pyrovae.inference.sites import latents_of_trace, sample_sites, unwrapped
+from pyrovae.inference.structure import inspect
 
 __all__ = ["History", "fit"]
 
@@ -248,7 +249,7 @@ def fit(
         first = next(iter(batches.in_order()))
     others_say = isinstance(data, (DataLoader, IterableDataset))  # in which order data come
     num_shuffled = 0 if others_say else batches.size if isinstance(batches, Batches) else len(data)
-    with placed(getattr(batches, "rows", None)):
+    with row_positions(getattr(batches, "rows", None)):
         run = _Run(world, model, guide, loss, optimizer, scheduler, transform, clip_norm, device, first, num_shuffled)
     if run.of_rows:
         _warn_of_rows(run.of_rows, batch_size, len(batches))
@@ -259,8 +260,8 @@ def fit(
         )
     history, best, steps = History(), None, _length(batches)
     _warn_of_schedules(run.loss, steps, epochs, patience)
-    first = of_batch(first)
-    fingerprint = {"steps an epoch": steps, "data in the first batch": count_data(*converted(first.args, first.kwargs))}
+    first = as_arguments(first)
+    fingerprint = {"steps an epoch": steps, "data in the first batch": count_data(*as_tensors(first.args, first.kwargs))}
 
     if is_there:
         saved = world.broadcast_from_rank0(lambda: storage.read_checkpoint(checkpoint))
@@ -369,7 +370,7 @@ class _Run:
         if shard.count < total:
             structure = inspect(model, guide, *args, **kwargs)
         self.unvalidated = structure.unvalidated
-        for name in structure.outside:
+        for name in structure.out_of_support:
             warn(
                 f'data at site "{name}" are outside the support of its distribution, which was built with validate_args=False: the '
                 "loss is of no probability of them, and log_marginal will refuse them."
@@ -396,16 +397,16 @@ class _Run:
 
     def prepare(self, name: str, batch: Any, check: bool) -> Arguments:
         """Returns a batch as the arguments for model and guide: checked, on its device, transformed."""
-        batch = of_batch(batch)
-        args, kwargs = converted(batch.args, batch.kwargs)
+        batch = as_arguments(batch)
+        args, kwargs = as_tensors(batch.args, batch.kwargs)
         if check:
             for x in tensors_of(args, kwargs):
                 check_finite(name, x)
         if self.device is not None:
-            args, kwargs = moved(args, kwargs, self.device)
+            args, kwargs = to_device(args, kwargs, self.device)
         if self.transform is None:
             return Arguments(*args, **kwargs)
-        return of_batch(self.transform(*args, **kwargs))
+        return as_arguments(self.transform(*args, **kwargs))
 
     def _find_state(self, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Runs the loss once, changing nothing, to find the parameters and buffers it uses, named by order and name.
@@ -489,7 +490,7 @@ class _Run:
                             dim, x = frame.dim - site["fn"].event_dim, site["value"]
                             if x.dim() >= -dim and x.shape[dim] == size:
                                 site["value"] = x.roll(1, dim)
-                args, kwargs = take_rows(torch.arange(size).roll(1), *settled(batch.args, batch.kwargs)[:2])
+                args, kwargs = take_rows(torch.arange(size).roll(1), *canonicalize(batch.args, batch.kwargs)[:2])
                 with torch.random.fork_rng(devices):
                     there, _ = self._parts_of_row(1, Arguments(*args, **kwargs), size, params, drawn)
         except Exception:  # rows that cannot change places, such as sequences in the order of their lengths
@@ -690,7 +691,7 @@ class _Run:
         args, kwargs, noise, rows, where = self.latest
         torch.set_rng_state(noise)
         self._require_finite_state(where)
-        with torch.no_grad(), pyro.validation_enabled(False), placed(rows):
+        with torch.no_grad(), pyro.validation_enabled(False), row_positions(rows):
             guide = traced(self.guide, None, *args, **kwargs)
             model = traced(self.model, latents_of_trace(guide), *args, **kwargs)
             check_all_observed(model, self.unvalidated)
