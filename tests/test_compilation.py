@@ -1091,7 +1091,7 @@ class OfSteps(bounds.Penalty):
         self.held = [Steep()]
 
     def __call__(self, kl: Tensor, step: int | None) -> Tensor:
-        return kl * bounds.elbo._at(self.held[0], step)
+        return kl * bounds.schedules.value_at(self.held[0], step)
 
 
 SCHEDULES = {

@@ -143,7 +143,7 @@ def test_what_a_guide_observes_is_no_part_of_q():
     estimate = log_marginal(model, with_more, x, num_samples=30, progress=False)
     torch.testing.assert_close(estimate.value, truth(x), rtol=0, atol=ROUNDING)
     for bound in (bounds.ELBO(), bounds.IWAE(3)):
-        with pytest.raises(ValueError, match='the guide observes "aux", "seen", which is no part of q'):
+        with pytest.raises(ValueError, match='the guide observes "aux", "seen", which is not part of q'):
             bound.loss(model, with_more, x)
 
 

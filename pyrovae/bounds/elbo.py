@@ -3,19 +3,15 @@ r"""The evidence lower bound, and what training does with its KL divergence."""
 from collections.abc import Sequence
 
 import torch
-from pyro import distributions as dist
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyrovae.bounds.base import Bound, LossParts, Sides, same_scale
+from pyrovae.bounds.base import Bound, LossParts
 from pyrovae.bounds.gradients import Gradient
-from pyrovae.bounds.kl import kl_in_closed_form
 from pyrovae.bounds.penalties import Penalty
 from pyrovae.bounds.reductions import Reduced, power_mean
 from pyrovae.bounds.schedules import Schedule, check_weight, value_at
-from pyrovae.inference.running import full_precision
+from pyrovae.bounds.scoring import SiteScorer, SiteTerms
 from pyrovae.inference.structure import SiteStructure
-from pyrovae.inference.weights import log_prob_of, per_datum
 from pyrovae.regularizers import Regularizer
 
 
@@ -75,6 +71,9 @@ class ELBO(Bound):
         # A penalty of divergences that are estimated is no function of the mean log weight any more.
         self.linear = self.smooth = penalty is None
         super().__init__(num_particles, gradient, chunk_size, regularizers)
+        # A KL divergence in closed form has the noise that these gradients avoid.
+        closed_form = closed_form and not self.gradient.reparameterized
+        self.scorer = SiteScorer(closed_form, penalty, weighted_sites=True)
 
     def reduce(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, 0.0)
@@ -93,72 +92,29 @@ class ELBO(Bound):
         if enumerated:
             raise ValueError(f"bounds.ELBO does not enumerate: {'; '.join(enumerated)}. Use pyro.infer.TraceEnum_ELBO.")
 
-    @property
-    def _closes(self) -> bool:
-        return self.closed_form and not self.gradient.reparameterized
-
-    @property
-    def _each(self) -> bool:
-        return self.penalty is not None and self.penalty.per_dimension
-
-    def _model_side(self, p: dict, q: dict, closed_form: bool) -> tuple[Tensor, bool]:
-        p_fn, event_dim = (_dimensions(p), 1) if self._each else (p["fn"], 0)
-        kl = None
-        if closed_form and self._closes and p["mask"] is q["mask"] and same_scale(p["scale"], q["scale"]):
-            with full_precision([q["value"].device]):
-                kl = kl_in_closed_form(_dimensions(q) if self._each else q["fn"], p_fn)
-        # A divergence that does not depend on the draw is the same for all.
-        batch = p["value"].shape[: p["value"].dim() - len(p_fn.event_shape)]
-        t = self._masked(p, p_fn.log_prob(p["value"]) if kl is None else -kl.expand(batch))
-        return per_datum(p, self._scaled(p, t, event_dim), event_dim), kl is not None
-
-    def _guide_side(self, q: dict, shared: bool) -> Tensor:
-        if not (self._each and shared):
-            return per_datum(q, self._scaled(q, log_prob_of(q)))
-        return per_datum(q, self._scaled(q, self._masked(q, _dimensions(q).log_prob(q["value"])), 1), 1)
-
-    def _masked(self, site: dict, t: Tensor) -> Tensor:
-        """Masks the contribution of a latent, or of each of its dimensions, of which a number is the only one."""
-        mask = site["mask"]
-        if self._each:
-            t = t if site["fn"].event_shape else t.unsqueeze(-1)
-            mask = mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask
-        return scale_and_mask(t, mask=mask)
-
-    def _scale_of(self, site: dict) -> float | Tensor:
-        return 1.0 if _varies(site["scale"]) else site["scale"]
-
-    def _scaled(self, site: dict, t: Tensor, event_dim: int = 0) -> Tensor:
-        if not _varies(site["scale"]):
-            return t
-        if self.penalty is not None and not site["is_observed"]:
-            raise ValueError(
-                f'site "{site["name"]}" is scaled by a tensor, which has no place in {type(self.penalty).__name__}, a '
-                "function of the divergence itself. Scale it by one number, or leave out the penalty."
-            )
-        return t * (site["scale"].unsqueeze(-1) if event_dim else site["scale"])
-
-    def _loss_parts(self, sides: Sides, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> LossParts:
+    def _loss_parts(self, terms: SiteTerms, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> LossParts:
         step = self.steps if torch.is_grad_enabled() else None
-        beta, scales = value_at(self.beta, step), sides.scales
-        log_p = [t * scales["p", name] for name, t in sides.observed.items()]
+        beta = value_at(self.beta, step)
+        log_p = [t * terms.model_scales[name] for name, t in terms.observed.items()]
         log_q, loss = [], -reconstruction
         for name, divergence in kl.items():
-            sites = {side: t[name] for side, t in (("p", sides.model), ("q", sides.guide)) if name in t}
-            if self.penalty is not None and "p" in sites:
-                signed = (-t.detach().mean(0) if side == "p" else t.detach().mean(0) for side, t in sites.items())
-                slope, penalty = _penalize(self.penalty, sum(signed), step)
-                loss = loss + beta * (penalty * scales["p", name]).sum()
+            p, q = terms.model.get(name), terms.guide.get(name)
+            slope = 1.0
+            if self.penalty is not None and p is not None:
+                kl_per_datum = -p.detach().mean(0) if q is None else -p.detach().mean(0) + q.detach().mean(0)
+                slope, penalty = _penalize(self.penalty, kl_per_datum, step)
+                loss = loss + beta * (penalty * terms.model_scales[name]).sum()
             else:
-                slope, loss = 1.0, loss + beta * divergence
-            for side, t in sites.items():
-                t = beta * slope * t * scales[side, name]
-                (log_p if side == "p" else log_q).append(t.sum(-1) if t.dim() > 2 else t)
+                loss = loss + beta * divergence
+            for t, scales, side in ((p, terms.model_scales, log_p), (q, terms.guide_scales, log_q)):
+                if t is not None:
+                    t = beta * slope * t * scales[name]
+                    side.append(t.sum(-1) if t.dim() > 2 else t)
         return LossParts(*_by_datum(log_p, log_q, batch), 1.0, loss, reconstruction - sum(kl.values()))
 
 
 def _penalize(penalty: Penalty, kl: Tensor, step: int | None) -> tuple[Tensor | float, Tensor]:
-    """Returns the slopes of a penalty at the KL divergences of the data, in training, and what it is for each datum."""
+    """Returns the derivatives of a penalty with respect to the KL divergences (1 in evaluation), and its value per datum."""
     if step is None:
         return 1.0, penalty(kl, step)
     with torch.enable_grad():
@@ -168,30 +124,12 @@ def _penalize(penalty: Penalty, kl: Tensor, step: int | None) -> tuple[Tensor | 
 
 
 def _by_datum(log_p: list[Tensor], log_q: list[Tensor], batch: int) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Returns both sides of the log weights, and the part that belongs to no datum, of which each has its share."""
-    sides, outside = [], 0.0
+    """Returns both sides of the log weights, with global terms split evenly over the data, and the global terms alone."""
+    sides, global_log_w = [], 0.0
     for terms, sign in ((log_p, 1), (log_q, -1)):
-        own = [t for t in terms if t.shape[-1] == batch]
+        local = [t for t in terms if t.shape[-1] == batch]
         shared = [t for t in terms if t.shape[-1] != batch]
-        total = sum(own) + sum(t.expand(-1, batch) / batch for t in shared)
-        outside = outside + sign * sum(t.detach() for t in shared)
-        sides.append(total)
+        sides.append(sum(local) + sum(t.expand(-1, batch) / batch for t in shared))
+        global_log_w = global_log_w + sign * sum(t.detach() for t in shared)
     like = sides[0] if isinstance(sides[0], Tensor) else sides[1]
-    return *(side + torch.zeros_like(like) for side in sides), outside
-
-
-def _varies(scale: float | Tensor) -> bool:
-    return isinstance(scale, Tensor) and scale.dim() > 0
-
-
-def _dimensions(site: dict) -> dist.TorchDistribution:
-    """Returns the distribution of a site's dimensions one by one, as elements of its batch; of a number, its own."""
-    fn = site["fn"]
-    if not fn.event_shape:
-        return fn
-    if isinstance(fn, dist.Independent) and fn.reinterpreted_batch_ndims == 1 and not fn.base_dist.event_shape:
-        return fn.base_dist
-    raise ValueError(
-        f'FreeBits(group_size=...) needs the KL divergence of each dimension, but site "{site["name"]}" has a '
-        f"{type(fn).__name__} whose dimensions are not independent. Take group_size=None, for the site as a whole."
-    )
+    return *(side + torch.zeros_like(like) for side in sides), global_log_w

@@ -120,12 +120,19 @@ class PIWAE(_Grouped):
     tensor(0.1250)
     """
 
+    def __init__(
+        self,
+        num_particles: int,
+        num_groups: int,
+        gradient: Gradient | None = None,
+        chunk_size: int | None = None,
+        regularizers: Sequence[Regularizer] = (),
+    ):
+        super().__init__(num_particles, num_groups, gradient, chunk_size, regularizers)
+        self.single_backward = False  # model and guide have coefficients of their own
+
     def reduce_model(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, 1.0)
-
-    @property
-    def _whole(self) -> bool:
-        return False  # model and guide have coefficients of their own
 
 
 class CIWAE(ImportanceBound):
@@ -244,19 +251,18 @@ class VRMax(ImportanceBound):
 
 
 class _SelfNormalized(ImportanceBound):
-    """A bound with a gradient of its own by self-normalised weights, at held latents unless it is reparameterised."""
+    """A bound with its own gradient, by self-normalised weights: at fixed latents, or through their draws."""
 
-    @property
-    def _whole(self) -> bool:
-        return False
-
-    @property
-    def _follows_path(self) -> bool:
-        return self.gradient.reparameterized
-
-    @property
-    def _scored(self) -> bool:
-        return False
+    def __init__(
+        self,
+        num_particles: int,
+        gradient: Gradient | None = None,
+        chunk_size: int | None = None,
+        regularizers: Sequence[Regularizer] = (),
+    ):
+        super().__init__(num_particles, gradient, chunk_size, regularizers)
+        self.single_backward, self.score_functions = False, False
+        self.through_draws = self.gradient.reparameterized
 
 
 class CUBO(_SelfNormalized):
@@ -311,7 +317,7 @@ class CUBO(_SelfNormalized):
     def reduce(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, self.n)
 
-    def _coefficients(self, log_w: Tensor) -> Coefficients:
+    def coefficients(self, log_w: Tensor) -> Coefficients:
         w = (self.n * log_w).softmax(0)
         if self.gradient.reparameterized:
             return Coefficients(path=(self.n - 1) * w)
@@ -433,14 +439,14 @@ class ReweightedWakeSleep(_SelfNormalized):
     def reduce(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, 1.0)
 
-    def _coefficients(self, log_w: Tensor) -> Coefficients:
+    def coefficients(self, log_w: Tensor) -> Coefficients:
         w = log_w.softmax(0)
         return Coefficients(model=w, guide=self.wake * w)
 
-    def _also(self, run: Run, structure: SiteStructure, scale: float | Tensor) -> Tensor | float:
+    def extra_surrogate(self, run: Run, structure: SiteStructure, scale: float | Tensor) -> Tensor | float:
         if self.sleep == 0:
             return 0.0
-        dream, args, kwargs = simulate(run.model, *run.args, **run.kwargs)
-        sites = sample_sites(of_depth(traced(run.guide, dream, *args, **kwargs), structure))
+        drawn, args, kwargs = simulate(run.model, *run.args, **run.kwargs)
+        sites = sample_sites(of_depth(traced(run.guide, drawn, *args, **kwargs), structure))
         log_q = sum(per_datum(site, log_prob_of(site).unsqueeze(0)) for site in sites.values())
         return self.sleep * (log_q * scale).sum()
