@@ -1111,7 +1111,7 @@ def test_schedules_go_on_in_one_graph(make, traced):
 
 @pytest.mark.parametrize(
     ("make", "reason"),
-    [(Growing, "computes with the training step"), (OfSteps, "is no attribute of the bound")],
+    [(Growing, "computes with the training step"), (OfSteps, "is not an attribute of the bound")],
     ids=["step", "hidden"],
 )
 def test_a_penalty_that_computes_with_the_step_is_not_compiled(make, reason, traced):

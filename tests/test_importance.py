@@ -465,7 +465,7 @@ def assert_is(estimate: Estimate, datum: int, expected: dict[str, float]) -> Non
 )
 def test_log_marginal_uses_exactly_the_draws_that_were_asked_for(num_samples, max_memory, monkeypatch):
     monkeypatch.setattr(
-        "pyrovae.inference.weights._why_one_by_one", lambda *_: None
+        "pyrovae.inference.weights._reason_not_vectorized", lambda *_: None
     )  # whose draws are for comparison alone
     pair, x = Recorded(), numbered(12)
     estimate = log_marginal(pair.model, pair.guide, x, num_samples=num_samples, max_memory=max_memory)
@@ -480,7 +480,7 @@ def test_log_marginal_uses_exactly_the_draws_that_were_asked_for(num_samples, ma
 
 
 def test_budgets_lead_to_different_chunks_and_to_the_same_answer(monkeypatch):
-    monkeypatch.setattr("pyrovae.inference.weights._why_one_by_one", lambda *_: None)
+    monkeypatch.setattr("pyrovae.inference.weights._reason_not_vectorized", lambda *_: None)
     x = numbered(40)
     truth = dist.Normal(0.0, math.sqrt(1.25)).log_prob(x[:, 1])
     pieces = []
@@ -746,7 +746,7 @@ def test_impossible_draws_count_as_weights_of_zero():
 
 def test_one_possible_draw_among_impossible_ones_is_not_to_be_trusted(monkeypatch):
     # This density is one of all draws together, which is noticed.
-    monkeypatch.setattr("pyrovae.inference.weights._why_one_by_one", lambda *_: None)
+    monkeypatch.setattr("pyrovae.inference.weights._reason_not_vectorized", lambda *_: None)
     estimate, log_w = Made(lambda u: torch.where(u == u.amax(0), -1.0, -math.inf)).estimate(500)
     assert ((log_w > -math.inf).sum(0) == 1).all()
     torch.testing.assert_close(

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, MultivariateNormal
 from torch.nn.functional import cross_entropy, one_hot
 
-from pyrovae import VAE, data, encoders, fit, importance, likelihoods, load, log_marginal, log_weights, priors, save
+from pyrovae import VAE, data, encoders, fit, likelihoods, load, log_marginal, log_weights, priors, save
 from pyrovae.inference.imputation import impute
 from pyrovae.inference.structure import inspect
 from pyrovae.nn import MLP, ConvNet, DeconvNet
@@ -381,7 +382,7 @@ def test_weights_with_missing_data_are_the_log_density_of_what_was_observed():
 def test_imputation_gives_the_conditional_mean(samples_at_once, monkeypatch):
     known = truth(2, 5)
     vae, x, mask = missing_vae(known, widen=1.3, shift=0.5), known.marginal().sample((6,)), random_masks(6, 5)
-    monkeypatch.setattr(importance, "_CHUNK", samples_at_once * x.numel())
+    monkeypatch.setattr(sys.modules[impute.__module__], "_CHUNK", samples_at_once * x.numel())
     found = repeat(lambda: vae.impute(x, mask, num_samples=1000).mean, 50)
     expected = x.clone()
     for row, m, out in zip(x, mask, expected, strict=True):
@@ -394,7 +395,7 @@ def test_imputation_gives_the_conditional_mean(samples_at_once, monkeypatch):
 def test_draws_of_an_imputation_have_the_conditional_distribution(samples_at_once, monkeypatch):
     known, n = truth(2, 5), 2000
     x, mask = known.marginal().sample((1,)).expand(n, 5), torch.tensor([True, False, True, True, False]).expand(n, 5)
-    monkeypatch.setattr(importance, "_CHUNK", samples_at_once * x.numel())
+    monkeypatch.setattr(sys.modules[impute.__module__], "_CHUNK", samples_at_once * x.numel())
     found = missing_vae(known, widen=1.3, shift=0.5).impute(x, mask, num_samples=300)
     assert torch.equal(found.draws[0][mask], x[mask])
     mean, covariance = conditional_of(known, x[0], mask[0])
@@ -411,7 +412,7 @@ def test_chunks_of_an_imputation_change_nothing_but_the_order_of_draws(monkeypat
     x, mask = known.marginal().sample((6,)), random_masks(6, 5)
     vae = missing_vae(known)
     for samples_at_once in (1000, 7):
-        monkeypatch.setattr(importance, "_CHUNK", samples_at_once * x.numel())
+        monkeypatch.setattr(sys.modules[impute.__module__], "_CHUNK", samples_at_once * x.numel())
         found = vae.impute(x, mask, num_samples=100, num_draws=3)
         assert found.draws.shape == (3, 6, 5)
         # Under the exact posterior weights are equal, up to rounding.
@@ -421,7 +422,7 @@ def test_chunks_of_an_imputation_change_nothing_but_the_order_of_draws(monkeypat
 def test_draws_of_one_datum_come_from_all_chunks(monkeypatch):
     known = truth(2, 5)
     x, mask = known.marginal().sample((1,)), torch.tensor([[True, False, True, True, False]])
-    monkeypatch.setattr(importance, "_CHUNK", 50 * x.numel())
+    monkeypatch.setattr(sys.modules[impute.__module__], "_CHUNK", 50 * x.numel())
     found = missing_vae(known, widen=1.3, shift=0.5).impute(x, mask, num_samples=20_000, num_draws=2000)
     mean, covariance = conditional_of(known, x[0], mask[0])
     # 2,000 draws of some 14,000 effective samples are close to independent: an eighth more variance of their mean.
@@ -502,7 +503,7 @@ def test_impute_names_a_datum_whose_samples_have_no_weight(samples_at_once, monk
             pyro.sample("z", pyro.distributions.Normal(0.0, 1.0))
 
     x = torch.tensor([-1.0, 1.0])
-    monkeypatch.setattr(importance, "_CHUNK", samples_at_once * x.numel())
+    monkeypatch.setattr(sys.modules[impute.__module__], "_CHUNK", samples_at_once * x.numel())
     with pytest.raises(ValueError, match="all 100 samples of datum 1 have weight zero"):
         impute(model, guide, x, num_samples=100)
     assert impute(model, guide, x[:1], num_samples=100).mean.isfinite().all()

@@ -33,8 +33,8 @@ class Terms(NamedTuple):
     r"""A loss and its parts, each summed over the data (and scaled up to all data by a subsampled plate).
 
     Args:
-        loss: what training minimises, in nats; if gradients are enabled, differentiable, with the gradient of the bound's
-            estimator.
+        loss: what training minimises, in nats; if gradients are enabled, differentiable, with the gradient of the
+            bound's estimator.
         bound: the bound itself, on :math:`\log p(x)`, without training weights and regularizers.
         reconstruction: :math:`\mathrm{E}_q \log p(x \mid z)`, of all observed sites.
         kl: :math:`\mathrm{E}_q [\log q(z \mid x) - \log p(z)]`, for each latent site.
@@ -83,20 +83,20 @@ class Bound(PyroELBO, ABC):
     .. math:: \mathcal{L} = \mathrm{E}_{z_1, \dots, z_K \sim q(z \mid x)}\, f(\ell_1, \dots, \ell_K), \qquad
         \ell_k = \log p(x, z_k) - \log q(z_k \mid x)
 
-    A bound can be used wherever Pyro takes an ELBO: in ``pyrovae.fit(..., loss=...)`` and in ``pyro.infer.SVI``. Particles
-    are vectorised. :meth:`terms` returns the parts of the loss. The loss is minus the sum of the bound over the data; the
-    N/B of a subsampled data plate multiplies f, masks act inside of it.
+    A bound can be used wherever Pyro takes an ELBO: in ``pyrovae.fit(..., loss=...)`` and in ``pyro.infer.SVI``.
+    Particles are vectorised. :meth:`terms` returns the parts of the loss. The loss is minus the sum of the bound over
+    the data; the N/B of a subsampled data plate multiplies f, masks act inside of it.
 
-    To add a bound, derive from :class:`ImportanceBound` and write :meth:`reduce`: f with its first two derivatives, as a
-    :class:`Reduced` over the first dimension of the log weights. Three class attributes describe f: `smooth` is False if f
-    has a kink, which its second derivative leaves out; `linear` is True if f is a mean; `is_upper` is True if training is
-    to lower it.
+    To add a bound, derive from :class:`ImportanceBound` and write :meth:`reduce`: f with its first two derivatives, as
+    a :class:`Reduced` over the first dimension of the log weights. Three class attributes describe f: `smooth` is False
+    if f has a kink, which its second derivative leaves out; `linear` is True if f is a mean; `is_upper` is True if
+    training is to lower it.
 
     Args:
         num_particles: draws of the guide per datum :math:`K`, at least 1.
         gradient: the estimator of its gradient; plain reparameterisation if None.
-        chunk_size: particles that the model runs on at once, to bound memory: gradients are accumulated, and the model runs
-            again in the backward pass. The guide runs once, on all particles. None for no chunks.
+        chunk_size: particles that the model runs on at once, to bound memory: gradients are accumulated, and the model
+            runs again in the backward pass. The guide runs once, on all particles. None for no chunks.
         regularizers: terms added to the loss, which is then no longer a bound.
     """
 
@@ -175,8 +175,8 @@ class Bound(PyroELBO, ABC):
         if structure.guide_observed:
             names = ", ".join(f'"{name}"' for name in sorted(structure.guide_observed))
             raise ValueError(
-                f"the guide observes {names}, which is not part of q, so that {type(self).__name__} is not a bound. Hide it "
-                "with poutine.block, move it to the model, or train with pyro.infer.Trace_ELBO."
+                f"the guide observes {names}, which is not part of q, so that {type(self).__name__} is not a bound. "
+                "Hide it with poutine.block, move it to the model, or train with pyro.infer.Trace_ELBO."
             )
         self._check_structure(structure)
         structure = check_draws(structure, model, guide, *args, **kwargs)
@@ -327,23 +327,24 @@ class Bound(PyroELBO, ABC):
             if self.gradient.reparameterized and (not q["fn"].has_rsample or q["fn"].support.is_discrete):
                 reason = "whose straight-through gradient is biased" if q["fn"].has_rsample else "which has none"
                 raise ValueError(
-                    f'{type(self.gradient).__name__} needs a latent with an rsample, but site "{name}" of the guide is a '
-                    f"{type(layers(q['fn'])[-1]).__name__}, {reason}. Take ReweightedWakeSleep, or gradient=Reparameterized() with a distribution "
-                    "without rsample (Categorical), whose score function has leave-one-out baselines."
+                    f'{type(self.gradient).__name__} needs a latent with an rsample, but site "{name}" of the guide is '
+                    f"a {type(layers(q['fn'])[-1]).__name__}, {reason}. Take ReweightedWakeSleep, or "
+                    "gradient=Reparameterized() with a distribution without rsample (Categorical), whose score "
+                    "function has leave-one-out baselines."
                 )
             nonlinear = self.through_draws and not self.linear and self.num_particles > 1
             if nonlinear and getattr(q["fn"], "stratified", False):
                 raise ValueError(
                     f'the particles of site "{name}" of the guide are stratified, and so depend on one another: the '
-                    f"gradient of {type(self).__name__} would be biased. Build the encoder with stratified=False, or train "
-                    "with bounds.ELBO."
+                    f"gradient of {type(self).__name__} would be biased. Build the encoder with stratified=False, or "
+                    "train with bounds.ELBO."
                 )
             if self.score_functions and not q["fn"].has_rsample:
                 if self.num_particles == 1:
                     raise ValueError(
-                        f'site "{name}" of the guide is a {type(layers(q["fn"])[-1]).__name__}, which has no rsample: its '
-                        "gradient needs a baseline from other particles. Take num_particles of at least 2, or ReweightedWakeSleep; or sum over all values "
-                        "with pyro.infer.TraceEnum_ELBO."
+                        f'site "{name}" of the guide is a {type(layers(q["fn"])[-1]).__name__}, which has no rsample: '
+                        "its gradient needs a baseline from other particles. Take num_particles of at least 2, or "
+                        "ReweightedWakeSleep; or sum over all values with pyro.infer.TraceEnum_ELBO."
                     )
                 scores[name] = per_datum(q, log_prob_of(q))
         later_global = False  # whether a latent outside of the data plate comes after this one
@@ -352,8 +353,8 @@ class Bound(PyroELBO, ABC):
                 later_global = True
             elif name in scores and later_global:
                 raise ValueError(
-                    f'a latent outside the data plate is drawn after site "{name}" of the guide, which has no rsample: its '
-                    "score function would need the weights of all data. Draw the latents that all data share first."
+                    f'a latent outside the data plate is drawn after site "{name}" of the guide, which has no rsample: '
+                    "its score function would need the weights of all data. Draw the latents that all data share first."
                 )
         return scores
 
@@ -399,9 +400,10 @@ class ImportanceBound(Bound):
         ]
         if structure.problems or outside:
             raise ValueError(
-                f"{type(self).__name__} needs importance weights per datum, but {'; '.join([*structure.problems, *outside])}. "
-                f"{PER_DATUM}; hide a value that all data share by poutine.block(model, hide=[...]); or train with bounds.ELBO, "
-                "which needs no weights per datum (for enumerated latents, with pyro.infer.TraceEnum_ELBO)."
+                f"{type(self).__name__} needs importance weights per datum, but "
+                f"{'; '.join([*structure.problems, *outside])}. {PER_DATUM}; hide a value that all data share by "
+                "poutine.block(model, hide=[...]); or train with bounds.ELBO, which needs no weights per datum (for "
+                "enumerated latents, with pyro.infer.TraceEnum_ELBO)."
             )
 
     def _loss_parts(self, terms: SiteTerms, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> LossParts:
@@ -425,9 +427,10 @@ class ImportanceBound(Bound):
             for name, scale in scales.items():
                 if not same_scale(scale, first):
                     raise ValueError(
-                        f'site "{first_name}" of the model is scaled by {first} and site "{name}" of the {where} by {scale}, '
-                        f"but in {type(self).__name__} a weight of a single site would be inside a logarithm. Weigh terms "
-                        "with bounds.ELBO(beta=...), or scale the whole model and guide alike (poutine.scale)."
+                        f'site "{first_name}" of the model is scaled by {first} and site "{name}" of the {where} by '
+                        f"{scale}, but in {type(self).__name__} a weight of a single site would be inside a logarithm. "
+                        "Weigh terms with bounds.ELBO(beta=...), or scale the whole model and guide alike "
+                        "(poutine.scale)."
                     )
         if isinstance(first, Tensor) and first.dim() > 1:
             raise ValueError(

@@ -1,4 +1,4 @@
-r"""The evidence lower bound, and what training does with its KL divergence."""
+"""The evidence lower bound."""
 
 from collections.abc import Sequence
 
@@ -22,19 +22,20 @@ class ELBO(Bound):
         \;\le\; \log p(x) \quad (\beta \ge 1)
 
     A latent site's KL divergence is taken in closed form where its pair of distributions has one, given the latents
-    before it; this is right for a hierarchy inferred in the order of the model, and where the guide has another order
-    the term is estimated from the draws. With ``gradient=StickingTheLanding()`` all are, for only then does the variance
-    vanish at the exact posterior. Latents outside the data plate, and ``poutine.scale`` on single sites, are fine.
+    before it. This is right for a hierarchy that is inferred in the order of the model; where the guide has another
+    order, the term is estimated from the draws. With ``gradient=StickingTheLanding()`` all terms are estimated, because
+    only then the variance vanishes at the exact posterior. Latents outside the data plate, and ``poutine.scale`` on
+    single sites, are allowed.
 
     Args:
         num_particles: draws of the guide per datum, at least 1.
         beta: weight of the KL divergences, a number or a :class:`Schedule`, at least 0. A warm-up may start at 0.
-        penalty: what is made of the divergence of each latent site, :class:`FreeBits` or :class:`Capacity`; None for the
+        penalty: a function of the divergence of each latent site, :class:`FreeBits` or :class:`Capacity`; None for the
             divergence itself.
         closed_form: whether to take divergences in closed form.
         gradient: the estimator of the gradient.
-        chunk_size: particles that the model is run on at once; None for all.
-        regularizers: what else the loss holds.
+        chunk_size: particles that the model runs on at once; None for all.
+        regularizers: terms added to the loss.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -45,6 +46,7 @@ class ELBO(Bound):
 
     >>> import pyrovae
     >>> from pyrovae import encoders, likelihoods, priors
+    >>> from pyrovae.bounds import FreeBits, Linear
     >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
     >>> loss = ELBO(beta=Linear(steps=4), penalty=FreeBits(0.1))
     >>> x = torch.randn(100, 3)
@@ -65,10 +67,10 @@ class ELBO(Bound):
         regularizers: Sequence[Regularizer] = (),
     ):
         if not (penalty is None or isinstance(penalty, Penalty)):
-            raise TypeError(f"penalty must be one that is built, such as bounds.FreeBits(0.1), got {penalty!r}.")
+            raise TypeError(f"penalty must be an instance of Penalty, such as bounds.FreeBits(0.1), got {penalty!r}.")
         self.beta = beta if isinstance(beta, Schedule) else check_weight("beta", beta)
         self.penalty, self.closed_form = penalty, closed_form
-        # A penalty of divergences that are estimated is no function of the mean log weight any more.
+        # With a penalty on estimated divergences, the bound is not a function of the mean log weight.
         self.linear = self.smooth = penalty is None
         super().__init__(num_particles, gradient, chunk_size, regularizers)
         # A KL divergence in closed form has the noise that these gradients avoid.
@@ -80,8 +82,8 @@ class ELBO(Bound):
 
     @property
     def schedules(self) -> list[Schedule]:
-        held = [self.beta, *vars(self.penalty).values()] if self.penalty is not None else [self.beta]
-        return [number for number in held if isinstance(number, Schedule)]
+        values = [self.beta, *vars(self.penalty).values()] if self.penalty is not None else [self.beta]
+        return [value for value in values if isinstance(value, Schedule)]
 
     @property
     def span(self) -> int:
@@ -114,7 +116,7 @@ class ELBO(Bound):
 
 
 def _penalize(penalty: Penalty, kl: Tensor, step: int | None) -> tuple[Tensor | float, Tensor]:
-    """Returns the derivatives of a penalty with respect to the KL divergences (1 in evaluation), and its value per datum."""
+    """Returns a penalty's derivatives with respect to the KL divergences (1 in evaluation), and its value per datum."""
     if step is None:
         return 1.0, penalty(kl, step)
     with torch.enable_grad():
@@ -124,7 +126,7 @@ def _penalize(penalty: Penalty, kl: Tensor, step: int | None) -> tuple[Tensor | 
 
 
 def _by_datum(log_p: list[Tensor], log_q: list[Tensor], batch: int) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Returns both sides of the log weights, with global terms split evenly over the data, and the global terms alone."""
+    """Returns both sides of the log weights, global terms split evenly over the data; and the global log weights."""
     sides, global_log_w = [], 0.0
     for terms, sign in ((log_p, 1), (log_q, -1)):
         local = [t for t in terms if t.shape[-1] == batch]

@@ -1,9 +1,9 @@
 r"""Estimators of the gradient of a bound, from draws of the guide.
 
 A bound is :math:`\mathrm{E}_{z_1, \dots, z_K \sim q}\, f(\ell)`, a function of log weights
-:math:`\ell_k = \log p(x, z_k) - \log q(z_k \mid x)`. Its gradient has three parts: that of :math:`\log p` at fixed latents,
-that of :math:`\log q` at fixed latents, and that through the latents. An estimator gives each part a coefficient per
-particle.
+:math:`\ell_k = \log p(x, z_k) - \log q(z_k \mid x)`. Its gradient has three parts: that of :math:`\log p` at fixed
+latents, that of :math:`\log q` at fixed latents, and that through the latents. An estimator gives each part a
+coefficient per particle.
 """
 
 import math
@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-_CHUNK = 2**22  # log weights that leave_one_out works on at once
+_CHUNK = 2**22  # log weights that leave_one_out replaces at once
 
 
 class Coefficients(NamedTuple):
@@ -36,8 +36,8 @@ class Gradient(ABC):
     r"""Base of the estimators of a bound's gradient.
 
     Args:
-        single_backward: whether all parts have the coefficient :math:`\partial f / \partial \ell_k`, so that one backward
-            pass through the log weights computes them.
+        single_backward: whether all parts have the coefficient :math:`\partial f / \partial \ell_k`, so that one
+            backward pass through the log weights computes them.
         reparameterized: whether all latents must have an rsample.
         score_functions: whether latents without an rsample get score functions with leave-one-out baselines.
     """
@@ -55,7 +55,7 @@ class Gradient(ABC):
             log_w: log weights, detached.
         """
 
-    def check(self, bound) -> None:
+    def check(self, bound) -> None:  # noqa: B027 (an estimator for all bounds needs no check)
         """Raises a ValueError if this estimator is not valid for a bound."""
 
     def __repr__(self) -> str:
@@ -69,9 +69,10 @@ class Reparameterized(Gradient):
         \text{and } \sum_k (f(\ell) - f(\ell^{-k})) \nabla \log q(z_k \mid x) \text{ for the others}
 
     where :math:`\ell^{-k}` has the mean of the other log weights in place of the k-th. Unbiased. With the
-    importance-weighted bound of discrete latents it is VIMCO, with the ELBO it is REINFORCE with leave-one-out baselines;
-    both need at least two particles. A straight-through distribution, such as that of ``encoders.OneHotCategorical``, has
-    an rsample with a biased gradient, which is kept: ``encoders.Categorical`` has an unbiased one.
+    importance-weighted bound of discrete latents it is VIMCO, with the ELBO it is REINFORCE with leave-one-out
+    baselines; both need at least two particles. A straight-through distribution, such as that of
+    ``encoders.OneHotCategorical``, has an rsample with a biased gradient, which is kept: ``encoders.Categorical`` has
+    an unbiased one.
 
     References:
         Auto-Encoding Variational Bayes, D. P. Kingma and M. Welling, 2014, https://arxiv.org/abs/1312.6114; Variational
@@ -98,9 +99,9 @@ class DoublyReparameterized(Gradient):
         \frac{\partial \ell_k}{\partial z_k} \nabla_\phi z_k
 
     for the guide's parameters, which for the importance-weighted bound is :math:`\sum_k \bar w_k^2 \,(\partial \ell_k /
-    \partial z_k) \nabla_\phi z_k`, and for the ELBO sticking the landing. The model's parameters get the plain gradient;
-    parameters of both, such as a VampPrior's, get the sum. Unbiased, with a signal-to-noise ratio that grows with the
-    number of particles; zero variance for the guide at the exact posterior.
+    \partial z_k) \nabla_\phi z_k`, and for the ELBO sticking the landing. The model's parameters get the plain
+    gradient; parameters of both, such as a VampPrior's, get the sum. Unbiased, with a signal-to-noise ratio that grows
+    with the number of particles; zero variance for the guide at the exact posterior.
 
     References:
         Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives, G. Tucker, D. Lawson, S. Gu and
@@ -120,8 +121,9 @@ class DoublyReparameterized(Gradient):
     def check(self, bound) -> None:
         if not bound.smooth:
             raise ValueError(
-                f"DoublyReparameterized gradients are biased for this {type(bound).__name__}, which is not a smooth function of "
-                "the log weights (a maximum has a kink, a penalty takes estimates). Take gradient=Reparameterized()."
+                f"DoublyReparameterized gradients are biased for this {type(bound).__name__}, which is not a smooth "
+                "function of the log weights (a maximum has a kink, a penalty takes estimates). Take "
+                "gradient=Reparameterized()."
             )
 
 
@@ -151,8 +153,9 @@ class StickingTheLanding(Gradient):
         if not bound.linear:
             instead = "DoublyReparameterized()" if bound.smooth else "Reparameterized()"
             raise ValueError(
-                f"StickingTheLanding is biased for this {type(bound).__name__}, which is not linear in the log weights: the "
-                f"mean of the score function that it drops is not zero. Take gradient={instead}, or the plain ELBO."
+                f"StickingTheLanding is biased for this {type(bound).__name__}, which is not linear in the log "
+                f"weights: the mean of the score function that it drops is not zero. Take gradient={instead}, or the "
+                "plain ELBO."
             )
 
 
@@ -162,8 +165,8 @@ class Covariance(Gradient):
     .. math:: \nabla\, \mathrm{E}_{\pi_\beta} \ell = \mathrm{E}_{\pi_\beta} \nabla \ell
         + \mathrm{Cov}_{\pi_\beta}\big(\nabla(\beta \log p + (1 - \beta) \log q),\; \ell\big)
 
-    at fixed latents, with means under :math:`\pi_\beta \propto q^{1-\beta} p^\beta` by self-normalised weights: consistent,
-    not unbiased. For :class:`TVO` only.
+    at fixed latents, with means under :math:`\pi_\beta \propto q^{1-\beta} p^\beta` by self-normalised weights:
+    consistent, not unbiased. For :class:`TVO` only.
 
     References:
         The Thermodynamic Variational Objective, V. Masrani, T. A. Le and F. Wood, 2019,
@@ -179,20 +182,21 @@ class Covariance(Gradient):
     def check(self, bound) -> None:
         if not hasattr(bound, "influence"):
             raise ValueError(
-                f"Covariance gradients are for the TVO, not for {type(bound).__name__}. Take gradient=Reparameterized()."
+                f"Covariance gradients are for the TVO, not for {type(bound).__name__}. Take "
+                "gradient=Reparameterized()."
             )
         if bound.num_particles < 2:
             raise ValueError("Covariance gradients need num_particles of at least 2, got 1.")
 
 
 def leave_one_out(bound, log_w: Tensor) -> Tensor:
-    """Returns f(log_w) minus f with each particle's log weight replaced by the others' mean, in the shape of `log_w`."""
+    """Returns f(log_w) minus f with each log weight replaced by the mean of the others, in the shape of `log_w`."""
     k = len(log_w)
     if bound.linear:
         return (log_w - log_w.mean(0)) / (k - 1)
     size = max(1, _CHUNK // log_w.numel())
-    # The mean of the log weights is the geometric mean of the weights, as in VIMCO. It leaves out weights of zero; where
-    # all others are zero, any number is a valid baseline.
+    # The mean of the log weights is the geometric mean of the weights, as in VIMCO. It leaves out weights of zero;
+    # where all others are zero, any number is a valid baseline.
     baselines = []
     for rows in torch.arange(k, device=log_w.device).split(size):
         replaced = torch.arange(k, device=log_w.device).unsqueeze(1) == rows
@@ -206,7 +210,7 @@ def leave_one_out(bound, log_w: Tensor) -> Tensor:
 
 
 class DetachedDraws(Messenger):
-    """A Pyro handler that detaches each latent from its draw, so that it can be differentiated with respect to it alone.
+    """A Pyro handler that detaches each latent from its draw, to differentiate with respect to the latent alone.
 
     Args:
         with_gradients: whether the detached latents require gradients.

@@ -48,9 +48,9 @@ def _low_rank_log_det(q: dist.LowRankMultivariateNormal) -> Tensor:
 def conditioned_alike(model_names: list[str], guide_names: list[str]) -> set[str]:
     """Returns the latents whose KL divergence given the latents before them is what the ELBO holds.
 
-    Given what the guide drew before a site, its term's mean over the site's own draw is a KL divergence if what the model
-    may condition on there was drawn before. In a guide of another order it was not: p(z1 | z2) depends on a z2 that in
-    q(z2 | z1) depends on z1.
+    Given what the guide drew before a site, its term's mean over the site's own draw is a KL divergence if what the
+    model may condition on there was drawn before. In a guide of another order it was not: p(z1 | z2) depends on a z2
+    that in q(z2 | z1) depends on z1.
     """
     place = {name: i for i, name in enumerate(guide_names)}
     alike, latest = set(), -1

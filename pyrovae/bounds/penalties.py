@@ -1,4 +1,4 @@
-"""Functions of KL divergences that the ELBO takes in place of the divergences."""
+"""Functions of KL divergences that replace the divergences in the ELBO's loss."""
 
 from abc import ABC, abstractmethod
 
@@ -9,10 +9,10 @@ from pyrovae.inference.messages import described
 
 
 class Penalty(ABC):
-    """Base of functions of KL divergences that the ELBO takes in their place.
+    """Base of functions of KL divergences that replace the divergences in the ELBO's loss.
 
     Args:
-        per_dimension: whether it is given the divergence of each dimension of a latent, or that of the whole.
+        per_dimension: whether it takes the divergence of each dimension of a latent, or that of the whole latent.
     """
 
     per_dimension: bool = False
@@ -31,17 +31,16 @@ class Penalty(ABC):
 
 
 class FreeBits(Penalty):
-    r"""Free bits: divergences below a threshold cost nothing more, so that they are used.
+    r"""Free bits: divergences below a threshold are not penalised, so that the latents are used.
 
     .. math:: \sum_g \max(\lambda, \overline{\mathrm{KL}}_g)
 
     over groups of dimensions, with the mean over the data of the batch, as in the paper. Groups need a prior and a
-    posterior whose dimensions are independent.
+    posterior with independent dimensions.
 
     Args:
         nats: threshold :math:`\lambda` for each group, in nats (a bit is 0.693), at least 0.
-        group_size: dimensions a group, the last one perhaps smaller; 1 for each dimension by itself, None for all of a
-            latent site together.
+        group_size: dimensions per group, where the last group may be smaller; None for one group of all dimensions.
 
     Raises:
         ValueError: when `nats` is negative or not finite, or `group_size` is below 1.
@@ -50,6 +49,7 @@ class FreeBits(Penalty):
         Improving Variational Inference with Inverse Autoregressive Flow, D. P. Kingma, T. Salimans, R. Jozefowicz,
         X. Chen, I. Sutskever and M. Welling, 2016, https://arxiv.org/abs/1606.04934.
 
+    >>> import torch
     >>> FreeBits(0.5)(torch.tensor([[0.1, 2.0], [0.3, 4.0]]), step=0)
     tensor([3.5000, 3.5000])
     """
@@ -58,7 +58,7 @@ class FreeBits(Penalty):
         self.nats = check_weight("nats", nats)
         if group_size is not None and not (isinstance(group_size, int) and group_size >= 1):
             raise ValueError(
-                f"group_size must be an integer of at least 1, or None for all together, got {group_size}."
+                f"group_size must be an integer of at least 1, or None for all dimensions, got {group_size}."
             )
         self.group_size, self.per_dimension = group_size, group_size is not None
 
@@ -69,12 +69,12 @@ class FreeBits(Penalty):
 
 
 class Capacity(Penalty):
-    r"""A target for the KL divergence of each latent site, which training raises slowly.
+    r"""A target for the KL divergence of each latent site, which a schedule may raise in training.
 
     .. math:: |\overline{\mathrm{KL}} - C_t|
 
-    of the mean over the data of the batch, so that the noise of an estimated divergence hardly counts. The ELBO's `beta`
-    is its weight :math:`\gamma`.
+    with the mean over the data of the batch, so that the noise of an estimated divergence averages out. Its weight
+    :math:`\gamma` is the ELBO's `beta`.
 
     Args:
         nats: :math:`C_t`, a number or a :class:`Schedule`, at least 0.
@@ -85,6 +85,8 @@ class Capacity(Penalty):
     References:
         Understanding Disentangling in beta-VAE, C. P. Burgess et al., 2018, https://arxiv.org/abs/1804.03599.
 
+    >>> import torch
+    >>> from pyrovae.bounds import Linear
     >>> Capacity(Linear(steps=100, end=25.0))(torch.tensor([3.0, 4.0]), step=20)
     tensor([1.5000, 1.5000])
     """

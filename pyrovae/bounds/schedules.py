@@ -10,23 +10,23 @@ from pyrovae.inference.messages import Untraceable, described
 
 
 class Schedule(ABC):
-    """Base of numbers that change from one training step to the next; a bound counts its steps."""
+    """Base of numbers that change from one training step to the next; the bound counts the steps."""
 
     @property
     @abstractmethod
     def span(self) -> int:
-        """Steps until the end is reached, once."""
+        """Steps until the schedule finishes, once."""
 
     @abstractmethod
     def __call__(self, step: int | None) -> float:
-        """Returns the number after so many steps; None for the end, which evaluation takes."""
+        """Returns the number after `step` steps; at the end of the schedule if None, as in evaluation."""
 
     def __repr__(self) -> str:
         return described(self)
 
 
 class Linear(Schedule):
-    r"""A straight line, and its end from there on: a warm-up.
+    r"""A linear warm-up, constant from its end on.
 
     .. math:: \beta_t = \beta_0 + \min(t / T, 1)\, (\beta_T - \beta_0)
 
@@ -64,15 +64,15 @@ class Linear(Schedule):
 
 
 class Cyclical(Schedule):
-    r"""A warm-up again and again: a straight line over the first part of each period, and its end over the rest.
+    r"""A periodic warm-up: linear over the first part of each period, constant over the rest.
 
     .. math:: \beta_t = \beta_0 + \min\left(\frac{t \bmod T}{r T}, 1\right) (\beta_T - \beta_0)
 
     Args:
         period: training steps :math:`T` of a cycle, at least 1.
         start: the number at the first step of a cycle, exactly.
-        end: the number when the line has ended.
-        ramp: the share :math:`r` of a cycle that the line takes, above 0 and at most 1.
+        end: the number after the linear part.
+        ramp: the fraction :math:`r` of a cycle that is linear, above 0 and at most 1.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -104,13 +104,13 @@ class Cyclical(Schedule):
 
 
 class ScheduledStep:
-    """Any training step, with what schedules give at it: what stands in a graph for all steps.
+    """A symbolic training step, with the values of schedules as tensors: a graph with it holds for all steps.
 
     Args:
-        numbers: tensors without dimensions, by the identity of a schedule.
+        numbers: scalar tensors, by the id of a schedule.
 
     Raises:
-        Untraceable: when it is used as a number, for which it would have to be a certain step.
+        Untraceable: when it is used as a number, which would fix the step in the graph.
     """
 
     def __init__(self, numbers: dict[int, Tensor]):
@@ -118,7 +118,7 @@ class ScheduledStep:
 
     def at(self, schedule: Schedule) -> Tensor:
         if id(schedule) not in self.numbers:
-            raise Untraceable(f"{schedule!r} is no attribute of the bound or of its penalty")
+            raise Untraceable(f"{schedule!r} is not an attribute of the bound or of its penalty")
         return self.numbers[id(schedule)]
 
     def __add__(self, steps: int) -> "ScheduledStep":
@@ -126,7 +126,8 @@ class ScheduledStep:
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise Untraceable(
-            "it computes with the training step, which would stay the same: make it an attribute that is a Schedule"
+            "it computes with the training step, which would stay constant in a graph: use an attribute that is a "
+            "Schedule"
         )
 
     __index__ = __int__ = __float__ = __bool__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
@@ -141,7 +142,7 @@ def value_at(number: float | Schedule, step: "int | ScheduledStep | None") -> fl
 
 def check_weight(name: str, value: float) -> float:
     if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, or where it may change a schedule that is built, got {value!r}.")
+        raise TypeError(f"{name} must be a number, or an instance of a schedule where one is allowed, got {value!r}.")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}.")
     return value

@@ -66,8 +66,8 @@ class SiteScorer(NamedTuple):
     Args:
         closed_form: whether to take KL divergences in closed form, where there is one.
         penalty: the penalty on KL divergences, which says whether they are taken per dimension.
-        weighted_sites: whether to apply the factors of single sites that are tensors (``poutine.scale``); otherwise, and
-            for numbers, the bound applies them.
+        weighted_sites: whether to apply the factors of single sites that are tensors (``poutine.scale``); otherwise,
+            and for numbers, the bound applies them.
     """
 
     closed_form: bool = False
@@ -77,7 +77,6 @@ class SiteScorer(NamedTuple):
     def model_terms(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> ModelTerms:
         """Returns the contributions of a model's sites, at the latents of a guide."""
         p_sites, q_sites = sample_sites(model_trace), sample_sites(guide_trace)
-        q_sites = {name: q for name, q in q_sites.items() if not q["is_observed"]}
         exact = conditioned_alike(list(p_sites), list(q_sites)) if self.closed_form else frozenset()
         observed, latent, closed = {}, {}, set()
         for name, p in p_sites.items():
@@ -109,8 +108,8 @@ class SiteScorer(NamedTuple):
                     raise
                 raise ValueError(
                     f'this gradient takes log q of the latents of site "{name}" apart from their draw, which '
-                    f"{type(q['fn']).__name__} cannot compute ({error}). Take gradient=Reparameterized(), or a distribution "
-                    "with a density for any value, such as a flow of zuko's."
+                    f"{type(q['fn']).__name__} cannot compute ({error}). Take gradient=Reparameterized(), or a "
+                    "distribution with a density for any value, such as a flow of zuko's."
                 ) from error
         return SiteTerms(terms.observed, terms.latent, log_q, terms.scales, self._scales(sites))
 
@@ -137,28 +136,29 @@ class SiteScorer(NamedTuple):
         return self._sum_per_dimension(p, t) if per_dimension else self._sum(p, scale_and_mask(t, mask=p["mask"]))
 
     def _sum_per_dimension(self, site: dict, t: Tensor) -> Tensor:
-        """Masks ``(num_particles, *plates, latent_dim)``, without the last for a number; sums it over plates but the data."""
+        """Masks ``(num_particles, *plates, latent_dim)``, or a scalar site without the last; sums it over plates."""
         mask = site["mask"].unsqueeze(-1) if isinstance(site["mask"], Tensor) else site["mask"]
         t = scale_and_mask(t if site["fn"].event_shape else t.unsqueeze(-1), mask=mask)
         return self._sum(site, t, event_dim=1)
 
     def _sum(self, site: dict, t: Tensor, event_dim: int = 0) -> Tensor:
-        """Applies a tensor-valued factor of a site; sums over plates but the data."""
+        """Applies a tensor-valued scale of a site; sums over all plates except the data plate."""
         if self.weighted_sites and _is_tensor_scale(site["scale"]):
             if self.penalty is not None and not site["is_observed"]:
                 raise ValueError(
-                    f'site "{site["name"]}" is scaled by a tensor, but {type(self.penalty).__name__} is a function of the KL '
-                    "divergence without a scale. Scale it by one number, or leave out the penalty."
+                    f'site "{site["name"]}" is scaled by a tensor, but {type(self.penalty).__name__} is a function of '
+                    "the KL divergence without a scale. Scale it by one number, or leave out the penalty."
                 )
             t = t * site["scale"]
         return per_datum(site, t, event_dim)
 
     def _scales(self, sites: dict[str, dict]) -> dict[str, float | Tensor]:
         """Returns the factors of sites that :meth:`_sum` leaves to the bound."""
-        return {
-            name: 1.0 if self.weighted_sites and _is_tensor_scale(site["scale"]) else site["scale"]
-            for name, site in sites.items()
-        }
+        scales = {}
+        for name, site in sites.items():
+            applied = self.weighted_sites and _is_tensor_scale(site["scale"])
+            scales[name] = 1.0 if applied else site["scale"]
+        return scales
 
 
 def same_scale(a: float | Tensor, b: float | Tensor) -> bool:
@@ -178,7 +178,8 @@ def _elements(site: dict) -> dist.TorchDistribution:
     if fn is None:
         raise ValueError(
             f'FreeBits(group_size=...) needs the KL divergence of each dimension, but site "{site["name"]}" has a '
-            f"{type(site['fn']).__name__} whose dimensions are not independent. Take group_size=None, for the whole site."
+            f"{type(site['fn']).__name__} whose dimensions are not independent. Take group_size=None, for the whole "
+            "site."
         )
     return fn
 

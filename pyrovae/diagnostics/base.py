@@ -16,7 +16,7 @@ from pyrovae.distributions import center
 from pyrovae.estimators.base import checked
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure, inspect
-from pyrovae.inference.weights import in_data, inspect_samples, trace_guide, trace_model
+from pyrovae.inference.weights import inspect_samples, trace_guide, trace_model
 
 
 class Diagnosis(ABC):
@@ -57,7 +57,7 @@ def latents_of(trace: poutine.Trace, structure: SiteStructure) -> Latents:
     """Returns the latents of each datum in a trace of several draws; those outside the data plate are left out."""
     place, parts, columns, at = structure.data_index, [], {}, 0
     for name, site in sample_sites(trace).items():
-        if site["is_observed"] or site["infer"].get("is_auxiliary") or not in_data(site):
+        if site["is_observed"] or site["infer"].get("is_auxiliary") or site["data"] is None:
             continue
         value, fn = site["value"], site["fn"]
         value = value.expand(fn.batch_shape + fn.event_shape).movedim(place, 1)
@@ -101,7 +101,7 @@ def observed_site(trace: poutine.Trace, site: str | None) -> str:
     sites = [
         name
         for name, node in sample_sites(trace).items()
-        if node["is_observed"] and in_data(node) and not node["infer"].get("is_auxiliary")
+        if node["is_observed"] and node["data"] is not None and not node["infer"].get("is_auxiliary")
     ]
     if site is None and len(sites) == 1:
         return sites[0]

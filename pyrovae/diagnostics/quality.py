@@ -17,7 +17,7 @@ from pyrovae.inference.messages import check_finite
 from pyrovae.inference.running import evaluation_mode
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import inspect
-from pyrovae.inference.weights import in_data, inspect_samples, simulate, trace_guide
+from pyrovae.inference.weights import inspect_samples, simulate, trace_guide
 
 __all__ = ["PrecisionRecall", "Quality", "QualityScores", "frechet_distance", "precision_recall", "quality"]
 
@@ -292,7 +292,7 @@ def _latent_means(model: Callable, guide: Callable, args: tuple, kwargs: dict) -
     structure = inspect_samples(model, guide, *args, **kwargs)
     trace = trace_guide(guide, structure, _NUM_DRAWS, *args, **kwargs)
     for name, site in sample_sites(trace).items():
-        if in_data(site) and not site["is_observed"]:
+        if site["data"] is not None and not site["is_observed"]:
             try:
                 trace.nodes[name] = {**site, "value": center(site["fn"])}
             except NotImplementedError:  # a flow has no mean but that of its draws

@@ -26,8 +26,8 @@ _LOST = 0.01  # nats a datum that rounding may take
 
 # The end of errors about weights per datum.
 PER_DATUM = (
-    'Put the sites of a datum in pyro.plate("data", len(x)), in the model and in the guide, and draw them from distributions '
-    "that have a density"
+    'Put the sites of a datum in pyro.plate("data", len(x)), in the model and in the guide, and draw them from '
+    "distributions that have a density"
 )
 
 
@@ -76,7 +76,7 @@ def check_finite(name: str, x: Tensor) -> None:
 
 
 def check_all_observed(trace: poutine.Trace, without: frozenset[str] = frozenset()) -> None:
-    """Raises a ValueError if an observed value in a trace does not fit its distribution; skips the sites in `without`."""
+    """Raises a ValueError if an observed value in a trace does not fit its distribution; skips sites in `without`."""
     for name, site in sample_sites(trace).items():
         if site["is_observed"] and name not in without:
             check_observed(name, site["fn"], site["value"])
@@ -145,7 +145,7 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
 
 
 def warn_of_large_counts(name: str, fn: Any, value: Tensor) -> None:
-    r"""Warns where torch's distributions of counts lose precision: they subtract numbers as large as :math:`x \log x`."""
+    r"""Warns where distributions of counts of torch lose precision: they subtract numbers of size :math:`x \log x`."""
     base = unwrapped(fn)
     kinds = (
         torch.distributions.Poisson,
@@ -163,9 +163,9 @@ def warn_of_large_counts(name: str, fn: Any, value: Tensor) -> None:
     lost = error.sum(-1).sqrt().max().item() if error.dim() > 1 else error.max().sqrt().item()
     if lost > _LOST:
         warn(
-            f'the log-probability of the counts at site "{name}", up to {counts.max().item():,.0f}, has a rounding error of about '
-            f"{lost:.2g} nats a datum in {base.mean.dtype}. Take {type(base).__name__} of pyrovae.distributions where there is "
-            "one, or give the distribution parameters in double precision."
+            f'the log-probability of the counts at site "{name}", up to {counts.max().item():,.0f}, has a rounding '
+            f"error of about {lost:.2g} nats a datum in {base.mean.dtype}. Take {type(base).__name__} of "
+            "pyrovae.distributions where there is one, or give the distribution parameters in double precision."
         )
 
 
@@ -177,8 +177,9 @@ def check_mass(name: str, fn: Any, log_prob: Tensor) -> None:
     largest = log_prob.max().item() if log_prob.numel() else 0.0
     if largest > math.sqrt(torch.finfo(log_prob.dtype).eps) * max(1, fn.event_shape.numel()):
         raise ValueError(
-            f'The likelihood at site "{name}", {type(unwrapped(fn)).__name__}, is not normalised: the log-probability of a '
-            f"discrete value is {largest:.3g}, above 0. Normalise it, so that the probabilities of all values add up to 1."
+            f'The likelihood at site "{name}", {type(unwrapped(fn)).__name__}, is not normalised: the log-probability '
+            f"of a discrete value is {largest:.3g}, above 0. Normalise it, so that the probabilities of all values add "
+            "up to 1."
         )
 
 
@@ -194,8 +195,8 @@ def _advice(support: constraints.Constraint) -> str:
         return "Give the raw counts, integers from 0, neither normalised nor as logarithms."
     if isinstance(support, type(constraints.integer_interval(0, 1))):
         return (
-            f"Number the classes from {support.lower_bound} to {support.upper_bound}, or build the likelihood with more "
-            "classes (num_classes)."
+            f"Number the classes from {support.lower_bound} to {support.upper_bound}, or build the likelihood with "
+            "more classes (num_classes)."
         )
     if isinstance(support, grid):
         top = support.levels - 1

@@ -47,7 +47,7 @@ class DataPlate(NamedTuple):
 
 
 def sample_sites(trace: poutine.Trace) -> dict[str, dict]:
-    """Returns the sample sites of a trace by name, without the subsamples of plates and ``pyro.deterministic`` values."""
+    """Returns the sample sites of a trace by name, without subsamples of plates and ``pyro.deterministic`` values."""
     return {
         name: site
         for name, site in trace.nodes.items()

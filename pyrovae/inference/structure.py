@@ -231,8 +231,9 @@ def _check_fit(model_sites: Sites, guide_sites: Sites) -> None:
         if sizes[0] != sizes[1]:
             raise ValueError(
                 f'The plates of site "{name}" differ: {describe_plates(latents[name])} in the model, '
-                f"{describe_plates(guide_sites[name])} in the guide. Give it plates of the same sizes and dimensions in both. "
-                "A guide with parameters for each row, such as AutoNormal, takes always the same rows, all at once."
+                f"{describe_plates(guide_sites[name])} in the guide. Give it plates of the same sizes and dimensions "
+                "in both. A guide with parameters for each row, such as AutoNormal, takes always the same rows, all at "
+                "once."
             )
 
 
@@ -278,7 +279,10 @@ def _find_data_plate(
         return None, ""
     if len(choice) > 1:
         listed = " and ".join(f'"{name}" (dim {dim})' for name, dim in choice)
-        ambiguity = f'the plate over the data may be {listed}: choose one with pyrovae.data_plate(name), or name one of them "{DATA}"'
+        ambiguity = (
+            f"the plate over the data may be {listed}: choose one with pyrovae.data_plate(name), or name one of them "
+            f'"{DATA}"'
+        )
         return None, ambiguity
     ((name, dim),) = choice
     names = {name}
