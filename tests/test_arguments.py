@@ -191,7 +191,7 @@ def test_loaders_that_lose_the_order_are_refused():
         for f in (log_marginal, impute, reliability, collapse):
             with pytest.raises(ValueError, match=f"by a {name}.*shuffle=False"):
                 f(pair.model, pair.guide, shuffled)
-    with pytest.raises(TypeError, match="nothing beside it"):
+    with pytest.raises(TypeError, match="give no other argument"):
         log_marginal(pair.model, pair.guide, loader(pair), pair.x)
     with pytest.raises(ValueError, match="no batch of data"):
         log_marginal(pair.model, pair.guide, loader(pair, batch_size=N + 1, drop_last=True))
@@ -205,7 +205,7 @@ def test_data_sets_are_scored_in_their_order(make):
     torch.testing.assert_close(found.value.double(), pair.truth(), atol=1e-3, rtol=0)
     assert reliability(pair.model, pair.guide, rows, progress=False, num_samples=30).ess.shape == (N,)
     assert impute(pair.model, pair.guide, rows, num_samples=50).mean.shape == pair.x.shape
-    with pytest.raises(TypeError, match="a Dataset gives all that belongs to a datum"):
+    with pytest.raises(TypeError, match="a Dataset must hold all rows of the data"):
         log_marginal(pair.model, pair.guide, rows, pair.x)
 
 
@@ -373,7 +373,7 @@ def test_fewer_data_than_a_batch_are_one_batch():
     ("given", "match"),
     [
         ([torch.zeros(3), torch.zeros(4)], "argument 1 has 3 rows but argument 2 has 4"),
-        ([torch.zeros(3), [1, 2]], "argument 2 is a list of 2: does it belong to data"),
+        ([torch.zeros(3), [1, 2]], "argument 2 is a list of 2: give an entry per datum"),
         ([torch.zeros(3), {"a": (1, 2)}], r"argument 2\['a'\] is a tuple of 2"),
         ([torch.zeros(3), np.zeros(2)], "argument 2 has 2"),
         ([torch.zeros(3), [torch.zeros(3)] * 3], "argument 2 is a list of 3 with 3 rows each"),
@@ -431,11 +431,11 @@ def vae_of(kind=Normal) -> VAE:
 def test_double_precision_is_said_in_a_sentence():
     vae, x = vae_of(), torch.randn(20, 6).double()
     for f in (train, partial(log_marginal, progress=False), collapse):
-        with pytest.raises(TypeError, match=r"argument 1 is of float64.*\.float\(\).*\.double\(\)"):
+        with pytest.raises(TypeError, match=r"argument 1 has dtype float64.*\.float\(\).*\.double\(\)"):
             f(vae.model, vae.guide, x)
     log_marginal(vae.model, vae.guide, x.numpy(), num_samples=2, progress=False)
     doubled = vae_of().double()
-    with pytest.raises(TypeError, match=r"argument 1 is of float32.*compute in float64.*\.float\(\)"):
+    with pytest.raises(TypeError, match=r"argument 1 has dtype float32.*compute in float64.*\.float\(\)"):
         log_marginal(doubled.model, doubled.guide, x.float())
 
 
