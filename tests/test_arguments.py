@@ -1,7 +1,7 @@
-"""What models and guides are called with: of every kind, cut by rows where it belongs to rows, refused where none can tell.
+"""Arguments of models and guides of every kind: cut by rows if they have rows, refused if they are ambiguous.
 
-The pair is that of linear, Gaussian latents whose posterior is known: a guide that draws from it gives weights that are all
-alike, log p(x) exactly. Each datum has an offset of its own, so that rows taken wrongly show as nats.
+The pair has linear, Gaussian latents with a known posterior: a guide that draws from it has equal weights, log p(x)
+exactly. Each datum has its own offset, so that wrong rows change log p(x).
 """
 
 import collections
@@ -366,7 +366,7 @@ def test_fewer_data_than_a_batch_are_one_batch():
         assert trained(lambda x, o: (x, o), (pair.x, pair.offsets), batch_size=size)[0] == wanted[0]
 
 
-# What cannot be told.
+# What is ambiguous.
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_what_a_list_is_stays_when_few_rows_are_left():
 
 def test_nothing_is_changed():
     x, d = torch.arange(4.0), {"o": [1, 2, 3, 4], "d": collections.OrderedDict(x=np.ones(4))}
-    args, kwargs, size = in_memory((x, d), {})
+    args, kwargs, _ = in_memory((x, d), {})
     taken, _ = take_rows(slice(1, 3), args, kwargs)
     assert d["o"] == [1, 2, 3, 4] and isinstance(d["d"]["x"], np.ndarray)
     assert taken[1]["o"] == [2, 3] and taken[1]["d"]["x"].dtype == torch.float32

@@ -41,7 +41,7 @@ every_bound = pytest.mark.parametrize("case", BOUNDS, ids=lambda case: case.name
 
 
 def value_of(bound: bounds.Bound, log_w: Tensor) -> Tensor:
-    """What a bound reports for log weights."""
+    """Returns the value of a bound for log weights."""
     return bound.reduce_model(log_w).value
 
 
@@ -227,7 +227,7 @@ def test_the_thermodynamic_objective_has_the_sum_of_the_closed_form():
 
 
 def same_loss_and_gradient(vae: VAE, x: Tensor, first: bounds.Bound, second: bounds.Bound) -> None:
-    """Asserts that two bounds are one, given the same noise."""
+    """Asserts that two bounds are equal with the same noise."""
     found = []
     for bound in (first, second):
         pyro.set_rng_seed(1)
@@ -583,7 +583,7 @@ def test_a_warm_up_starts_at_exactly_zero_and_goes_on_with_every_step():
 
 
 def plated(vae: VAE, data: Tensor, subsample_size: int | None = None):
-    """A pair by hand of a VAE's parts, whose data plate draws its data by itself."""
+    """A hand-written pair of a VAE's parts, whose data plate draws a subsample."""
 
     def model():
         with pyro.plate("data", len(data), subsample_size=subsample_size) as rows:
@@ -914,7 +914,7 @@ def test_every_bound_trains_in_svi(case):
     bound = case.build(8)
     before = copy.deepcopy(vae.state_dict())
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.01}), bound)
-    # Where the bound of few particles is an upper one of the limit, or none, what its training does to the ELBO is open.
+    # Where the bound is an upper bound in the limit, or none, its training may raise or lower the ELBO.
     judge = bound if case.kind != "lower" and not case.name.startswith("CUBO") else bounds.ELBO(20)
 
     def losses() -> Tensor:
@@ -1026,7 +1026,7 @@ def test_validation_during_a_warm_up_takes_its_end():
 
 @every_bound
 def test_a_loss_and_its_gradient_are_one_graph(case):
-    # Traced into tensor operations alone, which fails where a number is fetched from a tensor, as a GPU would have to be
+    # Traced into tensor operations alone, which fails where a number is fetched from a tensor, so that a GPU would be
     # waited for; and the graph gives what the loss gives.
     vae, x = diagonal_vae(2, 3), torch.randn(5, 3, dtype=torch.float64)
     bound = case.build(4)
@@ -1262,7 +1262,7 @@ def assert_one_by_one_is_right(model, guide, x):
 
 
 def test_particles_that_go_astray_are_drawn_one_by_one():
-    # A second plate puts a dimension of one beside the particles, which the decoder turns into the wrong place.
+    # A second plate adds a dimension of size 1 next to the particles, which the decoder moves to the wrong position.
     layer = torch.nn.Linear(2, 6)
 
     def model(x):

@@ -32,7 +32,7 @@ log_marginal = partial(log_marginal, progress=False)
 
 
 class Values(Messenger):
-    """Keeps the last value of every sample site: after log_weights, what the weights were formed of."""
+    """Keeps the last value of every sample site: after log_weights, the values that the weights were computed from."""
 
     def __enter__(self):
         self.last = {}
@@ -439,7 +439,7 @@ def numbered(n: int) -> Tensor:
 
 
 def reference(log_w: Tensor) -> dict[str, float]:
-    """What an estimate of one datum must be, from all its log weights at once, by the textbook formulas."""
+    """Returns the estimate of one datum from all its log weights, by the textbook formulas."""
     k = len(log_w)
     w = (log_w - log_w.max()).exp()
     tail = math.ceil(min(0.2 * k, 3 * math.sqrt(k)))
@@ -625,7 +625,7 @@ def test_estimates_have_the_precision_of_the_model(dtype):
 
 
 class Tilted(dist.Uniform):
-    """Says that the log density of a draw from the unit interval is whatever is asked for."""
+    """A distribution on the unit interval whose log density is a given function."""
 
     def __init__(self, low: Tensor, log_w: Callable[[Tensor], Tensor]):
         super().__init__(low, 1.0)
@@ -782,7 +782,8 @@ def test_an_estimate_prints_its_errors_and_what_is_not_to_be_trusted():
 
 
 def test_a_plate_that_is_summed_away_does_not_take_the_place_of_the_samples():
-    # Without keepdim, what is left of (samples, plate, data) broadcasts against (samples, 1, data) to (samples, samples, data).
+    # Without keepdim, (samples, plate, data) becomes (samples, data), which broadcasts with (samples, 1, data) to
+    # (samples, samples, data).
     def model(x, keepdim=False):
         with pyro.plate("data", len(x), dim=-1):
             a = pyro.sample("a", dist.Normal(torch.zeros(()), 1.0))

@@ -33,7 +33,7 @@ from pyrovae.priors import StandardNormal
 # Chance that a statistical test here fails with another seed although the library is right.
 FAILURE_RATE = 1e-4
 
-# Nothing is enumerated in a VAE, and TraceEnum_ELBO warns of that unless it is told.
+# Nothing is enumerated in a VAE, and TraceEnum_ELBO warns of it unless strict_enumeration_warning is False.
 TraceEnum_ELBO = partial(TraceEnum_ELBO, strict_enumeration_warning=False, max_plate_nesting=1)
 
 AGREEING = {"Trace": Trace_ELBO, "TraceGraph": TraceGraph_ELBO, "TraceEnum": TraceEnum_ELBO, "Renyi": RenyiELBO}
