@@ -211,10 +211,10 @@ def main(args: argparse.Namespace) -> None:
         f"categorical latents ({LATENT} of {CLASSES} classes) gradients are score functions, and ratios are to the "
         "Trace_ELBO of that model. A CUBO has no gradient for the model's parameters.\n\n"
         + report.table(header, rows)
-        + f"\n\nAt {GOAL_PARTICLES} particles, {5 * args.rounds} rounds of the three alone. Pyro's RenyiELBO(alpha=0)
-        and " "an IWAE are the same bound; DReG is the IWAE with DoublyReparameterized gradients:\n\n" +
-        report.table(["ratio", "ms of the one", "ms of the other", "ratio of both", "goal"], goal_rows) +
-        f"\n\n{report.machine()}"
+        + f"\n\nAt {GOAL_PARTICLES} particles, {5 * args.rounds} rounds of the three alone. Pyro's RenyiELBO(alpha=0) "
+        "and an IWAE are the same bound; DReG is the IWAE with DoublyReparameterized gradients:\n\n"
+        + report.table(["ratio", "ms of the one", "ms of the other", "ratio of both", "goal"], goal_rows)
+        + f"\n\n{report.machine()}"
     )
     print(text)
     if not args.smoke:

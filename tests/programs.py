@@ -408,7 +408,7 @@ def cevae_blind(trained: Pair) -> Pair:
 
 
 class ProdLDA(nn.Module):
-    """Documents as products of topics: dropout and batch normalisation in both networks, softmax on a fixed dimension."""
+    """Documents as products of topics: dropout and batch normalisation in both networks, softmax on one dimension."""
 
     def __init__(self):
         super().__init__()

@@ -37,7 +37,7 @@ def gradient_of(bound: bounds.Bound, vae: torch.nn.Module, *args: Tensor) -> Ten
 
 
 def assert_same_mean(first: Tensor, second: Tensor) -> None:
-    """Asserts that two samples ``(times, size)`` may have the same mean: Welch's t test per entry, Bonferroni-corrected."""
+    """Asserts that two samples ``(times, size)`` may have one mean: Welch's t test per entry, Bonferroni-corrected."""
     same = (first.std(0) == 0) & (second.std(0) == 0)
     assert torch.equal(first[0, same], second[0, same])
     p = scipy.stats.ttest_ind(first[:, ~same], second[:, ~same], equal_var=False).pvalue

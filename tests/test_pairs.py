@@ -438,8 +438,9 @@ def test_batch_norm_of_as_many_features_as_rows_that_are_looked_at():
         network = torch.nn.Sequential(
             torch.nn.Linear(2, features), torch.nn.BatchNorm1d(features), torch.nn.Linear(features, 3)
         )
+        network.double().eval()
 
-        def normed(x, network=network.double().eval()):
+        def normed(x, network=network):
             pyro.module("network", network, update_module_params=False)
             with pyro.plate("data", len(x)):
                 z = pyro.sample("z", prior(len(x)))
