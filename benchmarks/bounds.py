@@ -1,13 +1,13 @@
-"""Time and peak memory of a loss with its gradients by every bound, beside Pyro's Trace_ELBO with as many particles.
+"""Time and peak memory of a loss with its gradients, for every bound and for Pyro's Trace_ELBO with as many particles.
 
-The model is the MLP VAE 784-400-20-400-784 with Bernoulli pixels and a diagonal normal guide; the last rows have classes for
-latents, whose gradients are by the score function. What is measured is one `loss_and_grads` of a batch of 64 binary images,
-without an optimizer and without Pyro's validation. For each number of particles all take turns in one process, in a new
-random order every round, for what one leaves in the allocator is the next one's gain or loss; ratios are to the Trace_ELBO of
-the same model and round. Memory is what torch holds at most during a call beyond what it held before, the gradients of the
-parameters included, as its profiler counts it.
+The model is the MLP VAE 784-400-20-400-784 with Bernoulli pixels and a diagonal normal guide; the last rows have
+categorical latents, with score-function gradients. A call is one `loss_and_grads` of a batch of 64 binary images,
+without an optimizer and without Pyro's validation. For each number of particles all losses take turns in one process,
+in a new random order every round, because the state of the allocator after one affects the next; ratios are to the
+Trace_ELBO of the same model and round. Memory is the peak of torch's allocations during a call minus those before it,
+with the gradients of the parameters, from its profiler.
 
-Then the two goals, at 50 particles: an IWAE is not slower than Pyro's RenyiELBO(alpha=0), which is the same bound, and
+Then two goals at 50 particles: an IWAE is not slower than Pyro's RenyiELBO(alpha=0), which is the same bound, and
 doubly reparameterised gradients do not cost much more than plain ones.
 
     python benchmarks/bounds.py
@@ -84,12 +84,12 @@ def discrete_losses_at(k: int) -> Losses:
 
 
 def trace_elbo(k: int) -> PyroELBO:
-    """Returns Pyro's ELBO, told of the plate of the data."""
+    """Returns Pyro's ELBO, with the nesting of the data plate."""
     return Trace_ELBO(num_particles=k, vectorize_particles=True, max_plate_nesting=1)
 
 
 def renyi_elbo(k: int) -> PyroELBO:
-    """Returns Pyro's importance-weighted bound, told of the plate of the data."""
+    """Returns Pyro's importance-weighted bound, with the nesting of the data plate."""
     return RenyiELBO(alpha=0, num_particles=k, vectorize_particles=True, max_plate_nesting=1)
 
 
@@ -203,17 +203,16 @@ def main(args: argparse.Namespace) -> None:
     for quantity in ("ms", "/ Trace_ELBO", "peak MB"):
         header += [f"{quantity} at {few}", *(f"at {k}" for k in more)]
     text = (
-        "## Bounds\n\n"
-        f"`python benchmarks/bounds.py`: a loss with its gradients (`loss_and_grads`) at {few}, "
+        f"## Bounds\n\n`python benchmarks/bounds.py`: a loss with its gradients (`loss_and_grads`) at {few}, "
         f"{' and '.join(map(str, more))} particles; MLP VAE {PIXELS}-{HIDDEN}-{LATENT}-{HIDDEN}-{PIXELS}, a batch of "
         f"{BATCH} binary images, no optimizer, Pyro's validation off. {args.rounds} rounds in one process, each in a "
         "random order; medians, in brackets the quartiles; ratios are to Pyro's vectorised Trace_ELBO with as many "
-        "particles, within a round. Memory: the most that torch holds during a call beyond what it held before. With "
-        f"classes for latents ({LATENT} of {CLASSES}) gradients are by the score function, and ratios to the Trace_ELBO "
-        "of that model. A CUBO has no gradient for the model's parameters.\n\n"
+        "particles, within a round. Memory: the peak of torch's allocations during a call minus those before it. With "
+        f"categorical latents ({LATENT} of {CLASSES} classes) gradients are score functions, and ratios are to the "
+        "Trace_ELBO of that model. A CUBO has no gradient for the model's parameters.\n\n"
         + report.table(header, rows)
-        + f"\n\nAt {GOAL_PARTICLES} particles, {5 * args.rounds} rounds of the three alone. Pyro's RenyiELBO(alpha=0) and "
-        "an IWAE are the same bound; DReG is the IWAE with DoublyReparameterized gradients:\n\n"
+        + f"\n\nAt {GOAL_PARTICLES} particles, {5 * args.rounds} rounds of the three alone. Pyro's RenyiELBO(alpha=0) "
+        "and an IWAE are the same bound; DReG is the IWAE with DoublyReparameterized gradients:\n\n"
         + report.table(["ratio", "ms of the one", "ms of the other", "ratio of both", "goal"], goal_rows)
         + f"\n\n{report.machine()}"
     )

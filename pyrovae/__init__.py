@@ -17,8 +17,9 @@ from pyrovae._version import __version__
 from pyrovae.arguments import Arguments
 from pyrovae.compilation import compile
 from pyrovae.estimators import Estimate, log_marginal
+from pyrovae.inference.imputation import Imputation, impute
 from pyrovae.inference.structure import data_plate
-from pyrovae.inference.weights import Imputation, impute, log_weights
+from pyrovae.inference.weights import log_weights
 from pyrovae.storage import load, load_run, save
 from pyrovae.training import History, fit
 from pyrovae.vae import VAE

@@ -1,8 +1,8 @@
-"""What models and guides are called with: what of it belongs to rows of the data, and how rows are taken.
+"""The arguments of models and guides: which of them hold rows of the data, and how rows are taken.
 
 Data may be tensors, NumPy arrays, anything with ``to_numpy`` (a column or a table of pandas), lists and tuples, packed
-sequences, and dicts, lists and tuples of these. What holds an entry a datum is cut along with the others. Numbers, strings,
-``None``, functions, tensors without dimensions and other objects belong to all data and are passed on as they are.
+sequences, and dicts, lists and tuples of these. Whatever has an entry per datum is cut along with the others. Numbers,
+strings, ``None``, functions, tensors without dimensions and other objects are for all data and are passed on unchanged.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -21,13 +21,13 @@ from torch.utils.data.distributed import DistributedSampler
 
 __all__ = ["Arguments"]
 
-_ROWS = 1000  # that the loader of a data set takes at once
+_ROWS = 1000  # batch size of the loader of a data set
 
 
 class Arguments:
-    """A batch, or data in memory, with keywords: what a model and a guide are called with.
+    """Positional and keyword arguments of a model and a guide: a batch, or data in memory.
 
-    For :func:`pyrovae.fit`, whose data otherwise become positional arguments; also from a loader's ``collate_fn`` or a
+    It gives data to :func:`pyrovae.fit` as keyword arguments, and may be returned by a loader's ``collate_fn`` or by a
     ``transform``.
 
     Args:
@@ -43,17 +43,17 @@ class Arguments:
         self.args, self.kwargs = args, kwargs
 
     def pin_memory(self) -> "Arguments":
-        """Returns the same with tensors in pinned memory, as a ``DataLoader`` asks for."""
-        args, kwargs = mapped(lambda t: t.pin_memory(), (self.args, self.kwargs))
+        """Returns the same with tensors in pinned memory; a ``DataLoader`` calls it."""
+        args, kwargs = tree_map(lambda t: t.pin_memory(), (self.args, self.kwargs))
         return Arguments(*args, **kwargs)
 
 
 class _Entries:
-    """A list or a tuple that was found to have an entry a datum."""
+    """A list or a tuple with an entry per datum."""
 
 
 class _Members:
-    """A list or a tuple whose members were found to have entries each, so that it is one of several things."""
+    """A list or a tuple of several members, each with an entry per datum."""
 
 
 class _EntryList(_Entries, list):
@@ -72,13 +72,13 @@ class _MemberTuple(_Members, tuple):
     pass
 
 
-# Kept in their types: from fewer rows, another kind might be found.
+# Types of their own, registered with pytree, so that a subset of the rows is not classified again, and otherwise.
 for _kind in (_EntryList, _EntryTuple, _MemberList, _MemberTuple):
     register_pytree_node(_kind, lambda x: (list(x), None), lambda x, _, kind=_kind: kind(x))
 
 
-def of_batch(batch: Any) -> Arguments:
-    """Returns what a loader gives as arguments: tuples and lists are positional ones, all else is a single one."""
+def as_arguments(batch: Any) -> Arguments:
+    """Returns a batch of a loader as arguments: items of tuples and lists are positional, all else is one argument."""
     if isinstance(batch, Arguments):
         return batch
     if isinstance(batch, (tuple, list)) and not isinstance(batch, (PackedSequence, _Entries)):
@@ -86,71 +86,72 @@ def of_batch(batch: Any) -> Arguments:
     return Arguments(batch)
 
 
-def named(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Returns all arguments with the names that messages call them by."""
+def _named(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Returns all arguments with their names in messages."""
     return [*((f"argument {i + 1}", value) for i, value in enumerate(args)), *kwargs.items()]
 
 
 def count_data(args: tuple, kwargs: dict[str, Any]) -> int:
-    """Returns the number of data: of rows of the first tensor, array or packed sequence; else of entries of the first list.
+    """Returns the number of data: rows of the first tensor, array or packed sequence, else entries of the first list.
 
     Raises:
-        ValueError: when nothing says how many there are.
+        ValueError: when the arguments do not show it.
     """
     if args and isinstance(args[0], Tensor) and args[0].dim() > 0:
         return len(args[0])
-    return _counted(named(args, kwargs))[1]
+    return _first_size(_named(args, kwargs))[1]
 
 
-def _counted(given: list[tuple[str, Any]]) -> tuple[str, int]:
-    """Returns the name of what says how many data there are, and the number."""
+def _first_size(arguments: list[tuple[str, Any]]) -> tuple[str, int]:
+    """Returns the name of the first argument that shows the number of data, and the number."""
     undecided = []
-    for name, value in _leaves(given):
+    for name, value in _leaves(arguments):
         size = _size(value)
         if size is not None:
             return name, size
         if isinstance(value, (list, tuple)):
             undecided.append((name, value))
     for name, value in undecided:
-        sizes = [_first_size(entry) for entry in value]
-        known = set(sizes) - {None}
         if not value:
             continue
-        if len(known) != 1 or known == {len(value)}:  # numbers and words, or sequences of any length
+        sizes = [[size for _, x in _leaves([("", entry)]) if (size := _size(x)) is not None] for entry in value]
+        known = {size[0] for size in sizes if size}
+        if len(known) != 1 or known == {len(value)}:  # numbers and words, or sequences of different lengths
             return name, len(value)
         (size,) = known
-        if None in sizes:
+        if [] in sizes:
             return name, size
         raise ValueError(
-            f"{name} is a {_kind_of(value)} of {len(value)} with {size} rows each: are these {len(value)} data, or {size}? "
-            f"For {len(value)}, give a tensor with an entry a datum beside it; for {size}, give a dict, or an argument each."
+            f"{name} is a {_kind_of(value)} of {len(value)} with {size} rows each: are these {len(value)} data, or "
+            f"{size}? For {len(value)}, add a tensor with an entry per datum; for {size}, give a dict, or one argument "
+            "for each."
         )
     raise ValueError(
-        "there is no tensor, array or list among the arguments: give at least one, with an entry a datum along its first "
-        "dimension."
+        "there is no tensor, array or list among the arguments: give at least one, with an entry per datum along its "
+        "first dimension."
     )
 
 
-def settled(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], int]:
+def canonicalize(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], int]:
     """Returns arguments with arrays as tensors and lists marked as entries or members, and the number of data.
 
-    Floating-point arrays get the type of the floating-point tensors beside them, or the default one; those of strings and
-    objects stay arrays.
+    Floating-point arrays get the dtype of the first floating-point tensor among the arguments, or the default dtype;
+    arrays of strings and objects stay arrays.
 
     Raises:
-        ValueError: when something has rows or entries, but not one a datum, or may be taken in two ways.
+        ValueError: when an argument has rows or entries, but not one per datum, or is ambiguous.
     """
-    args, kwargs = converted(args, kwargs)
-    given = named(args, kwargs)
-    first, size = _counted(given)
+    args, kwargs = as_tensors(args, kwargs)
+    arguments = _named(args, kwargs)
+    first, size = _first_size(arguments)
     if size == 0:
-        raise ValueError(f"{first} is empty{_shape(dict(_leaves(given)).get(first))}. Give at least one datum.")
-    decided = [_decided(name, value, first, size) for name, value in given]
-    return tuple(decided[: len(args)]), dict(zip(kwargs, decided[len(args) :], strict=True)), size
+        raise ValueError(f"{first} is empty{_shape(dict(_leaves(arguments)).get(first))}. Give at least one datum.")
+    marked = [_marked(name, value, first, size) for name, value in arguments]
+    return tuple(marked[: len(args)]), dict(zip(kwargs, marked[len(args) :], strict=True)), size
 
 
-def converted(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Returns arguments with arrays, and what gives them by ``to_numpy``, as tensors."""
+def as_tensors(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Returns arguments with arrays, and objects with ``to_numpy``, as tensors."""
     if not kwargs and all(isinstance(x, Tensor) for x in args):
         return args, kwargs
     dtype = next(
@@ -166,11 +167,11 @@ def converted(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any
         x = np.array(x, dtype=x.dtype.newbyteorder("="), order="C")
         return torch.from_numpy(x).to(dtype) if x.dtype.kind == "f" else torch.from_numpy(x)
 
-    return mapped(convert, (args, kwargs))
+    return tree_map(convert, (args, kwargs))
 
 
 def take(value: Any, rows: slice | Tensor) -> Any:
-    """Returns some rows of settled arguments: of a tensor, or of all that they hold."""
+    """Returns some rows of a canonical argument: of a tensor, or of each member of a container."""
     if isinstance(value, Tensor):
         if value.dim() == 0:
             return value
@@ -181,17 +182,17 @@ def take(value: Any, rows: slice | Tensor) -> Any:
         return _of_packed(value, rows)
     if isinstance(value, _Entries):
         return type(value)(value[rows] if isinstance(rows, slice) else [value[i] for i in rows.tolist()])
-    return _rebuilt(value, lambda x: take(x, rows))
+    return _map_items(value, lambda x: take(x, rows))
 
 
 def take_rows(rows: slice | Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Returns settled arguments for some of the data."""
+    """Returns canonical arguments for some of the data."""
     return tuple(take(x, rows) for x in args), {name: take(x, rows) for name, x in kwargs.items()}
 
 
-def moved(args: tuple, kwargs: dict[str, Any], device: torch.device | str) -> tuple[tuple, dict[str, Any]]:
+def to_device(args: tuple, kwargs: dict[str, Any], device: torch.device | str) -> tuple[tuple, dict[str, Any]]:
     """Returns arguments with their tensors on a device."""
-    return mapped(
+    return tree_map(
         lambda t: t.to(device, non_blocking=True) if isinstance(t, (Tensor, PackedSequence)) else t, (args, kwargs)
     )
 
@@ -200,9 +201,9 @@ def tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     """Returns all tensors in arguments."""
     if not kwargs and all(isinstance(x, Tensor) for x in args):
         return list(args)
-    found: list[Tensor] = []
-    mapped(lambda x: found.extend(t for t in tree_leaves(x) if isinstance(t, Tensor)), (args, kwargs))
-    return found
+    tensors: list[Tensor] = []
+    tree_map(lambda x: tensors.extend(t for t in tree_leaves(x) if isinstance(t, Tensor)), (args, kwargs))
+    return tensors
 
 
 def cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
@@ -214,47 +215,44 @@ def holds_packed(args: tuple, kwargs: dict[str, Any]) -> bool:
     """Returns whether there is a packed sequence in arguments."""
     if not kwargs and all(isinstance(x, Tensor) for x in args):
         return False
-    found: list[bool] = []
-    mapped(lambda x: found.append(isinstance(x, PackedSequence)), (args, kwargs))
-    return any(found)
+    packed: list[bool] = []
+    tree_map(lambda x: packed.append(isinstance(x, PackedSequence)), (args, kwargs))
+    return any(packed)
 
 
 def named_tensors(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """Returns all tensors in arguments with the names that messages call them by."""
-    found = []
-    for name, value in _leaves(named(args, kwargs)):
-        found += [(name, t) for t in tree_leaves(value) if isinstance(t, Tensor)]
-    return found
+    """Returns all tensors in arguments with their names in messages."""
+    leaves = _leaves(_named(args, kwargs))
+    return [(name, t) for name, value in leaves for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
-def width(args: tuple, kwargs: dict[str, Any], size: int) -> float:
-    """Returns how many numbers a datum has in the largest of so many data's tensors, at least 1."""
+def elements_per_datum(args: tuple, kwargs: dict[str, Any], size: int) -> float:
+    """Returns the elements per datum of the largest tensor of `size` data, at least 1."""
     return max(1.0, max((t.numel() for t in tensors_of(args, kwargs)), default=0) / size)
 
 
-def mapped(function: Callable, value: Any) -> Any:
-    """Returns arguments with what a function makes of each thing in containers of any kind."""
-    if isinstance(value, (Mapping, _Members)) or _is_record(value):
-        return _rebuilt(value, lambda x: mapped(function, x))
+def tree_map(function: Callable, value: Any) -> Any:
+    """Applies a function to each leaf of arguments in nested containers, and returns the same containers."""
+    if isinstance(value, (Mapping, _Members)) or _is_namedtuple(value):
+        return _map_items(value, lambda x: tree_map(function, x))
     if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
-        return type(value)(mapped(function, x) for x in value)
+        return type(value)(tree_map(function, x) for x in value)
     return function(value)
 
 
-def loader_of(args: tuple, kwargs: dict[str, Any]) -> DataLoader | None:
-    """Returns the loader if there is one, and nothing else, among arguments, after checking that it keeps the order.
-
-    A data set gets a loader that takes its data in order.
+def as_loader(args: tuple, kwargs: dict[str, Any]) -> DataLoader | None:
+    """Returns the loader among arguments, or a loader of the data set among them; None without one.
 
     Raises:
-        ValueError: when it draws the data in a random order.
-        TypeError: when there are other positional arguments beside it.
+        ValueError: when the loader draws the data in a random order.
+        TypeError: when there are other positional arguments.
     """
     if not any(isinstance(x, (DataLoader, Dataset)) for x in (*args, *kwargs.values())):
         return None
     if len(args) != 1 or not isinstance(args[0], (DataLoader, Dataset)):
         raise TypeError(
-            "a DataLoader or a Dataset gives all that belongs to a datum: give nothing beside it but keywords that are for all data."
+            "a DataLoader or a Dataset must hold all rows of the data: give no other argument, but for keyword "
+            "arguments that are for all data."
         )
     loader = args[0] if isinstance(args[0], DataLoader) else DataLoader(args[0], _ROWS)
     samplers = [loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
@@ -262,56 +260,58 @@ def loader_of(args: tuple, kwargs: dict[str, Any]) -> DataLoader | None:
         shuffled = isinstance(sampler, DistributedSampler) and (sampler.shuffle or sampler.num_replicas > 1)
         if shuffled or isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
             raise ValueError(
-                f"the DataLoader takes data by a {type(sampler).__name__}, but results come in the order of the data. Give one "
-                "with shuffle=False."
+                f"the DataLoader draws data by a {type(sampler).__name__}, but results are returned in the order of "
+                "the data. Give one with shuffle=False."
             )
     return loader
 
 
 def in_memory(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], int]:
-    """Returns settled arguments, those of a loader in memory, and the number of data."""
-    loader = loader_of(args, kwargs)
+    """Returns canonical arguments and the number of data; a loader's batches are joined in memory."""
+    loader = as_loader(args, kwargs)
     if loader is None:
-        return settled(args, kwargs)
-    with torch.random.fork_rng(devices=[]):  # a loader draws a seed, also where it needs none
-        batches = [settled(batch.args, batch.kwargs | kwargs)[:2] for batch in map(of_batch, loader)]
+        return canonicalize(args, kwargs)
+    with torch.random.fork_rng(devices=[]):  # a loader draws a seed even if it does not need one
+        batches = [canonicalize(batch.args, batch.kwargs | kwargs)[:2] for batch in map(as_arguments, loader)]
     if not batches:
-        raise ValueError("there is no batch of data. Give at least one datum, and a DataLoader that does not drop it.")
-    joined = _joined([dict(enumerate(args)) | named for args, named in batches])
-    places = range(len(batches[0][0]))
-    return settled(tuple(joined[i] for i in places), {name: x for name, x in joined.items() if name not in places})
+        raise ValueError("there is no batch of data. Give at least one datum, and do not drop the last batch.")
+    joined = _joined([dict(enumerate(args)) | keywords for args, keywords in batches])
+    positions = range(len(batches[0][0]))
+    keywords = {name: x for name, x in joined.items() if name not in positions}
+    return canonicalize(tuple(joined[i] for i in positions), keywords)
 
 
-_placed: ContextVar[int | Tensor | None] = ContextVar("placed", default=None)
+_positions: ContextVar[int | Tensor | None] = ContextVar("positions", default=None)
 
 
 @contextmanager
-def placed(rows: int | Tensor | None) -> Iterator[None]:
-    """Has messages inside name rows by their places in the data: the first of a run of rows, or the place of each."""
-    token = _placed.set(rows)
+def row_positions(rows: int | Tensor | None) -> Iterator[None]:
+    """Sets the positions in the data of the rows of a batch, for messages: that of the first row, or of each."""
+    token = _positions.set(rows)
     try:
         yield
     finally:
-        _placed.reset(token)
+        _positions.reset(token)
 
 
 def row_name(row: int) -> str:
-    """Returns how a message calls a row of what a model was called with, by its place in the data where that is known."""
-    rows = _placed.get()
+    """Returns the name of a row of a batch in messages, by its position in the data if that is known."""
+    rows = _positions.get()
     if isinstance(rows, Tensor):
         rows, row = (0, int(rows[row])) if row < len(rows) else (None, row)
     return f"row {row} of the batch" if rows is None else f"row {rows + row} of the data"
 
 
 @contextmanager
-def types_explained(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Raises a TypeError that says what an argument is to be instead, where its type is the matter."""
+def explain_type_errors(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Raises a TypeError with advice where the type or dtype of an argument is the cause of an error."""
     try:
         yield
     except TypeError as error:
         hints = {
-            "positional argument": "Hand keywords over as pyrovae.Arguments(x, mask=mask), a dict of them as Arguments(**batch)",
-            "expected np.ndarray": "Arrays are handed to model and guide as tensors: torch.as_tensor takes both",
+            "positional argument": "Give keyword arguments as pyrovae.Arguments(x, mask=mask), a dict of them as "
+            "Arguments(**batch)",
+            "expected np.ndarray": "Model and guide get arrays as tensors: torch.as_tensor takes both",
         }
         for cause, hint in hints.items():
             if cause in str(error):
@@ -323,39 +323,40 @@ def types_explained(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
             "double" in text or "float64" in text
         ):
             raise
-        kinds = {name: t.dtype for name, t in named_tensors(args, kwargs) if t.is_floating_point()}
-        doubles = [name for name, kind in kinds.items() if kind == torch.float64]
+        dtypes = {name: t.dtype for name, t in named_tensors(args, kwargs) if t.is_floating_point()}
+        doubles = [name for name, dtype in dtypes.items() if dtype == torch.float64]
         if doubles:
             raise TypeError(
-                f"{doubles[0]} is of float64, but the networks compute in float32: give it in single "
-                "precision, by .float(), or make the networks double precision by .double()."
+                f"{doubles[0]} has dtype float64, but the networks compute in float32: convert it to single precision "
+                "by .float(), or the networks to double precision by .double()."
             ) from error
-        if not kinds:
+        if not dtypes:
             raise
-        name, kind = next(iter(kinds.items()))
+        name, dtype = next(iter(dtypes.items()))
         raise TypeError(
-            f"{name} is of {str(kind).removeprefix('torch.')}, but the networks compute in float64: give it as a tensor of float64 "
-            "(torch.from_numpy keeps an array's), or make the networks single precision by .float()."
+            f"{name} has dtype {str(dtype).removeprefix('torch.')}, but the networks compute in float64: give it as a "
+            "tensor of float64 (torch.from_numpy keeps the dtype of an array), or convert the networks to single "
+            "precision by .float()."
         ) from error
 
 
-def _leaves(given: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Yields what dicts and the like hold, by name; lists and tuples that are not marked yet stay whole."""
-    for name, value in given:
+def _leaves(arguments: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yields the leaves of dicts, named tuples and marked members by name; other lists and tuples are leaves."""
+    for name, value in arguments:
         if isinstance(value, Mapping):
             yield from _leaves([(f"{name}[{key!r}]", x) for key, x in value.items()])
-        elif isinstance(value, _Members) or _is_record(value):
+        elif isinstance(value, _Members) or _is_namedtuple(value):
             yield from _leaves([(f"{name}[{i}]", x) for i, x in enumerate(value)])
         else:
             yield name, value
 
 
-def _is_record(value: Any) -> bool:
+def _is_namedtuple(value: Any) -> bool:
     return isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, PackedSequence)
 
 
 def _size(value: Any) -> int | None:
-    """Returns how many rows something has by itself; None where it has none, or may be taken in two ways."""
+    """Returns the number of rows of a leaf; None if it has none, or if it is a list or a tuple without a mark."""
     if isinstance(value, Tensor):
         return len(value) if value.dim() > 0 else None
     if isinstance(value, np.ndarray):
@@ -365,54 +366,50 @@ def _size(value: Any) -> int | None:
     return len(value) if isinstance(value, _Entries) else None
 
 
-def _first_size(value: Any) -> int | None:
-    return next((size for _, x in _leaves([("", value)]) if (size := _size(x)) is not None), None)
-
-
-def _decided(name: str, value: Any, first: str, size: int) -> Any:
-    """Returns a value with its lists marked as entries or members; checks that all that has rows has one a datum."""
-    own = _size(value)
-    if own is not None:
-        if own != size:
+def _marked(name: str, value: Any, first: str, size: int) -> Any:
+    """Returns a value with its lists marked as entries or members; checks that all leaves have one row per datum."""
+    rows = _size(value)
+    if rows is not None:
+        if rows != size:
             raise ValueError(
-                f"{first} has {size} rows but {name} has {own}: give one row a datum in each. What is for all data, let model and "
-                "guide take from elsewhere than an argument."
+                f"{first} has {size} rows but {name} has {rows}: give one row per datum in each. If {name} is for all "
+                "data, do not pass it as an argument, but bind it with functools.partial."
             )
         return value
     if isinstance(value, Mapping):
-        return _rebuilt(value, lambda key, x: _decided(f"{name}[{key!r}]", x, first, size), with_keys=True)
-    if isinstance(value, _Members) or _is_record(value):
-        parts = iter([_decided(f"{name}[{i}]", x, first, size) for i, x in enumerate(value)])
-        return _rebuilt(value, lambda x: next(parts))
+        return _map_items(value, lambda key, x: _marked(f"{name}[{key!r}]", x, first, size), with_keys=True)
+    if isinstance(value, _Members) or _is_namedtuple(value):
+        parts = iter([_marked(f"{name}[{i}]", x, first, size) for i, x in enumerate(value)])
+        return _map_items(value, lambda x: next(parts))
     if not isinstance(value, (list, tuple)) or isinstance(value, PackedSequence) or not value:
         return value
-    kind = 0 if isinstance(value, list) else 1
     is_entries, is_members = len(value) == size, _are_members(value, size)
     if is_entries and is_members and size > 1:
         raise ValueError(
-            f"{name} is a {_kind_of(value)} of {size} with {size} rows each, and there are {size} data: does it have an entry a datum, or "
-            "a row a datum in each? Stack it to one tensor for the former; give a dict for the latter."
+            f"{name} is a {_kind_of(value)} of {size} with {size} rows each, and there are {size} data: is it an entry "
+            "per datum, or several members with a row per datum? For the former, stack it to one tensor; for the "
+            "latter, give a dict."
         )
     if is_entries:
-        return (_EntryList, _EntryTuple)[kind](value)
+        return (_EntryList if isinstance(value, list) else _EntryTuple)(value)
     if is_members:
-        parts = [_decided(f"{name}[{i}]", x, first, size) for i, x in enumerate(value)]
-        return (_MemberList, _MemberTuple)[kind](parts)
+        parts = [_marked(f"{name}[{i}]", x, first, size) for i, x in enumerate(value)]
+        return (_MemberList if isinstance(value, list) else _MemberTuple)(parts)
     raise ValueError(
-        f"{first} has {size} rows but {name} is a {_kind_of(value)} of {len(value)}: does it belong to data? Then give an entry a "
-        "datum. If it is for all data, let model and guide take it from elsewhere than an argument, such as functools.partial."
+        f"{first} has {size} rows but {name} is a {_kind_of(value)} of {len(value)}: give an entry per datum. If "
+        f"{name} is for all data, do not pass it as an argument, but bind it with functools.partial."
     )
 
 
 def _are_members(value: Any, size: int) -> bool:
-    """Returns whether things in a list have rows, one a datum each; those without any do not count."""
+    """Returns whether the members of a list have one row per datum each; those without rows do not count."""
     sizes = []
     for _, x in _leaves([("", x) for x in value]):
         nested = isinstance(x, (list, tuple)) and not isinstance(x, (PackedSequence, _Entries))
-        own = (size if len(x) == size or _are_members(x, size) else len(x)) if nested else _size(x)
-        if own is not None:
-            sizes.append(own)
-    return bool(sizes) and all(own == size for own in sizes)
+        rows = (size if len(x) == size or _are_members(x, size) else len(x)) if nested else _size(x)
+        if rows is not None:
+            sizes.append(rows)
+    return bool(sizes) and all(rows == size for rows in sizes)
 
 
 def _kind_of(value: Any) -> str:
@@ -423,8 +420,8 @@ def _shape(value: Any) -> str:
     return f": shape {tuple(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else ""
 
 
-def _rebuilt(value: Any, function: Callable, with_keys: bool = False) -> Any:
-    """Returns a dict, a record or several things with what a function makes of each member; all else as it is."""
+def _map_items(value: Any, function: Callable, with_keys: bool = False) -> Any:
+    """Applies a function to each item of a dict, a named tuple or marked members; returns all else unchanged."""
     if isinstance(value, Mapping):
         items = {key: function(key, x) if with_keys else function(x) for key, x in value.items()}
         if type(value) is dict or not isinstance(value, MutableMapping):
@@ -433,7 +430,7 @@ def _rebuilt(value: Any, function: Callable, with_keys: bool = False) -> Any:
         for key, x in items.items():
             new[key] = x
         return new
-    if _is_record(value):
+    if _is_namedtuple(value):
         return type(value)(*map(function, value))
     return type(value)(map(function, value)) if isinstance(value, _Members) else value
 
@@ -444,13 +441,13 @@ def _of_packed(value: PackedSequence, rows: slice | Tensor) -> PackedSequence:
         padded, lengths = padded[rows], lengths[rows]
     else:
         padded, lengths = padded.index_select(0, rows.to(padded.device)), lengths.index_select(0, rows.cpu())
-    # Those in the order of their lengths stay so.
+    # A sequence that is sorted by length stays so.
     in_order = value.sorted_indices is None and isinstance(rows, slice)
     return pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=in_order)
 
 
 def _joined(parts: list[Any]) -> Any:
-    """Returns the data of several batches as one."""
+    """Returns the concatenation of several batches."""
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(parts) if first.dim() > 0 else first
@@ -462,8 +459,8 @@ def _joined(parts: list[Any]) -> Any:
     if isinstance(first, _Entries):
         return type(first)(x for part in parts for x in part)
     if isinstance(first, Mapping):
-        return _rebuilt(first, lambda key, _: _joined([part[key] for part in parts]), with_keys=True)
-    if isinstance(first, _Members) or _is_record(first):
+        return _map_items(first, lambda key, _: _joined([part[key] for part in parts]), with_keys=True)
+    if isinstance(first, _Members) or _is_namedtuple(first):
         columns = iter([_joined(list(column)) for column in zip(*parts, strict=True)])
-        return _rebuilt(first, lambda _: next(columns))
+        return _map_items(first, lambda _: next(columns))
     return first

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyrovae.arguments import converted, of_batch, settled, take_rows, tensors_of
+from pyrovae.arguments import as_arguments, as_tensors, canonicalize, take_rows, tensors_of
 
 
 class World(NamedTuple):
@@ -135,7 +135,7 @@ class Shard(NamedTuple):
         """Returns the rows of a batch's arguments that belong to these data."""
         if self.count == self.total:
             return args, kwargs
-        args, kwargs, _ = settled(args, kwargs)
+        args, kwargs, _ = canonicalize(args, kwargs)
         return take_rows(slice(self.start, self.start + self.count), args, kwargs)
 
     def noise(self) -> AbstractContextManager:
@@ -292,5 +292,5 @@ def _is_shape(x: Any) -> bool:
 
 
 def _tensors_of(batch: Any) -> list[Tensor]:
-    batch = of_batch(batch)
-    return tensors_of(*converted(batch.args, batch.kwargs))
+    batch = as_arguments(batch)
+    return tensors_of(*as_tensors(batch.args, batch.kwargs))

@@ -12,7 +12,8 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyrovae.encoders import Encoder
-from pyrovae.inference.structure import evaluation_mode, innermost
+from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.sites import innermost
 from pyrovae.likelihoods import Likelihood
 from pyrovae.priors import Prior
 

@@ -1,4 +1,4 @@
-r"""Terms that a loss may hold besides a bound; with one of them, it is no bound on log p(x) any more."""
+r"""Terms that are added to a loss. With one of them, the loss is no longer a bound on log p(x)."""
 
 import itertools
 import math
@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
 from pyrovae.distributions import center
-from pyrovae.inference.structure import described, sample_sites
+from pyrovae.inference.messages import described
+from pyrovae.inference.sites import independent_elements, sample_sites
 from pyrovae.nn import register
 
 __all__ = [
@@ -33,15 +33,15 @@ _count = itertools.count()
 
 
 class Run(NamedTuple):
-    """One run of a guide and a model, with particles at the leftmost dimension of every value.
+    """One run of a guide and a model, with the particles as the leftmost dimension of every value.
 
     Args:
         model_trace: trace of the model at the guide's latents.
         guide_trace: trace of the guide.
-        model: the model, and
-        guide: the guide, to be run again on
-        args: their arguments and
-        kwargs: their keyword arguments.
+        model: the model.
+        guide: the guide.
+        args: arguments of both.
+        kwargs: keyword arguments of both.
     """
 
     model_trace: poutine.Trace
@@ -65,7 +65,7 @@ class Cost(NamedTuple):
 
     Args:
         value: in nats, with its gradient.
-        aside: of value zero, with the gradient of what is trained along, such as a discriminator.
+        aside: a term of value zero, with the gradient of auxiliary networks such as a discriminator.
     """
 
     value: Tensor
@@ -73,15 +73,15 @@ class Cost(NamedTuple):
 
 
 class Regularizer(ABC):
-    r"""Base of the regularizers, which any bound takes: ``bounds.ELBO(regularizers=[...])``.
+    r"""Base of the regularizers, which can be added to any bound: ``bounds.ELBO(regularizers=[...])``.
 
-    To write one, derive from it and return a :class:`Cost` of the sites of a :class:`Run`:
+    To add one, derive from it and return a :class:`Cost` from the sites of a :class:`Run`:
     ``run.site("z", of_guide=True)`` is the node of Pyro's trace, with the distribution as ``["fn"]`` and the latents,
-    ``(num_particles, batch, *event)``, as ``["value"]``. Latents with an rsample are differentiable. Where a bound works
-    in chunks of particles it is given the first.
+    ``(num_particles, batch, *event)``, as ``["value"]``. Latents with an rsample are differentiable. If a bound runs in
+    chunks of particles, the run is that of the first chunk.
 
     Args:
-        weight: what it is multiplied by, finite.
+        weight: factor of the term, finite.
     """
 
     def __init__(self, weight: float):
@@ -100,24 +100,25 @@ class Regularizer(ABC):
 class TotalCorrelation(Regularizer):
     r"""The total correlation of the aggregate posterior, from a minibatch: with the ELBO, the beta-TCVAE.
 
-    .. math:: \lambda\, \mathrm{KL}\Big(q(z) \,\|\, \prod_d q(z_d)\Big), \qquad q(z) = \frac{1}{N} \sum_n q(z \mid x_n)
+    .. math:: \lambda\, \mathrm{KL}\Big(q(z) \,\|\, \prod_d q(z_d)\Big), \qquad
+        q(z) = \frac{1}{N} \sum_n q(z \mid x_n)
 
-    The ELBO's KL divergence holds the total correlation once, so ``ELBO(regularizers=[TotalCorrelation(beta - 1, N)])``
-    weighs it by beta. The stratified estimate of the density is unbiased,
-    :math:`\hat q(z_i) = \frac{1}{N} q(z_i \mid x_i) + \frac{N - 1}{N} \frac{1}{B - 1} \sum_{j \ne i} q(z_i \mid x_j)`;
-    the weighted one, :math:`\frac{1}{N B} \sum_j q(z_i \mid x_j)`, is not: even from all data it is N times too small,
-    which adds a constant :math:`(D - 1) \log N` to the total correlation of D dimensions. The logarithm of either is
-    biased downwards, that of the stratified one the less, the larger the batch.
+    The ELBO's KL divergence contains the total correlation once, so that
+    ``ELBO(regularizers=[TotalCorrelation(beta - 1, N)])`` has it with weight beta. The stratified estimate of the
+    density is unbiased, :math:`\hat q(z_i) = \frac{1}{N} q(z_i \mid x_i) + \frac{N - 1}{N} \frac{1}{B - 1} \sum_{j \ne
+    i} q(z_i \mid x_j)`; the weighted one, :math:`\frac{1}{N B} \sum_j q(z_i \mid x_j)`, is biased: even from all data
+    it is N times too small, which adds a constant :math:`(D - 1) \log N` to the total correlation of D dimensions. The
+    logarithms of both are biased downwards; the bias of the stratified one falls with the batch size.
 
     Args:
         weight: :math:`\lambda`.
         dataset_size: number of training data :math:`N`, at least 2.
-        stratified: which estimate.
+        stratified: whether to take the stratified estimate, or the weighted one.
         site: the latent, whose posterior must have independent dimensions.
 
     Raises:
-        ValueError: when an argument is out of range, a batch has more than `dataset_size` data, the guide has no such
-            site, or its dimensions are not independent.
+        ValueError: when an argument is out of range, when a batch has more than `dataset_size` data, when the guide has
+            no such site, or when its dimensions are not independent.
 
     References:
         Isolating Sources of Disentanglement in Variational Autoencoders, R. T. Q. Chen, X. Li, R. Grosse and
@@ -136,20 +137,19 @@ class TotalCorrelation(Regularizer):
     def __call__(self, run: Run) -> Cost:
         latent = run.site(self.site, of_guide=True)
         fn, z = latent["fn"], latent["value"]
-        if not (
-            isinstance(fn, dist.Independent) and fn.reinterpreted_batch_ndims == 1 and not fn.base_dist.event_shape
-        ):
+        elements = independent_elements(fn)
+        if elements is None or len(fn.event_shape) != 1:
             raise ValueError(
                 f'TotalCorrelation needs a posterior with independent dimensions at site "{self.site}", got a '
-                f"{type(fn).__name__}. DensityRatio needs draws only."
+                f"{type(fn).__name__}. DensityRatio needs only draws."
             )
         batch, n = z.shape[-2], self.dataset_size
         if batch > n:
             raise ValueError(f"TotalCorrelation got a batch of {batch} data, more than dataset_size={n}.")
         if batch < 2:
             return Cost(z.new_zeros(()))
-        # Each latent under the posterior of each datum: (batch of z, *samples, batch of x, dimensions).
-        log_q = fn.base_dist.log_prob(z.movedim(-2, 0).unsqueeze(-2))
+        # Each latent under the posterior of each datum: (batch of z, *particles, batch of x, dimensions).
+        log_q = elements.log_prob(z.movedim(-2, 0).unsqueeze(-2))
         eye = torch.eye(batch, dtype=torch.bool, device=z.device).reshape(batch, *[1] * (z.dim() - 2), batch, 1)
         if self.stratified:
             others = torch.full_like(eye, math.log((n - 1) / (n * (batch - 1))), dtype=log_q.dtype)
@@ -174,7 +174,8 @@ def gaussian_kernel(a: Tensor, b: Tensor) -> Tensor:
 def inverse_multiquadric_kernel(a: Tensor, b: Tensor) -> Tensor:
     r"""Returns :math:`\sum_s \frac{2 d s}{2 d s + \lVert a - b \rVert^2}` for all pairs of rows, as in WAE.
 
-    The scales s are 0.1, 0.2, 0.5, 1, 2, 5 and 10. Its tails reach latents that are far from the prior.
+    The scales s are 0.1, 0.2, 0.5, 1, 2, 5 and 10. Its heavy tails give a gradient to latents that are far from the
+    prior.
 
     References:
         Wasserstein Auto-Encoders, I. Tolstikhin, O. Bousquet, S. Gelly and B. Schölkopf, 2018,
@@ -190,12 +191,12 @@ def inverse_multiquadric_kernel(a: Tensor, b: Tensor) -> Tensor:
 class MaximumMeanDiscrepancy(Regularizer):
     r"""The squared maximum mean discrepancy between aggregate posterior and prior: with the ELBO, InfoVAE.
 
-    .. math:: \lambda \left(\mathrm{E}\, k(z, z') + \mathrm{E}\, k(\tilde z, \tilde z') - 2\, \mathrm{E}\, k(z, \tilde z)
-        \right), \qquad z, z' \sim q(z), \quad \tilde z, \tilde z' \sim p(z)
+    .. math:: \lambda \left(\mathrm{E}\, k(z, z') + \mathrm{E}\, k(\tilde z, \tilde z')
+        - 2\, \mathrm{E}\, k(z, \tilde z) \right), \qquad z, z' \sim q(z), \quad \tilde z, \tilde z' \sim p(z)
 
-    once for each datum, by its unbiased estimate from pairs of different data of a batch, which may be negative; a batch
-    of one has none and adds nothing. A learned prior follows where it has an rsample. In a hierarchy the prior of a
-    latent is that given the latents above it, drawn from the guide. InfoVAE with its :math:`\alpha` and :math:`\lambda` is
+    per datum, by its unbiased estimate from pairs of different data of a batch, which may be negative; it is 0 for a
+    batch of one. A learned prior gets a gradient if it has an rsample. In a hierarchy the prior of a latent is that
+    given the latents above it, drawn from the guide. InfoVAE with its :math:`\alpha` and :math:`\lambda` is
     ``ELBO(beta=1 - alpha, regularizers=[MaximumMeanDiscrepancy(alpha + lambda - 1)])``.
 
     Args:
@@ -204,7 +205,7 @@ class MaximumMeanDiscrepancy(Regularizer):
         site: the latent.
 
     Raises:
-        ValueError: when `weight` is not finite, or there is no such site or its latents are no vectors.
+        ValueError: when `weight` is not finite, when there is no such site, or when its latents are not vectors.
 
     References:
         InfoVAE: Balancing Learning and Inference in Variational Autoencoders, S. Zhao, J. Song and S. Ermon, 2019,
@@ -220,18 +221,18 @@ class MaximumMeanDiscrepancy(Regularizer):
         self.kernel, self.site = kernel, site
 
     def __call__(self, run: Run) -> Cost:
-        value = _vectors(run, self)
+        value = _vectors(run, self.site, type(self).__name__)
         batch, width = value.shape[-2:]
         if batch < 2:
             return Cost(value.new_zeros(()))
         z = value.reshape(-1, width)
-        # A prior that the latents do not enter has no dimension of particles.
+        # A prior that does not depend on latents has no dimension of particles.
         prior = run.site(self.site, of_guide=False)["fn"].expand(value.shape[:-1])
         prior = (prior.rsample() if prior.has_rsample else prior.sample()).reshape(-1, width)
         particles = len(z) // batch
 
         def mean(a: Tensor, b: Tensor) -> Tensor:
-            # Latents of one datum are not independent draws from the aggregate: pairs of different data only.
+            # Latents of one datum are not independent draws from the aggregate posterior: only pairs of different data.
             k = self.kernel(a, b).reshape(particles, batch, particles, batch)
             return (k.sum() - k.diagonal(dim1=1, dim2=3).sum()) / (particles**2 * batch * (batch - 1))
 
@@ -239,10 +240,10 @@ class MaximumMeanDiscrepancy(Regularizer):
 
 
 class _Discriminated(Regularizer):
-    """A regularizer with a network that tells two kinds of input apart, trained along by the same optimizer.
+    """A regularizer with a discriminator that the optimizer of the loss trains as well.
 
-    Its parameters are registered with Pyro. What lowers the loss does not move them, and what trains them moves nothing
-    else.
+    Its parameters are registered with Pyro. The regularizer's value has no gradient in them, and the discriminator's
+    loss has a gradient in them alone.
     """
 
     def __init__(self, discriminator: nn.Module, weight: float):
@@ -253,35 +254,36 @@ class _Discriminated(Regularizer):
         self.name = f"discriminator{next(_count)}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Copies come through here: under the same name Pyro would train the original's parameters.
+        # For copies: with the same name, Pyro would train the parameters of the original.
         self.__dict__.update(state)
         self.name = f"discriminator{next(_count)}"
 
-    def _told(self, x: Tensor) -> Tensor:
-        """Returns the logits of inputs by the discriminator as it is, with the inputs' gradient alone."""
-        held = {name: t.detach() for name, t in self.discriminator.named_parameters()}
+    def _logits_of(self, x: Tensor) -> Tensor:
+        """Returns the discriminator's logits, with a gradient in its inputs but not in its parameters."""
+        detached = {name: t.detach() for name, t in self.discriminator.named_parameters()}
         try:
-            logits = functional_call(self.discriminator, held, (x,))
+            logits = functional_call(self.discriminator, detached, (x,))
         except RuntimeError as error:
             raise ValueError(
                 f"the discriminator of {type(self).__name__} does not take inputs of shape {tuple(x.shape)}: {error}."
             ) from error
-        return self._logits(logits, len(x))
+        return self._check_logits(logits, len(x))
 
     def _training_loss(self, real: Tensor, fake: Tensor, particles: int = 1) -> Tensor:
-        """Returns the cross entropy of telling real ones from fake ones, with the discriminator's gradient alone.
+        """Returns the discriminator's cross entropy minus itself: zero, with a gradient in its parameters alone.
 
-        Summed over the data, a mean over the particles of each.
+        Summed over the data, and a mean over the particles of each.
         """
         register(self.name, self.discriminator)
         if not torch.is_grad_enabled():
             return real.new_zeros(())
         x = torch.cat([real.detach(), fake.detach()])
-        real_logits, fake_logits = self._logits(self.discriminator(x), len(x)).split([len(real), len(fake)])
+        real_logits, fake_logits = self._check_logits(self.discriminator(x), len(x)).split([len(real), len(fake)])
         loss = softplus(-real_logits).sum() + softplus(fake_logits).sum()
         return (loss - loss.detach()) / particles
 
-    def _logits(self, logits: Tensor, n: int) -> Tensor:
+    def _check_logits(self, logits: Tensor, n: int) -> Tensor:
+        """Returns logits of shape ``(n,)``; raises a ValueError unless there is one for each input."""
         if logits.numel() != n:
             raise ValueError(
                 f"{type(self).__name__} needs a discriminator that returns one logit for each of {n} inputs, got shape "
@@ -291,13 +293,13 @@ class _Discriminated(Regularizer):
 
 
 class DensityRatio(_Discriminated):
-    r"""The total correlation by a density ratio that a discriminator learns: with the ELBO, FactorVAE.
+    r"""The total correlation by the density ratio of a discriminator: with the ELBO, FactorVAE.
 
     .. math:: \gamma\, \mathrm{E}_{q(z)} \log \frac{D(z)}{1 - D(z)} \approx
         \gamma\, \mathrm{KL}\Big(q(z) \,\|\, \prod_d q(z_d)\Big)
 
-    The discriminator tells latents from latents whose dimensions were permuted among the data of the batch. It is
-    trained along by the optimizer of the loss.
+    The discriminator classifies latents, against latents whose dimensions were permuted among the data of the batch.
+    The optimizer of the loss trains it.
 
     Args:
         discriminator: maps latents ``(n, latent_dim)`` to one logit each.
@@ -305,9 +307,9 @@ class DensityRatio(_Discriminated):
         site: the latent.
 
     Raises:
-        ValueError: when `weight` is not finite, the discriminator returns another shape, or there is no such site or its
-            latents are no vectors.
-        TypeError: when the discriminator is no module.
+        ValueError: when `weight` is not finite, when the discriminator returns another shape, when there is no such
+            site, or when its latents are not vectors.
+        TypeError: when the discriminator is not a module.
 
     References:
         Disentangling by Factorising, H. Kim and A. Mnih, 2018, https://arxiv.org/abs/1802.05983.
@@ -322,25 +324,25 @@ class DensityRatio(_Discriminated):
         self.site = site
 
     def __call__(self, run: Run) -> Cost:
-        value = _vectors(run, self)
+        value = _vectors(run, self.site, type(self).__name__)
         value = value if value.is_floating_point() else value.to(torch.get_default_dtype())  # classes
         z = value.reshape(-1, *value.shape[-2:])
-        # Each dimension's order of the data, by itself for every particle.
+        # An order of the data for each dimension and particle.
         order = torch.rand_like(z.detach()).argsort(dim=1)
         permuted = z.detach().gather(1, order).flatten(0, 1)
         z = z.flatten(0, 1)
-        cost = self.weight * self._told(z).sum() / len(z) * value.shape[-2]
+        cost = self.weight * self._logits_of(z).sum() / len(z) * value.shape[-2]
         return Cost(cost, self._training_loss(z, permuted, len(z) // value.shape[-2]))
 
 
 class Adversarial(_Discriminated):
-    r"""An adversarial term on what the model draws, against blurry samples: VAE-GAN's.
+    r"""An adversarial term on the means of reconstructions and samples, as in VAE-GAN, for sharper samples.
 
     .. math:: -\lambda \left(\log D(\mu(z)) + \log D(\mu(\tilde z))\right), \qquad
         z \sim q(z \mid x), \quad \tilde z \sim p(z), \quad \mu(z) = \mathrm{E}\, p(x \mid z)
 
-    The discriminator tells data from reconstructions and from samples. It is trained along by the optimizer of the
-    loss, and so is the prior, by the samples.
+    The discriminator classifies data, against reconstructions and samples. The optimizer of the loss trains it. The
+    prior gets a gradient by the samples.
 
     Args:
         discriminator: maps data ``(n, *x_shape)`` to one logit each.
@@ -348,8 +350,9 @@ class Adversarial(_Discriminated):
         site: the observed site, whose distribution must have a differentiable mean.
 
     Raises:
-        ValueError: when `weight` is not finite, the discriminator returns another shape, or there is no such site.
-        TypeError: when the discriminator is no module.
+        ValueError: when `weight` is not finite, when the discriminator returns another shape, or when there is no such
+            site.
+        TypeError: when the discriminator is not a module.
 
     References:
         Autoencoding beyond Pixels Using a Learned Similarity Metric, A. B. L. Larsen, S. K. Sønderby, H. Larochelle and
@@ -367,22 +370,22 @@ class Adversarial(_Discriminated):
 
     def __call__(self, run: Run) -> Cost:
         observed = run.site(self.site, of_guide=False)
-        with poutine.trace() as dream, poutine.uncondition():
+        with poutine.trace() as tracer, poutine.uncondition():
             run.model(*run.args, **run.kwargs)
-        sampled = center(dream.trace.nodes[self.site]["fn"])
+        sampled = center(tracer.trace.nodes[self.site]["fn"])
         reconstructed = center(observed["fn"]).reshape(-1, *sampled.shape)[0]
         real = observed["value"].reshape(-1, *sampled.shape)[0].to(sampled.dtype)
         fake = torch.cat([reconstructed, sampled])
-        return Cost(self.weight * softplus(-self._told(fake)).sum(), self._training_loss(real, fake))
+        return Cost(self.weight * softplus(-self._logits_of(fake)).sum(), self._training_loss(real, fake))
 
 
-def _vectors(run: Run, regularizer: Regularizer) -> Tensor:
-    """Returns the latents of a regularizer's site, ``(*samples, batch, latent_dim)``."""
-    site = run.site(regularizer.site, of_guide=True)
+def _vectors(run: Run, name: str, what_for: str) -> Tensor:
+    """Returns the latents of a site, ``(*particles, batch, latent_dim)``, for a regularizer."""
+    site = run.site(name, of_guide=True)
     shape = tuple(site["fn"].event_shape)
     if len(shape) != 1:
         raise ValueError(
-            f'{type(regularizer).__name__} needs latents that are vectors, but site "{regularizer.site}" has events of '
+            f'{what_for} needs latents that are vectors, but site "{name}" has events of '
             f"shape {shape}. Declare the dimensions of a latent with .to_event(1)."
         )
     return site["value"]

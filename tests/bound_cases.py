@@ -11,12 +11,12 @@ class BoundCase(NamedTuple):
     """One public bound with one estimator of its gradient.
 
     Args:
-        name: what the tests call it.
+        name: its name in the tests.
         build: builds one from a number of particles, a multiple of 2.
         kind: "lower" where its mean is at most log p(x), "upper" where its limit in many particles is at least that,
             "none" for neither.
         reparameterized: whether it refuses latents without an rsample.
-        unbiased: whether its gradient has the mean of the gradient of its own mean, in all parameters.
+        unbiased: whether the mean of its gradient is the gradient of its mean, in all parameters.
     """
 
     name: str

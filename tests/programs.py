@@ -1,8 +1,8 @@
-"""Programs that others published, written anew as small pairs, with the number that each should get.
+"""Published Pyro programs, rewritten as small pairs, with the log p(x) that each should get.
 
-Every one keeps what makes the original particular: its plates with their names, its loops and masks, its distributions,
-the ELBO that it is trained by. Run as a script, this prints a table: what had to change, whether ``fit`` equals Pyro's
-own ``SVI``, and log p(x) beside the truth.
+Each keeps the particular parts of the original: its plates with their names, its loops and masks, its distributions,
+and the ELBO that trains it. Run as a script, this prints a table: what had to change, whether ``fit`` equals Pyro's
+``SVI``, and log p(x) with the true value.
 """
 
 import math
@@ -56,18 +56,19 @@ class Program(NamedTuple):
 
     Args:
         name: what it is, and whose.
-        make: writes it anew, with its first parameters.
+        make: builds it, with initial parameters.
         changed: what had to change in it to be trained.
-        scored: makes the pair whose data are scored, given the one that was trained; None for that one.
-        refused: what a score of the trained pair is refused with, a regular expression; empty if it is not.
-        warned: what fit warns of; empty if it does not.
-        changed_for_scores: what had to change for those.
+        scored: makes the pair whose data are scored from the trained one; None if it is the trained one.
+        refused: error of a score of the trained pair, a regular expression; empty without one.
+        warned: warning of fit; empty without one.
+        changed_for_scores: what had to change for scores.
         compiles: whether the natural ELBO is traced into a graph.
-        exact: the estimator without chance; None where there is none.
+        exact: the estimator without random numbers; None without one.
         alone: whether samples are drawn one by one.
-        uncollapsed: what diagnostics.collapse refuses it with, a regular expression; empty if it does not.
-        quick: whether its graph is compiled in some seconds; of those that take more, a slow run tests it.
-        weighs: whether its bound may stand inside of a logarithm: no site is scaled apart, nothing is given that all share.
+        uncollapsed: error of diagnostics.collapse, a regular expression; empty without one.
+        quick: whether its graph compiles in a few seconds; otherwise a slow test compiles it.
+        weighs: whether bounds on importance weights are defined: no site has a scale of its own, no observed site is
+            global.
     """
 
     name: str
@@ -106,7 +107,7 @@ def joined(*tensors: Tensor) -> Tensor:
 def normals(dim: int, points: int = 121) -> tuple[Tensor, Tensor]:
     """Points of a standard normal, ``(points^dim, 1, dim)``, and the logarithms of their probabilities.
 
-    By the trapezoid rule on [-8, 8], whose error is below 1e-14 here: the integrand is smooth and vanishes at both ends.
+    By the trapezoid rule on [-8, 8], with an error below 1e-14: the integrand is smooth and vanishes at both ends.
     """
     line = torch.linspace(-8, 8, points, dtype=torch.float64)
     z = torch.cartesian_prod(*[line] * dim).reshape(-1, 1, dim)
@@ -132,7 +133,7 @@ def log_negative_binomial(x: Tensor, total: Tensor, logits: Tensor) -> Tensor:
 
 
 class TutorialVAE(nn.Module):
-    """Grey pixels under Bernoulli distributions that are told not to mind."""
+    """Grey pixels with Bernoulli distributions that do not validate them."""
 
     def __init__(self):
         super().__init__()
@@ -206,7 +207,7 @@ def m2(labelled: bool) -> Pair:
 
 
 class CVAE(nn.Module):
-    """Three quarters of a picture given one: a prior that sees the context, and a network that guesses without a latent."""
+    """Three quarters of a picture given one: a prior on the context, and a baseline network without a latent."""
 
     def __init__(self):
         super().__init__()
@@ -242,7 +243,7 @@ def cvae() -> Pair:
 
 
 class ScANVI(nn.Module):
-    """Counts of genes: a label and a latent below another, a library size, and a loss that is scaled by their number."""
+    """Counts of genes: a label and a latent below another, a library size, and a loss scaled by the number of genes."""
 
     def __init__(self, scale: float):
         super().__init__()
@@ -407,7 +408,7 @@ def cevae_blind(trained: Pair) -> Pair:
 
 
 class ProdLDA(nn.Module):
-    """Documents as products of topics: dropout and batch normalisation in both networks, softmax on a named dimension."""
+    """Documents as products of topics: dropout and batch normalisation in both networks, softmax on one dimension."""
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,7 @@
-"""What models and guides are called with: of every kind, cut by rows where it belongs to rows, refused where none can tell.
+"""Arguments of models and guides of every kind: cut by rows if they have rows, refused if they are ambiguous.
 
-The pair is that of linear, Gaussian latents whose posterior is known: a guide that draws from it gives weights that are all
-alike, log p(x) exactly. Each datum has an offset of its own, so that rows taken wrongly show as nats.
+The pair has linear, Gaussian latents with a known posterior: a guide that draws from it has equal weights, log p(x)
+exactly. Each datum has its own offset, so that wrong rows change log p(x).
 """
 
 import collections
@@ -19,7 +19,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
 from pyrovae import VAE, fit, impute, log_marginal
-from pyrovae.arguments import Arguments, in_memory, settled, take_rows
+from pyrovae.arguments import Arguments, canonicalize, in_memory, take_rows
 from pyrovae.diagnostics import calibration, collapse, gaps, latent_map, quality, reliability, sharpness
 from pyrovae.encoders import DiagonalNormal
 from pyrovae.estimators import ImportanceSampling
@@ -191,7 +191,7 @@ def test_loaders_that_lose_the_order_are_refused():
         for f in (log_marginal, impute, reliability, collapse):
             with pytest.raises(ValueError, match=f"by a {name}.*shuffle=False"):
                 f(pair.model, pair.guide, shuffled)
-    with pytest.raises(TypeError, match="nothing beside it"):
+    with pytest.raises(TypeError, match="give no other argument"):
         log_marginal(pair.model, pair.guide, loader(pair), pair.x)
     with pytest.raises(ValueError, match="no batch of data"):
         log_marginal(pair.model, pair.guide, loader(pair, batch_size=N + 1, drop_last=True))
@@ -205,7 +205,7 @@ def test_data_sets_are_scored_in_their_order(make):
     torch.testing.assert_close(found.value.double(), pair.truth(), atol=1e-3, rtol=0)
     assert reliability(pair.model, pair.guide, rows, progress=False, num_samples=30).ess.shape == (N,)
     assert impute(pair.model, pair.guide, rows, num_samples=50).mean.shape == pair.x.shape
-    with pytest.raises(TypeError, match="a Dataset gives all that belongs to a datum"):
+    with pytest.raises(TypeError, match="a Dataset must hold all rows of the data"):
         log_marginal(pair.model, pair.guide, rows, pair.x)
 
 
@@ -366,14 +366,14 @@ def test_fewer_data_than_a_batch_are_one_batch():
         assert trained(lambda x, o: (x, o), (pair.x, pair.offsets), batch_size=size)[0] == wanted[0]
 
 
-# What cannot be told.
+# What is ambiguous.
 
 
 @pytest.mark.parametrize(
     ("given", "match"),
     [
         ([torch.zeros(3), torch.zeros(4)], "argument 1 has 3 rows but argument 2 has 4"),
-        ([torch.zeros(3), [1, 2]], "argument 2 is a list of 2: does it belong to data"),
+        ([torch.zeros(3), [1, 2]], "argument 2 is a list of 2: give an entry per datum"),
         ([torch.zeros(3), {"a": (1, 2)}], r"argument 2\['a'\] is a tuple of 2"),
         ([torch.zeros(3), np.zeros(2)], "argument 2 has 2"),
         ([torch.zeros(3), [torch.zeros(3)] * 3], "argument 2 is a list of 3 with 3 rows each"),
@@ -390,7 +390,7 @@ def test_what_cannot_be_told_is_refused(given, match):
 def test_a_single_datum_is_no_question():
     x = torch.zeros(1, 3)
     for given in ([x, [x]], [x, [x, x]], [[x]], [x, [[1.0, 2.0]]]):
-        args, kwargs, size = settled(tuple(given), {})
+        args, kwargs, size = canonicalize(tuple(given), {})
         assert size == 1
         assert str(take_rows(slice(0, 1), args, kwargs)[0]) == str(tuple(given))
 
@@ -398,9 +398,9 @@ def test_a_single_datum_is_no_question():
 def test_what_a_list_is_stays_when_few_rows_are_left():
     """Two rows of two things, and two sequences of two steps, look alike."""
     x = torch.arange(8.0).reshape(4, 2)
-    args, kwargs, _ = settled((x, [x, x + 1], [x[:2], x[1:3], x[2:], x[:2]]), {})
+    args, kwargs, _ = canonicalize((x, [x, x + 1], [x[:2], x[1:3], x[2:], x[:2]]), {})
     head = take_rows(slice(0, 2), args, kwargs)
-    one = settled(*head)[:2]
+    one = canonicalize(*head)[:2]
     for part in (take_rows(slice(0, 1), *one)[0], take_rows(torch.tensor([0]), *one)[0]):
         assert [t.tolist() for t in part[1]] == [[[0.0, 1.0]], [[1.0, 2.0]]]
         assert [t.tolist() for t in part[2]] == [[[0.0, 1.0], [2.0, 3.0]]]
@@ -408,14 +408,14 @@ def test_what_a_list_is_stays_when_few_rows_are_left():
 
 def test_nothing_is_changed():
     x, d = torch.arange(4.0), {"o": [1, 2, 3, 4], "d": collections.OrderedDict(x=np.ones(4))}
-    args, kwargs, size = in_memory((x, d), {})
+    args, kwargs, _ = in_memory((x, d), {})
     taken, _ = take_rows(slice(1, 3), args, kwargs)
     assert d["o"] == [1, 2, 3, 4] and isinstance(d["d"]["x"], np.ndarray)
     assert taken[1]["o"] == [2, 3] and taken[1]["d"]["x"].dtype == torch.float32
 
 
 def test_integers_and_booleans_are_kept():
-    args, _, _ = settled(
+    args, _, _ = canonicalize(
         (torch.zeros(2, dtype=torch.double), np.array([1, 2]), np.array([True, False]), np.float32([1, 2])), {}
     )
     assert [t.dtype for t in args] == [torch.double, torch.long, torch.bool, torch.double]
@@ -431,11 +431,11 @@ def vae_of(kind=Normal) -> VAE:
 def test_double_precision_is_said_in_a_sentence():
     vae, x = vae_of(), torch.randn(20, 6).double()
     for f in (train, partial(log_marginal, progress=False), collapse):
-        with pytest.raises(TypeError, match=r"argument 1 is of float64.*\.float\(\).*\.double\(\)"):
+        with pytest.raises(TypeError, match=r"argument 1 has dtype float64.*\.float\(\).*\.double\(\)"):
             f(vae.model, vae.guide, x)
     log_marginal(vae.model, vae.guide, x.numpy(), num_samples=2, progress=False)
     doubled = vae_of().double()
-    with pytest.raises(TypeError, match=r"argument 1 is of float32.*compute in float64.*\.float\(\)"):
+    with pytest.raises(TypeError, match=r"argument 1 has dtype float32.*compute in float64.*\.float\(\)"):
         log_marginal(doubled.model, doubled.guide, x.float())
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae import VAE, bounds, encoders, fit, likelihoods, log_weights, priors, storage
-from pyrovae.bounds import elbo as elbo_module
+from pyrovae.bounds.kl import kl_in_closed_form
 from pyrovae.distributions import Flattened, HypersphericalUniform, LogisticNormal, VonMisesFisher
 from pyrovae.nn import MLP, OneHotInput
 from pyrovae.regularizers import MaximumMeanDiscrepancy
@@ -51,7 +51,7 @@ every_bound = pytest.mark.parametrize("case", BOUNDS, ids=lambda case: case.name
 
 
 def value_of(bound: bounds.Bound, log_w: Tensor) -> Tensor:
-    """What a bound reports for log weights."""
+    """Returns the value of a bound for log weights."""
     return bound.reduce_model(log_w).value
 
 
@@ -237,7 +237,7 @@ def test_the_thermodynamic_objective_has_the_sum_of_the_closed_form():
 
 
 def same_loss_and_gradient(vae: VAE, x: Tensor, first: bounds.Bound, second: bounds.Bound) -> None:
-    """Asserts that two bounds are one, given the same noise."""
+    """Asserts that two bounds are equal with the same noise."""
     found = []
     for bound in (first, second):
         pyro.set_rng_seed(1)
@@ -353,7 +353,7 @@ KL_PAIRS = {
 def test_closed_forms_of_kl_divergences(pair):
     q, p = pair()
     z = q.sample((20_000,))
-    assert_mean(q.log_prob(z) - p.log_prob(z), elbo_module.kl_in_closed_form(q, p), FAILURE_RATE)
+    assert_mean(q.log_prob(z) - p.log_prob(z), kl_in_closed_form(q, p), FAILURE_RATE)
 
 
 def same_as_pyro(model, guide, *args, num_particles: int = 1, absolute: float = ROUNDING, **kwargs) -> None:
@@ -593,7 +593,7 @@ def test_a_warm_up_starts_at_exactly_zero_and_goes_on_with_every_step():
 
 
 def plated(vae: VAE, data: Tensor, subsample_size: int | None = None):
-    """A pair by hand of a VAE's parts, whose data plate draws its data by itself."""
+    """A hand-written pair of a VAE's parts, whose data plate draws a subsample."""
 
     def model():
         with pyro.plate("data", len(data), subsample_size=subsample_size) as rows:
@@ -924,7 +924,7 @@ def test_every_bound_trains_in_svi(case):
     bound = case.build(8)
     before = copy.deepcopy(vae.state_dict())
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.01}), bound)
-    # Where the bound of few particles is an upper one of the limit, or none, what its training does to the ELBO is open.
+    # Where the bound is an upper bound in the limit, or none, its training may raise or lower the ELBO.
     judge = bound if case.kind != "lower" and not case.name.startswith("CUBO") else bounds.ELBO(20)
 
     def losses() -> Tensor:
@@ -1036,7 +1036,7 @@ def test_validation_during_a_warm_up_takes_its_end():
 
 @every_bound
 def test_a_loss_and_its_gradient_are_one_graph(case):
-    # Traced into tensor operations alone, which fails where a number is fetched from a tensor, as a GPU would have to be
+    # Traced into tensor operations alone, which fails where a number is fetched from a tensor, so that a GPU would be
     # waited for; and the graph gives what the loss gives.
     vae, x = diagonal_vae(2, 3), torch.randn(5, 3, dtype=torch.float64)
     bound = case.build(4)
@@ -1134,7 +1134,7 @@ def x_of(size: int = 5) -> Tensor:
         (lambda: bounds.FreeBits(0.1, group_size=0), "group_size must be an integer of at least 1"),
         (lambda: bounds.Capacity(math.inf), "nats must be at least 0 and finite"),
         (lambda: bounds.ReweightedWakeSleep(1), "wake phase needs num_particles of at least 2"),
-        (lambda: bounds.CUBO(4, gradient=bounds.StickingTheLanding()), "CUBO has a gradient of its own"),
+        (lambda: bounds.CUBO(4, gradient=bounds.StickingTheLanding()), "gradient of CUBO must be None"),
         (lambda: bounds.CUBO(1), "CUBO needs num_particles of at least 2"),
         (lambda: bounds.TVO(1, gradient=bounds.Covariance()), "Covariance gradients need num_particles of at least 2"),
         (lambda: bounds.MIWAE(8, 2.0), "num_groups must divide num_particles=8, got 2.0"),
@@ -1146,11 +1146,11 @@ def x_of(size: int = 5) -> Tensor:
         ),
         (
             lambda: bounds.ELBO(penalty=bounds.FreeBits(0.1), gradient=bounds.DoublyReparameterized()),
-            "a penalty sees estimates",
+            "a penalty takes estimates",
         ),
         (lambda: bounds.IWAE(4, bounds.StickingTheLanding()), "biased for this IWAE.*DoublyReparameterized"),
         (lambda: bounds.Renyi(4, 0.5, bounds.StickingTheLanding()), "biased for this Renyi"),
-        (lambda: bounds.IWAE(4, bounds.Covariance()), "those of the TVO, not of IWAE"),
+        (lambda: bounds.IWAE(4, bounds.Covariance()), "for the TVO, not for IWAE"),
     ],
 )
 def test_bad_arguments(build, message):
@@ -1164,11 +1164,11 @@ def test_bad_arguments(build, message):
         (lambda: bounds.IWAE(4, gradient="DReG"), "gradient must be an estimator"),
         (
             lambda: bounds.ELBO(beta=bounds.Linear),
-            "beta must be a number, or where it may change a schedule that is built",
+            "beta must be a number, or an instance of a schedule",
         ),
         (lambda: bounds.FreeBits("0.1"), "nats must be a number"),
-        (lambda: bounds.ELBO(penalty=0.5), "penalty must be one that is built"),
-        (lambda: bounds.ELBO(penalty=bounds.FreeBits), "penalty must be one that is built"),
+        (lambda: bounds.ELBO(penalty=0.5), "penalty must be an instance of Penalty"),
+        (lambda: bounds.ELBO(penalty=bounds.FreeBits), "penalty must be an instance of Penalty"),
         (lambda: bounds.ELBO(regularizers=MaximumMeanDiscrepancy(1.0)), "regularizers must be a list"),
         (lambda: bounds.ELBO(regularizers=[MaximumMeanDiscrepancy]), "regularizers must be a list"),
     ],
@@ -1272,7 +1272,7 @@ def assert_one_by_one_is_right(model, guide, x):
 
 
 def test_particles_that_go_astray_are_drawn_one_by_one():
-    # A second plate puts a dimension of one beside the particles, which the decoder turns into the wrong place.
+    # A second plate adds a dimension of size 1 next to the particles, which the decoder moves to the wrong position.
     layer = torch.nn.Linear(2, 6)
 
     def model(x):

@@ -35,7 +35,7 @@ def gradient_of(bound: bounds.Bound, vae: torch.nn.Module, *args: Tensor) -> Ten
 
 
 def assert_same_mean(first: Tensor, second: Tensor) -> None:
-    """Asserts that two samples ``(times, size)`` may have one mean: Welch's t test per entry, Bonferroni over entries."""
+    """Asserts that two samples ``(times, size)`` may have one mean: Welch's t test per entry, Bonferroni-corrected."""
     same = (first.std(0) == 0) & (second.std(0) == 0)
     assert torch.equal(first[0, same], second[0, same])
     p = scipy.stats.ttest_ind(first[:, ~same], second[:, ~same], equal_var=False).pvalue
@@ -115,7 +115,7 @@ def test_unbiased_gradients_have_the_mean_of_plain_ones(pair, name):
 
 
 class Single(DoublyReparameterized):
-    """What sticking the landing would be for importance weights: it leaves out a score function that has a mean."""
+    """Sticking the landing for importance weights: biased, because the score function that it drops has a mean."""
 
     def coefficients(self, bound, log_w: Tensor) -> Coefficients:
         first = bound.reduce(log_w).first
@@ -133,7 +133,7 @@ def test_the_tests_of_gradients_would_tell():
 
 
 def test_stratified_or_not_a_flow_is_scored_apart_from_its_cache():
-    # What a flow drew it scores from memory, with the graph of the draw; a cut latent must be scored anew.
+    # A flow scores its own draw from a cache, with the graph of the draw; a detached latent must be scored without it.
     vae, x = flow_vae(encoders.InverseAutoregressiveFlow), torch.randn(5, 3, dtype=torch.float64)
     found = []
     for bound in (bounds.ELBO(gradient=bounds.StickingTheLanding()), bounds.ELBO()):
@@ -171,7 +171,7 @@ def test_at_the_exact_posterior_of_a_hierarchy_the_guide_has_no_gradient(make, n
 def signal_to_noise(gradient, num_particles: int, size: int, at: tuple[float, float]) -> tuple[float, float, Tensor]:
     """Returns mean, its error, and the draws of the gradient by a guide's location, of a model of two normals in 1-D.
 
-    p(z) = N(0, 1), p(x | z) = N(z, 1), x = 1: the posterior is N(1/2, 1/2). Each datum has a location of its own, so that
+    p(z) = N(0, 1), p(x | z) = N(z, 1), x = 1: the posterior is N(1/2, 1/2). Each datum has its own location, so that
     one run gives as many independent draws of the gradient as there are data.
     """
     loc = torch.full((size,), at[0]).double().requires_grad_()
@@ -278,7 +278,7 @@ CLASSES, PIXELS = 3, 3
 
 
 def discrete_vae() -> VAE:
-    """Two latents of three classes, so that nine values are all there is, and three pixels with eight."""
+    """Two latents of three classes, so that there are nine values, and three pixels with eight."""
     reads = partial(OneHotInput, num_classes=CLASSES, network=SMALL)
     return VAE(
         priors.Categorical(2, CLASSES),

@@ -31,7 +31,7 @@ log_marginal = partial(log_marginal, progress=False)
 
 
 class Values(Messenger):
-    """Keeps the last value of every sample site: after log_weights, what the weights were formed of."""
+    """Keeps the last value of every sample site: after log_weights, the values that the weights were computed from."""
 
     def __enter__(self):
         self.last = {}
@@ -438,7 +438,7 @@ def numbered(n: int) -> Tensor:
 
 
 def reference(log_w: Tensor) -> dict[str, float]:
-    """What an estimate of one datum must be, from all its log weights at once, by the textbook formulas."""
+    """Returns the estimate of one datum from all its log weights, by the textbook formulas."""
     k = len(log_w)
     w = (log_w - log_w.max()).exp()
     tail = math.ceil(min(0.2 * k, 3 * math.sqrt(k)))
@@ -464,7 +464,7 @@ def assert_is(estimate: Estimate, datum: int, expected: dict[str, float]) -> Non
 )
 def test_log_marginal_uses_exactly_the_draws_that_were_asked_for(num_samples, max_memory, monkeypatch):
     monkeypatch.setattr(
-        "pyrovae.inference.weights._why_one_by_one", lambda *_: None
+        "pyrovae.inference.weights._reason_not_vectorized", lambda *_: None
     )  # whose draws are for comparison alone
     pair, x = Recorded(), numbered(12)
     estimate = log_marginal(pair.model, pair.guide, x, num_samples=num_samples, max_memory=max_memory)
@@ -479,7 +479,7 @@ def test_log_marginal_uses_exactly_the_draws_that_were_asked_for(num_samples, ma
 
 
 def test_budgets_lead_to_different_chunks_and_to_the_same_answer(monkeypatch):
-    monkeypatch.setattr("pyrovae.inference.weights._why_one_by_one", lambda *_: None)
+    monkeypatch.setattr("pyrovae.inference.weights._reason_not_vectorized", lambda *_: None)
     x = numbered(40)
     truth = dist.Normal(0.0, math.sqrt(1.25)).log_prob(x[:, 1])
     pieces = []
@@ -624,7 +624,7 @@ def test_estimates_have_the_precision_of_the_model(dtype):
 
 
 class Tilted(dist.Uniform):
-    """Says that the log density of a draw from the unit interval is whatever is asked for."""
+    """A distribution on the unit interval whose log density is a given function."""
 
     def __init__(self, low: Tensor, log_w: Callable[[Tensor], Tensor]):
         super().__init__(low, 1.0)
@@ -745,7 +745,7 @@ def test_impossible_draws_count_as_weights_of_zero():
 
 def test_one_possible_draw_among_impossible_ones_is_not_to_be_trusted(monkeypatch):
     # This density is one of all draws together, which is noticed.
-    monkeypatch.setattr("pyrovae.inference.weights._why_one_by_one", lambda *_: None)
+    monkeypatch.setattr("pyrovae.inference.weights._reason_not_vectorized", lambda *_: None)
     estimate, log_w = Made(lambda u: torch.where(u == u.amax(0), -1.0, -math.inf)).estimate(500)
     assert ((log_w > -math.inf).sum(0) == 1).all()
     torch.testing.assert_close(
@@ -781,7 +781,8 @@ def test_an_estimate_prints_its_errors_and_what_is_not_to_be_trusted():
 
 
 def test_a_plate_that_is_summed_away_does_not_take_the_place_of_the_samples():
-    # Without keepdim, what is left of (samples, plate, data) broadcasts against (samples, 1, data) to (samples, samples, data).
+    # Without keepdim, (samples, plate, data) becomes (samples, data), which broadcasts with (samples, 1, data) to
+    # (samples, samples, data).
     def model(x, keepdim=False):
         with pyro.plate("data", len(x), dim=-1):
             a = pyro.sample("a", dist.Normal(torch.zeros(()), 1.0))

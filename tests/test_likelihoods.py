@@ -19,7 +19,7 @@ from pyrovae import VAE, distributions, likelihoods, priors
 from pyrovae.distributions import mask_elements
 from pyrovae.distributions.counts import log_rising
 from pyrovae.encoders import DiagonalNormal
-from pyrovae.inference.structure import check_observed
+from pyrovae.inference.messages import check_observed
 from pyrovae.inference.weights import log_weights
 from pyrovae.likelihoods import Bernoulli, Categorical, Mixed, Normal, OptimalNormal, bits_per_dim
 from pyrovae.nn import MLP, DeconvNet

@@ -149,7 +149,7 @@ def test_elbo_is_log_marginal_minus_kl_to_the_posterior(latent_dim, x_dim, elbo)
     expected = (known.marginal().log_prob(x) - gap).sum()
     loss = elbo(num_particles=100, vectorize_particles=True)
     assert_mean(repeat(lambda: -loss.loss(vae.model, vae.guide, x), 40), expected, FAILURE_RATE)
-    # The same number from the parameters of the VAE: the closed form that the gradients below are held against.
+    # The same number from the parameters of the VAE: the closed form that the gradients below are compared with.
     torch.testing.assert_close(
         elbo_of(vae, x).sum(), expected, rtol=0, atol=8 * rounding(x_dim, latent_dim, known.scale)
     )

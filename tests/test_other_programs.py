@@ -63,7 +63,7 @@ def latents_of(trace: poutine.Trace) -> dict[str, dict]:
 
 
 def sides(pair: Pair, draw: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns log p(z), log p(x | z) and log q(z) of each datum at a draw, a new one unless given, without any scale."""
+    """Returns log p(z), log p(x | z) and log q(z) of each datum at a draw, a new one unless given, without scales."""
     fixed = None
     if draw is not None:
         fixed = poutine.trace(pair.guide).get_trace(*pair.data)
@@ -132,7 +132,7 @@ def scored(program) -> Pair:
 
 @pytest.fixture
 def calm(program):
-    """Lets pass what a program is told about samples drawn one by one, if that is how its samples are drawn."""
+    """Ignores the warning of samples that are drawn one by one, for a program whose samples are."""
     with warnings.catch_warnings():
         if program.alone:
             warnings.filterwarnings("ignore", message="samples are drawn one by one")

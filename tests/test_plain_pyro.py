@@ -82,7 +82,7 @@ class Switches(PyroModule):
         with pyro.plate("data", len(x)):
             loc, log_scale = self.first(h).unbind(-1)
             a = pyro.sample("a", dist.StudentT(6.0, loc, 0.5 + log_scale.exp()))
-            # Samples come in front of the data, so what goes beside them is made as long as they are.
+            # Samples are in front of the data, so that labels are expanded to their shape.
             h = torch.cat([h.expand(*a.shape, 8), a.unsqueeze(-1)], dim=-1)
             loc, log_scale = self.second(h).unbind(-1)
             pyro.sample("b", dist.StudentT(6.0, loc, 0.5 + log_scale.exp()))

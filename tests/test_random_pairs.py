@@ -1,8 +1,8 @@
-"""Pairs of models and guides drawn at random: their weights against sums over sites, written out particle by particle.
+"""Pairs of models and guides drawn at random: their weights, compared with sums over sites of particle by particle.
 
-A pair is a description, a :class:`Pair`. Pyro runs it through :meth:`Pair.model` and :meth:`Pair.guide`; :func:`by_hand`
-reads the same description and adds up log-densities one number at a time, with nothing but Python's arithmetic. Both
-look at the same draws: the guide is run inside of a trace of our own, whose values are read afterwards.
+A pair is a description, a :class:`Pair`. Pyro runs it through :meth:`Pair.model` and :meth:`Pair.guide`;
+:func:`by_hand` reads the same description and adds up log-densities one number at a time, in Python's arithmetic. Both
+use the same draws: the guide runs inside of a trace of this module, whose values are read afterwards.
 """
 
 import math

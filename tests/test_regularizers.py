@@ -388,7 +388,7 @@ def test_the_mean_discrepancy_and_gradient_are_in_closed_form(spread, particles)
     regularizer = MaximumMeanDiscrepancy(7.0)
 
     def draw() -> Tensor:
-        # Data are drawn anew, for the estimate is of the aggregate over all of them.
+        # Each repetition has new data, because the estimate is of the aggregate over all data.
         value = regularizer(quick_run_of(known.vae, data_of(batch), k=particles)).value
         return torch.cat([value[None], known.flat(torch.autograd.grad(value, known.parameters))])
 
@@ -1041,7 +1041,7 @@ def test_two_of_one_class_both_count_and_are_numbered():
         costs.append(terms.loss.item() + terms.bound.item())
         names = list(terms.regularizers)
     assert names == ["MaximumMeanDiscrepancy", "MaximumMeanDiscrepancy 2"]
-    # The second draws from the prior anew, so the sum of the two is that of the first alone and of one near the other.
+    # The second makes new draws from the prior, so that the sum is that of the first alone plus a similar one.
     assert costs[2] - costs[0] == pytest.approx(terms.regularizers[names[1]].item(), abs=1e-9)
     assert abs(terms.regularizers[names[1]].item()) > 1e-6
 

@@ -33,8 +33,8 @@ from torch.distributions import Categorical, MultivariateNormal
 from torch.nn.functional import cross_entropy, one_hot
 
 from pyrovae import VAE, data, encoders, fit, likelihoods, load, log_marginal, log_weights, priors, save
+from pyrovae.inference.imputation import impute
 from pyrovae.inference.structure import inspect
-from pyrovae.inference.weights import impute
 from pyrovae.nn import MLP, ConvNet, DeconvNet
 from pyrovae.structures import ClassifierELBO, HierarchicalVAE, LadderVAE, MissingDataVAE, SemiSupervisedVAE
 

@@ -1,7 +1,7 @@
 r"""Bounds: training objectives for any Pyro model and guide, each a function of the log weights of particles."""
 
 from pyrovae.bounds.base import Bound, ImportanceBound, Terms
-from pyrovae.bounds.elbo import ELBO, Capacity, Cyclical, FreeBits, Linear, Penalty, Schedule
+from pyrovae.bounds.elbo import ELBO
 from pyrovae.bounds.gradients import (
     Coefficients,
     Covariance,
@@ -10,7 +10,9 @@ from pyrovae.bounds.gradients import (
     Reparameterized,
     StickingTheLanding,
 )
+from pyrovae.bounds.penalties import Capacity, FreeBits, Penalty
 from pyrovae.bounds.reductions import Reduced, power_mean
+from pyrovae.bounds.schedules import Cyclical, Linear, Schedule
 from pyrovae.bounds.weighted import CIWAE, CUBO, IWAE, MIWAE, PIWAE, TVO, Renyi, ReweightedWakeSleep, VRMax
 
 __all__ = [

@@ -1,9 +1,9 @@
 r"""Estimators of the gradient of a bound, from draws of the guide.
 
 A bound is :math:`\mathrm{E}_{z_1, \dots, z_K \sim q}\, f(\ell)`, a function of log weights
-:math:`\ell_k = \log p(x, z_k) - \log q(z_k \mid x)`. Its gradient has three parts: what moves :math:`\log p` at latents
-that are held, what moves :math:`\log q` at latents that are held, and what moves the latents. An estimator is a
-coefficient a particle for each of them.
+:math:`\ell_k = \log p(x, z_k) - \log q(z_k \mid x)`. Its gradient has three parts: that of :math:`\log p` at fixed
+latents, that of :math:`\log q` at fixed latents, and that through the latents. An estimator gives each part a
+coefficient per particle.
 """
 
 import math
@@ -11,17 +11,19 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-_CHUNK = 2**22  # log weights that leave_one_out works on at once
+_CHUNK = 2**22  # log weights that leave_one_out replaces at once
 
 
 class Coefficients(NamedTuple):
-    r"""The coefficients of the parts of a gradient, each of shape ``(num_particles, batch)`` or None for nothing.
+    r"""The coefficients of the parts of a gradient, each of shape ``(num_particles, batch)``, or None for zero.
 
     Args:
-        model: of :math:`\nabla \log p(x, z_k)` at held latents.
-        guide: of :math:`\nabla \log q(z_k \mid x)` at held latents.
+        model: of :math:`\nabla \log p(x, z_k)` at fixed latents.
+        guide: of :math:`\nabla \log q(z_k \mid x)` at fixed latents.
         path: of :math:`\frac{\partial \ell_k}{\partial z_k} \nabla z_k`, through the latents that have an rsample.
     """
 
@@ -34,27 +36,27 @@ class Gradient(ABC):
     r"""Base of the estimators of a bound's gradient.
 
     Args:
-        whole: whether all parts have the coefficient :math:`\partial f / \partial \ell_k`, so that one backward pass
-            through the log weights gives them.
+        single_backward: whether all parts have the coefficient :math:`\partial f / \partial \ell_k`, so that one
+            backward pass through the log weights computes them.
         reparameterized: whether all latents must have an rsample.
-        scored: whether latents without one have score functions with leave-one-out baselines.
+        score_functions: whether latents without an rsample get score functions with leave-one-out baselines.
     """
 
-    whole: bool = False
+    single_backward: bool = False
     reparameterized: bool = False
-    scored: bool = False
+    score_functions: bool = False
 
     @abstractmethod
     def coefficients(self, bound, log_w: Tensor) -> Coefficients:
         """Returns the coefficients for log weights of shape ``(num_particles, batch)``.
 
         Args:
-            bound: the bound, with `reduce`, its f for the guide's parameters, and `reduce_model`, for the model's.
+            bound: the bound; its `reduce` is f for the guide's parameters, its `reduce_model` f for the model's.
             log_w: log weights, detached.
         """
 
-    def check(self, bound) -> None:
-        """Raises a ValueError if this is no estimator of a bound's gradient."""
+    def check(self, bound) -> None:  # noqa: B027 (an estimator for all bounds needs no check)
+        """Raises a ValueError if this estimator is not valid for a bound."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -67,9 +69,10 @@ class Reparameterized(Gradient):
         \text{and } \sum_k (f(\ell) - f(\ell^{-k})) \nabla \log q(z_k \mid x) \text{ for the others}
 
     where :math:`\ell^{-k}` has the mean of the other log weights in place of the k-th. Unbiased. With the
-    importance-weighted bound of discrete latents it is VIMCO, with the ELBO REINFORCE leave-one-out; both need at least
-    two particles. A straight-through distribution, ``encoders.OneHotCategorical``'s, claims to have an rsample and keeps
-    its biased gradient: take ``encoders.Categorical`` for these.
+    importance-weighted bound of discrete latents it is VIMCO, with the ELBO it is REINFORCE with leave-one-out
+    baselines; both need at least two particles. A straight-through distribution, such as that of
+    ``encoders.OneHotCategorical``, has an rsample with a biased gradient, which is kept: ``encoders.Categorical`` has
+    an unbiased one.
 
     References:
         Auto-Encoding Variational Bayes, D. P. Kingma and M. Welling, 2014, https://arxiv.org/abs/1312.6114; Variational
@@ -81,8 +84,8 @@ class Reparameterized(Gradient):
     Reparameterized()
     """
 
-    whole = True
-    scored = True
+    single_backward = True
+    score_functions = True
 
     def coefficients(self, bound, log_w: Tensor) -> Coefficients:
         model, guide = bound.reduce_model(log_w).first, bound.reduce(log_w).first
@@ -90,15 +93,15 @@ class Reparameterized(Gradient):
 
 
 class DoublyReparameterized(Gradient):
-    r"""Doubly reparameterised gradients (DReG): no score function of the guide, whose noise drowns the signal.
+    r"""Doubly reparameterised gradients (DReG), without the score function of the guide and its noise.
 
     .. math:: \sum_k \left(\frac{\partial f}{\partial \ell_k} - \frac{\partial^2 f}{\partial \ell_k^2}\right)
         \frac{\partial \ell_k}{\partial z_k} \nabla_\phi z_k
 
     for the guide's parameters, which for the importance-weighted bound is :math:`\sum_k \bar w_k^2 \,(\partial \ell_k /
-    \partial z_k) \nabla_\phi z_k`, and for the ELBO sticking the landing. Those of the model have the plain gradient;
-    parameters that are in both, a VampPrior's, have the sum. Unbiased, with a signal-to-noise ratio that grows with the
-    number of particles; zero variance for the guide at the exact posterior.
+    \partial z_k) \nabla_\phi z_k`, and for the ELBO sticking the landing. The model's parameters get the plain
+    gradient; parameters of both, such as a VampPrior's, get the sum. Unbiased, with a signal-to-noise ratio that grows
+    with the number of particles; zero variance for the guide at the exact posterior.
 
     References:
         Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives, G. Tucker, D. Lawson, S. Gu and
@@ -118,8 +121,9 @@ class DoublyReparameterized(Gradient):
     def check(self, bound) -> None:
         if not bound.smooth:
             raise ValueError(
-                f"DoublyReparameterized gradients are biased for this {type(bound).__name__}, which is no smooth function of "
-                "the log weights (the largest has a kink, a penalty sees estimates). Take gradient=Reparameterized()."
+                f"DoublyReparameterized gradients are biased for this {type(bound).__name__}, which is not a smooth "
+                "function of the log weights (a maximum has a kink, a penalty takes estimates). Take "
+                "gradient=Reparameterized()."
             )
 
 
@@ -128,8 +132,8 @@ class StickingTheLanding(Gradient):
 
     .. math:: \frac{1}{K} \sum_k \frac{\partial \ell_k}{\partial z_k} \nabla_\phi z_k
 
-    for the guide's parameters. Unbiased, with no variance at the exact posterior. Of the bounds, only the ELBO is
-    linear in the log weights, as this asks for; for the others :class:`DoublyReparameterized` does the same without bias.
+    for the guide's parameters. Unbiased, with zero variance at the exact posterior. It needs a bound that is linear in
+    the log weights, as only the ELBO is; for the others :class:`DoublyReparameterized` does the same without bias.
 
     References:
         Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational Inference, G. Roeder, Y. Wu and
@@ -149,8 +153,9 @@ class StickingTheLanding(Gradient):
         if not bound.linear:
             instead = "DoublyReparameterized()" if bound.smooth else "Reparameterized()"
             raise ValueError(
-                f"StickingTheLanding is biased for this {type(bound).__name__}, which is not linear in the log weights: the "
-                f"score function that it drops has a mean other than zero. Take gradient={instead}, or the plain ELBO."
+                f"StickingTheLanding is biased for this {type(bound).__name__}, which is not linear in the log "
+                f"weights: the mean of the score function that it drops is not zero. Take gradient={instead}, or the "
+                "plain ELBO."
             )
 
 
@@ -160,8 +165,8 @@ class Covariance(Gradient):
     .. math:: \nabla\, \mathrm{E}_{\pi_\beta} \ell = \mathrm{E}_{\pi_\beta} \nabla \ell
         + \mathrm{Cov}_{\pi_\beta}\big(\nabla(\beta \log p + (1 - \beta) \log q),\; \ell\big)
 
-    at held latents, with means under :math:`\pi_\beta \propto q^{1-\beta} p^\beta` by self-normalised weights, so that
-    it is consistent, not unbiased. Of :class:`TVO` only.
+    at fixed latents, with means under :math:`\pi_\beta \propto q^{1-\beta} p^\beta` by self-normalised weights:
+    consistent, not unbiased. For :class:`TVO` only.
 
     References:
         The Thermodynamic Variational Objective, V. Masrani, T. A. Le and F. Wood, 2019,
@@ -176,26 +181,78 @@ class Covariance(Gradient):
 
     def check(self, bound) -> None:
         if not hasattr(bound, "influence"):
-            raise ValueError(f"Covariance gradients are those of the TVO, not of {type(bound).__name__}.")
+            raise ValueError(
+                f"Covariance gradients are for the TVO, not for {type(bound).__name__}. Take "
+                "gradient=Reparameterized()."
+            )
         if bound.num_particles < 2:
             raise ValueError("Covariance gradients need num_particles of at least 2, got 1.")
 
 
 def leave_one_out(bound, log_w: Tensor) -> Tensor:
-    """Returns f(log_w) less f with each particle's weight replaced by what the others say, shape of `log_w`."""
+    """Returns f(log_w) minus f with each log weight replaced by the mean of the others, in the shape of `log_w`."""
     k = len(log_w)
     if bound.linear:
         return (log_w - log_w.mean(0)) / (k - 1)
     size = max(1, _CHUNK // log_w.numel())
-    # As a linear function does not care, the replacement is the mean: the geometric mean of the weights. What is
-    # impossible has no part in it, and where all others are, any number is as good a baseline.
-    without = []
+    # The mean of the log weights is the geometric mean of the weights, as in VIMCO. It leaves out weights of zero;
+    # where all others are zero, any number is a valid baseline.
+    baselines = []
     for rows in torch.arange(k, device=log_w.device).split(size):
-        own = torch.arange(k, device=log_w.device).unsqueeze(1) == rows
-        own = own.reshape(k, len(rows), *[1] * (log_w.dim() - 1))
+        replaced = torch.arange(k, device=log_w.device).unsqueeze(1) == rows
+        replaced = replaced.reshape(k, len(rows), *[1] * (log_w.dim() - 1))
         weights = log_w.unsqueeze(1).expand(k, len(rows), *log_w.shape[1:])
-        counted = ~own & (weights > -math.inf)
+        counted = ~replaced & (weights > -math.inf)
         others = weights.masked_fill(~counted, 0.0).sum(0) / counted.sum(0)
-        baseline = bound.reduce(torch.where(own, others, weights)).value
-        without.append(baseline.masked_fill(~counted.any(0), 0.0))
-    return bound.reduce(log_w).value - torch.cat(without)
+        baseline = bound.reduce(torch.where(replaced, others, weights)).value
+        baselines.append(baseline.masked_fill(~counted.any(0), 0.0))
+    return bound.reduce(log_w).value - torch.cat(baselines)
+
+
+class DetachedDraws(Messenger):
+    """A Pyro handler that detaches each latent from its draw, to differentiate with respect to the latent alone.
+
+    Args:
+        with_gradients: whether the detached latents require gradients.
+    """
+
+    def __init__(self, with_gradients: bool):
+        super().__init__()
+        self.with_gradients = with_gradients
+        # A site comes once for each particle where particles are drawn one by one.
+        self.draws: list[Tensor] = []  # with their graphs
+        self.latents: list[Tensor] = []  # the same values, detached
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        if msg["is_observed"] or isinstance(msg["fn"], _Subsample):
+            return
+        draw = msg["value"]
+        msg["value"] = draw.detach()
+        if self.with_gradients and draw.requires_grad:
+            self.draws.append(draw)
+            self.latents.append(msg["value"].requires_grad_())
+
+    def backpropagate(self, value: Tensor | float) -> Tensor | float:
+        """Returns a number whose gradient is that of a value through the draws of the latents, and no other way."""
+        if not self.latents or not isinstance(value, Tensor) or not value.requires_grad:
+            return 0.0
+        gradients = list(torch.autograd.grad(value, self.latents, retain_graph=True, allow_unused=True))
+        total = value.new_zeros(())
+        # A latent is drawn given those before it, and so its gradient goes on to theirs.
+        for i in reversed(range(len(self.latents))):
+            if gradients[i] is None:
+                continue
+            if i > 0:
+                earlier = torch.autograd.grad(
+                    self.draws[i], self.latents[:i], gradients[i], retain_graph=True, allow_unused=True
+                )
+                for j, gradient in enumerate(earlier):
+                    if gradient is not None:
+                        gradients[j] = gradient if gradients[j] is None else gradients[j] + gradient
+            total = total + (gradients[i] * self.draws[i]).sum()
+        return total
+
+
+def dot(coefficient: Tensor, t: Tensor) -> Tensor:
+    """Returns the sum of products, zero where a coefficient is 0 even if the other factor is infinite there."""
+    return (coefficient * t.masked_fill(coefficient == 0, 0.0)).sum()

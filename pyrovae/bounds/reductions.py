@@ -21,7 +21,7 @@ class Reduced(NamedTuple):
     second: Tensor
 
     def scaled(self, factor: float) -> "Reduced":
-        """Returns the function times a number; nothing of it where that is zero, be it infinite."""
+        """Returns the function times a number; zero where the factor is 0, even if the function is infinite there."""
         return Reduced(*(torch.zeros_like(t) if factor == 0 else factor * t for t in self))
 
     def plus(self, other: "Reduced") -> "Reduced":
@@ -34,8 +34,8 @@ def power_mean(log_w: Tensor, power: float) -> Reduced:
 
     .. math:: f(\ell) = \frac{1}{s} \log \frac{1}{K} \sum_k e^{s \ell_k}
 
-    which is the mean of :math:`\ell` at s = 0, log-mean-exp at 1 and the largest at infinity. At the last, f has a kink
-    where two are the largest, which `second` leaves out.
+    which is the mean of :math:`\ell` at s = 0, log-mean-exp at 1 and the maximum at infinity. The maximum has a kink
+    where two log weights are equal, which `second` leaves out.
 
     >>> power_mean(torch.tensor([0.0, 2.0]), 0.0).value
     tensor(1.)
@@ -49,7 +49,7 @@ def power_mean(log_w: Tensor, power: float) -> Reduced:
         return Reduced(largest.values, first, torch.zeros_like(log_w))
     value = ((power * log_w).logsumexp(0) - math.log(k)) / power
     if abs(power) < 1e-2:
-        # Near zero, what is divided by the power must not have been rounded against one.
+        # Near zero the general formula divides a rounding error of size eps by the power; expm1 and log1p avoid it.
         mean = log_w.mean(0)
         exponent = power * (log_w - mean)
         precise = mean + torch.expm1(exponent).mean(0).log1p() / power
@@ -59,7 +59,7 @@ def power_mean(log_w: Tensor, power: float) -> Reduced:
 
 
 def mean_of_groups(log_w: Tensor, num_groups: int) -> Reduced:
-    r"""Returns the mean over groups of the log-mean-exp within each, of groups of one size.
+    r"""Returns the mean over groups of equal size of the log-mean-exp within each group.
 
     >>> mean_of_groups(torch.tensor([0.0, 0.0, 2.0, 2.0]), 2).value
     tensor(1.)
@@ -86,14 +86,14 @@ def thermodynamic_sum(log_w: Tensor, betas: tuple[float, ...], lengths: tuple[fl
         w, mean, excess = tempered(log_w, beta)
         first = w * (1 + beta * excess)
         second = beta * w * ((1 - w) * (1 + beta * excess) + 1 - first)
-        part = Reduced(mean, first, second).scaled(length)
-        total = part if total is None else total.plus(part)
+        term = Reduced(mean, first, second).scaled(length)
+        total = term if total is None else total.plus(term)
     return total
 
 
 def tempered(log_w: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns self-normalised weights to a power, the mean of the log weights under them, and what each exceeds it by."""
+    """Returns self-normalised weights to a power, the log weights' mean under them, and the log weights minus it."""
     w = (beta * log_w).softmax(0)
-    finite = log_w.masked_fill(w == 0, 0.0)  # a weight of zero has no part in a mean, but 0 times infinity is none
+    finite = log_w.masked_fill(w == 0, 0.0)  # 0 times minus infinity would be NaN
     mean = (w * finite).sum(0)
     return w, mean, finite - mean

@@ -9,8 +9,10 @@ from torch import Tensor
 from pyrovae.bounds.base import ImportanceBound
 from pyrovae.bounds.gradients import Coefficients, DoublyReparameterized, Gradient
 from pyrovae.bounds.reductions import Reduced, mean_of_groups, power_mean, tempered, thermodynamic_sum
-from pyrovae.inference.structure import SiteStructure, sample_sites, traced
-from pyrovae.inference.weights import log_prob_of, of_depth, per_datum, simulate
+from pyrovae.inference.running import traced
+from pyrovae.inference.sites import sample_sites
+from pyrovae.inference.structure import SiteStructure
+from pyrovae.inference.weights import annotate_plates, log_prob_of, per_datum, simulate
 from pyrovae.regularizers import Regularizer, Run
 
 
@@ -20,14 +22,14 @@ class IWAE(ImportanceBound):
     .. math:: \mathrm{E}_{z_1, \dots, z_K \sim q} \log \frac{1}{K} \sum_{k=1}^K w_k \;\le\; \log p(x), \qquad
         w_k = \frac{p(x, z_k)}{q(z_k \mid x)}
 
-    With many particles the plain gradient tells the encoder less and less: take
+    With many particles the signal-to-noise ratio of the encoder's plain gradient falls: take
     ``gradient=DoublyReparameterized()``. On discrete latents the default gradient is VIMCO.
 
     Args:
         num_particles: :math:`K`, at least 1; the ELBO at 1.
         gradient: the estimator of the gradient.
-        chunk_size: particles that the model is run on at once; None for all.
-        regularizers: what else the loss holds.
+        chunk_size: particles that the model runs on at once; None for all.
+        regularizers: terms added to the loss.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -49,7 +51,7 @@ class IWAE(ImportanceBound):
 
 
 class _Grouped(ImportanceBound):
-    """A bound whose guide follows the mean of the importance-weighted bounds of groups of particles."""
+    """A bound whose guide is trained by the mean of the importance-weighted bounds of groups of particles."""
 
     def __init__(
         self,
@@ -71,15 +73,16 @@ class _Grouped(ImportanceBound):
 class MIWAE(_Grouped):
     r"""A mean of importance-weighted bounds, each of a group of the particles.
 
-    .. math:: \frac{1}{M} \sum_{m=1}^M \log \frac{M}{K} \sum_{k \in G_m} w_k \;\le\; \log p(x) \quad \text{in expectation}
+    .. math:: \frac{1}{M} \sum_{m=1}^M \log \frac{M}{K} \sum_{k \in G_m} w_k \;\le\; \log p(x)
+        \quad \text{in expectation}
 
     Args:
         num_particles: :math:`K`, in all groups together.
         num_groups: :math:`M`, a divisor of `num_particles`: the importance-weighted bound at 1, the ELBO at
             `num_particles`.
         gradient: the estimator of the gradient.
-        chunk_size: particles that the model is run on at once; None for all.
-        regularizers: what else the loss holds.
+        chunk_size: particles that the model runs on at once; None for all.
+        regularizers: terms added to the loss.
 
     Raises:
         ValueError: when an argument is out of range, or `num_groups` does not divide `num_particles`.
@@ -96,16 +99,15 @@ class MIWAE(_Grouped):
 class PIWAE(_Grouped):
     r"""The importance-weighted bound for the model, a mean of those of groups for the guide.
 
-    The model's parameters follow the gradient of :class:`IWAE` with all particles, the guide's that of :class:`MIWAE`,
-    whose signal does not drown. What is reported is the former, a lower bound.
+    The model's parameters get the gradient of :class:`IWAE` with all particles, the guide's that of :class:`MIWAE`,
+    which has a better signal-to-noise ratio. The reported bound is that of :class:`IWAE`.
 
     Args:
         num_particles: :math:`K`, in all groups together.
-        num_groups: groups that the guide's gradient is a mean over, a divisor of `num_particles`; with 1 it is
-            :class:`IWAE`.
+        num_groups: number of groups for the guide's gradient, a divisor of `num_particles`; :class:`IWAE` at 1.
         gradient: the estimator of the gradient.
-        chunk_size: particles that the model is run on at once; None for all.
-        regularizers: what else the loss holds.
+        chunk_size: particles that the model runs on at once; None for all.
+        regularizers: terms added to the loss.
 
     Raises:
         ValueError: when an argument is out of range, or `num_groups` does not divide `num_particles`.
@@ -118,12 +120,19 @@ class PIWAE(_Grouped):
     tensor(0.1250)
     """
 
+    def __init__(
+        self,
+        num_particles: int,
+        num_groups: int,
+        gradient: Gradient | None = None,
+        chunk_size: int | None = None,
+        regularizers: Sequence[Regularizer] = (),
+    ):
+        super().__init__(num_particles, num_groups, gradient, chunk_size, regularizers)
+        self.single_backward = False  # model and guide have coefficients of their own
+
     def reduce_model(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, 1.0)
-
-    @property
-    def _whole(self) -> bool:
-        return False  # model and guide have coefficients of their own
 
 
 class CIWAE(ImportanceBound):
@@ -136,8 +145,8 @@ class CIWAE(ImportanceBound):
         num_particles: :math:`K`, at least 1.
         beta: :math:`\beta`, from 0 (the importance-weighted bound) to 1 (the ELBO).
         gradient: the estimator of the gradient.
-        chunk_size: particles that the model is run on at once; None for all.
-        regularizers: what else the loss holds.
+        chunk_size: particles that the model runs on at once; None for all.
+        regularizers: terms added to the loss.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -172,16 +181,16 @@ class Renyi(ImportanceBound):
 
     .. math:: \frac{1}{1 - \alpha} \log \frac{1}{K} \sum_{k=1}^K w_k^{1 - \alpha}
 
-    For :math:`\alpha \ge 0` it is a lower bound on :math:`\log p(x)` in expectation, at any K; the importance-weighted
-    bound at 0, the ELBO at 1. For :math:`\alpha < 0` it is an upper bound in the limit of many particles only; from few,
-    neither. It falls as :math:`\alpha` grows.
+    For :math:`\alpha \ge 0` it is a lower bound on :math:`\log p(x)` in expectation, at any K: the importance-weighted
+    bound at 0, the ELBO at 1. For :math:`\alpha < 0` it is an upper bound in the limit of many particles only; with few
+    particles it is neither. It decreases in :math:`\alpha`.
 
     Args:
         num_particles: :math:`K`, at least 1.
         alpha: :math:`\alpha`, any finite number.
         gradient: the estimator of the gradient.
-        chunk_size: particles that the model is run on at once; None for all.
-        regularizers: what else the loss holds.
+        chunk_size: particles that the model runs on at once; None for all.
+        regularizers: terms added to the loss.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -211,16 +220,16 @@ class Renyi(ImportanceBound):
 
 
 class VRMax(ImportanceBound):
-    r"""The largest log weight of K particles, the Rényi bound's estimate at minus infinity; a bound on nothing.
+    r"""The largest log weight of K particles: the estimate of the Rényi bound at minus infinity, which is not a bound.
 
     .. math:: \max_k \log w_k \;\ge\; \log \frac{1}{K} \sum_k w_k
 
-    Only the heaviest particle has a gradient.
+    Only the particle with the largest weight has a gradient.
 
     Args:
         num_particles: :math:`K`, at least 1.
-        chunk_size: particles that the model is run on at once; None for all.
-        regularizers: what else the loss holds.
+        chunk_size: particles that the model runs on at once; None for all.
+        regularizers: terms added to the loss.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -242,39 +251,38 @@ class VRMax(ImportanceBound):
 
 
 class _SelfNormalized(ImportanceBound):
-    """A bound with a gradient of its own by self-normalised weights, at held latents unless it is reparameterised."""
+    """A bound with its own gradient, by self-normalised weights: at fixed latents, or through their draws."""
 
-    @property
-    def _whole(self) -> bool:
-        return False
-
-    @property
-    def _follows_path(self) -> bool:
-        return self.gradient.reparameterized
-
-    @property
-    def _scored(self) -> bool:
-        return False
+    def __init__(
+        self,
+        num_particles: int,
+        gradient: Gradient | None = None,
+        chunk_size: int | None = None,
+        regularizers: Sequence[Regularizer] = (),
+    ):
+        super().__init__(num_particles, gradient, chunk_size, regularizers)
+        self.single_backward, self.score_functions = False, False
+        self.through_draws = self.gradient.reparameterized
 
 
 class CUBO(_SelfNormalized):
-    r"""The chi upper bound; lowering it fits the guide to the model's posterior, and leaves the model as it is.
+    r"""The chi upper bound. Minimising it fits the guide to the model's posterior; it does not train the model.
 
     .. math:: \log p(x) \;\le\; \frac{1}{n} \log \mathrm{E}_{q(z \mid x)} w^n \;\approx\;
         \frac{1}{n} \log \frac{1}{K} \sum_{k=1}^K w_k^n
 
-    The estimate of the bound is biased downwards: trust it where many particles agree. A guide fitted by it covers the
-    posterior, as a proposal for importance sampling should. The gradient,
-    :math:`\frac{1 - n}{n} \sum_k \bar w_k \nabla \log q(z_k \mid x)` with :math:`\bar w_k \propto w_k^n`, is that of the
-    bound, not that of the estimate, whose minimum over q is minus infinity. It is consistent in K.
+    The estimate of the bound is biased downwards: use many particles. A guide fitted by it covers the posterior, as a
+    proposal for importance sampling should. The gradient,
+    :math:`\frac{1 - n}{n} \sum_k \bar w_k \nabla \log q(z_k \mid x)` with :math:`\bar w_k \propto w_k^n`, is that of
+    the bound, not that of the estimate, whose infimum over q is minus infinity. It is consistent in K.
 
     Args:
-        num_particles: :math:`K`, at least 2; 1 will do if doubly reparameterised.
+        num_particles: :math:`K`, at least 2, or 1 if doubly reparameterised.
         n: :math:`n`, above 1.
         gradient: ``DoublyReparameterized()`` for :math:`(1 - n) \sum_k \bar w_k (\partial \log w_k / \partial z_k)
             \nabla z_k`, which has the same limit and less noise, and needs latents with an rsample; or None.
-        chunk_size: particles that the model is run on at once; None for all.
-        regularizers: what else the loss holds.
+        chunk_size: particles that the model runs on at once; None for all.
+        regularizers: terms added to the loss.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -298,18 +306,20 @@ class CUBO(_SelfNormalized):
         regularizers: Sequence[Regularizer] = (),
     ):
         if not 1 < n < math.inf:
-            raise ValueError(f"n must be above 1 and finite, got {n}. At 1 it is log p(x), whatever the guide.")
+            raise ValueError(f"n must be above 1 and finite, got {n}. At 1 the bound is log p(x) for any guide.")
         if not (gradient is None or isinstance(gradient, DoublyReparameterized)):
-            raise ValueError(f"CUBO has a gradient of its own, or takes DoublyReparameterized(), got {gradient!r}.")
+            raise ValueError(
+                f"gradient of CUBO must be None, for its own, or DoublyReparameterized(), got {gradient!r}."
+            )
         if gradient is None and num_particles == 1:
-            raise ValueError("CUBO needs num_particles of at least 2: the gradient of one particle is noise alone.")
+            raise ValueError("CUBO needs num_particles of at least 2: the gradient of a single particle is only noise.")
         self.n = n
         super().__init__(num_particles, gradient, chunk_size, regularizers)
 
     def reduce(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, self.n)
 
-    def _coefficients(self, log_w: Tensor) -> Coefficients:
+    def coefficients(self, log_w: Tensor) -> Coefficients:
         w = (self.n * log_w).softmax(0)
         if self.gradient.reparameterized:
             return Coefficients(path=(self.n - 1) * w)
@@ -317,22 +327,22 @@ class CUBO(_SelfNormalized):
 
 
 class TVO(ImportanceBound):
-    r"""The thermodynamic variational objective: a lower Riemann sum of the integral that log p(x) is.
+    r"""The thermodynamic variational objective: a lower Riemann sum of an integral that is log p(x).
 
     .. math:: \sum_{i=1}^P (\beta_i - \beta_{i-1})\, \mathrm{E}_{\pi_{\beta_{i-1}}} \log w \;\le\;
         \int_0^1 \mathrm{E}_{\pi_\beta} \log w \, d\beta = \log p(x), \qquad \pi_\beta \propto q^{1-\beta} p^\beta
 
-    with the means by self-normalised weights of K particles, which keeps it below the importance-weighted bound of the
-    same particles. The temperatures are 0 and, from :math:`\beta_1` to 1, evenly spaced in their logarithm. With one
-    partition it is the ELBO.
+    with the means estimated by self-normalised weights of K particles, so that it is below the importance-weighted
+    bound of the same particles. The inverse temperatures are 0 and, from :math:`\beta_1` to 1, evenly spaced in their
+    logarithm. With one partition it is the ELBO.
 
     Args:
         num_particles: :math:`K`, at least 1.
         num_partitions: :math:`P`, at least 1.
-        beta_1: the first temperature above 0, between 0 and 1.
-        gradient: the estimator of the gradient; ``Covariance()`` is the paper's, and needs no rsample.
-        chunk_size: particles that the model is run on at once; None for all.
-        regularizers: what else the loss holds.
+        beta_1: the first inverse temperature above 0, between 0 and 1.
+        gradient: the estimator of the gradient; ``Covariance()`` is the paper's, which needs no rsample.
+        chunk_size: particles that the model runs on at once; None for all.
+        regularizers: terms added to the loss.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -370,7 +380,7 @@ class TVO(ImportanceBound):
         return thermodynamic_sum(log_w, self.betas, self.lengths)
 
     def influence(self, log_w: Tensor) -> Tensor:
-        r"""Returns the coefficients of :math:`\nabla \log q(z_k \mid x)` in the gradient of the sum, not of its estimate."""
+        r"""Returns coefficients of :math:`\nabla \log q(z_k \mid x)` in the gradient of the sum, not its estimate."""
         total = torch.zeros_like(log_w)
         for beta, length in zip(self.betas, self.lengths, strict=True):
             w, _, excess = tempered(log_w, beta)
@@ -379,25 +389,26 @@ class TVO(ImportanceBound):
 
 
 class ReweightedWakeSleep(_SelfNormalized):
-    r"""Reweighted wake-sleep: the model follows the importance-weighted bound, the guide the model's posterior.
+    r"""Reweighted wake-sleep: trains the model by the importance-weighted bound, the guide by the model's posterior.
 
     .. math:: \text{model: } \sum_k \bar w_k \nabla \log p(x, z_k), \qquad
         \text{guide: } \alpha \sum_k \bar w_k \nabla \log q(z_k \mid x)
         + \gamma\, \mathrm{E}_{p(x', z')} \nabla \log q(z' \mid x'), \qquad \bar w_k = \frac{w_k}{\sum_j w_j}
 
-    with weights per datum. Neither needs draws that can be differentiated, so that it serves discrete latents. The
-    reported bound is :class:`IWAE`'s. The sleep phase draws as many data from the model as there are in the batch; it
-    needs a model that observes its arguments as they were given.
+    with weights per datum. Neither gradient needs an rsample, so that latents may be discrete. The reported bound is
+    that of :class:`IWAE`. The sleep phase draws as many data from the model as there are in the batch; it needs a model
+    that observes its arguments unchanged.
 
     Args:
-        num_particles: :math:`K`, at least 2; 1 will do for the sleep phase alone.
+        num_particles: :math:`K`, at least 2, or 1 for the sleep phase alone.
         wake: weight :math:`\alpha` of the guide's wake phase, at least 0.
         sleep: weight :math:`\gamma` of the guide's sleep phase, at least 0.
-        chunk_size: particles that the model is run on at once; None for all.
-        regularizers: what else the loss holds.
+        chunk_size: particles that the model runs on at once; None for all.
+        regularizers: terms added to the loss.
 
     Raises:
-        ValueError: when an argument is out of range; or the sleep phase finds no argument that is what a site observes.
+        ValueError: when an argument is out of range; or, in the sleep phase, when a site observes none of the
+            arguments.
 
     References:
         Reweighted Wake-Sleep, J. Bornschein and Y. Bengio, 2015, https://arxiv.org/abs/1406.2751; Revisiting Reweighted
@@ -420,10 +431,13 @@ class ReweightedWakeSleep(_SelfNormalized):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {value}.")
         if wake == sleep == 0:
-            raise ValueError("wake and sleep are both 0, so that the guide would not be trained. Give one a weight.")
+            raise ValueError(
+                "wake and sleep are both 0, so that the guide would not be trained. Make one of them positive."
+            )
         if wake > 0 and num_particles == 1:
             raise ValueError(
-                "The wake phase needs num_particles of at least 2: of a single one the guide's gradient is noise alone."
+                "The wake phase needs num_particles of at least 2: the guide's gradient of a single particle is only "
+                "noise."
             )
         self.wake, self.sleep = wake, sleep
         super().__init__(num_particles, None, chunk_size, regularizers)
@@ -431,14 +445,14 @@ class ReweightedWakeSleep(_SelfNormalized):
     def reduce(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, 1.0)
 
-    def _coefficients(self, log_w: Tensor) -> Coefficients:
+    def coefficients(self, log_w: Tensor) -> Coefficients:
         w = log_w.softmax(0)
         return Coefficients(model=w, guide=self.wake * w)
 
-    def _also(self, run: Run, structure: SiteStructure, scale: float | Tensor) -> Tensor | float:
+    def extra_surrogate(self, run: Run, structure: SiteStructure, scale: float | Tensor) -> Tensor | float:
         if self.sleep == 0:
             return 0.0
-        dream, args, kwargs = simulate(run.model, *run.args, **run.kwargs)
-        sites = sample_sites(of_depth(traced(run.guide, dream, *args, **kwargs), structure))
+        drawn, args, kwargs = simulate(run.model, *run.args, **run.kwargs)
+        sites = sample_sites(annotate_plates(traced(run.guide, drawn, *args, **kwargs), structure))
         log_q = sum(per_datum(site, log_prob_of(site).unsqueeze(0)) for site in sites.values())
         return self.sleep * (log_q * scale).sum()

@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from pyrovae.bounds import Bound, Terms
-from pyrovae.bounds.elbo import ScheduledStep
+from pyrovae.bounds.schedules import ScheduledStep
 from pyrovae.compilation.cache import GraphCache
 from pyrovae.compilation.cudagraph import PostStep
 from pyrovae.compilation.guards import ATOMS, Guards
 from pyrovae.distributed import Shard
-from pyrovae.inference.messages import Untraceable
-from pyrovae.inference.structure import ObservedChecked, check_observed_by
+from pyrovae.inference.messages import ObservedChecked, Untraceable, check_observed_by
 
 __all__ = ["Compiled", "GraphCache", "compile"]
 

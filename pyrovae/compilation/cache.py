@@ -16,8 +16,8 @@ from pyrovae.compilation.cudagraph import PostStep
 from pyrovae.compilation.graph import CompiledGraph, Function, compile_graph
 from pyrovae.compilation.guards import ATOMS, Guards, tensor_metadata
 from pyrovae.compilation.tracing import discover_state
-from pyrovae.inference.messages import Untraceable
-from pyrovae.inference.structure import ObservedChecked, named_plate, warn
+from pyrovae.inference.messages import ObservedChecked, Untraceable, warn
+from pyrovae.inference.structure import named_plate
 
 # Graphs for inputs of the same shapes. With more, what they differ in changes too often.
 _MAX_GRAPHS = 4

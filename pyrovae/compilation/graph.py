@@ -26,8 +26,8 @@ from pyrovae.compilation.tracing import (
     trace,
     without_warnings,
 )
-from pyrovae.inference.messages import Untraceable
-from pyrovae.inference.structure import full_precision, warn
+from pyrovae.inference.messages import Untraceable, warn
+from pyrovae.inference.running import full_precision
 
 Function = Callable[[list[Tensor]], Any]  # of the leaves of autograd that it reads
 

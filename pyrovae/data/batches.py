@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from pyrovae.arguments import Arguments, count_data, moved, of_batch, settled, take_rows, tensors_of
-from pyrovae.inference.structure import check_finite
+from pyrovae.arguments import Arguments, as_arguments, canonicalize, count_data, take_rows, tensors_of, to_device
+from pyrovae.inference.messages import check_finite
 
 
 class Batches:
@@ -18,7 +18,7 @@ class Batches:
 
     Args:
         tensors: positional arguments, with the data along the first dimension, all of one length; or other arguments
-            that :func:`pyrovae.arguments.settled` returns.
+            that :func:`pyrovae.arguments.canonicalize` returns.
         batch_size: data a batch; the last batch may be smaller.
         shuffle: whether each pass draws a new order from torch's random state.
         named: keyword arguments, if there are any.
@@ -42,7 +42,7 @@ class Batches:
                 self.rows = start
                 yield self._take(slice(start, start + self.batch_size))
             return
-        # The order is drawn on the CPU, and so does not depend on the device of the data; it is moved there at once.
+        # The order is drawn on the CPU, and so does not depend on the device of the data; it is to_device there at once.
         order = torch.randperm(self.size)
         device = next((t.device for t in tensors_of(self.tensors, self.named)), order.device)
         moved_order = order.to(device, non_blocking=True)
@@ -87,9 +87,9 @@ def as_batches(
             f"{name} must be a tensor, an array, a dict or a tuple of such, a Dataset or a DataLoader, got "
             f"{type(data).__name__}."
         )
-    batch = of_batch(data)
+    batch = as_arguments(data)
     try:
-        args, kwargs, size = settled(batch.args, batch.kwargs)
+        args, kwargs, size = canonicalize(batch.args, batch.kwargs)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     tensors = tensors_of(args, kwargs)
@@ -99,5 +99,5 @@ def as_batches(
     if device is None and len(devices) > 1:
         raise ValueError(f"{name} holds tensors on {' and '.join(map(str, devices))}. Put them on one device.")
     if device is not None:
-        args, kwargs = moved(args, kwargs, device)
+        args, kwargs = to_device(args, kwargs, device)
     return Batches(args, min(batch_size or 1000, size), shuffle, kwargs)

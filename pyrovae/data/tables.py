@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pyrovae.data.splits import Split, Splits, random_splits
-from pyrovae.inference.structure import check_finite
+from pyrovae.inference.messages import check_finite
 
 _PARTS = ("train", "validation", "test")
 

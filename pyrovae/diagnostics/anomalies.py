@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae.arguments import converted, named_tensors
-from pyrovae.diagnostics.base import Diagnosis, check_at_least, in_memory
+from pyrovae.arguments import as_tensors, named_tensors
+from pyrovae.diagnostics.base import Diagnosis, check_at_least, finite_or_none, in_memory
 from pyrovae.estimators import Estimate, log_marginal
 
 __all__ = ["AUROC", "Anomalies", "anomalies", "auroc"]
@@ -133,7 +133,7 @@ class Anomalies(Diagnosis):
     def summary(self) -> dict[str, Any]:
         summary = {
             "num_data": len(self.log_marginal),
-            "mean_log_marginal": _finite(self.log_marginal.double().mean().item()),
+            "mean_log_marginal": finite_or_none(self.log_marginal.double().mean().item()),
             "reference_log_marginal": self.reference,
             "num_untrusted": self.num_untrusted,
             "most_unusual": {name: self.most_unusual(_NUM_LISTED, name).tolist() for name in self.scores},
@@ -141,7 +141,7 @@ class Anomalies(Diagnosis):
         }
         if self.other is not None:
             summary["num_other_data"] = len(self.other.log_marginal)
-            summary["mean_log_marginal_of_other"] = _finite(self.other.log_marginal.double().mean().item())
+            summary["mean_log_marginal_of_other"] = finite_or_none(self.other.log_marginal.double().mean().item())
             summary["auroc"] = {name: area._asdict() for name, area in self.auroc.items()}
         return summary
 
@@ -227,7 +227,7 @@ def anomalies(
     """
     check_at_least("num_samples", num_samples, 1)
     sets = {"data": args, "other": _as_args(other), "reference": _as_args(reference)}
-    tensors = [name for name, value in named_tensors((), converted((), kwargs)[1]) if value.dim() > 0]
+    tensors = [name for name, value in named_tensors((), as_tensors((), kwargs)[1]) if value.dim() > 0]
     if tensors and not (other is None and reference is None):
         raise ValueError(
             f"{tensors[0]} is given by keyword, but has rows of one set alone. Give it by position, in each."
@@ -302,10 +302,6 @@ def _share_below(scores: Tensor, at: Tensor) -> Tensor:
     at = at.double()
     below = torch.searchsorted(scores, at) + torch.searchsorted(scores, at, right=True)
     return below.double() / (2 * len(scores))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _shown(area: AUROC) -> str:

@@ -1,5 +1,6 @@
 """What all diagnoses have in common: data that can print, draw and summarise itself; latents and data by site."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from pyrovae import arguments
 from pyrovae.arguments import take_rows
 from pyrovae.distributions import center
 from pyrovae.estimators.base import checked
-from pyrovae.inference.structure import SiteStructure, inspect, sample_sites
-from pyrovae.inference.weights import in_data, inspect_samples, trace_guide, trace_model
+from pyrovae.inference.sites import sample_sites
+from pyrovae.inference.structure import SiteStructure, inspect
+from pyrovae.inference.weights import inspect_samples, trace_guide, trace_model
 
 
 class Diagnosis(ABC):
@@ -55,7 +57,7 @@ def latents_of(trace: poutine.Trace, structure: SiteStructure) -> Latents:
     """Returns the latents of each datum in a trace of several draws; those outside the data plate are left out."""
     place, parts, columns, at = structure.data_index, [], {}, 0
     for name, site in sample_sites(trace).items():
-        if site["is_observed"] or site["infer"].get("is_auxiliary") or not in_data(site):
+        if site["is_observed"] or site["infer"].get("is_auxiliary") or site["data"] is None:
             continue
         value, fn = site["value"], site["fn"]
         value = value.expand(fn.batch_shape + fn.event_shape).movedim(place, 1)
@@ -99,7 +101,7 @@ def observed_site(trace: poutine.Trace, site: str | None) -> str:
     sites = [
         name
         for name, node in sample_sites(trace).items()
-        if node["is_observed"] and in_data(node) and not node["infer"].get("is_auxiliary")
+        if node["is_observed"] and node["data"] is not None and not node["infer"].get("is_auxiliary")
     ]
     if site is None and len(sites) == 1:
         return sites[0]
@@ -166,14 +168,19 @@ def check_at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
+def finite_or_none(value: float) -> float | None:
+    """Returns a number, or None where JSON has no number for it (NaN and infinity)."""
+    return float(value) if math.isfinite(value) else None
+
+
 def in_memory(minimum: int, what_for: str, args: tuple, kwargs: dict) -> tuple[tuple, dict, int]:
     """Returns arguments whose rows can be taken, a loader's data in one piece, and the number of data.
 
     Raises:
         ValueError: when there are too few for a diagnostic, or they are not finite.
     """
-    if arguments.loader_of(args, kwargs) is None:
-        size = arguments.count_data(*arguments.converted(args, kwargs))
+    if arguments.as_loader(args, kwargs) is None:
+        size = arguments.count_data(*arguments.as_tensors(args, kwargs))
     else:
         args, kwargs, size = arguments.in_memory(args, kwargs)
     if size < minimum:

@@ -15,17 +15,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrovae.arguments import cuda_devices, take_rows, tensors_of
-from pyrovae.bounds.base import conditioned_alike, layers
-from pyrovae.bounds.elbo import kl_in_closed_form
+from pyrovae.bounds.kl import conditioned_alike, kl_in_closed_form
 from pyrovae.diagnostics.base import Diagnosis, Latents, at_latents, check_at_least, in_memory, inspect_part, latents_of
 from pyrovae.estimators.proposals import check_no_auxiliary
-from pyrovae.inference.structure import (
-    SiteStructure,
-    check_all_observed,
-    evaluation_mode,
-    is_masked,
-    sample_sites,
-)
+from pyrovae.inference.messages import check_all_observed
+from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.sites import is_masked, layers, sample_sites
+from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import check_draws, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.training import History
 

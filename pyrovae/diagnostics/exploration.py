@@ -23,13 +23,15 @@ from pyrovae.diagnostics.base import (
     beside_draws,
     check_at_least,
     expected_data,
+    finite_or_none,
     in_memory,
     inspect_part,
     latents_of,
     names_of,
     observed_site,
 )
-from pyrovae.inference.structure import evaluation_mode
+from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.sites import independent_elements
 from pyrovae.inference.weights import check_draws, trace_guide, trace_model
 
 __all__ = ["Interpolations", "LatentMap", "Traversals", "interpolations", "latent_map", "traversals"]
@@ -239,7 +241,7 @@ class Interpolations(Diagnosis):
 
     def summary(self) -> dict[str, Any]:
         def numbers(t: Tensor) -> list[float | None]:
-            return [value if math.isfinite(value) else None for value in t.tolist()]
+            return [finite_or_none(value) for value in t.tolist()]
 
         return {
             "site": self.site,
@@ -618,9 +620,8 @@ class _Following(Messenger):
 
 def _normal(fn: Any) -> torch.distributions.Normal | None:
     """Returns the normal distribution of independent dimensions, or None."""
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn if isinstance(fn, torch.distributions.Normal) else None
+    elements = independent_elements(fn)
+    return elements if isinstance(elements, torch.distributions.Normal) else None
 
 
 def _arc(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from pyrovae.estimators import (
     log_marginal,
     refine,
 )
-from pyrovae.inference.structure import evaluation_mode
+from pyrovae.inference.running import evaluation_mode
 from pyrovae.inference.weights import log_weights
 
 _DATA = 100  # tuned at once

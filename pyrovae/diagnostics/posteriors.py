@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 from tqdm.auto import tqdm
 
-from pyrovae.arguments import take_rows, width
+from pyrovae.arguments import elements_per_datum, take_rows
 from pyrovae.diagnostics import base
-from pyrovae.diagnostics.base import Diagnosis, Latents, check_at_least, latents_of
+from pyrovae.diagnostics.base import Diagnosis, Latents, check_at_least, finite_or_none, latents_of
 from pyrovae.estimators.base import log_marginal
-from pyrovae.inference.structure import SiteStructure, evaluation_mode, sample_sites
+from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.sites import sample_sites
+from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import check_draws, log_joint, simulate, trace_guide, trace_model
 
 __all__ = ["Calibration", "PosteriorCheck", "Reliability", "calibration", "posterior_check", "reliability"]
@@ -168,18 +170,18 @@ class PosteriorCheck(Diagnosis):
             "num_data": len(use),
             "num_converged": int(use.sum()),
             "num_draws": len(self.draws),
-            "distance": _plain(self.discrepancy[use].mean()),
-            **{name: _plain(share) for name, share in self._shares().items()},
+            "distance": finite_or_none(self.discrepancy[use].mean()),
+            **{name: finite_or_none(share) for name, share in self._shares().items()},
             "data": [
                 {
                     "converged": bool(use[i]),
-                    "distance": _plain(self.discrepancy[i]),
-                    "correlation": _plain(gap[i]),
+                    "distance": finite_or_none(self.discrepancy[i]),
+                    "correlation": finite_or_none(gap[i]),
                     "worst": self.names[d],
-                    "difference": _plain(self.difference[i, d]),
-                    "ratio": _plain(self.ratio[i, d]),
-                    "rhat": _plain(self.rhat[i].amax()),
-                    "ess": _plain(self.ess[i].amin()),
+                    "difference": finite_or_none(self.difference[i, d]),
+                    "ratio": finite_or_none(self.ratio[i, d]),
+                    "rhat": finite_or_none(self.rhat[i].amax()),
+                    "ess": finite_or_none(self.ess[i].amin()),
                     "divergences": int(self.divergences[i]),
                 }
                 for i, d in enumerate(worst.tolist())
@@ -380,10 +382,10 @@ class Calibration(Diagnosis):
             "num_uneven": int(self.uneven.sum()),
             "quantities": {
                 name: {
-                    "slope": _plain(self.slope[i]),
-                    "bowl": _plain(self.bowl[i]),
-                    "p_value": _plain(self.p_value[i]),
-                    "adjusted_p_value": _plain(self.adjusted_p_value[i]),
+                    "slope": finite_or_none(self.slope[i]),
+                    "bowl": finite_or_none(self.bowl[i]),
+                    "p_value": finite_or_none(self.p_value[i]),
+                    "adjusted_p_value": finite_or_none(self.adjusted_p_value[i]),
                     "shape": self.shapes[i],
                 }
                 for i, name in enumerate(self.names)
@@ -474,7 +476,7 @@ def calibration(
             f"calibration needs at least 50 simulated data, got {size} data in num_rounds={num_rounds}. Set num_rounds "
             f"to {math.ceil(50 / size)} or more."
         )
-    chunk = max(1, int(_CHUNK / ((num_draws + 1) * width(args, kwargs, size))))
+    chunk = max(1, int(_CHUNK / ((num_draws + 1) * elements_per_datum(args, kwargs, size))))
     base.inspect_part(model, guide, slice(0, 2), args, kwargs)  # a guide of fixed rows knows nothing of data drawn anew
     ranks = []
     with evaluation_mode(), tqdm(desc="ranks", total=size * num_rounds, unit="datum", disable=not progress) as bar:
@@ -556,8 +558,11 @@ class Reliability(Diagnosis):
             "num_data": len(self.khat),
             "num_samples": self.num_samples,
             **dict(zip(("good", "usable", "untrusted"), self.counts, strict=True)),
-            "ess_quantiles": [_plain(value) for value in self._ess_quantiles()],
-            "worst": [{"datum": i, "khat": _plain(self.khat[i]), "ess": _plain(self.ess[i])} for i in self._worst(5)],
+            "ess_quantiles": [finite_or_none(value) for value in self._ess_quantiles()],
+            "worst": [
+                {"datum": i, "khat": finite_or_none(self.khat[i]), "ess": finite_or_none(self.ess[i])}
+                for i in self._worst(5)
+            ],
             "verdict": self.verdict,
         }
 
@@ -760,8 +765,3 @@ def _shape(kind: str, p_value: float, slope: float, bowl: float) -> str:
     if abs(slope) >= abs(bowl):
         return _LOW if slope > 0 else _HIGH
     return _NARROW_SHAPE if bowl > 0 else _WIDE_SHAPE
-
-
-def _plain(number: Any) -> float | None:
-    """Returns a number as JSON takes it: none where it is not finite."""
-    return float(number) if math.isfinite(number) else None

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae.arguments import named_tensors, take_rows, width
+from pyrovae.arguments import elements_per_datum, named_tensors, take_rows
 from pyrovae.diagnostics.base import Diagnosis, check_at_least, in_memory, latents_of
 from pyrovae.distributions import center
-from pyrovae.inference.structure import check_finite, evaluation_mode, inspect, sample_sites
-from pyrovae.inference.weights import in_data, inspect_samples, simulate, trace_guide
+from pyrovae.inference.messages import check_finite
+from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.sites import sample_sites
+from pyrovae.inference.structure import inspect
+from pyrovae.inference.weights import inspect_samples, simulate, trace_guide
 
 __all__ = ["PrecisionRecall", "Quality", "QualityScores", "frechet_distance", "precision_recall", "quality"]
 
@@ -234,7 +237,7 @@ def quality(
     """
     check_at_least("k", k, 1)
     args, kwargs, size = in_memory(2 * (k + 2), f"quality with k={k}", args, kwargs)
-    chunk = max(1, int(_CHUNK / (_NUM_DRAWS * width(args, kwargs, size))))
+    chunk = max(1, int(_CHUNK / (_NUM_DRAWS * elements_per_datum(args, kwargs, size))))
     real, generated, pairs = [], [], None
     with evaluation_mode():
         for start in range(0, size, chunk):
@@ -289,7 +292,7 @@ def _latent_means(model: Callable, guide: Callable, args: tuple, kwargs: dict) -
     structure = inspect_samples(model, guide, *args, **kwargs)
     trace = trace_guide(guide, structure, _NUM_DRAWS, *args, **kwargs)
     for name, site in sample_sites(trace).items():
-        if in_data(site) and not site["is_observed"]:
+        if site["data"] is not None and not site["is_observed"]:
             try:
                 trace.nodes[name] = {**site, "value": center(site["fn"])}
             except NotImplementedError:  # a flow has no mean but that of its draws

@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.arguments import take_rows, width
+from pyrovae.arguments import elements_per_datum, take_rows
 from pyrovae.diagnostics.base import (
     Diagnosis,
     beside_draws,
@@ -22,7 +22,8 @@ from pyrovae.diagnostics.base import (
     observed_site,
 )
 from pyrovae.distributions import MaskedElements
-from pyrovae.inference.structure import SiteStructure, evaluation_mode
+from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import trace_model
 
 __all__ = ["Sharpness", "sharpness"]
@@ -227,7 +228,7 @@ def sharpness(
     """
     check_at_least("num_draws", num_draws, 1)
     args, kwargs, size = in_memory(2, "sharpness", args, kwargs)
-    chunk = max(1, int(_CHUNK / (num_draws * width(args, kwargs, size))))
+    chunk = max(1, int(_CHUNK / (num_draws * elements_per_datum(args, kwargs, size))))
     parts = []
     with evaluation_mode():
         for start in range(0, size, chunk):

@@ -23,7 +23,8 @@ from pyrovae.estimators.base import (
 from pyrovae.estimators.proposals import Prior, Proposal
 from pyrovae.estimators.targets import Densities, Target
 from pyrovae.estimators.weighted import WeightSums
-from pyrovae.inference.structure import SiteStructure, described
+from pyrovae.inference.messages import described
+from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import simulate
 
 _DIVERGED = 1000.0  # an error of the energy, in nats, that no useful step makes; as in Stan

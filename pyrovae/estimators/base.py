@@ -20,16 +20,10 @@ from pyrovae import arguments
 from pyrovae.arguments import take_rows
 from pyrovae.compilation.cache import GraphCache
 from pyrovae.distributed import World, init_process_group
-from pyrovae.inference.structure import (
-    SiteStructure,
-    check_all_observed,
-    check_finite,
-    check_mass,
-    described,
-    evaluation_mode,
-    is_integer,
-    sample_sites,
-)
+from pyrovae.inference.messages import check_all_observed, check_finite, check_mass, described, is_integer
+from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.sites import sample_sites
+from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import check_draws, draw, inspect_weights, log_prob_of, per_datum, trace_model
 
 _HEAD = 7  # data that a pair is looked at with, before the whole
@@ -125,7 +119,7 @@ class Estimator(ABC):
         """Returns what to use for data that the estimator is not to be trusted for, given what the latents are."""
         if structure.latents == structure.discrete:
             return "Score them by method=Enumeration()."
-        if structure.discrete or structure.curved:  # gradients cannot move these
+        if structure.discrete or structure.without_bijection:  # gradients cannot move these
             return "Draw more samples."
         return "Score them by method=AnnealedImportanceSampling()."
 
@@ -196,7 +190,7 @@ class Task:
 
     def draw(self, num_samples: int, guide: Callable | None = None) -> tuple[poutine.Trace, Tensor]:
         r"""Runs a guide, this one's unless given; returns its trace and :math:`\log q`, ``(num_samples, batch)``."""
-        with arguments.placed(self.offset):
+        with arguments.row_positions(self.offset):
             return draw(guide or self.guide, self.structure, num_samples, *self.args, **self.kwargs)
 
     def score(self, trace: poutine.Trace, num_samples: int, check_data: bool = False) -> tuple[Tensor, Tensor]:
@@ -222,13 +216,13 @@ class Task:
         return function() if found is None else found[0]
 
     def _score(self, trace: poutine.Trace, num_samples: int, check_data: bool = False) -> tuple[Tensor, Tensor]:
-        with arguments.placed(self.offset):
+        with arguments.row_positions(self.offset):
             scored = trace_model(self.model, trace, self.structure, num_samples, *self.args, **self.kwargs)
             if check_data:
                 check_all_observed(scored)
         sides = [0.0, 0.0]
         for name, site in sample_sites(scored).items():
-            if name in self.structure.given:
+            if name in self.structure.global_observed:
                 continue
             log_prob = log_prob_of(site)
             if check_data and site["is_observed"]:
@@ -312,11 +306,13 @@ def log_marginal(
         raise ValueError(
             f"num_samples={num_samples} and method={method} were both given. Give the method its own number."
         )
-    loader = arguments.loader_of(args, kwargs)
+    loader = arguments.as_loader(args, kwargs)
     if loader is None:
         return _scored(model, guide, method, args, kwargs, max_memory, compile, progress)
     parts, start = [], 0
-    for batch in map(arguments.of_batch, tqdm(loader, desc="log p(x)", unit="batch", delay=0.5, disable=not progress)):
+    for batch in map(
+        arguments.as_arguments, tqdm(loader, desc="log p(x)", unit="batch", delay=0.5, disable=not progress)
+    ):
         part = _scored(model, guide, method, batch.args, batch.kwargs | kwargs, max_memory, compile, False, start)
         start += len(part.value)
         parts.append(part)
@@ -337,7 +333,7 @@ def _scored(
     offset: int = 0,
 ) -> Estimate:
     """Scores data that are in memory, the first of which is one of so many."""
-    given = arguments.tensors_of(*arguments.converted(args, kwargs))
+    given = arguments.tensors_of(*arguments.as_tensors(args, kwargs))
     world = init_process_group(given[0].device if given else None)
     with open_task(model, guide, method, args, kwargs, max_memory, progress and world.is_rank0, offset) as task:
         if compile:
@@ -406,7 +402,7 @@ def open_task(
     head = take_rows(slice(0, min(_HEAD, max(size - 1, 1))), args, kwargs)
     # It shows itself once the method has said what there is to do.
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
-    with evaluation_mode(), bar, arguments.placed(offset):
+    with evaluation_mode(), bar, arguments.row_positions(offset):
         divisible = True
         try:
             structure = inspect_weights(model, guide, *head[0], num_samples=1, **head[1])
@@ -503,8 +499,8 @@ def split_evenly(total: int, size: int) -> list[int]:
 
 
 def checked(args: tuple, kwargs: dict) -> tuple[tuple, dict, int]:
-    """Returns arguments as :func:`pyrovae.arguments.settled` does, after checking that their numbers are finite."""
-    args, kwargs, size = arguments.settled(args, kwargs)
+    """Returns arguments as :func:`pyrovae.arguments.canonicalize` does, after checking that their numbers are finite."""
+    args, kwargs, size = arguments.canonicalize(args, kwargs)
     for name, t in arguments.named_tensors(args, kwargs):
         check_finite(name, t)
     return args, kwargs, size

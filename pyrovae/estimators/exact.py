@@ -12,7 +12,8 @@ from pyrovae.distributions import Flattened
 from pyrovae.estimators.base import Allocations, Estimate, Estimator, Task, clamp, join, prior_of
 from pyrovae.estimators.proposals import WeightedGuide
 from pyrovae.estimators.targets import Target
-from pyrovae.inference.structure import SiteStructure, is_masked, sample_sites, unwrapped
+from pyrovae.inference.sites import is_masked, sample_sites, unwrapped
+from pyrovae.inference.structure import SiteStructure
 
 _DEPTH = 25.0  # nats below the top of an integrand, beyond which it is left out: e^-25 is 1e-11
 _ROUNDS = 12  # grids fitted to each datum, at most

@@ -11,7 +11,7 @@ from torch.distributions import biject_to, constraints
 from pyrovae.compilation.guards import Guards
 from pyrovae.estimators.base import Task, prior_of
 from pyrovae.estimators.proposals import WeightedGuide, log_density
-from pyrovae.inference.structure import sample_sites
+from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.weights import log_prob_of, per_datum
 
 

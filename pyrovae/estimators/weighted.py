@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyrovae.estimators.base import Allocations, Estimate, Estimator, Task, check_positive, clamp, join, split_evenly
 from pyrovae.estimators.proposals import Guide, Proposal, WeightedGuide, log_density
-from pyrovae.inference.structure import SiteStructure, sample_sites
+from pyrovae.inference.sites import sample_sites
+from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import check_draws
 
 

@@ -1,1 +1,1 @@
-"""What a model and a guide hold, and their importance weights."""
+"""Sites and plates of a model and a guide, their traces, importance weights and imputation."""

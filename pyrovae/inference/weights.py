@@ -1,11 +1,11 @@
-r"""Importance weights of any Pyro model and guide, and data drawn by them.
+r"""Importance weights of any Pyro model and guide, from traces of many samples.
 
-The one place where :math:`\log p(x, z) - \log q(z \mid x)` is formed.
+No other module computes :math:`\log p(x, z) - \log q(z \mid x)`.
 """
 
 import math
 from collections.abc import Callable, Set
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -14,27 +14,17 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.arguments import cuda_devices, in_memory, mapped, tensors_of
-from pyrovae.distributions import Stacked, center
+from pyrovae.arguments import tensors_of, tree_map
+from pyrovae.distributions import Stacked
 from pyrovae.distributions.normals import LowRankMultivariateNormal, MultivariateNormal
-from pyrovae.inference.structure import (
-    DataPlate,
-    SiteStructure,
-    check_observed_by,
-    evaluation_mode,
-    full_precision,
-    inspect,
-    latents_of_trace,
-    sample_sites,
-    traced,
-    unwrapped,
-    warn,
-)
+from pyrovae.inference.messages import PER_DATUM, check_observed_by, warn
+from pyrovae.inference.running import full_precision, isolated, traced
+from pyrovae.inference.sites import latents_of_trace, sample_sites, unwrapped
+from pyrovae.inference.structure import SiteStructure, inspect
 
-__all__ = ["Imputation", "impute", "log_weights"]
+__all__ = ["log_weights"]
 
 _SAMPLES = "_num_samples"  # the plate of the draws, left of all others
-_CHUNK = 2**22  # elements of the largest argument, times samples, that impute works on at once
 
 
 def log_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, **kwargs: Any) -> Tensor:
@@ -42,11 +32,11 @@ def log_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, 
 
     .. math:: \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn} \mid x_n), \qquad z_{kn} \sim q(z \mid x_n)
 
-    The mean of the weights is an unbiased estimate of :math:`p(x_n)`. Everything per datum must stand in one plate, of
-    any name and dimension. Factors that only scale a loss (``poutine.scale``, the N/B of a subsampled data plate) are
-    left out, and so are factors and observed sites of the guide, which are no part of q, and observed values that all
-    data share, such as a conditioned global latent; masks are applied. The guide runs once, for all samples together,
-    or once for each where that is not the same.
+    The mean of the weights is an unbiased estimate of :math:`p(x_n)`. All sites of a datum must be in one plate, of any
+    name and dimension. Three things are left out: factors that only scale a loss (``poutine.scale``, the N/B of a
+    subsampled data plate); factors and observed sites of the guide, which are not part of q; and observed values that
+    all data share, such as a conditioned global latent. Masks are applied. The guide runs once for all samples
+    together, or once per sample where the results would differ.
 
     Args:
         model: a Pyro model, called with the same arguments as the guide.
@@ -78,63 +68,60 @@ def log_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, 
 
 
 def inspect_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, **kwargs: Any) -> SiteStructure:
-    """Returns the structure of a model and a guide, or raises because weights per datum are undefined."""
+    """Returns the structure of a model and a guide; raises a ValueError if weights per datum are undefined."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     structure = inspect(model, guide, *args, **kwargs)
     if structure.problems:
         raise ValueError(
-            f"Importance weights per datum are undefined: {'; '.join(structure.problems)}. What belongs to a datum "
-            'must stand under pyro.plate("data", len(x)) in the model and in the guide, drawn from a density; a latent that '
-            "all data share must have a value, by poutine.condition of the model and of the guide."
+            f"Importance weights per datum are undefined: {'; '.join(structure.problems)}. {PER_DATUM}; give "
+            "a latent that all data share a value, by poutine.condition of the model and of the guide."
         )
-    if structure.outside:  # which a model may be trained on, but a density of none is no score
+    if structure.out_of_support:  # allowed in training, but such data have no density to score
         check_observed_by(model, guide, *args, **kwargs)
     return check_draws(structure, model, guide, *args, **kwargs)
 
 
 def inspect_samples(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> SiteStructure:
-    """Returns the structure of a model and a guide, and whether many samples may be drawn at once."""
+    """Returns the structure of a model and a guide; its `vectorized` says whether many samples may be drawn at once."""
     return check_draws(inspect(model, guide, *args, **kwargs), model, guide, *args, **kwargs)
 
 
 def check_draws(structure: SiteStructure, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> SiteStructure:
-    """Returns a structure that says whether many samples may be drawn at once.
+    """Returns a structure whose `vectorized` says whether many samples may be drawn at once.
 
-    A draw of several samples at once is compared with a run of model and guide at one of them alone. Where log-probabilities
-    differ, or there is no such draw, samples are drawn one by one, and a warning says so.
+    Several samples are drawn at once, and model and guide run at one of them alone. If log-probabilities differ, or the
+    draw fails, samples are drawn one by one, with a warning.
     """
     if not structure.vectorized:
         return structure
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    devices = cuda_devices(tensors)
-    with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
-        reason = _why_one_by_one(model, guide, structure, tensors, args, kwargs)
+    with isolated(tensors):
+        reason = _reason_not_vectorized(model, guide, structure, tensors, args, kwargs)
     if reason is None:
         return structure
     warn(
-        f"samples are drawn one by one, which is slow: {reason}. To draw many at once, let model and guide take latents of shape "
-        "(num_samples, *batch, *event): name dimensions from the last, as in softmax(-1), and flatten the leading ones before a layer "
-        "that takes one batch, such as BatchNorm1d."
+        f"samples are drawn one by one, which is slow: {reason}. To draw many at once, let model and guide take "
+        "latents of shape (num_samples, *batch, *event): count dimensions from the last, as in softmax(-1), and "
+        "flatten the leading ones before a layer that takes a single batch dimension, such as BatchNorm1d."
     )
     return structure._replace(vectorized=False)
 
 
-def _why_one_by_one(
+def _reason_not_vectorized(
     model: Callable, guide: Callable, structure: SiteStructure, tensors: list[Tensor], args: tuple, kwargs: dict
 ) -> str | None:
-    """Returns why samples cannot be drawn at once; None if they can."""
+    """Returns the reason why samples cannot be drawn at once; None if they can."""
     sizes = {n for t in tensors for n in t.shape}
-    num_samples = next(
-        n for n in range(2, 2 + len(sizes) + 1) if n not in sizes
-    )  # for no other dimension to be taken for it
+    # A number that is the size of no other dimension, so that no other is mistaken for the samples.
+    num_samples = next(n for n in range(2, 2 + len(sizes) + 1) if n not in sizes)
     try:
         drawn = trace_guide(guide, structure, num_samples, *args, **kwargs)
         scored = trace_model(model, drawn, structure, num_samples, *args, **kwargs)
     except (RuntimeError, IndexError, ValueError, TypeError, AssertionError) as error:
         try:
             traced(model, latents_of_trace(traced(guide, None, *args, **kwargs)), *args, **kwargs)
-        except Exception:  # they do not take these data alone either, which is said where the data are scored
+        except Exception:  # a single sample fails as well: the error is raised where the data are scored
             return None
         text = str(error).partition("Trace Shapes")[0].strip().splitlines()
         return text[0].rstrip(" .") if text else type(error).__name__
@@ -145,49 +132,52 @@ def _why_one_by_one(
         change = _difference(sample_sites(at_once), sample_sites(alone), last)
         if change is not None:
             again = traced(function, _one_draw(drawn, one, last, points=function is model), *args, **kwargs)
-            if _difference(sample_sites(alone), sample_sites(again), None) is None:  # it draws no noise of its own
+            if _difference(sample_sites(alone), sample_sites(again), None) is None:  # not by random numbers of its own
                 return change
     return None
 
 
 def _difference(several: dict[str, dict], alone: dict[str, dict], sample: int | None) -> str | None:
-    """Returns at which site one of several samples has another log-probability than alone, by more than rounding."""
+    """Returns how log-probabilities of a sample differ between a draw of several and of one; None if they agree."""
     if several.keys() != alone.keys():
-        return f"the sites {', '.join(sorted(several.keys() ^ alone.keys()))} are not always there"
+        return f"the sites {', '.join(sorted(several.keys() ^ alone.keys()))} are missing in some runs"
     for name, site in alone.items():
         try:
-            wanted = log_prob_of(site)
-            got = log_prob_of(several[name])
-        # A flow cannot score what it did not draw; data outside of a support are named where they are scored.
+            expected = log_prob_of(site)
+            actual = log_prob_of(several[name])
+        # Some flows cannot score values that they did not draw; data outside of a support raise where they are scored.
         except (KeyError, NotImplementedError, ValueError):
             continue
-        got = got if sample is None else got[sample] if got.dim() > wanted.dim() else got
+        actual = actual if sample is None else actual[sample] if actual.dim() > expected.dim() else actual
         try:
-            got, wanted = torch.broadcast_tensors(got, wanted)
+            actual, expected = torch.broadcast_tensors(actual, expected)
         except RuntimeError:
             return (
-                f'site "{name}" has log-probabilities of shape {tuple(got.shape)} at once, {tuple(wanted.shape)} alone'
+                f'site "{name}" has log-probabilities of shape {tuple(actual.shape)} at once, {tuple(expected.shape)} '
+                "alone"
             )
-        finite = wanted.isfinite() & got.isfinite()
-        error = torch.where(finite, (got - wanted).abs(), (got != wanted) & ~(got.isnan() & wanted.isnan()))
-        size = torch.where(finite, wanted.abs(), 0.0).amax() if wanted.numel() else torch.zeros(())
-        precision = math.sqrt(torch.finfo(wanted.dtype).eps) if wanted.is_floating_point() else 0.0
-        if error.numel() and error.amax().item() > precision * (1 + size.item()):
-            if not _is_rounding(several[name], site, sample):
-                return f'the log-probability at site "{name}" differs when samples are drawn at once'
+        finite = expected.isfinite() & actual.isfinite()
+        error = torch.where(
+            finite, (actual - expected).abs(), (actual != expected) & ~(actual.isnan() & expected.isnan())
+        )
+        size = torch.where(finite, expected.abs(), 0.0).amax() if expected.numel() else torch.zeros(())
+        precision = math.sqrt(torch.finfo(expected.dtype).eps) if expected.is_floating_point() else 0.0
+        differs = bool(error.numel()) and error.amax().item() > precision * (1 + size.item())
+        if differs and not _is_rounding(several[name], site, sample):
+            return f'the log-probability at site "{name}" differs when samples are drawn at once'
     return None
 
 
 def _is_rounding(several: dict, alone: dict, sample: int | None) -> bool:
-    """Whether log-probabilities differ because a normal knows the noise of its own draws, and of others only their values."""
+    """Whether log-probabilities differ by rounding: a normal keeps the noise of its own draws, and else computes it."""
     normals = [unwrapped(site["fn"]) for site in (several, alone)]
     if not all(isinstance(normal, MultivariateNormal | LowRankMultivariateNormal) for normal in normals):
         return False
     for name in ("loc", "covariance_matrix"):
-        got, wanted = (getattr(normal, name) for normal in normals)
-        got = got if sample is None or got.dim() == wanted.dim() else got[sample]
-        precision = math.sqrt(torch.finfo(wanted.dtype).eps)
-        if (got - wanted).abs().max() > precision * wanted.abs().max():
+        actual, expected = (getattr(normal, name) for normal in normals)
+        actual = actual if sample is None or actual.dim() == expected.dim() else actual[sample]
+        precision = math.sqrt(torch.finfo(expected.dtype).eps)
+        if (actual - expected).abs().max() > precision * expected.abs().max():
             return False
     return True
 
@@ -195,7 +185,7 @@ def _is_rounding(several: dict, alone: dict, sample: int | None) -> bool:
 def draw(
     guide: Callable, structure: SiteStructure, num_samples: int, *args: Any, **kwargs: Any
 ) -> tuple[poutine.Trace, Tensor]:
-    r"""Runs the guide once for `num_samples` draws; returns its trace and :math:`\log q`, ``(num_samples, batch)``."""
+    r"""Runs the guide for `num_samples` draws; returns its trace and :math:`\log q`, ``(num_samples, batch)``."""
     trace = trace_guide(guide, structure, num_samples, *args, **kwargs)
     return trace, log_q_of(trace)
 
@@ -203,13 +193,13 @@ def draw(
 def trace_guide(
     guide: Callable, structure: SiteStructure, num_samples: int, *args: Any, **kwargs: Any
 ) -> poutine.Trace:
-    """Runs the guide for `num_samples` draws, at once if it can be; returns its trace."""
+    """Runs the guide for `num_samples` draws, at once if possible; returns its trace."""
     if structure.vectorized:
-        with _samples(structure, num_samples):
-            return of_depth(traced(guide, None, *args, **kwargs), structure)
+        with pyro.plate(_SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting):
+            return annotate_plates(traced(guide, None, *args, **kwargs), structure)
     traces: list[poutine.Trace] = []
     for _ in range(num_samples):
-        # All draws are of the same data.
+        # All draws use the subsample of the first.
         traces.append(traced(guide, _subsamples_of(traces[0]) if traces else None, *args, **kwargs))
     return _stacked(traces, structure)
 
@@ -227,13 +217,15 @@ def log_joint(
 
 
 def log_p_of(trace: poutine.Trace, structure: SiteStructure) -> Tensor:
-    r"""Returns :math:`\log p(x, z)` of a model's trace, ``(num_samples, batch)``, given what all data share."""
+    r"""Returns :math:`\log p(x, z)` of a model's trace, ``(num_samples, batch)``, without its global observed sites."""
     sites = sample_sites(trace)
-    return sum(per_datum(site, log_prob_of(site)) for name, site in sites.items() if name not in structure.given)
+    return sum(
+        per_datum(site, log_prob_of(site)) for name, site in sites.items() if name not in structure.global_observed
+    )
 
 
 def log_q_of(trace: poutine.Trace) -> Tensor:
-    r"""Returns :math:`\log q` of the latents in a guide's trace, ``(num_samples, batch)``; what it observes is no part."""
+    r"""Returns :math:`\log q` of the latents in a guide's trace, ``(num_samples, batch)``; no observed sites."""
     return sum(per_datum(site, log_prob_of(site)) for site in sample_sites(trace).values() if not site["is_observed"])
 
 
@@ -242,14 +234,14 @@ def trace_model(
 ) -> poutine.Trace:
     """Runs the model at the latents of a guide's trace of `num_samples` draws; returns its trace."""
     if structure.vectorized:
-        with _samples(structure, num_samples):
-            return of_depth(traced(model, latents_of_trace(draws), *args, **kwargs), structure)
+        with pyro.plate(_SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting):
+            return annotate_plates(traced(model, latents_of_trace(draws), *args, **kwargs), structure)
     parts = [_one_draw(draws, structure, k) for k in range(num_samples)]
     return _stacked([traced(model, part, *args, **kwargs) for part in parts], structure)
 
 
 def _subsamples_of(trace: poutine.Trace) -> poutine.Trace:
-    """Returns a trace with nothing but which data its plates hold."""
+    """Returns a trace with its subsamples alone, without sample sites."""
     kept = trace.copy()
     for name in sample_sites(trace):
         kept.remove_node(name)
@@ -257,7 +249,7 @@ def _subsamples_of(trace: poutine.Trace) -> poutine.Trace:
 
 
 def _one_draw(draws: poutine.Trace, structure: SiteStructure, sample: int, points: bool = True) -> poutine.Trace:
-    """Returns one of several draws as if it had been drawn alone; if not `points`, without what a guide computes from others."""
+    """Returns one of several draws as a trace of a single draw; without :class:`Delta` sites unless `points`."""
     part = latents_of_trace(draws)
     for name, site in sample_sites(part).items():
         if not points and isinstance(unwrapped(site["fn"]), pyro.distributions.Delta):
@@ -266,14 +258,14 @@ def _one_draw(draws: poutine.Trace, structure: SiteStructure, sample: int, point
         value, event_dim = site["value"], len(site["fn"].event_shape)
         value = value.expand(torch.broadcast_shapes(value.shape, site["fn"].batch_shape[1:] + site["fn"].event_shape))
         lead = value.dim() - event_dim
-        own = value[sample] if lead > structure.max_plate_nesting else value
-        own = own.reshape(own.shape[own.dim() - event_dim - site["num_plates"] :])
-        part.nodes[name] = {**site, "value": own}
+        value = value[sample] if lead > structure.max_plate_nesting else value
+        value = value.reshape(value.shape[value.dim() - event_dim - site["num_plates"] :])
+        part.nodes[name] = {**site, "value": value}
     return part
 
 
 def _stacked(traces: list[poutine.Trace], structure: SiteStructure) -> poutine.Trace:
-    """Returns traces of one draw each as one trace of several."""
+    """Returns one trace of several draws from traces of one draw each."""
     whole, depth = traces[0].copy(), structure.max_plate_nesting
     sites = [sample_sites(trace) for trace in traces]
     for other in sites:
@@ -285,274 +277,112 @@ def _stacked(traces: list[poutine.Trace], structure: SiteStructure) -> poutine.T
         whole.nodes[name] = {
             **first,
             "fn": fn,
-            "value": _together([site["value"] for site in each], shape),
-            "mask": _together([site["mask"] for site in each], fn.batch_shape),
-            "scale": _together([site["scale"] for site in each], fn.batch_shape),
+            "value": _stacked_values([site["value"] for site in each], shape),
+            "mask": _stacked_values([site["mask"] for site in each], fn.batch_shape),
+            "scale": _stacked_values([site["scale"] for site in each], fn.batch_shape),
         }
-    return of_depth(whole, structure)
+    return annotate_plates(whole, structure)
 
 
 def check_same_sites(before: Set[str], now: Set[str]) -> None:
-    """Raises a ValueError that names the sites which one run of a model or guide has, and another has not."""
+    """Raises a ValueError that names the sites that are in only one of two runs of a model and guide."""
     if before != now:
         changed = ", ".join(f'"{name}"' for name in sorted(before ^ now))
         raise ValueError(
-            f"the sites of the model and the guide change from run to run ({changed}), so that a density of the latents "
-            "is undefined. Draw all sites in every run and mask those that play no part, with poutine.mask."
+            f"the sites of the model and the guide change from run to run ({changed}), so that the latents have no "
+            "density. Draw all sites in every run, and mask those without a part in it with poutine.mask."
         )
 
 
-def _together(values: list[Any], shape: torch.Size) -> Any:
-    """Returns what all draws have, or what each has in front of the plates."""
+def _stacked_values(values: list[Any], shape: torch.Size) -> Any:
+    """Returns the value that all draws share, or the stack of their values, in front of the plates."""
     first = values[0]
     if all(value is first or not isinstance(value, Tensor) and value == first for value in values):
         return first
     return torch.stack([torch.as_tensor(value).expand(shape[1:]) for value in values])
 
 
-def of_depth(trace: poutine.Trace, structure: SiteStructure) -> poutine.Trace:
-    """Returns a trace, after checking that its samples lie right in front of its plates, where they are looked for.
+def annotate_plates(trace: poutine.Trace, structure: SiteStructure) -> poutine.Trace:
+    """Adds the plates of each site to a trace, and checks that the samples are the dimension in front of the plates.
 
-    Each site gets an entry "data", the frame of the data plate that it stands in, or None, and "num_plates", how many
-    dimensions of plates its values have.
+    A site gets an entry "data", the frame of its data plate or None, and "num_plates", the number of plate dimensions
+    of its values.
     """
     for name, site in sample_sites(trace).items():
         if site["value"].dtype in (torch.bfloat16, torch.float16):
             raise ValueError(
-                f'site "{name}" has values in {site["value"].dtype}, too coarse for densities. Give its distribution numbers in '
-                "single precision: cast what a network returns, network(x).float()."
+                f'site "{name}" has values in {site["value"].dtype}, too coarse for densities. Give its distribution '
+                "parameters in single precision: cast what a network returns, network(x).float()."
             )
-        shape = site["fn"].batch_shape
-        plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
         site["data"] = None if structure.data is None else structure.data.frame(site)
-        own = [-f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != _SAMPLES]
-        site["num_plates"] = max(own, default=0)
-        stray = [
-            dim
-            for dim in range(-min(len(shape), structure.max_plate_nesting), 0)
-            if dim not in plates and shape[dim] > 1
-        ]
-        if len(shape) > structure.max_plate_nesting + 1 or stray:
-            wrong = (
-                f"{shape[stray[0]]} at dimension {stray[0]}, where it stands in no plate,"
-                if stray
-                else "too many dimensions"
-            )
+        site["num_plates"], plates = 0, set()
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized:
+                plates.add(frame.dim)
+                if frame.name != _SAMPLES:
+                    site["num_plates"] = max(site["num_plates"], -frame.dim)
+        shape, depth = site["fn"].batch_shape, structure.max_plate_nesting
+        stray = [dim for dim in range(-min(len(shape), depth), 0) if dim not in plates and shape[dim] > 1]
+        if len(shape) > depth + 1 or stray:
+            fault = "too many dimensions"
+            if stray:
+                fault = f"{shape[stray[0]]} at dimension {stray[0]}, where it is in no plate,"
             raise ValueError(
-                f'site "{name}" has batch shape {tuple(shape)}, {wrong} for samples in front of '
-                f"{structure.max_plate_nesting} dimensions of plates. Latents come as (num_samples, *plates, *event), with a "
-                "one for each plate that they do not stand in: keep that order in what is made of them, and sum over a plate "
-                "with keepdim=True."
+                f'site "{name}" has batch shape {tuple(shape)}, {fault} for samples in front of {depth} dimensions of '
+                "plates. Latents have shape (num_samples, *plates, *event), with size 1 for each plate that they are "
+                "not in: keep this order in what is computed from them, and sum over a plate with keepdim=True."
             )
     return trace
 
 
 def simulate(model: Callable, *args: Any, **kwargs: Any) -> tuple[poutine.Trace, tuple, dict]:
-    r"""Draws latents and data from a model; returns their trace, and the arguments with the data in their places.
+    r"""Draws latents and data from a model; returns their trace, and the arguments with the drawn data in place.
 
     .. math:: z, x \sim p(x, z)
 
-    The latents are exact draws of :math:`p(z \mid x)` given the data: what a guide would have to find. Data take the
-    place of the arguments that the model observes, of which there are as many.
+    Given the data, the latents are exact draws of :math:`p(z \mid x)`, the target of a guide. The drawn data replace
+    the arguments that the model observes, in the same number.
 
     Raises:
-        ValueError: when what a site observes is none of the arguments.
+        ValueError: when the value that a site observes is not one of the arguments.
     """
     with torch.no_grad(), poutine.trace() as tracer, poutine.uncondition():
         model(*args, **kwargs)
-    drawn, sites = tracer.trace.copy(), sample_sites(tracer.trace)
+    trace, sites = tracer.trace.copy(), sample_sites(tracer.trace)
     for name in tracer.trace.nodes.keys() - sites.keys():
-        drawn.remove_node(name)  # a plate's choice of data, which are drawn now
-    in_place, given = {}, tensors_of(args, kwargs)
+        trace.remove_node(name)  # the subsample of a plate: the data are new
+    replacements, tensors = {}, tensors_of(args, kwargs)
     for name, site in sites.items():
         if site["infer"].get("was_observed"):
-            seen = site["infer"]["obs"]
-            if not any(seen is value for value in given):
+            observed = site["infer"]["obs"]
+            if not any(observed is t for t in tensors):
                 raise ValueError(
-                    f'Data drawn from the model at site "{name}" cannot be handed back to it: what the site observes is '
-                    "none of the arguments as given. Observe the argument itself."
+                    f'Data drawn from the model at site "{name}" cannot replace an argument: the value that the site '
+                    "observes is not one of the arguments as given. Observe the argument itself."
                 )
-            in_place[id(seen)] = site["value"]
-    return drawn, *mapped(lambda value: in_place.get(id(value), value), (args, kwargs))
+            replacements[id(observed)] = site["value"]
+    return trace, *tree_map(lambda value: replacements.get(id(value), value), (args, kwargs))
 
 
 def log_prob_of(site: dict) -> Tensor:
-    """Returns the log-probability of a site's value, masked but not scaled, ``(num_samples, *plates, batch)``."""
-    # N/B and training weights belong outside the log of a mean of weights.
+    """Returns the log-probability of a site's value, masked but not scaled, ``(num_samples, *plates, batch)``.
+
+    Scales, such as the N/B of a subsampled plate, belong outside of the logarithm of a mean of weights.
+    """
     with full_precision([site["value"].device]):
         log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return scale_and_mask(log_prob, mask=site["mask"])
 
 
-def in_data(site: dict) -> bool:
-    """Whether a site, of a trace of several draws, stands in the data plate."""
-    return site["data"] is not None
-
-
 def per_datum(site: dict, t: Tensor, event_dim: int = 0) -> Tensor:
-    """Sums a site's ``(num_samples, *plates, *event)`` over its plates but the data's.
-
-    Over all plates for a site that does not stand in the data plate; its batch is one.
+    """Sums a site's ``(num_samples, *plates, *event)`` over all plates except the data plate.
 
     Returns:
-        Shape ``(num_samples, batch, *event)``.
+        Shape ``(num_samples, batch, *event)``, with a batch of 1 for a site outside of the data plate.
     """
     end = t.dim() - event_dim
-    if not in_data(site):
+    if site["data"] is None:
         return t.flatten(1, end - 1).sum(1, keepdim=True) if end > 1 else t.unsqueeze(1)
     if end == 2:
         return t
     return t.movedim(end + site["data"].dim, end - 1).flatten(1, end - 2).sum(1)
-
-
-class Imputation(NamedTuple):
-    r"""What a model makes of data that it was given, seen through the latents.
-
-    Args:
-        mean: :math:`\mathrm{E}[x' \mid x]`, shape ``(batch, *x_shape)``.
-        draws: draws of :math:`x' \sim p(x' \mid x)`, shape ``(num_draws, batch, *x_shape)``.
-        ess: effective sample size of the weights, shape ``(batch,)``, between 1 and the number of samples; where it is
-            small, neither mean nor draws are to be trusted.
-    """
-
-    mean: Tensor
-    draws: Tensor
-    ess: Tensor
-
-
-@torch.no_grad()
-def impute(
-    model: Callable,
-    guide: Callable,
-    *args: Any,
-    num_samples: int = 1000,
-    num_draws: int = 1,
-    site: str = "x",
-    **kwargs: Any,
-) -> Imputation:
-    r"""Draws data anew given the data, by self-normalised importance sampling with the guide as the proposal.
-
-    .. math:: \mathrm{E}[x' \mid x] \approx \sum_{k=1}^K \bar w_k\, \mathrm{E}[x' \mid z_k], \qquad
-        \bar w_k = \frac{w_k}{\sum_j w_j}, \quad w_k = \frac{p(x, z_k)}{q(z_k \mid x)}, \quad z_k \sim q(z \mid x)
-
-    A draw of :math:`x'` takes one :math:`z_k`, each with probability :math:`\bar w_k`, and then
-    :math:`x' \sim p(x' \mid z_k)`. Where elements of x were not observed (masked), :math:`x'` is what the model puts in
-    their place; where they were, a reconstruction. Modules run in evaluation mode. Samples are worked through in
-    chunks; data are not, so hand over only as many as fit in memory.
-
-    Args:
-        model: a Pyro model, called with the same arguments as the guide.
-        guide: a Pyro guide with the model's latent sites.
-        *args: what both are called with.
-        num_samples: samples per datum :math:`K`.
-        num_draws: draws of :math:`x'` per datum.
-        site: name of the observed site of the model to draw.
-        **kwargs: what both are called with.
-
-    Returns:
-        An :class:`Imputation`. Its mean is made of modes where :math:`p(x' \mid z)` has no finite mean (classes).
-
-    Raises:
-        ValueError: when `num_samples` or `num_draws` is below 1, the model has no such observed site, all weights of a
-            datum are zero, or weights per datum are undefined, as in :func:`log_weights`.
-
-    References:
-        MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets, P.-A. Mattei and J. Frellsen, 2019,
-        https://arxiv.org/abs/1812.02633.
-
-    >>> import pyrovae
-    >>> from pyrovae import encoders, likelihoods, priors
-    >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
-    >>> imputed = impute(vae.model, vae.guide, torch.zeros(5, 3), num_samples=100, num_draws=4)
-    >>> imputed.mean.shape, imputed.draws.shape, imputed.ess.shape
-    (torch.Size([5, 3]), torch.Size([4, 5, 3]), torch.Size([5]))
-    """
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
-    args, kwargs, size = in_memory(args, kwargs)
-    chunk = max(1, _CHUNK // max((t.numel() for t in tensors_of(args, kwargs)), default=1))
-    with evaluation_mode():
-        structure = inspect_weights(model, guide, *args, num_samples=num_samples, **kwargs)
-        place, right = structure.data_index, -1 - structure.data.dim  # of the data, and how many plates come after
-        log_sum = log_sum_of_squares = mean = kept = None
-        for start in range(0, num_samples, chunk):
-            k = min(chunk, num_samples - start)
-            drawn, log_q = draw(guide, structure, k, *args, **kwargs)
-            scored = trace_model(model, drawn, structure, k, *args, **kwargs)
-            if start == 0:
-                _check_imputed(scored, site, log_q, size, structure.data)
-            # In double precision, for the sums may run over very many terms.
-            log_w = (log_p_of(scored, structure) - log_q).double()
-            log_sum_here = log_w.logsumexp(0)
-            before = torch.full_like(log_sum_here, -math.inf) if log_sum is None else log_sum
-            log_sum = torch.logaddexp(before, log_sum_here)
-            squares = (2 * log_w).logsumexp(0)
-            log_sum_of_squares = squares if start == 0 else torch.logaddexp(log_sum_of_squares, squares)
-
-            # As long as all weights are zero, their shares are 0 / 0: count them as none.
-            w = (log_w - log_sum).exp().nan_to_num(0.0)
-            p = scored.nodes[site]["fn"]
-            part = (_beside(w, place, right, p) * center(p)).sum(0)
-            mean = (
-                part
-                if start == 0
-                else part + mean * _beside((before - log_sum).exp().nan_to_num(0.0), place - 1, right, p)
-            )
-
-            # Each draw keeps a latent of earlier chunks, or takes one of this, by their shares of the weight.
-            choice = torch.multinomial((w + (w.sum(0) == 0)).T, num_draws, replacement=True).T
-            taken = _take(drawn, choice, place)
-            if start > 0:
-                fresh = torch.rand_like(choice, dtype=w.dtype) < w.sum(0)
-                _replace(taken, kept, ~fresh, place, right)
-            kept = taken
-        if bool((log_sum == -math.inf).any()):
-            raise ValueError(
-                f"all {num_samples} samples of datum {int((log_sum == -math.inf).nonzero()[0])} have weight zero, so there "
-                "is nothing to impute from. Train the guide, or draw more samples."
-            )
-        p = trace_model(model, kept, structure, num_draws, *args, **kwargs).nodes[site]["fn"]
-        draws = p.sample()
-    ess = (2 * log_sum - log_sum_of_squares).exp().clamp(max=num_samples)
-    shape = _own_shape(scored.nodes[site], mean.shape, structure.max_plate_nesting)
-    return Imputation(mean.to(center(p).dtype).reshape(shape), draws.reshape(num_draws, *shape), ess.to(log_q.dtype))
-
-
-def _samples(structure: SiteStructure, num_samples: int) -> pyro.plate:
-    return pyro.plate(_SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting)
-
-
-def _check_imputed(trace: poutine.Trace, site: str, log_q: Tensor, size: int, plate: DataPlate) -> None:
-    observed = [name for name, node in sample_sites(trace).items() if node["is_observed"]]
-    if site not in observed:
-        raise ValueError(f'The model has no observed site "{site}" to impute; it has {", ".join(observed) or "none"}.')
-    plate.check_in_order(log_q.shape[1], size)
-
-
-def _beside(t: Tensor, dim: int, right: int, p: Any) -> Tensor:
-    """Returns t, ``(*samples, batch)``, with the data at dimension `dim`, `right` more plates, and room for the events of p."""
-    shape = t.shape[:-1] + (1,) * (dim + 1 - t.dim()) + t.shape[-1:] + (1,) * right
-    return t.reshape(shape + (1,) * len(p.event_shape))
-
-
-def _take(trace: poutine.Trace, choice: Tensor, dim: int) -> poutine.Trace:
-    """Returns a guide's trace at chosen samples, ``(num_draws, batch)``, with the data at dimension `dim`."""
-    rows = torch.arange(choice.shape[1], device=choice.device)
-    taken = trace.copy()
-    for name, node in sample_sites(trace).items():
-        if not node["is_observed"]:
-            taken.nodes[name] = {**node, "value": node["value"].movedim(dim, 1)[choice, rows].movedim(1, dim)}
-    return taken
-
-
-def _replace(trace: poutine.Trace, other: poutine.Trace, where: Tensor, dim: int, right: int) -> None:
-    for name, node in sample_sites(trace).items():
-        if not node["is_observed"]:
-            node["value"] = torch.where(
-                _beside(where, dim, right, node["fn"]), other.nodes[name]["value"], node["value"]
-            )
-
-
-def _own_shape(node: dict, shape: torch.Size, depth: int) -> torch.Size:
-    """Returns a shape without the leading dimensions of plates that a site does not stand in."""
-    return shape[depth - node["num_plates"] :]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyrovae.arguments import row_name
 from pyrovae.distributions import mask_elements
-from pyrovae.inference.weights import Imputation, impute
+from pyrovae.inference.imputation import Imputation, impute
 from pyrovae.parts import call, in_evaluation_mode
 from pyrovae.vae import OneLatent
 

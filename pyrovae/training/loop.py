@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
-from pyrovae.arguments import converted, count_data, of_batch, placed
+from pyrovae.arguments import as_arguments, as_tensors, count_data, row_positions
 from pyrovae.bounds import Bound
 from pyrovae.compilation import api as graphs
 from pyrovae.data.batches import Batches, as_batches
 from pyrovae.distributed import init_process_group
-from pyrovae.inference.structure import is_integer, warn
+from pyrovae.inference.messages import is_integer, warn
 from pyrovae.training.callbacks import Callback, stop_requested
 from pyrovae.training.checkpoints import Checkpointer
 from pyrovae.training.history import History
@@ -158,7 +158,7 @@ def fit(
 
     loss = Trace_ELBO() if loss is None else loss
     loss = graphs.compile(loss) if compile else loss
-    with placed(getattr(batches, "rows", None)):
+    with row_positions(getattr(batches, "rows", None)):
         trainer = Trainer(
             world,
             model,
@@ -187,8 +187,8 @@ def fit(
 
     history, best, checkpointer = History(), None, None  # best: the weights of the best epoch
     if checkpoint is not None:
-        first = of_batch(first)
-        count = count_data(*converted(first.args, first.kwargs))
+        first = as_arguments(first)
+        count = count_data(*as_tensors(first.args, first.kwargs))
         fingerprint = {"steps an epoch": steps_per_epoch, "data in the first batch": count}
         checkpointer = Checkpointer(checkpoint, trainer, batches, fingerprint)
         if checkpoint_exists:

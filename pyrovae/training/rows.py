@@ -8,8 +8,10 @@ from pyro import poutine
 from pyro.distributions import Delta
 from torch import Tensor
 
-from pyrovae.arguments import Arguments, settled, take_rows, tensors_of
-from pyrovae.inference.structure import evaluation_mode, sample_sites, traced, unwrapped, warn
+from pyrovae.arguments import Arguments, canonicalize, cuda_devices, take_rows, tensors_of
+from pyrovae.inference.messages import warn
+from pyrovae.inference.running import evaluation_mode, traced
+from pyrovae.inference.sites import sample_sites, unwrapped
 
 
 def parameters_of_rows(
@@ -33,9 +35,7 @@ def parameters_of_rows(
     params = {key: p for key, p in params.items() if any(n and n % m == 0 for n in p.shape for m in (size, num_data))}
     if size < 2 or not params:
         return []
-    devices = sorted(
-        {x.device for x in (*tensors_of(batch.args, batch.kwargs), *params.values()) if x.is_cuda}, key=str
-    )
+    devices = cuda_devices([*tensors_of(batch.args, batch.kwargs), *params.values()])
     try:
         with evaluation_mode(), pyro.validation_enabled(False):
             with torch.random.fork_rng(devices):
@@ -46,7 +46,7 @@ def parameters_of_rows(
                         dim, x = frame.dim - site["fn"].event_dim, site["value"]
                         if x.dim() >= -dim and x.shape[dim] == size:
                             site["value"] = x.roll(1, dim)
-            args, kwargs = take_rows(torch.arange(size).roll(1), *settled(batch.args, batch.kwargs)[:2])
+            args, kwargs = take_rows(torch.arange(size).roll(1), *canonicalize(batch.args, batch.kwargs)[:2])
             with torch.random.fork_rng(devices):
                 in_second, _ = _elements_used_by_row(1, model, guide, params, Arguments(*args, **kwargs), size, draws)
     except Exception:  # rows that cannot be shifted, such as sequences sorted by their lengths

@@ -14,8 +14,8 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyrovae.arguments import tensors_of
-from pyrovae.inference.structure import evaluation_mode
+from pyrovae.arguments import cuda_devices, tensors_of
+from pyrovae.inference.running import evaluation_mode
 
 Snapshot = dict[str, dict[str, Tensor]]
 
@@ -104,7 +104,7 @@ def find_state(loss: ELBO, model: Callable, guide: Callable, args: tuple, kwargs
     """
     modules: dict[int, nn.Module] = {}
     handle = nn.modules.module.register_module_forward_pre_hook(lambda m, _: modules.setdefault(id(m), m) and None)
-    devices = sorted({x.device for x in tensors_of(args, kwargs) if x.is_cuda}, key=str)
+    devices = cuda_devices(tensors_of(args, kwargs))
     has_loss = True
     try:
         with (

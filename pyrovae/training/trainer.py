@@ -12,24 +12,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyrovae.arguments import Arguments, converted, count_data, moved, of_batch, placed, tensors_of
+from pyrovae.arguments import (
+    Arguments,
+    as_arguments,
+    as_tensors,
+    count_data,
+    cuda_devices,
+    row_positions,
+    tensors_of,
+    to_device,
+)
 from pyrovae.bounds import Bound
 from pyrovae.compilation import api as graphs
 from pyrovae.compilation.cudagraph import PostStep
 from pyrovae.compilation.guards import Guards
 from pyrovae.data.batches import Batches
 from pyrovae.distributed import Shard, World
-from pyrovae.inference.structure import (
-    ObservedChecked,
-    check_all_observed,
-    check_finite,
-    evaluation_mode,
-    inspect,
-    latents_of_trace,
-    sample_sites,
-    traced,
-    warn,
-)
+from pyrovae.inference.messages import ObservedChecked, check_all_observed, check_finite, warn
+from pyrovae.inference.running import evaluation_mode, traced
+from pyrovae.inference.sites import latents_of_trace, sample_sites
+from pyrovae.inference.structure import inspect
 from pyrovae.training.rows import parameters_of_rows
 from pyrovae.training.state import ModelState, display_name, find_state
 
@@ -103,7 +105,7 @@ class Trainer:
         args, kwargs = shard.rows(batch.args, batch.kwargs)
         if shard.count < total:
             structure = inspect(model, guide, *args, **kwargs)
-        for name in structure.outside:
+        for name in structure.out_of_support:
             warn(
                 f'data at site "{name}" are outside the support of its distribution, which was built with '
                 "validate_args=False: the loss is not that of a probability of these data, and log_marginal will "
@@ -141,16 +143,16 @@ class Trainer:
 
     def prepare(self, name: str, batch: Any, check: bool) -> Arguments:
         """Returns a batch as arguments of model and guide: checked for NaN, on the device, transformed."""
-        batch = of_batch(batch)
-        args, kwargs = converted(batch.args, batch.kwargs)
+        batch = as_arguments(batch)
+        args, kwargs = as_tensors(batch.args, batch.kwargs)
         if check:
             for x in tensors_of(args, kwargs):
                 check_finite(name, x)
         if self.device is not None:
-            args, kwargs = moved(args, kwargs, self.device)
+            args, kwargs = to_device(args, kwargs, self.device)
         if self.transform is None:
             return Arguments(*args, **kwargs)
-        return of_batch(self.transform(*args, **kwargs))
+        return as_arguments(self.transform(*args, **kwargs))
 
     def train_epoch(self, batches: Iterable, epoch: int, after_step: Callable[[], Any]) -> dict[str, float]:
         """Takes a step on every batch; returns the mean loss per datum and its parts.
@@ -308,7 +310,7 @@ class Trainer:
     def validate(self, batches: Iterable, epoch: int) -> float:
         """Returns the validation loss per datum, with the same noise in every epoch so that epochs can be compared."""
         total, count = 0.0, 0
-        devices = sorted({p.device for p in self.state.trained if p.is_cuda}, key=str)
+        devices = cuda_devices(self.state.trained)
         with evaluation_mode(), torch.random.fork_rng(devices):
             torch.manual_seed(0)
             for batch in batches:
@@ -360,7 +362,7 @@ class Trainer:
         args, kwargs, rng_state, rows, where = self.latest_call
         torch.set_rng_state(rng_state)
         self._check_parameters(where)
-        with torch.no_grad(), pyro.validation_enabled(False), placed(rows):
+        with torch.no_grad(), pyro.validation_enabled(False), row_positions(rows):
             guide = traced(self.guide, None, *args, **kwargs)
             model = traced(self.model, latents_of_trace(guide), *args, **kwargs)
             check_all_observed(model, self.unvalidated)

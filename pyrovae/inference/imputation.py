@@ -1,0 +1,155 @@
+"""Imputation by importance sampling: draws and means of data given the observed data."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyrovae.arguments import in_memory, tensors_of
+from pyrovae.distributions import center
+from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.sites import sample_sites
+from pyrovae.inference.weights import draw, inspect_weights, log_p_of, trace_model
+
+__all__ = ["Imputation", "impute"]
+
+_CHUNK = 2**22  # elements of the largest argument, times samples, that impute works on at once
+
+
+class Imputation(NamedTuple):
+    r"""Means and draws of data given the observed data.
+
+    Args:
+        mean: :math:`\mathrm{E}[x' \mid x]`, shape ``(batch, *x_shape)``.
+        draws: draws of :math:`x' \sim p(x' \mid x)`, shape ``(num_draws, batch, *x_shape)``.
+        ess: effective sample size of the weights, shape ``(batch,)``, between 1 and the number of samples; where it is
+            small, mean and draws are unreliable.
+    """
+
+    mean: Tensor
+    draws: Tensor
+    ess: Tensor
+
+
+@torch.no_grad()
+def impute(
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    num_samples: int = 1000,
+    num_draws: int = 1,
+    site: str = "x",
+    **kwargs: Any,
+) -> Imputation:
+    r"""Draws data given the observed data, by self-normalised importance sampling with the guide as the proposal.
+
+    .. math:: \mathrm{E}[x' \mid x] \approx \sum_{k=1}^K \bar w_k\, \mathrm{E}[x' \mid z_k], \qquad
+        \bar w_k = \frac{w_k}{\sum_j w_j}, \quad w_k = \frac{p(x, z_k)}{q(z_k \mid x)}, \quad z_k \sim q(z \mid x)
+
+    A draw of :math:`x'` takes :math:`z_k` with probability :math:`\bar w_k`, and then :math:`x' \sim p(x' \mid z_k)`.
+    Where elements of x were not observed (masked), :math:`x'` is an imputation; where they were, a reconstruction.
+    Modules run in evaluation mode. Samples are processed in chunks; data are not, so that they must fit in memory.
+
+    Args:
+        model: a Pyro model, called with the same arguments as the guide.
+        guide: a Pyro guide with the model's latent sites.
+        *args: what both are called with.
+        num_samples: samples per datum :math:`K`.
+        num_draws: draws of :math:`x'` per datum.
+        site: name of the observed site of the model to draw.
+        **kwargs: what both are called with.
+
+    Returns:
+        An :class:`Imputation`. Its mean is a mean of modes where :math:`p(x' \mid z)` has no finite mean (classes).
+
+    Raises:
+        ValueError: when `num_samples` or `num_draws` is below 1, the model has no such observed site, all weights of a
+            datum are zero, or weights per datum are undefined, as in :func:`log_weights`.
+
+    References:
+        MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets, P.-A. Mattei and J. Frellsen, 2019,
+        https://arxiv.org/abs/1812.02633.
+
+    >>> import pyrovae
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
+    >>> imputed = impute(vae.model, vae.guide, torch.zeros(5, 3), num_samples=100, num_draws=4)
+    >>> imputed.mean.shape, imputed.draws.shape, imputed.ess.shape
+    (torch.Size([5, 3]), torch.Size([4, 5, 3]), torch.Size([5]))
+    """
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
+    args, kwargs, size = in_memory(args, kwargs)
+    chunk = max(1, _CHUNK // max((t.numel() for t in tensors_of(args, kwargs)), default=1))
+    with evaluation_mode():
+        structure = inspect_weights(model, guide, *args, num_samples=num_samples, **kwargs)
+        # The dimension of the data, and the number of plates to the right of it.
+        dim, right = structure.data_index, -1 - structure.data.dim
+        log_sum = log_sum_of_squares = mean = latents = None
+        for start in range(0, num_samples, chunk):
+            k = min(chunk, num_samples - start)
+            guide_trace, log_q = draw(guide, structure, k, *args, **kwargs)
+            model_trace = trace_model(model, guide_trace, structure, k, *args, **kwargs)
+            if start == 0:
+                observed = [name for name, node in sample_sites(model_trace).items() if node["is_observed"]]
+                if site not in observed:
+                    listed = ", ".join(observed) or "none"
+                    raise ValueError(f'The model has no observed site "{site}" to impute; it has {listed}.')
+                structure.data.check_in_order(log_q.shape[1], size)
+            # In double precision, because the sums may have very many terms.
+            log_w = (log_p_of(model_trace, structure) - log_q).double()
+            log_sum_here = log_w.logsumexp(0)
+            before = torch.full_like(log_sum_here, -math.inf) if log_sum is None else log_sum
+            log_sum = torch.logaddexp(before, log_sum_here)
+            squares = (2 * log_w).logsumexp(0)
+            log_sum_of_squares = squares if start == 0 else torch.logaddexp(log_sum_of_squares, squares)
+
+            # The shares of the samples so far; while all weights are zero they are 0 / 0, and count as zero.
+            w = (log_w - log_sum).exp().nan_to_num(0.0)
+            p = model_trace.nodes[site]["fn"]
+            mean_here = (_align(w, dim, right, p) * center(p)).sum(0)
+            if start == 0:
+                mean = mean_here
+            else:
+                mean = mean_here + mean * _align((before - log_sum).exp().nan_to_num(0.0), dim - 1, right, p)
+
+            # Each draw keeps a latent of the chunks before or takes one of this chunk, by their shares of the weight.
+            choice = torch.multinomial((w + (w.sum(0) == 0)).T, num_draws, replacement=True).T
+            chosen = _take(guide_trace, choice, dim)
+            if start > 0:
+                is_new = torch.rand_like(choice, dtype=w.dtype) < w.sum(0)
+                for name, node in sample_sites(chosen).items():
+                    if not node["is_observed"]:
+                        is_old = _align(~is_new, dim, right, node["fn"])
+                        node["value"] = torch.where(is_old, latents.nodes[name]["value"], node["value"])
+            latents = chosen
+        if bool((log_sum == -math.inf).any()):
+            raise ValueError(
+                f"all {num_samples} samples of datum {int((log_sum == -math.inf).nonzero()[0])} have weight zero, so "
+                "that there is nothing to impute from. Train the guide, or draw more samples."
+            )
+        p = trace_model(model, latents, structure, num_draws, *args, **kwargs).nodes[site]["fn"]
+        draws = p.sample()
+    ess = (2 * log_sum - log_sum_of_squares).exp().clamp(max=num_samples)
+    # Without the leading dimensions of plates that the site is not in.
+    shape = mean.shape[structure.max_plate_nesting - model_trace.nodes[site]["num_plates"] :]
+    return Imputation(mean.to(center(p).dtype).reshape(shape), draws.reshape(num_draws, *shape), ess.to(log_q.dtype))
+
+
+def _align(t: Tensor, dim: int, right: int, p: Any) -> Tensor:
+    """Reshapes ``(*samples, batch)``: data at dimension `dim`, then `right` plates and the event of p with size 1."""
+    shape = t.shape[:-1] + (1,) * (dim + 1 - t.dim()) + t.shape[-1:] + (1,) * right
+    return t.reshape(shape + (1,) * len(p.event_shape))
+
+
+def _take(trace: poutine.Trace, choice: Tensor, dim: int) -> poutine.Trace:
+    """Returns a guide's trace at chosen samples, ``(num_draws, batch)``, with the data at dimension `dim`."""
+    rows = torch.arange(choice.shape[1], device=choice.device)
+    taken = trace.copy()
+    for name, node in sample_sites(trace).items():
+        if not node["is_observed"]:
+            taken.nodes[name] = {**node, "value": node["value"].movedim(dim, 1)[choice, rows].movedim(1, dim)}
+    return taken

@@ -1,0 +1,173 @@
+"""Sample sites of a Pyro trace: their distributions, their plates, and the data in them."""
+
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.distributions import MaskedDistribution, constraints
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyrovae.distributions import MaskedElements, Stacked
+
+_WRAPPERS = (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution, MaskedElements)
+
+
+class DataPlate(NamedTuple):
+    """The plate over the data.
+
+    Args:
+        names: its names; a guide may name it otherwise than its model.
+        dim: its dimension, counted from the right, negative.
+    """
+
+    names: frozenset[str]
+    dim: int
+
+    def frame(self, site: dict) -> CondIndepStackFrame | None:
+        """Returns this plate's frame of a site, with its size; None if the site is outside of the plate."""
+        for frame in site["cond_indep_stack"]:
+            if frame.dim == self.dim and frame.name in self.names:
+                return frame if frame.size >= 0 else frame._replace(size=plate_sizes(site)[self.dim], full_size=None)
+        return None
+
+    def check_in_order(self, drawn: int, size: int) -> None:
+        """Raises a ValueError unless the plate drew all data, because results are returned in the order of the data."""
+        if drawn != size:
+            raise ValueError(
+                f"The plate {self} drew {drawn} of {size} data. Results are returned in the order of the data: use "
+                'pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
+            )
+
+    def __str__(self) -> str:
+        return f'"{min(self.names)}"'
+
+
+def sample_sites(trace: poutine.Trace) -> dict[str, dict]:
+    """Returns the sample sites of a trace by name, without subsamples of plates and ``pyro.deterministic`` values."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not isinstance(site["fn"], _Subsample)
+        and not site["infer"].get("_deterministic")
+    }
+
+
+def latents_of_trace(trace: poutine.Trace) -> poutine.Trace:
+    """Returns a trace without its observed sites, to replay a model at its latents."""
+    latents = trace.copy()
+    for name, site in sample_sites(trace).items():
+        if site["is_observed"]:
+            latents.remove_node(name)
+    return latents
+
+
+def is_data(site: dict) -> bool:
+    """Whether a site observes data, which a factor does not."""
+    return site["is_observed"] and not site["infer"].get("is_auxiliary")
+
+
+def is_masked(site: dict) -> bool:
+    """Whether a mask, around a site or inside of its distribution, hides some of it."""
+    masks = [site["mask"], *(getattr(fn, "_mask", None) for fn in layers(site["fn"]))]
+    return any(mask is not None and not bool(torch.as_tensor(mask).all()) for mask in masks)
+
+
+def is_discrete(fn: Any) -> bool:
+    """Whether a distribution has a discrete support; False if its support is undefined."""
+    try:
+        return fn.support.is_discrete
+    except NotImplementedError:
+        return False
+
+
+def has_bijection(fn: Any) -> bool:
+    """Whether torch has a bijection from real numbers to the support of a distribution."""
+    try:
+        biject_to(fn.support)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def in_support(fn: Any, value: Tensor) -> Tensor:
+    """Returns where a value is in the support of a distribution; everywhere if its support is undefined."""
+    try:
+        return fn.support.check(value)
+    except NotImplementedError:
+        return torch.ones((), dtype=torch.bool, device=value.device)
+
+
+def num_reals(site: dict) -> int:
+    """Returns how many real numbers the bijection to the support of a site maps to its value."""
+    shape = site["fn"].batch_shape + site["fn"].event_shape
+    try:
+        return biject_to(site["fn"].support).inverse_shape(shape).numel()
+    except NotImplementedError:
+        return shape.numel()
+
+
+def layers(fn: Any) -> list:
+    """Returns a distribution and all distributions inside of it, outermost first; of a stack, the first one's.
+
+    >>> [type(layer).__name__ for layer in layers(torch.distributions.LogNormal(torch.zeros(2), 1.0))]
+    ['LogNormal', 'Normal']
+    """
+    inner = fn.parts[0] if isinstance(fn, Stacked) else getattr(fn, "base_dist", None)
+    return [fn] if inner is None else [fn, *layers(inner)]
+
+
+def unwrapped(fn: Any) -> Any:
+    """Returns a distribution without ``Independent``, ``expand`` and masks around it; of a stack, the first one.
+
+    >>> unwrapped(torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 1.0), 1))
+    Normal(loc: torch.Size([2]), scale: torch.Size([2]))
+    """
+    while isinstance(fn, (*_WRAPPERS, Stacked)):
+        fn = fn.parts[0] if isinstance(fn, Stacked) else fn.base_dist
+    return fn
+
+
+def independent_elements(fn: Any) -> Any | None:
+    """Returns the distribution of the independent elements of an event, as elements of its batch; None without.
+
+    >>> independent_elements(torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 1.0), 1))
+    Normal(loc: torch.Size([2]), scale: torch.Size([2]))
+    """
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return None if fn.event_shape else fn
+
+
+def innermost(support: constraints.Constraint) -> constraints.Constraint:
+    """Returns the constraint on one element that others such as ``constraints.independent`` wrap."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def plate_sizes(site: dict) -> dict[int, int]:
+    """Returns the sizes of a site's plates by dimension; a plate without a size takes it from the site's value."""
+    sizes = {frame.dim: int(frame.size) for frame in site["cond_indep_stack"] if frame.vectorized}
+    shape = torch.Size()
+    if site["value"] is not None and min(sizes.values(), default=0) < 0:
+        shape = site["value"].shape[: site["value"].dim() - len(site["fn"].event_shape)]
+    shape = torch.broadcast_shapes(shape, site["fn"].batch_shape)
+    return {dim: size if size >= 0 else shape[dim] if len(shape) >= -dim else 1 for dim, size in sizes.items()}
+
+
+def full_sizes(site: dict) -> dict[int, int]:
+    """Returns the full sizes of a site's plates by dimension, larger than their sizes where they are subsampled."""
+    full = {frame.dim: int(frame.full_size or -1) for frame in site["cond_indep_stack"] if frame.vectorized}
+    return {dim: full[dim] if full[dim] >= 0 else size for dim, size in plate_sizes(site).items()}
+
+
+def describe_plates(site: dict) -> str:
+    """Returns the plates of a site in words, for messages."""
+    sizes = full_sizes(site)
+    plates = [f'plate "{f.name}" (dim {f.dim}, size {sizes.get(f.dim, f.size)})' for f in site["cond_indep_stack"]]
+    return ", ".join(plates) or "no plate"
