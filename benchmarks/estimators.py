@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 
 import pyrovae
 from pyrovae import VAE, data, encoders, estimators, likelihoods, priors
-from pyrovae.estimators.base import open_task
+from pyrovae.estimators.task import open_task
 
 GOALS = {"importance": 3.0, "annealing": 1.3, "memory": 2000}  # times as fast, times as long, MB
 SQUARE = 2048

@@ -29,9 +29,10 @@ from pyrovae.estimators import (
     Widened,
     bidirectional,
 )
-from pyrovae.estimators.annealed import Path, _move
-from pyrovae.estimators.base import open_task
+from pyrovae.estimators.moves import move
+from pyrovae.estimators.schedules import TemperingPath
 from pyrovae.estimators.targets import Target
+from pyrovae.estimators.task import open_task
 
 # Chance that a statistical test here fails with another seed although the library is right.
 FAILURE_RATE = 1e-4
@@ -218,14 +219,14 @@ def test_bidirectional_refuses_what_it_cannot_hand_back():
 @pytest.mark.parametrize("num_temperatures", [1, 2, 50])
 def test_temperatures_rise_from_0_to_1(schedule, num_temperatures):
     speeds = torch.tensor([[9.0, 1.0], [3.0, 1.0], [1.0, 1.0]])
-    path = Path(torch.tensor([[0.0, 0.0], [0.2, 0.5], [1.0, 1.0]]), speeds, speeds.unsqueeze(-1), speeds)
+    path = TemperingPath(torch.tensor([[0.0, 0.0], [0.2, 0.5], [1.0, 1.0]]), speeds, speeds.unsqueeze(-1), speeds)
     betas = schedule.betas(num_temperatures, path)
     assert len(betas) == num_temperatures + 1
     assert (betas[0] == 0).all() and (betas[-1] == 1).all() and (betas.diff(dim=0) > 0).all()
 
 
 def test_temperatures_are_those_of_their_formulas():
-    path = Path(*[torch.zeros(2, 1)] * 4)
+    path = TemperingPath(*[torch.zeros(2, 1)] * 4)
     t = torch.arange(11) / 10
     torch.testing.assert_close(Linear().betas(10, path)[:, 0], t)
     by_hand = [1 / (1 + math.exp(-3.0 * (2 * i / 10 - 1))) for i in range(11)]
@@ -233,7 +234,7 @@ def test_temperatures_are_those_of_their_formulas():
     torch.testing.assert_close(Sigmoid(3.0).betas(10, path)[:, 0], expected)
     # With a speed of 9 on the first fifth and of 1 after it, a tenth of equal steps apart, 9/13 of them are there.
     betas = torch.tensor([[0.0], [0.2 - 1e-6], [0.2 + 1e-6], [1.0]])
-    path = Path(betas, betas, betas, torch.tensor([[9.0], [9.0], [1.0], [1.0]]))
+    path = TemperingPath(betas, betas, betas, torch.tensor([[9.0], [9.0], [1.0], [1.0]]))
     share = (1.8 / 2.6 + 0.02) / 1.1
     assert (Adaptive().betas(1000, path) < 0.2).sum().item() == pytest.approx(1000 * share, abs=2)
 
@@ -284,7 +285,7 @@ def test_moves_leave_the_density_as_it_is(start, beta):
         narrowest = torch.linalg.eigvalsh(p.covariance_matrix)[..., :1].sqrt().expand(3, 2)
         step = torch.tensor([1.2, 1.4, 1.6], dtype=torch.float64)
         for _ in range(2):
-            moved = _move(target, u, at, temperature, step, narrowest, num_leapfrog=2)
+            moved = move(target, u, at, temperature, step, narrowest, num_leapfrog=2)
             u, at = moved.u, moved.at
     assert 0.3 < moved.acceptance.mean() < 0.95  # so that a rule that accepts wrongly would show
     assert ((u != first).any(-1)).float().mean() > 0.5
@@ -383,7 +384,7 @@ def test_chains_that_diverge_are_counted_and_not_trusted():
     diverged = estimate.diagnostics["diverged"]
     assert (diverged[:2] == 0).all() and diverged[2] > 0.9
     assert estimate.trusted.tolist() == [True, True, False]
-    assert f"diverged: {diverged.mean().item():.1%} of moves, of 1 of 3 data" in str(estimate)
+    assert f"diverged: {diverged.mean().item():.1%} of moves, for 1 of 3 data" in str(estimate)
     assert "moves fail): 1 of 3 data. Take more temperatures, or start=Refined()." in str(estimate)
 
 

@@ -550,10 +550,10 @@ REFUSED = [
     (AIS, switches, 'the latents at site "z" are discrete.*Take estimators.Enumeration'),
     (SMC, switches, 'the latents at site "z" are discrete'),
     (Quadrature(), switches, 'the latents at site "z" are discrete'),
-    (AIS, sphere, 'site "z" live in a space .Sphere.* Take ImportanceSampling'),
-    (SMC, sphere, 'site "z" live in a space'),
-    (AIS, nested, 'space of the latents at site "z" .* depends on other latents'),
-    (Quadrature(), nested, 'space of the latents at site "z" .* depends on other latents'),
+    (AIS, sphere, 'site "z" have a support .Sphere.* Take ImportanceSampling'),
+    (SMC, sphere, 'site "z" have a support'),
+    (AIS, nested, 'support of the latents at site "z" .* depends on other latents'),
+    (Quadrature(), nested, 'support of the latents at site "z" .* depends on other latents'),
     (AIS, outside, 'site "z" of the model is outside the plate "data"'),
     (Quadrature(), outside, 'site "z" of the model is outside the plate "data"'),
     (Enumeration(), outside, 'site "z" of the model is outside the plate "data"'),
@@ -603,20 +603,20 @@ def assert_agrees_roughly(estimate: Estimate, expected: Tensor) -> None:
         (lambda: AnnealedImportanceSampling(num_leapfrog=0), ValueError, "num_leapfrog must be at least 1, got 0"),
         (lambda: AnnealedImportanceSampling(acceptance=0), ValueError, "acceptance must be positive and finite and at most 0.99"),
         (lambda: AnnealedImportanceSampling(acceptance=2), ValueError, "acceptance must be positive and finite and at most 0.99"),
-        (lambda: AnnealedImportanceSampling(schedule="linear"), TypeError, "schedule must be one such as .*got 'linear'"),
-        (lambda: AnnealedImportanceSampling(schedule=Linear), TypeError, "schedule must be one such as"),
+        (lambda: AnnealedImportanceSampling(schedule="linear"), TypeError, "schedule must be a schedule such as .*got 'linear'"),
+        (lambda: AnnealedImportanceSampling(schedule=Linear), TypeError, "schedule must be a schedule such as"),
         (lambda: AnnealedImportanceSampling(start="prior"), TypeError, "start must be a proposal such as .*got 'prior'"),
         (lambda: SequentialMonteCarlo(num_particles=1), ValueError, "num_particles must be at least 2, got 1"),
         (lambda: SequentialMonteCarlo(kept=1.0), ValueError, "kept must be positive and finite and at most 0.999"),
         (lambda: Sigmoid(0.0), ValueError, "rate must be positive"),
         (lambda: Quadrature(0), ValueError, "num_samples must be at least 1, got 0"),
         (lambda: CUBO(order=1.0), ValueError, "order must be above 1, got 1.0"),
-        (lambda: CUBO(proposal=Guide), TypeError, "proposal must be one such as"),
-        (lambda: ImportanceSampling(proposal="wide"), TypeError, "proposal must be one such as .*got 'wide'"),
+        (lambda: CUBO(proposal=Guide), TypeError, "proposal must be a proposal such as"),
+        (lambda: ImportanceSampling(proposal="wide"), TypeError, "proposal must be a proposal such as .*got 'wide'"),
         (lambda: Widened(0.0), ValueError, "scale must be positive and finite, got 0.0"),
-        (lambda: Mixed([Guide()], [0.5, 0.5]), ValueError, "shares must hold one number a proposal, got 2 for 1"),
+        (lambda: Mixed([Guide()], [0.5, 0.5]), ValueError, "shares must hold one number per proposal, got 2 for 1"),
         (lambda: Mixed([Guide(), Prior()], [1.0, 0.0]), ValueError, "shares must be positive"),
-        (lambda: Mixed([Guide, Prior]), TypeError, "proposals must be ones such as .*got <class"),
+        (lambda: Mixed([Guide, Prior]), TypeError, "proposals must be proposals such as .*got <class"),
         (lambda: Refined(0), ValueError, "num_steps must be at least 1, got 0"),
         (lambda: Refined(learning_rate=math.inf), ValueError, "learning_rate must be positive and finite, got inf"),
         (lambda: Refined(bound=IWAE), TypeError, "bound must be one of pyrovae.bounds"),
@@ -648,7 +648,7 @@ def test_the_method_is_an_estimator_with_a_number_of_its_own():
 
 def test_what_lives_on_a_simplex_cannot_be_widened():
     vae = VAE(priors.LogisticNormal(3), likelihoods.Normal(3, 3), encoders.LogisticNormal(3, 3))
-    with pytest.raises(ValueError, match=r'site "z" are not any real numbers .* Take estimators.Refined'):
+    with pytest.raises(ValueError, match=r'site "z" have the support .* Take estimators.Refined'):
         log_marginal(vae.model, vae.guide, torch.zeros(2, 3), method=ImportanceSampling(proposal=Widened()))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyrovae import arguments
 from pyrovae.arguments import take_rows
 from pyrovae.distributions import center
-from pyrovae.estimators.base import checked
+from pyrovae.estimators.task import checked
 from pyrovae.inference.structure import SiteStructure, inspect, sample_sites
 from pyrovae.inference.weights import in_data, inspect_samples, trace_guide, trace_model
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from pyrovae.arguments import take_rows, width
 from pyrovae.diagnostics import base
 from pyrovae.diagnostics.base import Diagnosis, Latents, check_at_least, latents_of
-from pyrovae.estimators.base import log_marginal
+from pyrovae.estimators import log_marginal
 from pyrovae.inference.structure import SiteStructure, evaluation_mode, sample_sites
 from pyrovae.inference.weights import check_draws, log_joint, simulate, trace_guide, trace_model
 
