@@ -88,7 +88,8 @@ class _Weighted(Estimator):
 class ImportanceSampling(_Weighted):
     r"""Importance sampling, with the guide or a better proposal.
 
-    .. math:: \hat p(x) = \frac{1}{K} \sum_{k=1}^K w_k, \qquad w_k = \frac{p(x, z_k)}{q(z_k \mid x)}, \quad z_k \sim q(z \mid x)
+    .. math:: \hat p(x) = \frac{1}{K} \sum_{k=1}^K w_k, \qquad w_k = \frac{p(x, z_k)}{q(z_k \mid x)}, \quad
+        z_k \sim q(z \mid x)
 
     is unbiased, and its logarithm a lower bound on log p(x) in expectation. A mixture of proposals is sampled by its
     shares, and the weight of each draw has the density of the whole mixture; the standard error is then slightly too
@@ -258,7 +259,7 @@ def fit_tail(largest: Tensor, resolution: float) -> tuple[Tensor, Tensor]:
         resolution: smallest difference of log weights that is not rounding.
 
     Returns:
-        The shape k-hat, and the scale relative to the largest weight, ``(batch,)`` each; NaN for a tail of fewer than 5.
+        The shape k-hat, and the scale relative to the largest weight, ``(batch,)`` each; NaN for a tail below 5.
 
     References:
         A New and Efficient Estimation Method for the Generalized Pareto Distribution, J. Zhang and M. A. Stephens,
