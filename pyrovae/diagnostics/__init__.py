@@ -1,17 +1,36 @@
-"""What a model learned, and where it loses nats: functions of any model and guide that print, draw and summarise."""
+"""What a model has learned, and where it loses nats: functions of any model and guide whose results print and draw."""
 
-from pyrovae.diagnostics.anomalies import anomalies, auroc
-from pyrovae.diagnostics.base import Diagnosis
-from pyrovae.diagnostics.collapse import CollapseMonitor, collapse
-from pyrovae.diagnostics.exploration import interpolations, latent_map, traversals
-from pyrovae.diagnostics.gaps import gaps
-from pyrovae.diagnostics.posteriors import calibration, posterior_check, reliability
-from pyrovae.diagnostics.quality import frechet_distance, precision_recall, quality
-from pyrovae.diagnostics.sharpness import sharpness
+from pyrovae.diagnostics.anomalies import Anomalies, anomalies, auroc
+from pyrovae.diagnostics.base import Diagnosis, ReportInputs
+from pyrovae.diagnostics.calibration import Calibration, calibration
+from pyrovae.diagnostics.collapse import Collapse, collapse
+from pyrovae.diagnostics.gaps import Gaps, gaps
+from pyrovae.diagnostics.interpolations import Interpolations, interpolations
+from pyrovae.diagnostics.latent_map import LatentMap, latent_map
+from pyrovae.diagnostics.monitor import CollapseMonitor
+from pyrovae.diagnostics.posterior import PosteriorCheck, posterior_check
+from pyrovae.diagnostics.quality import Quality, frechet_distance, precision_recall, quality
+from pyrovae.diagnostics.reliability import Reliability, reliability
+from pyrovae.diagnostics.report import DIAGNOSES
+from pyrovae.diagnostics.sharpness import Sharpness, sharpness
+from pyrovae.diagnostics.traversals import Traversals, traversals
 
 __all__ = [
+    "DIAGNOSES",
+    "Anomalies",
+    "Calibration",
+    "Collapse",
     "CollapseMonitor",
     "Diagnosis",
+    "Gaps",
+    "Interpolations",
+    "LatentMap",
+    "PosteriorCheck",
+    "Quality",
+    "Reliability",
+    "ReportInputs",
+    "Sharpness",
+    "Traversals",
     "anomalies",
     "auroc",
     "calibration",

@@ -80,7 +80,7 @@ class Target:
         self.reads = Guards(source) if task.graphs is not None else None
 
     def _layout(self, trace: poutine.Trace, prior: poutine.Trace, other: poutine.Trace) -> list[_Site]:
-        """Returns the latent sites of the start, with their supports, which must be the same in two runs of the prior."""
+        """Returns the latent sites of the start; their supports must be the same in two runs of the prior."""
         sites, at = [], 0
         for name, site in sample_sites(trace).items():
             if site["is_observed"]:

@@ -270,9 +270,8 @@ def fit_tail(largest: Tensor, resolution: float) -> tuple[Tensor, Tensor]:
     if n < 5:
         return torch.full_like(largest[0], math.nan), torch.full_like(largest[0], math.nan)
     weights = (largest - largest[0]).exp()
-    x = (weights[:-1] - weights[-1]).flip(
-        0
-    )  # ascending excesses over the threshold, which is the largest weight outside the tail
+    # Ascending excesses over the threshold, which is the largest weight outside the tail.
+    x = (weights[:-1] - weights[-1]).flip(0)
     m = 30 + math.isqrt(n)
     grid = torch.arange(1, m + 1, dtype=x.dtype, device=x.device).unsqueeze(-1)
     # Excesses of zero (ties with the threshold) say nothing about the scale: use the smallest positive one instead.
