@@ -156,7 +156,7 @@ class Anomalies(Diagnosis):
         return numbers
 
     def draw(self) -> "Figure":
-        """Draws the distribution of each score, the ROC curves against other data, and the most and least likely data."""
+        """Draws the distribution of each score, ROC curves against other data, and the most and least likely data."""
         images, several = are_images(self.x), self.other is not None
         columns = len(self.scores) + several
         figure = new_figure(3.6 * columns, 3.4 + 2 * images)

@@ -62,8 +62,8 @@ class ReportInputs:
 class Diagnosis(ABC):
     """Base of the results of diagnostics: numbers that print as a table with a verdict, and draw themselves.
 
-    To add a diagnostic, write a module with a frozen dataclass derived from this, and a function of a model, a guide and
-    data that returns it; then add the class to the registry in ``report.py``, which the command line and the tests
+    To add a diagnostic, write a module with a frozen dataclass derived from this, and a function of a model, a guide
+    and data that returns it; then add the class to the registry in ``report.py``, which the command line and the tests
     read. The class defines:
 
     - :attr:`question`, which it answers, for the report;
@@ -99,7 +99,7 @@ class Diagnosis(ABC):
         """Runs the diagnostic as the report does."""
 
     def summary(self) -> dict[str, Any]:
-        """Returns the numbers that sum up the result and the verdict, for JSON; None for numbers that are not finite."""
+        """Returns the numbers of the result and the verdict for JSON; None for numbers that are not finite."""
         return _to_json({**self.numbers(), "verdict": self.verdict})
 
     def plot(self, path: str | Path | None = None) -> "Figure":
@@ -203,7 +203,7 @@ def expected_data(trace: poutine.Trace, structure: SiteStructure, site: str) -> 
 
 
 def data_second(value: Tensor, trace: poutine.Trace, structure: SiteStructure, site: str) -> Tensor:
-    """Moves the data dimension of a site's value, ``(num_draws, *plates, batch, *event)``, behind that of the draws."""
+    """Moves the data dimension of a site's value, ``(num_draws, *plates, batch, *event)``, to the second place."""
     fn, depth, place = trace.nodes[site]["fn"], structure.max_plate_nesting, structure.data_index
     value = value.expand(fn.batch_shape + fn.event_shape)
     lead = fn.batch_shape

@@ -262,7 +262,7 @@ def calibration(
 def _ranks(
     model: Callable, guide: Callable, structure: SiteStructure, num_draws: int, args: tuple, kwargs: dict
 ) -> tuple[Latents, Tensor]:
-    """Simulates latents and data; returns the guide's latents with the true ones last, and the ranks of the true ones."""
+    """Simulates latents and data; returns latents of the guide, the true ones last, and the ranks of the true ones."""
     truth, args, kwargs = simulate(model, *args, **kwargs)
     drawn = trace_guide(guide, structure, num_draws + 1, *args, **kwargs)
     # The truth replaces the last draw: scored separately, equal latents would differ by rounding.

@@ -38,7 +38,7 @@ class LatentSpace:
         site: name of the observed site to decode; the only one if None.
 
     Attributes:
-        means: posterior means, shape ``(batch, total)``, each site's given the means before it; draws if it has no mean.
+        means: posterior means, shape ``(batch, total)``, each site's given the means before it; draws without a mean.
         draws: draws of the aggregate posterior, shape ``(num_draws * batch, total)``.
         columns: the columns of each site among the dimensions.
     """
@@ -131,7 +131,7 @@ class _AtMeans(Messenger):
 
 
 class _Following(Messenger):
-    """A Pyro handler that keeps the distance of normal latents to their means, in standard deviations, as in a trace."""
+    """A Pyro handler that keeps normal latents at the standardised distance to their means that a trace has."""
 
     def __init__(self, before: poutine.Trace):
         super().__init__()

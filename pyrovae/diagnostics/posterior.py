@@ -92,7 +92,7 @@ class PosteriorCheck(Diagnosis):
 
     @property
     def converged(self) -> Tensor:
-        """Whether the chains of a datum converged, by R-hat and effective sample size of all dimensions; ``(batch,)``."""
+        """Whether the chains of a datum converged, by R-hat and ESS of all dimensions; ``(batch,)``."""
         return ((self.rhat <= _RHAT) & (self.ess >= _ESS)).all(-1)
 
     @property

@@ -120,8 +120,9 @@ def reliability(
     .. math:: \Pr(w > t) \propto t^{-1 / \hat k} \ \text{ for large } t, \qquad
         w = \frac{p(x, z)}{q(z \mid x)}, \quad z \sim q(z \mid x)
 
-    For a k-hat below 0.5 the weights have a finite variance, and log p(x) its usual error; above 0.7 no practical number
-    of samples finds the mass that the guide misses. An exact guide has equal weights and a k-hat of minus infinity.
+    For a k-hat below 0.5 the weights have a finite variance, and log p(x) its usual error; above 0.7 no practical
+    number of samples finds the mass that the guide misses. An exact guide has equal weights and a k-hat of minus
+    infinity.
 
     Args:
         model: a Pyro model, called with the same arguments as the guide.

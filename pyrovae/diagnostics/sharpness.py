@@ -79,7 +79,7 @@ class Sharpness(Diagnosis):
 
     @property
     def lost(self) -> Tensor:
-        """Error as a share of the data's power, shape ``(bands,)``: 1 if no better than the mean, NaN without power."""
+        """Error over the data's power, shape ``(bands,)``: 1 if no better than the mean, NaN without power."""
         # Bands in which the data do not differ hold only rounding.
         return torch.where(self.power > 1e-10 * self.power.sum(), self.error / self.power, math.nan)
 
@@ -90,7 +90,7 @@ class Sharpness(Diagnosis):
 
     @property
     def excess(self) -> Tensor:
-        """Power of the error over that of white noise of the same total, ``(bands,)``; above 1 the error has structure."""
+        """Power of the error over that of white noise with the same total, ``(bands,)``; above 1 for structure."""
         return self.error / (self.error.sum() * self.share)
 
     @property

@@ -34,8 +34,8 @@ class Traversals(Diagnosis):
         latents: the latents at the start, shape ``(num_data, total)``.
         data: the data at the start, shape ``(num_data, *x_shape)``.
         decoded: means of p(x | z), shape ``(num_data, dims, steps, *x_shape)``.
-        change: root mean square change by each dimension, over data, steps and elements, shape ``(dims,)``, in the units
-            of the data.
+        change: root mean square change by each dimension, over data, steps and elements, shape ``(dims,)``, in the
+            units of the data.
         site: the observed site.
     """
 

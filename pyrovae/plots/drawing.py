@@ -41,7 +41,7 @@ def are_images(x: Tensor) -> bool:
 
 
 def grid_of(x: Tensor, columns: int) -> Tensor:
-    """Returns images in rows, one white pixel between them, as ``(height, width, channels)``; values clamped to 0 to 1."""
+    """Returns images in rows, clamped to 0 to 1, one white pixel between them, as ``(height, width, channels)``."""
     x = x.detach().cpu().float().clamp(0, 1)
     n, channels, height, width = x.shape
     rows = math.ceil(n / columns)
