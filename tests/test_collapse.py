@@ -309,10 +309,10 @@ def test_a_learned_prior_counts_and_draws_from_it_are_shown():
             0.0,
             1.0,
             1.0,
-            "Collapsed: the latents tell 0.000 nats of the data, and none of 1 dimensions is active: warm up",
+            "Collapsed: the latents hold 0.000 nats about the data, and none of 1 dimensions is active: warm up",
         ),
         (0.9, 0.4, 1.0, "Healthy: 1 of 1 dimensions is active, and the prior is within"),
-        (1.0, 1e-4, 1.0, "Whether the prior fits is open: from 30 data"),
+        (1.0, 1e-4, 1.0, "Whether the prior fits is unknown: from 30 data"),
     ],
 )
 def test_verdicts(slope, scale, spread, said):

@@ -198,7 +198,7 @@ def observed_site(trace: poutine.Trace, site: str | None) -> str:
 
 
 def expected_data(trace: poutine.Trace, structure: SiteStructure, site: str) -> Tensor:
-    r"""Returns the centre of :math:`p(x \mid z)` in a model's trace of several draws, ``(num_draws, batch, *x_shape)``."""
+    r"""Returns the centre of :math:`p(x \mid z)` for each draw of a model's trace, ``(num_draws, batch, *x_shape)``."""
     return data_second(center(trace.nodes[site]["fn"]), trace, structure, site)
 
 

@@ -100,8 +100,8 @@ class Sharpness(Diagnosis):
         structured = lost & (self.excess > _STRUCTURE)
         if self.power.sum() > 0 and self.error.sum() > _NOTHING * self.power.sum():
             findings.append(
-                f"Reconstructions are no better than the mean datum: {self.error.sum() / self.power.sum():.0%} is lost, "
-                "latents are not used. Start from a smaller scale, if there is one (likelihoods.Normal, scale=0.1), "
+                f"Reconstructions are no better than the mean datum: {self.error.sum() / self.power.sum():.0%} is "
+                "lost, latents are not used. Start from a smaller scale, if there is one (likelihoods.Normal, scale=0.1), "
                 "warm up (bounds.ELBO with beta=bounds.Linear) or keep free bits (bounds.FreeBits)"
             )
         elif bool(structured.any()):
