@@ -146,7 +146,7 @@ def test_annealing_finds_what_a_bad_guide_does_not():
     assert (refined.value - expected).abs().mean() < 0.1 * (bad.value - expected).abs().mean()
 
 
-# ------------------------------------------------------------------------------------------------------- from both sides
+# ---------------------------------------------------------------------------------------------------- from both sides
 
 
 @pytest.mark.parametrize("start", [Prior(), Guide()], ids=repr)
@@ -250,7 +250,7 @@ def test_temperatures_that_do_not_rise_from_0_to_1_are_refused():
         log_marginal(vae.model, None, torch.zeros(2, 2, dtype=torch.float64), method=method)
 
 
-# --------------------------------------------------------------------------------------------------- moves and densities
+# ------------------------------------------------------------------------------------------------ moves and densities
 
 
 def between(known: Truth, vae: VAE, x: Tensor, start: Proposal, beta: float) -> MultivariateNormal:
@@ -354,7 +354,7 @@ def test_latents_of_any_shape_are_packed_and_unpacked_alike():
     x = torch.randn(5, 3, dtype=torch.float64)
     with open_task(model, None, AnnealedImportanceSampling(), (x,), {}, 64e6, progress=False) as task:
         target = Target(task, Prior().single(task, "the test starts"))
-        trace, log_q = task.draw(7)
+        trace, _ = task.draw(7)
         prior, likelihood = task.score(trace, 7)
         u = target.pack(trace)
         assert u.shape == (7, 5, 2 + 3 * 2) == (7, 5, target.dim)

@@ -185,7 +185,7 @@ def test_refining_raises_the_bound_of_every_encoder_and_trains_nothing(case):
     for p in vae.parameters():
         p.grad = torch.full_like(p, 3.0)
     state = {name: t.clone() for name, t in vae.state_dict().items()}
-    # Draws that depend on one another have gradients of the ELBO alone, and the straight-through ones are good for no other.
+    # Dependent draws have gradients for the ELBO only, and so have straight-through ones.
     linear = case.name.endswith("stratified") or case.cls is encoders.OneHotCategorical
     bound = ELBO(8) if linear else IWAE(8)
     refined = refine(vae.model, vae.guide, *arguments, bound=bound, num_steps=80)

@@ -101,8 +101,8 @@ class Sharpness(Diagnosis):
         if self.power.sum() > 0 and self.error.sum() > _NOTHING * self.power.sum():
             findings.append(
                 f"Reconstructions are no better than the mean datum: {self.error.sum() / self.power.sum():.0%} is "
-                "lost, latents are not used. Start from a smaller scale, if there is one (likelihoods.Normal, scale=0.1), "
-                "warm up (bounds.ELBO with beta=bounds.Linear) or keep free bits (bounds.FreeBits)"
+                "lost, latents are not used. Start from a smaller scale, if there is one (likelihoods.Normal, "
+                "scale=0.1), warm up (bounds.ELBO with beta=bounds.Linear) or keep free bits (bounds.FreeBits)"
             )
         elif bool(structured.any()):
             where = ", ".join(f"{f:.2f}" for f in self.frequency[structured])
