@@ -5,9 +5,9 @@ Bernoulli pixels, trained for a few epochs; pythae's is built around the same ne
 samples per image.
 
 - Time: seconds per image; the two alternate in one process on the same images. `get_nll` is called without gradients
-  (it does not disable them itself) and at several of its batch sizes, of which the fastest counts. A square matrix product
-  is timed too, and the arithmetic of the networks in `log_marginal` (multiplications and additions in their matrix
-  products only) is given as a share of its rate.
+  (it does not disable them itself) and at several of its batch sizes, of which the fastest counts. A square matrix
+  product is timed too, and the arithmetic of the networks in `log_marginal` (multiplications and additions in their
+  matrix products only) is given as a share of its rate.
 - Agreement: the means over all images and rounds, and the standard error of their difference from the spread between
   rounds.
 - Memory: a new process holds the data, then estimates all of it in one call. Its peak is Linux's VmHWM, the largest
@@ -290,13 +290,13 @@ def annealing(args: argparse.Namespace) -> str:
     ]
     return (
         "## Annealing\n\n"
-        "`python benchmarks/estimators.py --only annealing`: annealed importance sampling from the prior, by pyrovae for "
-        f"any model and in plain PyTorch for this one, the MLP VAE {PIXELS}-{HIDDEN}-{LATENT}-{HIDDEN}-{PIXELS}. {CHAINS} "
-        f"chains per image, {args.temperatures} temperatures, {LEAPFROG} leapfrog steps, the same step sizes and "
-        f"temperatures: both took {gradients[0]} gradients per chain. Time is that of the main run, per image, chain and "
-        f"gradient. {args.rounds} rounds for each number of images at once, alternating in one process; medians over "
-        "rounds, in brackets the quartiles; ratios are taken within a round. The last column is the difference of the two "
-        "means of log p(x) over all rounds, in brackets its standard error.\n\n"
+        "`python benchmarks/estimators.py --only annealing`: annealed importance sampling from the prior, by pyrovae "
+        f"for any model and in plain PyTorch for this one, the MLP VAE {PIXELS}-{HIDDEN}-{LATENT}-{HIDDEN}-{PIXELS}. "
+        f"{CHAINS} chains per image, {args.temperatures} temperatures, {LEAPFROG} leapfrog steps, the same step sizes "
+        f"and temperatures: both took {gradients[0]} gradients per chain. Time is that of the main run, per image, "
+        f"chain and gradient. {args.rounds} rounds for each number of images at once, alternating in one process; "
+        "medians over rounds, in brackets the quartiles; ratios are taken within a round. The last column is the "
+        "difference of the two means of log p(x) over all rounds, in brackets its standard error.\n\n"
         + report.table(header, rows)
         + f"\n\nWhat Pyro's handlers cost is the same for any number of chains.\n\n{report.machine()}"
     )
@@ -471,15 +471,15 @@ def accuracy(args: argparse.Namespace) -> str:
     chains, temperatures, leapfrog = args.reference
     return (
         "## Accuracy\n\n"
-        "`python benchmarks/estimators.py --only accuracy`: every estimator on the VAE of digits that the README's first "
-        f"command trains (16 latent dimensions), {len(x)} test images in one call, {args.repeats} calls each. The "
-        f"reference is annealing from the prior with {chains} chains, {temperatures:,} temperatures and {leapfrog} "
-        f"leapfrog steps, mean log p(x) {reference.value.mean():.3f} nats; it took {took / len(x):.1f} s a datum, and its "
-        f"standard error is {resolution:.3f} nats a datum. The error is the root mean squared difference over data and "
-        "calls, minus the square of the reference's error; the stated error is the root mean square of `standard_error`; "
-        "the last column is the share of data that `trusted` rejects. Seconds are medians, with the pilot run of annealing "
-        f"and the tuning of a proposal. IS is `ImportanceSampling`, AIS {CHAINS} chains of `AnnealedImportanceSampling` "
-        "(with the adaptive schedule unless named), "
+        "`python benchmarks/estimators.py --only accuracy`: every estimator on the VAE of digits that the README's "
+        f"first command trains (16 latent dimensions), {len(x)} test images in one call, {args.repeats} calls each. "
+        f"The reference is annealing from the prior with {chains} chains, {temperatures:,} temperatures and {leapfrog} "
+        f"leapfrog steps, mean log p(x) {reference.value.mean():.3f} nats; it took {took / len(x):.1f} s a datum, and "
+        f"its standard error is {resolution:.3f} nats a datum. The error is the root mean squared difference over data "
+        "and calls, minus the square of the reference's error; the stated error is the root mean square of "
+        "`standard_error`; the last column is the share of data that `trusted` rejects. Seconds are medians, with the "
+        f"pilot run of annealing and the tuning of a proposal. IS is `ImportanceSampling`, AIS {CHAINS} chains of "
+        "`AnnealedImportanceSampling` (with the adaptive schedule unless named), "
         f"SMC {estimators.SequentialMonteCarlo().num_samples} runs of `SequentialMonteCarlo`.\n\n"
         f"![error against seconds a datum, one line per estimator]({PICTURE.name})\n\n"
         + report.table(["estimator", "budget", "s / datum", "error, nats", "stated, nats", "not trusted"], rows)

@@ -537,10 +537,10 @@ def sphere(x):
         pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
 
 
-def masked(x, z=dist.Normal(torch.tensor(0.0), 1.0)):
+def masked(x, p=None):
     with data_plate(x):
         with poutine.mask(mask=x > 0):
-            z = pyro.sample("z", z)
+            z = pyro.sample("z", p or dist.Normal(torch.tensor(0.0), 1.0))
         pyro.sample("x", dist.Normal(torch.where(x > 0, z, 0.0), 1.0), obs=x)
 
 
@@ -560,14 +560,14 @@ REFUSED = [
     (ImportanceSampling(), four, "ImportanceSampling needs a guide, got None"),
     (ImportanceSampling(proposal=Mixed()), four, "ImportanceSampling needs a guide, got None"),
     (AnnealedImportanceSampling(start=Refined()), four, "AnnealedImportanceSampling needs a guide, got None"),
-    (AnnealedImportanceSampling(start=Mixed([Prior(), Prior()])), four, "AnnealedImportanceSampling starts from one proposal"),
+    (AnnealedImportanceSampling(start=Mixed([Prior(), Prior()])), four, "Sampling starts from one proposal"),
     (Quadrature(), four, "up to 3 latent dimensions, got 4. Take AnnealedImportanceSampling"),
     (Quadrature(24), two, "num_samples must be at least 25, 5 points for each of 2 latent dimensions; got 24"),
     (Enumeration(), four, r"Enumeration is for discrete latents, and \['z'\] are not"),
     (Enumeration(), counts, 'site "z" .Poisson. have no values that can be listed'),
     (Enumeration(), switches, "1,048,576 combinations of values, more than num_samples=1,000,000"),
     (Quadrature(), masked, 'site "z" are masked for some data'),
-    (Enumeration(), partial(masked, z=dist.Bernoulli(torch.tensor(0.5))), 'site "z" are masked for some data'),
+    (Enumeration(), partial(masked, p=dist.Bernoulli(torch.tensor(0.5))), 'site "z" are masked for some data'),
 ]  # fmt: skip
 
 
@@ -599,13 +599,13 @@ def assert_agrees_roughly(estimate: Estimate, expected: Tensor) -> None:
         (lambda: ImportanceSampling(0), ValueError, "num_samples must be at least 1, got 0"),
         (lambda: ImportanceSampling(10.0), ValueError, "num_samples must be an integer of at least 1, got 10.0"),
         (lambda: AnnealedImportanceSampling(True), ValueError, "num_samples must be an integer"),
-        (lambda: AnnealedImportanceSampling(num_temperatures=0), ValueError, "num_temperatures must be at least 1, got 0"),
+        (lambda: AnnealedImportanceSampling(num_temperatures=0), ValueError, "num_temperatures must be at least 1"),
         (lambda: AnnealedImportanceSampling(num_leapfrog=0), ValueError, "num_leapfrog must be at least 1, got 0"),
-        (lambda: AnnealedImportanceSampling(acceptance=0), ValueError, "acceptance must be positive and finite and at most 0.99"),
-        (lambda: AnnealedImportanceSampling(acceptance=2), ValueError, "acceptance must be positive and finite and at most 0.99"),
-        (lambda: AnnealedImportanceSampling(schedule="linear"), TypeError, "schedule must be a schedule such as .*got 'linear'"),
+        (lambda: AnnealedImportanceSampling(acceptance=0), ValueError, "acceptance must be positive .* at most 0.99"),
+        (lambda: AnnealedImportanceSampling(acceptance=2), ValueError, "acceptance must be positive .* at most 0.99"),
+        (lambda: AnnealedImportanceSampling(schedule="linear"), TypeError, "schedule must be a schedule .*linear"),
         (lambda: AnnealedImportanceSampling(schedule=Linear), TypeError, "schedule must be a schedule such as"),
-        (lambda: AnnealedImportanceSampling(start="prior"), TypeError, "start must be a proposal such as .*got 'prior'"),
+        (lambda: AnnealedImportanceSampling(start="prior"), TypeError, "start must be a proposal .*got 'prior'"),
         (lambda: SequentialMonteCarlo(num_particles=1), ValueError, "num_particles must be at least 2, got 1"),
         (lambda: SequentialMonteCarlo(kept=1.0), ValueError, "kept must be positive and finite and at most 0.999"),
         (lambda: Sigmoid(0.0), ValueError, "rate must be positive"),
