@@ -1,22 +1,24 @@
 """Time, memory and accuracy of the estimators of log p(x), in three parts.
 
-Importance sampling: `pyrovae.log_marginal` beside pythae's `VAE.get_nll`. The model is the MLP VAE 784-400-20-400-784 with
-Bernoulli pixels, trained for a few epochs; pythae's is built around the very same networks. Both take as many samples an image.
+Importance sampling: `pyrovae.log_marginal` and pythae's `VAE.get_nll`. The model is the MLP VAE 784-400-20-400-784 with
+Bernoulli pixels, trained for a few epochs; pythae's is built around the same networks. Both take the same number of
+samples per image.
 
-- Time: seconds an image, the two taking turns in one process on the same images. `get_nll` is called without gradients (it
-  does not see to that itself) and at several of its batch sizes, of which the best counts. A square matrix product takes its
-  turn too, and the arithmetic of the networks in `log_marginal` (multiplications and additions in their matrix products,
-  nothing else) is given as a share of its rate.
-- Agreement: the means over all images and rounds, and the standard error of their difference from the spread between rounds.
-- Memory: a fresh process holds the data, then estimates all of it in one call. Its peak is what Linux calls VmHWM, the most
-  memory resident at any one time. (`getrusage` would not do: its peak includes that of the parent process.)
+- Time: seconds per image; the two alternate in one process on the same images. `get_nll` is called without gradients
+  (it does not disable them itself) and at several of its batch sizes, of which the fastest counts. A square matrix
+  product is timed too, and the arithmetic of the networks in `log_marginal` (multiplications and additions in their
+  matrix products only) is given as a share of its rate.
+- Agreement: the means over all images and rounds, and the standard error of their difference from the spread between
+  rounds.
+- Memory: a new process holds the data, then estimates all of it in one call. Its peak is Linux's VmHWM, the largest
+  resident memory. (Not `getrusage`: its peak includes that of the parent process.)
 
-Annealing: annealed importance sampling of the same model beside one written by hand in PyTorch for this decoder alone, with the
-same images, chains, temperatures, step sizes and leapfrog steps, and as many gradients. The run before, which finds step sizes
-and temperatures, is left out on both sides.
+Annealing: annealed importance sampling of the same model, and an implementation in plain PyTorch for this decoder only,
+with the same images, chains, temperatures, step sizes, leapfrog steps and number of gradients. The pilot run, which
+finds step sizes and temperatures, is left out for both.
 
-Accuracy: every estimator at several budgets on a VAE of digits, against long annealing from the prior, by the seconds that a
-datum takes.
+Accuracy: every estimator at several budgets on a VAE of digits, against long annealing from the prior, by the time per
+datum.
 
     python benchmarks/estimators.py
     python benchmarks/estimators.py --only accuracy
@@ -46,7 +48,7 @@ from tqdm.auto import tqdm
 
 import pyrovae
 from pyrovae import VAE, data, encoders, estimators, likelihoods, priors
-from pyrovae.estimators.base import open_task
+from pyrovae.estimators.task import open_task
 
 GOALS = {"importance": 3.0, "annealing": 1.3, "memory": 2000}  # times as fast, times as long, MB
 SQUARE = 2048
@@ -288,13 +290,13 @@ def annealing(args: argparse.Namespace) -> str:
     ]
     return (
         "## Annealing\n\n"
-        f"`python benchmarks/estimators.py --only annealing`: annealed importance sampling from the prior, by pyrovae for any "
-        f"model and by hand in PyTorch for this one, the MLP VAE {PIXELS}-{HIDDEN}-{LATENT}-{HIDDEN}-{PIXELS}. {CHAINS} "
-        f"chains an image, {args.temperatures} temperatures, {LEAPFROG} leapfrog steps, step sizes and temperatures the "
-        f"same: both took {gradients[0]} gradients a chain. Time is that of the run that counts, per image, chain and gradient. "
-        f"{args.rounds} rounds for each number of images at once, taking turns in one process; medians over rounds, in "
-        "brackets the quartiles; ratios are taken within a round. The last column is how far the two means of log p(x) over "
-        "all rounds are apart, in brackets its standard error.\n\n"
+        "`python benchmarks/estimators.py --only annealing`: annealed importance sampling from the prior, by pyrovae "
+        f"for any model and in plain PyTorch for this one, the MLP VAE {PIXELS}-{HIDDEN}-{LATENT}-{HIDDEN}-{PIXELS}. "
+        f"{CHAINS} chains per image, {args.temperatures} temperatures, {LEAPFROG} leapfrog steps, the same step sizes "
+        f"and temperatures: both took {gradients[0]} gradients per chain. Time is that of the main run, per image, "
+        f"chain and gradient. {args.rounds} rounds for each number of images at once, alternating in one process; "
+        "medians over rounds, in brackets the quartiles; ratios are taken within a round. The last column is the "
+        "difference of the two means of log p(x) over all rounds, in brackets its standard error.\n\n"
         + report.table(header, rows)
         + f"\n\nWhat Pyro's handlers cost is the same for any number of chains.\n\n{report.machine()}"
     )
@@ -437,11 +439,11 @@ def accuracy(args: argparse.Namespace) -> str:
     contenders = methods(args)
     runs = [[] for _ in contenders]
     for _ in range(args.repeats):
-        # In a new order, for what the machine does besides should not fall on one estimator.
+        # In a random order, so that other load on the machine does not fall on one estimator.
         for i in tqdm(random.sample(range(len(contenders)), len(contenders)), desc="accuracy"):
             method = contenders[i][2]
             runs[i].append(
-                seconds(lambda: pyrovae.log_marginal(vae.model, vae.guide, x, method=method, progress=False))  # noqa: B023
+                seconds(lambda: pyrovae.log_marginal(vae.model, vae.guide, x, method=method, progress=False))
             )
     scores = [scored(*contender[:2], run, reference) for contender, run in zip(contenders, runs, strict=True)]
     resolution = reference.standard_error.square().mean().sqrt().item()
@@ -469,18 +471,19 @@ def accuracy(args: argparse.Namespace) -> str:
     chains, temperatures, leapfrog = args.reference
     return (
         "## Accuracy\n\n"
-        "`python benchmarks/estimators.py --only accuracy`: every estimator on the VAE of digits that the README's first "
-        f"command trains (16 latent dimensions), {len(x)} test images in one call, {args.repeats} calls each. The reference is "
-        f"annealing from the prior with {chains} chains, {temperatures:,} temperatures and {leapfrog} leapfrog steps, mean "
-        f"log p(x) {reference.value.mean():.3f} nats; it took {took / len(x):.1f} s a datum, and its own standard error is "
-        f"{resolution:.3f} nats a datum. The error is the root of the mean squared difference over data and calls, with "
-        "the square of the reference's taken off; the stated one is the root of the mean square of `standard_error`; the last "
-        "column is what `trusted` says no to. Seconds are medians, the run before an annealing and the tuning of a "
-        f"proposal included. IS is `ImportanceSampling`, AIS {CHAINS} chains of `AnnealedImportanceSampling` (with the adaptive "
-        f"schedule unless named), SMC {estimators.SequentialMonteCarlo().num_samples} runs of `SequentialMonteCarlo`.\n\n"
-        f"![error against seconds a datum, one line an estimator]({PICTURE.name})\n\n"
+        "`python benchmarks/estimators.py --only accuracy`: every estimator on the VAE of digits that the README's "
+        f"first command trains (16 latent dimensions), {len(x)} test images in one call, {args.repeats} calls each. "
+        f"The reference is annealing from the prior with {chains} chains, {temperatures:,} temperatures and {leapfrog} "
+        f"leapfrog steps, mean log p(x) {reference.value.mean():.3f} nats; it took {took / len(x):.1f} s a datum, and "
+        f"its standard error is {resolution:.3f} nats a datum. The error is the root mean squared difference over data "
+        "and calls, minus the square of the reference's error; the stated error is the root mean square of "
+        "`standard_error`; the last column is the share of data that `trusted` rejects. Seconds are medians, with the "
+        f"pilot run of annealing and the tuning of a proposal. IS is `ImportanceSampling`, AIS {CHAINS} chains of "
+        "`AnnealedImportanceSampling` (with the adaptive schedule unless named), "
+        f"SMC {estimators.SequentialMonteCarlo().num_samples} runs of `SequentialMonteCarlo`.\n\n"
+        f"![error against seconds a datum, one line per estimator]({PICTURE.name})\n\n"
         + report.table(["estimator", "budget", "s / datum", "error, nats", "stated, nats", "not trusted"], rows)
-        + "\n\nA CUBO (order 2) is an upper bound, if it has samples enough; by its mean distance above the reference:\n\n"
+        + "\n\nA CUBO (order 2) is an upper bound, given enough samples; by its mean distance above the reference:\n\n"
         + report.table(["budget", "s / datum", "above, nats", "not trusted"], bounds)
         + f"\n\n{report.machine()}"
     )

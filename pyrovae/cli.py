@@ -344,22 +344,22 @@ def diagnose(
     device: str = "cpu",
     trust: bool = False,
 ) -> None:
-    """Says what a trained run learned and where it loses nats: tables with verdicts, a JSON file, pictures.
+    """Reports what a trained run learned and where it loses nats: tables with verdicts, a JSON file, pictures.
 
     Args:
         run: the run directory.
         split: the part of the data to look at.
-        num_data: look at the first so many; gaps are measured on a third of them.
-        method: the class of the estimator of log p(x) that gaps are measured from, one of pyrovae.estimators;
-            AnnealedImportanceSampling unless named.
-        nuts_samples: draws of each of two NUTS chains that the posteriors of three data are compared with, after half
-            as many to warm up: the slowest part. At least 100, or 0 to leave it out.
-        other: a second data set of the same shape to tell from the first; without one, the most unusual data are
+        num_data: number of data to look at, the first ones; gaps are measured on a third of them.
+        method: the class of the estimator of log p(x) for the gaps, one of pyrovae.estimators;
+            AnnealedImportanceSampling by default.
+        nuts_samples: draws of each of two NUTS chains for the posteriors of three data, after half as many warm-up
+            steps: the slowest part. At least 100, or 0 to leave it out.
+        other: a second data set of the same shape to compare with the first; without it, the most unusual data are
             listed.
-        output: a directory for the results; diagnosis-<split> in the run directory unless named.
-        data: another data set of the same shape; the run's own unless named.
-        data_root: where the images are; as in training unless named.
-        seed: of everything drawn.
+        output: a directory for the results; by default diagnosis-<split> in the run directory.
+        data: another data set of the same shape; by default the run's own.
+        data_root: where the images are; by default as in training.
+        seed: seed of everything that is drawn.
         device: cpu, cuda, cuda:1, ...
         trust: let the run's configuration name classes outside pyrovae, and so run their code.
     """
@@ -379,7 +379,6 @@ def diagnose(
     part = getattr(splits, split)
     x = _scored(splits, split, preprocessing)[:num_data].to(device)
     train = _scored(splits, "train", preprocessing)[:num_data].to(device)
-    few = max(30, len(x) // 3)
     labels = None if part.labels is None else part.labels[: len(x)].to(device)
     strange = None
     if other is not None:
@@ -387,63 +386,43 @@ def diagnose(
         if strange.shape[1:] != x.shape[1:]:
             raise ValueError(f"other has data of shape {tuple(strange.shape[1:])}, the run of {tuple(x.shape[1:])}.")
 
-    pair = vae.model, vae.guide
-    looks = {
-        "gaps": lambda: diagnostics.gaps(
-            *pair, x[:few], train=None if split == "train" else train[:few], method=method
-        ),
-        "collapse": lambda: diagnostics.collapse(*pair, x),
-        "reliability": lambda: diagnostics.reliability(*pair, x),
-        "posterior": lambda: diagnostics.posterior_check(
-            *pair, x[:3], num_samples=nuts_samples, warmup_steps=nuts_samples // 2
-        ),
-        "calibration": lambda: diagnostics.calibration(*pair, x, num_rounds=-(-300 // len(x))),
-        "sharpness": lambda: diagnostics.sharpness(*pair, x),
-        "quality": lambda: diagnostics.quality(*pair, x),
-        "anomalies": lambda: diagnostics.anomalies(*pair, x, other=strange, reference=train),
-        "traversals": lambda: diagnostics.traversals(*pair, x),
-        "interpolations": lambda: diagnostics.interpolations(*pair, x),
-        "latent_map": lambda: diagnostics.latent_map(*pair, x, labels=labels),
-    }
-    if nuts_samples == 0:
-        del looks["posterior"]
+    inputs = diagnostics.ReportInputs(
+        vae.model,
+        vae.guide,
+        x,
+        train,
+        held_out=split != "train",
+        labels=labels,
+        other=strange,
+        method=method,
+        nuts_samples=nuts_samples,
+    )
     results, verdicts = {}, []
-    for name, look in looks.items():
-        print(f"\n== {name.replace('_', ' ')}: {QUESTIONS[name]}")
-        pyro.set_rng_seed(seed)  # each look draws the same, whichever there are before it
+    for name, kind in diagnostics.DIAGNOSES.items():
+        if name == "posterior" and nuts_samples == 0:
+            continue
+        print(f"\n== {name.replace('_', ' ')}: {kind.question}")
+        pyro.set_rng_seed(seed)  # each diagnostic draws the same, whichever ran before it
         try:
-            found = look()
+            result = kind.for_report(inputs)
         except (ValueError, NotImplementedError) as error:
             reason = str(error).partition("Trace Shapes:")[0].rstrip()
             print(f"not for this model or these data: {reason}")
             results[name] = {"skipped": reason}
         else:
-            print(found)
+            print(result)
             out.mkdir(parents=True, exist_ok=True)
-            found.plot(out / f"{name}.png")
-            results[name] = found.summary()
-            verdicts.append((QUESTIONS[name], found.verdict))
+            result.plot(out / f"{name}.png")
+            results[name] = result.summary()
+            verdicts.append(f"{kind.question} {result.verdict}")
         storage.write_atomically(out / "diagnosis.json", (json.dumps(results, indent=1) + "\n").encode())
     _draw_collapse(Path(run) / "metrics.jsonl", out / "collapse_history.png")
     print("\n== in short")
-    for question, verdict in verdicts:
-        print(textwrap.fill(f"{question} {verdict}", 80, subsequent_indent="  "))
+    for verdict in verdicts:
+        print(textwrap.fill(verdict, 80, subsequent_indent="  "))
     print(f"\npictures and numbers: {out}")
 
 
-QUESTIONS = {
-    "gaps": "Where are my nats lost?",
-    "collapse": "Is it collapsing?",
-    "reliability": "Can importance sampling be trusted?",
-    "posterior": "Is the posterior right?",
-    "calibration": "Is the encoder calibrated?",
-    "sharpness": "Is it blurry?",
-    "quality": "Are samples like the data?",
-    "anomalies": "What is unusual?",
-    "traversals": "What does each dimension do?",
-    "interpolations": "What lies between data?",
-    "latent_map": "Where are the data?",
-}
 COMMANDS = {"train": train, "evaluate": evaluate, "diagnose": diagnose, "sample": sample, "reconstruct": reconstruct}
 FLAGS = ("resume", "trust", "mean", "compile")  # given without a value
 RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed

@@ -16,8 +16,7 @@ from scipy.integrate import trapezoid
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from pyrovae import VAE, encoders, likelihoods, log_marginal, priors, structures
-from pyrovae.diagnostics.anomalies import anomalies, auroc
-from pyrovae.plots.anomalies import _curve
+from pyrovae.diagnostics.anomalies import _roc_curve, anomalies, auroc
 
 
 def test_areas_are_those_of_all_pairs_with_ties():
@@ -52,7 +51,7 @@ def test_areas_of_single_data_have_no_error():
 
 def test_the_curve_is_that_of_all_thresholds():
     usual, unusual = torch.randint(9, (40,)).double(), torch.randint(3, 12, (30,)).double()
-    x, y = _curve(usual, unusual)
+    x, y = _roc_curve(usual, unusual)
     assert trapezoid(y, x) == pytest.approx(auroc(usual, unusual).value)
     labels = torch.cat([torch.zeros(40), torch.ones(30)])
     expected = roc_curve(labels, torch.cat([usual, unusual]), drop_intermediate=False)
@@ -73,7 +72,7 @@ def test_scores_have_their_closed_forms():
     expected = roc_auc_score([0] * 30 + [1] * 20, torch.cat([-p.log_prob(x), -p.log_prob(other)]))
     assert found.auroc["likelihood"].value == pytest.approx(expected)
     assert list(found.scores) == ["likelihood", "typicality"]
-    assert "neither grey values from 0 to 1 nor whole numbers" in found.skipped and found.skipped in str(found).replace(
+    assert "neither grey values from 0 to 1 nor integers" in found.skipped and found.skipped in str(found).replace(
         "\n", " "
     )
     assert found.num_untrusted == 0 and "too low" not in found.verdict
@@ -89,9 +88,9 @@ def test_what_is_likelier_than_the_data_is_typically_unusual():
     x, other = p.sample((200,)), known.bias + 0.01 * torch.randn(200, 5).double()  # near the mode, where no data are
     found = anomalies(vae.model, vae.guide, x, other=other, num_samples=30, progress=False)
     assert found.auroc["likelihood"].value < 0.1 and found.auroc["typicality"].value > 0.7
-    assert "best by typicality" in found.verdict and "do not go by log p(x)" in found.verdict
+    assert "best separation is by typicality" in found.verdict and "do not use log p(x)" in found.verdict
     same = anomalies(vae.model, vae.guide, x, other=x.flip(0), num_samples=30, progress=False)
-    assert same.auroc["likelihood"].value == pytest.approx(0.5, abs=1e-3) and "No score tells" in same.verdict
+    assert same.auroc["likelihood"].value == pytest.approx(0.5, abs=1e-3) and "No score separates" in same.verdict
 
 
 def grey_vae(likelihood, x_shape=(1, 4, 4)):
@@ -173,7 +172,7 @@ def test_any_pyro_pair_will_do():
     )
     assert found.auroc["likelihood"].value == 1  # the same data with the wrong context
     assert max(map(len, str(found).splitlines())) <= 80
-    with pytest.raises(ValueError, match="context is given by keyword, but has rows of one set alone"):
+    with pytest.raises(ValueError, match="context is given by keyword, but has the rows of a single set"):
         anomalies(model, guide, x, context=context, other=(x,), num_samples=30, progress=False)
     assert anomalies(model, guide, x, context=context, num_samples=30, progress=False).x is x
 

@@ -15,7 +15,8 @@ import yaml
 
 import pyrovae
 from pyrovae import data
-from pyrovae.cli import QUESTIONS, main
+from pyrovae.cli import main
+from pyrovae.diagnostics import DIAGNOSES
 
 
 @pytest.fixture(scope="module")
@@ -212,10 +213,10 @@ def test_diagnose_says_what_a_run_learned(run, tmp_path, capsys):
     main(["diagnose", str(run), *options])
     text = capsys.readouterr().out
     results = json.loads((out / "diagnosis.json").read_text())
-    assert {name for name, result in results.items() if "skipped" not in result} == {*QUESTIONS} - {"posterior"}
+    assert {name for name, result in results.items() if "skipped" not in result} == {*DIAGNOSES} - {"posterior"}
     assert {p.stem for p in out.glob("*.png")} == {*results, "collapse_history"}
     for name in results:
-        assert f": {QUESTIONS[name]}" in text
+        assert f": {DIAGNOSES[name].question}" in text
         assert results[name]["verdict"].split()[0] in text
     assert max(map(len, text.split("== in short")[1].splitlines()[:-1])) <= 80
     assert digest(run) == before

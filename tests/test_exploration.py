@@ -13,7 +13,7 @@ from linear_gaussian import AFFINE, diagonal_vae, set_affine
 from pyro import distributions as dist
 
 from pyrovae import VAE, encoders, likelihoods, priors, structures
-from pyrovae.diagnostics.exploration import interpolations, latent_map, traversals
+from pyrovae.diagnostics import interpolations, latent_map, traversals
 
 
 def pair(latent_dim: int = 3, x_dim: int = 4):
@@ -137,7 +137,7 @@ def test_straight_lines_are_straight_and_arcs_keep_their_distance():
             torch.testing.assert_close(found.decoded[i, k], weight @ here + bias)
     torch.testing.assert_close(found.detour, torch.ones(2).double())
     torch.testing.assert_close(found.largest_step, torch.full((2,), 0.25).double())
-    assert found.verdict == "Smooth: no step is more than 25% of its path (all alike would be 25% each)."
+    assert found.verdict == "Smooth: no step is more than 25% of its path (equal steps would be 25% each)."
     assert interpolations(vae.model, vae.guide, x).pairs == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 
     set_affine(vae.encoder.network, torch.cat([torch.eye(3, 4), torch.zeros(3, 4)]), torch.zeros(6))
@@ -189,7 +189,7 @@ def test_a_map_has_the_principal_components_and_counts_neighbours():
     assert found.agreement == (labels[distance.argmin(1)] == labels).double().mean().item()
     others = [(labels[np.arange(400) != i] == labels[i]).double().mean().item() for i in range(400)]
     assert found.chance == pytest.approx(np.mean(others))
-    assert "hardly tell labels apart" in found.verdict  # which are random
+    assert "hardly separate labels" in found.verdict  # which are random
     assert found.grid is None and found.decoded is None
     told = latent_map(vae.model, vae.guide, x, labels=(means(vae, x)[:, 0] > 0).long())
     assert "hardly" not in told.verdict and told.agreement > 0.6
@@ -207,13 +207,13 @@ def test_a_plane_is_decoded_from_the_top_left():
         torch.testing.assert_close(found.decoded[row, column], weight @ z + bias)
     line = latent_map(*(lambda v: (v.model, v.guide))(diagonal_vae(1, 4)), x)
     assert (line.coordinates[:, 1] == 0).all() and line.decoded is None
-    assert line.verdict == "The map is all of the 1 latent dimension."
+    assert line.verdict == "The map shows the latent dimension."
 
 
 def test_latents_that_cannot_move_alone_are_refused():
     x = torch.randn(10, 4)
     sphere = VAE(priors.HypersphericalUniform(3), likelihoods.Normal(3, 4), encoders.VonMisesFisher(4, 3))
-    with pytest.raises(ValueError, match='latents of site "z" leave their space'):
+    with pytest.raises(ValueError, match='latents of site "z" leave their support'):
         traversals(sphere.model, sphere.guide, x)
     with pytest.raises(ValueError, match=r"use interpolations\(..., spherical=True\)"):
         interpolations(sphere.model, sphere.guide, x)
@@ -222,7 +222,7 @@ def test_latents_that_cannot_move_alone_are_refused():
     circle = VAE(priors.HypersphericalUniform(2), likelihoods.Normal(2, 4), encoders.VonMisesFisher(4, 2))
     assert latent_map(circle.model, circle.guide, x).decoded is None
     simplex = VAE(priors.Dirichlet(3), likelihoods.Normal(3, 4), encoders.LogisticNormal(4, 3))
-    with pytest.raises(ValueError, match='latents of site "z" leave their space'):
+    with pytest.raises(ValueError, match='latents of site "z" leave their support'):
         traversals(simplex.model, simplex.guide, x)
     between = interpolations(simplex.model, simplex.guide, x)
     torch.testing.assert_close(between.latents.sum(-1), torch.ones(5, 9))
@@ -248,7 +248,7 @@ def test_arguments_out_of_range_are_refused():
         ),
         (interpolations, {"pairs": []}, "pairs must be pairs of rows"),
         (interpolations, {"steps": 1}, "steps must be at least 2"),
-        (latent_map, {"labels": torch.zeros(3)}, r"labels must hold one class a datum, shape \(50,\), got \(3,\)"),
+        (latent_map, {"labels": torch.zeros(3)}, r"labels must hold one class per datum, shape \(50,\), got \(3,\)"),
         (latent_map, {"points": 1}, "points must be at least 2"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyrovae import VAE, Estimate, encoders, likelihoods, log_marginal, log_weights, priors
 from pyrovae.bounds import ELBO, IWAE, StickingTheLanding
 from pyrovae.estimators import Guide, ImportanceSampling, Mixed, Prior, Refined, Widened, refine
-from pyrovae.estimators.weighted import WeightSums, _shares
+from pyrovae.estimators.weighted import WeightSums, _apportion
 from pyrovae.nn import OneHotInput
 
 ROUNDING = 1e-9  # nats: sums of fewer than a million terms below 1,000, in double precision
@@ -89,9 +89,9 @@ def test_mixtures_weigh_draws_against_the_density_of_the_whole():
     ("total", "shares", "counts"),
     [(10, [0.9, 0.1], [9, 1]), (1, [0.9, 0.1], [1, 0]), (7, [1, 1, 1], [3, 2, 2]), (5, [0.5, 0.3, 0.2], [3, 1, 1])],
 )
-def test_shares_make_whole_numbers_that_add_up(total, shares, counts):
-    assert sorted(_shares(total, shares), reverse=True) == counts
-    assert all(abs(n - total * s / sum(shares)) < 1 for n, s in zip(_shares(total, shares), shares, strict=True))
+def test_apportion_make_whole_numbers_that_add_up(total, shares, counts):
+    assert sorted(_apportion(total, shares), reverse=True) == counts
+    assert all(abs(n - total * s / sum(shares)) < 1 for n, s in zip(_apportion(total, shares), shares, strict=True))
 
 
 def widened_by_hand(p: dist.TorchDistribution, scale: float, z: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def test_refining_raises_the_bound_of_every_encoder_and_trains_nothing(case):
     for p in vae.parameters():
         p.grad = torch.full_like(p, 3.0)
     state = {name: t.clone() for name, t in vae.state_dict().items()}
-    # Draws that depend on one another have gradients of the ELBO alone, and the straight-through ones are good for no other.
+    # Dependent draws have gradients for the ELBO only, and so have straight-through ones.
     linear = case.name.endswith("stratified") or case.cls is encoders.OneHotCategorical
     bound = ELBO(8) if linear else IWAE(8)
     refined = refine(vae.model, vae.guide, *arguments, bound=bound, num_steps=80)

@@ -87,7 +87,8 @@ def test_the_verdict_is_silent_for_the_true_model_and_not_for_another():
     known = truth(2, 4)
     vae = vae_of(known)
     silent = sum(
-        "cannot be told" in quality(vae.model, vae.guide, known.marginal().sample((200,))).verdict for _ in range(40)
+        "cannot be distinguished" in quality(vae.model, vae.guide, known.marginal().sample((200,))).verdict
+        for _ in range(40)
     )
     assert silent >= 30, silent
     x = known.marginal().sample((300,))

@@ -118,11 +118,11 @@ def test_blur_is_found_where_it_is():
 
     found = sharpness(model, guide, x, half)
     assert found.lost[0] < 1e-6 and bool((found.lost[1:] > 0.99).all())
-    assert found.verdict.startswith("Not blurry: what reconstructions lose is white")
+    assert found.verdict.startswith("Not blurry: the error of reconstructions is white")
     smooth = sharpness(model, guide, half.expand(x.shape), torch.zeros_like(half))  # all brightness is lost
     assert smooth.lost[0] > 0.99 and bool(smooth.lost[1:].isnan().all())
     assert smooth.summary()["lost"][1] is None
-    assert "no more than the mean datum" in smooth.verdict
+    assert "no better than the mean datum" in smooth.verdict
     wave = torch.randn(400, 1, 1, 1) * torch.cos(torch.arange(8.0) * math.pi / 4)
     x = x + 1.4 * wave  # a low frequency that is never decoded
     assert sharpness(model, guide, x, x.flatten(1).mean(1).reshape(-1, 1, 1, 1)).verdict.startswith("Blurry")

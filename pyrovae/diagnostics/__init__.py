@@ -1,25 +1,14 @@
-"""What a model learned, and where it loses nats: functions of any model and guide that print, draw and summarise."""
+"""What a model has learned, and where it loses nats: functions of any model and guide whose results print and draw."""
 
 from pyrovae.diagnostics.anomalies import AUROC, Anomalies, anomalies, auroc
-from pyrovae.diagnostics.base import Diagnosis
-from pyrovae.diagnostics.collapse import Collapse, CollapseMonitor, collapse
-from pyrovae.diagnostics.exploration import (
-    Interpolations,
-    LatentMap,
-    Traversals,
-    interpolations,
-    latent_map,
-    traversals,
-)
+from pyrovae.diagnostics.base import Diagnosis, ReportInputs
+from pyrovae.diagnostics.calibration import Calibration, calibration
+from pyrovae.diagnostics.collapse import Collapse, collapse
 from pyrovae.diagnostics.gaps import Gaps, gaps
-from pyrovae.diagnostics.posteriors import (
-    Calibration,
-    PosteriorCheck,
-    Reliability,
-    calibration,
-    posterior_check,
-    reliability,
-)
+from pyrovae.diagnostics.interpolations import Interpolations, interpolations
+from pyrovae.diagnostics.latent_map import LatentMap, latent_map
+from pyrovae.diagnostics.monitor import CollapseMonitor
+from pyrovae.diagnostics.posterior import PosteriorCheck, posterior_check
 from pyrovae.diagnostics.quality import (
     PrecisionRecall,
     Quality,
@@ -28,7 +17,10 @@ from pyrovae.diagnostics.quality import (
     precision_recall,
     quality,
 )
+from pyrovae.diagnostics.reliability import Reliability, reliability
+from pyrovae.diagnostics.report import DIAGNOSES
 from pyrovae.diagnostics.sharpness import Sharpness, sharpness
+from pyrovae.diagnostics.traversals import Traversals, traversals
 
 __all__ = [
     "AUROC",
@@ -36,6 +28,7 @@ __all__ = [
     "Calibration",
     "Collapse",
     "CollapseMonitor",
+    "DIAGNOSES",
     "Diagnosis",
     "Gaps",
     "Interpolations",
@@ -45,6 +38,7 @@ __all__ = [
     "Quality",
     "QualityScores",
     "Reliability",
+    "ReportInputs",
     "Sharpness",
     "Traversals",
     "anomalies",

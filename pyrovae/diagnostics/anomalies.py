@@ -1,26 +1,32 @@
-"""What is unusual: scores of each datum by the model, and how well they tell a second set of data from the first."""
+"""Anomaly scores of each datum, and how well they separate a second set of data from the first."""
 
 import math
 import textwrap
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyrovae.arguments import as_tensors, named_tensors
-from pyrovae.diagnostics.base import Diagnosis, check_at_least, finite_or_none, in_memory
+from pyrovae.diagnostics.base import TABLE_WIDTH, Diagnosis, ReportInputs, check_at_least, in_memory
 from pyrovae.estimators import Estimate, log_marginal
+from pyrovae.plots.drawing import are_images, grid_of, new_figure, show
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["AUROC", "Anomalies", "anomalies", "auroc"]
 
 _NUM_LISTED = 5
 _KHAT = 0.7
-_MANY = 0.2  # share of the data that may have such a k-hat without a word in the verdict
-_ERRORS = 2  # areas that differ from a half by less than so many standard errors are chance
+_MANY = 0.2  # share of the data with a larger k-hat that the verdict mentions
+_ERRORS = 2  # standard errors: areas that differ less from 0.5 may be chance
+_UNITS = {"likelihood": "-log p(x), nats", "complexity": "bits beyond zlib's", "typicality": "nats from the reference"}
+_NUM_SHOWN = 12  # images
 
 
 class AUROC(NamedTuple):
@@ -36,8 +42,8 @@ def auroc(usual: Tensor, unusual: Tensor) -> AUROC:
     .. math:: \hat A = \frac{1}{N M} \sum_{i=1}^N \sum_{j=1}^M
         \left(\mathbb{1}[s_i < t_j] + \tfrac12 \mathbb{1}[s_i = t_j]\right)
 
-    Exactly, from ranks. The standard error is that of DeLong et al., from how much the part of each datum varies; it is
-    0 where all pairs are in order, and then says nothing.
+    Computed exactly, from ranks. The standard error is that of DeLong et al., from the variance of each datum's
+    contribution; it is 0 if all pairs are in order, and then says nothing.
 
     Args:
         usual: scores :math:`s`, shape ``(n,)``.
@@ -61,7 +67,7 @@ def auroc(usual: Tensor, unusual: Tensor) -> AUROC:
             raise ValueError(f"{name} must be scores of shape (n,), n at least 1, got {tuple(scores.shape)}.")
         if bool(scores.isnan().any()):
             raise ValueError(f"{name} holds NaN, which has no rank, first at {int(scores.isnan().nonzero()[0])}.")
-    # The share of the other set below each score: both parts have the area for their mean.
+    # The share of the other set below each score; the mean over either set is the area.
     of_unusual, of_usual = _share_below(usual, unusual), 1 - _share_below(unusual, usual)
     error = None
     if min(len(usual), len(unusual)) > 1:
@@ -71,19 +77,21 @@ def auroc(usual: Tensor, unusual: Tensor) -> AUROC:
 
 @dataclass(frozen=True)
 class Anomalies(Diagnosis):
-    """Scores of data, the larger the more unusual, and how well they tell a second set from the first.
+    """Anomaly scores of data, larger for more unusual data, and how well they separate a second set from the first.
 
     Args:
         log_marginal: log p(x) in nats, shape ``(batch,)``.
         khat: Pareto k-hat of its estimate, shape ``(batch,)``; above 0.7 it is not to be trusted.
-        scores: by name, shape ``(batch,)``: "likelihood", minus log p(x) in nats; "complexity", the bits that the model
-            needs beyond a compressor; "typicality", how far log p(x) is from that of the reference, in nats.
+        scores: by name, shape ``(batch,)``: "likelihood", minus log p(x) in nats; "complexity", the bits of the model
+            minus those of a compressor; "typicality", the distance of log p(x) from the reference, in nats.
         reference: mean of log p(x) of the reference data, in nats.
-        skipped: why there is no score by complexity; empty if there is.
+        skipped: the reason if there is no score by complexity; otherwise empty.
         x: the data, ``(batch, *x_shape)``.
-        auroc: by name of the score, how well it tells the other data from these; empty without.
-        other: the same of the other data, or None.
+        auroc: by name of the score, how well it separates the other data from these; empty without other data.
+        other: the scores of the other data, or None.
     """
+
+    question: ClassVar[str] = "What is unusual?"
 
     log_marginal: Tensor
     khat: Tensor
@@ -95,62 +103,106 @@ class Anomalies(Diagnosis):
     other: "Anomalies | None"
 
     def most_unusual(self, count: int, score: str = "likelihood") -> Tensor:
-        """Returns the numbers of the data with the largest scores, the largest first."""
+        """Returns the indices of the data with the largest scores, in descending order."""
         return self.scores[score].argsort(descending=True, stable=True)[:count]
 
     @property
     def verdict(self) -> str:
         if self.other is None:
             worst = ", ".join(map(str, self.most_unusual(_NUM_LISTED).tolist()))
-            found = f"Least likely: data {worst}; see if they are faulty or foreign, most_unusual(n) lists more"
-            return f"{found}{self._distrust}."
+            finding = f"Least likely: data {worst}; check if they are faulty or foreign, most_unusual(n) lists more"
+            return f"{finding}{self._distrust}."
         best = max(self.auroc, key=lambda name: self.auroc[name].value)
         area, plain = self.auroc[best], self.auroc["likelihood"]
         shown = f"AUROC {_shown(area)}"
         if area.value - _ERRORS * (area.standard_error or 0) <= 0.5:
-            text = f"No score tells the other data from these ({shown} by {best}): to the model they are alike"
+            text = f"No score separates the other data from these ({shown} by {best}): to the model they are alike"
         elif best == "likelihood":
-            text = f"log p(x) tells the other data from these best, {shown}"
+            text = f"log p(x) separates the other data from these best, {shown}"
         else:
-            text = f"Told apart best by {best}, {shown} (by log p(x) alone {plain.value:.3f})"
+            text = f"The best separation is by {best}, {shown} (by log p(x) alone {plain.value:.3f})"
         if plain.value + _ERRORS * (plain.standard_error or 0) < 0.5:
-            text += "; it finds the others more likely than its own, as models do simpler data: do not go by log p(x)"
+            text += "; the other data are more likely than these, as simpler data often are: do not use log p(x)"
         return f"{text}{self._distrust}."
 
     @property
     def num_untrusted(self) -> int:
         """How many estimates of log p(x), of both sets, have a k-hat above 0.7 or none."""
-        own = int((~(self.khat <= _KHAT)).sum())
-        return own + (0 if self.other is None else self.other.num_untrusted)
+        count = int((~(self.khat <= _KHAT)).sum())
+        return count + (0 if self.other is None else self.other.num_untrusted)
+
+    @property
+    def _total(self) -> int:
+        return len(self.khat) + (0 if self.other is None else len(self.other.khat))
 
     @property
     def _distrust(self) -> str:
-        total = len(self.khat) + (0 if self.other is None else len(self.other.khat))
-        if self.num_untrusted <= _MANY * total:
+        if self.num_untrusted <= _MANY * self._total:
             return ""
         return "; many estimates of log p(x) are too low: raise num_samples, or train a better encoder (FullRankNormal)"
 
-    def summary(self) -> dict[str, Any]:
-        summary = {
+    def numbers(self) -> dict[str, Any]:
+        numbers = {
             "num_data": len(self.log_marginal),
-            "mean_log_marginal": finite_or_none(self.log_marginal.double().mean().item()),
+            "mean_log_marginal": self.log_marginal.double().mean(),
             "reference_log_marginal": self.reference,
             "num_untrusted": self.num_untrusted,
-            "most_unusual": {name: self.most_unusual(_NUM_LISTED, name).tolist() for name in self.scores},
-            "verdict": self.verdict,
+            "most_unusual": {name: self.most_unusual(_NUM_LISTED, name) for name in self.scores},
         }
         if self.other is not None:
-            summary["num_other_data"] = len(self.other.log_marginal)
-            summary["mean_log_marginal_of_other"] = finite_or_none(self.other.log_marginal.double().mean().item())
-            summary["auroc"] = {name: area._asdict() for name, area in self.auroc.items()}
-        return summary
+            numbers["num_other_data"] = len(self.other.log_marginal)
+            numbers["mean_log_marginal_of_other"] = self.other.log_marginal.double().mean()
+            numbers["auroc"] = {name: area._asdict() for name, area in self.auroc.items()}
+        return numbers
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        from pyrovae.plots.anomalies import anomalies
+    def draw(self) -> "Figure":
+        """Draws the distribution of each score, ROC curves against other data, and the most and least likely data."""
+        images, several = are_images(self.x), self.other is not None
+        columns = len(self.scores) + several
+        figure = new_figure(3.6 * columns, 3.4 + 2 * images)
+        above, below = figure.subfigures(2, 1, height_ratios=(3.4, 2)) if images else (figure, None)
+        axes = above.subplots(1, columns, squeeze=False)[0]
+        for ax, name in zip(axes, self.scores, strict=False):
+            self._draw_scores(ax, name)
+        axes[0].set_ylabel("density")
+        if several:
+            axes[0].legend(fontsize="small")
+            self._draw_roc(axes[-1])
+        if images:
+            self._draw_examples(below.subplots(2, 1))
+        return figure
 
-        return anomalies(self, path)
+    def _draw_scores(self, ax: "Axes", name: str) -> None:
+        sets = {"data": self.scores[name]} | ({} if self.other is None else {"other data": self.other.scores[name]})
+        finite = {label: values[values.isfinite()].cpu() for label, values in sets.items()}
+        edges = torch.histogram(torch.cat(list(finite.values())), 40).bin_edges.numpy()
+        for label, values in finite.items():
+            ax.hist(values.numpy(), bins=edges, density=True, alpha=0.6, label=label)
+        ax.set(xlabel=_UNITS[name], title=name)
+        ax.set_yticks([])
 
-    def __str__(self) -> str:
+    def _draw_roc(self, ax: "Axes") -> None:
+        for name, area in self.auroc.items():
+            ax.plot(*_roc_curve(self.scores[name], self.other.scores[name]), label=f"{name}, {area.value:.2f}")
+        ax.plot([0, 1], [0, 1], color="grey", linewidth=0.5, linestyle="--")
+        ax.set(xlabel="share of data taken for others", ylabel="share of others found", title="ROC, area below")
+        ax.set(aspect="equal")
+        ax.legend(fontsize="small", loc="lower right")
+
+    def _draw_examples(self, axes: "list[Axes]") -> None:
+        low, high = self.x.min(), self.x.max()
+        order = self.most_unusual(len(self.x)).to(self.x.device)
+        rows = {"least likely of the data": order[:_NUM_SHOWN], "most likely": order.flip(0)[:_NUM_SHOWN]}
+        for ax, (title, chosen) in zip(axes, rows.items(), strict=True):
+            show(ax, grid_of((self.x[chosen] - low) / (high - low).clamp_min(1e-12), len(chosen)))
+            ax.set_axis_off()
+            ax.set_title(title, fontsize="medium")
+
+    @classmethod
+    def for_report(cls, inputs: ReportInputs) -> "Anomalies":
+        return anomalies(inputs.model, inputs.guide, inputs.x, other=inputs.other, reference=inputs.train)
+
+    def table(self) -> list[str]:
         size = f"{len(self.log_marginal):,} data"
         if self.other is not None:
             size += f", {len(self.other.log_marginal):,} others"
@@ -164,13 +216,12 @@ class Anomalies(Diagnosis):
         else:
             lines.append(f"{'score':12}{'mean':>12}{'mean of others':>18}{'AUROC':>20}")
             for name, values in self.scores.items():
-                theirs = self.other.scores[name].mean()
-                lines.append(f"{name:12}{values.mean():12.4g}{theirs:18.4g}{_shown(self.auroc[name]):>20}")
+                of_others = self.other.scores[name].mean()
+                lines.append(f"{name:12}{values.mean():12.4g}{of_others:18.4g}{_shown(self.auroc[name]):>20}")
         if self.skipped:
-            lines += textwrap.wrap(f"no score by complexity: {self.skipped}", 80)
-        total = len(self.khat) + (0 if self.other is None else len(self.other.khat))
-        lines.append(f"Pareto k-hat above 0.7 or unknown, not to be trusted: {self.num_untrusted:,} of {total:,} data")
-        return "\n".join([*lines, textwrap.fill(self.verdict, 80)])
+            lines += textwrap.wrap(f"no score by complexity: {self.skipped}", TABLE_WIDTH)
+        untrusted = f"{self.num_untrusted:,} of {self._total:,} data"
+        return [*lines, f"Pareto k-hat above 0.7 or unknown, not to be trusted: {untrusted}"]
 
 
 def anomalies(
@@ -183,34 +234,34 @@ def anomalies(
     progress: bool = True,
     **kwargs: Any,
 ) -> Anomalies:
-    r"""Scores how unusual each datum is to a model, and how well that tells a second set of data from the first.
+    r"""Scores how unusual each datum is to a model, and how well the scores separate a second set of data.
 
     .. math:: s_{\mathrm{likelihood}} = -\log p(x), \qquad s_{\mathrm{complexity}} = -\log_2 p(x) - L(x), \qquad
         s_{\mathrm{typicality}} = \left| \log p(x) - \operatorname{E}_{\mathrm{ref}} \log p \right|
 
-    Models find simple data likely, whatever they were trained on. L(x) corrects for that: the length in bits of x
-    as zlib compresses it (DEFLATE at level 9, no header), row by row, as bytes: grey values from 0 to 1 rounded to
-    255ths, or whole numbers as they are. It is coarse for data of some hundred bytes or less. For
-    other real numbers there is no such score. Densities are off by a constant from probabilities of bytes, which ranks
-    do not see. What is likelier than the reference is unusual too,
-    and typicality sees it. log p(x) is from :func:`pyrovae.log_marginal`.
+    Models assign a high likelihood to simple data, whatever they were trained on. L(x) corrects for that: the length of
+    x in bits as compressed by zlib (DEFLATE at level 9, no header), each datum as bytes: grey values from 0 to 1
+    rounded to 255ths, or integers as they are. It is coarse for data of a few hundred bytes or less. Other real numbers
+    have no such score. Densities differ from probabilities of bytes by a constant, which does not change ranks. Data
+    more likely than the reference are unusual too; typicality detects them. log p(x) is from
+    :func:`pyrovae.log_marginal`.
 
     Args:
         model: a Pyro model, called with the same arguments as the guide.
         guide: a Pyro guide with the model's latent sites.
-        *args: what both are called with, the data first.
-        other: what both are called with for a second set of data, to be told from the first.
-        reference: the same for the data that typicality starts from, the training data; the first set if left out.
+        *args: positional arguments of both, the data first.
+        other: the arguments for a second set of data; a single one need not be in a tuple.
+        reference: the arguments for the reference of typicality, the training data; the first set by default.
         num_samples: importance samples per datum.
         progress: whether to show a progress bar.
-        **kwargs: what both are called with, the same for all sets of data.
+        **kwargs: keyword arguments of both, the same for all sets of data.
 
     Returns:
         An :class:`Anomalies`.
 
     Raises:
-        ValueError: when there are no data, `num_samples` is below 1, a tensor is given by keyword beside several sets
-            of data, no reference has a finite log p(x), or :func:`pyrovae.log_marginal` refuses.
+        ValueError: when there are no data, `num_samples` is below 1, a tensor is given by keyword with several sets of
+            data, or no reference has a finite log p(x); and as in :func:`pyrovae.log_marginal`.
 
     References:
         Input Complexity and Out-of-Distribution Detection with Likelihood-Based Generative Models, J. Serrà et al.,
@@ -221,8 +272,8 @@ def anomalies(
     >>> import pyrovae
     >>> from pyrovae import encoders, likelihoods, priors
     >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
-    >>> found = anomalies(vae.model, vae.guide, torch.randn(20, 3), other=torch.randn(9, 3) + 9, progress=False)
-    >>> found.auroc["likelihood"].value
+    >>> result = anomalies(vae.model, vae.guide, torch.randn(20, 3), other=torch.randn(9, 3) + 9, progress=False)
+    >>> result.auroc["likelihood"].value
     1.0
     """
     check_at_least("num_samples", num_samples, 1)
@@ -230,34 +281,33 @@ def anomalies(
     tensors = [name for name, value in named_tensors((), as_tensors((), kwargs)[1]) if value.dim() > 0]
     if tensors and not (other is None and reference is None):
         raise ValueError(
-            f"{tensors[0]} is given by keyword, but has rows of one set alone. Give it by position, in each."
+            f"{tensors[0]} is given by keyword, but has the rows of a single set. Give it by position, in each set."
         )
     settled = {name: in_memory(1, "anomalies", given, kwargs)[:2] for name, given in sets.items() if given is not None}
-    found = {
+    estimates = {
         name: log_marginal(model, guide, *args, num_samples=num_samples, progress=progress, **kwargs)
         for name, (args, kwargs) in settled.items()
     }
-    usual = found.get("reference", found["data"]).value.double()
+    usual = estimates.get("reference", estimates["data"]).value.double()
     usual = usual[usual.isfinite()]
     if len(usual) == 0:
         raise ValueError(
             "log p(x) of all reference data is minus infinity: no draw of the guide explains any. Train it."
         )
     center = usual.mean().item()
-    x = [_data_of(*settled[name]) for name in ("data", "other") if name in found]
+    x = [_data_of(*settled[name]) for name in ("data", "other") if name in estimates]
     compressed, skipped = _complexity(x)
 
-    def of(i: int, estimate: Estimate) -> dict[str, Any]:
+    def result(i: int, estimate: Estimate) -> Anomalies:
         scores = _scores(estimate, compressed[i : i + 1], center)
-        shared = {"reference": center, "skipped": skipped, "x": x[i]}
-        return {"log_marginal": estimate.value, "khat": estimate.khat, "scores": scores, **shared}
+        return Anomalies(estimate.value, estimate.khat, scores, center, skipped, x[i], auroc={}, other=None)
 
-    own = of(0, found["data"])
+    first = result(0, estimates["data"])
     if other is None:
-        return Anomalies(**own, auroc={}, other=None)
-    theirs = Anomalies(**of(1, found["other"]), auroc={}, other=None)
-    areas = {name: auroc(score, theirs.scores[name]) for name, score in own["scores"].items()}
-    return Anomalies(**own, auroc=areas, other=theirs)
+        return first
+    second = result(1, estimates["other"])
+    areas = {name: auroc(score, second.scores[name]) for name, score in first.scores.items()}
+    return replace(first, auroc=areas, other=second)
 
 
 def _scores(estimate: Estimate, compressed: list[Tensor], center: float) -> dict[str, Tensor]:
@@ -277,17 +327,17 @@ def _data_of(args: tuple, kwargs: dict) -> Tensor:
 
 
 def _complexity(sets: list[Tensor]) -> tuple[list[Tensor], str]:
-    """Returns the bits that each datum of each set takes compressed, or none and why."""
+    """Returns the compressed size of each datum of each set in bits, or an empty list and the reason."""
     low, high = min(x.min().item() for x in sets), max(x.max().item() for x in sets)
     whole = all(bool((x == x.round()).all()) for x in sets)
-    if 0 <= low and high <= 1:
+    if low >= 0 and high <= 1:
         scale, dtype = 255, torch.uint8
-    elif whole and 0 <= low and high <= 255:
+    elif whole and low >= 0 and high <= 255:
         scale, dtype = 1, torch.uint8
     elif whole:
         scale, dtype = 1, torch.int32
     else:
-        return [], f"data from {low:.3g} to {high:.3g} are neither grey values from 0 to 1 nor whole numbers"
+        return [], f"data from {low:.3g} to {high:.3g} are neither grey values from 0 to 1 nor integers"
     return [torch.tensor([_bits(datum) for datum in (x * scale).round().to(dtype).cpu()]).double() for x in sets], ""
 
 
@@ -297,11 +347,19 @@ def _bits(datum: Tensor) -> int:
 
 
 def _share_below(scores: Tensor, at: Tensor) -> Tensor:
-    """Returns the share of scores that are below each of some others, ties counted half."""
+    """Returns the share of scores below each value of `at`, ties counted half."""
     scores = scores.double().sort().values
     at = at.double()
     below = torch.searchsorted(scores, at) + torch.searchsorted(scores, at, right=True)
     return below.double() / (2 * len(scores))
+
+
+def _roc_curve(usual: Tensor, unusual: Tensor) -> tuple:
+    """Returns the shares of both sets above each threshold, from none to all."""
+    cuts = torch.cat([usual, unusual]).unique().flip(0)
+    shares = [(scores.sort().values, len(scores)) for scores in (usual, unusual)]
+    points = [1 - torch.searchsorted(ordered, cuts).double() / n for ordered, n in shares]
+    return tuple(torch.cat([p.new_zeros(1), p]).cpu().numpy() for p in points)
 
 
 def _shown(area: AUROC) -> str:

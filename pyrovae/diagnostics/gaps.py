@@ -1,11 +1,9 @@
-r"""Where a model loses nats: between log p(x) and the bound that it was trained by."""
+r"""Where nats are lost between log p(x) and the ELBO."""
 
 import math
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from tqdm.auto import tqdm
 
 from pyrovae import bounds
 from pyrovae.arguments import take_rows
-from pyrovae.diagnostics.base import Diagnosis, check_at_least, in_memory, inspect_part
+from pyrovae.diagnostics.base import Diagnosis, ReportInputs, check_at_least, in_memory, inspect_part
 from pyrovae.estimators import (
     AnnealedImportanceSampling,
     Enumeration,
@@ -25,17 +23,23 @@ from pyrovae.estimators import (
 )
 from pyrovae.inference.running import evaluation_mode
 from pyrovae.inference.weights import log_weights
+from pyrovae.plots.drawing import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DATA = 100  # tuned at once
+_SMALL = 0.5  # nats
 
 
 @dataclass(frozen=True)
 class Losses:
-    r"""What is lost on some data, per datum in nats; every tensor has shape ``(batch,)``.
+    r"""The gaps on some data, per datum in nats; every tensor has shape ``(batch,)``.
 
     Args:
-        estimate: of :math:`\log p(x)`.
-        best: the ELBO of the best q of the guide's family for each datum.
+        estimate: estimate of :math:`\log p(x)`.
+        best: the ELBO of the best q in the guide's family for each datum.
         elbo: the ELBO of the guide.
         best_error: standard error of `best`.
         elbo_error: standard error of `elbo`.
@@ -49,39 +53,49 @@ class Losses:
 
     @property
     def approximation(self) -> Tensor:
-        r""":math:`\log p(x)` less the best ELBO of the family: what no guide of the family can reach."""
+        r""":math:`\log p(x)` minus the best ELBO of the family: the loss by the family of q."""
         return self.estimate.value - self.best
 
     @property
     def amortization(self) -> Tensor:
-        """The best ELBO of the family less the guide's: what the encoder misses."""
+        """The best ELBO of the family minus the guide's: the loss by the encoder."""
         return self.best - self.elbo
 
     @property
     def inference(self) -> Tensor:
-        r""":math:`\log p(x)` less the guide's ELBO, the sum of both: :math:`\mathrm{KL}(q(z \mid x)\,\|\,p(z \mid x))`."""
+        r""":math:`\log p(x)` minus the guide's ELBO, the sum of both: :math:`\mathrm{KL}(q(z \mid x)\|p(z \mid x))`."""
         return self.estimate.value - self.elbo
 
 
 @dataclass(frozen=True)
 class Gaps(Diagnosis):
-    r"""Where the nats are lost.
+    r"""The gaps on data and on training data.
 
     Args:
-        test: what is lost on the data.
-        train: what is lost on the training data; None where none were given.
+        test: the gaps on the data.
+        train: the gaps on the training data; None without them.
     """
+
+    question: ClassVar[str] = "Where are my nats lost?"
 
     test: Losses
     train: Losses | None
 
     @property
     def generalization(self) -> Tensor | None:
-        r"""The mean :math:`\log p(x)` of the training data less that of the others; None without training data."""
+        r"""The mean :math:`\log p(x)` of the training data minus that of the data; None without training data."""
         return None if self.train is None else self.train.estimate.value.mean() - self.test.estimate.value.mean()
 
-    def _generalization_error(self) -> float:
+    @property
+    def generalization_error(self) -> float | None:
+        """Standard error of the generalisation gap over data; None without training data."""
+        if self.train is None:
+            return None
         return math.hypot(*[_standard_error(losses.estimate.value) for losses in (self.test, self.train)])
+
+    @property
+    def _sets(self) -> dict[str, Losses]:
+        return {"test": self.test} if self.train is None else {"test": self.test, "train": self.train}
 
     @property
     def verdict(self) -> str:
@@ -89,44 +103,50 @@ class Gaps(Diagnosis):
             "approximation": self.test.approximation.mean().item(),
             "amortisation": self.test.amortization.mean().item(),
         }
-        # Between two sets of data, what may be chance is no loss.
-        if self.generalization is not None and self.generalization > 2 * self._generalization_error():
+        # A difference between two sets of data that may be chance is not a loss.
+        if self.generalization is not None and self.generalization > 2 * self.generalization_error:
             losses["generalisation"] = self.generalization.item()
         largest = max(losses, key=losses.get)
-        mends = {
-            "approximation": "the family of q is too poor: encoders.FullRankNormal or NeuralSplineFlow, or train with bounds.IWAE",
-            "amortisation": "the encoder does not find the best q: a larger network, longer training, or a DoublyReparameterized "
-            "IWAE; to score, estimators.Refined()",
-            "generalisation": "the model knows the training data better: more data, a smaller decoder, weight decay, earlier stopping",
+        remedies = {
+            "approximation": "the family of q is too poor: encoders.FullRankNormal or NeuralSplineFlow, or train with "
+            "bounds.IWAE",
+            "amortisation": "the encoder does not find the best q: a larger network, longer training, or a "
+            "DoublyReparameterized IWAE; to score, estimators.Refined()",
+            "generalisation": "the model fits the training data better: more data, a smaller decoder, weight decay, "
+            "earlier stopping",
         }
-        if losses[largest] < 0.5:
+        if losses[largest] < _SMALL:
             inference = self.test.inference.mean().item()
-            return f"Little is lost: {inference:.2f} nats a datum lie between log p(x) and the ELBO, no gap of 0.5 or more."
-        return f"Most is lost by {largest} ({losses[largest]:.2f} nats a datum): {mends[largest]}."
+            return (
+                f"Little is lost: {inference:.2f} nats a datum lie between log p(x) and the ELBO, no gap of {_SMALL:g} "
+                "or more."
+            )
+        return f"Most is lost by {largest} ({losses[largest]:.2f} nats a datum): {remedies[largest]}."
 
-    def __str__(self) -> str:
-        sides = {"test": self.test} if self.train is None else {"test": self.test, "train": self.train}
-        rows = [("", *[f"{name} ({len(losses.elbo):,} data)" for name, losses in sides.items()])]
-
-        def row(name: str, of: Callable[[Losses], Tensor]) -> None:
-            rows.append((name, *[_mean(of(losses)) for losses in sides.values()]))
-
-        row("log p(x)", lambda losses: losses.estimate.value)
-        row("  approximation gap", lambda losses: losses.approximation)
-        row("best ELBO of the family", lambda losses: losses.best)
-        row("  amortisation gap", lambda losses: losses.amortization)
-        row("ELBO of the guide", lambda losses: losses.elbo)
-        row("  inference gap, the sum", lambda losses: losses.inference)
-        lines = [f"{name:26}" + "".join(f"{cell:>24}" for cell in cells) for name, *cells in rows]
+    def table(self) -> list[str]:
+        sets = self._sets
+        columns = [
+            {
+                "": f"{name} ({len(losses.elbo):,} data)",
+                "log p(x)": _mean(losses.estimate.value),
+                "  approximation gap": _mean(losses.approximation),
+                "best ELBO of the family": _mean(losses.best),
+                "  amortisation gap": _mean(losses.amortization),
+                "ELBO of the guide": _mean(losses.elbo),
+                "  inference gap, the sum": _mean(losses.inference),
+            }
+            for name, losses in sets.items()
+        ]
+        lines = [f"{row:26}" + "".join(f"{column[row]:>24}" for column in columns) for row in columns[0]]
         if self.generalization is not None:
-            error = self._generalization_error()
-            lines.append(f"{'generalisation gap':26}{f'{self.generalization.item():.3f} ± {error:.3f}':>24}")
-        untrusted = sum(int((~losses.estimate.trusted).sum()) for losses in sides.values())
+            gap = f"{self.generalization.item():.3f} ± {self.generalization_error:.3f}"
+            lines.append(f"{'generalisation gap':26}{gap:>24}")
+        untrusted = sum(int((~losses.estimate.trusted).sum()) for losses in sets.values())
         lines.append(f"nats a datum ± standard error over data; log p(x) not to be trusted: {untrusted:,}")
-        return "\n".join([*lines, textwrap.fill(self.verdict, 80)])
+        return lines
 
-    def summary(self) -> dict[str, Any]:
-        def of(losses: Losses) -> dict[str, float]:
+    def numbers(self) -> dict[str, Any]:
+        def numbers_of(losses: Losses) -> dict[str, float]:
             return {
                 "log_marginal": losses.estimate.value.mean().item(),
                 "best_elbo": losses.best.mean().item(),
@@ -137,18 +157,52 @@ class Gaps(Diagnosis):
                 "num_data": len(losses.elbo),
             }
 
-        generalization = None if self.generalization is None else self.generalization.item()
         return {
-            "test": of(self.test),
-            "train": None if self.train is None else of(self.train),
-            "generalization": generalization,
-            "verdict": self.verdict,
+            "test": numbers_of(self.test),
+            "train": None if self.train is None else numbers_of(self.train),
+            "generalization": self.generalization,
         }
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        from pyrovae.plots.gaps import gaps as draw
+    def draw(self) -> "Figure":
+        """Draws the gaps as bars from log p(x) down to the ELBO, and their spread over the data."""
+        figure = new_figure(9, 4)
+        bars, spread = figure.subplots(1, 2)
+        for i, losses in enumerate(self._sets.values()):
+            _draw_bars(bars, i, losses)
+            _draw_spread(spread, (i, i + len(self._sets) + 0.5), losses)
+        n, names = len(self._sets), list(self._sets)
+        bars.set_xticks(range(n), names)
+        bars.use_sticky_edges = False  # room for the text above and below
+        bars.margins(y=0.15)
+        bars.set(xlim=(-0.6, n - 0.4), ylabel="nats a datum", title="from log p(x) down to the ELBO")
+        bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
+        spread.set_xticks([i + j * (n + 0.5) for j in range(2) for i in range(n)], names * 2)
+        spread.axhline(0, color="grey", linewidth=0.5)
+        spread.set(ylabel="nats", title="over data (quartiles, 5 and 95 %)")
+        return figure
 
-        return draw(self, path)
+    @classmethod
+    def for_report(cls, inputs: ReportInputs) -> "Gaps":
+        train = inputs.train[: inputs.few] if inputs.held_out else None
+        return gaps(inputs.model, inputs.guide, inputs.x[: inputs.few], train=train, method=inputs.method)
+
+
+def _draw_bars(ax: "Axes", at: int, losses: Losses) -> None:
+    top, best, low = (t.mean().item() for t in (losses.estimate.value, losses.best, losses.elbo))
+    for upper, lower, colour, label in ((top, best, "C0", "approximation"), (best, low, "C1", "amortisation")):
+        ax.bar(at, upper - lower, bottom=lower, width=0.5, color=colour, label=label if at == 0 else None)
+        ax.annotate(f"{upper - lower:.2f}", (at, (upper + lower) / 2), ha="center", va="center")
+    ax.annotate(f"log p(x) {top:.2f}", (at, top), (0, 3), textcoords="offset points", ha="center", va="bottom")
+    ax.annotate(f"ELBO {low:.2f}", (at, low), (0, -3), textcoords="offset points", ha="center", va="top")
+
+
+def _draw_spread(ax: "Axes", positions: tuple[float, float], losses: Losses) -> None:
+    values = [losses.approximation.cpu().numpy(), losses.amortization.cpu().numpy()]
+    boxes = ax.boxplot(values, positions=positions, widths=0.6, showfliers=False, patch_artist=True, whis=(5, 95))
+    for box, colour in zip(boxes["boxes"], ("C0", "C1"), strict=True):
+        box.set(facecolor=colour, alpha=0.6)
+    for line in boxes["medians"]:
+        line.set(color="black")
 
 
 @torch.no_grad()
@@ -164,33 +218,33 @@ def gaps(
     progress: bool = True,
     **kwargs: Any,
 ) -> Gaps:
-    r"""Takes apart what lies between log p(x) and the ELBO: where the nats are lost.
+    r"""Splits the gap between log p(x) and the ELBO into its parts.
 
     .. math:: \log p(x) - \mathcal{L}[q] = \underbrace{\log p(x) - \mathcal{L}[q^*]}_{\text{approximation}}
         + \underbrace{\mathcal{L}[q^*] - \mathcal{L}[q]}_{\text{amortisation}}, \qquad
         q^* = \arg\max_{q \in \mathcal{Q}} \mathcal{L}[q](x)
 
-    with the best q of the guide's family for each datum by itself, found by gradient steps from the encoder's
-    (:func:`pyrovae.estimators.refine`). With training data, also what the model knows of them better than of others.
+    with the best q of the guide's family for each datum, found by gradient steps from the encoder's q
+    (:func:`pyrovae.estimators.refine`). With training data, also the generalisation gap.
 
     Args:
         model: a Pyro model, called with the same arguments as the guide.
         guide: a Pyro guide.
-        *args: tensors with the data along their first dimension, or anything else, which is passed on as it is.
+        *args: tensors with the data along their first dimension; other objects are passed on.
         train: the arguments for training data; a single one need not be in a tuple.
-        method: an estimator of log p(x). Unless given, :class:`~pyrovae.estimators.AnnealedImportanceSampling` from the
-            prior, which does not look at the guide, or for discrete latents :class:`~pyrovae.estimators.Enumeration`.
-        num_samples: draws a datum for the ELBOs, at least 2.
+        method: an estimator of log p(x). By default :class:`AnnealedImportanceSampling` from the prior, which does not
+            use the guide, or :class:`Enumeration` for discrete latents.
+        num_samples: draws per datum for the ELBOs, at least 2.
         num_steps: gradient steps to the best q.
-        learning_rate: the rate they start at.
+        learning_rate: the initial learning rate.
         progress: whether to show progress bars.
-        **kwargs: as `args`, for both.
+        **kwargs: as `args`, for both sets of data.
 
     Returns:
         :class:`Gaps`.
 
     Raises:
-        ValueError: as :func:`pyrovae.log_marginal`; when the guide's family has no parameters.
+        ValueError: as in :func:`pyrovae.log_marginal`; when the guide's family has no parameters.
 
     References:
         Inference Suboptimality in Variational Autoencoders, C. Cremer, X. Li and D. Duvenaud, 2018,
@@ -200,21 +254,21 @@ def gaps(
     >>> from pyrovae import encoders, likelihoods, priors
     >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
     >>> method = ImportanceSampling(100)
-    >>> lost = gaps(vae.model, vae.guide, torch.zeros(5, 3), method=method, num_steps=5, progress=False)
-    >>> bool((lost.test.approximation + lost.test.amortization - lost.test.inference).abs().max() < 1e-5)
+    >>> result = gaps(vae.model, vae.guide, torch.zeros(5, 3), method=method, num_steps=5, progress=False)
+    >>> bool((result.test.approximation + result.test.amortization - result.test.inference).abs().max() < 1e-5)
     True
     """
     check_at_least("num_samples", num_samples, 2)
     if train is not None:
         train = train if isinstance(train, tuple) else (train,)
 
-    def losses(args: tuple, what: str) -> Losses:
-        return _losses(model, guide, args, kwargs, method, num_samples, num_steps, learning_rate, progress, what)
+    def measure(args: tuple, name: str) -> Losses:
+        return _measure(model, guide, args, kwargs, method, num_samples, num_steps, learning_rate, progress, name)
 
-    return Gaps(losses(args, "test"), None if train is None else losses(train, "train"))
+    return Gaps(measure(args, "test"), None if train is None else measure(train, "train"))
 
 
-def _losses(
+def _measure(
     model: Callable,
     guide: Callable,
     args: tuple,
@@ -224,7 +278,7 @@ def _losses(
     num_steps: int,
     learning_rate: float,
     progress: bool,
-    what: str,
+    name: str,
 ) -> Losses:
     args, kwargs, size = in_memory(1, "gaps", args, kwargs)
     structure = inspect_part(model, guide, slice(0, 2), args, kwargs)
@@ -234,8 +288,8 @@ def _losses(
         else:
             method = ImportanceSampling(10 * num_samples) if structure.discrete else AnnealedImportanceSampling()
     estimate = log_marginal(model, guide, *args, method=method, progress=progress, **kwargs)
-    found = []
-    with evaluation_mode(), tqdm(total=size, desc=f"best q, {what}", unit="datum", disable=not progress) as bar:
+    rows = []
+    with evaluation_mode(), tqdm(total=size, desc=f"best q, {name}", unit="datum", disable=not progress) as bar:
         for start in range(0, size, _DATA):
             part, named = take_rows(slice(start, start + _DATA), args, kwargs)
             bound = bounds.ELBO(num_particles=16)
@@ -244,9 +298,9 @@ def _losses(
             for q in (tuned, guide):
                 log_w = log_weights(model, q, *part, num_samples=num_samples, **named)
                 row += [log_w.mean(0), log_w.std(0) / math.sqrt(num_samples)]
-            found.append(row)
+            rows.append(row)
             bar.update(min(_DATA, size - start))
-    best, best_error, elbo, elbo_error = (torch.cat(column) for column in zip(*found, strict=True))
+    best, best_error, elbo, elbo_error = (torch.cat(column) for column in zip(*rows, strict=True))
     return Losses(estimate, best, elbo, best_error, elbo_error)
 
 

@@ -1,31 +1,36 @@
-"""How samples compare with data in a space of features: precision, recall and Fréchet distance, and their floor."""
+"""How samples compare with data in a feature space: precision, recall and Fréchet distance, and their floor."""
 
 import math
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyrovae.arguments import elements_per_datum, named_tensors, take_rows
-from pyrovae.diagnostics.base import Diagnosis, check_at_least, in_memory, latents_of
+from pyrovae.diagnostics.base import TABLE_WIDTH, Diagnosis, ReportInputs, check_at_least, in_memory, latents_of
 from pyrovae.distributions import center
 from pyrovae.inference.messages import check_finite
 from pyrovae.inference.running import evaluation_mode
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import inspect
 from pyrovae.inference.weights import inspect_samples, simulate, trace_guide
+from pyrovae.plots.drawing import are_images, grid_of, new_figure, show
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["PrecisionRecall", "Quality", "QualityScores", "frechet_distance", "precision_recall", "quality"]
 
-_CHUNK = 2**20  # elements of the data, or distances, worked on at once
-_NUM_DRAWS = 8  # of the guide, over which features are averaged where they depend on draws
+_CHUNK = 2**20  # elements of the data, or distances, processed at once
+_NUM_DRAWS = 8  # of the guide, over which features are averaged if they depend on draws
 _NUM_EXAMPLES = 36
-_ERRORS = 2  # differences from the floor by less than so many standard errors are chance
-_FAR = 2.0  # a Fréchet distance of more than so many times the floor is far
+_ERRORS = 2  # standard errors: smaller differences from the floor may be chance
+_FAR = 2.0  # a Fréchet distance above this multiple of the floor is large
 
 
 class PrecisionRecall(NamedTuple):
@@ -51,20 +56,20 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> PrecisionRe
         \mathrm{recall} = \frac{1}{N} \sum_{i=1}^N
         \mathbb{1}\!\left[\exists j : \lVert r_i - g_j \rVert \le \rho_k(g_j)\right]
 
-    The manifold of a set is the union of balls around its members that reach to their k-th nearest neighbour in it, at
-    distance :math:`\rho_k`; that of an outlier is large. Both shares depend on the sizes of the sets: compare at equal
-    sizes alone.
+    The manifold of a set is the union of balls around its members, each with the distance :math:`\rho_k` to the k-th
+    nearest neighbour in the set as its radius; the ball of an outlier is large. Both shares depend on the sizes of the
+    sets: compare only at equal sizes.
 
     Args:
         real: features of data, shape ``(n, d)``.
         generated: features of samples, shape ``(m, d)``.
-        k: which nearest neighbour.
+        k: the number of the nearest neighbour.
 
     Returns:
         A :class:`PrecisionRecall`.
 
     Raises:
-        ValueError: when features are not two-dimensional, differ in width, hold NaN or infinity or have fewer than
+        ValueError: when features are not two-dimensional, differ in elements_per_datum, hold NaN or infinity or have fewer than
             ``k + 2`` rows, or k is below 1.
 
     References:
@@ -81,20 +86,20 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> PrecisionRe
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
-    r"""Squared Fréchet (2-Wasserstein) distance between normal distributions with the moments of two sets of features.
+    r"""Squared Fréchet (2-Wasserstein) distance between normal distributions fitted to two sets of features.
 
     .. math:: \lVert m_r - m_g \rVert^2
         + \operatorname{tr}\!\left(C_r + C_g - 2 \left(C_r^{1/2} C_g C_r^{1/2}\right)^{1/2}\right)
 
-    What is known as FID where the features are those of an Inception network. In double precision, and right for
-    covariances without full rank. The fewer the rows, the larger: compare at equal sizes alone.
+    It is called FID if the features are those of an Inception network. Computed in double precision, and correct for
+    covariances without full rank. It grows as the number of rows falls: compare only at equal sizes.
 
     Args:
         real: features of data, shape ``(n, d)``.
         generated: features of samples, shape ``(m, d)``.
 
     Raises:
-        ValueError: when features are not two-dimensional, differ in width, hold NaN or infinity or have fewer than 2
+        ValueError: when features are not two-dimensional, differ in elements_per_datum, hold NaN or infinity or have fewer than 2
             rows.
 
     References:
@@ -106,7 +111,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     9.0
     """
     real, generated = _check_features(real, generated, at_least=2)
-    # With C = R'R, the trace of the root is the sum of the singular values of R_r R_g', with no root of a rounding.
+    # With C = R'R, the trace of the root is the sum of the singular values of R_r R_g', which needs no matrix root.
     cross = torch.linalg.matrix_norm(_factor(real) @ _factor(generated).T, ord="nuc")
     spread = real.var(0).sum() + generated.var(0).sum() - 2 * cross
     return ((real.mean(0) - generated.mean(0)).square().sum() + spread.clamp_min(0)).item()
@@ -114,19 +119,21 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Quality(Diagnosis):
-    """How samples from a model compare with its data in a space of features.
+    """How samples from a model compare with its data in a feature space.
 
     Args:
-        model: the scores of samples beside data, the mean over the two halves of the data.
-        floor: the same of one half of the data beside the other: what a perfect model would get at this size.
-        size: number of data in each half, and of samples beside it.
-        k: which nearest neighbour the radii reach to.
+        model: the scores of samples against data, the mean over the two halves of the data.
+        floor: the scores of one half of the data against the other: those of a perfect model at this size.
+        size: number of data, and of samples, in each half.
+        k: the number of the nearest neighbour.
         features: name of the features.
         real: features of the data, shape ``(n, d)``.
         generated: features of the samples, of the same shape.
         data: the first data, for the picture.
         samples: the first samples, for the picture.
     """
+
+    question: ClassVar[str] = "Are samples like the data?"
 
     model: QualityScores
     floor: QualityScores
@@ -140,55 +147,94 @@ class Quality(Diagnosis):
 
     @property
     def verdict(self) -> str:
-        found = []
+        findings = []
         if self._below("precision"):
-            found.append(
+            findings.append(
                 f"{1 - self.model.precision:.0%} of samples are unlike data (floor {1 - self.floor.precision:.0%}): "
-                "a prior nearer to the encoded data (priors.VampPrior, priors.FlowPrior), or a learned scale "
+                "a prior closer to the encoded data (priors.VampPrior, priors.FlowPrior), or a learned scale "
                 "(likelihoods.OptimalNormal) where pixels are noisy"
             )
         if self._below("recall"):
-            found.append(
+            findings.append(
                 f"{1 - self.model.recall:.0%} of data are unlike any sample (floor {1 - self.floor.recall:.0%}): "
                 "modes are missing; a larger latent_dim, a tighter bound (bounds.IWAE) or a lower beta in bounds.ELBO"
             )
-        if not found and self.model.frechet > _FAR * self.floor.frechet:
-            found.append(
-                "Precision and recall are as good as they get, but the Fréchet distance is more than "
+        if not findings and self.model.frechet > _FAR * self.floor.frechet:
+            findings.append(
+                "Precision and recall reach the floor, but the Fréchet distance is more than "
                 f"{_FAR:g} times the floor: means or covariances differ; a richer prior (priors.FlowPrior)"
             )
-        return ". ".join(found or [f"{self.size:,} samples cannot be told from data by these features"]) + "."
+        return (
+            ". ".join(findings or [f"{self.size:,} samples cannot be distinguished from data by these features"]) + "."
+        )
 
     def _below(self, score: str) -> bool:
         model, floor = getattr(self.model, score), getattr(self.floor, score)
-        # Binomial errors, of a share of 2 n for the model (both halves) and of n for the floor.
+        # Binomial errors: the model's share is of 2 n (both halves), the floor's of n.
         variance = (model * (1 - model) / 2 + floor * (1 - floor)) / self.size
         return floor - model > _ERRORS * math.sqrt(variance) + 1 / self.size
 
-    def summary(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
             "size": self.size,
             "k": self.k,
             "features": self.features,
             "model": self.model._asdict(),
             "floor": self.floor._asdict(),
-            "verdict": self.verdict,
         }
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        from pyrovae.plots.quality import quality
+    def draw(self) -> "Figure":
+        """Draws features of data and samples in a plane, precision and recall with their floor, and some of both."""
+        images = are_images(self.data)
+        figure = new_figure(14 if images else 10, 4.6)
+        axes = figure.subplots(1, 4 if images else 2, width_ratios=[1.2, 0.8, 1, 1] if images else [1.2, 0.8])
+        self._draw_features(axes[0])
+        self._draw_scores(axes[1])
+        if images:
+            # Both on the scale on which the data go from 0 to 1.
+            low, high = self.data.min(), self.data.max()
+            for ax, x, name in zip(axes[2:], (self.data, self.samples), ("data", "samples"), strict=True):
+                show(ax, grid_of((x - low) / (high - low).clamp_min(1e-12), 6))
+                ax.set_axis_off()
+                ax.set_title(name)
+        return figure
 
-        return quality(self, path)
+    def _draw_features(self, ax: "Axes") -> None:
+        center = self.real.mean(0)
+        _, _, principal = torch.linalg.svd(self.real - center, full_matrices=False)
+        for x, name, colour in ((self.real, "data", "C0"), (self.generated, "samples", "C1")):
+            at = ((x - center) @ principal[:2].T).cpu()
+            if at.shape[1] == 1:
+                ax.hist(at[:, 0].numpy(), bins=30, alpha=0.6, color=colour, label=name)
+            else:
+                ax.scatter(*at.T.numpy(), s=8, linewidths=0, alpha=0.6, color=colour, label=name)
+        second = "number" if self.real.shape[1] == 1 else "second principal component"
+        ax.set(xlabel="first principal component", ylabel=second, title=self.features)
+        ax.legend()
 
-    def __str__(self) -> str:
+    def _draw_scores(self, ax: "Axes") -> None:
+        for i, (name, scores) in enumerate((("samples", self.model), ("data, the floor", self.floor))):
+            colour = ("C1", "C0")[i]
+            heights = ax.bar([i * 0.4 - 0.2, 1 + i * 0.4 - 0.2], scores[:2], width=0.4, color=colour, label=name)
+            ax.bar_label(heights, fmt="%.2f", padding=2)
+        ax.set_xticks([0, 1], ["precision", "recall"])
+        ax.set(ylim=(0, 1.25), ylabel=f"share ({self.size:,} against {self.size:,})")
+        ax.set_title(f"Fréchet distance {self.model.frechet:.3g}, floor {self.floor.frechet:.3g}", fontsize="medium")
+        ax.legend(loc="upper center", ncols=2, fontsize="small")
+
+    @classmethod
+    def for_report(cls, inputs: ReportInputs) -> "Quality":
+        return quality(inputs.model, inputs.guide, inputs.x)
+
+    def table(self) -> list[str]:
         lines = [
-            *textwrap.wrap(f"quality of samples by {self.features} ({self.real.shape[1]} features)", 80),
-            f"{self.size:,} samples beside {self.size:,} data, twice; {self.k} nearest neighbours",
+            *textwrap.wrap(f"quality of samples by {self.features} ({self.real.shape[1]} features)", TABLE_WIDTH),
+            f"{self.size:,} samples against {self.size:,} data, twice; {self.k} nearest neighbours",
             f"{'':30}{'precision':>10}{'recall':>10}{'Fréchet distance':>20}",
         ]
-        for name, scores in (("samples beside data", self.model), ("data beside data, the floor", self.floor)):
+        for name, scores in (("samples against data", self.model), ("data against data, the floor", self.floor)):
             lines.append(f"{name:30}{scores.precision:10.3f}{scores.recall:10.3f}{scores.frechet:20.4g}")
-        return "\n".join([*lines, textwrap.fill(self.verdict, 80)])
+        return lines
 
 
 @torch.no_grad()
@@ -200,20 +246,21 @@ def quality(
     k: int = 3,
     **kwargs: Any,
 ) -> Quality:
-    """Compares samples from a model with data: are they plausible (precision), and are all kinds there (recall)?
+    """Compares samples from a model with data: are they plausible (precision), and do they cover the data (recall)?
 
-    A sample is drawn from p(x) for each datum, with its context. Data and samples are split into halves at random, and
-    each half of the samples is held beside one of the data; one half of the data beside the other is the floor, which
-    no model of the data beats but by chance. All numbers depend on the size, which is that of a half for all of them.
+    One sample is drawn from p(x) for each datum, with its context. Data and samples are split into halves at random,
+    and each half of the samples is compared with one half of the data. The scores of one half of the data against the
+    other are the floor, which no model of the data beats except by chance. All scores depend on the size, which is the
+    same for all of them.
 
     Args:
         model: a Pyro model that observes one of its arguments, called with the same arguments as the guide.
         guide: a Pyro guide with the model's latent sites.
-        *args: what both are called with; tensors have the data along their first dimension.
-        features: from data ``(batch, *x_shape)`` to features ``(batch, d)`` in which distances mean something: a
-            network that classifies, say. Left out, the means of the guide's latents, which know nothing of what the
-            encoder does not look at.
-        k: which nearest neighbour the radii of :func:`precision_recall` reach to.
+        *args: tensors with the data along their first dimension; other objects are passed on.
+        features: maps data ``(batch, *x_shape)`` to features ``(batch, d)`` with meaningful distances: the hidden layer
+            of a classifier, for example. By default the means of the guide's latents, which do not see what the encoder
+            ignores.
+        k: the number of the nearest neighbour, see :func:`precision_recall`.
         **kwargs: as `args`.
 
     Returns:
@@ -221,8 +268,7 @@ def quality(
 
     Raises:
         ValueError: when there are fewer than ``2 (k + 2)`` data, k is below 1, features are not ``(batch, d)`` or hold
-            NaN or infinity, the guide has no latents in the data plate, or what the model observes is none of its
-            arguments.
+            NaN or infinity, the guide has no latents in the data plate, or the model observes none of its arguments.
 
     References:
         Improved Precision and Recall Metric for Assessing Generative Models, T. Kynkäänniemi, T. Karras, S. Laine, J.
@@ -253,11 +299,11 @@ def quality(
             else:
                 real.append(features(x))
                 generated.append(features(drawn))
-                for given, found in ((x, real[-1]), (drawn, generated[-1])):
-                    if found.dim() != 2 or len(found) != len(given):
+                for inputs, outputs in ((x, real[-1]), (drawn, generated[-1])):
+                    if outputs.dim() != 2 or len(outputs) != len(inputs):
                         raise ValueError(
-                            f"features must be (batch, d), but for data of shape {tuple(given.shape)} they have shape "
-                            f"{tuple(found.shape)}. Flatten them to one row a datum."
+                            f"features must be (batch, d), but for data of shape {tuple(inputs.shape)} they have shape "
+                            f"{tuple(outputs.shape)}. Flatten them to one row per datum."
                         )
     real, generated = _check_features(torch.cat(real), torch.cat(generated), at_least=2 * (k + 2))
     half = size // 2
@@ -281,7 +327,7 @@ def _scores(real: Tensor, generated: Tensor, k: int) -> QualityScores:
 
 
 def _observed(given: tuple[tuple, dict], drawn: tuple[tuple, dict]) -> tuple[Tensor, Tensor]:
-    """Returns the first argument that the model observes, as it was given and as it was drawn."""
+    """Returns the first argument that the model observes, as given and as drawn."""
     for (_, x), (_, sample) in zip(named_tensors(*given), named_tensors(*drawn), strict=True):
         if sample is not x:
             return x, sample
@@ -293,10 +339,8 @@ def _latent_means(model: Callable, guide: Callable, args: tuple, kwargs: dict) -
     trace = trace_guide(guide, structure, _NUM_DRAWS, *args, **kwargs)
     for name, site in sample_sites(trace).items():
         if site["data"] is not None and not site["is_observed"]:
-            try:
+            with suppress(NotImplementedError):  # a flow has no mean: take that of its draws
                 trace.nodes[name] = {**site, "value": center(site["fn"])}
-            except NotImplementedError:  # a flow has no mean but that of its draws
-                pass
     return latents_of(trace, structure).values.mean(0)
 
 
@@ -305,7 +349,7 @@ def _name_of(features: Callable) -> str:
 
 
 def _check_features(real: Tensor, generated: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
-    """Returns two sets of features in double precision, or raises because they cannot be compared."""
+    """Returns two sets of features in double precision; raises a ValueError if they cannot be compared."""
     for name, x in (("real", real), ("generated", generated)):
         if x.dim() != 2:
             raise ValueError(f"{name} must be features of shape (n, d), got {tuple(x.shape)}. Flatten them.")
@@ -319,7 +363,7 @@ def _check_features(real: Tensor, generated: Tensor, at_least: int) -> tuple[Ten
 
 
 def _share_inside(centers: Tensor, points: Tensor, k: int) -> float:
-    """Returns the share of points that are in a ball around a centre up to its k-th nearest neighbour."""
+    """Returns the share of points inside a ball around a centre, whose radius reaches its k-th nearest neighbour."""
     rows = max(1, _CHUNK // max(len(centers), len(points)))
     # A centre is its own nearest neighbour.
     radius = torch.cat([_distances(part, centers).kthvalue(k + 1, dim=1).values for part in centers.split(rows)])
@@ -328,7 +372,7 @@ def _share_inside(centers: Tensor, points: Tensor, k: int) -> float:
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    # By matrix products, distances of points to themselves would not be zero, and those of ties not equal.
+    # Not by matrix products: then the distance of a point to itself is not zero, and ties are not equal.
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 

@@ -1,18 +1,13 @@
-"""Estimates of log p(x), per datum, with what says how far to trust them."""
+"""Estimates of log p(x) per datum, with their errors and with diagnostics of their reliability."""
 
-from pyrovae.estimators.annealed import (
-    Adaptive,
-    AnnealedImportanceSampling,
-    Bracket,
-    Linear,
-    Schedule,
-    SequentialMonteCarlo,
-    Sigmoid,
-    bidirectional,
-)
-from pyrovae.estimators.base import Estimate, Estimator, Task, independent_baseline, log_marginal
+from pyrovae.estimators.annealed import AnnealedImportanceSampling, Bracket, SequentialMonteCarlo, bidirectional
+from pyrovae.estimators.base import Estimate, Estimator
+from pyrovae.estimators.baseline import independent_baseline
 from pyrovae.estimators.exact import Enumeration, Quadrature
+from pyrovae.estimators.marginal import log_marginal
 from pyrovae.estimators.proposals import Guide, Mixed, Prior, Proposal, Refined, Widened, refine
+from pyrovae.estimators.schedules import Adaptive, Linear, Schedule, Sigmoid
+from pyrovae.estimators.task import Task
 from pyrovae.estimators.weighted import CUBO, ImportanceSampling
 
 __all__ = [

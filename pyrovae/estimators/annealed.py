@@ -1,7 +1,7 @@
-r"""Estimators that move latents from a distribution that is known to the posterior: annealing, and its two sides."""
+r"""Annealing: estimators that move latents from a normalised distribution to the posterior."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -9,135 +9,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae.estimators.base import (
-    Allocations,
-    Estimate,
-    Estimator,
-    Task,
-    check_count,
-    check_positive,
-    clamp,
-    join,
-    open_task,
-)
+from pyrovae.estimators.base import Estimate, Estimator, check_count, check_positive, join
+from pyrovae.estimators.memory import Allocations, clamp
+from pyrovae.estimators.moves import move, next_temperature, resample
 from pyrovae.estimators.proposals import Prior, Proposal
-from pyrovae.estimators.targets import Densities, Target
+from pyrovae.estimators.schedules import Adaptive, Schedule, TemperingPath
+from pyrovae.estimators.targets import Target
+from pyrovae.estimators.task import Task, open_task
 from pyrovae.estimators.weighted import WeightSums
-from pyrovae.inference.messages import described
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import simulate
 
-_DIVERGED = 1000.0  # an error of the energy, in nats, that no useful step makes; as in Stan
 _PILOT_CHAINS = 32
 
 
-class Schedule(ABC):
-    r"""Base of the schedules of temperatures :math:`0 = \beta_0 < \dots < \beta_T = 1`; write `betas` for another.
-
-    References:
-        On the Quantitative Analysis of Decoder-Based Generative Models, Y. Wu, Y. Burda, R. Salakhutdinov and R.
-        Grosse, 2017, https://arxiv.org/abs/1611.04273.
-    """
-
-    @abstractmethod
-    def betas(self, num_temperatures: int, pilot: "TemperingPath") -> Tensor:
-        """Returns ``(num_temperatures + 1, batch)``, or the same for all data in one column; from a run before the one that counts."""
-
-    def __repr__(self) -> str:
-        return described(self)
-
-
-class Linear(Schedule):
-    r"""Equal steps, :math:`\beta_t = t / T`."""
-
-    def betas(self, num_temperatures: int, pilot: "TemperingPath") -> Tensor:
-        return torch.linspace(0, 1, num_temperatures + 1).unsqueeze(-1)
-
-
-class Sigmoid(Schedule):
-    r"""Small steps at either end, after Wu et al.
-
-    .. math:: \beta_t = \frac{\sigma(\delta (2t/T - 1)) - \sigma(-\delta)}{\sigma(\delta) - \sigma(-\delta)}
-
-    Args:
-        rate: :math:`\delta`, positive.
-    """
-
-    def __init__(self, rate: float = 4.0):
-        check_positive("rate", rate)
-        self.rate = rate
-
-    def betas(self, num_temperatures: int, pilot: "TemperingPath") -> Tensor:
-        s = (self.rate * torch.linspace(-1, 1, num_temperatures + 1, dtype=torch.float64)).sigmoid()
-        return ((s - s[0]) / (s[-1] - s[0])).float().unsqueeze(-1)
-
-
-class Adaptive(Schedule):
-    r"""Steps of equal length for each datum, by how much the log weights vary: the least variance to first order.
-
-    .. math:: \int_{\beta_{t-1}}^{\beta_t} \sqrt{\mathrm{Var}_{f_\beta}\left[\log p(x, z) - \log q(z)\right]}\, d\beta
-        = \text{const.}
-
-    References:
-        Simulating Normalizing Constants: From Importance Sampling to Bridge Sampling to Path Sampling, A. Gelman and
-        X.-L. Meng, 1998, https://doi.org/10.1214/ss/1028905934.
-    """
-
-    def betas(self, num_temperatures: int, pilot: "TemperingPath") -> Tensor:
-        steps = pilot.betas.diff(dim=0)
-        speed = 0.5 * (pilot.speeds[1:] + pilot.speeds[:-1])
-        # A tenth of equal steps, in case the run before saw too little.
-        length = speed * steps
-        length = length / length.sum(0, keepdim=True).clamp(min=1e-12) + 0.1 * steps
-        at = torch.cat([torch.zeros_like(length[:1]), length.cumsum(0)])
-        at = at / at[-1:]
-        grid = torch.linspace(0, 1, num_temperatures + 1, dtype=at.dtype, device=at.device)
-        betas = _interpolate(grid.unsqueeze(-1).expand(-1, at.shape[1]), at, pilot.betas)
-        betas[0], betas[-1] = 0.0, 1.0
-        return betas
-
-
-class TemperingPath(NamedTuple):
-    """How a run before the one that counts went from the start to the posterior; the first dimension is time.
-
-    Args:
-        betas: the temperatures, ``(steps, batch)``, from 0 to 1.
-        step_sizes: of the moves at each, for the chains to be accepted as often as asked for, of the same shape.
-        scales: standard deviations of the chains, ``(steps, batch, dim)``.
-        speeds: standard deviations of what the posterior's log-density is above the start's, ``(steps, batch)``.
-    """
-
-    betas: Tensor
-    step_sizes: Tensor
-    scales: Tensor
-    speeds: Tensor
-
-    def at(self, beta: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns step sizes and scales at temperatures ``(batch,)``."""
-        upper, share = _between(self.betas, beta.unsqueeze(0))
-        rows = torch.arange(len(beta), device=beta.device)
-
-        def at(values: Tensor, share: Tensor) -> Tensor:
-            return torch.lerp(values[upper[0] - 1, rows].log(), values[upper[0], rows].log(), share).exp()
-
-        step, scale = at(self.step_sizes, share[0]), at(self.scales, share[0].unsqueeze(-1))
-        return step, scale
-
-
-class _Moved(NamedTuple):
-    """Latents after a Hamiltonian move, with the share of it that would be accepted and whether it diverged."""
-
-    u: Tensor
-    at: Densities
-    acceptance: Tensor
-    diverged: Tensor
-
-
 class _Annealed(Estimator):
-    """What annealing from a start to the posterior has in common."""
+    """Base of the estimators that anneal from a start to the posterior."""
 
     num_particles = 1
-    _share_kept = 0.8  # of the effective sample size, at each temperature of the run before
+    _share_kept = 0.8  # of the effective sample size, at each temperature of the pilot run
 
     def __init__(self, num_samples: int, num_leapfrog: int, start: Proposal | None, acceptance: float):
         super().__init__(num_samples)
@@ -150,77 +40,85 @@ class _Annealed(Estimator):
 
     @property
     def needs_guide(self) -> bool:
-        """Whether the start looks at the guide."""
+        """Whether the start uses the guide."""
         return self.start.needs_guide
 
     def estimate(self, task: Task) -> Estimate:
-        data, runs = self._fit(task)
+        num_data, num_runs = self._chunk_sizes(task)
         task.start(task.size, "datum")
-        return join(self, [self._score(part, runs) for part in task.split(data)])
+        return join(self, [self._score(part, num_runs) for part in task.split(num_data)])
 
-    def _fit(self, task: Task) -> tuple[int, int]:
-        """Returns how many data, and of each how many runs, fit in the budget at once."""
+    def _chunk_sizes(self, task: Task) -> tuple[int, int]:
+        """Returns how many data, and how many runs of each, fit in the memory budget at once."""
         few = replace(task.rows(slice(0, 1)), graphs=None)
         target = Target(few, self.start.single(few, f"{type(self).__name__} starts"))
         used = []
         for chains in (1, 2):
             u = target.draw(chains)
-            with Allocations() as counted:
+            with Allocations() as allocations:
                 target(u)
-            used.append(counted.bytes())
-        at_once = task.max_memory / max(used[1] - used[0], 1)  # chains
-        data = clamp(at_once / max(self.num_samples * self.num_particles, _PILOT_CHAINS), task.size)
-        return data, clamp(at_once / (data * self.num_particles), self.num_samples)
+            used.append(allocations.bytes())
+        max_chains = task.max_memory / max(used[1] - used[0], 1)
+        num_data = clamp(max_chains / max(self.num_samples * self.num_particles, _PILOT_CHAINS), task.size)
+        return num_data, clamp(max_chains / (num_data * self.num_particles), self.num_samples)
 
     def _prepare(self, task: Task) -> tuple[Target, TemperingPath, Tensor]:
-        """Returns where chains move for some data, what a run before the one that counts found, and the temperatures."""
+        """Returns the densities for some data, what a pilot run learned about them, and the temperatures."""
         target = Target(task, self.start.single(task, f"{type(self).__name__} starts"))
         path = self._pilot(target, task)
         return target, path, self._betas(path)
 
-    def _score(self, task: Task, runs: int) -> Estimate:
+    def _score(self, task: Task, num_runs: int) -> Estimate:
         target, path, betas = self._prepare(task)
-        return self._run(target, path, betas, target.draw(self.num_samples * self.num_particles), task, runs)
+        return self._run(target, path, betas, target.draw(self.num_samples * self.num_particles), task, num_runs)
 
-    def _run(self, target: Target, path: TemperingPath, betas: Tensor, u: Tensor, task: Task, runs: int) -> Estimate:
-        """Takes chains from u through temperatures, so many runs at once; returns the ratio of the constants at the ends."""
+    def _run(
+        self, target: Target, path: TemperingPath, betas: Tensor, u: Tensor, task: Task, num_runs: int
+    ) -> Estimate:
+        """Estimates the log ratio of the normalising constants at the last and the first temperature.
+
+        Args:
+            target: the densities.
+            path: what the pilot run learned.
+            betas: the temperatures, ``(steps + 1, batch)``, rising or falling.
+            u: where the chains start, ``(chains, batch, dim)``.
+            task: the task, whose bar is moved.
+            num_runs: runs at once.
+        """
         sums = WeightSums(self.num_samples)
         acceptance = diverged = 0.0
-        for some in u.split(runs * self.num_particles):
-            share = len(some) / len(u)
-            log_w, accepted, failed = self._anneal(target, path, betas, some, task, share)
+        for chains in u.split(num_runs * self.num_particles):
+            share = len(chains) / len(u)
+            log_w, accepted, failed = self._anneal(target, path, betas, chains, task, share)
             sums.add(log_w.to(u.dtype))
             acceptance, diverged = acceptance + share * accepted, diverged + share * failed
-        estimate = sums.estimate(self)
-        # At a single temperature nothing moves: it is importance sampling.
-        estimate.diagnostics.update(
-            diverged=diverged, acceptance=acceptance if len(betas) > 2 else acceptance + math.nan
-        )
-        return estimate
+        if len(betas) == 2:  # from one end straight to the other nothing moves: this is importance sampling
+            acceptance = acceptance + math.nan
+        return replace(sums.estimate(self), diagnostics={"diverged": diverged, "acceptance": acceptance})
 
     def _anneal(
         self, target: Target, path: TemperingPath, betas: Tensor, u: Tensor, task: Task, share: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Takes chains from u through temperatures, up or down.
+        """Moves chains from u through the temperatures; `share` is their share of all chains, for the bar.
 
         Returns:
             Log weights, ``(runs, batch)``, and the shares of moves that were accepted and that diverged, ``(batch,)``.
         """
         runs, n, batch = len(u) // self.num_particles, self.num_particles, u.shape[1]
         at, steps = target(u), len(betas) - 1
-        # Sums of many terms, and products of small numbers: in double precision.
+        # In double precision: sums of many terms, and products of small numbers.
         log_w = torch.zeros(runs, n, batch, dtype=torch.float64, device=u.device)
         log_z = torch.zeros_like(log_w[:, 0])
         acceptance, diverged = torch.zeros_like(u[0, :, 0]), torch.zeros_like(u[0, :, 0])
         for t in range(1, steps + 1):
             rise = betas[t] - betas[t - 1]
-            # Of data that are there before others nothing rises, not even an impossible draw's 0 times infinity.
+            # Where the temperature stays, the weight stays too: 0 times an infinite rise would be NaN.
             log_w = log_w + torch.where(rise == 0, 0.0, rise * at.rise).double().view(runs, n, batch)
             if t < steps:
                 if n > 1:
-                    u, at, log_w, log_z = _resample(u, at, log_w, log_z)
+                    u, at, log_w, log_z = resample(u, at, log_w, log_z)
                 step, scale = path.at(betas[t])
-                moved = _move(target, u, at, betas[t], step, scale, self.num_leapfrog)
+                moved = move(target, u, at, betas[t], step, scale, self.num_leapfrog)
                 u, at = moved.u, moved.at
                 acceptance += moved.acceptance.mean(0) / (steps - 1)
                 diverged += moved.diverged.to(diverged).mean(0) / (steps - 1)
@@ -228,7 +126,7 @@ class _Annealed(Estimator):
         return log_z + log_w.logsumexp(1) - math.log(n), acceptance, diverged
 
     def _pilot(self, target: Target, task: Task) -> TemperingPath:
-        """Runs chains to the posterior by adaptive tempering, to learn step sizes, scales and temperatures from them."""
+        """Runs chains to the posterior by adaptive tempering, to learn step sizes, scales and temperatures."""
         chains = max(_PILOT_CHAINS, self.num_particles)
         u = target.draw(chains)
         at = target(u)
@@ -236,40 +134,29 @@ class _Annealed(Estimator):
         beta = torch.zeros(batch, dtype=u.dtype, device=u.device)
         step = torch.full_like(beta, 0.5 / dim**0.25)
         variance = u.var(0).clamp(min=1e-12)
-        betas, steps, scales, speeds = [], [], [], []
-
-        def record() -> None:
-            betas.append(beta)
-            steps.append(step)
-            scales.append(variance.sqrt())
-            # Impossible draws have no weight from the first temperature on, however near it is.
-            possible = at.rise.isfinite()
-            lowest = torch.where(possible, at.rise, math.inf).amin(0)
-            speeds.append(torch.where(possible, at.rise, lowest).nan_to_num(posinf=0.0).std(0))
-
-        record()
+        steps = [(beta, step, variance.sqrt(), _spread(at.rise))]
         while bool((beta < 1).any()):
             before = beta
-            beta, log_w = _next_temperature(beta, at.rise, self._share_kept)
-            u, at, *_ = _resample(u, at, log_w.unsqueeze(0), log_w.new_zeros(1, batch), always=True)
+            beta, log_w = next_temperature(beta, at.rise, self._share_kept)
+            u, at, *_ = resample(u, at, log_w.unsqueeze(0), log_w.new_zeros(1, batch), always=True)
             for _ in range(2):
-                moved = _move(target, u, at, beta, step, variance.sqrt(), self.num_leapfrog)
+                moved = move(target, u, at, beta, step, variance.sqrt(), self.num_leapfrog)
                 u, at = moved.u, moved.at
                 step = step * (0.5 * (moved.acceptance.mean(0) - self.acceptance)).exp()
-            # Few chains tell the scale to a fifth: go on from what the temperatures before said.
+            # So few chains give the scale with an error of a fifth: average it over temperatures.
             variance = torch.lerp(variance, u.var(0).clamp(min=1e-12), 0.3)
-            record()
+            steps.append((beta, step, variance.sqrt(), _spread(at.rise)))
             task.advance(0.5 * (beta - before).sum().item())
-        return TemperingPath(torch.stack(betas), torch.stack(steps), torch.stack(scales), torch.stack(speeds))
+        return TemperingPath(*map(torch.stack, zip(*steps, strict=True)))
 
     @abstractmethod
     def _betas(self, path: TemperingPath) -> Tensor:
-        """Returns the temperatures of the run that counts, ``(steps + 1, batch)``."""
+        """Returns the temperatures of the main run, ``(steps + 1, batch)``."""
 
     def trusts(self, estimate: Estimate) -> Tensor:
-        """Returns whether a fifth of the chains and at least four count, and moves were accepted and hardly ever diverged.
+        """Returns whether the ESS is a fifth of the chains and at least 4, and moves are accepted and rarely diverge.
 
-        The tail of so few weights says little; that few of them count says more.
+        The ESS, because so few weights say little about their tail.
         """
         fails = (estimate.diagnostics["acceptance"] < 0.2) | (estimate.diagnostics["diverged"] > 0.05)
         return (estimate.ess >= max(0.2 * self.num_samples, 4)) & ~fails
@@ -277,17 +164,24 @@ class _Annealed(Estimator):
     def describe(self, estimate: Estimate) -> str:
         n = len(estimate.value)
         untrusted = int((~estimate.trusted).sum())
-        said = f"not to be trusted (few {self.unit} count, or moves fail): {untrusted:,} of {n:,} data"
+        reliability = f"not to be trusted (low ESS of {self.unit}, or moves fail): {untrusted:,} of {n:,} data"
         acceptance, diverged = estimate.diagnostics["acceptance"], estimate.diagnostics["diverged"]
         acceptance = acceptance[~acceptance.isnan()]
         if not len(acceptance):
-            return said
+            return reliability
         moves = f"moves accepted: {acceptance.mean().item():.0%} (least: {acceptance.min().item():.0%})"
-        share = f"diverged: {diverged.mean().item():.1%} of moves, of {int((diverged > 0).sum()):,} of {n:,} data"
-        return f"{moves}; {share}\n{said}"
+        share = f"diverged: {diverged.mean().item():.1%} of moves, for {int((diverged > 0).sum()):,} of {n:,} data"
+        return f"{moves}; {share}\n{reliability}"
 
     def remedy(self, structure: SiteStructure) -> str:
         return "Take more temperatures, or start=Refined()."
+
+
+def _spread(rise: Tensor) -> Tensor:
+    """Returns the standard deviation over chains; impossible draws count as the lowest possible one."""
+    possible = rise.isfinite()
+    lowest = torch.where(possible, rise, math.inf).amin(0)
+    return torch.where(possible, rise, lowest).nan_to_num(posinf=0.0).std(0)
 
 
 class AnnealedImportanceSampling(_Annealed):
@@ -297,22 +191,22 @@ class AnnealedImportanceSampling(_Annealed):
         \left(\frac{p(x, z_{t-1})}{q(z_{t-1})}\right)^{\beta_t - \beta_{t-1}}, \qquad
         z_0 \sim q, \quad z_t \sim \mathcal{T}_{\beta_t}(\cdot \mid z_{t-1})
 
-    where each move :math:`\mathcal{T}_\beta` leaves :math:`q(z)^{1-\beta} p(x, z)^\beta` as it is. It is unbiased, like
-    importance sampling, and its weights vary less with each temperature. A run before the one that counts finds step
-    sizes, scales and temperatures for each datum, so that the run that counts adapts to nothing. Latents must be
-    continuous; bounded ones are moved in the space of real numbers that is mapped to theirs.
+    where each move :math:`\mathcal{T}_\beta` leaves :math:`q(z)^{1-\beta} p(x, z)^\beta` invariant. It is unbiased,
+    like importance sampling, and its weights vary less with more temperatures. A pilot run finds step sizes, scales and
+    temperatures for each datum, so that the main run does not adapt. Latents must be continuous; constrained ones are
+    moved in the unconstrained space.
 
     Args:
         num_samples: chains per datum K, at least 1; below 21 there is no k-hat.
         num_temperatures: T, at least 1.
-        num_leapfrog: gradients a move, at least 1.
-        start: what q is, :class:`Prior` unless given, so that nothing depends on the guide; :class:`Guide` or
-            :class:`Refined` need fewer temperatures where they are near.
-        schedule: the temperatures, :class:`Adaptive` unless given.
-        acceptance: share of moves that the step sizes are to have accepted, below 1.
+        num_leapfrog: gradients per move, at least 1.
+        start: q; :class:`Prior` by default, so that nothing depends on the guide. :class:`Guide` or :class:`Refined`
+            need fewer temperatures where they are close to the posterior.
+        schedule: the temperatures; :class:`Adaptive` by default.
+        acceptance: target acceptance rate of the moves, below 1.
 
     Raises:
-        ValueError: when latents are discrete, or live where real numbers are not mapped to one to one (a sphere).
+        ValueError: when latents are discrete, or their support has no bijection from :math:`\mathbb{R}^n` (a sphere).
 
     References:
         Annealed Importance Sampling, R. M. Neal, 2001, https://arxiv.org/abs/physics/9803008; On the Quantitative
@@ -344,7 +238,7 @@ class AnnealedImportanceSampling(_Annealed):
         self.num_temperatures = num_temperatures
         self.schedule = Adaptive() if schedule is None else schedule
         if not isinstance(self.schedule, Schedule):
-            raise TypeError(f"schedule must be one such as estimators.Sigmoid(), got {schedule!r}.")
+            raise TypeError(f"schedule must be a schedule such as estimators.Sigmoid(), got {schedule!r}.")
 
     def _betas(self, path: TemperingPath) -> Tensor:
         betas = self.schedule.betas(self.num_temperatures, path).to(path.betas)
@@ -354,23 +248,22 @@ class AnnealedImportanceSampling(_Annealed):
 
 
 class SequentialMonteCarlo(_Annealed):
-    r"""Sequential Monte Carlo with adaptive tempering: annealing that drops chains of little weight for others.
+    r"""Sequential Monte Carlo with adaptive tempering: annealing that resamples chains by their weights.
 
     .. math:: \hat p(x) = \prod_{t=1}^T \frac{1}{N} \sum_{n=1}^N w_{tn}, \qquad
         w_{tn} = \left(\frac{p(x, z_{t-1,n})}{q(z_{t-1,n})}\right)^{\beta_t - \beta_{t-1}}
 
-    Temperatures are found for each datum by a run before the one that counts, each as far as keeps a share of the
-    effective sample size; being fixed then, they leave the estimate unbiased. Particles are resampled (systematically)
-    where less than half of their effective sample size is left. The runs are independent: the error comes from their
-    spread.
+    A pilot run finds temperatures for each datum, each step as large as keeps a share of the effective sample size; the
+    main run does not adapt them, so that the estimate is unbiased. Particles are resampled (systematically) where their
+    effective sample size is below half of their number. The runs are independent: the error comes from their spread.
 
     Args:
         num_samples: runs per datum, at least 1; below 21 there is no k-hat.
-        num_particles: particles a run N, at least 2.
-        num_leapfrog: gradients a move, at least 1.
-        start: what q is, :class:`Prior` unless given.
-        kept: share of the effective sample size that a temperature is to keep, below 1.
-        acceptance: share of moves that the step sizes are to have accepted, below 1.
+        num_particles: particles per run N, at least 2.
+        num_leapfrog: gradients per move, at least 1.
+        start: q; :class:`Prior` by default.
+        kept: share of the effective sample size that each step of the temperature keeps, below 1.
+        acceptance: target acceptance rate of the moves, below 1.
 
     Raises:
         ValueError: as :class:`AnnealedImportanceSampling`.
@@ -408,110 +301,14 @@ class SequentialMonteCarlo(_Annealed):
         return path.betas
 
 
-def _move(
-    target: Target, u: Tensor, at: Densities, beta: Tensor, step: Tensor, scale: Tensor, num_leapfrog: int
-) -> _Moved:
-    """Moves chains by Hamiltonian dynamics at temperatures ``(batch,)``, which leaves their density as it is."""
-    # Steps of one length may go round in circles.
-    size = step.unsqueeze(-1) * scale * torch.empty_like(u[..., :1]).uniform_(0.8, 1.2)
-    temperature = beta.unsqueeze(-1)
-
-    def push(at: Densities, momentum: Tensor, share: float) -> Tensor:
-        return momentum + share * size * (at.start_gradient + temperature * at.rise_gradient)
-
-    def energy(at: Densities, momentum: Tensor) -> Tensor:
-        return 0.5 * momentum.square().sum(-1) - at.start - beta * at.rise
-
-    momentum = torch.randn_like(u)
-    moved, there = u, at
-    pushed = push(at, momentum, 0.5)
-    for i in range(num_leapfrog):
-        moved = moved + size * pushed
-        there = target(moved)
-        pushed = push(there, pushed, 1.0 if i < num_leapfrog - 1 else 0.5)
-    error = energy(there, pushed) - energy(at, momentum)
-    error = torch.where(error.isnan(), math.inf, error)
-    acceptance = (-error).exp().clamp(max=1.0)
-    accepted = torch.rand_like(acceptance) < acceptance
-    at = Densities(*(torch.where(_like(accepted, old), new, old) for new, old in zip(there, at, strict=True)))
-    return _Moved(torch.where(_like(accepted, u), moved, u), at, acceptance, error > _DIVERGED)
-
-
-def _like(chains: Tensor, t: Tensor) -> Tensor:
-    return chains.unsqueeze(-1) if t.dim() > chains.dim() else chains
-
-
-def _next_temperature(beta: Tensor, rise: Tensor, kept: float) -> tuple[Tensor, Tensor]:
-    """Returns how far each datum's temperature may rise for weights to keep a share of their effective sample size.
-
-    By bisection; and at least a thousandth, so that it ends. Also returns the log weights, ``(chains, batch)``.
-    """
-    rise = rise.double()
-
-    def share(step: Tensor) -> Tensor:
-        log_w = step * rise
-        return (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp() / len(rise)
-
-    low, high = torch.zeros_like(rise[0]), 1 - beta.double()
-    whole = share(high) >= kept
-    for _ in range(30):
-        middle = 0.5 * (low + high)
-        enough = share(middle) >= kept
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    step = torch.where(whole, 1 - beta.double(), torch.minimum(low.clamp(min=1e-3), 1 - beta.double()))
-    after = torch.where(whole, torch.ones_like(beta), (beta + step).to(beta).clamp(max=1.0))
-    return after, step * rise
-
-
-def _resample(
-    u: Tensor, at: Densities, log_w: Tensor, log_z: Tensor, always: bool = False
-) -> tuple[Tensor, Densities, Tensor, Tensor]:
-    """Resamples chains by their log weights, ``(runs, particles, batch)``, systematically, where few of them count.
-
-    Returns the chains, and the log weights with what was divided out of them added to `log_z`.
-    """
-    runs, n, batch = log_w.shape
-    total = log_w.logsumexp(1)
-    ess = (2 * total - (2 * log_w).logsumexp(1)).exp()
-    needed = total > -math.inf
-    if not always:
-        needed = needed & (ess < 0.5 * n)
-    cumulated = (log_w - total.unsqueeze(1)).exp().cumsum(1).movedim(1, -1).contiguous()
-    positions = torch.rand(runs, batch, 1, dtype=log_w.dtype, device=log_w.device) + torch.arange(
-        n, device=log_w.device
-    )
-    chosen = torch.searchsorted(cumulated, positions / n).clamp(max=n - 1).movedim(-1, 1)
-    own = torch.arange(n, device=log_w.device).view(1, n, 1)
-    chosen = torch.where(needed.unsqueeze(1), chosen, own)
-
-    def take(t: Tensor) -> Tensor:
-        index = chosen if t.dim() == 2 else chosen.unsqueeze(-1).expand(-1, -1, -1, t.shape[-1])
-        return t.unflatten(0, (runs, n)).gather(1, index).flatten(0, 1)
-
-    log_z = torch.where(needed, log_z + total - math.log(n), log_z)
-    return take(u), Densities(*map(take, at)), torch.where(needed.unsqueeze(1), 0.0, log_w), log_z
-
-
-def _interpolate(x: Tensor, known: Tensor, values: Tensor) -> Tensor:
-    """Returns values at x by lines between those at known places, ascending; all ``(places, batch)``."""
-    upper, share = _between(known, x)
-    return torch.lerp(values.gather(0, upper - 1), values.gather(0, upper), share)
-
-
-def _between(known: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns which known place is the next above x, and how far x is on the way there from the one below it."""
-    upper = torch.searchsorted(known.T.contiguous(), x.T.contiguous()).T.clamp(1, len(known) - 1)
-    low, high = known.gather(0, upper - 1), known.gather(0, upper)
-    return upper, ((x - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-
-
 class Bracket(NamedTuple):
-    r"""What encloses :math:`\log p(x)` of data drawn from the model, from both sides.
+    r"""A lower and an upper bound on :math:`\log p(x)` of data drawn from the model.
 
     Args:
         lower: the estimate by annealing from the start to the posterior, a stochastic lower bound.
-        upper: by annealing back from an exact draw of the posterior, a stochastic upper bound. All chains of a datum
-            start from the one draw, whose chance its standard error does not hold; the spread over data does.
+        upper: the estimate by annealing back from an exact draw of the posterior, a stochastic upper bound. All chains
+            of a datum start from the same draw; its randomness is not in the standard error of a datum, but it is in
+            the spread over data.
         args: the model's arguments, with the data that were drawn.
         kwargs: its keyword arguments.
     """
@@ -523,7 +320,7 @@ class Bracket(NamedTuple):
 
     @property
     def gap(self) -> Tensor:
-        """How far the two are apart, ``(batch,)`` in nats: on average, the most that either can be wrong."""
+        """The upper minus the lower bound, ``(batch,)`` in nats: on average, the largest error of either."""
         return self.upper.value - self.lower.value
 
     def __str__(self) -> str:
@@ -531,8 +328,8 @@ class Bracket(NamedTuple):
         error = self.gap.std().item() / math.sqrt(n) if n > 1 else math.nan
         low, high = self.lower.value.mean().item(), self.upper.value.mean().item()
         return (
-            f"log p(x) of {n:,} data drawn from the model: {low:.3f} to {high:.3f} nats a datum, a gap of {high - low:.3f} "
-            f"(standard error: {error:.3f})"
+            f"log p(x) of {n:,} data drawn from the model: {low:.3f} to {high:.3f} nats a datum, "
+            f"a gap of {high - low:.3f} (standard error: {error:.3f})"
         )
 
 
@@ -546,25 +343,25 @@ def bidirectional(
     progress: bool = True,
     **kwargs: Any,
 ) -> Bracket:
-    r"""Encloses :math:`\log p(x)` on data drawn from the model, by annealing forwards and backwards.
+    r"""Bounds :math:`\log p(x)` from both sides, on data drawn from the model, by annealing forwards and backwards.
 
     .. math:: \mathrm{E}[\log \hat p(x)] \le \log p(x) \le \mathrm{E}[-\log \widehat{1/p(x)}]
 
-    Of data that the model drew, the latents are an exact draw of the posterior, and chains can be run back from there:
-    the mean of one over their weights is unbiased for :math:`1/p(x)`. The gap says how far the method is from the truth
-    at this number of chains and temperatures; on real data it can be trusted as far as the model is like them.
+    If the model drew the data, its latents are an exact draw of the posterior, from which chains can run back: the mean
+    of the inverse weights is unbiased for :math:`1/p(x)`. The gap bounds the error of the method at this number of
+    chains and temperatures; it carries over to real data as far as these resemble data from the model.
 
     Args:
-        model: a Pyro model, which observes arguments of its own.
+        model: a Pyro model that observes some of its arguments.
         guide: a Pyro guide, or None.
-        *args: what the model is called with; data of its own take the place of those that it observes.
-        method: the annealing, :class:`AnnealedImportanceSampling` unless given.
+        *args: positional arguments of the model; those that it observes are replaced by data drawn from it.
+        method: the annealing; :class:`AnnealedImportanceSampling` by default.
         max_memory: budget for intermediate results, in bytes.
         progress: whether to show a progress bar.
-        **kwargs: what the model is called with.
+        **kwargs: keyword arguments of the model.
 
     Raises:
-        ValueError: as :func:`log_marginal`; when what the model observes is none of its arguments.
+        ValueError: as in :func:`log_marginal`; when the model observes none of its arguments.
 
     References:
         Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo, R. B. Grosse, Z. Ghahramani and R. P.
@@ -586,12 +383,12 @@ def bidirectional(
     with open_task(model, guide, method, drawn, named, max_memory, progress) as task:
         task.start(1.5 * task.size, "datum")
         lower, upper, done = [], [], 0
-        data, runs = method._fit(task)
-        for part in task.split(data):
+        num_data, num_runs = method._chunk_sizes(task)
+        for part in task.split(num_data):
             target, path, betas = method._prepare(part)
             exact = target.pack_rows(latents, slice(done, done + part.size)).expand(method.num_samples, -1, -1)
-            lower.append(method._run(target, path, betas, target.draw(method.num_samples), part, runs))
-            upper.append(method._run(target, path, betas.flip(0), exact, part, runs))
+            lower.append(method._run(target, path, betas, target.draw(method.num_samples), part, num_runs))
+            upper.append(method._run(target, path, betas.flip(0), exact, part, num_runs))
             done += part.size
     reverse = join(method, upper)
     return Bracket(join(method, lower), replace(reverse, value=-reverse.value), drawn, named)

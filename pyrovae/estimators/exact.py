@@ -1,4 +1,4 @@
-r"""Values of log p(x) without chance: by quadrature where the latent is small, by enumeration where it is discrete."""
+r"""Deterministic values of log p(x): quadrature for few latent dimensions, enumeration for discrete latents."""
 
 import math
 from dataclasses import replace
@@ -9,51 +9,54 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.distributions import Flattened
-from pyrovae.estimators.base import Allocations, Estimate, Estimator, Task, clamp, join, prior_of
+from pyrovae.estimators.base import Estimate, Estimator, join
+from pyrovae.estimators.memory import Allocations, clamp
 from pyrovae.estimators.proposals import WeightedGuide
 from pyrovae.estimators.targets import Target
+from pyrovae.estimators.task import Task, prior_of
 from pyrovae.inference.sites import is_masked, sample_sites, unwrapped
 from pyrovae.inference.structure import SiteStructure
 
-_DEPTH = 25.0  # nats below the top of an integrand, beyond which it is left out: e^-25 is 1e-11
+_DEPTH = 25.0  # nats below the maximum of an integrand, beyond which it is ignored: e^-25 is 1e-11
 _ROUNDS = 12  # grids fitted to each datum, at most
 _PRIOR_DRAWS = 1000
 
 
 class _Deterministic(Estimator):
-    """What estimators without chance have in common."""
+    """Base of the deterministic estimators."""
 
     needs_guide = False
 
     def _check_unmasked(self, trace: poutine.Trace) -> None:
+        """Raises a ValueError if latents of a trace are masked."""
         for name, site in sample_sites(trace).items():
             if not site["is_observed"] and is_masked(site):
                 raise ValueError(
-                    f'the latents at site "{name}" are masked for some data, so that they have no density to go over. Take '
-                    "ImportanceSampling()."
+                    f'the latents at site "{name}" are masked for some data, so that they have no density to '
+                    "integrate. Take ImportanceSampling()."
                 )
 
     def _estimate(self, value: Tensor, error: Tensor, num_samples: int) -> Estimate:
-        nothing = torch.full_like(value, math.nan)
-        return Estimate(value, error, nothing, nothing, num_samples, self)
+        unknown = torch.full_like(value, math.nan)
+        return Estimate(value, error, unknown, unknown, num_samples, self)
 
 
 class Quadrature(_Deterministic):
-    r"""The trapezoidal rule on a grid fitted to each datum's posterior: the truth, for up to three latent dimensions.
+    r"""The trapezoidal rule on a grid fitted to each datum's posterior: exact, for up to three latent dimensions.
 
     .. math:: p(x) = \int p(x, u)\, du \approx \prod_d h_d \sum_j p(x, u_j)
 
-    The grid starts as wide as the prior's draws and closes in on all that is within 25 nats of the highest point. The
-    rule's error falls exponentially with the number of points for smooth integrands that vanish at both ends, and with
-    its square where a decoder has kinks (ReLU). The error that is stated is what half as many points a dimension would
-    change: for smooth integrands far more than the true one. Bounded latents are integrated in the space of real
-    numbers mapped to theirs. The guide is not looked at.
+    The grid starts as wide as draws of the prior, and shrinks to the region within 25 nats of the highest point. The
+    error falls exponentially with the number of points for smooth integrands that vanish at both ends, and
+    quadratically where a decoder has kinks (ReLU). The stated error is the change with half as many points in each
+    dimension, for smooth integrands far more than the true error. Constrained latents are integrated in the
+    unconstrained space. The guide is not used.
 
     Args:
-        num_samples: points of the grid, at least 5 a dimension.
+        num_samples: points of the grid, at least 5 per dimension.
 
     Raises:
-        ValueError: when there are more than three latent dimensions a datum, too few points for them, or latents that
+        ValueError: when a datum has more than three latent dimensions, there are too few points for them, or latents
             are discrete.
 
     References:
@@ -82,20 +85,22 @@ class Quadrature(_Deterministic):
                 f"Quadrature is for up to 3 latent dimensions, got {dim}. Take AnnealedImportanceSampling()."
             )
         side = int(self.num_samples ** (1 / dim) + 1e-9)
-        side -= 1 - side % 2  # odd, so that half of the points reach both ends too
+        side -= 1 - side % 2  # odd, so that every second point reaches both ends too
         if side < 5:
             raise ValueError(
-                f"num_samples must be at least {5**dim}, 5 points for each of {dim} latent dimensions; got {self.num_samples}."
+                f"num_samples must be at least {5**dim}, 5 points for each of {dim} latent dimensions; "
+                f"got {self.num_samples}."
             )
-        with Allocations() as counted:
+        with Allocations() as allocations:
             target.log_joint(target.draw(64))
-        per_point = max(counted.bytes() / 64, 1)
-        data = clamp(task.max_memory / (side**dim * dim * 16), task.size)
-        slices = clamp(task.max_memory / (data * per_point), side**dim)
+        per_point = max(allocations.bytes() / 64, 1)
+        num_data = clamp(task.max_memory / (side**dim * dim * 16), task.size)
+        num_points = clamp(task.max_memory / (num_data * per_point), side**dim)
         task.start(task.size, "datum")
-        return join(self, [self._score(part, side, slices) for part in task.split(data)])
+        return join(self, [self._score(part, side, num_points) for part in task.split(num_data)])
 
-    def _score(self, task: Task, side: int, slices: int) -> Estimate:
+    def _score(self, task: Task, side: int, num_points: int) -> Estimate:
+        """Scores some data on grids of `side` points per dimension, with `num_points` at once."""
         target = Target(task, WeightedGuide(prior_of(task.model), is_prior=True))
         self._check_unmasked(target.template)
         draws = target.draw(_PRIOR_DRAWS)
@@ -106,14 +111,15 @@ class Quadrature(_Deterministic):
         unit = torch.cartesian_prod(*[line] * target.dim).view(-1, 1, target.dim)
         value, error = torch.full_like(low[:, 0], -math.inf, dtype=torch.float64), math.inf
         for _ in range(_ROUNDS):
-            log_f = torch.cat([target.log_joint(low + part * (high - low)) for part in unit.split(slices)])
+            log_f = torch.cat([target.log_joint(low + part * (high - low)) for part in unit.split(num_points)])
             log_f = log_f.double().unflatten(0, shape)
-            found = _log_integral(log_f, low, high, 1)
-            changed = (found - _log_integral(log_f, low, high, 2)).abs().nan_to_num(nan=math.inf)
-            changed = changed + _share_outside(log_f, low.shape[-1])
-            # Of all grids the one whose points matter least: a heavy tail can lead the last ones astray.
-            value, error = torch.where(changed <= error, found, value), torch.minimum(changed, torch.as_tensor(error))
-            low, high, moved = _closer(log_f, low, high, side)
+            new_value = _log_integral(log_f, low, high, 1)
+            new_error = (new_value - _log_integral(log_f, low, high, 2)).abs().nan_to_num(nan=math.inf)
+            new_error = new_error + _share_outside(log_f, low.shape[-1])
+            # Keep the grid with the smallest error, not the last: a heavy tail can mislead the last ones.
+            value = torch.where(new_error <= error, new_value, value)
+            error = torch.minimum(new_error, torch.as_tensor(error))
+            low, high, moved = _shrink(log_f, low, high, side)
             if not moved:
                 break
         task.advance(task.size)
@@ -124,16 +130,17 @@ class Quadrature(_Deterministic):
 
     def describe(self, estimate: Estimate) -> str:
         rough = int((~estimate.trusted).sum())
-        return f"half of the points change more than 0.1 nats, not to be trusted: {rough:,} of {len(estimate.value):,} data"
+        n = len(estimate.value)
+        return f"halving the points changes more than 0.1 nats, not to be trusted: {rough:,} of {n:,} data"
 
     def remedy(self, structure: SiteStructure) -> str:
         return "Take more points (num_samples), or AnnealedImportanceSampling()."
 
 
-def _closer(log_f: Tensor, low: Tensor, high: Tensor, side: int) -> tuple[Tensor, Tensor, bool]:
-    """Returns the box of all points that count, a cell wider, where it is another by much; and whether any is."""
+def _shrink(log_f: Tensor, low: Tensor, high: Tensor, side: int) -> tuple[Tensor, Tensor, bool]:
+    """Returns the box of all points that matter plus one cell, for data where it differs much; and whether any does."""
     dim = low.shape[-1]
-    # Between points there may be a peak of which they see little: as long as the grid is coarse, that may be any of several.
+    # A coarse grid may miss most of a peak between its points: keep points near which there may be one.
     counts = log_f + _hidden(log_f, dim) > log_f.flatten(0, dim - 1).amax(0) - _DEPTH
     lows, highs = [], []
     for d in range(dim):
@@ -141,7 +148,7 @@ def _closer(log_f: Tensor, low: Tensor, high: Tensor, side: int) -> tuple[Tensor
         first = hit.to(torch.uint8).argmax(0)
         last = side - 1 - hit.flip(0).to(torch.uint8).argmax(0)
         cell = (high[:, d] - low[:, d]) / (side - 1)
-        # What reaches the border goes on beyond it.
+        # Mass that reaches the border continues beyond it.
         beyond = 0.25 * (high[:, d] - low[:, d])
         lows.append(low[:, d] + torch.where(first == 0, -beyond, (first - 1) * cell))
         highs.append(low[:, d] + torch.where(last == side - 1, (side - 1) * cell + beyond, (last + 1) * cell))
@@ -153,24 +160,25 @@ def _closer(log_f: Tensor, low: Tensor, high: Tensor, side: int) -> tuple[Tensor
 
 
 def _hidden(log_f: Tensor, dim: int) -> Tensor:
-    """Returns by how much a parabola with the differences at each point may rise above it within half a cell."""
+    """Returns a bound on the rise of a local parabola above each point, within half a cell."""
     bend = torch.zeros_like(log_f)
     for d in range(dim):
         along = log_f.movedim(d, 0)
         second = along.diff(n=2, dim=0).abs().nan_to_num(0.0, posinf=0.0)
         bend += torch.cat([second[:1], second, second[-1:]]).movedim(0, d)
-    # At most dim times the trace of its curvature, in whatever direction a ridge runs.
+    # At most dim times the trace of the curvature, whatever the direction of a ridge.
     return 0.125 * dim * bend
 
 
 def _share_outside(log_f: Tensor, dim: int) -> Tensor:
-    """Returns the outermost points' share of all, as a guess of what lies beyond them; as nats, infinite if it is all."""
+    """Returns the mass of the outermost points, a guess of the mass beyond them, in nats; infinite if it is all."""
     edge = max(1, len(log_f) // 20)
     inside = log_f[(slice(edge, -edge),) * dim].flatten(0, dim - 1).logsumexp(0)
     return (log_f.flatten(0, dim - 1).logsumexp(0) - inside).nan_to_num(nan=math.inf)
 
 
 def _log_integral(log_f: Tensor, low: Tensor, high: Tensor, stride: int) -> Tensor:
+    """Returns the log of the integral over a box, ``(batch,)``, by every `stride`-th point in each dimension."""
     dim, side = low.shape[-1], len(log_f)
     some = log_f[(slice(None, None, stride),) * dim]
     cells = (side - 1) / stride
@@ -179,12 +187,12 @@ def _log_integral(log_f: Tensor, low: Tensor, high: Tensor, stride: int) -> Tens
 
 
 class _Support(NamedTuple):
-    """The values that the latents of a site can take, and how many of them there are a datum.
+    """The values that the latents of a site can take, and the number of latents per datum.
 
     Args:
-        values: shape ``(num_values, *event)`` of one latent.
-        cells: latents a datum.
-        shape: of all of them, ``(*plates, 1, *event)`` with the data at one.
+        values: the values of one latent, shape ``(num_values, *event)``.
+        cells: latents per datum.
+        shape: shape of the latents of one datum, ``(*plates, 1, *event)``, with 1 in the place of the data plate.
     """
 
     values: Tensor
@@ -193,17 +201,17 @@ class _Support(NamedTuple):
 
 
 class Enumeration(_Deterministic):
-    r"""The sum over all values of the latents: exact, where all are discrete and there are not too many.
+    r"""The sum over all values of the latents: exact, if all latents are discrete with few combinations.
 
     .. math:: p(x) = \sum_z p(x, z)
 
-    The guide is not looked at.
+    The guide is not used.
 
     Args:
-        num_samples: the most combinations of values a datum that are to be summed over.
+        num_samples: largest allowed number of combinations of values per datum.
 
     Raises:
-        ValueError: when a latent is not discrete, has infinitely many values, or there are more combinations than that.
+        ValueError: when a latent is not discrete or has infinitely many values, or there are more combinations.
 
     >>> import pyrovae
     >>> from pyrovae import encoders, likelihoods, priors
@@ -223,36 +231,36 @@ class Enumeration(_Deterministic):
         continuous = task.structure.latents - task.structure.discrete
         if continuous:
             raise ValueError(
-                f"Enumeration is for discrete latents, and {sorted(continuous)} are not. Take AnnealedImportanceSampling() if "
-                "all are continuous, or ImportanceSampling()."
+                f"Enumeration is for discrete latents, and {sorted(continuous)} are not. Take "
+                "AnnealedImportanceSampling() if all are continuous, or ImportanceSampling()."
             )
         few = replace(task.rows(slice(0, 2)), graphs=None)
         trace, _ = few.draw(1, prior_of(task.model))
         supports = {
             name: _support(name, site, few) for name, site in sample_sites(trace).items() if not site["is_observed"]
         }
-        # Python's integers, for this may be a very large number.
+        # In Python's integers: this may be a very large number.
         total = math.prod(len(support.values) ** support.cells for support in supports.values())
         if total > self.num_samples:
             raise ValueError(
-                f"the latents of a datum have {total:,} combinations of values, more than num_samples={self.num_samples:,}. Raise "
-                "it, or take ImportanceSampling()."
+                f"the latents of a datum have {total:,} combinations of values, more than "
+                f"num_samples={self.num_samples:,}. Raise it, or take ImportanceSampling()."
             )
-        with Allocations() as counted:
-            few.score(_assigned(trace, supports, torch.zeros(1, dtype=torch.long), few), 1)
-        slices = clamp(task.max_memory / counted.bytes(), total)
-        data = clamp(task.max_memory / (counted.bytes() * slices), task.size)
+        with Allocations() as allocations:
+            few.score(_assign(trace, supports, torch.zeros(1, dtype=torch.long), few), 1)
+        num_scored = clamp(task.max_memory / allocations.bytes(), total)
+        num_data = clamp(task.max_memory / (allocations.bytes() * num_scored), task.size)
         parts = []
         task.start(task.size * total, "combination")
-        for part in task.split(data):
+        for part in task.split(num_data):
             template, _ = part.draw(1, prior_of(part.model))
             self._check_unmasked(template)
             log_sum = None
-            for numbers in torch.arange(total).split(slices):
-                prior, likelihood = part.score(_assigned(template, supports, numbers, part), len(numbers))
+            for numbers in torch.arange(total).split(num_scored):
+                prior, likelihood = part.score(_assign(template, supports, numbers, part), len(numbers))
                 log_p = prior + likelihood
-                here = log_p.double().logsumexp(0)
-                log_sum = here if log_sum is None else torch.logaddexp(log_sum, here)
+                chunk_sum = log_p.double().logsumexp(0)
+                log_sum = chunk_sum if log_sum is None else torch.logaddexp(log_sum, chunk_sum)
                 part.advance(len(numbers) * part.size)
             value = log_sum.to(log_p.dtype)
             parts.append(self._estimate(value, torch.zeros_like(value), total))
@@ -262,10 +270,11 @@ class Enumeration(_Deterministic):
         return torch.ones_like(estimate.value, dtype=torch.bool)
 
     def describe(self, estimate: Estimate) -> str:
-        return "exact, but for rounding"
+        return "exact, except for rounding"
 
 
 def _support(name: str, site: dict, task: Task) -> _Support:
+    """Returns the values of a latent site; raises a ValueError if they cannot be listed."""
     fn = site["fn"]
     base = fn
     while True:
@@ -277,7 +286,8 @@ def _support(name: str, site: dict, task: Task) -> _Support:
         values = base.enumerate_support(expand=False)
     except NotImplementedError:
         raise ValueError(
-            f'the latents at site "{name}" ({type(base).__name__}) have no values that can be listed. Take ImportanceSampling().'
+            f'the latents at site "{name}" ({type(base).__name__}) have no values that can be listed. Take '
+            "ImportanceSampling()."
         ) from None
     event = base.event_shape
     values = values.reshape(len(values), *event)
@@ -286,8 +296,8 @@ def _support(name: str, site: dict, task: Task) -> _Support:
     return _Support(values, math.prod(shape) // math.prod(event), shape)
 
 
-def _assigned(trace: poutine.Trace, supports: dict[str, _Support], numbers: Tensor, task: Task) -> poutine.Trace:
-    """Returns a trace whose draws are the combinations of these numbers, counted with each latent as a digit."""
+def _assign(trace: poutine.Trace, supports: dict[str, _Support], numbers: Tensor, task: Task) -> poutine.Trace:
+    """Returns a trace whose draws are the combinations with these numbers, in which each latent is a digit."""
     assigned = trace.copy()
     for name, support in supports.items():
         digits = []

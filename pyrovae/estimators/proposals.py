@@ -1,4 +1,4 @@
-r"""Proposals: what latents are drawn from, and where annealing starts."""
+r"""Proposals: the distributions from which latents are drawn, and from which annealing starts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,7 +18,8 @@ from torch.distributions import transform_to
 
 from pyrovae.bounds import ELBO
 from pyrovae.bounds.base import Bound
-from pyrovae.estimators.base import Task, check_count, check_positive, prior_of
+from pyrovae.estimators.base import check_count, check_positive
+from pyrovae.estimators.task import Task, prior_of
 from pyrovae.inference.messages import described
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import inspect_samples, log_q_of, trace_model
@@ -29,8 +30,8 @@ class WeightedGuide(NamedTuple):
 
     Args:
         guide: a Pyro guide.
-        share: relative to those of the others.
-        is_prior: whether it is the model's own distribution of the latents.
+        share: relative to the shares of the other guides.
+        is_prior: whether it is the model's prior.
     """
 
     guide: Callable
@@ -39,11 +40,11 @@ class WeightedGuide(NamedTuple):
 
 
 class Proposal(ABC):
-    r"""Base of the proposals: what the latents of a datum are drawn from, for an estimator.
+    r"""Base of the proposals: the distribution from which an estimator draws the latents of a datum.
 
-    To add one, write :meth:`guides`, which returns Pyro guides made from those of a
-    :class:`~pyrovae.estimators.Task`, for all its data, with their shares of the draws. Whatever is drawn from, weights
-    have the right mean: a proposal decides about the variance alone. `needs_guide` says whether it looks at the guide.
+    To add one, write :meth:`guides`, which returns Pyro guides for all data of a :class:`Task`, with their shares of
+    the draws. Weights have the right mean under any proposal; the proposal decides only their variance. `needs_guide`
+    says whether it uses the task's guide.
     """
 
     needs_guide = True
@@ -52,11 +53,16 @@ class Proposal(ABC):
     def guides(self, task: Task) -> list[WeightedGuide]:
         """Returns the guides to draw from, with their shares."""
 
-    def single(self, task: Task, what_for: str) -> WeightedGuide:
-        """Returns the one guide to draw from; raises a ValueError for a mixture of several."""
+    def single(self, task: Task, user: str) -> WeightedGuide:
+        """Returns the only guide to draw from; raises a ValueError for a mixture of several.
+
+        Args:
+            task: the task.
+            user: subject and verb of the error, "AnnealedImportanceSampling starts" for example.
+        """
         guides = self.guides(task)
         if len(guides) != 1:
-            raise ValueError(f"{what_for} from one proposal, and {self} is {len(guides)}. Give it one of them.")
+            raise ValueError(f"{user} from one proposal, but {self} has {len(guides)}. Give it one of them.")
         return guides[0]
 
     def __repr__(self) -> str:
@@ -71,7 +77,7 @@ class Guide(Proposal):
 
 
 class Prior(Proposal):
-    """The model's own distribution of the latents, whatever the data."""
+    """The model's prior, whatever the data."""
 
     needs_guide = False
 
@@ -80,12 +86,12 @@ class Prior(Proposal):
 
 
 class Widened(Proposal):
-    r"""The guide, its latents moved away from their mean: an answer to posteriors that are too narrow.
+    r"""The guide with its latents moved away from their mean: a remedy for a guide that is too narrow.
 
     .. math:: z = \mu + s\,(z' - \mu), \qquad z' \sim q(z \mid x), \quad \mu = \mathrm{E}_q[z']
 
-    at each latent site by itself, whose latents must be any real numbers. The tails of the weights get lighter; of a
-    guide that is right they get more variance.
+    at each latent site by itself; the support of the latents must be all real numbers. The tails of the weights get
+    lighter; for an exact guide, the variance of the weights gets larger.
 
     Args:
         scale: s, positive.
@@ -103,7 +109,7 @@ class Widened(Proposal):
         self.scale = scale
 
     def guides(self, task: Task) -> list[WeightedGuide]:
-        return [WeightedGuide(_Changed(task.guide, task.structure, self._widen))]
+        return [WeightedGuide(_ModifiedGuide(task.guide, task.structure, self._widen))]
 
     def _widen(self, name: str, p: Any) -> Any:
         support = p.support
@@ -111,27 +117,28 @@ class Widened(Proposal):
             support = support.base_constraint
         if support not in (constraints.real, constraints.real_vector):
             raise ValueError(
-                f'the latents at site "{name}" are not any real numbers ({p.support}), so that they cannot be widened. Take '
-                "estimators.Refined() or a Mixed() proposal."
+                f'the latents at site "{name}" have the support {p.support}, not all real numbers, so that they cannot '
+                "be widened. Take estimators.Refined() or a Mixed() proposal."
             )
         try:
             mean = p.mean
-        except NotImplementedError:  # a flow, for one
+        except NotImplementedError:  # a flow, for example
             mean = p.sample((256,)).mean(0)
         affine = dist.transforms.AffineTransform((1 - self.scale) * mean, self.scale, event_dim=len(p.event_shape))
         return dist.TransformedDistribution(p, [affine])
 
 
 class Mixed(Proposal):
-    r"""A mixture of proposals: weights are bounded by those of its best, up to its share.
+    r"""A mixture of proposals; each weight is at most that of any single proposal, divided by its share.
 
     .. math:: q(z \mid x) = \sum_j \alpha_j\, q_j(z \mid x)
 
-    The guide and a tenth of the prior unless given, so that no weight is above :math:`10\, p(x \mid z)`.
+    By default nine tenths of the guide and one tenth of the prior, so that no weight is above
+    :math:`10\, p(x \mid z)`.
 
     Args:
         proposals: the :math:`q_j`.
-        shares: :math:`\alpha_j`, positive; they are scaled to add up to one.
+        shares: :math:`\alpha_j`, positive; they are scaled to sum to one.
 
     References:
         Weighted Average Importance Sampling and Defensive Mixture Distributions, T. Hesterberg, 1995,
@@ -148,42 +155,42 @@ class Mixed(Proposal):
         )
         if not self.proposals or len(self.proposals) != len(self.shares):
             raise ValueError(
-                f"shares must hold one number a proposal, got {len(self.shares)} for {len(self.proposals)}."
+                f"shares must hold one number per proposal, got {len(self.shares)} for {len(self.proposals)}."
             )
         for proposal in self.proposals:
             if not isinstance(proposal, Proposal):
-                raise TypeError(f"proposals must be ones such as estimators.Widened(), got {proposal!r}.")
+                raise TypeError(f"proposals must be proposals such as estimators.Widened(), got {proposal!r}.")
         for share in self.shares:
             check_positive("shares", share)
 
     @property
     def needs_guide(self) -> bool:
-        """Whether one of the proposals looks at the guide."""
+        """Whether one of the proposals uses the guide."""
         return any(proposal.needs_guide for proposal in self.proposals)
 
     def guides(self, task: Task) -> list[WeightedGuide]:
         total = sum(self.shares)
         return [
-            weighed._replace(share=weighed.share * share / total)
+            weighted._replace(share=weighted.share * share / total)
             for proposal, share in zip(self.proposals, self.shares, strict=True)
-            for weighed in proposal.guides(task)
+            for weighted in proposal.guides(task)
         ]
 
 
 class Refined(Proposal):
-    r"""The guide tuned to each datum by gradient steps: free of what the encoder cannot tell data apart by.
+    r"""The guide tuned to each datum by gradient steps, which removes the error of the encoder (amortisation gap).
 
     .. math:: \max_{\delta_n} \mathcal{L}\left(x_n; q(z \mid \eta(x_n) + \delta_n)\right)
 
-    with :math:`\eta` what parametrises the guide's distributions (means, log standard deviations, logits, features of a
-    flow) and :math:`\delta_n` a change of them for the datum alone, the same for all draws. The family stays as it is.
-    Neither model nor guide is trained.
+    with :math:`\eta` the unconstrained parameters of the guide's distributions (means, log standard deviations, logits,
+    features of a flow) and :math:`\delta_n` an offset for each datum, the same for all draws. The family stays the
+    same. Neither model nor guide is trained.
 
     Args:
-        num_steps: steps of Adam, at least 1, at a rate that falls to zero.
-        learning_rate: the rate it starts at, positive.
-        bound: the bound to raise, of :mod:`pyrovae.bounds`; ``ELBO(8)`` unless given. An :class:`~pyrovae.bounds.IWAE`
-            makes wider proposals, but in many dimensions its gradient needs far more particles.
+        num_steps: steps of Adam, at least 1, at a learning rate that falls to zero.
+        learning_rate: the initial learning rate, positive.
+        bound: the bound to maximise, of :mod:`pyrovae.bounds`; ``ELBO(8)`` by default. An :class:`IWAE` gives wider
+            proposals, but in many dimensions its gradient needs far more particles.
 
     References:
         Semi-Amortized Variational Autoencoders, Y. Kim, S. Wiseman, A. C. Miller, D. Sontag and A. M. Rush, 2018,
@@ -205,31 +212,27 @@ class Refined(Proposal):
 
     def tune(self, model: Callable, guide: Callable, structure: SiteStructure, args: tuple, kwargs: dict) -> Callable:
         """Returns the guide tuned to each of some data."""
-        # A copy, for a bound counts steps, and those of a training are others.
+        # A copy: a bound counts its steps, and must not mix these with those of a training run.
         bound = ELBO(8) if self.bound is None else copy(self.bound)
-        changes: dict[tuple[str, ...], Tensor] = {}
-        tuned = _Changed(
-            guide,
-            structure,
-            lambda name, p: _shifted(p, (name,), changes, structure.max_plate_nesting, len(p.batch_shape)),
-        )
+        offsets = _Offsets(structure.max_plate_nesting)
+        tuned = _ModifiedGuide(guide, structure, offsets.apply)
         with torch.enable_grad():
-            bound.differentiable_loss(model, tuned, *args, **kwargs)  # finds out what there is to change
-            if not changes:
+            bound.differentiable_loss(model, tuned, *args, **kwargs)  # the first run creates the offsets
+            if not offsets.by_path:
                 raise ValueError("the guide's distributions have no parameters that can be tuned to each datum.")
-            optimizer = torch.optim.Adam(changes.values(), lr=self.learning_rate)
+            tensors = list(offsets.by_path.values())
+            optimizer = torch.optim.Adam(tensors, lr=self.learning_rate)
             for step in range(self.num_steps):
                 optimizer.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.num_steps)
                 loss = bound.differentiable_loss(model, tuned, *args, **kwargs)
-                # Not backward: the gradients of model and guide belong to whoever trains them.
-                for change, gradient in zip(
-                    changes.values(), torch.autograd.grad(loss, list(changes.values()), allow_unused=True), strict=True
-                ):
-                    # Where there is no way up, the guide stays as it is: it is a proposal still.
-                    change.grad = None if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
+                # Not loss.backward(), which would add to the gradients of model and guide.
+                gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+                for offset, gradient in zip(tensors, gradients, strict=True):
+                    # Without a finite gradient the guide stays as it is, which is a valid proposal.
+                    offset.grad = None if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
                 optimizer.step()
-        for change in changes.values():
-            change.requires_grad_(False)
+        for offset in tensors:
+            offset.requires_grad_(False)
         return tuned
 
 
@@ -242,22 +245,22 @@ def refine(
     learning_rate: float = 0.05,
     **kwargs: Any,
 ) -> Callable:
-    r"""Tunes a guide to each of some data by gradient steps; returns a Pyro guide for these data, in this order.
+    r"""Tunes a guide to each datum by gradient steps; returns a Pyro guide for exactly these data, in this order.
 
-    See :class:`Refined`, which is what estimators take, for they work through data in chunks. Modules of the model are
-    run as they are, in training or evaluation mode.
+    Estimators work through data in chunks, and take :class:`Refined` instead. Modules run as they are, in training or
+    evaluation mode.
 
     Args:
         model: a Pyro model, called with the same arguments as the guide.
         guide: a Pyro guide.
-        *args: what both are called with.
-        bound: the bound to raise, of :mod:`pyrovae.bounds`; ``ELBO(8)`` unless given.
+        *args: positional arguments of both.
+        bound: the bound to maximise, of :mod:`pyrovae.bounds`; ``ELBO(8)`` by default.
         num_steps: steps of Adam, at least 1.
-        learning_rate: the rate it starts at, positive.
-        **kwargs: what both are called with.
+        learning_rate: the initial learning rate, positive.
+        **kwargs: keyword arguments of both.
 
     Raises:
-        ValueError: when the guide's distributions have no parameters that can be changed; when the refined guide is
+        ValueError: when the guide's distributions have no parameters that can be tuned; when the refined guide is
             called with another number of data.
 
     >>> import pyrovae
@@ -273,101 +276,114 @@ def refine(
 
 
 def check_no_auxiliary(structure: SiteStructure) -> None:
-    """Raises a ValueError if a guide computes its latents from auxiliary ones, so that others have no known density."""
+    """Raises a ValueError if a guide has auxiliary sites, so that its density is known at its own draws only."""
     if structure.auxiliary:
         listed = ", ".join(f'"{name}"' for name in sorted(structure.auxiliary))
         raise ValueError(
-            f"the guide computes its latents from the auxiliary site {listed}, and has a density at its own draws alone. Take "
-            "ImportanceSampling() with the guide as it is, AnnealedImportanceSampling() from the prior, or a guide that draws "
-            "the latents themselves."
+            f"the guide computes its latents from the auxiliary site {listed}, so that its density is known at its own "
+            "draws only. Take ImportanceSampling() with the guide as it is, AnnealedImportanceSampling() from the "
+            "prior, or a guide that draws the latents directly."
         )
 
 
 def log_density(task: Task, guide: Callable, trace: Trace, num_samples: int) -> Tensor:
-    r"""Returns the log-density of a guide at the latents of another's trace, ``(num_samples, batch)``."""
+    r"""Returns the log-density of a guide at the latents of another guide's trace, ``(num_samples, batch)``."""
     check_no_auxiliary(task.structure)
     return log_q_of(trace_model(guide, trace, task.structure, num_samples, *task.args, **task.kwargs))
 
 
-class _Changed(Messenger):
-    """A guide whose latents are drawn from other distributions, made from its own.
+class _ModifiedGuide(Messenger):
+    """A guide whose latents in the data plate are drawn from modified distributions.
 
     Args:
         guide: a Pyro guide.
-        structure: of the model and the guide.
-        change: returns the distribution for a site's name and distribution.
+        structure: the sites of the model and the guide.
+        modify: returns the new distribution, from a site's name and distribution.
     """
 
-    def __init__(self, guide: Callable, structure: SiteStructure, change: Callable[[str, Any], Any]):
+    def __init__(self, guide: Callable, structure: SiteStructure, modify: Callable[[str, Any], Any]):
         super().__init__()
-        self.guide, self.structure, self.change = guide, structure, change
+        self.guide, self.structure, self.modify = guide, structure, modify
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         with self:
             self.guide(*args, **kwargs)
 
     def _pyro_sample(self, msg: dict) -> None:
-        # What is no data site has no datum to be changed for.
         data = self.structure.data
         if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample) and data and data.frame(msg) is not None:
-            msg["fn"] = self.change(msg["name"], msg["fn"])
+            msg["fn"] = self.modify(msg["name"], msg["fn"])
 
 
-def _shifted(p: Any, path: tuple[str, ...], changes: dict, nesting: int, lead: int) -> Any:
-    """Returns a distribution whose parameters are changed, each in the unbounded space that its constraint maps from.
+class _Offsets:
+    """Offsets of the parameters of a guide's distributions, for each datum, in the unconstrained space of a parameter.
 
-    Args:
-        p: the distribution.
-        path: names of the site and of the distributions around it.
-        changes: by the path of each parameter; those missing are added, at zero.
-        nesting: how many plates there are.
-        lead: how many dimensions of the batch shape the site has, samples included.
+    Attributes:
+        by_path: the tensors, by the names of site, wrapped distributions and parameter; zero when first used.
     """
-    if isinstance(p, dist.Delta):  # which is where it is computed to be
-        return p
-    if isinstance(p, torch.distributions.Independent):
-        return dist.Independent(_shifted(p.base_dist, path, changes, nesting, lead), p.reinterpreted_batch_ndims)
-    if isinstance(p, ExpandedDistribution):
-        return ExpandedDistribution(
-            _shifted(p.base_dist, path, changes, nesting, len(p.base_dist.batch_shape)), p.batch_shape
-        )
-    if isinstance(p, MaskedDistribution):
-        return MaskedDistribution(_shifted(p.base_dist, path, changes, nesting, lead), p._mask)
-    if type(p) in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):
-        return dist.TransformedDistribution(_shifted(p.base_dist, path, changes, nesting, lead), p.transforms)
-    arguments, changed = {}, False
-    names = signature(type(p)).parameters
-    # What its class is built from and holds: some, such as mixtures, behind a property.
-    held = [name for name in names if name in vars(p) or f"_{name}" in vars(p) and hasattr(p, name)]
-    held = held or [name for name in names if hasattr(p, name)]
-    for first, others in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
-        if first in held:
-            held = [name for name in held if name not in others]
-    for name in held:
-        value = getattr(p, name)
+
+    def __init__(self, max_plate_nesting: int):
+        self.max_plate_nesting = max_plate_nesting
+        self.by_path: dict[tuple[str, ...], Tensor] = {}
+
+    def apply(self, name: str, p: Any) -> Any:
+        """Returns the distribution of a site with its parameters moved by their offsets."""
+        return self._move(p, (name,), len(p.batch_shape))
+
+    def _move(self, p: Any, path: tuple[str, ...], batch_dim: int) -> Any:
+        # batch_dim: number of batch dimensions of the site, the dimension of samples included.
+        if isinstance(p, dist.Delta):  # at a value that the guide has computed
+            return p
+        if isinstance(p, torch.distributions.Independent):
+            return dist.Independent(self._move(p.base_dist, path, batch_dim), p.reinterpreted_batch_ndims)
+        if isinstance(p, ExpandedDistribution):
+            base = self._move(p.base_dist, path, len(p.base_dist.batch_shape))
+            return ExpandedDistribution(base, p.batch_shape)
+        if isinstance(p, MaskedDistribution):
+            return MaskedDistribution(self._move(p.base_dist, path, batch_dim), p._mask)
+        if type(p) in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):
+            return dist.TransformedDistribution(self._move(p.base_dist, path, batch_dim), p.transforms)
+        given = {name: getattr(p, name) for name in _constructor_names(p)}
+        moved = {name: self._move_argument(p, name, value, (*path, name), batch_dim) for name, value in given.items()}
+        return type(p)(**moved) if any(moved[name] is not given[name] for name in given) else p
+
+    def _move_argument(self, p: Any, name: str, value: Any, path: tuple[str, ...], batch_dim: int) -> Any:
         if isinstance(value, torch.distributions.Distribution):
-            value = _shifted(value, (*path, name), changes, nesting, lead)
-            changed = True
-        elif isinstance(value, Tensor) and value.is_floating_point() and name in p.arg_constraints:
-            constraint = p.arg_constraints[name]
-            try:
-                free = transform_to(constraint)
-            except NotImplementedError:  # depends on others, or is no space that free numbers are mapped to
-                free = None
-            if free is not None:
-                full = p.batch_shape + value.shape[value.dim() - constraint.event_dim :]
-                raw = free.inv(value.expand(full))
-                key = (*path, name)
-                shape = raw.shape[max(0, lead - nesting) :]
-                if key in changes and changes[key].shape != shape:
-                    raise ValueError(
-                        f'site "{path[0]}" was refined for other data: changes of shape {tuple(changes[key].shape)} do not fit '
-                        f"{tuple(shape)}. Call the refined guide with the very data, in one piece; what works through data in "
-                        "chunks takes the proposal estimators.Refined() instead."
-                    )
-                if key not in changes:
-                    changes[key] = torch.zeros(shape, dtype=raw.dtype, device=raw.device, requires_grad=True)
-                value = free(raw + changes[key])
-                changed = True
-        arguments[name] = value
-    return type(p)(**arguments) if changed else p
+            return self._move(value, path, batch_dim)
+        if not isinstance(value, Tensor) or not value.is_floating_point() or name not in p.arg_constraints:
+            return value
+        constraint = p.arg_constraints[name]
+        try:
+            to_constrained = transform_to(constraint)
+        except NotImplementedError:  # the constraint depends on other parameters, or has no map from real numbers
+            return value
+        full = p.batch_shape + value.shape[value.dim() - constraint.event_dim :]
+        unconstrained = to_constrained.inv(value.expand(full))
+        return to_constrained(unconstrained + self._offset(path, unconstrained, batch_dim))
+
+    def _offset(self, path: tuple[str, ...], parameter: Tensor, batch_dim: int) -> Tensor:
+        # The same for all samples: without their dimension.
+        shape = parameter.shape[max(0, batch_dim - self.max_plate_nesting) :]
+        offset = self.by_path.get(path)
+        if offset is None:
+            offset = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
+            self.by_path[path] = offset
+        elif offset.shape != shape:
+            raise ValueError(
+                f'site "{path[0]}" was refined for other data: offsets of shape {tuple(offset.shape)} do not fit '
+                f"{tuple(shape)}. Call the refined guide with the same data, all at once; where data are taken in "
+                "chunks, use the proposal estimators.Refined() instead."
+            )
+        return offset
+
+
+def _constructor_names(p: Any) -> list[str]:
+    """Returns the names of the constructor arguments that rebuild a distribution, one for each parameter."""
+    names = signature(type(p)).parameters
+    # First those that the object stores; some classes, such as mixtures, have a property over a private attribute.
+    stored = [name for name in names if name in vars(p) or f"_{name}" in vars(p) and hasattr(p, name)]
+    stored = stored or [name for name in names if hasattr(p, name)]
+    for chosen, same in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
+        if chosen in stored:
+            stored = [name for name in stored if name not in same]
+    return stored

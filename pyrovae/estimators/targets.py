@@ -1,4 +1,4 @@
-r"""All latents of a datum as one vector of any real numbers, and its log-densities: where gradients and grids work."""
+r"""All latents of a datum as one unconstrained vector with its log-densities, for gradients and grids."""
 
 from typing import NamedTuple
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyrovae.compilation.guards import Guards
-from pyrovae.estimators.base import Task, prior_of
 from pyrovae.estimators.proposals import WeightedGuide, log_density
+from pyrovae.estimators.task import Task, prior_of
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.weights import log_prob_of, per_datum
 
@@ -20,9 +20,9 @@ class Densities(NamedTuple):
 
     Args:
         start: :math:`\log q(u)`, normalised, ``(chains, batch)``.
-        rise: what the model's :math:`\log p(x, u)` is above it, of the same shape.
-        start_gradient: of `start` in u, ``(chains, batch, dim)``.
-        rise_gradient: of `rise`.
+        rise: :math:`\log p(x, u) - \log q(u)`, of the same shape.
+        start_gradient: gradient of `start` with respect to u, ``(chains, batch, dim)``.
+        rise_gradient: gradient of `rise`, of the same shape.
     """
 
     start: Tensor
@@ -32,26 +32,28 @@ class Densities(NamedTuple):
 
 
 class _Site(NamedTuple):
+    """Where the latents of a site are in u."""
+
     name: str
-    transform: torch.distributions.Transform | None  # from real numbers to the latents; None where they are the same
-    plates: tuple[int, ...]  # sizes of the plates but the data's
-    event: tuple[int, ...]  # shape of the real numbers
+    transform: torch.distributions.Transform | None  # from u to the latents; None for the identity
+    plates: tuple[int, ...]  # sizes of the plates other than the data plate
+    event: tuple[int, ...]  # event shape of the unconstrained latents
     columns: slice
 
 
 class Target:
-    r"""The latents of a model as real numbers u, the density that they start from and the one to reach.
+    r"""The latents of a model as unconstrained vectors u, with the densities between a start and the posterior.
 
     .. math:: \log f_\beta(u) = \log q(u) + \beta \left(\log p(x, u) - \log q(u)\right)
 
-    Latents in a bounded space are mapped to real numbers, and both densities are those of u.
+    Latents with a constrained support are mapped to :math:`\mathbb{R}^n` by a bijection; both densities are those of u.
 
     Args:
         task: the model and the data.
-        start: what q is.
+        start: the guide that is q.
 
     Raises:
-        ValueError: when latents are not continuous, or their space is none that real numbers are mapped to one to one.
+        ValueError: when latents are not continuous, or their support has no bijection from :math:`\mathbb{R}^n`.
     """
 
     def __init__(self, task: Task, start: WeightedGuide):
@@ -63,21 +65,23 @@ class Target:
             )
         self.task, self.start = task, start
         self.depth, self.place = structure.max_plate_nesting, structure.data_index
-        # Distributions that were made with validation keep to it, and it takes time.
+        # Distributions keep the validation that they are created with, and it takes time.
         with torch.no_grad(), pyro.validation_enabled(False):
             trace, _ = task.draw(1, start.guide)
             prior, other = (task.draw(1, prior_of(task.model))[0] for _ in range(2))
-        self._layout(trace, prior, other)
-        own = [site for site in sample_sites(trace).values() if not site["is_observed"]]
-        # The distribution of a single site depends on nothing that is drawn: its encoder need not run again.
-        self._fixed = own[0]["fn"] if len(own) == 1 else None
+        self.sites = self._layout(trace, prior, other)
+        self.dim = self.sites[-1].columns.stop if self.sites else 0
+        latents = [site for site in sample_sites(trace).values() if not site["is_observed"]]
+        # The distribution of a single site depends on no other draw, so that its encoder need not run again.
+        self._fixed = latents[0]["fn"] if len(latents) == 1 else None
         self.template = trace
-        # What its density is computed from, for a graph that matches all data.
+        # What the density of the start reads, for a compiled graph that is valid for all chunks of data.
         source = () if self.start.is_prior else (self.start.guide if self._fixed is None else self._fixed,)
         self.reads = Guards(source) if task.graphs is not None else None
 
-    def _layout(self, trace: poutine.Trace, prior: poutine.Trace, other: poutine.Trace) -> None:
-        self.sites, at = [], 0
+    def _layout(self, trace: poutine.Trace, prior: poutine.Trace, other: poutine.Trace) -> list[_Site]:
+        """Returns the latent sites of the start; their supports must be the same in two runs of the prior."""
+        sites, at = [], 0
         for name, site in sample_sites(trace).items():
             if site["is_observed"]:
                 continue
@@ -88,22 +92,22 @@ class Target:
                 transform = biject_to(support)
             except NotImplementedError:
                 raise ValueError(
-                    f'the latents at site "{name}" live in a space ({support}) that real numbers are not mapped to one to '
-                    "one, and gradients would lead out of it. Take ImportanceSampling()."
+                    f'the latents at site "{name}" have a support ({support}) without a bijection from R^n, which '
+                    "gradients would leave. Take ImportanceSampling()."
                 ) from None
             bounds = zip(_bounds(support), _bounds(_support(other.nodes[name])), strict=True)
             if not all(torch.equal(a, b) for a, b in bounds):
                 raise ValueError(
-                    f'the space of the latents at site "{name}" ({support}) depends on other latents. Draw them from one that '
-                    "does not, and map them in the model; or take ImportanceSampling()."
+                    f'the support of the latents at site "{name}" ({support}) depends on other latents. Draw them from '
+                    "a distribution with a fixed support, and map them in the model; or take ImportanceSampling()."
                 )
             shape = tuple(transform.inverse_shape(event)) if event else ()
             if _is_identity(transform):
                 transform = None
             size = torch.Size(plates + shape).numel()
-            self.sites.append(_Site(name, transform, plates, shape, slice(at, at + size)))
+            sites.append(_Site(name, transform, plates, shape, slice(at, at + size)))
             at += size
-        self.dim = at
+        return sites
 
     def draw(self, num_samples: int) -> Tensor:
         """Draws from the start, ``(num_samples, batch, dim)``."""
@@ -112,11 +116,11 @@ class Target:
             return self.pack(trace)
 
     def pack(self, trace: poutine.Trace) -> Tensor:
-        """Returns the latents of a trace of several draws as real numbers."""
+        """Returns the latents of a trace of several draws as vectors u, ``(num_samples, batch, dim)``."""
         return self._pack({site.name: _value(trace.nodes[site.name]) for site in self.sites})
 
     def pack_rows(self, trace: poutine.Trace, rows: slice) -> Tensor:
-        """Returns the latents of some data in a trace without a dimension of draws as real numbers, ``(1, rows, dim)``."""
+        """Returns the latents of some data, in a trace without a dimension of draws, as u, ``(1, rows, dim)``."""
         values = {}
         for site in self.sites:
             node = trace.nodes[site.name]
@@ -134,7 +138,7 @@ class Target:
         return torch.cat(parts, dim=-1)
 
     def _unpack(self, u: Tensor) -> tuple[poutine.Trace, Tensor | float]:
-        """Returns a trace with the latents, and the log of how much volume the maps from real numbers make."""
+        """Returns a trace with the latents at u, and the log Jacobian determinant of the maps from u, by datum."""
         trace, log_det = self.template.copy(), 0.0
         for site in self.sites:
             part = u[..., site.columns].reshape(*u.shape[:2], *site.plates, *site.event).movedim(1, self.place)
@@ -147,7 +151,7 @@ class Target:
         return trace, log_det
 
     def _terms(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns two terms of which the log-density is made: :math:`\\log q` and, from the prior, what comes on top."""
+        r"""Returns :math:`\log q(u)`, and :math:`\log p(x \mid u)` if q is the prior, else :math:`\log p(x, u)`."""
         trace, log_det = self._unpack(u)
         chains = len(u)
         with pyro.validation_enabled(False):
@@ -179,7 +183,7 @@ class Target:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             first, second = self._terms(u)
-            # One pass each: at another temperature they are combined anew.
+            # One backward pass each: every temperature needs another combination of them.
             gradients = [_gradient(term, u, retain) for term, retain in ((first, True), (second, False))]
         first, second = first.detach(), second.detach()
         if self.start.is_prior:
@@ -188,16 +192,16 @@ class Target:
 
 
 def _support(node: dict) -> constraints.Constraint:
-    """Returns the space of a site's latents; raises a ValueError where its distribution does not say."""
+    """Returns the support of a site's latents; raises a ValueError where its distribution does not state it."""
     fn = node["fn"]
     try:
         return fn.support
     except NotImplementedError:
-        flow = getattr(fn, "dist", None)  # one of zuko's, in Pyro's shell
+        flow = getattr(fn, "dist", None)  # a flow of zuko's, wrapped for Pyro
         if hasattr(flow, "transform") and _is_identity(biject_to(flow.base.support)):
             return flow.transform.domain
         raise ValueError(
-            f'the {type(fn).__name__} of site "{node["name"]}" does not say what space its latents are in. Give it a support, '
+            f'the {type(fn).__name__} of site "{node["name"]}" does not state the support of its latents. Give it one, '
             "such as pyro.distributions.constraints.real_vector, or take ImportanceSampling()."
         ) from None
 
@@ -214,8 +218,9 @@ def _gradient(term: Tensor, u: Tensor, retain: bool) -> Tensor:
 
 
 def _bounds(support: constraints.Constraint) -> list[Tensor]:
-    own = [bound for bound in vars(support).values() if isinstance(bound, Tensor)]
-    return own + (_bounds(support.base_constraint) if hasattr(support, "base_constraint") else [])
+    """Returns the tensors that define a support, those of the constraints inside it included."""
+    bounds = [bound for bound in vars(support).values() if isinstance(bound, Tensor)]
+    return bounds + (_bounds(support.base_constraint) if hasattr(support, "base_constraint") else [])
 
 
 def _is_identity(transform: torch.distributions.Transform) -> bool:

@@ -1,16 +1,15 @@
-"""The pictures. Each function returns a matplotlib figure, and writes it if a path is given.
+"""Pictures. Each function returns a matplotlib figure, and writes it if a path is given.
 
-matplotlib is imported here and nowhere else.
+matplotlib is slow to import, and is imported when something is drawn.
 """
 
-from pyrovae.plots.anomalies import anomalies
-from pyrovae.plots.collapse import collapse, collapse_history
-from pyrovae.plots.exploration import interpolations, latent_map, traversals
-from pyrovae.plots.gaps import gaps
-from pyrovae.plots.pictures import latent_space, learning_curve, reconstructions, samples
-from pyrovae.plots.posteriors import calibration, posterior_check, reliability
-from pyrovae.plots.quality import quality
-from pyrovae.plots.sharpness import sharpness
+from pyrovae.plots.histories import collapse_history, learning_curve
+from pyrovae.plots.pictures import latent_space, reconstructions, samples
+from pyrovae.plots.results import draw_result
+
+# The result of each diagnostic draws itself.
+anomalies = calibration = collapse = gaps = interpolations = latent_map = draw_result
+posterior_check = quality = reliability = sharpness = traversals = draw_result
 
 __all__ = [
     "anomalies",

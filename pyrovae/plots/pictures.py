@@ -1,18 +1,23 @@
-"""Pictures of data, latents and training."""
+"""Pictures of samples, reconstructions and latents."""
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["latent_space", "learning_curve", "reconstructions", "samples"]
+from pyrovae.plots.drawing import are_images, grid_of, new_figure, show, write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["latent_space", "reconstructions", "samples"]
 
 
-def samples(x: Tensor, path: str | Path | None = None, title: str = "") -> Figure:
-    """Draws samples: images in a grid, anything else as one curve each.
+def samples(x: Tensor, path: str | Path | None = None, title: str = "") -> "Figure":
+    """Draws samples: images in a grid, other data as one curve per sample.
 
     Args:
         x: shape ``(n, channels, height, width)`` with values from 0 to 1, or ``(n, *x_shape)``.
@@ -27,8 +32,8 @@ def samples(x: Tensor, path: str | Path | None = None, title: str = "") -> Figur
     return _picture(grid_of(x, math.ceil(math.sqrt(len(x)))), path, title)
 
 
-def reconstructions(x: Tensor, reconstructed: Tensor, path: str | Path | None = None) -> Figure:
-    """Draws data above their reconstructions, or as curves where they are no images.
+def reconstructions(x: Tensor, reconstructed: Tensor, path: str | Path | None = None) -> "Figure":
+    """Draws data above their reconstructions, or as curves if they are not images.
 
     Args:
         x: data, shape ``(n, *x_shape)``.
@@ -43,11 +48,11 @@ def reconstructions(x: Tensor, reconstructed: Tensor, path: str | Path | None = 
     return _picture(grid_of(torch.cat([x, reconstructed]), len(x)), path, "data above, reconstructions below")
 
 
-def latent_space(z: Tensor, labels: Tensor | None = None, path: str | Path | None = None) -> Figure:
-    """Draws latents in the plane of their two leading principal components, beside circles of the standard normal.
+def latent_space(z: Tensor, labels: Tensor | None = None, path: str | Path | None = None) -> "Figure":
+    """Draws latents in the plane of their two leading principal components, with circles of radius 1 and 2.
 
     Args:
-        z: one latent a datum, shape ``(n, latent_dim)``.
+        z: one latent per datum, shape ``(n, latent_dim)``.
         labels: classes to colour by, shape ``(n,)``.
         path: where to write the picture.
 
@@ -61,7 +66,7 @@ def latent_space(z: Tensor, labels: Tensor | None = None, path: str | Path | Non
         z, names = center @ axes[:2].T, ("first principal component", "second principal component")
     else:
         z, names = torch.cat([z, torch.zeros(len(z), 2 - z.shape[1])], dim=1), ("$z_1$", "$z_2$")
-    figure = Figure(figsize=(6, 5), layout="constrained")
+    figure = new_figure(6, 5)
     ax = figure.subplots()
     x, y, colours = z[:, 0].numpy(), z[:, 1].numpy(), None if labels is None else labels.cpu().numpy()
     dots = ax.scatter(x, y, c=colours, s=8, cmap="tab10" if labels is not None else None, linewidths=0)
@@ -75,58 +80,18 @@ def latent_space(z: Tensor, labels: Tensor | None = None, path: str | Path | Non
     return write(figure, path)
 
 
-def learning_curve(history, path: str | Path | None = None) -> Figure:
-    """Draws the losses of a :class:`pyrovae.History` by epoch.
-
-    Args:
-        history: what :func:`pyrovae.fit` returned.
-        path: where to write the picture.
-    """
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    ax = figure.subplots()
-    curves = [name for name in ("loss", "validation") if any(name in record for record in history.records)]
-    for name in curves:
-        ax.plot(history["epoch"], history[name], label={"loss": "training"}.get(name, name))
-    if "validation" in curves:
-        ax.axvline(history.best_epoch, color="grey", linewidth=0.5, linestyle="--", label="lowest validation loss")
-    # The first epochs would squeeze all others into a line: show from where the loss has come most of the way.
-    values = torch.tensor([history[name] for name in curves], dtype=torch.float64).flatten()
-    if len(history) > 10:
-        low, high = values.min().item(), values.quantile(0.95).item()
-        ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    ax.set(xlabel="epoch", ylabel="loss (nats a datum)")
-    ax.legend()
-    return write(figure, path)
-
-
-def are_images(x: Tensor) -> bool:
-    return x.dim() == 4 and x.shape[1] in (1, 3)
-
-
-def grid_of(x: Tensor, columns: int) -> Tensor:
-    """Returns images side by side in rows, a pixel of white between them, as (height, width, channels)."""
-    x = x.detach().cpu().float().clamp(0, 1)
-    n, channels, height, width = x.shape
-    rows = math.ceil(n / columns)
-    grid = torch.ones(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)
-    for i in range(n):
-        top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
-        grid[:, top : top + height, left : left + width] = x[i]
-    return grid.permute(1, 2, 0)
-
-
-def _picture(grid: Tensor, path: str | Path | None, title: str) -> Figure:
+def _picture(grid: Tensor, path: str | Path | None, title: str) -> "Figure":
     height, width = grid.shape[:2]
-    figure = Figure(figsize=(8, 8 * height / width + 0.4), layout="constrained")
+    figure = new_figure(8, 8 * height / width + 0.4)
     ax = figure.subplots()
-    ax.imshow(grid.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    show(ax, grid)
     ax.set_axis_off()
     ax.set_title(title)
     return write(figure, path)
 
 
-def _curves(groups: list[tuple[Tensor, str]], path: str | Path | None, title: str) -> Figure:
-    figure = Figure(figsize=(8, 4), layout="constrained")
+def _curves(groups: list[tuple[Tensor, str]], path: str | Path | None, title: str) -> "Figure":
+    figure = new_figure(8, 4)
     ax = figure.subplots()
     for i, (x, name) in enumerate(groups):
         lines = ax.plot(x.detach().cpu().flatten(1).T.numpy(), color=f"C{i}", linewidth=0.7, alpha=0.6)
@@ -134,9 +99,3 @@ def _curves(groups: list[tuple[Tensor, str]], path: str | Path | None, title: st
     ax.set(xlabel="dimension", ylabel="value", title=title)
     ax.legend()
     return write(figure, path)
-
-
-def write(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        figure.savefig(path, dpi=120)
-    return figure

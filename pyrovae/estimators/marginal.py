@@ -1,0 +1,147 @@
+r"""log_marginal: estimates log p(x) of data in memory, in a loader, or shared by several processes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyrovae import arguments
+from pyrovae.compilation.cache import GraphCache
+from pyrovae.distributed import World, init_process_group
+from pyrovae.estimators.base import Estimate, Estimator, join
+from pyrovae.estimators.task import Task, open_task
+from pyrovae.estimators.weighted import ImportanceSampling
+
+
+@torch.no_grad()
+def log_marginal(
+    model: Callable,
+    guide: Callable | None,
+    *args: Any,
+    method: Estimator | None = None,
+    num_samples: int | None = None,
+    max_memory: float = 64e6,
+    compile: bool = False,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Estimate:
+    r"""Estimates :math:`\log p(x)` per datum; by default by importance sampling with the guide as the proposal.
+
+    .. math:: \log \hat p(x) = \log \frac{1}{K} \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k \mid x)}, \qquad
+        z_k \sim q(z \mid x)
+
+    Data and samples are processed in chunks that fit the memory budget, so that their number is not limited. Modules
+    run in evaluation mode and are restored afterwards.
+
+    Args:
+        model: a Pyro model, called with the same arguments as the guide.
+        guide: a Pyro guide; may be None for a method that does not use it.
+        *args: tensors, arrays, lists or packed sequences with one entry per datum, and dicts, lists and tuples of
+            these; numbers, ``None``, strings and other objects, which apply to all data; or a ``Dataset``, or a
+            ``DataLoader`` that keeps the order of the data, whose batches become arguments as in :func:`pyrovae.fit`.
+        method: an estimator of :mod:`pyrovae.estimators`; :class:`ImportanceSampling` by default.
+        num_samples: short for ``method=ImportanceSampling(num_samples)``; 1,000 by default.
+        max_memory: budget for intermediate results, in bytes. A larger budget is faster on a GPU, but not on a CPU.
+        compile: whether to score the model by compiled graphs, as :func:`pyrovae.compile` makes them; compilation takes
+            some seconds, and the graphs of the last models are kept.
+        progress: whether to show a progress bar.
+        **kwargs: as `args`.
+
+    Returns:
+        An :class:`Estimate`; where it is not to be trusted for some data, its `remedy` names what to use.
+
+    Raises:
+        ValueError: when an argument is out of range, holds NaN or infinity, has another length than the data, or is
+            ambiguous; when a loader does not keep the order of the data; when model and guide do not match each other
+            or the data, or weights per datum are undefined; when the method does not support such latents.
+
+    References:
+        Importance Weighted Autoencoders, Y. Burda, R. Grosse and R. Salakhutdinov, 2016,
+        https://arxiv.org/abs/1509.00519; Pareto Smoothed Importance Sampling, A. Vehtari, D. Simpson, A. Gelman, Y. Yao
+        and J. Gabry, 2024, https://arxiv.org/abs/1507.02646.
+
+    >>> import pyrovae
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
+    >>> estimate = log_marginal(vae.model, vae.guide, torch.zeros(5, 3), num_samples=100, progress=False)
+    >>> estimate.value.shape, estimate.standard_error.shape
+    (torch.Size([5]), torch.Size([5]))
+    """
+    if method is None:
+        method = ImportanceSampling(1000 if num_samples is None else num_samples)
+    elif not isinstance(method, Estimator):
+        raise TypeError(f"method must be an estimator such as estimators.ImportanceSampling(), got {method!r}.")
+    elif num_samples is not None:
+        raise ValueError(
+            f"num_samples={num_samples} and method={method} were both given. Give the method its own number."
+        )
+    loader = arguments.as_loader(args, kwargs)
+    if loader is None:
+        return _score(model, guide, method, args, kwargs, max_memory, compile, progress)
+    parts, offset = [], 0
+    for batch in map(arguments.as_arguments, tqdm(loader, desc="log p(x)", unit="batch", delay=0.5, disable=not progress)):
+        part = _score(model, guide, method, batch.args, batch.kwargs | kwargs, max_memory, compile, False, offset)
+        offset += len(part.value)
+        parts.append(part)
+    if not parts:
+        raise ValueError("there is no batch of data. Give at least one datum, and a DataLoader that does not drop it.")
+    return replace(join(method, parts), remedy=next((part.remedy for part in parts if part.remedy), ""))
+
+
+def _score(
+    model: Callable,
+    guide: Callable | None,
+    method: Estimator,
+    args: tuple,
+    kwargs: dict,
+    max_memory: float,
+    compile: bool,
+    progress: bool,
+    offset: int = 0,
+) -> Estimate:
+    """Scores data in memory; `offset` is the index of the first among all data."""
+    tensors = arguments.tensors_of(*arguments.as_tensors(args, kwargs))
+    world = init_process_group(tensors[0].device if tensors else None)
+    with open_task(model, guide, method, args, kwargs, max_memory, progress and world.is_rank0, offset) as task:
+        if compile:
+            graphs = _graphs_of(model)
+            graphs.report = task.bar.set_description
+            graphs.refuse_packed(task.args, task.kwargs)
+            task = replace(task, graphs=graphs)
+        estimate = method.estimate(task) if world.size == 1 else _score_in_shards(method, task, world)
+        return replace(estimate, remedy="" if bool(estimate.trusted.all()) else method.remedy(task.structure))
+
+
+@lru_cache(maxsize=4)
+def _graphs_of(model: Callable) -> GraphCache:
+    return GraphCache("log p(x, z)")
+
+
+def _score_in_shards(method: Estimator, task: Task, world: World) -> Estimate:
+    """Scores one shard of the data in each process, with different noise; every process returns all, in order."""
+    if not task.divisible:
+        raise ValueError(
+            "model and guide do not run on some of the data alone, so that processes cannot share them. Score in one."
+        )
+    start, end = world.shard_bounds(task.size)
+    seed = int(torch.randint(2**62, ()))
+    seed = world.broadcast_from_rank0(lambda: seed) + world.rank
+    device = next((x.device for x in arguments.tensors_of(task.args, task.kwargs)), torch.device("cpu"))
+    part = None
+    if end > start:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            part = method.estimate(task.rows(slice(start, end)))
+        # Without the method: every process has it, and its class may not be picklable.
+        part = replace(_to(part, torch.device("cpu")), method=None)
+    parts = [part for part in world.all_gather(part) if part is not None]
+    return _to(join(method, parts), device)
+
+
+def _to(estimate: Estimate, device: torch.device) -> Estimate:
+    tensors = {name: x.to(device) for name, x in vars(estimate).items() if isinstance(x, Tensor)}
+    return replace(estimate, **tensors, diagnostics={name: x.to(device) for name, x in estimate.diagnostics.items()})

@@ -1,0 +1,47 @@
+"""How many data and samples fit in a memory budget, measured on small runs."""
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+
+class Allocations(TorchFunctionMode):
+    """Counts the bytes of all tensors that torch functions return in its context: an estimate of peak memory.
+
+    >>> import torch
+    >>> with Allocations() as allocations:
+    ...     x = torch.zeros(10) + 1
+    >>> allocations.bytes()
+    80
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()  # kept alive, so that no other storage gets the same address
+                self.storages[storage.data_ptr()] = storage
+        return out
+
+    def bytes(self) -> int:
+        """Returns the total size of the storages, each counted once."""
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+def clamp(n: float, largest: int) -> int:
+    """Returns n rounded down, at least 1 and at most `largest`."""
+    return max(1, min(int(n), largest))
+
+
+def split_evenly(total: int, size: int) -> list[int]:
+    """Returns chunk sizes that sum to `total`, none above `size`; all equal, except that the last may be smaller.
+
+    >>> split_evenly(10, 4)
+    [4, 4, 2]
+    """
+    chunk = -(-total // -(-total // size))
+    return [chunk] * (total // chunk) + [total % chunk] * (total % chunk > 0)

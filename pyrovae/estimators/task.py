@@ -1,0 +1,201 @@
+r"""What an estimator works on: a model, a guide and data, checked once and cut into chunks."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
+
+from pyrovae import arguments
+from pyrovae.arguments import take_rows
+from pyrovae.compilation.cache import GraphCache
+from pyrovae.estimators.base import Estimator
+from pyrovae.estimators.memory import split_evenly
+from pyrovae.inference.messages import check_all_observed, check_finite, check_mass
+from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.sites import sample_sites
+from pyrovae.inference.structure import SiteStructure
+from pyrovae.inference.weights import check_draws, draw, inspect_weights, log_prob_of, per_datum, trace_model
+
+_FIRST_ROWS = 7  # data on which a model and a guide are inspected first
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, a guide and data to score, with a memory budget.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide; :func:`prior_of` the model where the estimator uses no guide.
+        structure: the sites of both.
+        args: positional arguments of both.
+        kwargs: keyword arguments of both.
+        size: number of data.
+        max_memory: budget for intermediate results, in bytes.
+        bar: the progress bar.
+        graphs: cache of compiled graphs; None to run eagerly.
+        offset: index of the first datum in the whole data set.
+        divisible: whether some of the data can be scored alone; not so if parameters of the guide belong to rows.
+    """
+
+    model: Callable
+    guide: Callable
+    structure: SiteStructure
+    args: tuple
+    kwargs: dict[str, Any]
+    size: int
+    max_memory: float
+    bar: tqdm
+    graphs: GraphCache | None = None
+    offset: int = 0
+    divisible: bool = True
+
+    def rows(self, rows: slice) -> "Task":
+        """Returns the task for some of the data; for all of them if it is not divisible."""
+        if not self.divisible:
+            return self
+        args, kwargs = take_rows(rows, self.args, self.kwargs)
+        taken = range(self.size)[rows]
+        return replace(self, args=args, kwargs=kwargs, size=len(taken), offset=self.offset + taken.start)
+
+    def split(self, chunk_size: int) -> Iterator["Task"]:
+        """Yields tasks for chunks of about `chunk_size` data, in order."""
+        # No chunk holds a single row, if there are more: some models squeeze it away.
+        sizes = split_evenly(self.size, min(max(chunk_size, 2), self.size) if self.divisible else self.size)
+        if len(sizes) > 1 and sizes[-1] == 1:
+            sizes[-2:] = [sizes[-2] + 1]
+        structure = self.structure
+        for start, end in pairwise(accumulate(sizes, initial=0)):
+            part = self.rows(slice(start, end))
+            # Checked on every chunk: on some rows a network that cannot take draws at once may still agree by chance.
+            structure = check_draws(structure, self.model, self.guide, *part.args, **part.kwargs)
+            yield replace(part, structure=structure)
+
+    def start(self, total: float, unit: str) -> None:
+        """Resets the progress bar to a total of some unit."""
+        self.bar.unit = unit
+        self.bar.reset(total)
+
+    def advance(self, amount: float) -> None:
+        """Moves the progress bar, but never past its end by rounding."""
+        self.bar.update(max(0.0, min(amount, self.bar.total - self.bar.n)))
+
+    def draw(self, num_samples: int, guide: Callable | None = None) -> tuple[poutine.Trace, Tensor]:
+        r"""Runs a guide (the task's by default); returns its trace and :math:`\log q`, ``(num_samples, batch)``."""
+        with arguments.row_positions(self.offset):
+            return draw(guide or self.guide, self.structure, num_samples, *self.args, **self.kwargs)
+
+    def score(self, trace: poutine.Trace, num_samples: int, check_data: bool = False) -> tuple[Tensor, Tensor]:
+        r"""Returns :math:`\log p(z)` and :math:`\log p(x \mid z)` at a trace's latents, ``(num_samples, batch)`` each.
+
+        Args:
+            trace: a guide's trace.
+            num_samples: number of draws in the trace.
+            check_data: whether to check that the data have a density under the model; such a run is never compiled.
+        """
+        if self.graphs is None or check_data or torch.is_grad_enabled():
+            return self._score(trace, num_samples, check_data)
+        latents = [site["value"] for site in sample_sites(trace).values()]
+        return self.compute(lambda: self._score(trace, num_samples, False), latents, ("score", num_samples))
+
+    def compute(self, function: Callable[[], Any], inputs: list[Tensor], static: tuple) -> Any:
+        """Returns the result of a function of the model and some tensors, by a compiled graph if the task has a cache.
+
+        Args:
+            function: the function.
+            inputs: the tensors that it reads, apart from the data of the task and what the model reads.
+            static: hashable key that distinguishes the function from others.
+        """
+        if self.graphs is None:
+            return function()
+        leaves = tree_leaves((self.args, self.kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        result = self.graphs(lambda leaves: function(), [*inputs, *tensors], (self.model, *others), static)
+        return function() if result is None else result[0]
+
+    def _score(self, trace: poutine.Trace, num_samples: int, check_data: bool) -> tuple[Tensor, Tensor]:
+        with arguments.row_positions(self.offset):
+            scored = trace_model(self.model, trace, self.structure, num_samples, *self.args, **self.kwargs)
+        if check_data:
+            check_all_observed(scored)
+        prior = likelihood = 0.0
+        for name, site in sample_sites(scored).items():
+            if name in self.structure.global_observed:
+                continue
+            log_prob = log_prob_of(site)
+            if not site["is_observed"]:
+                prior = prior + per_datum(site, log_prob)
+                continue
+            if check_data:
+                check_mass(name, site["fn"], log_prob)
+            likelihood = likelihood + per_datum(site, log_prob)
+        prior, likelihood = torch.as_tensor(prior), torch.as_tensor(likelihood)
+        batch = max(term.shape[-1] if term.dim() else 0 for term in (prior, likelihood))
+        self.structure.data.check_in_order(batch, self.size)
+        return prior, likelihood
+
+
+def prior_of(model: Callable) -> Callable:
+    """Returns a guide that draws the latents as the model does, without looking at the data."""
+
+    def guide(*args: Any, **kwargs: Any) -> None:
+        with poutine.block(hide_fn=lambda site: site["type"] == "sample" and site["is_observed"]):
+            model(*args, **kwargs)
+
+    return guide
+
+
+@contextmanager
+def open_task(
+    model: Callable,
+    guide: Callable | None,
+    method: Estimator,
+    args: tuple,
+    kwargs: dict,
+    max_memory: float,
+    progress: bool,
+    offset: int = 0,
+) -> Iterator[Task]:
+    """Checks a model, a guide and data, and yields the task of scoring them; modules are in evaluation mode inside."""
+    if not max_memory > 0:
+        raise ValueError(f"max_memory must be a positive number of bytes, got {max_memory}.")
+    if guide is None and method.needs_guide:
+        raise ValueError(
+            f"{type(method).__name__} needs a guide, got None. Take "
+            "AnnealedImportanceSampling(), or ImportanceSampling(proposal=Prior())."
+        )
+    if not method.needs_guide:
+        guide = prior_of(model)
+    args, kwargs, size = checked(args, kwargs)
+    # Fewer rows than all, to see whether some of the data can be scored alone.
+    head, named = take_rows(slice(0, min(_FIRST_ROWS, max(size - 1, 1))), args, kwargs)
+    # The bar shows itself only after a delay: by then the method has set its total.
+    bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
+    with evaluation_mode(), bar, arguments.row_positions(offset):
+        divisible = True
+        try:
+            structure = inspect_weights(model, guide, *head, num_samples=1, **named)
+        except Exception:  # parameters of a guide that belong to rows, for example
+            divisible = False
+            structure = inspect_weights(model, guide, *args, num_samples=1, **kwargs)
+        if not structure.observed:
+            raise ValueError(
+                "the model observes nothing, so that there is no log p(x): give its data to a site, "
+                'pyro.sample("x", ..., obs=x). Were model and guide swapped?'
+            )
+        yield Task(model, guide, structure, args, kwargs, size, max_memory, bar, offset=offset, divisible=divisible)
+
+
+def checked(args: tuple, kwargs: dict) -> tuple[tuple, dict, int]:
+    """Returns arguments as :func:`pyrovae.arguments.canonicalize` does, after checking that their numbers are finite."""
+    args, kwargs, size = arguments.canonicalize(args, kwargs)
+    for name, t in arguments.named_tensors(args, kwargs):
+        check_finite(name, t)
+    return args, kwargs, size
