@@ -125,7 +125,7 @@ def test_static_binarization_is_one_draw():
     assert_bernoulli(draws, grey)
     state = torch.get_rng_state()
     torch.manual_seed(99)
-    assert static_binarization(grey, 7).equal(draws[7]), "the same for the same seed, whatever torch's random state"
+    assert static_binarization(grey, 7).equal(draws[7]), "the same for the same seed, for any random state of torch"
     assert static_binarization(grey).equal(draws[0])
     torch.set_rng_state(state)
     static_binarization(grey)
@@ -557,7 +557,7 @@ def test_omniglot(tmp_path, monkeypatch):
     assert (splits.train.x == image).all()
     assert image.min() >= 0 and image.max() <= 1
     # Rows away from the edge are pure. The edge runs through row 13, a third ink and two thirds paper: it is grey, and
-    # ink fades downwards, whatever kernel made the image small.
+    # ink fades downwards, for any kernel of the resizing.
     assert (image[:11] == 1).all() and (image[16:] == 0).all()
     assert ((image[13] > 0.1) & (image[13] < 0.6)).all() and (image.diff(dim=0) <= 0).all()
 

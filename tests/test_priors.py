@@ -680,3 +680,7 @@ def test_supports_say_where_latents_live():
     blocks = priors.RelaxedOneHotCategorical(4, 2).support
     assert blocks.check(inside)
     assert not blocks.check(outside)
+
+
+def test_the_distribution_of_a_flow_prints():
+    assert repr(priors.FlowPrior(2)()).startswith("Flow(NormalizingFlow(")

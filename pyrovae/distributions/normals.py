@@ -187,5 +187,5 @@ def _as_vectors(columns: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _zero_where(same: Tensor, t: Tensor) -> Tensor:
-    """Returns t with zeros where it is zero but for rounding; the gradient is that of t everywhere."""
+    """Returns t with zeros where `same` is true, and the gradient of t everywhere: t is zero there up to rounding."""
     return t - torch.where(same, t.detach(), 0.0)

@@ -118,7 +118,7 @@ class VonMisesFisher(dist.TorchDistribution):
         tangent = normalize(noise - (noise * self.loc).sum(-1, keepdim=True) * self.loc, dim=-1)
         radius = (1 - height.square()).clamp_min(torch.finfo(height.dtype).tiny).sqrt()
         height, radius = height.to(noise.dtype).unsqueeze(-1), radius.to(noise.dtype).unsqueeze(-1)
-        return normalize(height * self.loc + radius * tangent, dim=-1)  # its length is one but for rounding
+        return normalize(height * self.loc + radius * tangent, dim=-1)  # of length one up to rounding
 
 
 @register_kl(VonMisesFisher, HypersphericalUniform)
