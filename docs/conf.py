@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
 
-import pyrovae
+import pyrovae  # noqa: E402 (after its path)
 
 project = "pyrovae"
 author = "the authors of pyrovae"

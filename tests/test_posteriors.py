@@ -134,9 +134,7 @@ def test_data_whose_chains_did_not_settle_are_left_out():
     ratio[0] = 5.0
     doubtful = replace(check, rhat=rhat, ratio=ratio)
     assert doubtful.converged.tolist() == [False, True] and doubtful.summary()["wide"] == 0
-    assert (
-        "The guide is right as far as NUTS shows" in doubtful.verdict and "1 of 2 data left out" in doubtful.verdict
-    )
+    assert "The guide is right as far as NUTS shows" in doubtful.verdict and "1 of 2 data left out" in doubtful.verdict
 
 
 def test_latents_with_a_constrained_support_and_a_scaled_loss():

@@ -5,7 +5,7 @@
 
 import html
 import re
-from functools import lru_cache
+from functools import cache
 
 import ziafont
 import ziamath
@@ -20,7 +20,7 @@ ziafont.config.precision = 2
 logger = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=None)
+@cache
 def svg(tex: str, inline: bool) -> str:
     """Returns an equation as an SVG element, its size and the place of its base line in units of the font's size."""
     equation = ziamath.Latex(tex.replace(r"\|", r"\Vert "), SIZE, inline=inline, color="currentColor", margin=MARGIN)

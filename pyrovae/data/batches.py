@@ -42,7 +42,7 @@ class Batches:
                 self.rows = start
                 yield self._take(slice(start, start + self.batch_size))
             return
-        # The order is drawn on the CPU, and so does not depend on the device of the data; it is to_device there at once.
+        # Drawn on the CPU, so that the order does not depend on the device of the data, and then moved there at once.
         order = torch.randperm(self.size)
         device = next((t.device for t in tensors_of(self.tensors, self.named)), order.device)
         moved_order = order.to(device, non_blocking=True)

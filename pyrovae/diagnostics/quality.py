@@ -69,7 +69,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> PrecisionRe
         A :class:`PrecisionRecall`.
 
     Raises:
-        ValueError: when features are not two-dimensional, differ in elements_per_datum, hold NaN or infinity or have fewer than
+        ValueError: when features are not two-dimensional, differ in width, hold NaN or infinity or have fewer than
             ``k + 2`` rows, or k is below 1.
 
     References:
@@ -99,7 +99,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
         generated: features of samples, shape ``(m, d)``.
 
     Raises:
-        ValueError: when features are not two-dimensional, differ in elements_per_datum, hold NaN or infinity or have fewer than 2
+        ValueError: when features are not two-dimensional, differ in width, hold NaN or infinity or have fewer than 2
             rows.
 
     References:

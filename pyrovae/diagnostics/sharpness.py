@@ -1,4 +1,4 @@
-"""Whether a model is blurry: error by spatial frequency, sharpness of samples, and elements_per_datum of p(x | z)."""
+"""Whether a model is blurry: error by spatial frequency, sharpness of samples, and width of p(x | z)."""
 
 import math
 from collections.abc import Callable
@@ -58,7 +58,7 @@ class Sharpness(Diagnosis):
         share: share of all frequencies in each band, which is the share of the power of white noise.
         laplacian: variance of the Laplacian over the pixels of each datum, shape ``(batch,)``, for the "data", their
             "reconstructions", and samples from the prior: the "means" of p(x | z) and "draws" from it.
-        elements_per_datum: root mean square of the standard deviation of p(x | z), in the units of the data; None if undefined.
+        width: root mean square of the standard deviation of p(x | z), in the units of the data; None if undefined.
         residual: root mean square of x minus the decoded mean, in the units of the data.
         examples: the first images of each kind in `laplacian`, ``(n, channels, *pixels)``.
         site: the observed site.
@@ -72,7 +72,7 @@ class Sharpness(Diagnosis):
     error: Tensor
     share: Tensor
     laplacian: dict[str, Tensor]
-    elements_per_datum: float | None
+    width: float | None
     residual: float
     examples: dict[str, Tensor]
     site: str
@@ -86,7 +86,7 @@ class Sharpness(Diagnosis):
 
     @property
     def ratio(self) -> float | None:
-        """The elements_per_datum of p(x | z) over the residual: 1 if the scale fits."""
+        """The width of p(x | z) over the residual: 1 if the scale fits."""
         return None if self.width is None or self.residual == 0 else self.width / self.residual
 
     @property
@@ -216,7 +216,7 @@ class Sharpness(Diagnosis):
         rows.append(("all", total, error, error / total if total > 0 else math.nan, 1.0))
         lines = [
             f'sharpness of "{self.site}": {self.num_data:,} data, power per element about the mean datum',
-            f"taken as {'images' if images else 'sequences; shape=(height, elements_per_datum) takes them as images'}",
+            f"taken as {'images' if images else 'sequences; shape=(height, width) takes them as images'}",
             "cycles per pixel   power of data   of error   share lost   error / white noise",
         ]
         for name, power, error, lost, excess in rows:
@@ -229,7 +229,7 @@ class Sharpness(Diagnosis):
             lines.append(f"{shown:22}{values.mean():10.4g}{error:9.2g}{self._relative(name):16.2f}")
         if self.width is not None:
             fits = "" if self.ratio is None else f": {self.ratio:.2f} times"
-            lines.append(f"root mean square elements_per_datum of p(x | z) {self.width:.4g}, of residuals {self.residual:.4g}{fits}")
+            lines.append(f"root mean square width of p(x | z) {self.width:.4g}, of residuals {self.residual:.4g}{fits}")
         return lines
 
     def _relative(self, name: str) -> float:
@@ -247,7 +247,7 @@ def sharpness(
     num_draws: int = 1,
     **kwargs: Any,
 ) -> Sharpness:
-    r"""Looks for blur: error by spatial frequency, sharpness of samples and of data, and the elements_per_datum of p(x | z).
+    r"""Looks for blur: error by spatial frequency, sharpness of samples and of data, and the width of p(x | z).
 
     .. math:: E_b = \frac{1}{N^2} \sum_{f \in b} \operatorname{E} \left| \mathcal{F}[x - \mu(z)]_f \right|^2, \qquad
         \sum_b E_b = \frac{1}{N} \operatorname{E} \lVert x - \mu(z) \rVert^2, \qquad z \sim q(z \mid x)

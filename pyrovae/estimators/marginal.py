@@ -83,7 +83,9 @@ def log_marginal(
     if loader is None:
         return _score(model, guide, method, args, kwargs, max_memory, compile, progress)
     parts, offset = [], 0
-    for batch in map(arguments.as_arguments, tqdm(loader, desc="log p(x)", unit="batch", delay=0.5, disable=not progress)):
+    for batch in map(
+        arguments.as_arguments, tqdm(loader, desc="log p(x)", unit="batch", delay=0.5, disable=not progress)
+    ):
         part = _score(model, guide, method, batch.args, batch.kwargs | kwargs, max_memory, compile, False, offset)
         offset += len(part.value)
         parts.append(part)

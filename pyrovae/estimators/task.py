@@ -194,7 +194,7 @@ def open_task(
 
 
 def checked(args: tuple, kwargs: dict) -> tuple[tuple, dict, int]:
-    """Returns arguments as :func:`pyrovae.arguments.canonicalize` does, after checking that their numbers are finite."""
+    """Returns what :func:`pyrovae.arguments.canonicalize` returns, after checking that all numbers are finite."""
     args, kwargs, size = arguments.canonicalize(args, kwargs)
     for name, t in arguments.named_tensors(args, kwargs):
         check_finite(name, t)

@@ -126,7 +126,7 @@ def elbo():
 
 
 def from_z_to_x():
-    """A VAE of digits with two latent dimensions: the data in latent space, a posterior, and what each place decodes to."""
+    """Draws a VAE of digits with two latents: the data in latent space, a posterior, and what each place decodes to."""
     pyro.set_rng_seed(0)
     train, _, test = data.load("digits")
     vae = VAE(
