@@ -41,8 +41,8 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
-from test_parts import COVERING, MEETING, name_of, representatives, vae_of
 from torch import nn
+from triples import COVERING, MEETING, name_of, representatives, vae_of
 
 from pyrovae import VAE, bounds, encoders, fit, likelihoods, priors
 from pyrovae import compile as compiled

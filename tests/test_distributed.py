@@ -18,10 +18,10 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from helpers import assert_same
 from linear_gaussian import assert_unit_scores, truth, vae_of
 from pyro import distributions as dist
 from pyro.infer import Trace_ELBO
-from test_storage import assert_same
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR

@@ -10,10 +10,10 @@ import pytest
 import scipy.stats
 import torch
 from bound_cases import BOUNDS, BoundCase
+from helpers import assert_same
 from linear_gaussian import diagonal_vae, gradients
 from pyro import distributions as dist
 from pyro.infer import Trace_ELBO
-from test_storage import assert_same
 from torch import Tensor, nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyrovae import plots
-from pyrovae.arguments import tensors_of
+from pyrovae.arguments import cuda_devices, tensors_of
 from pyrovae.diagnostics.base import check_at_least, in_memory
 from pyrovae.diagnostics.collapse import collapse
 from pyrovae.training import History
@@ -58,7 +58,7 @@ class CollapseMonitor:
     def __call__(self, history: History) -> None:
         last = history.records[-1]
         if last["epoch"] % self.every == 0:
-            devices = sorted({t.device for t in tensors_of(self.args, self.kwargs) if t.is_cuda}, key=str)
+            devices = cuda_devices(tensors_of(self.args, self.kwargs))
             with torch.random.fork_rng(devices):
                 torch.manual_seed(0)
                 result = collapse(
