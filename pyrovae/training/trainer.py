@@ -26,7 +26,18 @@ from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
 from pyrovae import storage
-from pyrovae.arguments import Arguments, converted, count_data, cuda_devices, moved, of_batch, placed, settled, take_rows, tensors_of
+from pyrovae.arguments import (
+    Arguments,
+    converted,
+    count_data,
+    cuda_devices,
+    moved,
+    of_batch,
+    placed,
+    settled,
+    take_rows,
+    tensors_of,
+)
 from pyrovae.bounds import Bound
 from pyrovae.compilation import api as graphs
 from pyrovae.compilation.cudagraph import PostStep
