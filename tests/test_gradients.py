@@ -217,6 +217,27 @@ def test_the_signal_of_the_plain_gradient_drowns_and_that_of_dreg_does_not():
         assert expected - 0.05 < low < high < expected + 0.05
 
 
+class GroupedForTheGuide(bounds.ImportanceBound):
+    """PIWAE with two groups, written as a user would."""
+
+    def reduce(self, log_w: Tensor) -> bounds.Reduced:
+        return bounds.MIWAE(self.num_particles, 2).reduce(log_w)
+
+    def reduce_model(self, log_w: Tensor) -> bounds.Reduced:
+        return bounds.power_mean(log_w, 1.0)
+
+
+def test_a_bound_with_two_functions_trains_model_and_guide_by_one_each():
+    known = truth(2, 3)
+    vae, x = vae_of(known, widen=1.4), known.marginal().sample((5,))
+    found = []
+    for bound in (GroupedForTheGuide(4), bounds.PIWAE(4, 2), bounds.IWAE(4)):
+        pyro.set_rng_seed(0)
+        found.append(gradient_of(bound, vae, x))
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])  # so that one function for both would show
+
+
 def slope_of(x: list[float], y: list[float], errors: list[float]) -> tuple[float, float]:
     """Returns the slope of a weighted least-squares line, and its standard error from those of the points."""
     weights = 1 / np.square(errors)

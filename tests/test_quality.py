@@ -205,7 +205,7 @@ def test_bad_input_of_quality_is_named():
         quality(vae.model, vae.guide, x, features=lambda x: x.sum(-1))
     with pytest.raises(ValueError, match=r"real \(features\) holds NaN or infinity in 20 of 20 rows"):
         quality(vae.model, vae.guide, x, features=lambda x: x / 0)
-    with pytest.raises(ValueError, match="none of the arguments as given"):
+    with pytest.raises(ValueError, match="not one of the arguments as given"):
         quality(lambda x: vae.model(x + 0), vae.guide, x)
 
 

@@ -983,7 +983,7 @@ REFUSED = {
         full_rank_vae,
         4,
         TotalCorrelation(1.0, 9),
-        'independent dimensions at site "z", got a MultivariateNormal. DensityRatio needs draws only',
+        'independent dimensions at site "z", got a MultivariateNormal. DensityRatio needs only draws',
     ),
     "scalars": (scalar_pair, 4, TotalCorrelation(1.0, 9), 'independent dimensions at site "z", got a Normal'),
     "scalars, MMD": (scalar_pair, 4, MaximumMeanDiscrepancy(1.0), r'vectors, but site "z" has events of shape \(\)'),

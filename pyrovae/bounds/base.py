@@ -117,10 +117,13 @@ class Bound(PyroELBO, ABC):
         self.chunk_size = None if chunk_size is None else int(chunk_size)
         self.regularizers = tuple(regularizers)
         self.steps = 0
-        # What the gradient takes, for the bounds whose gradient is not the estimator's alone:
-        self.single_backward = self.gradient.single_backward  # one backward pass through the log weights is all
-        self.score_functions = self.gradient.score_functions  # of latents without an rsample
-        self.through_draws = self.gradient.single_backward or self.gradient.reparameterized
+        has_own_gradient = type(self).coefficients is not Bound.coefficients
+        one_function = type(self).reduce_model is Bound.reduce_model  # the same f for model and guide
+        # Whether one backward pass through the log weights computes the gradient; whether latents without an rsample
+        # get score functions; and whether the gradient goes through the draws of the latents.
+        self.single_backward = self.gradient.single_backward and one_function and not has_own_gradient
+        self.score_functions = self.gradient.score_functions and not has_own_gradient
+        self.through_draws = self.gradient.reparameterized or self.gradient.single_backward and not has_own_gradient
         self.scorer = SiteScorer()
         self._inspected, self._structure = None, None  # the model, guide and arguments seen last; their structure
         self.gradient.check(self)
@@ -134,7 +137,11 @@ class Bound(PyroELBO, ABC):
         return self.reduce(log_w)
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
-        """Returns the coefficients of the gradient: the estimator's, unless a bound has its own gradient."""
+        """Returns the coefficients of the gradient: the estimator's, unless a bound has its own gradient.
+
+        A bound that overrides this has its own gradient at fixed latents, without score functions; it may have a `path`
+        if its estimator is reparameterized.
+        """
         return self.gradient.coefficients(self, log_w)
 
     def extra_surrogate(self, run: Run, structure: SiteStructure, scale: float | Tensor) -> Tensor | float:

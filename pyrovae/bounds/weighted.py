@@ -120,17 +120,6 @@ class PIWAE(_Grouped):
     tensor(0.1250)
     """
 
-    def __init__(
-        self,
-        num_particles: int,
-        num_groups: int,
-        gradient: Gradient | None = None,
-        chunk_size: int | None = None,
-        regularizers: Sequence[Regularizer] = (),
-    ):
-        super().__init__(num_particles, num_groups, gradient, chunk_size, regularizers)
-        self.single_backward = False  # model and guide have coefficients of their own
-
     def reduce_model(self, log_w: Tensor) -> Reduced:
         return power_mean(log_w, 1.0)
 
@@ -250,22 +239,7 @@ class VRMax(ImportanceBound):
         return power_mean(log_w, math.inf)
 
 
-class _SelfNormalized(ImportanceBound):
-    """A bound with its own gradient, by self-normalised weights: at fixed latents, or through their draws."""
-
-    def __init__(
-        self,
-        num_particles: int,
-        gradient: Gradient | None = None,
-        chunk_size: int | None = None,
-        regularizers: Sequence[Regularizer] = (),
-    ):
-        super().__init__(num_particles, gradient, chunk_size, regularizers)
-        self.single_backward, self.score_functions = False, False
-        self.through_draws = self.gradient.reparameterized
-
-
-class CUBO(_SelfNormalized):
+class CUBO(ImportanceBound):
     r"""The chi upper bound. Minimising it fits the guide to the model's posterior; it does not train the model.
 
     .. math:: \log p(x) \;\le\; \frac{1}{n} \log \mathrm{E}_{q(z \mid x)} w^n \;\approx\;
@@ -388,7 +362,7 @@ class TVO(ImportanceBound):
         return total
 
 
-class ReweightedWakeSleep(_SelfNormalized):
+class ReweightedWakeSleep(ImportanceBound):
     r"""Reweighted wake-sleep: trains the model by the importance-weighted bound, the guide by the model's posterior.
 
     .. math:: \text{model: } \sum_k \bar w_k \nabla \log p(x, z_k), \qquad
