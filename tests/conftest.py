@@ -12,7 +12,7 @@ import pytest
 import torch
 
 # Modules that tests import assertions from: a failure there shows its values, as in a test.
-pytest.register_assert_rewrite("helpers", "linear_gaussian", "pairs", "spaces")
+pytest.register_assert_rewrite("compiling", "helpers", "linear_gaussian", "spaces")
 
 
 def global_state() -> dict:
