@@ -70,7 +70,7 @@ public_modules = [
     "pyrovae.plots",
     "pyrovae.data",
     "pyrovae.distributions",
-    "pyrovae.latents",
+    "pyrovae.training",
     "pyrovae.storage",
     "pyrovae.cli",
 ]

@@ -23,7 +23,7 @@ PAGES = [
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 # Namespaces that are imported by name alone, as they need more than the library itself does.
-BY_NAME = ["cli", "distributions", "latents", "plots", "storage"]
+BY_NAME = ["cli", "distributions", "plots", "storage", "training"]
 NAMESPACES = ["pyrovae"] + [
     f"pyrovae.{name}"
     for name in sorted({*BY_NAME, *(name for name in pyrovae.__all__ if inspect.ismodule(getattr(pyrovae, name)))})
