@@ -5,7 +5,7 @@ sequences, and dicts, lists and tuples of these. Whatever has an entry per datum
 strings, ``None``, functions, tensors without dimensions and other objects are for all data and are passed on unchanged.
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
@@ -204,6 +204,11 @@ def tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     tensors: list[Tensor] = []
     tree_map(lambda x: tensors.extend(t for t in tree_leaves(x) if isinstance(t, Tensor)), (args, kwargs))
     return tensors
+
+
+def cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
+    """Returns the GPUs that hold some tensors, for ``torch.random.fork_rng``."""
+    return sorted({t.device for t in tensors if t.is_cuda}, key=str)
 
 
 def holds_packed(args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -18,10 +18,10 @@ from torch.distributions import transform_to
 
 from pyrovae.bounds import ELBO
 from pyrovae.bounds.base import Bound
-from pyrovae.estimators.base import Task, check_count, check_positive, prior_of
 from pyrovae.inference.messages import described
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import inspect_samples, log_q_of, trace_model
+from pyrovae.estimators.base import Task, check_count, check_positive, prior_of
 
 
 class WeightedGuide(NamedTuple):

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from inspect import signature
 from numbers import Integral
+from types import FunctionType
 from typing import Any
 
 import pyro
@@ -50,14 +51,22 @@ def is_integer(value: Any) -> bool:
 
 
 def described(thing: Any) -> str:
-    """Returns the call that builds an object, for its repr: arguments that are attributes, without the defaults."""
+    """Returns the call that builds an object, for its repr: arguments that are attributes, without the defaults.
+
+    Checkpoints hold this text. It must not differ between processes, as the address in the repr of a function does.
+    """
     arguments = []
     for name, parameter in signature(type(thing)).parameters.items():
         value = getattr(thing, name, parameter.default)
-        if not (
-            value is parameter.default or isinstance(value, (int, float, str, tuple)) and value == parameter.default
-        ):
-            arguments.append(f"{name}={type(value).__name__ if isinstance(value, nn.Module) else repr(value)}")
+        is_plain = isinstance(value, (int, float, str, tuple))
+        if value is parameter.default or is_plain and value == parameter.default:
+            continue
+        text = repr(value)
+        if isinstance(value, nn.Module):
+            text = type(value).__name__
+        elif isinstance(value, FunctionType):
+            text = value.__qualname__
+        arguments.append(f"{name}={text}")
     return f"{type(thing).__name__}({', '.join(arguments)})"
 
 

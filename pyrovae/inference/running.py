@@ -8,6 +8,8 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyrovae.arguments import cuda_devices
+
 
 @contextmanager
 def evaluation_mode() -> Iterator[None]:
@@ -45,8 +47,7 @@ def full_precision(devices: Iterable[torch.device]) -> Iterator[None]:
 @contextmanager
 def isolated(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Runs without gradients and in evaluation mode; restores the random state, of the tensors' devices too."""
-    devices = sorted({t.device for t in tensors if t.is_cuda}, key=str)
-    with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices):
+    with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(cuda_devices(tensors)):
         yield
 
 
