@@ -53,21 +53,20 @@ def is_integer(value: Any) -> bool:
 def described(thing: Any) -> str:
     """Returns the call that builds an object, for its repr: arguments that are attributes, without the defaults.
 
-    Checkpoints hold this text, so a function appears by its name: its repr has an address, which another process lacks.
+    Checkpoints hold this text. It must not differ between processes, as the address in the repr of a function does.
     """
-
-    def shown(value: Any) -> str:
-        if isinstance(value, nn.Module):
-            return type(value).__name__
-        return value.__qualname__ if isinstance(value, FunctionType) else repr(value)
-
     arguments = []
     for name, parameter in signature(type(thing)).parameters.items():
         value = getattr(thing, name, parameter.default)
-        if not (
-            value is parameter.default or isinstance(value, (int, float, str, tuple)) and value == parameter.default
-        ):
-            arguments.append(f"{name}={shown(value)}")
+        is_plain = isinstance(value, (int, float, str, tuple))
+        if value is parameter.default or is_plain and value == parameter.default:
+            continue
+        text = repr(value)
+        if isinstance(value, nn.Module):
+            text = type(value).__name__
+        elif isinstance(value, FunctionType):
+            text = value.__qualname__
+        arguments.append(f"{name}={text}")
     return f"{type(thing).__name__}({', '.join(arguments)})"
 
 
