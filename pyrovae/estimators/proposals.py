@@ -18,7 +18,7 @@ from torch.distributions import transform_to
 
 from pyrovae.bounds import ELBO
 from pyrovae.bounds.base import Bound
-from pyrovae.estimators.base import Task, check_count, check_positive, prior_of
+from pyrovae.estimators.base import check_count, check_positive
 from pyrovae.estimators.task import Task, prior_of
 from pyrovae.inference.messages import described
 from pyrovae.inference.structure import SiteStructure
