@@ -462,7 +462,7 @@ def test_a_row_without_anything_observed_is_named(seed):
     m[900] = False
     v = MissingDataVAE(StandardNormal(2), Normal(2, 6), DiagonalNormal((2, 6), 2))
     pyro.set_rng_seed(seed)
-    with pytest.raises(ValueError, match="first of them row 900 of the data"):
+    with pytest.raises(ValueError, match="first in row 900 of the data"):
         train(v.model, v.guide, (x, m), epochs=1)
-    with pytest.raises(ValueError, match="first of them row 900 of the data"):
+    with pytest.raises(ValueError, match="first in row 900 of the data"):
         log_marginal(v.model, v.guide, x, m, num_samples=5, max_memory=1e5, progress=False)

@@ -1190,7 +1190,7 @@ def test_numpys_integers_are_integers():
 def test_a_loss_must_be_built():
     vae = VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3, SMALL), encoders.DiagonalNormal(3, 2, SMALL))
     for loss in (bounds.IWAE, "IWAE", bounds.DoublyReparameterized()):
-        with pytest.raises(TypeError, match="loss must be an ELBO that is built"):
+        with pytest.raises(TypeError, match="loss must be an ELBO object"):
             fit(vae.model, vae.guide, torch.randn(20, 3), batch_size=10, loss=loss, progress=False)
     with pytest.raises(ValueError, match=r"num_particles must be an integer of at least 1, got a method\.$"):
         bounds.IWAE(vae.model)

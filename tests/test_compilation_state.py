@@ -476,7 +476,7 @@ class OfSteps(bounds.Penalty):
         self.held = [Steep()]
 
     def __call__(self, kl: Tensor, step: int | None) -> Tensor:
-        return kl * bounds.elbo._at(self.held[0], step)
+        return kl * bounds.schedules.value_at(self.held[0], step)
 
 
 SCHEDULES = {
@@ -496,7 +496,7 @@ def test_schedules_continue_in_one_graph(make, traced):
 
 @pytest.mark.parametrize(
     ("make", "reason"),
-    [(Growing, "computes with the training step"), (OfSteps, "is no attribute of the bound")],
+    [(Growing, "computes with the training step"), (OfSteps, "is not an attribute of the bound")],
     ids=["step", "hidden"],
 )
 def test_a_penalty_that_computes_with_the_step_is_not_compiled(make, reason, traced):

@@ -282,5 +282,5 @@ def test_a_network_that_another_keeps_from_training_is_found():
     assert {name for name in still if name.startswith("model.t_nn")}, "under SVI the model's never moves"
     assert not any(name.startswith("guide.t_nn") for name in still)
     pyro.clear_param_store()
-    with pytest.raises(ValueError, match="would not be trained, for Pyro does not know it.*t_nn"):
+    with pytest.raises(ValueError, match="would not be trained, because Pyro does not know it.*t_nn"):
         fit(cevae.model, cevae.guide, data, loss=TraceCausalEffect_ELBO(), epochs=1, batch_size=20, progress=False)

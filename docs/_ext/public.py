@@ -60,14 +60,22 @@ class Public(SphinxDirective):
         names = described(self.config.public_modules)
         lines = [f".. automodule:: {path}", ""]
         for heading, members in groups(found).items():
-            lines += [f".. rubric:: {heading}", "", ".. autosummary::", "   :nosignatures:", ""]
+            lines += [f".. rubric:: {heading}", ""]
+            if heading == "Values":  # whose docstring is that of their type
+                lines += [f"- :py:data:`{path}.{name}`" for name in members] + [""]
+                continue
+            lines += [".. autosummary::", "   :nosignatures:", ""]
             for name in members:
                 target = names[id(found[name])]
-                lines.append(f"   {name}" if target == f"{path}.{name}" else f"   ~{target}")
+                lines.append(f"   {name}" if target.startswith(f"{path}.") else f"   ~{target}")
             lines += [""]
         for name, value in found.items():
             if names[id(value)] == f"{path}.{name}":
-                kind = "class" if inspect.isclass(value) else "function" if inspect.isroutine(value) else "data"
+                if not inspect.isclass(value) and not inspect.isroutine(value):
+                    keys = ", ".join(f"``{key!r}``" for key in value)
+                    lines += [f".. py:data:: {path}.{name}", "", f"   A {type(value).__name__} of {keys}.", ""]
+                    continue
+                kind = "class" if inspect.isclass(value) else "function"
                 lines += [f".. auto{kind}:: {path}.{name}"]
                 if kind == "class":
                     lines.append("   :members:")

@@ -80,7 +80,7 @@ class Bound(PyroELBO, ABC):
     Particles are vectorised. :meth:`terms` returns the parts of the loss. The loss is minus the sum of the bound over
     the data; the N/B of a subsampled data plate multiplies f, masks act inside of it.
 
-    To add a bound, derive from :class:`ImportanceBound` and write :meth:`reduce`: f with its first two derivatives, as
+    To add a bound, derive from :class:`ImportanceBound` and write ``reduce``: f with its first two derivatives, as
     a :class:`Reduced` over the first dimension of the log weights. Three class attributes describe f: `smooth` is False
     if f has a kink, which its second derivative leaves out; `linear` is True if f is a mean; `is_upper` is True if
     training is to lower it.
@@ -133,7 +133,7 @@ class Bound(PyroELBO, ABC):
         """Returns f of log weights ``(num_particles, *rest)``, over the first dimension, with its derivatives."""
 
     def reduce_model(self, log_w: Tensor) -> Reduced:
-        """Returns the f that the model's parameters are trained by: :meth:`reduce`, unless a bound has another."""
+        """Returns the f that the model's parameters are trained by: ``reduce``, unless a bound has another."""
         return self.reduce(log_w)
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
@@ -391,7 +391,7 @@ class Bound(PyroELBO, ABC):
 
 
 class ImportanceBound(Bound):
-    """Base of the bounds that are functions of importance weights per datum; a subclass writes :meth:`reduce`."""
+    """Base of the bounds that are functions of importance weights per datum; a subclass writes ``reduce``."""
 
     def _check_structure(self, structure: SiteStructure) -> None:
         outside = [

@@ -42,7 +42,7 @@ class LogisticNormal(dist.TransformedDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """The softmax of the mean of y: near the mean, which has no closed form."""
+        """The softmax of the mean of y, which is near the mean; that has no closed form."""
         return _AdditiveLogistic()(self.loc)
 
 

@@ -22,7 +22,8 @@ class Estimate:
     Args:
         value: :math:`\log \hat p(x)` in nats.
         standard_error: of `value`, in nats, from the spread of the samples; NaN for a single sample. It does not
-            include posterior mass that no sample has found: see `trusted`. For :class:`Quadrature`, the change of the
+            include posterior mass that no sample has found: see `trusted`.
+            For :class:`~pyrovae.estimators.Quadrature`, the change of the
             value when the number of points is halved.
         ess: effective sample size, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, between 1 and the number of samples; NaN
             where nothing is sampled.

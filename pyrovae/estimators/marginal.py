@@ -43,7 +43,7 @@ def log_marginal(
         *args: tensors, arrays, lists or packed sequences with one entry per datum, and dicts, lists and tuples of
             these; numbers, ``None``, strings and other objects, which apply to all data; or a ``Dataset``, or a
             ``DataLoader`` that keeps the order of the data, whose batches become arguments as in :func:`pyrovae.fit`.
-        method: an estimator of :mod:`pyrovae.estimators`; :class:`ImportanceSampling` by default.
+        method: an estimator of :mod:`pyrovae.estimators`; :class:`~pyrovae.estimators.ImportanceSampling` by default.
         num_samples: short for ``method=ImportanceSampling(num_samples)``; 1,000 by default.
         max_memory: budget for intermediate results, in bytes. A larger budget is faster on a GPU, but not on a CPU.
         compile: whether to score the model by compiled graphs, as :func:`pyrovae.compile` makes them; compilation takes

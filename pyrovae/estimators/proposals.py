@@ -189,7 +189,8 @@ class Refined(Proposal):
     Args:
         num_steps: steps of Adam, at least 1, at a learning rate that falls to zero.
         learning_rate: the initial learning rate, positive.
-        bound: the bound to maximise, of :mod:`pyrovae.bounds`; ``ELBO(8)`` by default. An :class:`IWAE` gives wider
+        bound: the bound to maximise, of :mod:`pyrovae.bounds`; ``ELBO(8)`` by default. An
+            :class:`~pyrovae.bounds.IWAE` gives wider
             proposals, but in many dimensions its gradient needs far more particles.
 
     References:

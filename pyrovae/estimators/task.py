@@ -32,7 +32,7 @@ class Task:
 
     Args:
         model: a Pyro model.
-        guide: a Pyro guide; :func:`prior_of` the model where the estimator uses no guide.
+        guide: a Pyro guide; the prior of the model where the estimator uses no guide.
         structure: the sites of both.
         args: positional arguments of both.
         kwargs: keyword arguments of both.
@@ -123,8 +123,8 @@ class Task:
     def _score(self, trace: poutine.Trace, num_samples: int, check_data: bool) -> tuple[Tensor, Tensor]:
         with arguments.row_positions(self.offset):
             scored = trace_model(self.model, trace, self.structure, num_samples, *self.args, **self.kwargs)
-        if check_data:
-            check_all_observed(scored)
+            if check_data:
+                check_all_observed(scored)
         prior = likelihood = 0.0
         for name, site in sample_sites(scored).items():
             if name in self.structure.global_observed:
