@@ -49,6 +49,13 @@ def groups(found: dict[str, Any]) -> dict[str, list[str]]:
     return {heading: names for heading, names in headings.items() if names}
 
 
+def described_value(value: Any) -> str:
+    """Returns a sentence on a value that is neither a class nor a function."""
+    if isinstance(value, dict):
+        return f"A dict with the keys {', '.join(f'``{key!r}``' for key in value)}."
+    return (inspect.getdoc(type(value)) or repr(value)).splitlines()[0]
+
+
 class Public(SphinxDirective):
     """Describes the public names of a module."""
 
@@ -72,8 +79,7 @@ class Public(SphinxDirective):
         for name, value in found.items():
             if names[id(value)] == f"{path}.{name}":
                 if not inspect.isclass(value) and not inspect.isroutine(value):
-                    keys = ", ".join(f"``{key!r}``" for key in value)
-                    lines += [f".. py:data:: {path}.{name}", "", f"   A {type(value).__name__} of {keys}.", ""]
+                    lines += [f".. py:data:: {path}.{name}", "", f"   {described_value(value)}", ""]
                     continue
                 kind = "class" if inspect.isclass(value) else "function"
                 lines += [f".. auto{kind}:: {path}.{name}"]
