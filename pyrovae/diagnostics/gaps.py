@@ -104,9 +104,10 @@ class Gaps(Diagnosis):
             "amortisation": self.test.amortization.mean().item(),
         }
         # A difference between two sets of data that may be chance is not a loss.
-        if self.generalization is not None and self.generalization > 2 * self.generalization_error:
-            losses["generalisation"] = self.generalization.item()
-        largest = max(losses, key=losses.get)
+        gap, error = self.generalization, self.generalization_error
+        if gap is not None and error is not None and gap > 2 * error:
+            losses["generalisation"] = gap.item()
+        largest = max(losses, key=lambda name: losses[name])
         remedies = {
             "approximation": "the family of q is too poor: encoders.FullRankNormal or NeuralSplineFlow, or train with "
             "bounds.IWAE",

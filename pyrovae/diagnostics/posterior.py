@@ -230,7 +230,7 @@ class PosteriorCheck(Diagnosis):
 
     def _draw_marginal(self, ax: "Axes", i: int, d: int, name: str) -> None:
         guide_draws, draws = self.guide_draws[:, i, d].cpu().numpy(), self.draws[:, i, d].cpu().numpy()
-        bins = np.linspace(*_limits(guide_draws, draws), 31)
+        bins = np.linspace(*_limits(guide_draws, draws), 31).tolist()
         ax.hist(draws, bins, density=True, color=_NUTS_COLOUR, alpha=0.4)
         ax.hist(guide_draws, bins, density=True, color=_GUIDE_COLOUR, histtype="step", linewidth=1.3)
         shift, ratio = self.difference[i, d].item(), self.ratio[i, d].item()
