@@ -403,10 +403,9 @@ def _power(x: Tensor, band: Tensor) -> Tensor:
 
 def _laplacian(x: Tensor) -> Tensor:
     """Returns the variance of the Laplacian over the inner pixels of ``(num_draws, batch, channels, *pixels)``."""
-    inner: list[slice] = [slice(1, -1)] * (x.dim() - 3)
-    total = -2 * len(inner) * x[(..., *inner)]
-    for i in range(len(inner)):
+    inner = [slice(None)] * 3 + [slice(1, -1)] * (x.dim() - 3)
+    total = -2 * (x.dim() - 3) * x[tuple(inner)]
+    for i in range(3, x.dim()):
         for shift in (slice(0, -2), slice(2, None)):
-            moved = [*inner[:i], shift, *inner[i + 1 :]]
-            total = total + x[(..., *moved)]
+            total = total + x[(*inner[:i], shift, *inner[i + 1 :])]
     return total.flatten(2).var(-1, correction=0)
