@@ -56,7 +56,7 @@ class ReportInputs:
 
     @property
     def few(self) -> int:
-        """The number of data for a slow diagnostic: a third of them, but at least 30."""
+        """The number of data for a slow diagnostic, a third of them but at least 30."""
         return max(30, len(self.x) // 3)
 
 
@@ -67,7 +67,7 @@ class Diagnosis(ABC):
     and data that returns it; then add the class to the registry in ``report.py``, which the command line and the tests
     read. The class defines:
 
-    - :attr:`question`, which it answers, for the report;
+    - ``question``, which it answers, for the report;
     - :attr:`verdict`, one line with the finding and its usual remedy;
     - :meth:`table`, the lines to print above the verdict, at most 80 characters wide;
     - :meth:`numbers`, the numbers for a JSON file;
@@ -80,7 +80,7 @@ class Diagnosis(ABC):
     @property
     @abstractmethod
     def verdict(self) -> str:
-        """One line: the finding, and its usual remedy."""
+        """The finding and its usual remedy, in one line."""
 
     @abstractmethod
     def table(self) -> list[str]:

@@ -233,8 +233,8 @@ def gaps(
         guide: a Pyro guide.
         *args: tensors with the data along their first dimension; other objects are passed on.
         train: the arguments for training data; a single one need not be in a tuple.
-        method: an estimator of log p(x). By default :class:`AnnealedImportanceSampling` from the prior, which does not
-            use the guide, or :class:`Enumeration` for discrete latents.
+        method: an estimator of log p(x). By default :class:`~pyrovae.estimators.AnnealedImportanceSampling` from the
+            prior, which does not use the guide, or :class:`~pyrovae.estimators.Enumeration` for discrete latents.
         num_samples: draws per datum for the ELBOs, at least 2.
         num_steps: gradient steps to the best q.
         learning_rate: the initial learning rate.

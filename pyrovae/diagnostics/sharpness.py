@@ -88,7 +88,7 @@ class Sharpness(Diagnosis):
 
     @property
     def ratio(self) -> float | None:
-        """The width of p(x | z) over the residual: 1 if the scale fits."""
+        """The width of p(x | z) over the residual, which is 1 if the scale fits."""
         return None if self.width is None or self.residual == 0 else self.width / self.residual
 
     @property
