@@ -157,17 +157,19 @@ class Anomalies(Diagnosis):
 
     def draw(self) -> "Figure":
         """Draws the distribution of each score, ROC curves against other data, and the most and least likely data."""
-        images, several = are_images(self.x), self.other is not None
-        columns = len(self.scores) + several
+        images = are_images(self.x)
+        columns = len(self.scores) + (self.other is not None)
         figure = new_figure(3.6 * columns, 3.4 + 2 * images)
-        above, below = figure.subfigures(2, 1, height_ratios=(3.4, 2)) if images else (figure, None)
+        above = below = figure
+        if images:
+            above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(3.4, 2))[:, 0]
         axes = above.subplots(1, columns, squeeze=False)[0]
         for ax, name in zip(axes, self.scores, strict=False):
             self._draw_scores(ax, name)
         axes[0].set_ylabel("density")
-        if several:
+        if self.other is not None:
             axes[0].legend(fontsize="small")
-            self._draw_roc(axes[-1])
+            self._draw_roc(axes[-1], self.other.scores)
         if images:
             self._draw_examples(below.subplots(2, 1))
         return figure
@@ -175,15 +177,15 @@ class Anomalies(Diagnosis):
     def _draw_scores(self, ax: "Axes", name: str) -> None:
         sets = {"data": self.scores[name]} | ({} if self.other is None else {"other data": self.other.scores[name]})
         finite = {label: values[values.isfinite()].cpu() for label, values in sets.items()}
-        edges = torch.histogram(torch.cat(list(finite.values())), 40).bin_edges.numpy()
+        edges = torch.histogram(torch.cat(list(finite.values())), 40).bin_edges.tolist()
         for label, values in finite.items():
             ax.hist(values.numpy(), bins=edges, density=True, alpha=0.6, label=label)
         ax.set(xlabel=_UNITS[name], title=name)
         ax.set_yticks([])
 
-    def _draw_roc(self, ax: "Axes") -> None:
+    def _draw_roc(self, ax: "Axes", other: dict[str, Tensor]) -> None:
         for name, area in self.auroc.items():
-            ax.plot(*_roc_curve(self.scores[name], self.other.scores[name]), label=f"{name}, {area.value:.2f}")
+            ax.plot(*_roc_curve(self.scores[name], other[name]), label=f"{name}, {area.value:.2f}")
         ax.plot([0, 1], [0, 1], color="grey", linewidth=0.5, linestyle="--")
         ax.set(xlabel="share of data taken for others", ylabel="share of others found", title="ROC, area below")
         ax.set(aspect="equal")

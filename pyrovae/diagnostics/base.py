@@ -56,7 +56,7 @@ class ReportInputs:
 
     @property
     def few(self) -> int:
-        """How many data a slow diagnostic takes, a third of them but at least 30."""
+        """The number of data for a slow diagnostic, a third of them but at least 30."""
         return max(30, len(self.x) // 3)
 
 
@@ -80,7 +80,7 @@ class Diagnosis(ABC):
     @property
     @abstractmethod
     def verdict(self) -> str:
-        """In one line, the finding, and its usual remedy."""
+        """The finding and its usual remedy, in one line."""
 
     @abstractmethod
     def table(self) -> list[str]:
@@ -166,8 +166,9 @@ def names_of(columns: dict[str, slice]) -> list[str]:
 def at_latents(trace: poutine.Trace, structure: SiteStructure, latents: Latents) -> poutine.Trace:
     """Returns a trace of ``num_draws`` draws with these latents, the inverse of :func:`latents_of`."""
     place, values = structure.data_index, {}
+    sites = sample_sites(trace)
     for name, columns in latents.columns.items():
-        site = trace.nodes[name]
+        site = sites[name]
         shape = site["fn"].batch_shape + site["fn"].event_shape
         plates = [n for i, n in enumerate(shape) if i not in (0, place)]
         value = latents.values[..., columns].reshape(*latents.values.shape[:2], *plates).movedim(1, place)
@@ -200,12 +201,12 @@ def observed_site(trace: poutine.Trace, site: str | None) -> str:
 
 def expected_data(trace: poutine.Trace, structure: SiteStructure, site: str) -> Tensor:
     r"""Returns the centre of :math:`p(x \mid z)` for each draw of a model's trace, ``(num_draws, batch, *x_shape)``."""
-    return data_second(center(trace.nodes[site]["fn"]), trace, structure, site)
+    return data_second(center(sample_sites(trace)[site]["fn"]), trace, structure, site)
 
 
 def data_second(value: Tensor, trace: poutine.Trace, structure: SiteStructure, site: str) -> Tensor:
     """Moves the data dimension of a site's value, ``(num_draws, *plates, batch, *event)``, to the second place."""
-    fn, depth, place = trace.nodes[site]["fn"], structure.max_plate_nesting, structure.data_index
+    fn, depth, place = sample_sites(trace)[site]["fn"], structure.max_plate_nesting, structure.data_index
     value = value.expand(fn.batch_shape + fn.event_shape)
     lead = fn.batch_shape
     # A site under the data plate alone has size 1 in the place of other plates.

@@ -234,16 +234,16 @@ def calibration(
         )
     chunk = max(1, int(_CHUNK / ((num_draws + 1) * elements_per_datum(args, kwargs, size))))
     inspect_part(model, guide, slice(0, 2), args, kwargs)  # a guide with parameters per row cannot take simulated data
-    ranks = []
+    parts = []
     with evaluation_mode(), tqdm(desc="ranks", total=size * num_rounds, unit="datum", disable=not progress) as bar:
         for _ in range(num_rounds):
             for start in range(0, size, chunk):
-                part = take_rows(slice(start, start + chunk), args, kwargs)
+                part_args, part_kwargs = take_rows(slice(start, start + chunk), args, kwargs)
                 structure = inspect_posterior(model, guide, slice(start, start + chunk), args, kwargs)
-                latents, ranked = _ranks(model, guide, structure, num_draws, *part)
-                ranks.append(ranked)
+                latents, ranked = _ranks(model, guide, structure, num_draws, part_args, part_kwargs)
+                parts.append(ranked)
                 bar.update(len(ranked))
-    ranks = torch.cat(ranks)
+    ranks = torch.cat(parts)
     components = (_polynomials(num_draws, _DEGREE)[ranks.cpu()].sum(0) / math.sqrt(len(ranks))).to(ranks.device)
     p_value = torch.special.gammaincc(torch.tensor(_DEGREE / 2).double(), components.square().sum(-1).cpu() / 2)
     adjusted = _holm(p_value)

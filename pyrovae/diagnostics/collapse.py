@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -219,7 +220,7 @@ class Collapse(Diagnosis):
             i = top[0]
             both = np.concatenate([posterior[:, i], prior[:, i]])
             low, high = both.min(), both.max()
-            bins = np.arange(low - 0.5, high + 1) if integers else np.linspace(low, high, 41)
+            bins = (np.arange(low - 0.5, high + 1) if integers else np.linspace(low, high, 41)).tolist()
             weights = [np.full(len(t), 1 / len(t)) for t in (prior, posterior)]
             ax.hist(prior[:, i], bins, weights=weights[0], color="C7", alpha=0.6, label="prior")
             ax.hist(posterior[:, i], bins, weights=weights[1], histtype="step", color="C0", linewidth=1.5, label="q(z)")
@@ -228,7 +229,7 @@ class Collapse(Diagnosis):
                 integer_ticks(ax.xaxis)
         else:
             for t, colour, label in ((prior, "C7", "prior"), (posterior, "C0", "q(z)")):
-                ax.scatter(*t[:, top].T, s=10, color=colour, alpha=0.5, linewidths=0, label=label)
+                ax.scatter(t[:, top[0]], t[:, top[1]], s=10, color=colour, alpha=0.5, linewidths=0, label=label)
             ax.set(xlabel=names[top[0]], ylabel=names[top[1]], aspect="equal")
         low, high = self.aggregate_kl_lower, self.aggregate_kl
         interval = f"{high:.2f} nats" if high - low < 0.01 else f"{low:.2f} to {high:.2f} nats"
@@ -336,7 +337,8 @@ def collapse(
             structure = check_draws(structure, model, guide, *part[0], **part[1])
             drawn.append(_draw(model, guide, structure, num_draws, *part[0], **part[1]))
         z, kl_by_site, each, prior = (torch.cat(t, dim=1) for t in zip(*(d.tensors for d in drawn), strict=True))
-        structure.data.check_in_order(z.shape[1], size)
+        if structure.data is not None:
+            structure.data.check_in_order(z.shape[1], size)
         latents = Latents(z, drawn[0].columns)
         log_q = _score_all(guide, structure, latents, drawn[0].template, args, kwargs, progress)
 
@@ -392,10 +394,11 @@ def _draw(
     scored = trace_model(model, trace, structure, num_draws, *args, **kwargs)
     check_all_observed(scored)
     z, columns = latents_of(trace, structure)
-    alike = conditioned_alike(list(sample_sites(scored)), list(columns))
+    guide_sites, model_sites = sample_sites(trace), sample_sites(scored)
+    alike = conditioned_alike(list(model_sites), list(columns))
     kl_by_site, kl_by_dimension, means = [], [], {}
     for name in columns:
-        q, p = trace.nodes[name], scored.nodes[name]
+        q, p = guide_sites[name], model_sites[name]
         if is_masked(q) or is_masked(p):
             raise ValueError(
                 f'site "{name}" is masked, and the mutual information of latents that some data lack is undefined. '
@@ -423,9 +426,10 @@ def _divergence(q: dict, p: dict, given_alike: bool) -> tuple[Tensor, Tensor | N
 
     Per datum, ``(num_draws, batch)``; and by dimension, in the shape of the latents, if the dimensions are independent.
     """
-    each = [_dimensions(site["fn"]) for site in (q, p)]
-    alone = all(fn is not None for fn in each)
-    fns = each if alone else [q["fn"], p["fn"]]
+    fns: list[Any] = [_dimensions(site["fn"]) for site in (q, p)]
+    alone = all(fn is not None for fn in fns)
+    if not alone:
+        fns = [q["fn"], p["fn"]]
     kl = kl_in_closed_form(*fns) if given_alike else None
     if kl is None:
         kl = fns[0].log_prob(q["value"]) - fns[1].log_prob(q["value"])
@@ -494,13 +498,15 @@ def _score_all(
                 block = Latents(z[rows].unsqueeze(1).expand(-1, len(data), -1), latents.columns)
                 moved = at_latents(template, structure, block)
                 trace = trace_model(guide, moved, structure, len(rows), *part_args, **part_kwargs)
-                log_q = sum(_log_q(trace.nodes[name]) for name in latents.columns).double()
+                sites = sample_sites(trace)
+                log_q = reduce(torch.add, [_log_q(sites[name]) for name in latents.columns]).double()
                 same = of_datum[rows].unsqueeze(1) == data
                 own[rows] += log_q.masked_fill(~same, 0.0).sum(1)
                 others[rows] = torch.logaddexp(others[rows], log_q.masked_fill(same, -math.inf).logsumexp(1))
                 bar.update(log_q.numel())
     mixture = torch.logaddexp(own, others) - math.log(size)
-    return tuple(t.reshape(num_draws, size) for t in (own, mixture, others - math.log(size - 1)))
+    rest = others - math.log(size - 1)
+    return own.reshape(num_draws, size), mixture.reshape(num_draws, size), rest.reshape(num_draws, size)
 
 
 def _log_q(site: dict) -> Tensor:

@@ -104,9 +104,10 @@ class Gaps(Diagnosis):
             "amortisation": self.test.amortization.mean().item(),
         }
         # A difference between two sets of data that may be chance is not a loss.
-        if self.generalization is not None and self.generalization > 2 * self.generalization_error:
-            losses["generalisation"] = self.generalization.item()
-        largest = max(losses, key=losses.get)
+        gap, error = self.generalization, self.generalization_error
+        if gap is not None and error is not None and gap > 2 * error:
+            losses["generalisation"] = gap.item()
+        largest = max(losses, key=lambda name: losses[name])
         remedies = {
             "approximation": "the family of q is too poor: encoders.FullRankNormal or NeuralSplineFlow, or train with "
             "bounds.IWAE",
@@ -232,9 +233,8 @@ def gaps(
         guide: a Pyro guide.
         *args: tensors with the data along their first dimension; other objects are passed on.
         train: the arguments for training data; a single one need not be in a tuple.
-        method: an estimator of log p(x). By default
-            :class:`~pyrovae.estimators.AnnealedImportanceSampling` from the prior, which does not
-            use the guide, or :class:`~pyrovae.estimators.Enumeration` for discrete latents.
+        method: an estimator of log p(x). By default :class:`~pyrovae.estimators.AnnealedImportanceSampling` from the
+            prior, which does not use the guide, or :class:`~pyrovae.estimators.Enumeration` for discrete latents.
         num_samples: draws per datum for the ELBOs, at least 2.
         num_steps: gradient steps to the best q.
         learning_rate: the initial learning rate.

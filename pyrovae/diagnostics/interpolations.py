@@ -160,9 +160,10 @@ def interpolations(
     args, kwargs, size = in_memory(2, "interpolations", args, kwargs)
     if pairs is None:
         pairs = [(i, i + 1) for i in range(0, min(size, 10) - 1, 2)]
-    pairs = [tuple(pair) for pair in pairs]
-    if not pairs or not all(len(pair) == 2 and all(0 <= i < size for i in pair) for pair in pairs):
-        raise ValueError(f"pairs must be pairs of rows from 0 to {size - 1}, at least one, got {pairs}.")
+    given = [tuple(pair) for pair in pairs]
+    if not given or not all(len(pair) == 2 and all(0 <= i < size for i in pair) for pair in given):
+        raise ValueError(f"pairs must be pairs of rows from 0 to {size - 1}, at least one, got {given}.")
+    pairs = [(first, second) for first, second in given]
     ends = torch.tensor(pairs)
     with evaluation_mode():
         space = LatentSpace(model, guide, size, args, kwargs, site)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyrovae.diagnostics.base import Diagnosis, ReportInputs, check_at_least, in_memory, names_of
 from pyrovae.diagnostics.latent_space import LatentSpace
 from pyrovae.inference.running import evaluation_mode
-from pyrovae.plots.drawing import are_images, grid_of, new_figure, show
+from pyrovae.plots.drawing import add_legend_of_labels, are_images, grid_of, new_figure, show
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ class LatentMap(Diagnosis):
             finding = f"The map shows only {share:.0%} of the latents' variance, so do not judge distances by it"
         else:
             finding = f"The map shows {share:.0%} of the variance of {total} latent dimensions"
-        if self.agreement is not None:
+        if self.agreement is not None and self.chance is not None:
             finding += f"; {self.agreement:.0%} of the data have a nearest neighbour with the same label "
             finding += f"({self.chance:.0%} by chance)"
             if self.agreement - self.chance < 0.2 * (1 - self.chance):
@@ -81,12 +81,12 @@ class LatentMap(Diagnosis):
 
     def draw(self) -> "Figure":
         """Draws the latents of the data in a plane, and the decoded plane if it consists of images."""
-        decoded = self.decoded is not None and are_images(self.decoded.flatten(0, 1))
-        figure = new_figure(11 if decoded else 6, 5)
-        axes = figure.subplots(1, 2 if decoded else 1, squeeze=False)[0]
+        images = None if self.decoded is None or not are_images(self.decoded.flatten(0, 1)) else self.decoded
+        figure = new_figure(6 if images is None else 11, 5)
+        axes = figure.subplots(1, 1 if images is None else 2, squeeze=False)[0]
         self._draw_latents(axes[0])
-        if decoded:
-            self._draw_plane(axes[1])
+        if images is not None and self.grid is not None:
+            self._draw_plane(axes[1], self.grid, images)
         return figure
 
     @property
@@ -100,16 +100,16 @@ class LatentMap(Diagnosis):
         z, labels = self.coordinates.cpu().numpy(), None if self.labels is None else self.labels.cpu().numpy()
         dots = ax.scatter(z[:, 0], z[:, 1], c=labels, s=8, cmap=None if labels is None else "tab10", linewidths=0)
         if labels is not None:
-            ax.legend(*dots.legend_elements(num=None), title="label", loc="center left", bbox_to_anchor=(1, 0.5))
+            add_legend_of_labels(ax, dots)
         x, y = self._axis_names
         ax.set(xlabel=x, ylabel=y, aspect="equal", title="means of q(z | x)")
 
-    def _draw_plane(self, ax: "Axes") -> None:
-        extent = []
-        for line in self.grid:
+    def _draw_plane(self, ax: "Axes", grid: Tensor, images: Tensor) -> None:
+        extent: list[float] = []
+        for line in grid:
             half = (line[1] - line[0]).item() / 2
             extent += [line[0].item() - half, line[-1].item() + half]
-        show(ax, grid_of(self.decoded.flatten(0, 1), self.decoded.shape[1]), extent=extent, aspect="auto")
+        show(ax, grid_of(images.flatten(0, 1), images.shape[1]), extent=extent, aspect="auto")
         x, y = self._axis_names
         ax.set(xlabel=x, ylabel=y, title="means of p(x | z) over the plane")
 

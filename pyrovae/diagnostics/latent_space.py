@@ -20,6 +20,7 @@ from pyrovae.diagnostics.base import (
     latents_of,
     observed_site,
 )
+from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.weights import check_draws, trace_guide, trace_model
 
 _ROWS = 2**13  # data times draws in one run of the guide or the model
@@ -51,9 +52,9 @@ class LatentSpace:
             part_args, part_kwargs = take_rows(slice(start, start + _ROWS // _DRAWS), args, kwargs)
             self.structure = check_draws(self.structure, model, guide, *part_args, **part_kwargs)
             trace = trace_guide(guide, self.structure, _DRAWS, *part_args, **part_kwargs)
-            latents = latents_of(trace, self.structure)
+            latents, sites = latents_of(trace, self.structure), sample_sites(trace)
             for name in latents.columns:
-                if trace.nodes[name]["fn"].support.is_discrete:
+                if sites[name]["fn"].support.is_discrete:
                     raise ValueError(
                         f'site "{name}" is discrete, so that there are no values between its values. '
                         "diagnostics.collapse shows how much information discrete latents hold."
@@ -64,7 +65,8 @@ class LatentSpace:
             means.append(latents_of(trace, self.structure).values[0])
         self.columns = latents.columns
         self.means, self.draws = torch.cat(means), torch.cat(draws)
-        self.structure.data.check_in_order(len(self.means), size)
+        if self.structure.data is not None:
+            self.structure.data.check_in_order(len(self.means), size)
 
     def inside(self, moved: Tensor) -> bool:
         """Whether latents ``(num_draws, rows, total)`` at the first rows are in their support."""
@@ -90,15 +92,16 @@ class LatentSpace:
             there = self._at(rows, part)
             name = self._outside(there)
             if name is not None:
+                support = sample_sites(there)[name]["fn"].support
                 raise ValueError(
-                    f'latents of site "{name}" leave their support, {there.nodes[name]["fn"].support}, when they move '
+                    f'latents of site "{name}" leave their support, {support}, when they move '
                     "along straight lines. On a sphere use interpolations(..., spherical=True), on a simplex "
                     "interpolations."
                 )
             with _Following(before) if following else nullcontext():
                 after = trace_model(self.model, there, self.structure, len(part), *args, **kwargs)
             decoded.append(expected_data(after, self.structure, site))
-        data = data_second(before.nodes[site]["value"], before, self.structure, site)[0]
+        data = data_second(sample_sites(before)[site]["value"], before, self.structure, site)[0]
         return site, data, torch.cat(decoded)
 
     def _at(self, rows: slice | Tensor, moved: Tensor) -> poutine.Trace:
@@ -109,8 +112,9 @@ class LatentSpace:
 
     def _outside(self, trace: poutine.Trace) -> str | None:
         """Returns the name of a site whose latents are not in its support, or None."""
+        sites = sample_sites(trace)
         for name in self.columns:
-            site = trace.nodes[name]
+            site = sites[name]
             if not bool(site["fn"].support.check(site["value"]).all()):
                 return name
         return None

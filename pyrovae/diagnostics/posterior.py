@@ -66,7 +66,8 @@ class PosteriorCheck(Diagnosis):
         difference: the guide's mean minus that of NUTS, in standard deviations of NUTS, shape ``(batch, total)``.
         ratio: the guide's standard deviation over that of NUTS, shape ``(batch, total)``.
         distance: 1-Wasserstein distance of the marginals, in standard deviations of NUTS, shape ``(batch, total)``. For
-            an exact guide it is about :math:`\sqrt{1 / \text{ess} + 1 / \text{draws}}`.
+            an exact guide it is about :math:`\sqrt{1 / E + 1 / S}`, for an effective sample size of E and S draws of the
+            guide.
         correlation_difference: correlations under the guide minus those under NUTS, shape ``(batch, total, total)``.
         rhat: split R-hat of the chains, shape ``(batch, total)``.
         ess: effective sample size of the chains, shape ``(batch, total)``.
@@ -230,7 +231,7 @@ class PosteriorCheck(Diagnosis):
 
     def _draw_marginal(self, ax: "Axes", i: int, d: int, name: str) -> None:
         guide_draws, draws = self.guide_draws[:, i, d].cpu().numpy(), self.draws[:, i, d].cpu().numpy()
-        bins = np.linspace(*_limits(guide_draws, draws), 31)
+        bins = np.linspace(*_limits(guide_draws, draws), 31).tolist()
         ax.hist(draws, bins, density=True, color=_NUTS_COLOUR, alpha=0.4)
         ax.hist(guide_draws, bins, density=True, color=_GUIDE_COLOUR, histtype="step", linewidth=1.3)
         shift, ratio = self.difference[i, d].item(), self.ratio[i, d].item()

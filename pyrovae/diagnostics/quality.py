@@ -207,7 +207,7 @@ class Quality(Diagnosis):
             if at.shape[1] == 1:
                 ax.hist(at[:, 0].numpy(), bins=30, alpha=0.6, color=colour, label=name)
             else:
-                ax.scatter(*at.T.numpy(), s=8, linewidths=0, alpha=0.6, color=colour, label=name)
+                ax.scatter(at[:, 0].numpy(), at[:, 1].numpy(), s=8, linewidths=0, alpha=0.6, color=colour, label=name)
         second = "number" if self.real.shape[1] == 1 else "second principal component"
         ax.set(xlabel="first principal component", ylabel=second, title=self.features)
         ax.legend()
@@ -284,28 +284,29 @@ def quality(
     check_at_least("k", k, 1)
     args, kwargs, size = in_memory(2 * (k + 2), f"quality with k={k}", args, kwargs)
     chunk = max(1, int(_CHUNK / (_NUM_DRAWS * elements_per_datum(args, kwargs, size))))
-    real, generated, pairs = [], [], None
+    real_parts: list[Tensor] = []
+    generated_parts: list[Tensor] = []
     with evaluation_mode():
         for start in range(0, size, chunk):
             part_args, part_kwargs = take_rows(slice(start, start + chunk), args, kwargs)
             inspect(model, guide, *part_args, **part_kwargs)
             _, drawn_args, drawn_kwargs = simulate(model, *part_args, **part_kwargs)
             x, drawn = _observed((part_args, part_kwargs), (drawn_args, drawn_kwargs))
-            if pairs is None:
-                pairs = x[:_NUM_EXAMPLES], drawn[:_NUM_EXAMPLES]
+            if start == 0:
+                data, samples = x[:_NUM_EXAMPLES], drawn[:_NUM_EXAMPLES]
             if features is None:
-                real.append(_latent_means(model, guide, part_args, part_kwargs))
-                generated.append(_latent_means(model, guide, drawn_args, drawn_kwargs))
+                real_parts.append(_latent_means(model, guide, part_args, part_kwargs))
+                generated_parts.append(_latent_means(model, guide, drawn_args, drawn_kwargs))
             else:
-                real.append(features(x))
-                generated.append(features(drawn))
-                for inputs, outputs in ((x, real[-1]), (drawn, generated[-1])):
+                real_parts.append(features(x))
+                generated_parts.append(features(drawn))
+                for inputs, outputs in ((x, real_parts[-1]), (drawn, generated_parts[-1])):
                     if outputs.dim() != 2 or len(outputs) != len(inputs):
                         raise ValueError(
                             f"features must be (batch, d), but for data of shape {tuple(inputs.shape)} they have shape "
                             f"{tuple(outputs.shape)}. Flatten them to one row per datum."
                         )
-    real, generated = _check_features(torch.cat(real), torch.cat(generated), at_least=2 * (k + 2))
+    real, generated = _check_features(torch.cat(real_parts), torch.cat(generated_parts), at_least=2 * (k + 2))
     half = size // 2
     a, b = torch.randperm(size)[: 2 * half].split(half)
     both = [_scores(real[rows], generated[rows], k) for rows in (a, b)]
@@ -317,8 +318,8 @@ def quality(
         features="means of the guide's latents" if features is None else _name_of(features),
         real=real,
         generated=generated,
-        data=pairs[0],
-        samples=pairs[1],
+        data=data,
+        samples=samples,
     )
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from pyrovae.diagnostics.base import (
 )
 from pyrovae.distributions import MaskedElements
 from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import inspect_samples, trace_guide, trace_model
 from pyrovae.plots.drawing import are_images, grid_of, new_figure, show
@@ -86,7 +88,7 @@ class Sharpness(Diagnosis):
 
     @property
     def ratio(self) -> float | None:
-        """The width of p(x | z) over the residual, 1 if the scale fits."""
+        """The width of p(x | z) over the residual, which is 1 if the scale fits."""
         return None if self.width is None or self.residual == 0 else self.width / self.residual
 
     @property
@@ -153,7 +155,7 @@ class Sharpness(Diagnosis):
         """Draws spectra, the share lost, the sharpness of each kind of picture, and some pictures of each kind."""
         images = are_images(self.examples["data"])
         figure = new_figure(11, 5.4 if images else 6.5)
-        above, below = figure.subfigures(2, 1, height_ratios=(1, 0.65 if images else 1))
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 0.65 if images else 1))[:, 0]
         spectrum, lost, sharp = above.subplots(1, 3)
         self._draw_spectra(spectrum, lost)
         self._draw_sharpness(sharp)
@@ -306,7 +308,7 @@ def sharpness(
                 prior = trace_model(model, poutine.Trace(), structure, 1, *part_args, **part_kwargs)
             parts.append(_part(scored, prior, structure, name, shape))
     total = sum(len(part.power) for part in parts)
-    mean = sum(part.sum_of_data for part in parts) / total
+    mean = reduce(torch.add, [part.sum_of_data for part in parts]) / total
     frequency, band = _bands(mean.shape[1:], mean.device)
     error = torch.cat([part.error for part in parts]).mean(0)
     variance = sum(part.variance for part in parts) / total
@@ -338,14 +340,14 @@ class _Part(NamedTuple):
 def _part(
     scored: poutine.Trace, prior: poutine.Trace, structure: SiteStructure, site: str, shape: tuple[int, ...] | None
 ) -> _Part:
-    node = scored.nodes[site]
+    node, drawn = sample_sites(scored)[site], sample_sites(prior)[site]
     if isinstance(node["fn"], MaskedElements) and not bool(node["fn"].mask_of_elements.all()):
         raise ValueError(f'The data at site "{site}" lack elements, but a spectrum needs all. Give complete data.')
     pictures = {
         "data": data_second(node["value"], scored, structure, site)[:1],
         "reconstructions": expected_data(scored, structure, site),
         "means": expected_data(prior, structure, site),
-        "draws": data_second(prior.nodes[site]["value"], prior, structure, site),
+        "draws": data_second(drawn["value"], prior, structure, site),
     }
     pictures = {name: _as_pictures(values, shape) for name, values in pictures.items()}
     x, residual = pictures["data"][0], pictures["data"] - pictures["reconstructions"]
@@ -401,9 +403,9 @@ def _power(x: Tensor, band: Tensor) -> Tensor:
 
 def _laplacian(x: Tensor) -> Tensor:
     """Returns the variance of the Laplacian over the inner pixels of ``(num_draws, batch, channels, *pixels)``."""
-    inner = [slice(1, -1)] * (x.dim() - 3)
-    total = -2 * len(inner) * x[(..., *inner)]
-    for i in range(len(inner)):
+    inner = [slice(None)] * 3 + [slice(1, -1)] * (x.dim() - 3)
+    total = -2 * (x.dim() - 3) * x[tuple(inner)]
+    for i in range(3, x.dim()):
         for shift in (slice(0, -2), slice(2, None)):
-            total = total + x[(..., *inner[:i], shift, *inner[i + 1 :])]
+            total = total + x[(*inner[:i], shift, *inner[i + 1 :])]
     return total.flatten(2).var(-1, correction=0)

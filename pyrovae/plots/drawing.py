@@ -11,6 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.collections import PathCollection
     from matplotlib.figure import Figure
 
 
@@ -33,6 +34,12 @@ def integer_ticks(axis: "Axis") -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def add_legend_of_labels(ax: "Axes", dots: "PathCollection") -> None:
+    """Adds a legend with an entry for each label, to the right of dots that are coloured by label."""
+    handles, labels = dots.legend_elements(num=None)  # type: ignore[arg-type]  # None: an entry for each value
+    ax.legend(handles, labels, title="label", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def are_images(x: Tensor) -> bool:

@@ -10,10 +10,12 @@ from pyrovae.plots.drawing import integer_ticks, new_figure, write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from pyrovae.training import History
+
 __all__ = ["collapse_history", "learning_curve"]
 
 
-def learning_curve(history, path: str | Path | None = None) -> "Figure":
+def learning_curve(history: "History", path: str | Path | None = None) -> "Figure":
     """Draws the losses of a :class:`pyrovae.History` by epoch.
 
     Args:
@@ -25,7 +27,7 @@ def learning_curve(history, path: str | Path | None = None) -> "Figure":
     curves = [name for name in ("loss", "validation") if any(name in record for record in history.records)]
     for name in curves:
         ax.plot(history["epoch"], history[name], label={"loss": "training"}.get(name, name))
-    if "validation" in curves:
+    if history.best_epoch is not None:
         ax.axvline(history.best_epoch, color="grey", linewidth=0.5, linestyle="--", label="lowest validation loss")
     # The large losses of the first epochs would flatten the rest: leave out the largest twentieth.
     values = torch.tensor([history[name] for name in curves], dtype=torch.float64).flatten()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.plots.drawing import are_images, grid_of, new_figure, show, write
+from pyrovae.plots.drawing import add_legend_of_labels, are_images, grid_of, new_figure, show, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +71,7 @@ def latent_space(z: Tensor, labels: Tensor | None = None, path: str | Path | Non
     x, y, colours = z[:, 0].numpy(), z[:, 1].numpy(), None if labels is None else labels.cpu().numpy()
     dots = ax.scatter(x, y, c=colours, s=8, cmap="tab10" if labels is not None else None, linewidths=0)
     if labels is not None:
-        ax.legend(*dots.legend_elements(num=None), title="label", loc="center left", bbox_to_anchor=(1, 0.5))
+        add_legend_of_labels(ax, dots)
     angle = np.linspace(0, 2 * math.pi, 200)
     for radius in (1, 2):
         ax.plot(radius * np.cos(angle), radius * np.sin(angle), color="grey", linewidth=0.5, linestyle="--")
