@@ -260,7 +260,10 @@ class Enumeration(_Deterministic):
                 prior, likelihood = part.score(_assign(template, supports, numbers, part), len(numbers))
                 log_p = prior + likelihood
                 chunk_sum = log_p.double().logsumexp(0)
-                log_sum = chunk_sum if i == 0 else torch.logaddexp(log_sum, chunk_sum)
+                if i == 0:
+                    log_sum = chunk_sum
+                else:
+                    log_sum = torch.logaddexp(log_sum, chunk_sum)
                 part.advance(len(numbers) * part.size)
             value = log_sum.to(log_p.dtype)
             parts.append(self._estimate(value, torch.zeros_like(value), total))
