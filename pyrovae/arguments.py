@@ -48,33 +48,33 @@ class Arguments:
         return Arguments(*args, **kwargs)
 
 
-class _Entries:
-    """A list or a tuple with an entry per datum."""
+class _EntryList(list):
+    """A list with an entry per datum."""
 
 
-class _Members:
-    """A list or a tuple of several members, each with an entry per datum."""
+class _EntryTuple(tuple):
+    """A tuple with an entry per datum."""
 
 
-class _EntryList(_Entries, list):
-    pass
+class _MemberList(list):
+    """A list of several members, each with an entry per datum."""
 
 
-class _EntryTuple(_Entries, tuple):
-    pass
+class _MemberTuple(tuple):
+    """A tuple of several members, each with an entry per datum."""
 
 
-class _MemberList(_Members, list):
-    pass
+_Entries = _EntryList | _EntryTuple
+_Members = _MemberList | _MemberTuple
 
 
-class _MemberTuple(_Members, tuple):
-    pass
+def _register(kind: type) -> None:
+    register_pytree_node(kind, lambda x: (list(x), None), lambda items, _: kind(items))
 
 
 # Types of their own, registered with pytree, so that a subset of the rows is not classified again, and otherwise.
 for _kind in (_EntryList, _EntryTuple, _MemberList, _MemberTuple):
-    register_pytree_node(_kind, lambda x: (list(x), None), lambda x, _, kind=_kind: kind(x))
+    _register(_kind)
 
 
 def as_arguments(batch: Any) -> Arguments:
@@ -192,9 +192,13 @@ def take_rows(rows: slice | Tensor, args: tuple, kwargs: dict[str, Any]) -> tupl
 
 def to_device(args: tuple, kwargs: dict[str, Any], device: torch.device | str) -> tuple[tuple, dict[str, Any]]:
     """Returns arguments with their tensors on a device."""
-    return tree_map(
-        lambda t: t.to(device, non_blocking=True) if isinstance(t, (Tensor, PackedSequence)) else t, (args, kwargs)
-    )
+
+    def move(t: Any) -> Any:
+        if isinstance(t, PackedSequence):
+            return t.to(device, non_blocking=True)  # type: ignore[arg-type]  # torch declares one signature of three
+        return t.to(device, non_blocking=True) if isinstance(t, Tensor) else t
+
+    return tree_map(move, (args, kwargs))
 
 
 def tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
@@ -393,8 +397,8 @@ def _marked(name: str, value: Any, first: str, size: int) -> Any:
     if is_entries:
         return (_EntryList if isinstance(value, list) else _EntryTuple)(value)
     if is_members:
-        parts = [_marked(f"{name}[{i}]", x, first, size) for i, x in enumerate(value)]
-        return (_MemberList if isinstance(value, list) else _MemberTuple)(parts)
+        members = [_marked(f"{name}[{i}]", x, first, size) for i, x in enumerate(value)]
+        return (_MemberList if isinstance(value, list) else _MemberTuple)(members)
     raise ValueError(
         f"{first} has {size} rows but {name} is a {_kind_of(value)} of {len(value)}: give an entry per datum. If "
         f"{name} is for all data, do not pass it as an argument, but bind it with functools.partial."

@@ -33,6 +33,7 @@ from pyrovae.distributed import init_process_group, single_process, was_restarte
 from pyrovae.distributions import Blocks, center
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, independent_baseline, log_marginal
+from pyrovae.inference.sites import is_discrete
 from pyrovae.likelihoods import Bernoulli, Likelihood, bits_per_dim
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior, StandardNormal
@@ -423,7 +424,13 @@ def diagnose(
     print(f"\npictures and numbers: {out}")
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "diagnose": diagnose, "sample": sample, "reconstruct": reconstruct}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "diagnose": diagnose,
+    "sample": sample,
+    "reconstruct": reconstruct,
+}
 FLAGS = ("resume", "trust", "mean", "compile")  # given without a value
 RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
 
@@ -465,7 +472,7 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="pyrovae", description=pyrovae.__doc__, version=pyrovae.__version__)
     commands = parser.add_subcommands()
     for name, function in COMMANDS.items():
-        commands.add_subcommand(name, command_parser(name), help=function.__doc__.splitlines()[0])
+        commands.add_subcommand(name, command_parser(name), help=_summary(function))
     return parser
 
 
@@ -473,7 +480,7 @@ def command_parser(name: str) -> ArgumentParser:
     """Returns the parser of one command, from the signature and docstring of its function."""
     function = COMMANDS[name]
     epilog = f"Data sets: {', '.join(datasets.descriptions())}." if name == "train" else None
-    parser = ArgumentParser(description=function.__doc__.splitlines()[0], epilog=epilog)
+    parser = ArgumentParser(description=_summary(function), epilog=epilog)
     if name == "train":
         parser.add_argument("--config", action="config", help="a file with arguments, such as the config.yaml of a run")
     helps = {param.arg_name: param.description for param in docstring_parser.parse(function.__doc__).params}
@@ -482,6 +489,10 @@ def command_parser(name: str) -> ArgumentParser:
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     return parser
+
+
+def _summary(function: Callable) -> str:
+    return (function.__doc__ or "").partition("\n")[0]
 
 
 def _config(settings: Any) -> str:
@@ -602,7 +613,7 @@ def _draw_collapse(metrics: Path, path: Path) -> None:
 def _is_discrete(vae: VAE) -> bool | None:
     """Returns whether the data of the likelihood are discrete; None if only some of their columns are."""
     p = vae.decode(vae.prior().sample((1,)))
-    kinds = {block.support.is_discrete for block in (p.blocks if isinstance(p, Blocks) else [p])}
+    kinds = {is_discrete(block) for block in (p.blocks if isinstance(p, Blocks) else [p])}
     return kinds.pop() if len(kinds) == 1 else None
 
 

@@ -46,7 +46,8 @@ def make_vae(
     # jsonargparse gives a partial of a function of its own, which has the class among its arguments.
     cls = next((a for a in getattr(prior, "args", ()) if isinstance(a, type)), prior)
     first = next(iter(inspect.signature(cls).parameters))
-    return VAE(prior(q if first == "encoder" else latent_dim), p, q)
+    argument: Any = q if first == "encoder" else latent_dim
+    return VAE(prior(argument), p, q)
 
 
 def build_vae(config: dict[str, Any], x_shape: tuple[int, ...]) -> VAE:

@@ -185,7 +185,7 @@ class _ShardNoise(TorchDispatchMode):
         super().__init__()
         self.shard = shard
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
         if name not in _ELEMENTWISE_DRAWS and name not in _VECTOR_DRAWS:
             return func(*args, **kwargs)

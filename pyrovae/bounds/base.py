@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from pyro import poutine
@@ -105,7 +105,9 @@ class Bound(PyroELBO, ABC):
         regularizers: Sequence[Regularizer] = (),
     ):
         for name, value in (("num_particles", num_particles), ("chunk_size", chunk_size)):
-            if not (is_integer(value) and value >= 1 or name == "chunk_size" and value is None):
+            if value is None and name == "chunk_size":
+                continue
+            if not is_integer(value) or value < 1:
                 got = repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
                 raise ValueError(f"{name} must be an integer of at least 1, got {got}.")
         super().__init__(num_particles=int(num_particles), vectorize_particles=True)
@@ -125,7 +127,8 @@ class Bound(PyroELBO, ABC):
         self.score_functions = self.gradient.score_functions and not has_own_gradient
         self.through_draws = self.gradient.reparameterized or self.gradient.single_backward and not has_own_gradient
         self.scorer = SiteScorer()
-        self._inspected, self._structure = None, None  # the model, guide and arguments seen last; their structure
+        # What the model, guide and arguments of the last call were, and their structure.
+        self._inspected: tuple[tuple, SiteStructure] | None = None
         self.gradient.check(self)
 
     @abstractmethod
@@ -169,8 +172,8 @@ class Bound(PyroELBO, ABC):
             ValueError: when model and guide do not fit each other, the data or the bound; the message names the site.
         """
         inspected = (model, guide, _kinds(args, kwargs), named_plate.get())
-        if self._inspected == inspected:
-            return self._estimate(model, guide, self._structure, args, kwargs)
+        if self._inspected is not None and self._inspected[0] == inspected:
+            return self._estimate(model, guide, self._inspected[1], args, kwargs)
         structure = inspect(model, guide, *args, **kwargs)
         if structure.guide_observed:
             names = ", ".join(f'"{name}"' for name in sorted(structure.guide_observed))
@@ -181,7 +184,7 @@ class Bound(PyroELBO, ABC):
         self._check_structure(structure)
         structure = check_draws(structure, model, guide, *args, **kwargs)
         terms = self._estimate(model, guide, structure, args, kwargs)
-        self._inspected, self._structure = inspected, structure
+        self._inspected = inspected, structure
         return terms
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -223,9 +226,9 @@ class Bound(PyroELBO, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy inspects for itself, and holds no reference to a model.
-        return self.__dict__ | {"_inspected": None, "_structure": None}
+        return self.__dict__ | {"_inspected": None}
 
-    def _get_trace(self, model, guide, args, kwargs):
+    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> NoReturn:
         raise NotImplementedError(f"{type(self).__name__} makes its traces in terms().")
 
     def _estimate(self, model: Callable, guide: Callable, structure: SiteStructure, args: tuple, kwargs: dict) -> Terms:
@@ -304,7 +307,7 @@ class Bound(PyroELBO, ABC):
             run, terms = score(chunk, len(values[0]), trace_again)
             return run if is_first else None, terms
 
-        runs, chunks = [], []
+        chunks: list[ModelTerms] = []
         for i, values in enumerate(zip(*(site["value"].split(size) for site in latents.values()), strict=True)):
             if torch.is_grad_enabled():
                 # The model's intermediate results are dropped, and computed again in the backward pass. The latents are
@@ -312,13 +315,14 @@ class Bound(PyroELBO, ABC):
                 run, terms = checkpoint(score_chunk, i == 0, *values, use_reentrant=False)
             else:
                 run, terms = score_chunk(i == 0, *values)
-            runs.append(run)
+            if run is not None:
+                first_run = run
             chunks.append(terms)
         observed, latent = (
             {name: torch.cat([contributions[name] for contributions in parts]) for name in parts[0]}
             for parts in ([t.observed for t in chunks], [t.latent for t in chunks])
         )
-        return runs[0], chunks[-1]._replace(observed=observed, latent=latent)
+        return first_run, chunks[-1]._replace(observed=observed, latent=latent)
 
     def _score_functions(self, latents: dict[str, dict]) -> dict[str, Tensor]:
         """Returns log q of the latents that need a score function; raises where the gradient needs another latent."""
@@ -368,7 +372,7 @@ class Bound(PyroELBO, ABC):
         """Returns a number whose gradient is the estimate of the gradient of minus the loss."""
         log_w = (parts.log_p - parts.log_q).detach()
         c = Coefficients(*(None if t is None else t * parts.scale for t in self.coefficients(log_w)))
-        score = 0.0
+        score: Tensor | float = 0.0
         for t in scores.values():
             if t.shape[-1] == log_w.shape[-1]:
                 # A latent of a datum changes the weights of that datum and those of the global sites, which are split
@@ -378,16 +382,11 @@ class Bound(PyroELBO, ABC):
             else:  # a latent that all data share changes the weights of all
                 signal = leave_one_out(self, log_w.sum(-1, keepdim=True))
             score = score + dot(signal, t)
-        if self.single_backward:
-            return dot(c.model, parts.log_p - parts.log_q) + score - regularization
-        fixed = score - regularization
-        for coefficient, t in ((c.model, parts.log_p), (c.guide, parts.log_q)):
-            if coefficient is not None:
-                fixed = fixed + dot(coefficient, t)
-        path = score - regularization
-        if c.path is not None:
-            path = path + dot(c.path, parts.log_p - parts.log_q)
-        return fixed + detached.backpropagate(path)
+        if detached is None:  # a single backward pass
+            return torch.as_tensor(dot(c.model, parts.log_p - parts.log_q) + score - regularization)
+        fixed = score - regularization + dot(c.model, parts.log_p) + dot(c.guide, parts.log_q)
+        path = score - regularization + dot(c.path, parts.log_p - parts.log_q)
+        return torch.as_tensor(fixed + detached.backpropagate(path))
 
 
 class ImportanceBound(Bound):
@@ -408,8 +407,9 @@ class ImportanceBound(Bound):
 
     def _loss_parts(self, terms: SiteTerms, reconstruction: Tensor, kl: dict[str, Tensor], batch: int) -> LossParts:
         scale = self._common_scale(terms)
-        log_p = sum([*terms.observed.values(), *terms.model.values()])
-        log_q = sum(terms.guide.values()) + torch.zeros_like(log_p)
+        first, *others = [*terms.observed.values(), *terms.model.values()]
+        log_p = sum(others, first)
+        log_q = sum(terms.guide.values(), torch.zeros_like(log_p))
         log_w = (log_p - log_q).detach()
         value = self.reduce_model(log_w).value
         if value.shape != log_w.shape[1:]:

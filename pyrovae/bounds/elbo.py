@@ -98,10 +98,11 @@ class ELBO(Bound):
         step = self.steps if torch.is_grad_enabled() else None
         beta = value_at(self.beta, step)
         log_p = [t * terms.model_scales[name] for name, t in terms.observed.items()]
-        log_q, loss = [], -reconstruction
+        log_q: list[Tensor] = []
+        loss = -reconstruction
         for name, divergence in kl.items():
             p, q = terms.model.get(name), terms.guide.get(name)
-            slope = 1.0
+            slope: Tensor | float = 1.0
             if self.penalty is not None and p is not None:
                 kl_per_datum = -p.detach().mean(0) if q is None else -p.detach().mean(0) + q.detach().mean(0)
                 slope, penalty = _penalize(self.penalty, kl_per_datum, step)
@@ -127,11 +128,13 @@ def _penalize(penalty: Penalty, kl: Tensor, step: int | None) -> tuple[Tensor | 
 
 def _by_datum(log_p: list[Tensor], log_q: list[Tensor], batch: int) -> tuple[Tensor, Tensor, Tensor | float]:
     """Returns both sides of the log weights, global terms split evenly over the data; and the global log weights."""
-    sides, global_log_w = [], 0.0
+    sides: list[Tensor | float] = []
+    global_log_w: Tensor | float = 0.0
     for terms, sign in ((log_p, 1), (log_q, -1)):
         local = [t for t in terms if t.shape[-1] == batch]
         shared = [t for t in terms if t.shape[-1] != batch]
         sides.append(sum(local) + sum(t.expand(-1, batch) / batch for t in shared))
         global_log_w = global_log_w + sign * sum(t.detach() for t in shared)
-    like = sides[0] if isinstance(sides[0], Tensor) else sides[1]
-    return *(side + torch.zeros_like(like) for side in sides), global_log_w
+    # A side without sites is zero for each particle and datum.
+    zeros = torch.zeros_like(next(side for side in sides if isinstance(side, Tensor)))
+    return sides[0] + zeros, sides[1] + zeros, global_log_w

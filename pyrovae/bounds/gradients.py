@@ -8,12 +8,15 @@ coefficient per particle.
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyrovae.bounds.base import Bound
 
 _CHUNK = 2**22  # log weights that leave_one_out replaces at once
 
@@ -47,7 +50,7 @@ class Gradient(ABC):
     score_functions: bool = False
 
     @abstractmethod
-    def coefficients(self, bound, log_w: Tensor) -> Coefficients:
+    def coefficients(self, bound: "Bound", log_w: Tensor) -> Coefficients:
         """Returns the coefficients for log weights of shape ``(num_particles, batch)``.
 
         Args:
@@ -55,7 +58,7 @@ class Gradient(ABC):
             log_w: log weights, detached.
         """
 
-    def check(self, bound) -> None:  # noqa: B027 (an estimator for all bounds needs no check)
+    def check(self, bound: "Bound") -> None:  # noqa: B027 (an estimator for all bounds needs no check)
         """Raises a ValueError if this estimator is not valid for a bound."""
 
     def __repr__(self) -> str:
@@ -87,7 +90,7 @@ class Reparameterized(Gradient):
     single_backward = True
     score_functions = True
 
-    def coefficients(self, bound, log_w: Tensor) -> Coefficients:
+    def coefficients(self, bound: "Bound", log_w: Tensor) -> Coefficients:
         model, guide = bound.reduce_model(log_w).first, bound.reduce(log_w).first
         return Coefficients(model, -guide, guide)
 
@@ -114,11 +117,11 @@ class DoublyReparameterized(Gradient):
 
     reparameterized = True
 
-    def coefficients(self, bound, log_w: Tensor) -> Coefficients:
+    def coefficients(self, bound: "Bound", log_w: Tensor) -> Coefficients:
         reduced = bound.reduce(log_w)
         return Coefficients(model=bound.reduce_model(log_w).first, path=reduced.first - reduced.second)
 
-    def check(self, bound) -> None:
+    def check(self, bound: "Bound") -> None:
         if not bound.smooth:
             raise ValueError(
                 f"DoublyReparameterized gradients are biased for this {type(bound).__name__}, which is not a smooth "
@@ -145,11 +148,11 @@ class StickingTheLanding(Gradient):
 
     reparameterized = True
 
-    def coefficients(self, bound, log_w: Tensor) -> Coefficients:
+    def coefficients(self, bound: "Bound", log_w: Tensor) -> Coefficients:
         first = bound.reduce(log_w).first
         return Coefficients(model=first, path=first)
 
-    def check(self, bound) -> None:
+    def check(self, bound: "Bound") -> None:
         if not bound.linear:
             instead = "DoublyReparameterized()" if bound.smooth else "Reparameterized()"
             raise ValueError(
@@ -176,10 +179,10 @@ class Covariance(Gradient):
     Covariance()
     """
 
-    def coefficients(self, bound, log_w: Tensor) -> Coefficients:
+    def coefficients(self, bound: Any, log_w: Tensor) -> Coefficients:  # of the bounds, only the TVO has an influence
         return Coefficients(model=bound.reduce_model(log_w).first, guide=bound.influence(log_w))
 
-    def check(self, bound) -> None:
+    def check(self, bound: "Bound") -> None:
         if not hasattr(bound, "influence"):
             raise ValueError(
                 f"Covariance gradients are for the TVO, not for {type(bound).__name__}. Take "
@@ -189,7 +192,7 @@ class Covariance(Gradient):
             raise ValueError("Covariance gradients need num_particles of at least 2, got 1.")
 
 
-def leave_one_out(bound, log_w: Tensor) -> Tensor:
+def leave_one_out(bound: "Bound", log_w: Tensor) -> Tensor:
     """Returns f(log_w) minus f with each log weight replaced by the mean of the others, in the shape of `log_w`."""
     k = len(log_w)
     if bound.linear:
@@ -253,6 +256,11 @@ class DetachedDraws(Messenger):
         return total
 
 
-def dot(coefficient: Tensor, t: Tensor) -> Tensor:
-    """Returns the sum of products, zero where a coefficient is 0 even if the other factor is infinite there."""
+def dot(coefficient: Tensor | None, t: Tensor) -> Tensor | float:
+    """Returns the sum of products, zero where a coefficient is 0 even if the other factor is infinite there.
+
+    A coefficient of None is zero everywhere.
+    """
+    if coefficient is None:
+        return 0.0
     return (coefficient * t.masked_fill(coefficient == 0, 0.0)).sum()

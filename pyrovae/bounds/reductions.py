@@ -1,6 +1,7 @@
 r"""Functions of the log weights of a datum's particles, each with its derivatives."""
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -81,14 +82,15 @@ def thermodynamic_sum(log_w: Tensor, betas: tuple[float, ...], lengths: tuple[fl
     >>> thermodynamic_sum(torch.tensor([0.0, 2.0]), (0.0,), (1.0,)).value
     tensor(1.)
     """
-    total = None
-    for beta, length in zip(betas, lengths, strict=True):
+
+    def mean_at(beta: float) -> Reduced:
         w, mean, excess = tempered(log_w, beta)
         first = w * (1 + beta * excess)
         second = beta * w * ((1 - w) * (1 + beta * excess) + 1 - first)
-        term = Reduced(mean, first, second).scaled(length)
-        total = term if total is None else total.plus(term)
-    return total
+        return Reduced(mean, first, second)
+
+    terms = (mean_at(beta).scaled(length) for beta, length in zip(betas, lengths, strict=True))
+    return reduce(Reduced.plus, terms)
 
 
 def tempered(log_w: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:

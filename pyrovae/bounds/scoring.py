@@ -51,13 +51,13 @@ class SiteTerms(NamedTuple):
 
     def reconstruction_and_kl(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the reconstruction and the KL divergence of each latent: means over particles, sums over the data."""
-        kl = {}
-        for name in dict.fromkeys([*self.model, *self.guide]):
-            q = _total(self.guide[name], self.guide_scales[name]) if name in self.guide else 0.0
-            p = _total(self.model[name], self.model_scales[name]) if name in self.model else 0.0
-            kl[name] = q - p
+        # Subtracted from 0, because the negative of 0 would be printed as -0.
+        kl = {name: 0.0 - _total(t, self.model_scales[name]) for name, t in self.model.items()}
+        for name, t in self.guide.items():
+            log_q = _total(t, self.guide_scales[name])
+            kl[name] = kl[name] + log_q if name in kl else log_q
         observed = [_total(t, self.model_scales[name]) for name, t in self.observed.items()]
-        return sum(observed) if observed else torch.zeros(()), kl
+        return torch.as_tensor(sum(observed, 0.0)), kl
 
 
 class SiteScorer(NamedTuple):

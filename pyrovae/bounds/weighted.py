@@ -428,5 +428,5 @@ class ReweightedWakeSleep(ImportanceBound):
             return 0.0
         drawn, args, kwargs = simulate(run.model, *run.args, **run.kwargs)
         sites = sample_sites(annotate_plates(traced(run.guide, drawn, *args, **kwargs), structure))
-        log_q = sum(per_datum(site, log_prob_of(site).unsqueeze(0)) for site in sites.values())
+        log_q = torch.as_tensor(sum((per_datum(s, log_prob_of(s).unsqueeze(0)) for s in sites.values()), 0.0))
         return self.sleep * (log_q * scale).sum()

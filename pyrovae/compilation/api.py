@@ -2,7 +2,7 @@ r"""Losses of Pyro models and guides as compiled graphs: Pyro's handlers run onc
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pyro
 import torch
@@ -160,7 +160,7 @@ class Compiled(ELBO):
                 pyro.param(name)
         return step, guards
 
-    def _get_trace(self, model, guide, args, kwargs):
+    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> NoReturn:
         raise NotImplementedError("Compiled makes no traces of its own.")
 
     def __repr__(self) -> str:
@@ -260,13 +260,13 @@ class _LossWithGradient(torch.autograd.Function):
     """A loss whose gradient has been computed with it."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, outer: Tensor) -> tuple:
+    def backward(ctx: Any, outer: Tensor) -> tuple:
         return None, None, *(outer * gradient for gradient in ctx.gradients)
 
 

@@ -28,7 +28,7 @@ from pyrovae.inference.messages import Untraceable
 
 # Attributes that are not guarded: what a bound and its schedules change at every step, which a graph takes as inputs,
 # and what a guide creates again before each use.
-_UNGUARDED = {Bound: frozenset({"steps", "_inspected", "_structure"}), AutoGuide: frozenset({"plates"})}
+_UNGUARDED = {Bound: frozenset({"steps", "_inspected"}), AutoGuide: frozenset({"plates"})}
 
 
 def discover_state(function: Callable[[list[Tensor]], Any], roots: tuple) -> Guards:
@@ -139,7 +139,9 @@ def describe_error(error: Exception) -> str:
 class _RefuseValues(TorchFunctionMode):
     """Refuses conversions of tensors to NumPy arrays and lists, which make_fx does not see."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
             raise Untraceable(f"values are fetched from a tensor ({func.__name__}), and would be constants in a graph")
         return func(*args, **(kwargs or {}))

@@ -79,9 +79,10 @@ def as_batches(
         pin = device is not None and torch.device(device).type == "cuda"  # pinned memory makes copies asynchronous
         if isinstance(data, IterableDataset):
             return DataLoader(data, batch_size or 1000, pin_memory=pin)
-        if len(data) == 0:
+        size = len(data)  # type: ignore[arg-type]  # torch's Dataset does not declare its length
+        if size == 0:
             raise ValueError(f"{name} is empty. Give at least one datum.")
-        return DataLoader(data, min(batch_size or 1000, len(data)), shuffle=shuffle, pin_memory=pin)
+        return DataLoader(data, min(batch_size or 1000, size), shuffle=shuffle, pin_memory=pin)
     if data is None or isinstance(data, (str, Number)) or callable(data):
         raise TypeError(
             f"{name} must be a tensor, an array, a dict or a tuple of such, a Dataset or a DataLoader, got "

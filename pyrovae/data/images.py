@@ -81,10 +81,9 @@ def _idx_files(root: Path, dataset: str) -> tuple[Images, Images] | None:
     """Reads the four IDX files of a data set, gzipped or not, if they exist."""
     stems = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
     for folder in (root / dataset / "raw", root / "raw", root):
-        paths = [
-            next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None) for stem in stems
-        ]
-        if all(paths):
+        either = [(folder / stem, folder / f"{stem}.gz") for stem in stems]
+        if all(plain.is_file() or gzipped.is_file() for plain, gzipped in either):
+            paths = [plain if plain.is_file() else gzipped for plain, gzipped in either]
             x_train, y_train, x_test, y_test = map(_read_idx, paths)
             return (_scaled(x_train.unsqueeze(1)), y_train.long()), (_scaled(x_test.unsqueeze(1)), y_test.long())
     return None

@@ -59,7 +59,7 @@ def descriptions() -> dict[str, str]:
     >>> descriptions()["digits"]
     'Digits of scikit-learn, shape (1, 8, 8); 1,197 / 300 / 300 in a fixed random order.'
     """
-    return {name: inspect.getdoc(loader).splitlines()[0] for name, loader in DATA_SETS.items()}
+    return {name: (inspect.getdoc(loader) or "").partition("\n")[0] for name, loader in DATA_SETS.items()}
 
 
 def load(name: str, root: str | Path = "data") -> Splits:

@@ -37,11 +37,7 @@ class _Annealed(Estimator):
         self.start = Prior() if start is None else start
         if not isinstance(self.start, Proposal):
             raise TypeError(f"start must be a proposal such as estimators.Prior(), got {start!r}.")
-
-    @property
-    def needs_guide(self) -> bool:
-        """Whether the start uses the guide."""
-        return self.start.needs_guide
+        self.needs_guide = self.start.needs_guide
 
     def estimate(self, task: Task) -> Estimate:
         num_data, num_runs = self._chunk_sizes(task)
@@ -86,12 +82,15 @@ class _Annealed(Estimator):
             num_runs: runs at once.
         """
         sums = WeightSums(self.num_samples)
-        acceptance = diverged = 0.0
+        acceptances: list[Tensor] = []
+        divergences: list[Tensor] = []
         for chains in u.split(num_runs * self.num_particles):
             share = len(chains) / len(u)
             log_w, accepted, failed = self._anneal(target, path, betas, chains, task, share)
             sums.add(log_w.to(u.dtype))
-            acceptance, diverged = acceptance + share * accepted, diverged + share * failed
+            acceptances.append(share * accepted)
+            divergences.append(share * failed)
+        acceptance, diverged = torch.as_tensor(sum(acceptances, 0.0)), torch.as_tensor(sum(divergences, 0.0))
         if len(betas) == 2:  # from one end straight to the other nothing moves: this is importance sampling
             acceptance = acceptance + math.nan
         return replace(sums.estimate(self), diagnostics={"diverged": diverged, "acceptance": acceptance})
@@ -292,10 +291,7 @@ class SequentialMonteCarlo(_Annealed):
         check_count("num_particles", num_particles, least=2)
         check_positive("kept", kept, largest=0.999)
         self.num_particles, self.kept = int(num_particles), kept
-
-    @property
-    def _share_kept(self) -> float:
-        return self.kept
+        self._share_kept = kept
 
     def _betas(self, path: TemperingPath) -> Tensor:
         return path.betas

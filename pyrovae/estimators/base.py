@@ -117,12 +117,14 @@ class Estimator(ABC):
 
 def join(method: Estimator, parts: list[Estimate]) -> Estimate:
     """Concatenates the estimates of several chunks of data."""
-    names, diagnostics = ("value", "standard_error", "ess", "khat"), parts[0].diagnostics
     return Estimate(
-        *[torch.cat([getattr(part, name) for part in parts]) for name in names],
-        parts[0].num_samples,
-        method,
-        {name: torch.cat([part.diagnostics[name] for part in parts]) for name in diagnostics},
+        value=torch.cat([part.value for part in parts]),
+        standard_error=torch.cat([part.standard_error for part in parts]),
+        ess=torch.cat([part.ess for part in parts]),
+        khat=torch.cat([part.khat for part in parts]),
+        num_samples=parts[0].num_samples,
+        method=method,
+        diagnostics={name: torch.cat([part.diagnostics[name] for part in parts]) for name in parts[0].diagnostics},
     )
 
 

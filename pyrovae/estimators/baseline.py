@@ -25,8 +25,8 @@ def independent_baseline(train: Tensor, test: Tensor) -> tuple[str, Tensor]:
     ('factorised Bernoulli', tensor([-1.3863, -1.3863]))
     """
     if bool(((test == 0) | (test == 1)).all()):
-        model = torch.distributions.Bernoulli((train.sum(0) + 0.5) / (len(train) + 1))
-        return "factorised Bernoulli", model.log_prob(test).flatten(1).sum(1)
+        bernoulli = torch.distributions.Bernoulli((train.sum(0) + 0.5) / (len(train) + 1))
+        return "factorised Bernoulli", bernoulli.log_prob(test).flatten(1).sum(1)
     mean = train.mean(0)
-    model = torch.distributions.Normal(mean, (train - mean).square().mean().sqrt())
-    return "factorised Normal", model.log_prob(test).flatten(1).sum(1)
+    normal = torch.distributions.Normal(mean, (train - mean).square().mean().sqrt())
+    return "factorised Normal", normal.log_prob(test).flatten(1).sum(1)

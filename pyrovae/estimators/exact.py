@@ -109,7 +109,8 @@ class Quadrature(_Deterministic):
         shape = (side,) * target.dim
         line = torch.linspace(0, 1, side, dtype=low.dtype, device=low.device)
         unit = torch.cartesian_prod(*[line] * target.dim).view(-1, 1, target.dim)
-        value, error = torch.full_like(low[:, 0], -math.inf, dtype=torch.float64), math.inf
+        value = torch.full_like(low[:, 0], -math.inf, dtype=torch.float64)
+        error = torch.full_like(value, math.inf)
         for _ in range(_ROUNDS):
             log_f = torch.cat([target.log_joint(low + part * (high - low)) for part in unit.split(num_points)])
             log_f = log_f.double().unflatten(0, shape)
@@ -118,7 +119,7 @@ class Quadrature(_Deterministic):
             new_error = new_error + _share_outside(log_f, low.shape[-1])
             # Keep the grid with the smallest error, not the last: a heavy tail can mislead the last ones.
             value = torch.where(new_error <= error, new_value, value)
-            error = torch.minimum(new_error, torch.as_tensor(error))
+            error = torch.minimum(new_error, error)
             low, high, moved = _shrink(log_f, low, high, side)
             if not moved:
                 break
@@ -255,12 +256,14 @@ class Enumeration(_Deterministic):
         for part in task.split(num_data):
             template, _ = part.draw(1, prior_of(part.model))
             self._check_unmasked(template)
-            log_sum = None
-            for numbers in torch.arange(total).split(num_scored):
+            for i, numbers in enumerate(torch.arange(total).split(num_scored)):
                 prior, likelihood = part.score(_assign(template, supports, numbers, part), len(numbers))
                 log_p = prior + likelihood
                 chunk_sum = log_p.double().logsumexp(0)
-                log_sum = chunk_sum if log_sum is None else torch.logaddexp(log_sum, chunk_sum)
+                if i == 0:
+                    log_sum = chunk_sum
+                else:
+                    log_sum = torch.logaddexp(log_sum, chunk_sum)
                 part.advance(len(numbers) * part.size)
             value = log_sum.to(log_p.dtype)
             parts.append(self._estimate(value, torch.zeros_like(value), total))

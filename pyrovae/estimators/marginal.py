@@ -6,7 +6,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrovae import arguments
@@ -133,17 +132,23 @@ def _score_in_shards(method: Estimator, task: Task, world: World) -> Estimate:
     seed = int(torch.randint(2**62, ()))
     seed = world.broadcast_from_rank0(lambda: seed) + world.rank
     device = next((x.device for x in arguments.tensors_of(task.args, task.kwargs)), torch.device("cpu"))
-    part = None
+    columns: dict[str, Any] | None = None  # of this process's estimate; None where its shard is empty
     if end > start:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             part = method.estimate(task.rows(slice(start, end)))
         # Without the method: every process has it, and its class may not be picklable.
-        part = replace(_to(part, torch.device("cpu")), method=None)
-    parts = [part for part in world.all_gather(part) if part is not None]
+        columns = {name: x for name, x in vars(_to(part, torch.device("cpu"))).items() if name != "method"}
+    parts = [Estimate(**columns, method=method) for columns in world.all_gather(columns) if columns is not None]
     return _to(join(method, parts), device)
 
 
 def _to(estimate: Estimate, device: torch.device) -> Estimate:
-    tensors = {name: x.to(device) for name, x in vars(estimate).items() if isinstance(x, Tensor)}
-    return replace(estimate, **tensors, diagnostics={name: x.to(device) for name, x in estimate.diagnostics.items()})
+    return replace(
+        estimate,
+        value=estimate.value.to(device),
+        standard_error=estimate.standard_error.to(device),
+        ess=estimate.ess.to(device),
+        khat=estimate.khat.to(device),
+        diagnostics={name: x.to(device) for name, x in estimate.diagnostics.items()},
+    )

@@ -1,6 +1,9 @@
 """How many data and samples fit in a memory budget, measured on small runs."""
 
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, UntypedStorage
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,11 +18,13 @@ class Allocations(TorchFunctionMode):
     80
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.storages = {}
+        self.storages: dict[int, UntypedStorage] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):

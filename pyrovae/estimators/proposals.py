@@ -162,11 +162,7 @@ class Mixed(Proposal):
                 raise TypeError(f"proposals must be proposals such as estimators.Widened(), got {proposal!r}.")
         for share in self.shares:
             check_positive("shares", share)
-
-    @property
-    def needs_guide(self) -> bool:
-        """Whether one of the proposals uses the guide."""
-        return any(proposal.needs_guide for proposal in self.proposals)
+        self.needs_guide = any(proposal.needs_guide for proposal in self.proposals)
 
     def guides(self, task: Task) -> list[WeightedGuide]:
         total = sum(self.shares)
@@ -293,7 +289,7 @@ def log_density(task: Task, guide: Callable, trace: Trace, num_samples: int) -> 
     return log_q_of(trace_model(guide, trace, task.structure, num_samples, *task.args, **task.kwargs))
 
 
-class _ModifiedGuide(Messenger):
+class _ModifiedGuide:
     """A guide whose latents in the data plate are drawn from modified distributions.
 
     Args:
@@ -303,12 +299,19 @@ class _ModifiedGuide(Messenger):
     """
 
     def __init__(self, guide: Callable, structure: SiteStructure, modify: Callable[[str, Any], Any]):
-        super().__init__()
-        self.guide, self.structure, self.modify = guide, structure, modify
+        self.guide, self.handler = guide, _ModifiedSites(structure, modify)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        with self:
+        with self.handler:
             self.guide(*args, **kwargs)
+
+
+class _ModifiedSites(Messenger):
+    """The Pyro handler of :class:`_ModifiedGuide`."""
+
+    def __init__(self, structure: SiteStructure, modify: Callable[[str, Any], Any]):
+        super().__init__()
+        self.structure, self.modify = structure, modify
 
     def _pyro_sample(self, msg: dict) -> None:
         data = self.structure.data

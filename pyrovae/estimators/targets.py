@@ -1,6 +1,6 @@
 r"""All latents of a datum as one unconstrained vector with its log-densities, for gradients and grids."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -73,19 +73,20 @@ class Target:
         self.dim = self.sites[-1].columns.stop if self.sites else 0
         latents = [site for site in sample_sites(trace).values() if not site["is_observed"]]
         # The distribution of a single site depends on no other draw, so that its encoder need not run again.
-        self._fixed = latents[0]["fn"] if len(latents) == 1 else None
+        self._fixed = latents[0] if len(latents) == 1 else None
         self.template = trace
         # What the density of the start reads, for a compiled graph that is valid for all chunks of data.
-        source = () if self.start.is_prior else (self.start.guide if self._fixed is None else self._fixed,)
+        source = () if self.start.is_prior else (self.start.guide if self._fixed is None else self._fixed["fn"],)
         self.reads = Guards(source) if task.graphs is not None else None
 
     def _layout(self, trace: poutine.Trace, prior: poutine.Trace, other: poutine.Trace) -> list[_Site]:
         """Returns the latent sites of the start; their supports must be the same in two runs of the prior."""
         sites, at = [], 0
+        prior_sites, other_sites = sample_sites(prior), sample_sites(other)
         for name, site in sample_sites(trace).items():
             if site["is_observed"]:
                 continue
-            fn, support = site["fn"], _support(prior.nodes[name])
+            fn, support = site["fn"], _support(prior_sites[name])
             batch, event = fn.batch_shape, fn.event_shape
             plates = tuple(n for i, n in enumerate(batch) if i not in (0, self.place))
             try:
@@ -95,17 +96,16 @@ class Target:
                     f'the latents at site "{name}" have a support ({support}) without a bijection from R^n, which '
                     "gradients would leave. Take ImportanceSampling()."
                 ) from None
-            bounds = zip(_bounds(support), _bounds(_support(other.nodes[name])), strict=True)
+            bounds = zip(_bounds(support), _bounds(_support(other_sites[name])), strict=True)
             if not all(torch.equal(a, b) for a, b in bounds):
                 raise ValueError(
                     f'the support of the latents at site "{name}" ({support}) depends on other latents. Draw them from '
                     "a distribution with a fixed support, and map them in the model; or take ImportanceSampling()."
                 )
             shape = tuple(transform.inverse_shape(event)) if event else ()
-            if _is_identity(transform):
-                transform = None
             size = torch.Size(plates + shape).numel()
-            sites.append(_Site(name, transform, plates, shape, slice(at, at + size)))
+            columns = slice(at, at + size)
+            sites.append(_Site(name, None if _is_identity(transform) else transform, plates, shape, columns))
             at += size
         return sites
 
@@ -117,13 +117,14 @@ class Target:
 
     def pack(self, trace: poutine.Trace) -> Tensor:
         """Returns the latents of a trace of several draws as vectors u, ``(num_samples, batch, dim)``."""
-        return self._pack({site.name: _value(trace.nodes[site.name]) for site in self.sites})
+        nodes = sample_sites(trace)
+        return self._pack({site.name: _value(nodes[site.name]) for site in self.sites})
 
     def pack_rows(self, trace: poutine.Trace, rows: slice) -> Tensor:
         """Returns the latents of some data, in a trace without a dimension of draws, as u, ``(1, rows, dim)``."""
-        values = {}
+        values, nodes = {}, sample_sites(trace)
         for site in self.sites:
-            node = trace.nodes[site.name]
+            node = nodes[site.name]
             value, missing = _value(node), self.depth - len(node["fn"].batch_shape)
             value = value.reshape(*[1] * (missing + 1), *value.shape)
             values[site.name] = value[(slice(None),) * self.place + (rows,)]
@@ -159,9 +160,8 @@ class Target:
             if self.start.is_prior:
                 return prior + log_det, likelihood.expand(u.shape[:2])
             if self._fixed is not None:
-                (site,) = self.sites
-                node = self.template.nodes[site.name]
-                log_q = per_datum(node, log_prob_of({**node, "value": trace.nodes[site.name]["value"]}))
+                value = trace.nodes[self._fixed["name"]]["value"]
+                log_q = per_datum(self._fixed, log_prob_of({**self._fixed, "value": value}))
             else:
                 log_q = log_density(self.task, self.start.guide, trace, chains)
             return log_q + log_det, prior + likelihood + log_det
@@ -174,7 +174,7 @@ class Target:
 
     def __call__(self, u: Tensor) -> Densities:
         """Returns the log-densities at u and their gradients."""
-        if self.task.graphs is None:
+        if self.reads is None:
             return self._densities(u)
         inputs = [u, *self.reads.tensors]
         return self.task.compute(lambda: self._densities(u), inputs, ("densities", len(u), self.reads.fingerprint))
@@ -197,7 +197,7 @@ def _support(node: dict) -> constraints.Constraint:
     try:
         return fn.support
     except NotImplementedError:
-        flow = getattr(fn, "dist", None)  # a flow of zuko's, wrapped for Pyro
+        flow: Any = getattr(fn, "dist", None)  # a flow of zuko's, wrapped for Pyro
         if hasattr(flow, "transform") and _is_identity(biject_to(flow.base.support)):
             return flow.transform.domain
         raise ValueError(

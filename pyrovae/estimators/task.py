@@ -84,7 +84,7 @@ class Task:
 
     def advance(self, amount: float) -> None:
         """Moves the progress bar, but never past its end by rounding."""
-        self.bar.update(max(0.0, min(amount, self.bar.total - self.bar.n)))
+        self.bar.update(max(0.0, min(amount, (self.bar.total or 0.0) - self.bar.n)))
 
     def draw(self, num_samples: int, guide: Callable | None = None) -> tuple[poutine.Trace, Tensor]:
         r"""Runs a guide (the task's by default); returns its trace and :math:`\log q`, ``(num_samples, batch)``."""
@@ -125,21 +125,23 @@ class Task:
             scored = trace_model(self.model, trace, self.structure, num_samples, *self.args, **self.kwargs)
             if check_data:
                 check_all_observed(scored)
-        prior = likelihood = 0.0
+        prior: list[Tensor] = []
+        likelihood: list[Tensor] = []
         for name, site in sample_sites(scored).items():
             if name in self.structure.global_observed:
                 continue
             log_prob = log_prob_of(site)
             if not site["is_observed"]:
-                prior = prior + per_datum(site, log_prob)
+                prior.append(per_datum(site, log_prob))
                 continue
             if check_data:
                 check_mass(name, site["fn"], log_prob)
-            likelihood = likelihood + per_datum(site, log_prob)
-        prior, likelihood = torch.as_tensor(prior), torch.as_tensor(likelihood)
-        batch = max(term.shape[-1] if term.dim() else 0 for term in (prior, likelihood))
-        self.structure.data.check_in_order(batch, self.size)
-        return prior, likelihood
+            likelihood.append(per_datum(site, log_prob))
+        log_prior, log_likelihood = torch.as_tensor(sum(prior, 0.0)), torch.as_tensor(sum(likelihood, 0.0))
+        if self.structure.data is not None:
+            batch = max(term.shape[-1] if term.dim() else 0 for term in (log_prior, log_likelihood))
+            self.structure.data.check_in_order(batch, self.size)
+        return log_prior, log_likelihood
 
 
 def prior_of(model: Callable) -> Callable:
@@ -166,13 +168,13 @@ def open_task(
     """Checks a model, a guide and data, and yields the task of scoring them; modules are in evaluation mode inside."""
     if not max_memory > 0:
         raise ValueError(f"max_memory must be a positive number of bytes, got {max_memory}.")
-    if guide is None and method.needs_guide:
+    if not method.needs_guide:
+        guide = prior_of(model)
+    elif guide is None:
         raise ValueError(
             f"{type(method).__name__} needs a guide, got None. Take "
             "AnnealedImportanceSampling(), or ImportanceSampling(proposal=Prior())."
         )
-    if not method.needs_guide:
-        guide = prior_of(model)
     args, kwargs, size = checked(args, kwargs)
     # Fewer rows than all, to see whether some of the data can be scored alone.
     head, named = take_rows(slice(0, min(_FIRST_ROWS, max(size - 1, 1))), args, kwargs)

@@ -21,12 +21,12 @@ from pyrovae.inference.weights import check_draws
 
 
 class _Draws(NamedTuple):
-    """Draws from one component of a proposal: a trace of `count` draws, and their log-density."""
+    """Draws from one component of a proposal: a trace of `num_draws` draws, and their log-density."""
 
     component: WeightedGuide
     trace: poutine.Trace
     log_q: Tensor
-    count: int
+    num_draws: int
 
 
 class _Weighted(Estimator):
@@ -40,11 +40,7 @@ class _Weighted(Estimator):
         self.proposal = Guide() if proposal is None else proposal
         if not isinstance(self.proposal, Proposal):
             raise TypeError(f"proposal must be a proposal such as estimators.Widened(), got {proposal!r}.")
-
-    @property
-    def needs_guide(self) -> bool:
-        """Whether the proposal uses the guide."""
-        return self.proposal.needs_guide
+        self.needs_guide = self.proposal.needs_guide
 
     def estimate(self, task: Task) -> Estimate:
         task.start(task.size * self.num_samples, "sample")
@@ -67,10 +63,10 @@ class _Weighted(Estimator):
                 task.score(_slice_trace(draws.trace, slice(1)), 1, check_data=True)
             checked = True
             with nullcontext() if check else pyro.validation_enabled(False):
-                prior, likelihood = task.score(draws.trace, draws.count, check_data=check)
+                prior, likelihood = task.score(draws.trace, draws.num_draws, check_data=check)
                 log_q = draws.log_q if len(mixture) == 1 else _log_mixture(task, mixture, draws, prior)
             sums.add(prior + likelihood - log_q)
-            task.advance(draws.count * task.size)
+            task.advance(draws.num_draws * task.size)
         estimate = sums.estimate(self, self.smoothed)
         if task.structure.discrete:  # equal weights may be those of the only value that was ever drawn
             return replace(estimate, khat=torch.full_like(estimate.khat, math.nan))
@@ -186,7 +182,7 @@ def _log_mixture(task: Task, mixture: list[WeightedGuide], draws: _Draws, prior:
         elif component.is_prior:  # the model has just scored it
             log_q = prior
         else:
-            log_q = log_density(task, component.guide, draws.trace, draws.count)
+            log_q = log_density(task, component.guide, draws.trace, draws.num_draws)
         terms.append(log_q + math.log(component.share))
     return torch.stack(terms).logsumexp(0)
 
@@ -204,49 +200,66 @@ class WeightSums:
     def __init__(self, num_samples: int, order: float = 1.0):
         self.num_samples, self.order = num_samples, order
         self.tail_size = math.ceil(min(0.2 * num_samples, 3 * math.sqrt(num_samples)))  # as in the PSIS paper
-        self.log_sum = self.log_sum_of_squares = self.largest = None
+        self._sums: _Sums | None = None
         self.dtype = torch.float32  # of the weights
 
     def add(self, log_w: Tensor) -> None:
         self.dtype = log_w.dtype
         log_w = self.order * log_w.double()
-        log_sum, log_sum_of_squares = log_w.logsumexp(0), (2 * log_w).logsumexp(0)
-        largest = log_w
-        if self.log_sum is not None:
-            log_sum = torch.logaddexp(self.log_sum, log_sum)
-            log_sum_of_squares = torch.logaddexp(self.log_sum_of_squares, log_sum_of_squares)
-            largest = torch.cat([self.largest, log_w])
-        self.log_sum, self.log_sum_of_squares = log_sum, log_sum_of_squares
-        self.largest = largest.topk(min(self.tail_size + 1, len(largest)), dim=0).values
+        sums, before = _Sums(log_w.logsumexp(0), (2 * log_w).logsumexp(0), log_w), self._sums
+        if before is not None:
+            sums = _Sums(
+                torch.logaddexp(before.log_sum, sums.log_sum),
+                torch.logaddexp(before.log_sum_of_squares, sums.log_sum_of_squares),
+                torch.cat([before.largest, log_w]),
+            )
+        largest = sums.largest.topk(min(self.tail_size + 1, len(sums.largest)), dim=0).values
+        self._sums = sums._replace(largest=largest)
 
     def estimate(self, method: Estimator, smoothed: bool = False) -> Estimate:
+        if self._sums is None:
+            raise ValueError("there are no log weights to estimate from. Add some first.")
         k = self.num_samples
         # Equal log weights differ by their rounding.
-        khat, sigma = fit_tail(self.largest, resolution=math.sqrt(torch.finfo(self.dtype).eps))
-        log_sum, log_sum_of_squares = self.log_sum, self.log_sum_of_squares
+        khat, sigma = fit_tail(self._sums.largest, resolution=math.sqrt(torch.finfo(self.dtype).eps))
+        log_sum, log_sum_of_squares = self._sums.log_sum, self._sums.log_sum_of_squares
         if smoothed:
-            log_sum, log_sum_of_squares = self._smooth(khat, sigma)
+            log_sum, log_sum_of_squares = _smooth(self._sums, khat, sigma)
         ess = (2 * log_sum - log_sum_of_squares).exp().clamp(max=k)
         ess = torch.where(log_sum == -math.inf, 0.0, ess)  # no sample has any weight
         # The delta method: the relative variance of the mean weight, with the unbiased variance of the weights.
         standard_error = ((k / ess - 1) / (k - 1)).sqrt() if k > 1 else torch.full_like(ess, math.nan)
-        value = (log_sum - math.log(k)) / self.order
-        columns = (value, standard_error / self.order, ess, khat)
-        return Estimate(*(t.to(self.dtype) for t in columns), k, method)
+        return Estimate(
+            value=((log_sum - math.log(k)) / self.order).to(self.dtype),
+            standard_error=(standard_error / self.order).to(self.dtype),
+            ess=ess.to(self.dtype),
+            khat=khat.to(self.dtype),
+            num_samples=k,
+            method=method,
+        )
 
-    def _smooth(self, khat: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the sums with the weights in the tail replaced by the quantiles of the Pareto distribution."""
-        top, n = self.largest[0], len(self.largest) - 1
-        raw = (self.largest - top).exp()
-        p = (torch.arange(n, 0, -1, dtype=raw.dtype, device=raw.device).unsqueeze(-1) - 0.5) / n
-        quantiles = raw[-1] + sigma * torch.expm1(-khat * torch.log1p(-p)) / khat
-        # No weight becomes larger than the largest that was drawn; where no tail could be fitted, none changes.
-        smooth = torch.where(khat.isfinite() & (khat != 0), quantiles.clamp(max=1.0), raw[:-1])
-        logs = []
-        for log_sum, power in ((self.log_sum, 1), (self.log_sum_of_squares, 2)):
-            rest = (log_sum - power * top).exp() - raw[:-1].pow(power).sum(0)
-            logs.append((rest.clamp(min=0) + smooth.pow(power).sum(0)).log() + power * top)
-        return logs[0], logs[1]
+
+class _Sums(NamedTuple):
+    """The log of the sum of weights and of their squares, ``(batch,)``, and the largest log weights, descending."""
+
+    log_sum: Tensor
+    log_sum_of_squares: Tensor
+    largest: Tensor
+
+
+def _smooth(sums: _Sums, khat: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the sums with the weights in the tail replaced by the quantiles of the Pareto distribution."""
+    top, n = sums.largest[0], len(sums.largest) - 1
+    raw = (sums.largest - top).exp()
+    p = (torch.arange(n, 0, -1, dtype=raw.dtype, device=raw.device).unsqueeze(-1) - 0.5) / n
+    quantiles = raw[-1] + sigma * torch.expm1(-khat * torch.log1p(-p)) / khat
+    # No weight becomes larger than the largest that was drawn; where no tail could be fitted, none changes.
+    smooth = torch.where(khat.isfinite() & (khat != 0), quantiles.clamp(max=1.0), raw[:-1])
+    logs = []
+    for log_sum, power in ((sums.log_sum, 1), (sums.log_sum_of_squares, 2)):
+        rest = (log_sum - power * top).exp() - raw[:-1].pow(power).sum(0)
+        logs.append((rest.clamp(min=0) + smooth.pow(power).sum(0)).log() + power * top)
+    return logs[0], logs[1]
 
 
 def fit_tail(largest: Tensor, resolution: float) -> tuple[Tensor, Tensor]:

@@ -87,56 +87,74 @@ def impute(
     with evaluation_mode():
         structure = inspect_weights(model, guide, *args, num_samples=num_samples, **kwargs)
         # The dimension of the data, and the number of plates to the right of it.
-        dim, right = structure.data_index, -1 - structure.data.dim
-        log_sum = log_sum_of_squares = mean = latents = None
+        dim = structure.data_index
+        right = structure.max_plate_nesting - dim
+        so_far: _SoFar | None = None
         for start in range(0, num_samples, chunk):
             k = min(chunk, num_samples - start)
             guide_trace, log_q = draw(guide, structure, k, *args, **kwargs)
             model_trace = trace_model(model, guide_trace, structure, k, *args, **kwargs)
+            sites = sample_sites(model_trace)
             if start == 0:
-                observed = [name for name, node in sample_sites(model_trace).items() if node["is_observed"]]
+                observed = [name for name, node in sites.items() if node["is_observed"]]
                 if site not in observed:
                     listed = ", ".join(observed) or "none"
                     raise ValueError(f'The model has no observed site "{site}" to impute; it has {listed}.')
-                structure.data.check_in_order(log_q.shape[1], size)
+                if structure.data is not None:
+                    structure.data.check_in_order(log_q.shape[1], size)
             # In double precision, because the sums may have very many terms.
             log_w = (log_p_of(model_trace, structure) - log_q).double()
-            log_sum_here = log_w.logsumexp(0)
-            before = torch.full_like(log_sum_here, -math.inf) if log_sum is None else log_sum
-            log_sum = torch.logaddexp(before, log_sum_here)
-            squares = (2 * log_w).logsumexp(0)
-            log_sum_of_squares = squares if start == 0 else torch.logaddexp(log_sum_of_squares, squares)
+            log_sum, log_sum_of_squares = log_w.logsumexp(0), (2 * log_w).logsumexp(0)
+            if so_far is not None:
+                log_sum = torch.logaddexp(so_far.log_sum, log_sum)
+                log_sum_of_squares = torch.logaddexp(so_far.log_sum_of_squares, log_sum_of_squares)
 
             # The shares of the samples so far; while all weights are zero they are 0 / 0, and count as zero.
             w = (log_w - log_sum).exp().nan_to_num(0.0)
-            p = model_trace.nodes[site]["fn"]
-            mean_here = (_align(w, dim, right, p) * center(p)).sum(0)
-            if start == 0:
-                mean = mean_here
-            else:
-                mean = mean_here + mean * _align((before - log_sum).exp().nan_to_num(0.0), dim - 1, right, p)
-
-            # Each draw keeps a latent of the chunks before or takes one of this chunk, by their shares of the weight.
+            p = sites[site]["fn"]
+            mean = (_align(w, dim, right, p) * center(p)).sum(0)
             choice = torch.multinomial((w + (w.sum(0) == 0)).T, num_draws, replacement=True).T
-            chosen = _take(guide_trace, choice, dim)
-            if start > 0:
+            latents = _take(guide_trace, choice, dim)
+            if so_far is not None:
+                mean = mean + so_far.mean * _align((so_far.log_sum - log_sum).exp().nan_to_num(0.0), dim - 1, right, p)
+                # Each draw keeps a latent of the chunks before or takes one of this chunk, by their shares of the
+                # weight.
                 is_new = torch.rand_like(choice, dtype=w.dtype) < w.sum(0)
-                for name, node in sample_sites(chosen).items():
+                before = sample_sites(so_far.latents)
+                for name, node in sample_sites(latents).items():
                     if not node["is_observed"]:
                         is_old = _align(~is_new, dim, right, node["fn"])
-                        node["value"] = torch.where(is_old, latents.nodes[name]["value"], node["value"])
-            latents = chosen
-        if bool((log_sum == -math.inf).any()):
+                        node["value"] = torch.where(is_old, before[name]["value"], node["value"])
+            so_far = _SoFar(log_sum, log_sum_of_squares, mean, latents)
+        has_no_weight = log_sum == -math.inf
+        if bool(has_no_weight.any()):
             raise ValueError(
-                f"all {num_samples} samples of datum {int((log_sum == -math.inf).nonzero()[0])} have weight zero, so "
-                "that there is nothing to impute from. Train the guide, or draw more samples."
+                f"all {num_samples} samples of datum {int(has_no_weight.nonzero()[0])} have weight zero, so that there "
+                "is nothing to impute from. Train the guide, or draw more samples."
             )
-        p = trace_model(model, latents, structure, num_draws, *args, **kwargs).nodes[site]["fn"]
+        drawn = sample_sites(trace_model(model, latents, structure, num_draws, *args, **kwargs))
+        p = drawn[site]["fn"]
         draws = p.sample()
     ess = (2 * log_sum - log_sum_of_squares).exp().clamp(max=num_samples)
     # Without the leading dimensions of plates that the site is not in.
-    shape = mean.shape[structure.max_plate_nesting - model_trace.nodes[site]["num_plates"] :]
+    shape = mean.shape[structure.max_plate_nesting - sites[site]["num_plates"] :]
     return Imputation(mean.to(center(p).dtype).reshape(shape), draws.reshape(num_draws, *shape), ess.to(log_q.dtype))
+
+
+class _SoFar(NamedTuple):
+    """The results of the chunks of samples so far.
+
+    Args:
+        log_sum: log of the sum of the weights, ``(batch,)``.
+        log_sum_of_squares: log of the sum of their squares, ``(batch,)``.
+        mean: mean of the data.
+        latents: trace of the latents that are chosen for the draws.
+    """
+
+    log_sum: Tensor
+    log_sum_of_squares: Tensor
+    mean: Tensor
+    latents: poutine.Trace
 
 
 def _align(t: Tensor, dim: int, right: int, p: Any) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from inspect import signature
 from numbers import Integral
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 import pyro
 import torch
@@ -45,7 +45,7 @@ def warn(text: str) -> None:
     warnings.warn(text, stacklevel=level)
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> TypeGuard[int]:
     """Whether a value is an integer of Python or NumPy; a bool is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 

@@ -1,5 +1,6 @@
 """Sample sites of a Pyro trace: their distributions, their plates, and the data in them."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -48,9 +49,10 @@ class DataPlate(NamedTuple):
 
 def sample_sites(trace: poutine.Trace) -> dict[str, dict]:
     """Returns the sample sites of a trace by name, without subsamples of plates and ``pyro.deterministic`` values."""
+    nodes: Mapping[str, Any] = trace.nodes  # Pyro's type of a site leaves open what sample sites are sure to have
     return {
         name: site
-        for name, site in trace.nodes.items()
+        for name, site in nodes.items()
         if site["type"] == "sample"
         and not isinstance(site["fn"], _Subsample)
         and not site["infer"].get("_deterministic")

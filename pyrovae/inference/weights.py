@@ -219,14 +219,16 @@ def log_joint(
 def log_p_of(trace: poutine.Trace, structure: SiteStructure) -> Tensor:
     r"""Returns :math:`\log p(x, z)` of a model's trace, ``(num_samples, batch)``, without its global observed sites."""
     sites = sample_sites(trace)
-    return sum(
+    terms = [
         per_datum(site, log_prob_of(site)) for name, site in sites.items() if name not in structure.global_observed
-    )
+    ]
+    return torch.as_tensor(sum(terms, 0.0))
 
 
 def log_q_of(trace: poutine.Trace) -> Tensor:
     r"""Returns :math:`\log q` of the latents in a guide's trace, ``(num_samples, batch)``; no observed sites."""
-    return sum(per_datum(site, log_prob_of(site)) for site in sample_sites(trace).values() if not site["is_observed"])
+    latents = [site for site in sample_sites(trace).values() if not site["is_observed"]]
+    return torch.as_tensor(sum((per_datum(site, log_prob_of(site)) for site in latents), 0.0))
 
 
 def trace_model(

@@ -218,7 +218,9 @@ def fit(
             trainer.end_epoch(record)
             record["seconds"] = time.monotonic() - start
             history.records.append(record)
-            shown = {name: f"{record[name]:.3f}" for name in ("loss", "validation") if name in record}
+            shown: dict[str, object] = {
+                name: f"{record[name]:.3f}" for name in ("loss", "validation") if name in record
+            }
             bar.set_postfix(shown, refresh=False)
 
             if history.best_epoch == epoch:
@@ -266,7 +268,9 @@ def _check_arguments(
 
 def _warn_of_long_schedules(loss: ELBO, steps_per_epoch: int | None, epochs: int, patience: int | None) -> None:
     """Warns if training ends, or may be stopped, before the schedules of a loss end."""
-    span = math.ceil(loss.span / steps_per_epoch) if isinstance(loss, Bound) and steps_per_epoch else 0
+    if not isinstance(loss, Bound) or not steps_per_epoch:
+        return
+    span = math.ceil(loss.span / steps_per_epoch)
     for name, value in (("epochs", epochs), ("patience", patience)):
         if value is not None and value < span:
             warn(

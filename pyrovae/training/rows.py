@@ -40,7 +40,7 @@ def parameters_of_rows(
         with evaluation_mode(), pyro.validation_enabled(False):
             with torch.random.fork_rng(devices):
                 in_first, draws = _elements_used_by_row(0, model, guide, params, batch, size, poutine.Trace())
-            for site in draws.nodes.values():  # the draws for a datum are shifted with it
+            for site in sample_sites(draws).values():  # the draws for a datum are shifted with it
                 for frame in site["cond_indep_stack"]:
                     if frame.vectorized:
                         dim, x = frame.dim - site["fn"].event_dim, site["value"]

@@ -1,7 +1,7 @@
 """The state that training changes: parameters, buffers and modes of modules, and the random generators."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,6 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from pyrovae.arguments import cuda_devices, tensors_of
@@ -96,14 +95,25 @@ def display_name(key: str) -> str:
     return key.split(" ", 1)[1]
 
 
-def find_state(loss: ELBO, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> ModelState:
+def find_state(loss: Any, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> ModelState:
     """Runs the loss once, and finds the parameters, buffers and modules that it uses. The run changes nothing.
+
+    Args:
+        loss: an ELBO; Pyro's base class does not declare the methods of its kinds.
+        model: a Pyro model.
+        guide: a Pyro guide.
+        args: positional arguments of both.
+        kwargs: keyword arguments of both.
 
     Raises:
         ValueError: when there is no parameter, or a module is used whose parameters Pyro does not know.
     """
     modules: dict[int, nn.Module] = {}
-    handle = nn.modules.module.register_module_forward_pre_hook(lambda m, _: modules.setdefault(id(m), m) and None)
+
+    def record(module: nn.Module, _inputs: Any) -> None:
+        modules.setdefault(id(module), module)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(record)
     devices = cuda_devices(tensors_of(args, kwargs))
     has_loss = True
     try:
@@ -124,9 +134,9 @@ def find_state(loss: ELBO, model: Callable, guide: Callable, args: tuple, kwargs
         owner = getattr(owner, "__self__", owner)
         if isinstance(owner, nn.Module):
             modules.update((id(m), m) for m in owner.modules())
+    nodes: Mapping[str, Any] = tracer.trace.nodes
     params = {
-        f"{i} {name.split('$$$')[-1]}": site["value"].unconstrained()
-        for i, (name, site) in enumerate(tracer.trace.nodes.items())
+        f"{i} {name.split('$$$')[-1]}": site["value"].unconstrained() for i, (name, site) in enumerate(nodes.items())
     }
     if not params:
         raise ValueError(
@@ -178,7 +188,8 @@ def _generators(batches: Iterable) -> Iterator[torch.Generator]:
 
 def random_state(batches: Iterable) -> dict[str, Any]:
     """Returns the states of the random generators of torch, NumPy, Python and a loader."""
-    kind, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    kind, keys, *rest = state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

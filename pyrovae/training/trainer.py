@@ -94,7 +94,8 @@ class Trainer:
         self.world, self.model, self.guide = world, model, guide
         self.transform, self.clip_norm, self.device = transform, clip_norm, device
         self.compiled = loss if isinstance(loss, graphs.Compiled) else None
-        self.loss = loss if self.compiled is None else self.compiled.elbo
+        # Pyro's base class of the ELBOs does not declare their methods, and not all have the same.
+        self.loss: Any = loss if self.compiled is None else self.compiled.elbo
         if isinstance(self.loss, Bound):
             self.loss.load_state_dict({"steps": 0})  # schedules start with the run
 
@@ -201,8 +202,8 @@ class Trainer:
         size = self.data_size or shard.count
         scale = shard.weight / size  # of the loss of the shard in the mean over the batch
         try:
-            is_done = self.compiled is not None and self._compiled_step(args, kwargs, shard, scale, size)
-            if not is_done:
+            compiled = self.compiled if self.state.has_loss else None
+            if compiled is None or not self._compiled_step(compiled, args, kwargs, shard, scale, size):
                 self.optimizer.zero_grad()
                 parts, is_inside = self._loss_and_grads(args, kwargs, shard, scale)
                 values = torch.stack([*parts.values()]).double()
@@ -230,10 +231,10 @@ class Trainer:
         self.latest_call = _LossCall(args, kwargs, torch.get_rng_state(), rows, where)
         return args, kwargs
 
-    def _compiled_step(self, args: tuple, kwargs: dict[str, Any], shard: Shard, scale: float, size: int) -> bool:
+    def _compiled_step(
+        self, compiled: graphs.Compiled, args: tuple, kwargs: dict[str, Any], shard: Shard, scale: float, size: int
+    ) -> bool:
         """Takes a step by a compiled graph; returns False if nothing was done, because there can be no graph."""
-        if not self.state.has_loss:
-            return False
 
         def update(step: graphs.Step, state: Guards) -> None:
             self.optimizer.zero_grad()
@@ -243,7 +244,7 @@ class Trainer:
             self._update(names, step.numbers, step.fine, shard, size)
 
         post_step = PostStep(update, self._launch_key if self.recordable else None)
-        return self.compiled.step(self.model, self.guide, args, kwargs, scale, shard, post_step) is not None
+        return compiled.step(self.model, self.guide, args, kwargs, scale, shard, post_step) is not None
 
     def _launch_key(self) -> list:
         """Returns what determines the kernels that a step of the optimizer launches on a GPU."""
