@@ -119,7 +119,7 @@ class Gamma(dist.Gamma):
     tensor([False,  True])
     """
 
-    support = constraints.positive  # type: ignore[assignment]  # torch has >= 0, and declares no wider type
+    support = constraints.positive  # type: ignore[assignment]  # torch infers a type from its >= 0
 
 
 class StudentT(dist.StudentT):

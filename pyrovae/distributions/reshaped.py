@@ -197,8 +197,7 @@ def import_zuko() -> ModuleType:
     before = base._validate_args, base.__dict__["arg_constraints"]
     import zuko
 
-    # A class attribute to torch's users, a property to a type checker.
-    base._validate_args, base.arg_constraints = before  # type: ignore[method-assign]
+    base._validate_args, base.arg_constraints = before  # type: ignore[method-assign]  # a property in torch
     for name in zuko.distributions.__all__:  # these need it turned off
         kind = getattr(zuko.distributions, name)
         if isinstance(kind.arg_constraints, property):
