@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import wraps
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from pyro import distributions as dist
@@ -17,15 +17,18 @@ from pyrovae.inference.sites import innermost
 from pyrovae.likelihoods import Likelihood
 from pyrovae.priors import Prior
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-def in_evaluation_mode(method: Callable) -> Callable:
+
+def in_evaluation_mode(method: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorates a method for users: it runs in evaluation mode (without dropout), and the mode is restored afterwards.
 
     Inside Pyro's handlers it runs in the current mode, because there it is part of a model that is trained or scored.
     """
 
     @wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if am_i_wrapped():
             return method(*args, **kwargs)
         with evaluation_mode():
@@ -59,7 +62,7 @@ def call(part: nn.Module, *inputs: Tensor, context: Tensor | None) -> dist.Torch
                 "has the same names; derive your own distributions from pyro.distributions.TorchDistribution."
             )
         raise TypeError(f"{name} must return a distribution of pyro.distributions, but returned a {kind}.")
-    return p
+    return cast(dist.TorchDistribution, p)  # Pyro's Normal, say, has the methods but is no subclass
 
 
 def likelihood_at(likelihood: nn.Module, z: Tensor, context: Tensor | None) -> dist.TorchDistribution:
@@ -162,7 +165,8 @@ def check_spaces(**parts: nn.Module) -> None:
         check_equal("support", **parts)
     except ValueError as error:
         (_, prior), (name, encoder) = parts.items()
-        over = [_OVER.get(type(innermost(part.support))) for part in (prior, encoder)]
+        supports: list[Any] = [prior.support, encoder.support]
+        over = [_OVER.get(type(innermost(support))) for support in supports]
         if over[0] == over[1]:
             advice = ["Build both with the same latent_dim and the same number of classes."]
         else:

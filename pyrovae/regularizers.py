@@ -185,7 +185,8 @@ def inverse_multiquadric_kernel(a: Tensor, b: Tensor) -> Tensor:
     tensor(7.)
     """
     squares = _squared_distances(a, b)
-    return sum(2 * a.shape[-1] * s / (2 * a.shape[-1] * s + squares) for s in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0))
+    scales = [2 * a.shape[-1] * s for s in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)]
+    return sum((scale / (scale + squares) for scale in scales), torch.zeros_like(squares))
 
 
 class MaximumMeanDiscrepancy(Regularizer):
@@ -372,7 +373,7 @@ class Adversarial(_Discriminated):
         observed = run.site(self.site, of_guide=False)
         with poutine.trace() as tracer, poutine.uncondition():
             run.model(*run.args, **run.kwargs)
-        sampled = center(tracer.trace.nodes[self.site]["fn"])
+        sampled = center(sample_sites(tracer.trace)[self.site]["fn"])
         reconstructed = center(observed["fn"]).reshape(-1, *sampled.shape)[0]
         real = observed["value"].reshape(-1, *sampled.shape)[0].to(sampled.dtype)
         fake = torch.cat([reconstructed, sampled])

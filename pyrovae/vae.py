@@ -33,25 +33,25 @@ _count = itertools.count()
 class Registered(nn.Module, ABC):
     """Base of the VAEs: it registers its parameters with Pyro, under a name that is unique to each copy."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.name = f"vae{next(_count)}"
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # Pyro adds a weak reference to every registered parameter, which cannot be pickled. deepcopy leaves it out.
         return copy.deepcopy(self.__dict__, {id(self): self})
 
-    def __copy__(self):
+    def __copy__(self) -> "Registered":
         made = type(self).__new__(type(self))
         made.__setstate__(self.__dict__)
         return made
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Registered":
         memo[id(self)] = made = type(self).__new__(type(self))
         made.__setstate__(copy.deepcopy(self.__dict__, memo))
         return made
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         # Every copy gets a new name. Pyro's parameter store is global and keyed by name: training a copy with the same
         # name would silently train the parameters of the original.
         super().__setstate__(state)

@@ -264,6 +264,7 @@ def test_a_context_that_is_not_wanted_is_refused(case):
         (lambda: Normal(2, 4, scale=math.inf), ValueError, "scale must be positive and finite, got inf"),
         (lambda: Normal(2, 4, context_dim=-1), ValueError, "context_dim must be 0 .* got -1"),
         (lambda: MLP(4, -3), ValueError, "out_shape must be a positive int"),
+        (lambda: MLP(2.5, 3), ValueError, "in_shape must be a positive int .* got 2.5"),
         (lambda: ConvNet(784, 3), ValueError, "in_shape must be the shape of an image"),
         (lambda: DeconvNet(3, (28, 28)), ValueError, "out_shape must be the shape of an image"),
         (lambda: encoders.Encoder(4, 2, num_params=2), TypeError, "abstract"),

@@ -119,6 +119,12 @@ def test_mixtures_state_their_mean_and_variance(cls):
     torch.testing.assert_close(p.variance, second - truth.mean.square(), rtol=0, atol=1e3 * EPS)
 
 
+@pytest.mark.parametrize("given", [{}, {"scale": torch.ones(2, 1), "scale_tril": torch.ones(2, 1, 1)}])
+def test_a_mixture_takes_its_scales_or_its_cholesky_factors(given):
+    with pytest.raises(ValueError, match="either scale or scale_tril"):
+        NormalMixture(torch.zeros(2), torch.zeros(2, 1), **given)
+
+
 @pytest.mark.parametrize("cls", MIXTURES, ids=lambda cls: cls.__name__)
 def test_a_mixture_for_each_context_is_that_of_each_context(cls):
     prior = moved(cls(3, 4, SMALL, 2), 0.2).double()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pyro import distributions as dist
@@ -9,7 +10,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyrovae.distributions.counts import log_rising
-from pyrovae.distributions.spaces import open_unit_interval
+from pyrovae.distributions.spaces import ShapeLike, open_unit_interval
 
 
 class ContinuousBernoulli(dist.ContinuousBernoulli):
@@ -97,7 +98,7 @@ class Beta(dist.Beta):
 
     support = open_unit_interval
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         x = super().rsample(sample_shape)
         info = torch.finfo(x.dtype)
         return x.clamp(info.tiny, 1 - info.eps / 2)  # rounding may move a draw to the boundary
@@ -118,7 +119,7 @@ class Gamma(dist.Gamma):
     tensor([False,  True])
     """
 
-    support = constraints.positive
+    support = constraints.positive  # type: ignore[assignment]  # torch infers a type from its >= 0
 
 
 class StudentT(dist.StudentT):
@@ -179,7 +180,7 @@ class BatchScaleNormal(dist.Normal):
         self.learn, self.observed = learn, observed
         super().__init__(loc, scale, validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "BatchScaleNormal":
         return BatchScaleNormal(
             self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.learn, self.observed, False
         )

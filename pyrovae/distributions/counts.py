@@ -1,10 +1,14 @@
 """Distributions of counts, whose log-probabilities keep their digits at large counts."""
 
+from typing import Any
+
 import torch
 from pyro import distributions as dist
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from pyrovae.distributions.spaces import ShapeLike
 
 
 class Poisson(dist.Poisson):
@@ -25,7 +29,7 @@ class Poisson(dist.Poisson):
         self.log_rate = log_rate
         super().__init__(log_rate.exp(), validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "Poisson":
         return Poisson(self.log_rate.expand(batch_shape), False)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -72,10 +76,11 @@ class NegativeBinomial(dist.NegativeBinomial):
             raise ValueError("Give either logits or log_mean, not both.")
         # Not broadcast: a total count that many logits share is computed with once.
         self.log_mean, self._theta = log_mean, total_count
-        logits = log_mean - total_count.log() if logits is None else logits
+        if log_mean is not None:
+            logits = log_mean - total_count.log()
         super().__init__(total_count, logits=logits, validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "NegativeBinomial":
         if self.log_mean is not None:
             return NegativeBinomial(self._theta, log_mean=self.log_mean.expand(batch_shape), validate_args=False)
         return NegativeBinomial(self._theta, self.logits.expand(batch_shape), validate_args=False)
@@ -130,7 +135,7 @@ class ZeroInflatedNegativeBinomial(dist.TorchDistribution):
         self.gate_logits = gate_logits.expand(shape)
         super().__init__(shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "ZeroInflatedNegativeBinomial":
         new = self._get_checked_instance(ZeroInflatedNegativeBinomial, _instance)
         new.counts, new.gate_logits = self.counts.expand(batch_shape), self.gate_logits.expand(batch_shape)
         super(ZeroInflatedNegativeBinomial, new).__init__(torch.Size(batch_shape), validate_args=False)
@@ -151,7 +156,7 @@ class ZeroInflatedNegativeBinomial(dist.TorchDistribution):
         return (-self.gate_logits).sigmoid() * square - self.mean.square()
 
     @torch.no_grad()
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         x = self.counts.sample(sample_shape)
         return torch.where(torch.bernoulli(self.gate_logits.sigmoid().expand(x.shape)) == 1, 0.0, x)
 
@@ -196,10 +201,10 @@ class Multinomial(dist.TorchDistribution):
         super().__init__(logits.shape[:cut], logits.shape[cut:], validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True)
-    def support(self):
+    def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.nonnegative_integer, len(self.event_shape))
 
-    def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "Multinomial":
         logits = self.logits.expand(torch.Size(batch_shape) + self.event_shape)
         return Multinomial(self.total_count, logits, len(self.event_shape), self.observed, False)
 
@@ -231,7 +236,7 @@ class Multinomial(dist.TorchDistribution):
         return self.total_count * probs * (1 - probs)
 
     @torch.no_grad()
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         counts = dist.Multinomial(self.total_count, logits=self.logits.flatten(len(self.batch_shape)))
         return counts.sample(sample_shape).unflatten(-1, self.event_shape)
 

@@ -1,6 +1,7 @@
 """Distributions of binary numbers, classes, and levels of a grid."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from pyro import distributions as dist
@@ -8,7 +9,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyrovae.distributions.spaces import grid
+from pyrovae.distributions.spaces import ShapeLike, grid
 
 
 class IndependentBernoulli(dist.Independent):
@@ -55,11 +56,11 @@ class _BernoulliLogProb(torch.autograd.Function):
         return (x * logits).sub_(logits.relu()).sum(-1) - factors.prod(-2).log_().sum(-1)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         logits, x = ctx.saved_tensors
         grad = grad.unsqueeze(-1)
         by_logits = grad * (x - logits.sigmoid()) if ctx.needs_input_grad[0] else None
@@ -78,7 +79,7 @@ class Categorical(dist.Categorical):
     tensor(1.)
     """
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         return super().sample(sample_shape).to(self.logits.dtype)
 
 
@@ -113,10 +114,10 @@ class DiscretizedLogistic(dist.TorchDistribution):
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
-    def support(self):
+    def support(self) -> constraints.Constraint:
         return grid(self.levels)
 
-    def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "DiscretizedLogistic":
         return DiscretizedLogistic(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels, False)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class DiscretizedLogistic(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        return sum(tail for _, tail in self._tails()) / (self.levels - 1)
+        return sum((tail for _, tail in self._tails()), torch.zeros_like(self.loc)) / (self.levels - 1)
 
     @property
     def variance(self) -> Tensor:
@@ -149,7 +150,7 @@ class DiscretizedLogistic(dist.TorchDistribution):
         return (square - self.mean.square()).clamp_min(0)
 
     @torch.no_grad()
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         u = torch.rand(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
         u = u.clamp_min(torch.finfo(u.dtype).tiny)
         steps = self.levels - 1

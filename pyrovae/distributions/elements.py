@@ -1,7 +1,10 @@
 """Distributions made of others: several stacked, blocks of a vector, and data with elements left out."""
 
 import itertools
+import operator
 from collections.abc import Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from pyro import distributions as dist
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from pyrovae.distributions.continuous import BatchScaleNormal
 from pyrovae.distributions.counts import Multinomial
+from pyrovae.distributions.spaces import ShapeLike, support_of
 
 
 def center(p: dist.TorchDistribution) -> Tensor:
@@ -40,17 +44,14 @@ class Stacked(dist.TorchDistribution):
 
     def __init__(self, parts: Sequence[dist.TorchDistribution], depth: int):
         self.parts = tuple(parts)
+        self.has_rsample = all(part.has_rsample for part in self.parts)
         plates = torch.broadcast_shapes(*(part.batch_shape for part in self.parts))
         shape = torch.Size((len(self.parts), *(1,) * (depth - len(plates)), *plates))
         super().__init__(shape, self.parts[0].event_shape, validate_args=False)
 
     @property
-    def has_rsample(self) -> bool:
-        return all(part.has_rsample for part in self.parts)
-
-    @property
     def support(self) -> constraints.Constraint:
-        return self.parts[0].support
+        return support_of(self.parts[0])
 
     @property
     def mean(self) -> Tensor:
@@ -70,10 +71,10 @@ class Stacked(dist.TorchDistribution):
         each = value.unbind(value.dim() - len(event) - len(self.batch_shape))
         return self._stack([part.log_prob(x) for part, x in zip(self.parts, each, strict=True)], torch.Size(), value)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         return self._draw("rsample", torch.Size(sample_shape))
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         with torch.no_grad():
             return self._draw("sample", torch.Size(sample_shape))
 
@@ -117,10 +118,10 @@ class Blocks(dist.TorchDistribution):
         super().__init__(batch_shape, torch.Size([sum(self.sizes)]), validate_args=validate_args)
 
     @constraints.dependent_property(event_dim=1)
-    def support(self):
+    def support(self) -> constraints.Constraint:
         return _BlocksConstraint(self)
 
-    def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "Blocks":
         return Blocks([p.expand(batch_shape) for p in self.blocks], False)
 
     def split(self, x: Tensor) -> list[tuple[dist.TorchDistribution, Tensor, slice]]:
@@ -130,7 +131,7 @@ class Blocks(dist.TorchDistribution):
         return [(p, x[..., columns], columns) for p, columns in zip(self.blocks, slices, strict=True)]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return sum(p.log_prob(x) for p, x, _ in self.split(value))
+        return reduce(operator.add, (p.log_prob(x) for p, x, _ in self.split(value)))
 
     @property
     def mean(self) -> Tensor:
@@ -141,7 +142,7 @@ class Blocks(dist.TorchDistribution):
         return torch.cat([p.variance for p in self.blocks], dim=-1)
 
     @torch.no_grad()
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         return torch.cat([p.sample(sample_shape) for p in self.blocks], dim=-1)
 
 
@@ -153,13 +154,15 @@ class _BlocksConstraint(constraints.Constraint):
     def __init__(self, p: Blocks):
         super().__init__()
         self.p = p
-        self.is_discrete = all(block.support.is_discrete for block in p.blocks)
+        self.supports = [support_of(block) for block in p.blocks]
+        self.is_discrete = all(support.is_discrete for support in self.supports)
 
     def check(self, value: Tensor) -> Tensor:
-        return torch.stack([p.support.check(x) for p, x, _ in self.p.split(value)]).all(0)
+        pairs = zip(self.supports, self.p.split(value), strict=True)
+        return torch.stack([support.check(x) for support, (_, x, _) in pairs]).all(0)
 
     def __repr__(self) -> str:
-        return f"blocks({', '.join(repr(block.support) for block in self.p.blocks)})"
+        return f"blocks({', '.join(map(repr, self.supports))})"
 
 
 def mask_elements(p: dist.TorchDistribution, mask: Tensor) -> dist.TorchDistribution:
@@ -237,17 +240,14 @@ class MaskedElements(dist.TorchDistribution):
 
     def __init__(self, base_dist: dist.TorchDistribution, observed: dist.TorchDistribution, mask: Tensor):
         self.base_dist, self.observed, self.mask_of_elements = base_dist, observed, mask
+        self.has_rsample = base_dist.has_rsample
         super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
 
-    @property
-    def has_rsample(self) -> bool:
-        return self.base_dist.has_rsample
-
     @constraints.dependent_property
-    def support(self):
+    def support(self) -> "_ObservedConstraint":
         return _ObservedConstraint(self)
 
-    def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> dist.TorchDistribution:
         mask = self.mask_of_elements.expand(torch.Size(batch_shape) + self.event_shape)
         return mask_elements(self.base_dist.expand(batch_shape), mask)
 
@@ -281,10 +281,10 @@ class MaskedElements(dist.TorchDistribution):
     def variance(self) -> Tensor:
         return self.base_dist.variance
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         return self.base_dist.sample(sample_shape)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         return self.base_dist.rsample(sample_shape)
 
 
@@ -293,7 +293,7 @@ class _ObservedConstraint(constraints.Constraint):
 
     def __init__(self, p: MaskedElements):
         super().__init__()
-        support = p.observed.support
+        support = support_of(p.observed)
         self.elements = getattr(support, "base_constraint", support)
         self.mask, self.event_dim, self.is_discrete = p.mask_of_elements, len(p.event_shape), support.is_discrete
 

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pyro import distributions as dist
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.special import ndtr
+
+from pyrovae.distributions.spaces import ShapeLike
 
 
 class NormalMixture(dist.TorchDistribution):
@@ -29,6 +32,9 @@ class NormalMixture(dist.TorchDistribution):
         scale_tril: in place of `scale`, Cholesky factors of the covariances, shape ``(*batch, components, d, d)``, or
             ``(*batch, 1, d, d)`` for one that all components share.
 
+    Raises:
+        ValueError: when both or neither of `scale` and `scale_tril` are given.
+
     >>> p = NormalMixture(torch.zeros(2), torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1))
     >>> p.log_prob(torch.zeros(1))
     tensor(-1.4189)
@@ -38,28 +44,40 @@ class NormalMixture(dist.TorchDistribution):
     support = constraints.real_vector
 
     def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor | None = None, *, scale_tril: Tensor | None = None):
-        self.logits, self.loc, self.scale, self.scale_tril = logits.log_softmax(-1), loc, scale, scale_tril
+        root = scale_tril if scale is None else scale
+        if root is None or (scale is not None and scale_tril is not None):
+            raise ValueError("Give either scale or scale_tril, not both.")
+        self.logits, self.loc = logits.log_softmax(-1), loc
+        self._root, self._diagonal = root, scale is not None
         super().__init__(loc.shape[:-2], loc.shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "NormalMixture":
         new = self._get_checked_instance(NormalMixture, _instance)
-        new.logits, new.loc, new.scale, new.scale_tril = self.logits, self.loc, self.scale, self.scale_tril
+        new.logits, new.loc, new._root, new._diagonal = self.logits, self.loc, self._root, self._diagonal
         super(NormalMixture, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
         return new
+
+    @property
+    def scale(self) -> Tensor | None:
+        return self._root if self._diagonal else None
+
+    @property
+    def scale_tril(self) -> Tensor | None:
+        return None if self._diagonal else self._root
 
     def component_log_prob(self, z: Tensor) -> Tensor:
         r"""Returns :math:`\log \mathcal{N}(z; \mu_c, \Sigma_c)` of all components, shape ``(*leading, components)``."""
         dtype, center = z.dtype, self.loc.detach().double().mean(-2)
         z, loc = z - center, self.loc - center.unsqueeze(-2)
-        constant = -0.5 * z.shape[-1] * math.log(2 * math.pi)
-        if self.scale is not None:
-            scale = self.scale.double()
+        unit = -0.5 * z.shape[-1] * math.log(2 * math.pi)  # the log-density of a standard normal at its mean
+        if self._diagonal:
+            scale = self._root.double()
             precision = scale.reciprocal().square()
             weights = torch.cat([-0.5 * precision, precision * loc], dim=-1)
-            constant = constant - scale.log().sum(-1) - 0.5 * (precision * loc.square()).sum(-1)
+            constant = unit - scale.log().sum(-1) - 0.5 * (precision * loc.square()).sum(-1)
             return (_rows_by_components(torch.cat([z.square(), z], dim=-1), weights) + constant).to(dtype)
-        scale_tril = self.scale_tril.double()
-        constant = constant - scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        scale_tril = self._root.double()
+        constant = unit - scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
         inverse = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
         if scale_tril.shape[-3] == 1:  # shared: after whitening, the components differ only in an inner product
@@ -81,7 +99,7 @@ class NormalMixture(dist.TorchDistribution):
         return (self.component_log_prob(value) + self.logits).logsumexp(-1)
 
     @torch.no_grad()
-    def sample(self, sample_shape=torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         logits = self.logits.expand(self.batch_shape + self.logits.shape[-1:])
         which = dist.Categorical(logits=logits).sample(sample_shape)
 
@@ -93,9 +111,9 @@ class NormalMixture(dist.TorchDistribution):
             return t.gather(which.dim(), index).squeeze(which.dim())
 
         noise = torch.randn(which.shape + self.event_shape, dtype=self.loc.dtype, device=self.loc.device)
-        if self.scale is not None:
-            return pick(self.loc, 1) + pick(self.scale, 1) * noise
-        return pick(self.loc, 1) + (pick(self.scale_tril, 2) @ noise.unsqueeze(-1)).squeeze(-1)
+        if self._diagonal:
+            return pick(self.loc, 1) + pick(self._root, 1) * noise
+        return pick(self.loc, 1) + (pick(self._root, 2) @ noise.unsqueeze(-1)).squeeze(-1)
 
     @property
     def mean(self) -> Tensor:
@@ -103,7 +121,7 @@ class NormalMixture(dist.TorchDistribution):
 
     @property
     def variance(self) -> Tensor:
-        variances = self.scale.square() if self.scale is not None else self.scale_tril.square().sum(-1)
+        variances = self._root.square() if self._diagonal else self._root.square().sum(-1)
         return self._average(variances + self.loc.square()) - self.mean.square()
 
     def _average(self, t: Tensor) -> Tensor:
@@ -120,11 +138,11 @@ class _LowerProducts(torch.autograd.Function):
         return z[..., rows].mul_(z[..., cols])
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         z, rows, cols = ctx.saved_tensors
         by_z = torch.zeros_like(z).index_add_(-1, rows, grad * z[..., cols])
         return by_z.index_add_(-1, cols, grad.mul(z[..., rows])), None, None
@@ -169,14 +187,14 @@ class Exemplars(dist.TorchDistribution):
         scale: Tensor,
         left_out: Tensor | None = None,
         nearest: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
-        batch_shape: torch.Size | None = None,
+        batch_shape: ShapeLike | None = None,
     ):
         self.means, self.scale, self.left_out, self.nearest = means, scale, left_out, nearest
         if batch_shape is None:
             batch_shape = torch.Size() if left_out is None else left_out.shape
         super().__init__(torch.Size(batch_shape), means.shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "Exemplars":
         return Exemplars(self.means, self.scale, self.left_out, self.nearest, batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -197,7 +215,7 @@ class Exemplars(dist.TorchDistribution):
         return (closeness.logsumexp(-1) - 0.5 * z.square().sum(-1) - constant).to(value.dtype)
 
     @torch.no_grad()
-    def sample(self, sample_shape=torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
         which = torch.randint(len(self.means) - (self.left_out is not None), shape, device=self.means.device)
         if self.left_out is not None:
@@ -239,7 +257,7 @@ class ReparameterizedMixture(dist.MixtureSameFamily):
         """Whether draws along new dimensions depend on one another."""
         return isinstance(self.mixture_distribution, StratifiedCategorical)
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         z = self.sample(sample_shape)
         if not torch.is_grad_enabled():
             return z
@@ -279,12 +297,12 @@ class StratifiedCategorical(dist.Categorical):
     tensor(3)
     """
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "StratifiedCategorical":
         new = super().expand(batch_shape, _instance)
         new._rows = self._num_rows()
         return new
 
-    def sample(self, sample_shape=torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
         strata = shape[: len(shape) - self._num_rows()]
         rows = shape[len(strata) :]

@@ -2,26 +2,30 @@
 
 import math
 from functools import cached_property
+from typing import Any
 
 import torch
 from pyro import distributions as dist
 from torch import Tensor
 
+from pyrovae.distributions.spaces import ShapeLike
 
-class _Remembered:
+
+class _Remembered(torch.distributions.Distribution):
     r"""Keeps the noise of the last draw, for its log-density.
 
     For an ill-conditioned normal, rounding moves z by many standard deviations along a narrow direction. The noise
     gives the log-density of the exact z.
     """
 
-    _drawn = None  # z, its noise, and whether z was drawn with a graph
+    # z, its noise, and whether z was drawn with a graph
+    _drawn: tuple[Tensor, tuple[Tensor, ...], bool] | None = None
 
     def _remember(self, z: Tensor, *noise: Tensor) -> Tensor:
         self._drawn = z, noise, torch.is_grad_enabled()
         return z
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         """Draws without keeping the noise: the log-density of the draw is then that of the rounded numbers."""
         before = self._drawn
         with torch.no_grad():
@@ -62,7 +66,7 @@ class MultivariateNormal(_Remembered, dist.MultivariateNormal):
     tensor(True)
     """
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         noise = self.loc.new_empty(self._extended_shape(sample_shape)).normal_()
         return self._remember(self.loc + _times(self._unbroadcasted_scale_tril, noise), noise)
 
@@ -114,7 +118,7 @@ class LowRankMultivariateNormal(_Remembered, dist.LowRankMultivariateNormal):
         self.cov_factor = cov_factor.expand(*batch_shape, -1, -1)
         torch.distributions.Distribution.__init__(self, batch_shape, loc.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance=None) -> dist.TorchDistribution:
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "LowRankMultivariateNormal":
         loc = self.loc.expand(*batch_shape, -1)
         new = LowRankMultivariateNormal(loc, self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag, False)
         new._validate_args = self._validate_args
@@ -132,7 +136,7 @@ class LowRankMultivariateNormal(_Remembered, dist.LowRankMultivariateNormal):
         r = self._qr[1]
         return (r * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-1)).mT.to(self.loc.dtype)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         eta = self.loc.new_empty(*shape[:-1], self._unbroadcasted_cov_factor.shape[-1]).normal_()
         noise = self.loc.new_empty(shape).normal_()

@@ -1,6 +1,7 @@
 """Distributions of latents made from another one: flattened, resampled, or transformed by a flow."""
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import kl_divergence, register_kl
 
-from pyrovae.distributions.spaces import blocks_of
+from pyrovae.distributions.spaces import ShapeLike, blocks_of, support_of
 
 
 class Flattened(dist.TorchDistribution):
@@ -27,24 +28,20 @@ class Flattened(dist.TorchDistribution):
     arg_constraints = {}
 
     def __init__(self, base_dist: dist.TorchDistribution):
-        self.base_dist = base_dist
+        self.base_dist, self.has_rsample = base_dist, base_dist.has_rsample
         super().__init__(base_dist.batch_shape, torch.Size([base_dist.event_shape.numel()]), validate_args=False)
 
     @property
-    def has_rsample(self) -> bool:
-        return self.base_dist.has_rsample
-
-    @property
     def support(self) -> constraints.Constraint:
-        return blocks_of(self.base_dist.support, self.base_dist.event_shape)
+        return blocks_of(support_of(self.base_dist), self.base_dist.event_shape)
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "Flattened":
         return Flattened(self.base_dist.expand(batch_shape))
 
-    def sample(self, sample_shape=torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         return self._flat(self.base_dist.sample(sample_shape))
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         return self._flat(self.base_dist.rsample(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -104,7 +101,7 @@ class Resampled(dist.TorchDistribution):
         self.log_normalizer, self.tries = log_normalizer, tries
         super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "Resampled":
         return Resampled(self.base_dist.expand(batch_shape), self.log_acceptance, self.log_normalizer, self.tries)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -114,7 +111,7 @@ class Resampled(dist.TorchDistribution):
         return self.base_dist.log_prob(value) + torch.logaddexp(accepted, given_up)
 
     @torch.no_grad()
-    def sample(self, sample_shape=torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         value = self.base_dist.sample(sample_shape)
         todo = torch.ones(value.shape[:-1], dtype=torch.bool, device=value.device)
         for _ in range(self.tries - 1):
@@ -159,31 +156,32 @@ class Flow(dist.TorchDistribution):
     def __init__(self, flow: Any, loc: Tensor, scale: Tensor, features: Tensor | None = None):
         self.flow, self.loc, self.scale, self.features = flow, loc, scale, features
         self._made = flow if features is None else flow(features)
-        self._drawn = None, None
+        self._drawn: tuple[Tensor, Tensor] | None = None
         super().__init__(self._made.batch_shape, self._made.event_shape, validate_args=False)
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "Flow":
         new = self._get_checked_instance(Flow, _instance)
         new.flow, new.loc, new.scale, new.features = self.flow, self.loc, self.scale, self.features
-        new._made, new._drawn = self._made.expand(torch.Size(batch_shape)), (None, None)
+        new._made, new._drawn = self._made.expand(torch.Size(batch_shape)), None
         super(Flow, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
         return new
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         value, log_prob = self._made.rsample_and_log_prob(torch.Size(sample_shape))
         value = self.loc + self.scale * value
         self._drawn = value, log_prob - self._log_scale()
         return value
 
-    def sample(self, sample_shape=torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        drawn, log_prob = self._drawn
-        # A draw under no_grad has a score without a graph: where gradients are needed, the score is computed again.
-        if value is drawn and (log_prob.requires_grad or not torch.is_grad_enabled()):
-            return log_prob
+        if self._drawn is not None:
+            drawn, log_prob = self._drawn
+            # A draw under no_grad has a score without a graph: where gradients are needed, the score is computed again.
+            if value is drawn and (log_prob.requires_grad or not torch.is_grad_enabled()):
+                return log_prob
         return self._made.log_prob((value - self.loc) / self.scale) - self._log_scale()
 
     def __repr__(self) -> str:
@@ -193,13 +191,13 @@ class Flow(dist.TorchDistribution):
         return self.scale.log().expand(self.scale.shape[:-1] + self.event_shape).sum(-1)
 
 
-def import_zuko():
+def import_zuko() -> ModuleType:
     """Imports zuko and turns the validation of arguments, which zuko turns off for the whole process, on again."""
     base = torch.distributions.Distribution
     before = base._validate_args, base.__dict__["arg_constraints"]
     import zuko
 
-    base._validate_args, base.arg_constraints = before
+    base._validate_args, base.arg_constraints = before  # type: ignore[method-assign]  # a property in torch
     for name in zuko.distributions.__all__:  # these need it turned off
         kind = getattr(zuko.distributions, name)
         if isinstance(kind.arg_constraints, property):

@@ -1,9 +1,13 @@
 """Distributions on the simplex."""
 
+from typing import Any
+
 import torch
 from pyro import distributions as dist
 from pyro.distributions import constraints
 from torch import Tensor
+
+from pyrovae.distributions.spaces import ShapeLike
 
 
 class LogisticNormal(dist.TransformedDistribution):
@@ -35,7 +39,7 @@ class LogisticNormal(dist.TransformedDistribution):
         self.loc, self.scale = loc, scale
         super().__init__(dist.Normal(loc, scale).to_event(1), _AdditiveLogistic(), validate_args=validate_args)
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "LogisticNormal":
         event = self.loc.shape[-1:]
         batch_shape = torch.Size(batch_shape)
         return LogisticNormal(self.loc.expand(batch_shape + event), self.scale.expand(batch_shape + event))
@@ -53,20 +57,20 @@ class _AdditiveLogistic(torch.distributions.Transform):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _AdditiveLogistic)
 
-    def _call(self, y: Tensor) -> Tensor:
-        z = torch.cat([y, torch.zeros_like(y[..., :1])], dim=-1).softmax(-1)
-        return z.clamp_min(torch.finfo(z.dtype).tiny)  # a zero has no logarithm
+    def _call(self, x: Tensor) -> Tensor:
+        y = torch.cat([x, torch.zeros_like(x[..., :1])], dim=-1).softmax(-1)
+        return y.clamp_min(torch.finfo(y.dtype).tiny)  # a zero has no logarithm
 
-    def _inverse(self, z: Tensor) -> Tensor:
-        return z[..., :-1].log() - z[..., -1:].log()
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y[..., :-1].log() - y[..., -1:].log()
 
-    def log_abs_det_jacobian(self, y: Tensor, z: Tensor) -> Tensor:
-        return z.log().sum(-1)
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return y.log().sum(-1)
 
-    def forward_shape(self, shape):
+    def forward_shape(self, shape: ShapeLike) -> torch.Size:
         return torch.Size([*shape[:-1], shape[-1] + 1])
 
-    def inverse_shape(self, shape):
+    def inverse_shape(self, shape: ShapeLike) -> torch.Size:
         return torch.Size([*shape[:-1], shape[-1] - 1])
 
 
@@ -90,7 +94,7 @@ class RelaxedOneHotCategorical(dist.RelaxedOneHotCategorical):
     True
     """
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         z = super().rsample(sample_shape)
         z = z.clamp_min(torch.finfo(z.dtype).tiny)
         return z / z.sum(-1, keepdim=True)

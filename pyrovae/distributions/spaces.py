@@ -3,9 +3,12 @@
 import math
 
 import torch
+from pyro import distributions as dist
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.nn.functional import softplus
+
+ShapeLike = torch.Size | list[int] | tuple[int, ...]  # what torch's distributions take as a shape
 
 _ONE = math.log(math.e - 1)  # softplus(_ONE) = 1
 _FLOOR = 1e-6  # float32 would round a smaller scale away, relative to a prior of scale one
@@ -49,6 +52,14 @@ def tril_of(raw: Tensor) -> Tensor:
 def integers(num_classes: int) -> constraints.Constraint:
     """Returns the support of vectors of class numbers."""
     return constraints.independent(constraints.integer_interval(0, num_classes - 1), 1)
+
+
+def support_of(p: dist.TorchDistribution) -> constraints.Constraint:
+    """Returns the support of a distribution; raises a NotImplementedError, as torch does, if it is undefined."""
+    support = p.support
+    if support is None:
+        raise NotImplementedError(f"{type(p).__name__} has no support. Define it as an attribute, a constraint.")
+    return support
 
 
 class flattened(constraints.Constraint):
@@ -121,10 +132,10 @@ def check_temperature(temperature: float) -> float:
     return temperature
 
 
-class _OpenUnitInterval(type(constraints.unit_interval)):
+class _OpenUnitInterval(constraints.interval):
     """The numbers above 0 and below 1."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(0.0, 1.0)
 
     def check(self, value: Tensor) -> Tensor:

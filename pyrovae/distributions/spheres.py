@@ -1,6 +1,7 @@
 """Distributions on the unit sphere."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import register_kl
 from torch.nn.functional import normalize
+
+from pyrovae.distributions.spaces import ShapeLike
 
 
 class HypersphericalUniform(dist.TorchDistribution):
@@ -27,14 +30,14 @@ class HypersphericalUniform(dist.TorchDistribution):
     arg_constraints = {}
     support = constraints.sphere
 
-    def __init__(self, like: Tensor, batch_shape: torch.Size = torch.Size()):
+    def __init__(self, like: Tensor, batch_shape: ShapeLike = torch.Size()):
         self.like = like
         super().__init__(torch.Size(batch_shape), like.shape)
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "HypersphericalUniform":
         return HypersphericalUniform(self.like, batch_shape)
 
-    def sample(self, sample_shape=torch.Size()) -> Tensor:
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         return normalize(self.like.new_empty(self._extended_shape(sample_shape)).normal_(), dim=-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ class VonMisesFisher(dist.TorchDistribution):
         self.concentration = concentration.expand(batch_shape)
         super().__init__(batch_shape, loc.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "VonMisesFisher":
         batch_shape = torch.Size(batch_shape)
         loc, concentration = self.loc.expand(batch_shape + self.event_shape), self.concentration.expand(batch_shape)
         return VonMisesFisher(loc, concentration, validate_args=False)
@@ -105,7 +108,7 @@ class VonMisesFisher(dist.TorchDistribution):
         m, kappa = self.event_shape[0], self.concentration
         return kappa / m * (log_0f1(m / 2 + 1, kappa) - log_0f1(m / 2, kappa)).exp()
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         kappa = self.concentration.expand(shape[:-1]).double()
         with torch.no_grad():

@@ -123,6 +123,8 @@ class RelaxedOneHotCategorical(Encoder):
     torch.Size([5, 6])
     """
 
+    temperature: Tensor
+
     def __init__(
         self,
         x_shape: Shape,

@@ -74,6 +74,8 @@ class Normal(Likelihood):
     tensor([0.1000, 0.1000, 0.1000], grad_fn=<SelectBackward0>)
     """
 
+    log_scale: Tensor
+
     def __init__(
         self,
         latent_dim: int,
@@ -127,6 +129,9 @@ class OptimalNormal(Likelihood):
     torch.Size([5, 3])
     """
 
+    variance: Tensor
+    num_batches: Tensor
+
     def __init__(
         self, latent_dim: int, x_shape: Shape, network: Network = MLP, momentum: float = 0.01, context_dim: int = 0
     ):
@@ -174,6 +179,8 @@ class Laplace(Likelihood):
     torch.Size([5])
     """
 
+    log_scale: Tensor
+
     def __init__(
         self,
         latent_dim: int,
@@ -219,6 +226,9 @@ class StudentT(Likelihood):
     >>> StudentT(2, 3, df=4.0)(torch.zeros(5, 2)).log_prob(torch.zeros(5, 3)).shape
     torch.Size([5])
     """
+
+    log_df: Tensor
+    log_scale: Tensor
 
     def __init__(
         self,
@@ -266,6 +276,8 @@ class LogNormal(Likelihood):
     >>> LogNormal(2, 3)(torch.zeros(5, 2)).log_prob(torch.ones(5, 3)).shape
     torch.Size([5])
     """
+
+    log_scale: Tensor
 
     def __init__(
         self,
@@ -315,6 +327,8 @@ class Gamma(Likelihood):
     >>> Gamma(2, 3)(torch.zeros(5, 2)).log_prob(torch.ones(5, 3)).shape
     torch.Size([5])
     """
+
+    log_concentration: Tensor
 
     def __init__(
         self,

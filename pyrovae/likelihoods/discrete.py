@@ -122,6 +122,8 @@ class NegativeBinomial(Likelihood):
     torch.Size([5])
     """
 
+    log_inverse_dispersion: Tensor
+
     def __init__(
         self,
         latent_dim: int,
@@ -171,6 +173,8 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     >>> ZeroInflatedNegativeBinomial(2, 3)(torch.zeros(5, 2)).log_prob(torch.zeros(5, 3)).shape
     torch.Size([5])
     """
+
+    log_inverse_dispersion: Tensor
 
     def __init__(
         self,

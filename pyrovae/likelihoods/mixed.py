@@ -1,6 +1,7 @@
 """A likelihood of tables with columns of different types."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from pyro import distributions as dist
 from torch import Tensor, nn
@@ -69,5 +70,5 @@ class Mixed(Likelihood):
 
     def start_at(self, x: Tensor) -> "Mixed":
         for block, columns in zip(self.blocks, self._check_data(x).split(self.sizes, dim=-1), strict=True):
-            block.start_at(columns)
+            cast(Likelihood, block).start_at(columns)
         return self

@@ -2,8 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral
+from typing import TypeVar
 
 import pyro
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 Shape = int | tuple[int, ...]
 Network = Callable[[Shape, Shape], nn.Module]
+
+_Layer = TypeVar("_Layer", bound=nn.Linear | nn.Conv2d)
 
 
 def as_shape(shape: Shape, name: str) -> tuple[int, ...]:
@@ -26,7 +29,7 @@ def as_shape(shape: Shape, name: str) -> tuple[int, ...]:
     >>> as_shape(64, "x_shape")
     (64,)
     """
-    result = (shape,) if isinstance(shape, Integral) else tuple(shape)
+    result = tuple(shape) if isinstance(shape, Iterable) else (shape,)
     if not result or not all(isinstance(n, Integral) and n > 0 for n in result):
         raise ValueError(f"{name} must be a positive int or a non-empty tuple of them, got {shape!r}.")
     return tuple(map(int, result))
@@ -152,7 +155,7 @@ class ShapedNetwork(nn.Module, ABC):
         return self.append_context(x.flatten(x.dim() - len(self.in_shape)), context)
 
 
-def start_layer(layer: nn.Linear | nn.Conv2d, gain: float) -> nn.Module:
+def start_layer(layer: _Layer, gain: float) -> _Layer:
     r"""Initialises a layer so that the second moment of its outputs is :math:`g^2` times that of its inputs.
 
     .. math:: W_{ij} \sim \mathcal{N}(0, g^2 / n), \qquad b_i = 0
@@ -165,5 +168,6 @@ def start_layer(layer: nn.Linear | nn.Conv2d, gain: float) -> nn.Module:
         The layer.
     """
     nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.weight[0].numel()))
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer

@@ -139,11 +139,12 @@ class DeconvNet(_ImageDecoder):
         sizes = _halved(self.out_shape[-2:], len(channels))[::-1]
         widths = [*channels, math.prod(self.out_shape[:-2])]
         self.foot = nn.Linear(math.prod(self.in_shape) + context_dim, widths[0] * math.prod(sizes[0]))
-        layers = [nn.Unflatten(-1, (widths[0], *sizes[0]))]
+        layers: list[nn.Module] = [nn.Unflatten(-1, (widths[0], *sizes[0]))]
         for n_in, n_out, size, doubled in zip(widths, widths[1:], sizes, sizes[1:], strict=False):
             # A stage turns n pixels into 2 n - 1; the output padding makes it 2 n where the mirrored stage had that.
-            padding = tuple(b - (2 * a - 1) for a, b in zip(size, doubled, strict=True))
-            layers += [activation(), nn.ConvTranspose2d(n_in, n_out, 3, 2, padding=1, output_padding=padding)]
+            rows, columns = (b - (2 * a - 1) for a, b in zip(size, doubled, strict=True))
+            up = nn.ConvTranspose2d(n_in, n_out, 3, 2, padding=1, output_padding=(rows, columns))
+            layers += [activation(), up]
         self.layers = nn.Sequential(*layers)
 
 
@@ -238,7 +239,7 @@ class ResidualDeconvNet(_ImageDecoder):
         sizes = _halved(self.out_shape[-2:], len(channels))[::-1]
         features = channels[0] * math.prod(sizes[0])
         self.foot = start_layer(nn.Linear(math.prod(self.in_shape) + context_dim, features), 1.0)
-        layers = [nn.Unflatten(-1, (channels[0], *sizes[0]))]
+        layers: list[nn.Module] = [nn.Unflatten(-1, (channels[0], *sizes[0]))]
         for n_in, n_out, size in zip(channels, channels[1:], sizes[1:], strict=False):
             up = start_layer(nn.Conv2d(n_in, n_out, 3, padding=1), 1.0)
             layers += [*_conv_blocks(n_in, blocks_per_stage, activation), nn.Upsample(size), up]

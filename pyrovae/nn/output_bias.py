@@ -33,7 +33,8 @@ def set_output_bias(network: nn.Module, value: Tensor) -> None:
     if isinstance(network, OneHotInput | LogInput):
         return set_output_bias(network.network, value)
     name, layer = type(network).__name__, _last_layer(network)
-    if getattr(layer, "bias", None) is None:
+    bias = None if layer is None else layer.bias
+    if bias is None:
         raise ValueError(
             f"{name} does not end in a layer with a bias that could be set. Use a network of pyrovae.nn, or an "
             "nn.Sequential that ends in an nn.Linear or a convolution with bias=True; or set its bias yourself."
@@ -43,16 +44,16 @@ def set_output_bias(network: nn.Module, value: Tensor) -> None:
     # The dimensions of one output over which a bias is shared.
     shared = (-2,) if isinstance(network, GRUDecoder) else tuple(range(-len(getattr(layer, "kernel_size", ())), 0))
     fits = value.shape == getattr(network, "out_shape", value.shape) and value.dim() > len(shared)
-    bias = value.to(layer.bias).unsqueeze(0).mean((0, *shared)) if fits else value
-    if not fits or bias.numel() != layer.bias.numel():
+    start = value.to(bias).unsqueeze(0).mean((0, *shared)) if fits else value
+    if not fits or start.numel() != bias.numel():
         raise ValueError(
-            f"value must have the shape of one output of {name}, whose last layer has {layer.bias.numel()} biases, got "
+            f"value must have the shape of one output of {name}, whose last layer has {bias.numel()} biases, got "
             f"{tuple(value.shape)}."
         )
-    layer.bias.copy_(bias.reshape(layer.bias.shape))
+    bias.copy_(start.reshape(bias.shape))
 
 
-def _last_layer(network: nn.Module) -> nn.Module | None:
+def _last_layer(network: nn.Module) -> nn.Linear | nn.modules.conv._ConvNd | None:
     """Returns the affine map or convolution that computes the output of a network, or None if that is unclear."""
     if isinstance(network, (nn.Linear, nn.modules.conv._ConvNd)):
         return network

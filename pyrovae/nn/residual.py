@@ -19,7 +19,7 @@ class _Residual(nn.Sequential):
 
 
 def residual_block(
-    layer: Callable[[], nn.Module], norm: Callable[[], nn.Module], activation: Callable[[], nn.Module]
+    layer: Callable[[], nn.Linear | nn.Conv2d], norm: Callable[[], nn.Module], activation: Callable[[], nn.Module]
 ) -> nn.Module:
     r"""Returns a pre-activation residual block, which starts close to the identity.
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from pyrovae.nn.base import Shape, ShapedNetwork, as_shape, start_layer
 
@@ -88,14 +88,15 @@ class GRUEncoder(ShapedNetwork):
         self.check_input(x)
         leading = x.shape[: x.dim() - len(self.in_shape)]
         x = x.reshape(math.prod(leading), *self.in_shape)
+        sequences: Tensor | PackedSequence = x
         if len(self.in_shape) == 3:
             observed = x[:, 1] != 0
-            x = torch.cat([x[:, 0].where(observed, 0), x[:, 1]], dim=-1)
+            sequences = masked = torch.cat([x[:, 0].where(observed, 0), x[:, 1]], dim=-1)
             if len(x):  # torch cannot pack an empty batch
                 steps = torch.arange(1, self.in_shape[1] + 1, device=x.device)
                 lengths = (steps * observed.any(-1)).amax(-1).clamp_min(1)
-                x = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        _, h = self.gru(x)
+                sequences = pack_padded_sequence(masked, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        _, h = self.gru(sequences)
         h = self.append_context(h.transpose(0, 1).reshape(*leading, 2 * h.shape[-1]), context)
         return self.head(h).unflatten(-1, self.out_shape)
 

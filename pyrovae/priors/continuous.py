@@ -31,6 +31,9 @@ class StandardNormal(Prior):
     tensor(-2.7568)
     """
 
+    loc: Tensor
+    scale: Tensor
+
     def __init__(self, latent_dim: int):
         super().__init__(latent_dim)
         # Buffers, so that they move with the module; not persistent, because they are constants.
@@ -166,6 +169,8 @@ class FlowPrior(Prior):
     torch.Size([7])
     """
 
+    zero: Tensor
+
     def __init__(self, latent_dim: int, flow: Callable[[int, int], nn.Module] = spline_flow, context_dim: int = 0):
         super().__init__(latent_dim, context_dim=context_dim)
         self.flow = flow if isinstance(flow, nn.Module) else flow(latent_dim, context_dim)
@@ -214,6 +219,9 @@ class ResampledPrior(Prior):
     >>> ResampledPrior(3)().log_prob(torch.zeros(7, 3)).shape
     torch.Size([7])
     """
+
+    loc: Tensor
+    points: Tensor
 
     def __init__(
         self,
@@ -310,6 +318,8 @@ class GaussianProcess(Prior):
     torch.Size([7, 10])
     """
 
+    times: Tensor
+
     def __init__(
         self,
         latent_dim: int,
@@ -371,6 +381,8 @@ class HypersphericalUniform(Prior):
     """
 
     support = constraints.sphere
+
+    like: Tensor
 
     def __init__(self, latent_dim: int):
         super().__init__(latent_dim)

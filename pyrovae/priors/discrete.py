@@ -108,6 +108,8 @@ class RelaxedOneHotCategorical(Prior):
     torch.Size([3])
     """
 
+    temperature: Tensor
+
     def __init__(
         self,
         latent_dim: int,

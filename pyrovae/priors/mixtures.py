@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from functools import partial
+from typing import Any
 
 import torch
 from pyro import distributions as dist
@@ -161,14 +162,15 @@ class VampPrior(Prior):
         data: Tensor | None = None,
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ):
-        super().__init__(encoder.latent_dim)
+        stated: Any = encoder  # a type checker takes the attributes of a module for tensors or modules
+        super().__init__(stated.latent_dim)
         if num_components < 1:
             raise ValueError(f"num_components must be at least 1, got {num_components}.")
-        shape = (num_components, *encoder.x_shape)
+        shape = (num_components, *stated.x_shape)
         if bounds is not None and not bounds[0] < bounds[1]:
             raise ValueError(f"bounds must be a pair (low, high) with low < high, or None, got {bounds}.")
         self.num_components, self.bounds = num_components, bounds
-        self.support, self.context_dim = encoder.support, getattr(encoder, "context_dim", 0)
+        self.support, self.context_dim = stated.support, getattr(encoder, "context_dim", 0)
         if data is None:
             raw = torch.randn(shape).to(_weight(encoder))
         elif data.shape[1:] != shape[1:] or len(data) < num_components:
@@ -253,20 +255,23 @@ class ExemplarPrior(Prior):
     torch.Size([7])
     """
 
+    means: Tensor
+
     def __init__(self, encoder: nn.Module, data: Tensor, num_neighbors: int = 10, scale: float = 0.5):
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}.")
         weight = _weight(encoder)
-        super().__init__(encoder.latent_dim, start=weight.new_full((1,), math.log(scale)))
+        stated: Any = encoder  # a type checker takes the attributes of a module for tensors or modules
+        super().__init__(stated.latent_dim, start=weight.new_full((1,), math.log(scale)))
         self.context_dim, self.takes_numbers = 1, True  # the context is an index, not a vector
-        if data.shape[1:] != encoder.x_shape or len(data) < 2:
-            raise ValueError(f"data must have shape (at least 2, *{encoder.x_shape}), got {tuple(data.shape)}.")
+        if data.shape[1:] != stated.x_shape or len(data) < 2:
+            raise ValueError(f"data must have shape (at least 2, *{stated.x_shape}), got {tuple(data.shape)}.")
         if num_neighbors < 1:
             raise ValueError(f"num_neighbors must be at least 1, got {num_neighbors}.")
         if getattr(encoder, "context_dim", 0):
             raise ValueError("encoder takes a context, but exemplars have none. Build it with context_dim=0.")
-        if encoder.support is not constraints.real_vector:
-            raise ValueError(f"ExemplarPrior is a mixture of normals, but the encoder's latents are {encoder.support}.")
+        if stated.support is not constraints.real_vector:
+            raise ValueError(f"ExemplarPrior is a mixture of normals, but the encoder's latents are {stated.support}.")
         try:
             with torch.no_grad():
                 encoder(data[:1].to(weight)).mean  # noqa: B018
@@ -278,9 +283,9 @@ class ExemplarPrior(Prior):
         self.num_neighbors, self.encoder = min(num_neighbors, len(data) - 1), encoder
         # Not a buffer, so that checkpoints and files of weights do not hold the data.
         self.data = data.detach()
-        means = weight.new_full((len(data), encoder.latent_dim), math.nan)
+        means = weight.new_full((len(data), stated.latent_dim), math.nan)
         self.register_buffer("means", means, persistent=False)
-        self._encoded_with = None
+        self._encoded_with: tuple[tuple[int, int, torch.dtype], ...] | None = None  # the weights of the means
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         left_out = None if context is None else self._indices(context)

@@ -155,11 +155,10 @@ class HierarchicalVAE(_Hierarchy):
         _check_shapes(self._generative_links() + links)
 
     def _infer(self, x: Tensor, context: Tensor | None) -> Tensor:
-        z = first = None
+        values = [x]
         for level, encoder in enumerate(self.encoders, start=1):
-            z = pyro.sample(f"z{level}", call(encoder, x if z is None else z, context=context))
-            first = z if first is None else first
-        return first
+            values.append(pyro.sample(f"z{level}", call(encoder, values[-1], context=context)))
+        return values[1]
 
 
 class LadderVAE(_Hierarchy):

@@ -69,6 +69,8 @@ class SemiSupervisedVAE(Registered):
     torch.Size([5, 10])
     """
 
+    class_probs: Tensor
+
     def __init__(
         self,
         prior: nn.Module,
@@ -102,7 +104,8 @@ class SemiSupervisedVAE(Registered):
             raise ValueError(f"class_probs must be {num_classes} positive numbers that sum to one, got {class_probs}.")
         self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
         self.num_classes = num_classes
-        self.classifier = build(classifier, likelihood.x_shape, num_classes, 0)
+        x_shape: Any = likelihood.x_shape
+        self.classifier = build(classifier, x_shape, num_classes, 0)
         self.register_buffer("class_probs", probs / probs.sum(), persistent=False)
 
     def model(self, x: Tensor, y: Tensor | None = None) -> None:
@@ -111,7 +114,7 @@ class SemiSupervisedVAE(Registered):
         known, y = self._classes(x, y)
         with pyro.plate("data", len(x)):
             drawn = pyro.sample("y", dist.Categorical(self.class_probs))
-            with poutine.mask(mask=known):
+            with poutine.mask(mask=known):  # type: ignore[call-overload]  # no Tensor is a BoolTensor
                 pyro.sample("label", dist.Categorical(self.class_probs), obs=y)
             context = self._context(torch.where(known, y, drawn))
             z = pyro.sample("z", call(self.prior, context=context))
