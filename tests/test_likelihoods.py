@@ -826,7 +826,7 @@ def test_a_mask_that_does_not_fit_is_refused():
         ("ZeroInflatedNegativeBinomial", 1.5, "ZeroInflatedNegativeBinomial.*raw counts"),
         ("Multinomial", 1.5, "Multinomial.*raw counts"),
         ("Categorical", 256.0, "Categorical.*from 0 to 255.*num_classes"),
-        ("Categorical", 1.5, "Categorical.*classes from 0"),
+        ("Categorical", 1.5, "Categorical.*classes by integers from 0"),
         ("DiscretizedLogistic", 0.5, "DiscretizedLogistic.*levels=256.*divide bytes by 255"),
         ("DiscretizedLogistic", 255.0, "DiscretizedLogistic.*divide bytes by 255"),
         ("DiscretizedLogisticMixture", 0.5, "levels=256.*divide bytes by 255"),

@@ -66,8 +66,8 @@ class PosteriorCheck(Diagnosis):
         difference: the guide's mean minus that of NUTS, in standard deviations of NUTS, shape ``(batch, total)``.
         ratio: the guide's standard deviation over that of NUTS, shape ``(batch, total)``.
         distance: 1-Wasserstein distance of the marginals, in standard deviations of NUTS, shape ``(batch, total)``. For
-            an exact guide it is about :math:`\sqrt{1 / E + 1 / S}`, for an effective sample size of E and S draws of the
-            guide.
+            an exact guide it is about :math:`\sqrt{1 / E + 1 / S}`, for an effective sample size of E and S draws of
+            the guide.
         correlation_difference: correlations under the guide minus those under NUTS, shape ``(batch, total, total)``.
         rhat: split R-hat of the chains, shape ``(batch, total)``.
         ess: effective sample size of the chains, shape ``(batch, total)``.

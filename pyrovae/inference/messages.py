@@ -204,8 +204,8 @@ def _advice(support: constraints.Constraint) -> str:
         return "Give the raw counts, integers from 0, neither normalised nor as logarithms."
     if isinstance(support, type(constraints.integer_interval(0, 1))):
         return (
-            f"Number the classes from {support.lower_bound} to {support.upper_bound}, or build the likelihood with "
-            "more classes (num_classes)."
+            f"Number the classes by integers from {support.lower_bound} to {support.upper_bound}, or build the "
+            "likelihood with more classes (num_classes)."
         )
     if isinstance(support, grid):
         top = support.levels - 1
