@@ -4,6 +4,7 @@ from pyrovae.estimators.annealed import AnnealedImportanceSampling, Bracket, Seq
 from pyrovae.estimators.base import Estimate, Estimator
 from pyrovae.estimators.baseline import independent_baseline
 from pyrovae.estimators.exact import Enumeration, Quadrature
+from pyrovae.estimators.laplace import Laplace
 from pyrovae.estimators.marginal import log_marginal
 from pyrovae.estimators.proposals import Guide, Mixed, Prior, Proposal, Refined, Widened, refine
 from pyrovae.estimators.schedules import Adaptive, Linear, Schedule, Sigmoid
@@ -21,6 +22,7 @@ __all__ = [
     "Guide",
     "ImportanceSampling",
     "Linear",
+    "Laplace",
     "Mixed",
     "Prior",
     "Proposal",

@@ -12,7 +12,7 @@ from pyrovae.compilation.guards import Guards
 from pyrovae.estimators.proposals import WeightedGuide, log_density
 from pyrovae.estimators.task import Task, prior_of
 from pyrovae.inference.sites import sample_sites
-from pyrovae.inference.weights import log_prob_of, per_datum
+from pyrovae.inference.weights import SAMPLES, log_prob_of, per_datum
 
 
 class Densities(NamedTuple):
@@ -31,7 +31,7 @@ class Densities(NamedTuple):
     rise_gradient: Tensor
 
 
-class _Site(NamedTuple):
+class Site(NamedTuple):
     """Where the latents of a site are in u."""
 
     name: str
@@ -39,6 +39,7 @@ class _Site(NamedTuple):
     plates: tuple[int, ...]  # sizes of the plates other than the data plate
     event: tuple[int, ...]  # event shape of the unconstrained latents
     columns: slice
+    frames: tuple[Any, ...]  # the plates, without that of the draws
 
 
 class Target:
@@ -79,7 +80,7 @@ class Target:
         source = () if self.start.is_prior else (self.start.guide if self._fixed is None else self._fixed["fn"],)
         self.reads = Guards(source) if task.graphs is not None else None
 
-    def _layout(self, trace: poutine.Trace, prior: poutine.Trace, other: poutine.Trace) -> list[_Site]:
+    def _layout(self, trace: poutine.Trace, prior: poutine.Trace, other: poutine.Trace) -> list[Site]:
         """Returns the latent sites of the start; their supports must be the same in two runs of the prior."""
         sites, at = [], 0
         prior_sites, other_sites = sample_sites(prior), sample_sites(other)
@@ -104,8 +105,9 @@ class Target:
                 )
             shape = tuple(transform.inverse_shape(event)) if event else ()
             size = torch.Size(plates + shape).numel()
-            columns = slice(at, at + size)
-            sites.append(_Site(name, None if _is_identity(transform) else transform, plates, shape, columns))
+            moved = None if _is_identity(transform) else transform
+            frames = tuple(frame for frame in site["cond_indep_stack"] if frame.name != SAMPLES)
+            sites.append(Site(name, moved, plates, shape, slice(at, at + size), frames))
             at += size
         return sites
 
@@ -131,12 +133,12 @@ class Target:
         return self._pack(values)
 
     def _pack(self, values: dict[str, Tensor]) -> Tensor:
-        parts = []
-        for site in self.sites:
-            value = values[site.name]
-            value = value if site.transform is None else site.transform.inv(value)
-            parts.append(value.movedim(self.place, 1).reshape(len(value), value.shape[self.place], -1))
-        return torch.cat(parts, dim=-1)
+        return torch.cat([self.pack_value(site, values[site.name]) for site in self.sites], dim=-1)
+
+    def pack_value(self, site: Site, value: Tensor) -> Tensor:
+        """Returns a site's latents as its columns of u."""
+        value = value if site.transform is None else site.transform.inv(value)
+        return value.movedim(self.place, 1).reshape(len(value), value.shape[self.place], -1)
 
     def _unpack(self, u: Tensor) -> tuple[poutine.Trace, Tensor | float]:
         """Returns a trace with the latents at u, and the log Jacobian determinant of the maps from u, by datum."""
@@ -168,6 +170,10 @@ class Target:
 
     @torch.no_grad()
     def log_joint(self, u: Tensor) -> Tensor:
+        r"""Returns :math:`\log p(x, u)`, ``(chains, batch)``, without its graph."""
+        return self.log_joint_graph(u)
+
+    def log_joint_graph(self, u: Tensor) -> Tensor:
         r"""Returns :math:`\log p(x, u)`, ``(chains, batch)``."""
         first, second = self._terms(u)
         return first + second if self.start.is_prior else second
@@ -184,7 +190,7 @@ class Target:
             u = u.detach().requires_grad_()
             first, second = self._terms(u)
             # One backward pass each: every temperature needs another combination of them.
-            gradients = [_gradient(term, u, retain) for term, retain in ((first, True), (second, False))]
+            gradients = [gradient_of(term, u, retain) for term, retain in ((first, True), (second, False))]
         first, second = first.detach(), second.detach()
         if self.start.is_prior:
             return Densities(first, second, *gradients)
@@ -210,7 +216,7 @@ def _value(node: dict) -> Tensor:
     return node["value"].expand(node["fn"].batch_shape + node["fn"].event_shape)
 
 
-def _gradient(term: Tensor, u: Tensor, retain: bool) -> Tensor:
+def gradient_of(term: Tensor, u: Tensor, retain: bool) -> Tensor:
     if not term.requires_grad:
         return torch.zeros_like(u)
     (gradient,) = torch.autograd.grad(term.sum(), u, retain_graph=retain, allow_unused=True)

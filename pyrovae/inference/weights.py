@@ -24,7 +24,7 @@ from pyrovae.inference.structure import SiteStructure, inspect
 
 __all__ = ["log_weights"]
 
-_SAMPLES = "_num_samples"  # the plate of the draws, left of all others
+SAMPLES = "_num_samples"  # the plate of the draws, left of all others
 
 
 def log_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, **kwargs: Any) -> Tensor:
@@ -195,7 +195,7 @@ def trace_guide(
 ) -> poutine.Trace:
     """Runs the guide for `num_samples` draws, at once if possible; returns its trace."""
     if structure.vectorized:
-        with pyro.plate(_SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting):
+        with pyro.plate(SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting):
             return annotate_plates(traced(guide, None, *args, **kwargs), structure)
     traces: list[poutine.Trace] = []
     for _ in range(num_samples):
@@ -236,7 +236,7 @@ def trace_model(
 ) -> poutine.Trace:
     """Runs the model at the latents of a guide's trace of `num_samples` draws; returns its trace."""
     if structure.vectorized:
-        with pyro.plate(_SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting):
+        with pyro.plate(SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting):
             return annotate_plates(traced(model, latents_of_trace(draws), *args, **kwargs), structure)
     parts = [_one_draw(draws, structure, k) for k in range(num_samples)]
     return _stacked([traced(model, part, *args, **kwargs) for part in parts], structure)
@@ -321,7 +321,7 @@ def annotate_plates(trace: poutine.Trace, structure: SiteStructure) -> poutine.T
         for frame in site["cond_indep_stack"]:
             if frame.vectorized:
                 plates.add(frame.dim)
-                if frame.name != _SAMPLES:
+                if frame.name != SAMPLES:
                     site["num_plates"] = max(site["num_plates"], -frame.dim)
         shape, depth = site["fn"].batch_shape, structure.max_plate_nesting
         stray = [dim for dim in range(-min(len(shape), depth), 0) if dim not in plates and shape[dim] > 1]
