@@ -1,8 +1,10 @@
 """Importing the library changes nothing but the list of imported modules."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +66,11 @@ def test_importing_changes_no_global_state():
 def test_importing_is_quiet_and_leaves_heavy_modules_out(name):
     out = python("-c", f"import sys, {name}; print([m for m in {LAZY!r} if m in sys.modules])")
     assert out == "[]\n", "and nothing else may be printed"
+
+
+def test_private_names_and_tests_are_imported_by_no_other_file():
+    root = Path(__file__).parents[1]
+    private = re.compile(r"^\s*from pyrovae[\w.]* import (?:\([^)]*|[^(\n]*)(?<!\w)_[a-z]", re.MULTILINE)
+    assert not [file for file in (root / "pyrovae").rglob("*.py") if private.search(file.read_text())]
+    of_tests = re.compile(r"^\s*(?:from|import) test_", re.MULTILINE)
+    assert not [file for file in (root / "tests").glob("*.py") if of_tests.search(file.read_text())]
