@@ -33,7 +33,6 @@ from pyrovae.distributed import init_process_group, single_process, was_restarte
 from pyrovae.distributions import Blocks, center
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, independent_baseline, log_marginal
-from pyrovae.inference.sites import is_discrete
 from pyrovae.likelihoods import Bernoulli, Likelihood, bits_per_dim
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior, StandardNormal
@@ -613,7 +612,8 @@ def _draw_collapse(metrics: Path, path: Path) -> None:
 def _is_discrete(vae: VAE) -> bool | None:
     """Returns whether the data of the likelihood are discrete; None if only some of their columns are."""
     p = vae.decode(vae.prior().sample((1,)))
-    kinds = {is_discrete(block) for block in (p.blocks if isinstance(p, Blocks) else [p])}
+    blocks: list[Any] = list(p.blocks) if isinstance(p, Blocks) else [p]
+    kinds = {block.support.is_discrete for block in blocks}
     return kinds.pop() if len(kinds) == 1 else None
 
 
