@@ -230,6 +230,8 @@ class _NormalGuide:
             else:
                 mean = mean.unsqueeze(0)
             u = self._sample(site, mean, factor * own, degrees, plates)
+            if site is self.target.sites[-1]:
+                break
             e = torch.linalg.solve_triangular(own, (u - mean).unsqueeze(-1), upper=False).squeeze(-1)
             noise.append(e)
             quadratic = quadratic + e.square().sum(-1)
@@ -247,6 +249,8 @@ class _NormalGuide:
             scale_tril = scale_tril.unsqueeze(-3)
         mean = mean.reshape(draws, batch, *site.plates, size).movedim(1, place)
         scale_tril = scale_tril.reshape(-1, batch, *site.plates, size, size).movedim(1, place)
+        if len(scale_tril) == 1:  # without a dimension of draws, for which matrices would be copied
+            scale_tril = scale_tril.squeeze(0)
         fn = _density(mean, scale_tril, degrees)
         transforms = [] if site.event == (size,) else [ReshapeTransform((size,), site.event)]
         transforms += [] if site.transform is None else [site.transform]
