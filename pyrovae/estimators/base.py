@@ -122,7 +122,7 @@ def join(method: Estimator, parts: list[Estimate]) -> Estimate:
     names, diagnostics = ("value", "standard_error", "ess", "khat"), parts[0].diagnostics
     return Estimate(
         *[torch.cat([getattr(part, name) for part in parts]) for name in names],
-        parts[0].num_samples,
+        max(part.num_samples for part in parts),
         method,
         {name: torch.cat([part.diagnostics[name] for part in parts]) for name in diagnostics},
     )
