@@ -23,7 +23,7 @@ _TOLERANCE = 1e-3  # nats: half the Newton decrement at which a mode counts as f
 _FLOOR = 1e-6  # smallest curvature, relative to the largest of a datum
 _SCALES = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5)
 _PILOT_DEGREES = 10.0
-_SLACK = 0.2  # nats of the second moment that a wider proposal may cost
+_SLACK = 0.9  # nats of the second moment that a wider proposal, whose weights have lighter tails, may cost
 
 
 class Laplace(Proposal):

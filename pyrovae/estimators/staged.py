@@ -26,7 +26,8 @@ _BLOCK = 200  # data that pass through the stages together, at most
 _FIRST_BLOCK = 8  # under a budget of time, before it is known how long stages take
 _BLOCK_TIME = 0.1  # of the budget, at most, for a block
 _MAX_DIM = 300  # of the latents of a datum, for Laplace's approximation: its time rises with the square
-_LEAST_PILOT = 100  # draws of a pilot run: k-hat needs some tens
+_LEAST_PILOT = 25  # draws of a pilot run: k-hat needs 21
+_PILOT_KHAT = 0.5  # k-hat of a pilot run, which is chosen among several, is smaller than that of the full run
 _AGREEMENT = 4.0  # standard errors by which a pilot run may be above the value that counts
 
 # From the cheapest; which of them serve depends on the latents.
@@ -48,7 +49,8 @@ class UntilTrusted(Estimator):
 
     .. math:: s_{\text{pilot}} \sqrt{K_{\text{pilot}} / K},
 
-    is at most `target`. The draws of the pilot run are then thrown away, and a full run with new draws counts, whatever
+    is at most `target`. k-hat of the pilot run must be at most 0.5, to leave room for that of the full run: trust ends at
+    0.7. The draws of the pilot run are then thrown away, and a full run with new draws counts, whatever
     it gives: the choice of the stage does not depend on the draws that count, so that the result is unbiased for p(x)
     where the stages are. The last stage scores all data that are left.
 
@@ -69,8 +71,8 @@ class UntilTrusted(Estimator):
 
     Args:
         stages: the estimators, cheapest first; None for those above.
-        target: largest standard error that a stage may leave to a datum, in nats. The last stage may leave a larger
-            one. The median is much smaller, because most data do better than the worst that a stage serves.
+        target: largest standard error that a stage may leave to a datum, in nats, as far as a pilot run can tell. The last
+            stage may leave a larger one.
         pilot_share: draws of a pilot run, as a share of those of the full run, at most 1.
         seconds: budget of time for all data; each of several processes has the same. Data for which it does not suffice
             are scored by the first stage alone: they are not trusted, and counted. The first stage runs even if it
@@ -102,7 +104,7 @@ class UntilTrusted(Estimator):
     def __init__(
         self,
         stages: Sequence[Estimator] | None = None,
-        target: float = 0.1,
+        target: float = 0.05,
         pilot_share: float = 0.25,
         seconds: float | None = None,
     ):
@@ -182,7 +184,7 @@ class UntilTrusted(Estimator):
         pilot = clock.run(stage, smaller, task, block[left], is_pilot=True)
         result.compare(left, pilot)
         error = pilot.standard_error * math.sqrt(size / estimator.num_samples)
-        return (pilot.trusted & (error <= self.target)).cpu()
+        return (pilot.trusted & ~(pilot.khat > _PILOT_KHAT) & (error <= self.target)).cpu()
 
     def trusts(self, estimate: Estimate) -> Tensor:
         return estimate.diagnostics["reliable"]
