@@ -8,6 +8,7 @@ from pyrovae.estimators.laplace import Laplace
 from pyrovae.estimators.marginal import log_marginal
 from pyrovae.estimators.proposals import Guide, Mixed, Prior, Proposal, Refined, Widened, refine
 from pyrovae.estimators.schedules import Adaptive, Linear, Schedule, Sigmoid
+from pyrovae.estimators.staged import UntilTrusted
 from pyrovae.estimators.task import Task
 from pyrovae.estimators.weighted import CUBO, ImportanceSampling
 
@@ -32,6 +33,7 @@ __all__ = [
     "SequentialMonteCarlo",
     "Sigmoid",
     "Task",
+    "UntilTrusted",
     "Widened",
     "bidirectional",
     "independent_baseline",

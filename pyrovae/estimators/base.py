@@ -73,8 +73,9 @@ class Estimator(ABC):
     r"""Base of the estimators of :math:`\log p(x)`; :func:`log_marginal` takes any of them.
 
     To add one, write :meth:`estimate`, which scores the data of a :class:`Task`, and :meth:`trusts` and
-    :meth:`describe`, which say for which data the result is unreliable. Three class attributes: `unit` names what it
-    draws, `relation` is printed between log p(x) and the value, `needs_guide` says whether it uses the guide.
+    :meth:`describe`, which say for which data the result is unreliable. Five class attributes: `unit` names what it
+    draws, `relation` is printed between log p(x) and the value, `needs_guide` says whether it uses the guide,
+    `is_random` whether the result depends on random numbers, and `seconds` is a budget of time, if it keeps one.
 
     Args:
         num_samples: number of draws per datum, at least 1.
@@ -83,6 +84,8 @@ class Estimator(ABC):
     unit = "samples"
     relation = "="
     needs_guide = True
+    is_random = True
+    seconds: float | None = None
 
     def __init__(self, num_samples: int):
         check_count("num_samples", num_samples)
@@ -122,7 +125,7 @@ def join(method: Estimator, parts: list[Estimate]) -> Estimate:
         standard_error=torch.cat([part.standard_error for part in parts]),
         ess=torch.cat([part.ess for part in parts]),
         khat=torch.cat([part.khat for part in parts]),
-        num_samples=parts[0].num_samples,
+        num_samples=max(part.num_samples for part in parts),
         method=method,
         diagnostics={name: torch.cat([part.diagnostics[name] for part in parts]) for name in parts[0].diagnostics},
     )

@@ -26,6 +26,7 @@ class _Deterministic(Estimator):
     """Base of the deterministic estimators."""
 
     needs_guide = False
+    is_random = False
 
     def _check_unmasked(self, trace: poutine.Trace) -> None:
         """Raises a ValueError if latents of a trace are masked."""
@@ -229,24 +230,7 @@ class Enumeration(_Deterministic):
         super().__init__(num_samples)
 
     def estimate(self, task: Task) -> Estimate:
-        continuous = task.structure.latents - task.structure.discrete
-        if continuous:
-            raise ValueError(
-                f"Enumeration is for discrete latents, and {sorted(continuous)} are not. Take "
-                "AnnealedImportanceSampling() if all are continuous, or ImportanceSampling()."
-            )
-        few = replace(task.rows(slice(0, 2)), graphs=None)
-        trace, _ = few.draw(1, prior_of(task.model))
-        supports = {
-            name: _support(name, site, few) for name, site in sample_sites(trace).items() if not site["is_observed"]
-        }
-        # In Python's integers: this may be a very large number.
-        total = math.prod(len(support.values) ** support.cells for support in supports.values())
-        if total > self.num_samples:
-            raise ValueError(
-                f"the latents of a datum have {total:,} combinations of values, more than "
-                f"num_samples={self.num_samples:,}. Raise it, or take ImportanceSampling()."
-            )
+        few, trace, supports, total = self.plan(task)
         with Allocations() as allocations:
             few.score(_assign(trace, supports, torch.zeros(1, dtype=torch.long), few), 1)
         num_scored = clamp(task.max_memory / allocations.bytes(), total)
@@ -268,6 +252,32 @@ class Enumeration(_Deterministic):
             value = log_sum.to(log_p.dtype)
             parts.append(self._estimate(value, torch.zeros_like(value), total))
         return join(self, parts)
+
+    def plan(self, task: Task) -> tuple[Task, poutine.Trace, dict[str, "_Support"], int]:
+        """Returns two data, a trace of them, the values of each site, and the number of combinations.
+
+        Raises:
+            ValueError: as the class.
+        """
+        continuous = task.structure.latents - task.structure.discrete
+        if continuous:
+            raise ValueError(
+                f"Enumeration is for discrete latents, and {sorted(continuous)} are not. Take "
+                "AnnealedImportanceSampling() if all are continuous, or ImportanceSampling()."
+            )
+        few = replace(task.rows(slice(0, 2)), graphs=None)
+        trace, _ = few.draw(1, prior_of(task.model))
+        supports = {
+            name: _support(name, site, few) for name, site in sample_sites(trace).items() if not site["is_observed"]
+        }
+        # In Python's integers: this may be a very large number.
+        total = math.prod(len(support.values) ** support.cells for support in supports.values())
+        if total > self.num_samples:
+            raise ValueError(
+                f"the latents of a datum have {total:,} combinations of values, more than "
+                f"num_samples={self.num_samples:,}. Raise it, or take ImportanceSampling()."
+            )
+        return few, trace, supports, total
 
     def trusts(self, estimate: Estimate) -> Tensor:
         return torch.ones_like(estimate.value, dtype=torch.bool)

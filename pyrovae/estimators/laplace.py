@@ -24,7 +24,7 @@ _TOLERANCE = 1e-3  # nats: half the Newton decrement at which a mode counts as f
 _FLOOR = 1e-6  # smallest curvature, relative to the largest of a datum
 _SCALES = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5)
 _PILOT_DEGREES = 10.0
-_SLACK = 0.2  # nats of the second moment that a wider proposal may cost
+_SLACK = 0.9  # nats of the second moment that a wider proposal, whose weights have lighter tails, may cost
 
 
 class Laplace(Proposal):
@@ -232,6 +232,8 @@ class _NormalGuide:
             else:
                 mean = mean.unsqueeze(0)
             u = self._sample(site, mean, factor * own, degrees, plates)
+            if site is self.target.sites[-1]:
+                break
             e = torch.linalg.solve_triangular(own, (u - mean).unsqueeze(-1), upper=False).squeeze(-1)
             noise.append(e)
             quadratic = quadratic + e.square().sum(-1)
@@ -249,6 +251,8 @@ class _NormalGuide:
             scale_tril = scale_tril.unsqueeze(-3)
         mean = mean.reshape(draws, batch, *site.plates, size).movedim(1, place)
         scale_tril = scale_tril.reshape(-1, batch, *site.plates, size, size).movedim(1, place)
+        if len(scale_tril) == 1:  # without a dimension of draws, for which matrices would be copied
+            scale_tril = scale_tril.squeeze(0)
         fn = _density(mean, scale_tril, degrees)
         transforms: list[Transform] = []
         if site.event != (size,):

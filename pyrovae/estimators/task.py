@@ -40,7 +40,7 @@ class Task:
         max_memory: budget for intermediate results, in bytes.
         bar: the progress bar.
         graphs: cache of compiled graphs; None to run eagerly.
-        offset: index of the first datum in the whole data set.
+        offset: index of the first datum in the whole data set, or those of all, ``(size,)``.
         divisible: whether some of the data can be scored alone; not so if parameters of the guide belong to rows.
     """
 
@@ -53,16 +53,21 @@ class Task:
     max_memory: float
     bar: tqdm
     graphs: GraphCache | None = None
-    offset: int = 0
+    offset: int | Tensor = 0
     divisible: bool = True
 
-    def rows(self, rows: slice) -> "Task":
-        """Returns the task for some of the data; for all of them if it is not divisible."""
+    def rows(self, rows: slice | Tensor) -> "Task":
+        """Returns the task for some of the data, a slice or indices; for all of them if it is not divisible."""
         if not self.divisible:
             return self
         args, kwargs = take_rows(rows, self.args, self.kwargs)
-        taken = range(self.size)[rows]
-        return replace(self, args=args, kwargs=kwargs, size=len(taken), offset=self.offset + taken.start)
+        if isinstance(rows, Tensor):
+            size, offset = len(rows), self.offset + rows if isinstance(self.offset, int) else self.offset[rows]
+        else:
+            taken = range(self.size)[rows]
+            size, offset = len(taken), self.offset
+            offset = offset + taken.start if isinstance(offset, int) else offset[rows]
+        return replace(self, args=args, kwargs=kwargs, size=size, offset=offset)
 
     def split(self, chunk_size: int) -> Iterator["Task"]:
         """Yields tasks for chunks of about `chunk_size` data, in order."""
