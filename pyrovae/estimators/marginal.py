@@ -1,6 +1,8 @@
 r"""log_marginal: estimates log p(x) of data in memory, in a loader, or shared by several processes."""
 
+import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -81,11 +83,16 @@ def log_marginal(
     loader = arguments.as_loader(args, kwargs)
     if loader is None:
         return _score(model, guide, method, args, kwargs, max_memory, compile, progress)
-    parts, offset = [], 0
+    parts, offset, began = [], 0, time.monotonic()
     for batch in map(
         arguments.as_arguments, tqdm(loader, desc="log p(x)", unit="batch", delay=0.5, disable=not progress)
     ):
-        part = _score(model, guide, method, batch.args, batch.kwargs | kwargs, max_memory, compile, False, offset)
+        method_here = method
+        if method.seconds is not None:  # the time that is left, shared by the batches that are left
+            method_here = copy(method)
+            left = method.seconds - (time.monotonic() - began)
+            method_here.seconds = max(left, 1e-3) / max(len(loader) - len(parts), 1)
+        part = _score(model, guide, method_here, batch.args, batch.kwargs | kwargs, max_memory, compile, False, offset)
         offset += len(part.value)
         parts.append(part)
     if not parts:

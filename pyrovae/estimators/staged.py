@@ -2,6 +2,7 @@ r"""An estimator that spends on each datum what it needs."""
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
@@ -23,7 +24,8 @@ from pyrovae.estimators.weighted import ImportanceSampling
 from pyrovae.inference.structure import SiteStructure
 
 _BLOCK = 200  # data that pass through the stages together, at most
-_FIRST_BLOCK = 8  # under a budget of time, before it is known how long stages take
+_FIRST_BLOCKS = (4, 12)  # under a budget of time: two sizes, from which the time of more data follows
+_NUM_TIMES = 6  # latest runs of a stage from which the time of the next is computed
 _BLOCK_TIME = 0.1  # of the budget, at most, for a block
 _MAX_DIM = 300  # of the latents of a datum, for Laplace's approximation: its time rises with the square
 _LEAST_PILOT = 25  # draws of a pilot run: k-hat needs 21
@@ -131,11 +133,11 @@ class UntilTrusted(Estimator):
         numbers, largest = (range(len(self.stages)), task.size) if self.stages is not None else _choose_stages(task)
         stages = [_Stage(number, self._all_stages[number]) for number in numbers]
         task.start(task.size, "datum")
-        # Under a budget, every estimate is late by the time that a block takes longer than the last.
         clock = _Clock(self.seconds)
-        block_size = _FIRST_BLOCK if self.seconds is not None else _BLOCK
-        parts, start = [], 0
+        parts, start, block_size = [], 0, _BLOCK
         while start < task.size:
+            if self.seconds is not None and len(parts) < len(_FIRST_BLOCKS):
+                block_size = _FIRST_BLOCKS[len(parts)]
             end = task.size if not task.divisible else min(start + min(block_size, largest), task.size)
             if end == task.size - 1:  # no block of a single row: some models squeeze it away
                 end = task.size
@@ -150,14 +152,12 @@ class UntilTrusted(Estimator):
     def _score(self, task: Task, block: Tensor, stages: "list[_Stage]", clock: "_Clock") -> Estimate:
         """Scores a block of data, which are given by their indices."""
         rest = task.size - int(block[-1]) - 1
-        result = _Result(len(block))
-        left = torch.arange(len(block))
-        reserve = clock.time_of_run(stages[0])  # for each datum that waits
+        result, left = _Result(), torch.arange(len(block))
         for stage in stages:
-            expected = len(left) * (clock.time_of_pilot(stage) + clock.time_of_run(stage))
-            if not clock.allows(expected + reserve * (rest + len(left) * (stage is not stages[0]))):
-                served = clock.run(stages[0], stages[0].estimator, task, block[left])
-                result.add(left, served, -1)
+            # Data that a stage does not serve, and those of later blocks, are left to the first stage.
+            waiting = rest if stage is stages[0] else rest + len(left)
+            if not clock.allows(stage, len(left), stages[0], waiting):
+                result.add(left, clock.run(stages[0], stages[0].estimator, task, block[left]), -1)
                 task.advance(len(left))
                 break
             good = torch.ones(len(left), dtype=torch.bool)
@@ -169,6 +169,7 @@ class UntilTrusted(Estimator):
             left = left[~good]
             if not len(left):
                 break
+        clock.num_blocks += 1
         return result.estimate(self)
 
     def _try(
@@ -181,7 +182,7 @@ class UntilTrusted(Estimator):
             size = min(max(round(self.pilot_share * size), _LEAST_PILOT), size)
         smaller = copy(estimator)
         smaller.num_samples = size
-        pilot = clock.run(stage, smaller, task, block[left], is_pilot=True)
+        pilot = clock.run(stage, smaller, task, block[left])
         result.compare(left, pilot)
         error = pilot.standard_error * math.sqrt(size / estimator.num_samples)
         return (pilot.trusted & ~(pilot.khat > _PILOT_KHAT) & (error <= self.target)).cpu()
@@ -219,47 +220,55 @@ class _Clock:
     """
 
     def __init__(self, seconds: float | None):
-        self.began, self.seconds = time.monotonic(), seconds
-        self.pilots: dict[int, float] = {}  # seconds per datum in the latest run, by number of the stage
-        self.runs: dict[int, float] = {}
-        self.shares: dict[int, float] = {}
+        self.began, self.seconds, self.num_blocks = time.monotonic(), seconds, 0
+        # By number of the stage and number of samples: how many data the latest runs had, and their seconds.
+        self.times: dict[tuple[int, int], deque[tuple[int, float]]] = {}
 
     @property
     def elapsed(self) -> float:
         return time.monotonic() - self.began
 
-    def allows(self, expected: float) -> bool:
-        return self.seconds is None or self.elapsed + expected <= self.seconds
+    def allows(self, stage: _Stage, size: int, first: _Stage, waiting: int) -> bool:
+        """Returns whether a stage can run for some data, and the first stage for those that wait, within the budget."""
+        if self.seconds is None:
+            return True
+        expected = 0.0
+        if self.num_blocks >= len(_FIRST_BLOCKS):  # before, the times of few data say nothing about those of many
+            pilots = [self._time(*key, size) for key in self.times if key[0] == stage.number]
+            expected = sum(pilots) + self._time_of_first(first, waiting)
+        return self.elapsed + expected <= self.seconds
 
-    def time_of_pilot(self, stage: _Stage) -> float:
-        return self.pilots.get(stage.number, 0.0)
+    def _time_of_first(self, first: _Stage, size: int) -> float:
+        """Returns the seconds of a full run of the first stage; by its pilot runs, if there was no full one."""
+        num_samples = first.estimator.num_samples
+        if (first.number, num_samples) in self.times:
+            return self._time(first.number, num_samples, size)
+        return max(self._time(*key, size) * num_samples / key[1] for key in self.times if key[0] == first.number)
 
-    def time_of_run(self, stage: _Stage) -> float:
-        """Returns the seconds per datum of a full run; before the first, by the pilot run, and zero before that."""
-        known = self.runs.get(stage.number)
-        return self.time_of_pilot(stage) / self.shares.get(stage.number, 1.0) if known is None else known
+    def _time(self, number: int, num_samples: int, size: int) -> float:
+        """Returns the seconds of a run, which are linear in the number of data."""
+        sizes, seconds = torch.tensor(list(self.times[number, num_samples]), dtype=torch.double).T
+        if len(sizes.unique()) == 1:
+            return size * (seconds / sizes).mean().item()
+        slope = ((sizes - sizes.mean()) * (seconds - seconds.mean())).sum() / (sizes - sizes.mean()).square().sum()
+        slope = slope.clamp(min=0.0)
+        return ((seconds.mean() - slope * sizes.mean()).clamp(min=0.0) + slope * size).item()
 
-    def run(self, stage: _Stage, estimator: Estimator, task: Task, rows: Tensor, is_pilot: bool = False) -> Estimate:
+    def run(self, stage: _Stage, estimator: Estimator, task: Task, rows: Tensor) -> Estimate:
         """Scores some rows of a task without its progress bar, and remembers the time."""
         began = self.elapsed
         found = _run(estimator, task, rows)
         if found.value.is_cuda:
             torch.cuda.synchronize(found.value.device)
-        (self.pilots if is_pilot else self.runs)[stage.number] = (self.elapsed - began) / len(rows)
-        if is_pilot:
-            self.shares[stage.number] = estimator.num_samples / stage.estimator.num_samples
+        times = self.times.setdefault((stage.number, estimator.num_samples), deque(maxlen=_NUM_TIMES))
+        times.append((len(rows), self.elapsed - began))
         return found
 
 
 class _Result:
-    """The runs that count for the data of a block, and the largest value that each datum had in a pilot run.
+    """The runs that count for the data of a block, and the pilot runs."""
 
-    Args:
-        size: number of data.
-    """
-
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Estimate, int]] = []
         self.pilots: list[tuple[Tensor, Estimate]] = []
 
