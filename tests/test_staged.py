@@ -1,4 +1,4 @@
-"""The estimator in stages: exact answers, the stage that each datum needs, no bias, honest errors, budgets and order."""
+"""The estimator in stages: exact answers, the stage that each datum needs, no bias, honest errors, budgets, order."""
 
 import math
 
@@ -269,7 +269,7 @@ def test_latents_on_a_sphere_are_sampled():
     x = torch.zeros(3, 8)
     found = score(vae.model, vae.guide, x)
     assert (found.diagnostics["stage"] == 2).all()  # an untrained encoder needs many draws
-    assert found.trusted.all()
+    assert found.trusted.equal(found.khat <= 0.7)
     other = score(vae.model, vae.guide, x, method=ImportanceSampling(20_000))
     error = (found.standard_error.square() + other.standard_error.square()).sqrt()
     assert ((found.value - other.value).abs() < ERRORS * error).all()

@@ -83,7 +83,8 @@ def log_marginal(
     loader = arguments.as_loader(args, kwargs)
     if loader is None:
         return _score(model, guide, method, args, kwargs, max_memory, compile, progress)
-    parts, offset, began = [], 0, time.monotonic()
+    parts: list[Estimate] = []
+    offset, began = 0, time.monotonic()
     for batch in map(
         arguments.as_arguments, tqdm(loader, desc="log p(x)", unit="batch", delay=0.5, disable=not progress)
     ):

@@ -51,8 +51,8 @@ class UntilTrusted(Estimator):
 
     .. math:: s_{\text{pilot}} \sqrt{K_{\text{pilot}} / K},
 
-    is at most `target`. k-hat of the pilot run must be at most 0.5, to leave room for that of the full run: trust ends at
-    0.7. The draws of the pilot run are then thrown away, and a full run with new draws counts, whatever
+    is at most `target`. k-hat of the pilot run must be at most 0.5, to leave room for that of the full run: trust ends
+    at 0.7. The draws of the pilot run are then thrown away, and a full run with new draws counts, whatever
     it gives: the choice of the stage does not depend on the draws that count, so that the result is unbiased for p(x)
     where the stages are. The last stage scores all data that are left.
 
@@ -73,8 +73,8 @@ class UntilTrusted(Estimator):
 
     Args:
         stages: the estimators, cheapest first; None for those above.
-        target: largest standard error that a stage may leave to a datum, in nats, as far as a pilot run can tell. The last
-            stage may leave a larger one.
+        target: largest standard error that a stage may leave to a datum, in nats, as far as a pilot run can
+            tell. The last stage may leave a larger one.
         pilot_share: draws of a pilot run, as a share of those of the full run, at most 1.
         seconds: budget of time for all data; each of several processes has the same. Data for which it does not suffice
             are scored by the first stage alone: they are not trusted, and counted. The first stage runs even if it
@@ -119,11 +119,7 @@ class UntilTrusted(Estimator):
         self.stages = None if stages is None else list(stages)
         self.target, self.pilot_share, self.seconds = target, pilot_share, seconds
         super().__init__(max(stage.num_samples for stage in self._all_stages))
-
-    @property
-    def needs_guide(self) -> bool:
-        """Whether one of the stages uses the guide."""
-        return any(stage.needs_guide for stage in self._all_stages)
+        self.needs_guide = any(stage.needs_guide for stage in self._all_stages)
 
     @property
     def _all_stages(self) -> list[Estimator]:
@@ -134,7 +130,8 @@ class UntilTrusted(Estimator):
         stages = [_Stage(number, self._all_stages[number]) for number in numbers]
         task.start(task.size, "datum")
         clock = _Clock(self.seconds)
-        parts, start, block_size = [], 0, _BLOCK
+        parts: list[Estimate] = []
+        start, block_size = 0, _BLOCK
         while start < task.size:
             if self.seconds is not None and len(parts) < len(_FIRST_BLOCKS):
                 block_size = _FIRST_BLOCKS[len(parts)]
@@ -286,19 +283,19 @@ class _Result:
             joined = torch.cat(values)
             return joined[order.to(joined.device)]
 
-        columns = [
-            in_order([getattr(part, name) for _, part, _ in self.parts])
-            for name in ("value", "standard_error", "ess", "khat")
-        ]
+        value = in_order([part.value for _, part, _ in self.parts])
+        error = in_order([part.standard_error for _, part, _ in self.parts])
+        ess = in_order([part.ess for _, part, _ in self.parts])
+        khat = in_order([part.khat for _, part, _ in self.parts])
         stage = in_order([torch.full_like(part.value, number, dtype=torch.long) for _, part, number in self.parts])
         reliable = in_order([part.trusted for _, part, _ in self.parts]) & (stage >= 0)
-        value, error = columns[:2]
         for rows, pilot in self.pilots:
             rows = rows.to(value.device)
             bound = _AGREEMENT * (pilot.standard_error.square() + error[rows].square()).sqrt()
             reliable[rows] &= ~(pilot.value - value[rows] > bound)
         num_samples = max(part.num_samples for _, part, _ in self.parts)
-        return Estimate(*columns, num_samples, method, {"stage": stage, "reliable": reliable})
+        diagnostics = {"stage": stage, "reliable": reliable}
+        return Estimate(value, error, ess, khat, num_samples, method, diagnostics)
 
 
 def _choose_stages(task: Task) -> tuple[list[int], int]:

@@ -62,12 +62,11 @@ class Task:
             return self
         args, kwargs = take_rows(rows, self.args, self.kwargs)
         if isinstance(rows, Tensor):
-            size, offset = len(rows), self.offset + rows if isinstance(self.offset, int) else self.offset[rows]
-        else:
-            taken = range(self.size)[rows]
-            size, offset = len(taken), self.offset
-            offset = offset + taken.start if isinstance(offset, int) else offset[rows]
-        return replace(self, args=args, kwargs=kwargs, size=size, offset=offset)
+            offset = self.offset + rows if isinstance(self.offset, int) else self.offset[rows]
+            return replace(self, args=args, kwargs=kwargs, size=len(rows), offset=offset)
+        taken = range(self.size)[rows]
+        start = self.offset + taken.start if isinstance(self.offset, int) else self.offset[rows]
+        return replace(self, args=args, kwargs=kwargs, size=len(taken), offset=start)
 
     def split(self, chunk_size: int) -> Iterator["Task"]:
         """Yields tasks for chunks of about `chunk_size` data, in order."""
