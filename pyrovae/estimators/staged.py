@@ -78,8 +78,8 @@ class UntilTrusted(Estimator):
             last stage may leave a larger one.
         pilot_share: draws of a pilot run, as a share of those of the full run, at most 1.
         seconds: budget of time for all data; each of several processes has the same. Data for which it does not suffice
-            are scored by the first stage alone: they are not trusted, and counted. The first stage runs even if it
-            takes longer than the budget. None for no limit.
+            are scored by the first stage, with the draws of another pilot run: they are not trusted, and counted. That
+            is done even if it takes longer than the budget. None for no limit.
 
     The diagnostics are "stage", which is the number of the stage that scored a datum, in the order of the list (or of
     the default list), and -1 where there was no time; and "reliable", which is `trusted`.
@@ -160,10 +160,7 @@ class UntilTrusted(Estimator):
                 good = (found.trusted & (found.standard_error <= self.target)).cpu()
             result.add(rows[good], _take(found, good), stage.number)
             return rows[~good]
-        smaller = copy(estimator)
-        smaller.num_samples = min(
-            max(round(self.pilot_share * estimator.num_samples), _LEAST_PILOT), estimator.num_samples
-        )
+        smaller = self._smaller(estimator)
         pilot = clock.run(stage, smaller, task, rows)
         result.compare(rows, pilot)
         error = pilot.standard_error * math.sqrt(smaller.num_samples / estimator.num_samples)
@@ -172,10 +169,18 @@ class UntilTrusted(Estimator):
             result.add(rows[good], clock.run(stage, estimator, task, rows[good]), stage.number)
         return rows[~good]
 
+    def _smaller(self, estimator: Estimator) -> Estimator:
+        """Returns the estimator of a pilot run."""
+        if not estimator.is_random:
+            return estimator
+        smaller, size = copy(estimator), estimator.num_samples
+        smaller.num_samples = min(max(round(self.pilot_share * size), _LEAST_PILOT), size)
+        return smaller
+
     def _give_up(self, first: "_Stage", task: Task, left: Tensor, result: "_Result", clock: "_Clock") -> Estimate:
         """Scores the data for which there is no time by the first stage."""
         for rows in left.split(_BLOCK if task.divisible else task.size):
-            result.add(rows, clock.run(first, first.estimator, task, rows), -1)
+            result.add(rows, clock.run(first, self._smaller(first.estimator), task, rows), -1)
             task.advance(len(rows))
         return result.estimate(self)
 
@@ -249,13 +254,9 @@ class _Clock:
         return min(int(size), largest) if size >= 2 or size >= waiting else 0
 
     def _time_of_first(self) -> tuple[float, float]:
-        """Returns the seconds of a full run of the first stage as a line; by its pilot runs, if there was no other."""
-        number, num_samples = self.first.number, self.first.estimator.num_samples
-        if (number, num_samples, True) in self.times:
-            return self._line((number, num_samples, True))
-        (key,) = [key for key in self.times if key[0] == number]
-        fixed, slope = self._line(key)
-        return fixed, slope * num_samples / key[1]
+        """Returns the seconds of a pilot run of the first stage as a line; of a full run, if it has no other."""
+        keys = sorted((key for key in self.times if key[0] == self.first.number), key=lambda key: key[-1])
+        return self._line(keys[0])
 
     def _line(self, key: tuple[int, int, bool]) -> tuple[float, float]:
         """Returns the seconds of a run as a line in the number of data: those of no datum, and those of each."""
