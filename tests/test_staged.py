@@ -1,5 +1,6 @@
 """The estimator in stages: exact answers, the stage that a datum needs, no bias, honest errors, budgets, order."""
 
+import io
 import math
 
 import pyro
@@ -8,6 +9,7 @@ import torch
 from linear_gaussian import assert_fraction, assert_mean, truth, vae_of
 from pyro import distributions as dist
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
 
 from pyrovae import VAE, encoders, likelihoods, log_marginal, priors
 from pyrovae.estimators import (
@@ -159,6 +161,30 @@ def test_one_datum_among_others_may_need_another_stage():
     found = score(model, data.guide, data.x)
     assert found.diagnostics["stage"].tolist() == [1, 1, 3, 1, 1]
     assert ((found.value - data.truth()).abs() < ERRORS * found.standard_error).all()
+
+
+def test_a_single_datum_and_entries_of_lists():
+    known = truth(2, 4)
+    vae, x = vae_of(known), known.marginal().sample((3,))
+    found = score(vae.model, vae.guide, x[:1])
+    torch.testing.assert_close(found.value, known.marginal().log_prob(x[:1]), rtol=0, atol=ROUNDING)
+    found = score(lambda rows: vae.model(torch.stack(rows)), lambda rows: vae.guide(torch.stack(rows)), list(x))
+    torch.testing.assert_close(found.value, known.marginal().log_prob(x), rtol=0, atol=ROUNDING)
+
+
+def test_the_bar_counts_data(monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, file=io.StringIO())
+            bars.append(self)
+
+    monkeypatch.setattr("pyrovae.estimators.task.tqdm", Bar)
+    data = Sorts([0, 1, 1] * 4)
+    log_marginal(data.model, data.guide, data.x, method=UntilTrusted())
+    (bar,) = bars
+    assert (bar.n, bar.total, bar.unit) == (12, 12, "datum")
 
 
 class FakeTime:

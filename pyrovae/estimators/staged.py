@@ -28,15 +28,16 @@ _FIRST_BLOCKS = (4, 12)  # under a budget of time: two sizes, from which the tim
 _NUM_TIMES = 6  # latest runs of a stage from which the time of the next is computed
 _MAX_DIM = 300  # of the latents of a datum, for Laplace's approximation: its time rises with the square
 _LEAST_PILOT = 25  # draws of a pilot run: k-hat needs 21
-_PILOT_KHAT = 0.5  # k-hat of a pilot run, which is chosen among several, is smaller than that of the full run
+_PILOT_KHAT = 0.5  # largest k-hat of a pilot run: those that are good by chance are chosen, so that 0.7 is too much
 _AGREEMENT = 4.0  # standard errors by which a pilot run may be above the value that counts
 
 _COLUMNS = ("value", "standard_error", "ess", "khat")  # tensors of an estimate
 
 # From the cheapest; which of them serve depends on the latents.
 _ENUMERATION, _GUIDE, _MANY, _LAPLACE, _ANNEALING, _ANNEALING_FROM_GUIDE = range(6)
+_ENUMERATE = Enumeration(10_000)
 _STAGES: list[Estimator] = [
-    Enumeration(10_000),
+    _ENUMERATE,
     ImportanceSampling(2000),
     ImportanceSampling(20_000),
     ImportanceSampling(4000, Laplace()),
@@ -158,7 +159,8 @@ class UntilTrusted(Estimator):
             good = torch.ones(len(rows), dtype=torch.bool)
             if not is_last:
                 good = (found.trusted & (found.standard_error <= self.target)).cpu()
-            result.add(rows[good], _take(found, good), stage.number)
+            if good.any():
+                result.add(rows[good], _take(found, good), stage.number)
             return rows[~good]
         smaller = self._smaller(estimator)
         pilot = clock.run(stage, smaller, task, rows)
@@ -317,7 +319,7 @@ def _choose_stages(task: Task) -> tuple[list[int], int]:
     structure = task.structure
     if structure.latents == structure.discrete:
         try:
-            _STAGES[_ENUMERATION].plan(task)  # type: ignore[attr-defined]
+            _ENUMERATE.plan(task)
         except ValueError:
             return [_GUIDE, _MANY], task.size
         return [_ENUMERATION], task.size

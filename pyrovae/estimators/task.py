@@ -61,12 +61,12 @@ class Task:
         if not self.divisible:
             return self
         args, kwargs = take_rows(rows, self.args, self.kwargs)
-        if isinstance(rows, Tensor):
-            size, offset = len(rows), self.offset + rows if isinstance(self.offset, int) else self.offset[rows]
+        size = len(rows) if isinstance(rows, Tensor) else len(range(self.size)[rows])
+        offset: int | Tensor
+        if isinstance(self.offset, Tensor):
+            offset = self.offset[rows]
         else:
-            taken = range(self.size)[rows]
-            size, offset = len(taken), self.offset
-            offset = offset + taken.start if isinstance(offset, int) else offset[rows]
+            offset = self.offset + (rows if isinstance(rows, Tensor) else range(self.size)[rows].start)
         return replace(self, args=args, kwargs=kwargs, size=size, offset=offset)
 
     def split(self, chunk_size: int) -> Iterator["Task"]:
