@@ -163,13 +163,25 @@ def test_one_datum_among_others_may_need_another_stage():
     assert ((found.value - data.truth()).abs() < ERRORS * found.standard_error).all()
 
 
-def test_a_single_datum_and_entries_of_lists():
+def test_a_single_datum():
     known = truth(2, 4)
-    vae, x = vae_of(known), known.marginal().sample((3,))
-    found = score(vae.model, vae.guide, x[:1])
-    torch.testing.assert_close(found.value, known.marginal().log_prob(x[:1]), rtol=0, atol=ROUNDING)
-    found = score(lambda rows: vae.model(torch.stack(rows)), lambda rows: vae.guide(torch.stack(rows)), list(x))
+    vae, x = vae_of(known), known.marginal().sample((1,))
+    found = score(vae.model, vae.guide, x)
     torch.testing.assert_close(found.value, known.marginal().log_prob(x), rtol=0, atol=ROUNDING)
+
+
+def test_entries_of_lists_stay_with_their_rows():
+    data = Sorts([0, 1, 1, 0, 1])
+    names = ["easy" if sort == 0 else "hard" for sort in data.sort]
+
+    def guide(x, names):
+        with pyro.plate("data", len(x)):
+            wrong = torch.tensor([name == "hard" for name in names])
+            pyro.sample("z", dist.Normal(x[:, 0] - wrong.double(), 0.22))
+
+    found = score(lambda x, names: data.model(x), guide, data.x, names)
+    assert found.diagnostics["stage"].tolist() == [1, 3, 3, 1, 3]
+    assert ((found.value - data.truth()).abs() < ERRORS * found.standard_error).all()
 
 
 def test_the_bar_counts_data(monkeypatch):
