@@ -3,6 +3,7 @@
 from pyrovae.estimators.annealed import AnnealedImportanceSampling, Bracket, SequentialMonteCarlo, bidirectional
 from pyrovae.estimators.base import Estimate, Estimator
 from pyrovae.estimators.baseline import independent_baseline
+from pyrovae.estimators.comparison import Comparison, compare
 from pyrovae.estimators.exact import Enumeration, Quadrature
 from pyrovae.estimators.laplace import Laplace
 from pyrovae.estimators.marginal import log_marginal
@@ -17,6 +18,7 @@ __all__ = [
     "AnnealedImportanceSampling",
     "Bracket",
     "CUBO",
+    "Comparison",
     "Enumeration",
     "Estimate",
     "Estimator",
@@ -36,6 +38,7 @@ __all__ = [
     "UntilTrusted",
     "Widened",
     "bidirectional",
+    "compare",
     "independent_baseline",
     "log_marginal",
     "refine",

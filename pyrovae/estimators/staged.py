@@ -2,7 +2,7 @@ r"""An estimator that spends on each datum what it needs."""
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrovae.estimators.annealed import AnnealedImportanceSampling
-from pyrovae.estimators.base import Estimate, Estimator, check_positive, join
+from pyrovae.estimators.base import Estimate, Estimator, check_positive
 from pyrovae.estimators.exact import Enumeration
 from pyrovae.estimators.laplace import Laplace
 from pyrovae.estimators.memory import clamp
@@ -23,19 +23,21 @@ from pyrovae.estimators.task import Task, prior_of
 from pyrovae.estimators.weighted import ImportanceSampling
 from pyrovae.inference.structure import SiteStructure
 
-_BLOCK = 200  # data that pass through the stages together, at most
+_BLOCK = 200  # data that a stage takes at once, at most
 _FIRST_BLOCKS = (4, 12)  # under a budget of time: two sizes, from which the time of more data follows
 _NUM_TIMES = 6  # latest runs of a stage from which the time of the next is computed
-_BLOCK_TIME = 0.1  # of the budget, at most, for a block
 _MAX_DIM = 300  # of the latents of a datum, for Laplace's approximation: its time rises with the square
 _LEAST_PILOT = 25  # draws of a pilot run: k-hat needs 21
-_PILOT_KHAT = 0.5  # k-hat of a pilot run, which is chosen among several, is smaller than that of the full run
+_PILOT_KHAT = 0.5  # largest k-hat of a pilot run: those that are good by chance are chosen, so that 0.7 is too much
 _AGREEMENT = 4.0  # standard errors by which a pilot run may be above the value that counts
+
+_COLUMNS = ("value", "standard_error", "ess", "khat")  # tensors of an estimate
 
 # From the cheapest; which of them serve depends on the latents.
 _ENUMERATION, _GUIDE, _MANY, _LAPLACE, _ANNEALING, _ANNEALING_FROM_GUIDE = range(6)
+_ENUMERATE = Enumeration(10_000)
 _STAGES: list[Estimator] = [
-    Enumeration(10_000),
+    _ENUMERATE,
     ImportanceSampling(2000),
     ImportanceSampling(20_000),
     ImportanceSampling(4000, Laplace()),
@@ -52,9 +54,9 @@ class UntilTrusted(Estimator):
     .. math:: s_{\text{pilot}} \sqrt{K_{\text{pilot}} / K},
 
     is at most `target`. k-hat of the pilot run must be at most 0.5, to leave room for that of the full run: trust ends
-    at 0.7. The draws of the pilot run are then thrown away, and a full run with new draws counts, whatever
-    it gives: the choice of the stage does not depend on the draws that count, so that the result is unbiased for p(x)
-    where the stages are. The last stage scores all data that are left.
+    at 0.7. The draws of the pilot run are then thrown away, and a full run with new draws counts, whatever it gives:
+    the choice of the stage does not depend on the draws that count, so that the result is unbiased for p(x) where the
+    stages are. The last stage scores all data that are left.
 
     A datum is trusted if its full run is, and if no pilot run of any stage was higher by more than four standard errors
     of the difference: since pilot runs are unbiased too, mass was missed otherwise.
@@ -68,17 +70,17 @@ class UntilTrusted(Estimator):
       together: importance sampling with the guide, with few draws or with many. With discrete latents, no datum is
       trusted.
 
-    Data pass through the stages in blocks. If model and guide do not run on some of the data alone, all data pass
-    through the stages that one of them needs.
+    If model and guide do not run on some of the data alone, a stage runs on all data, and the results of those that it
+    does not serve are dropped.
 
     Args:
         stages: the estimators, cheapest first; None for those above.
-        target: largest standard error that a stage may leave to a datum, in nats, as far as a pilot run can
-            tell. The last stage may leave a larger one.
+        target: largest standard error that a stage may leave to a datum, in nats, as far as a pilot run can tell. The
+            last stage may leave a larger one.
         pilot_share: draws of a pilot run, as a share of those of the full run, at most 1.
         seconds: budget of time for all data; each of several processes has the same. Data for which it does not suffice
-            are scored by the first stage alone: they are not trusted, and counted. The first stage runs even if it
-            takes longer than the budget. None for no limit.
+            are scored by the first stage, with the draws of another pilot run: they are not trusted, and counted. That
+            is done even if it takes longer than the budget. None for no limit.
 
     The diagnostics are "stage", which is the number of the stage that scored a datum, in the order of the list (or of
     the default list), and -1 where there was no time; and "reliable", which is `trusted`.
@@ -129,60 +131,56 @@ class UntilTrusted(Estimator):
         numbers, largest = (range(len(self.stages)), task.size) if self.stages is not None else _choose_stages(task)
         stages = [_Stage(number, self._all_stages[number]) for number in numbers]
         task.start(task.size, "datum")
-        clock = _Clock(self.seconds)
-        parts: list[Estimate] = []
-        start, block_size = 0, _BLOCK
-        while start < task.size:
-            if self.seconds is not None and len(parts) < len(_FIRST_BLOCKS):
-                block_size = _FIRST_BLOCKS[len(parts)]
-            end = task.size if not task.divisible else min(start + min(block_size, largest), task.size)
-            if end == task.size - 1:  # no block of a single row: some models squeeze it away
-                end = task.size
-            began = clock.elapsed
-            parts.append(self._score(task, torch.arange(start, end), stages, clock))
-            if self.seconds is not None:
-                per_datum = max(clock.elapsed - began, 1e-9) / (end - start)
-                block_size = max(2, clamp(_BLOCK_TIME * self.seconds / per_datum, _BLOCK))
-            start = end
-        return join(self, parts)
-
-    def _score(self, task: Task, block: Tensor, stages: "list[_Stage]", clock: "_Clock") -> Estimate:
-        """Scores a block of data, which are given by their indices."""
-        rest = task.size - int(block[-1]) - 1
-        result, left = _Result(), torch.arange(len(block))
+        clock, result, left = _Clock(self.seconds, stages[0]), _Result(), torch.arange(task.size)
         for stage in stages:
-            # Data that a stage does not serve, and those of later blocks, are left to the first stage.
-            waiting = rest if stage is stages[0] else rest + len(left)
-            if not clock.allows(stage, len(left), stages[0], waiting):
-                result.add(left, clock.run(stages[0], stages[0].estimator, task, block[left]), -1)
-                task.advance(len(left))
-                break
-            good = torch.ones(len(left), dtype=torch.bool)
-            if stage is not stages[-1]:
-                good = self._try(stage, task, block, left, result, clock)
-            if good.any():
-                result.add(left[good], clock.run(stage, stage.estimator, task, block[left[good]]), stage.number)
-                task.advance(int(good.sum()))
-            left = left[~good]
-            if not len(left):
-                break
-        clock.num_blocks += 1
+            passed_on = [left[:0]]
+            while len(left):
+                size = clock.num_data(stage, len(left) + sum(map(len, passed_on)), largest)
+                if size == 0:
+                    return self._give_up(stages[0], task, torch.cat([*passed_on, left]), result, clock)
+                n = min(size, len(left)) if task.divisible else len(left)
+                block, left = left[:n], left[n:]
+                passed_on.append(self._serve(stage, stage is stages[-1], task, block, result, clock))
+                task.advance(n - len(passed_on[-1]))
+            left = torch.cat(passed_on)
         return result.estimate(self)
 
-    def _try(
-        self, stage: "_Stage", task: Task, block: Tensor, left: Tensor, result: "_Result", clock: "_Clock"
+    def _serve(
+        self, stage: "_Stage", is_last: bool, task: Task, rows: Tensor, result: "_Result", clock: "_Clock"
     ) -> Tensor:
-        """Returns for which of the data that are left a stage is good enough, by a pilot run."""
+        """Scores those of some data for which a stage is good enough, and returns the others."""
         estimator = stage.estimator
-        size = estimator.num_samples
-        if estimator.is_random:
-            size = min(max(round(self.pilot_share * size), _LEAST_PILOT), size)
-        smaller = copy(estimator)
-        smaller.num_samples = size
-        pilot = clock.run(stage, smaller, task, block[left])
-        result.compare(left, pilot)
-        error = pilot.standard_error * math.sqrt(size / estimator.num_samples)
-        return (pilot.trusted & ~(pilot.khat > _PILOT_KHAT) & (error <= self.target)).cpu()
+        if is_last or not estimator.is_random:  # a second run of the latter would give the same
+            found = clock.run(stage, estimator, task, rows)
+            good = torch.ones(len(rows), dtype=torch.bool)
+            if not is_last:
+                good = (found.trusted & (found.standard_error <= self.target)).cpu()
+            if good.any():
+                result.add(rows[good], _take(found, good), stage.number)
+            return rows[~good]
+        smaller = self._smaller(estimator)
+        pilot = clock.run(stage, smaller, task, rows)
+        result.compare(rows, pilot)
+        error = pilot.standard_error * math.sqrt(smaller.num_samples / estimator.num_samples)
+        good = (pilot.trusted & ~(pilot.khat > _PILOT_KHAT) & (error <= self.target)).cpu()
+        if good.any():
+            result.add(rows[good], clock.run(stage, estimator, task, rows[good]), stage.number)
+        return rows[~good]
+
+    def _smaller(self, estimator: Estimator) -> Estimator:
+        """Returns the estimator of a pilot run."""
+        if not estimator.is_random:
+            return estimator
+        smaller, size = copy(estimator), estimator.num_samples
+        smaller.num_samples = min(max(round(self.pilot_share * size), _LEAST_PILOT), size)
+        return smaller
+
+    def _give_up(self, first: "_Stage", task: Task, left: Tensor, result: "_Result", clock: "_Clock") -> Estimate:
+        """Scores the data for which there is no time by the first stage."""
+        for rows in left.split(_BLOCK if task.divisible else task.size):
+            result.add(rows, clock.run(first, self._smaller(first.estimator), task, rows), -1)
+            task.advance(len(rows))
+        return result.estimate(self)
 
     def trusts(self, estimate: Estimate) -> Tensor:
         return estimate.diagnostics["reliable"]
@@ -210,60 +208,77 @@ class _Stage(NamedTuple):
 
 
 class _Clock:
-    """Measures how long stages take, and says what the budget of time allows.
+    """Measures how long stages take, and says for how many data there is time.
 
     Args:
         seconds: the budget; None for no limit.
+        first: the first stage, which scores the data for which there is no time.
     """
 
-    def __init__(self, seconds: float | None):
-        self.began, self.seconds, self.num_blocks = time.monotonic(), seconds, 0
-        # By number of the stage and number of samples: how many data the latest runs had, and their seconds.
-        self.times: dict[tuple[int, int], deque[tuple[int, float]]] = {}
+    def __init__(self, seconds: float | None, first: _Stage):
+        self.began, self.seconds, self.first = time.monotonic(), seconds, first
+        # By number of the stage and of samples, and whether it was a full run: data of the latest runs, and seconds.
+        self.times: dict[tuple[int, int, bool], deque[tuple[int, float]]] = {}
+        self.num_blocks: Counter[int] = Counter()  # by number of the stage
 
     @property
     def elapsed(self) -> float:
         return time.monotonic() - self.began
 
-    def allows(self, stage: _Stage, size: int, first: _Stage, waiting: int) -> bool:
-        """Returns whether a stage can run for some data, and the first stage for those that wait, within the budget."""
+    def num_data(self, stage: _Stage, waiting: int, largest: int) -> int:
+        """Returns how many data a stage may take at once; 0 if time is up.
+
+        Args:
+            stage: the stage.
+            waiting: data that have no result yet: there must be time to score them by the first stage.
+            largest: the largest number that memory allows.
+        """
+        largest = min(largest, _BLOCK)
         if self.seconds is None:
-            return True
-        expected = 0.0
-        if self.num_blocks >= len(_FIRST_BLOCKS):  # before, the times of few data say nothing about those of many
-            pilots = [self._time(*key, size) for key in self.times if key[0] == stage.number]
-            expected = sum(pilots) + self._time_of_first(first, waiting)
-        return self.elapsed + expected <= self.seconds
+            return largest
+        block = self.num_blocks[stage.number]
+        self.num_blocks[stage.number] += 1
+        spare = self.seconds - self.elapsed
+        if stage is not self.first or block >= len(_FIRST_BLOCKS):
+            fixed, slope = self._time_of_first()
+            spare -= fixed + slope * waiting
+        if block < len(_FIRST_BLOCKS):
+            return min(_FIRST_BLOCKS[block], largest) if spare > 0 else 0
+        lines = [self._line(key) for key in self.times if key[0] == stage.number]  # the pilot run and the full run
+        fixed, slope = sum(line[0] for line in lines), max(sum(line[1] for line in lines), 1e-9)
+        # Half of the time, so that the other half corrects for an error of the prediction.
+        size = (spare / 2 - fixed) / slope
+        size = size if size >= 2 else (spare - fixed) / slope
+        return min(int(size), largest) if size >= 2 or size >= waiting else 0
 
-    def _time_of_first(self, first: _Stage, size: int) -> float:
-        """Returns the seconds of a full run of the first stage; by its pilot runs, if there was no full one."""
-        num_samples = first.estimator.num_samples
-        if (first.number, num_samples) in self.times:
-            return self._time(first.number, num_samples, size)
-        return max(self._time(*key, size) * num_samples / key[1] for key in self.times if key[0] == first.number)
+    def _time_of_first(self) -> tuple[float, float]:
+        """Returns the seconds of a pilot run of the first stage as a line; of a full run, if it has no other."""
+        keys = sorted((key for key in self.times if key[0] == self.first.number), key=lambda key: key[-1])
+        return self._line(keys[0])
 
-    def _time(self, number: int, num_samples: int, size: int) -> float:
-        """Returns the seconds of a run, which are linear in the number of data."""
-        sizes, seconds = torch.tensor(list(self.times[number, num_samples]), dtype=torch.double).T
+    def _line(self, key: tuple[int, int, bool]) -> tuple[float, float]:
+        """Returns the seconds of a run as a line in the number of data: those of no datum, and those of each."""
+        sizes, seconds = torch.tensor(list(self.times[key]), dtype=torch.double).T
         if len(sizes.unique()) == 1:
-            return size * (seconds / sizes).mean().item()
-        slope = ((sizes - sizes.mean()) * (seconds - seconds.mean())).sum() / (sizes - sizes.mean()).square().sum()
-        slope = slope.clamp(min=0.0)
-        return ((seconds.mean() - slope * sizes.mean()).clamp(min=0.0) + slope * size).item()
+            return 0.0, (seconds / sizes).mean().item()
+        offset = sizes - sizes.mean()
+        slope = ((offset * seconds).sum() / offset.square().sum()).clamp(min=0.0)
+        return (seconds.mean() - slope * sizes.mean()).clamp(min=0.0).item(), slope.item()
 
     def run(self, stage: _Stage, estimator: Estimator, task: Task, rows: Tensor) -> Estimate:
-        """Scores some rows of a task without its progress bar, and remembers the time."""
+        """Scores some rows of a task, and remembers the time."""
         began = self.elapsed
         found = _run(estimator, task, rows)
         if found.value.is_cuda:
             torch.cuda.synchronize(found.value.device)
-        times = self.times.setdefault((stage.number, estimator.num_samples), deque(maxlen=_NUM_TIMES))
+        key = (stage.number, estimator.num_samples, estimator is stage.estimator)
+        times = self.times.setdefault(key, deque(maxlen=_NUM_TIMES))
         times.append((len(rows), self.elapsed - began))
         return found
 
 
 class _Result:
-    """The runs that count for the data of a block, and the pilot runs."""
+    """The runs that count, and the pilot runs, with the indices of their data."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Estimate, int]] = []
@@ -283,10 +298,7 @@ class _Result:
             joined = torch.cat(values)
             return joined[order.to(joined.device)]
 
-        value = in_order([part.value for _, part, _ in self.parts])
-        error = in_order([part.standard_error for _, part, _ in self.parts])
-        ess = in_order([part.ess for _, part, _ in self.parts])
-        khat = in_order([part.khat for _, part, _ in self.parts])
+        value, error, ess, khat = (in_order([getattr(part, name) for _, part, _ in self.parts]) for name in _COLUMNS)
         stage = in_order([torch.full_like(part.value, number, dtype=torch.long) for _, part, number in self.parts])
         reliable = in_order([part.trusted for _, part, _ in self.parts]) & (stage >= 0)
         for rows, pilot in self.pilots:
@@ -299,11 +311,11 @@ class _Result:
 
 
 def _choose_stages(task: Task) -> tuple[list[int], int]:
-    """Returns the numbers of the default stages for a model's latents, and how many data a block may have."""
+    """Returns the numbers of the default stages for a model's latents, and how many data fit in memory at once."""
     structure = task.structure
     if structure.latents == structure.discrete:
         try:
-            _STAGES[_ENUMERATION].plan(task)  # type: ignore[attr-defined]
+            _ENUMERATE.plan(task)
         except ValueError:
             return [_GUIDE, _MANY], task.size
         return [_ENUMERATION], task.size
@@ -325,9 +337,14 @@ def _run(estimator: Estimator, task: Task, rows: Tensor) -> Estimate:
         rows = torch.cat([rows, (rows + 1) % task.size])
     silent = replace(task.rows(rows), bar=tqdm(disable=True))
     found = estimator.estimate(silent)
-    chosen = slice(0, count) if task.divisible else rows.to(found.value.device)
-    columns = {name: getattr(found, name)[chosen] for name in ("value", "standard_error", "ess", "khat")}
-    return replace(found, **columns, diagnostics={name: x[chosen] for name, x in found.diagnostics.items()})
+    return _take(found, slice(0, count) if task.divisible else rows)
+
+
+def _take(estimate: Estimate, rows: Tensor | slice) -> Estimate:
+    """Returns the estimates of some of the data."""
+    rows = rows if isinstance(rows, slice) else rows.to(estimate.value.device)
+    columns = {name: getattr(estimate, name)[rows] for name in _COLUMNS}
+    return replace(estimate, **columns, diagnostics={name: x[rows] for name, x in estimate.diagnostics.items()})
 
 
 def _name(stage: Estimator) -> str:

@@ -61,12 +61,13 @@ class Task:
         if not self.divisible:
             return self
         args, kwargs = take_rows(rows, self.args, self.kwargs)
-        if isinstance(rows, Tensor):
-            offset = self.offset + rows if isinstance(self.offset, int) else self.offset[rows]
-            return replace(self, args=args, kwargs=kwargs, size=len(rows), offset=offset)
-        taken = range(self.size)[rows]
-        start = self.offset + taken.start if isinstance(self.offset, int) else self.offset[rows]
-        return replace(self, args=args, kwargs=kwargs, size=len(taken), offset=start)
+        size = len(rows) if isinstance(rows, Tensor) else len(range(self.size)[rows])
+        offset: int | Tensor
+        if isinstance(self.offset, Tensor):
+            offset = self.offset[rows]
+        else:
+            offset = self.offset + (rows if isinstance(rows, Tensor) else range(self.size)[rows].start)
+        return replace(self, args=args, kwargs=kwargs, size=size, offset=offset)
 
     def split(self, chunk_size: int) -> Iterator["Task"]:
         """Yields tasks for chunks of about `chunk_size` data, in order."""
