@@ -60,8 +60,8 @@ class UntilTrusted(Estimator):
 
     A datum is trusted if its full run is, and if no pilot run of any stage was higher by more than three standard
     errors of the difference: since pilot runs are unbiased too, mass was missed otherwise. Mass that no stage finds is
-    not seen. Where a posterior has several modes, Laplace's approximation and annealing from it find one, and only a guide
-    that covers the others, with a small enough error, can show them: give stages that start from the prior.
+    not seen. Where a posterior has several modes, Laplace's approximation and annealing from it find one, and only a
+    guide that covers the others, with a small enough error, can show them: give stages that start from the prior.
 
     The default stages depend on the latents:
 
