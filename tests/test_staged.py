@@ -346,6 +346,31 @@ def test_guides_with_parameters_of_rows():
     assert ((found.value - data.truth()).abs() < ERRORS * found.standard_error).all()
 
 
+def total(x):
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Normal(torch.zeros(len(x)).double(), 1.0))
+        b = pyro.sample("b", dist.Normal(a, 1.0))
+        pyro.sample("x", dist.Normal(a + b, 0.5), obs=x)
+
+
+def by_auxiliary(x):
+    with pyro.plate("data", len(x)):
+        zero = torch.zeros(len(x), 2).double()
+        u = pyro.sample("u", dist.Normal(zero, 1.0).to_event(1), infer={"is_auxiliary": True})
+        pyro.sample("a", dist.Delta(u[..., 0]))
+        pyro.sample("b", dist.Delta(u[..., 1]))
+
+
+def test_annealing_starts_from_laplace_though_the_guide_has_auxiliary_sites():
+    x = torch.tensor([0.5, 1.0, 2.0]).double()
+    known = dist.Normal(0.0, math.sqrt(5.25)).log_prob(x)  # 2 a + N(0, 1) + N(0, 0.5^2)
+    annealed = AnnealedImportanceSampling(start=Laplace())
+    for method in (UntilTrusted([annealed]), UntilTrusted()):
+        found = score(total, by_auxiliary, x, method=method)
+        assert ((found.value - known).abs() < ERRORS * found.standard_error + ROUNDING).all()
+        assert found.trusted.all()
+
+
 def test_compiled_graphs_give_the_same_numbers(traced, at_once):
     known = truth(3, 5)
     vae, x = vae_of(known, shift=4.0), known.marginal().sample((6,))

@@ -210,6 +210,8 @@ class _NormalGuide:
         degrees: degrees of freedom, infinite for a normal distribution.
     """
 
+    draws_directly = True  # without auxiliary sites, whatever the task's guide has: its density is known everywhere
+
     def __init__(self, target: Target, mode: Tensor, scale_tril: Tensor, degrees: float):
         self.target, self.mode, self.scale_tril, self.degrees = target, mode, scale_tril, degrees
 

@@ -29,7 +29,7 @@ _NUM_TIMES = 6  # latest runs of a stage from which the time of the next is comp
 _MAX_DIM = 300  # of the latents of a datum, for Laplace's approximation: its time rises with the square
 _LEAST_PILOT = 25  # draws of a pilot run: k-hat needs 21
 _PILOT_KHAT = 0.5  # largest k-hat of a pilot run: those that are good by chance are chosen, so that 0.7 is too much
-_AGREEMENT = 4.0  # standard errors by which a pilot run may be above the value that counts
+_AGREEMENT = 3.0  # standard errors by which a pilot run may be above the value that counts
 
 _COLUMNS = ("value", "standard_error", "ess", "khat")  # tensors of an estimate
 
@@ -58,8 +58,10 @@ class UntilTrusted(Estimator):
     the choice of the stage does not depend on the draws that count, so that the result is unbiased for p(x) where the
     stages are. The last stage scores all data that are left.
 
-    A datum is trusted if its full run is, and if no pilot run of any stage was higher by more than four standard errors
-    of the difference: since pilot runs are unbiased too, mass was missed otherwise.
+    A datum is trusted if its full run is, and if no pilot run of any stage was higher by more than three standard
+    errors of the difference: since pilot runs are unbiased too, mass was missed otherwise. Mass that no stage finds is
+    not seen. Where a posterior has several modes, Laplace's approximation and annealing from it find one, and only a
+    guide that covers the others, with a small enough error, can show them: give stages that start from the prior.
 
     The default stages depend on the latents:
 
