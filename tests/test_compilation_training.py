@@ -90,6 +90,10 @@ ESTIMATORS = {
     "Widened": estimators.ImportanceSampling(50, estimators.Widened(1.3)),
     "Mixed": estimators.ImportanceSampling(50, estimators.Mixed()),
     "Refined": estimators.ImportanceSampling(50, estimators.Refined(3, 0.05)),
+    "Laplace": estimators.ImportanceSampling(50, estimators.Laplace(num_steps=3, scale=1.1)),
+    "UntilTrusted": estimators.UntilTrusted(
+        [estimators.ImportanceSampling(400), estimators.ImportanceSampling(400, estimators.Laplace(scale=1.1))]
+    ),
     "CUBO": estimators.CUBO(50),
     "AnnealedImportanceSampling": estimators.AnnealedImportanceSampling(4, 6),
     "AnnealedImportanceSampling-guide": estimators.AnnealedImportanceSampling(4, 6, start=estimators.Guide()),
