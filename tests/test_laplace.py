@@ -64,6 +64,19 @@ def test_weights_are_constant_under_a_normal_posterior(memory):
     assert found.standard_error.max() < ROUNDING
 
 
+def test_no_datum_is_fitted_alone():
+    pair = Linear()
+    sizes = []
+
+    def model(x):
+        sizes.append(len(x))
+        pair.model(x)
+
+    method = ImportanceSampling(50, Laplace(scale=1.0))
+    log_marginal(model, pair.guide, pair.x, method=method, max_memory=1.0, progress=False)
+    assert min(sizes) == 2  # some models squeeze a single row away
+
+
 @pytest.mark.parametrize(
     "proposal",
     [Laplace(), Laplace(degrees=10.0), Laplace(num_starts=3), Mixed([Laplace(), Guide()])],

@@ -34,9 +34,10 @@ class Laplace(Proposal):
         u^* = \arg\max_u \log p(x, u), \quad H = -\nabla^2 \log p(x, u^*)
 
     with all latents of a datum as one vector u of real numbers: a latent with another support is mapped to them, and
-    its Jacobian counts. The mode is found by damped Newton steps with exact second derivatives, of which the absolute
-    eigenvalues are taken, from the guide's mean and from draws of the guide; the highest mode is kept. The scale s is
-    chosen for each datum by pilot draws that are not used again: the one whose weights have the smallest second moment.
+    its Jacobian counts. Damped Newton steps find the mode, from the guide's mean and from draws of the guide; the
+    highest mode is kept. Their second derivatives are exact, and enter by the absolute values of their eigenvalues. The
+    scale s of each datum follows from pilot draws that are not used again: the widest of six whose weights have a
+    second moment close to the smallest.
 
     Dimensions of a plate within a datum are independent given the sites before. The guide serves as a start only.
 
@@ -76,12 +77,9 @@ class Laplace(Proposal):
         self.scale, self.degrees = scale, degrees
 
     def guides(self, task: Task) -> list[WeightedGuide]:
-        target = Target(replace(task, graphs=None), WeightedGuide(prior_of(task.model), is_prior=True))
-        chunk = self._rows_at_once(task)
-        fits = []
-        for start in range(0, task.size, chunk):
-            rows = slice(start, min(start + chunk, task.size)) if task.divisible else slice(None)
-            fits.append(self._fit(replace(task.rows(rows), graphs=None)))
+        task = replace(task, graphs=None)
+        target = Target(task, WeightedGuide(prior_of(task.model), is_prior=True))
+        fits = [self._fit(part) for part in task.split(self._rows_at_once(task))]
         mode, scale_tril = (torch.cat(parts) for parts in zip(*fits, strict=True))
         return [WeightedGuide(_NormalGuide(target, mode, scale_tril, self.degrees))]
 
@@ -89,7 +87,7 @@ class Laplace(Proposal):
         """Returns for how many data the graph of second derivatives fits in the memory budget."""
         if not task.divisible:
             return task.size
-        few = replace(task.rows(slice(0, 2)), graphs=None)
+        few = task.rows(slice(0, 2))
         target = Target(few, WeightedGuide(prior_of(few.model), is_prior=True))
         u = target.draw(1)
         with Allocations() as allocations:
@@ -193,7 +191,7 @@ def _climb(target: Target, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
     return u, log_joint
 
 
-def _density(mean: Tensor, scale_tril: Tensor, degrees: Tensor | float) -> dist.TorchDistribution:
+def _density(mean: Tensor, scale_tril: Tensor, degrees: float) -> dist.TorchDistribution:
     """Returns a Student-t distribution over vectors; a normal one for infinitely many degrees of freedom."""
     if degrees == math.inf:
         return MultivariateNormal(mean, scale_tril=scale_tril, validate_args=False)
