@@ -6,8 +6,8 @@ command, write its function in a module of this package and enter it in ``COMMAN
 
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
-from pyrovae.cli.parser import command_parser, main, make_parser
+from pyrovae.cli.parser import main
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.training import train
 
-__all__ = ["command_parser", "diagnose", "evaluate", "main", "make_parser", "reconstruct", "sample", "train"]
+__all__ = ["diagnose", "evaluate", "main", "reconstruct", "sample", "train"]
