@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import pyro
 import pytest
@@ -89,12 +90,12 @@ class Sorts:
 
 def test_each_datum_goes_to_the_stage_that_it_needs():
     data = Sorts([0, 1, 2] * 20)
-    stages = [ImportanceSampling(4000), ImportanceSampling(4000, Laplace())]
+    stages = [ImportanceSampling(4000), ImportanceSampling(4000, Laplace(num_starts=1))]
     found = score(data.model, data.guide, data.x, method=UntilTrusted(stages, target=0.02))
     stage = found.diagnostics["stage"]
     assert (stage[data.sort == data.EASY] == 0).all()
     assert (stage[data.sort != data.EASY] == 1).all()
-    # Laplace's approximation sees one of two modes, and its weights look perfect.
+    # From one start, Laplace's approximation sees one of two modes, and its weights look perfect.
     hopeless = data.sort == data.IMPOSSIBLE
     assert (found.khat[hopeless] < 0.7).all()
     assert (found.trusted | hopeless).all()
@@ -103,6 +104,13 @@ def test_each_datum_goes_to_the_stage_that_it_needs():
     torch.testing.assert_close(error[hopeless], torch.full((20,), math.log(2)).double(), rtol=0, atol=0.02)
     assert not found.trusted[hopeless].any()
     assert found.remedy == "Give it stages with more samples or temperatures."
+
+
+def test_the_default_stages_find_two_modes():
+    data = Sorts([0, 1, 2] * 5)
+    found = score(data.model, data.guide, data.x, method=UntilTrusted(target=0.02))
+    assert ((found.value - data.truth()).abs() < ERRORS * found.standard_error).all()
+    assert found.trusted.all()
 
 
 def curved(x):
@@ -392,6 +400,8 @@ def test_compiled_graphs_give_the_same_numbers(traced, at_once):
         ({"target": 0.0}, ValueError, "target must be positive"),
         ({"pilot_share": 1.5}, ValueError, "pilot_share must be positive and finite and at most 1"),
         ({"seconds": -1}, ValueError, "seconds must be positive"),
+        ({"num_checked": -1}, ValueError, "num_checked must be at least 0"),
+        ({"check": CUBO()}, TypeError, "check must be an estimator of log p"),
     ],
 )
 def test_arguments_are_checked(arguments, error, message):
@@ -404,3 +414,30 @@ def test_a_guide_is_asked_for_where_a_stage_needs_it():
         score(curved, None, torch.zeros(3).double())
     found = score(curved, None, torch.zeros(3).double(), method=UntilTrusted([AnnealedImportanceSampling(8, 20)]))
     assert (found.diagnostics["stage"] == 0).all()
+
+
+def test_an_independent_estimate_checks_some_data():
+    x = torch.randn(30).double()
+    method = UntilTrusted(num_checked=5, check=Quadrature(1000))
+    found = score(curved, vague, x, method=method)
+    check = found.diagnostics["check"]
+    is_checked = ~check.isnan()
+    assert is_checked.sum() == 5
+    truth = score(curved, vague, x, method=Quadrature(1000)).value
+    torch.testing.assert_close(check[is_checked], truth[is_checked])
+    assert found.trusted.all()
+    assert re.search(
+        r"checked by Quadrature: [+-]0\.0\d\d nats on 5 data \(standard error: 0\.\d+\); they agree", str(found)
+    )
+
+
+def test_a_check_that_disagrees_takes_trust_away():
+    data = Sorts([2] * 12)
+    # Every stage knows one of two modes.
+    stages = [ImportanceSampling(4000, Laplace(num_starts=1))]
+    method = UntilTrusted(stages, num_checked=4, check=Quadrature(1000))
+    found = score(data.model, data.guide, data.x, method=method)
+    is_checked = ~found.diagnostics["check"].isnan()
+    assert not found.trusted[is_checked].any()
+    assert found.trusted[~is_checked].all()
+    assert "nats on 4 data" in str(found) and "they disagree: trust neither" in str(found)

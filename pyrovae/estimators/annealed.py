@@ -3,6 +3,7 @@ r"""Annealing: estimators that move latents from a normalised distribution to th
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -43,6 +44,11 @@ class _Annealed(Estimator):
         num_data, num_runs = self._chunk_sizes(task)
         task.start(task.size, "datum")
         return join(self, [self._score(part, num_runs) for part in task.split(num_data)])
+
+    def fit(self, task: Task) -> Estimator:
+        fitted = copy(self)
+        fitted.start = self.start.fit(task)
+        return fitted
 
     def _chunk_sizes(self, task: Task) -> tuple[int, int]:
         """Returns how many data, and how many runs of each, fit in the memory budget at once."""

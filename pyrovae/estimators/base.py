@@ -55,7 +55,7 @@ class Estimate:
     @property
     def trusted(self) -> Tensor:
         """Whether the value and the error of each datum are to be trusted, as far as the estimator can see."""
-        return self.method.trusts(self)
+        return self.method.trusts(self) & ~self.value.isnan() & (self.value < math.inf)
 
     def __str__(self) -> str:
         n = len(self.value)
@@ -94,6 +94,13 @@ class Estimator(ABC):
     @abstractmethod
     def estimate(self, task: "Task") -> Estimate:
         """Scores all data of a task."""
+
+    def fit(self, task: "Task") -> "Estimator":
+        """Returns the estimator with its proposal fitted to the data of a task, for several runs on these data.
+
+        Here itself, for estimators without a proposal.
+        """
+        return self
 
     def trusts(self, estimate: Estimate) -> Tensor:
         """Returns whether each datum's value and error are to be trusted, ``(batch,)``; here by k-hat."""

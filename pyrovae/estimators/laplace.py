@@ -1,68 +1,71 @@
 r"""Laplace's approximation of each posterior, as a proposal."""
 
 import math
-from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, NamedTuple
 
-import pyro
 import torch
-from pyro import distributions as dist
-from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor
-from torch.distributions import Transform
 
-from pyrovae.distributions import MultivariateNormal
 from pyrovae.estimators.base import check_count, check_positive
 from pyrovae.estimators.memory import Allocations, clamp
+from pyrovae.estimators.newton import Mode, climb, derivatives, gradient_graph, joint_of
+from pyrovae.estimators.normal_guides import Components, NormalGuide
 from pyrovae.estimators.proposals import Proposal, WeightedGuide
-from pyrovae.estimators.targets import Site, Target, gradient_of
-from pyrovae.estimators.task import Task, prior_of
+from pyrovae.estimators.targets import Target
+from pyrovae.estimators.task import Task
 
 _MEAN_DRAWS = 64  # of the guide, whose mean is the first start
-_TOLERANCE = 1e-3  # nats: half the Newton decrement at which a mode counts as found
-_FLOOR = 1e-6  # smallest curvature, relative to the largest of a datum
+_LEAST_STARTS = 16  # from the prior, in all data of a part
+_MORE_STARTS = 6  # for all data of a part, if one of them has several modes
+_FAINT = 5.0  # nats of mass below the largest, under which a mode is left out
 _SCALES = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5)
-_PILOT_DEGREES = 10.0
+_PILOT_SCALE, _PILOT_DEGREES = 1.2, 30.0
 _SLACK = 0.9  # nats of the second moment that a wider proposal, whose weights have lighter tails, may cost
+_SHRINKAGE = 20.0  # effective draws at which half of a shift that pilot draws show is made
 
 
 class Laplace(Proposal):
-    r"""A normal or Student-t distribution at the mode of each posterior, with the curvature there.
+    r"""Normal or Student-t distributions at the modes of each posterior, with the curvature there.
 
-    .. math:: q(u \mid x) = \mathcal{N}\!\left(u;\, u^*, s^2 H^{-1}\right), \quad
-        u^* = \arg\max_u \log p(x, u), \quad H = -\nabla^2 \log p(x, u^*)
+    .. math:: q(u \mid x) = \sum_m \alpha_m\, \mathcal{N}\!\left(u;\, \mu_m, s^2 H_m^{-1}\right), \quad
+        H_m = -\nabla^2 \log p(x, u_m)
 
     with all latents of a datum as one vector u of real numbers: a latent with another support is mapped to them, and
-    its Jacobian counts. Damped Newton steps find the mode, from the guide's mean and from draws of the guide; the
-    highest mode is kept. Their second derivatives are exact, and enter by the absolute values of their eigenvalues. The
-    scale s of each datum follows from pilot draws that are not used again: the widest of six whose weights have a
+    its Jacobian counts. Damped Newton steps climb to a mode :math:`u_m` from the guide's mean and from draws of the
+    prior. Their second derivatives are exact, and enter by the absolute values of their eigenvalues. Mostly all starts
+    of a datum end at one mode. Where one of some data has several, with a mass that is not negligible beside the
+    largest, more starts are made for all of these data, and each mode that is found gets a component.
+
+    Pilot draws, which are not used again, then choose the centres :math:`\mu_m`, since the mean of a skewed posterior
+    is a better one than the mode; the shares :math:`\alpha_m`; and the scale s: the widest of six whose weights have a
     second moment close to the smallest.
 
     Dimensions of a plate within a datum are independent given the sites before. The guide serves as a start only.
 
     Args:
-        num_starts: points that Newton steps start from, at least 1: the guide's mean, and draws of the guide.
+        num_starts: points that Newton steps start from, at least 1: the guide's mean, and draws of the prior. With 1, a
+            second mode is never seen. Few data, fewer than 16, have more starts each.
         num_steps: largest number of Newton steps, at least 1.
         num_pilots: pilot draws per datum, at least 1.
-        scale: s; None to choose it by the pilot draws.
-        degrees: degrees of freedom of a Student-t distribution instead of the normal, which is infinity.
+        scale: s, with the modes as centres; None to choose both by the pilot draws.
+        degrees: degrees of freedom of Student-t distributions instead of the normal ones, which are infinity.
 
     References:
         Accurate Approximations for Posterior Moments and Marginal Densities, L. Tierney and J. B. Kadane, 1986,
         https://doi.org/10.1080/01621459.1986.10478240; Identifying and attacking the saddle point problem in
         high-dimensional non-convex optimization, Y. N. Dauphin et al., 2014, https://arxiv.org/abs/1406.2572 (absolute
-        eigenvalues).
+        eigenvalues); Adaptive Importance Sampling in General Mixture Classes, O. Cappe, R. Douc, A. Guillin, J.-M.
+        Marin and C. P. Robert, 2008, https://arxiv.org/abs/0710.4242 (centres and shares by weighted draws).
 
-    >>> Laplace(num_starts=2)
-    Laplace(num_starts=2)
+    >>> Laplace(num_starts=4)
+    Laplace(num_starts=4)
     """
 
     def __init__(
         self,
-        num_starts: int = 1,
+        num_starts: int = 2,
         num_steps: int = 20,
-        num_pilots: int = 200,
+        num_pilots: int = 1000,
         scale: float | None = None,
         degrees: float = math.inf,
     ):
@@ -77,192 +80,116 @@ class Laplace(Proposal):
         self.scale, self.degrees = scale, degrees
 
     def guides(self, task: Task) -> list[WeightedGuide]:
+        return self.fit(task).guides(task)
+
+    def fit(self, task: Task) -> "Proposal":
         task = replace(task, graphs=None)
-        target = Target(task, WeightedGuide(prior_of(task.model), is_prior=True))
-        fits = [self._fit(part) for part in task.split(self._rows_at_once(task))]
-        mode, scale_tril = (torch.cat(parts) for parts in zip(*fits, strict=True))
-        return [WeightedGuide(_NormalGuide(target, mode, scale_tril, self.degrees))]
+        per_datum = self._bytes_per_datum(task)
+        num_data = clamp(task.max_memory / (self.num_starts * per_datum), task.size)
+        fits = [self._fit_part(part, per_datum) for part in task.split(num_data)]
+        return _Fitted(Components.cat(fits), self.degrees, task.offset)
 
-    def _rows_at_once(self, task: Task) -> int:
-        """Returns for how many data the graph of second derivatives fits in the memory budget."""
-        if not task.divisible:
-            return task.size
-        few = task.rows(slice(0, 2))
-        target = Target(few, WeightedGuide(prior_of(few.model), is_prior=True))
-        u = target.draw(1)
-        with Allocations() as allocations:
-            _gradient_graph(target, u)
-        per_datum = self.num_starts * allocations.bytes() / few.size
-        return clamp(task.max_memory / per_datum, task.size)
+    def _bytes_per_datum(self, task: Task) -> float:
+        """Returns the memory of the graph of second derivatives of a datum."""
+        used, sizes = [], [min(n, task.size) for n in (2, 4)] if task.divisible else [task.size]
+        for size in sizes:
+            target = joint_of(task.rows(slice(0, size)))
+            u = target.draw(1)
+            with Allocations() as allocations:
+                gradient_graph(target, u)
+            used.append(allocations.bytes())
+        if sizes[0] == sizes[-1]:
+            return max(used[-1] / sizes[-1], 1)
+        return max((used[1] - used[0]) / (sizes[1] - sizes[0]), 1)  # without what does not grow with the data
 
-    def _fit(self, task: Task) -> tuple[Tensor, Tensor]:
-        """Returns the mode, and the Cholesky factor of the scale matrix, for each datum."""
-        target = Target(task, WeightedGuide(prior_of(task.model), is_prior=True))
+    def _fit_part(self, task: Task, per_datum: float) -> Components:
+        target = joint_of(task)
         with torch.no_grad():
-            draws = target.pack(task.draw(max(_MEAN_DRAWS, self.num_starts - 1))[0])
-        u = torch.cat([draws.mean(0, keepdim=True), draws[: self.num_starts - 1]])
-        u, log_joint = _climb(target, u, self.num_steps)
-        mode = u[log_joint.argmax(0), torch.arange(u.shape[1], device=u.device)]
-        _, curvature = _derivatives(target, mode.unsqueeze(0))
-        covariance = curvature.inverse()[0]
-        scale_tril = torch.linalg.cholesky(covariance).to(mode.dtype)
-        scale = self._choose_scale(target, mode, scale_tril) if self.scale is None else self.scale
-        return mode, scale * scale_tril
+            u = target.pack(task.draw(_MEAN_DRAWS)[0]).mean(0, keepdim=True)
+        u, log_joint = climb(task, u, self.num_steps)
+        mode = Mode(u[0], derivatives(target, u)[1].of(0))
+        first = 0 if self.num_starts == 1 else max(self.num_starts - 1, math.ceil(_LEAST_STARTS / task.size))
+        for num_starts in (first, _MORE_STARTS):
+            if num_starts == 0:
+                break
+            more, value = climb(task, target.draw(num_starts), self.num_steps, known=mode)
+            u, log_joint = torch.cat([u, more]), torch.cat([log_joint, value])
+            # The others' curvature is not known yet: their mass is taken as enough unless their height is far lower.
+            is_high = log_joint > log_joint[0] - 4 * _FAINT
+            if not bool((is_high & ~mode.is_near(u)).any()):
+                u = u[:1]
+                break
+        found = _single(mode) if len(u) == 1 else _separate(target, u, log_joint)
+        if self.scale is not None:
+            return found._replace(scale_tril=self.scale * found.scale_tril)
+        return self._adapt(target, found, int(task.max_memory / (per_datum * task.size)))
 
-    def _choose_scale(self, target: Target, mode: Tensor, scale_tril: Tensor) -> Tensor:
-        """Returns the scale at which the weights have the smallest second moment, ``(batch, 1, 1)``, by pilot draws."""
-        # Wider than most of the choices, so that the weights of the pilot draws have light tails themselves.
-        pilot = _density(mode, 1.2 * scale_tril, _PILOT_DEGREES)
-        u = pilot.sample((self.num_pilots,))
-        log_p, log_r = target.log_joint(u), pilot.log_prob(u)
-        rows = []
-        for scale in _SCALES:
-            log_q = _density(mode, scale * scale_tril, self.degrees).log_prob(u)
-            rows.append((2 * log_p - log_q - log_r).double().logsumexp(0))
-        moments = torch.stack(rows).nan_to_num(math.inf)
+    def _adapt(self, target: Target, components: Components, num_scored: int) -> Components:
+        """Moves the components, and chooses their shares and their scale, by pilot draws."""
+        wide = components._replace(scale_tril=_PILOT_SCALE * components.scale_tril)
+        u = wide.draw(self.num_pilots, _PILOT_DEGREES)
+        log_p = torch.cat([target.log_joint(part) for part in u.split(max(num_scored, 1))])
+        log_r = wide.log_prob_at_scales(u, u.new_ones(1), _PILOT_DEGREES)[0]
+        log_w = (log_p - log_r).double().nan_to_num(nan=-math.inf)
+        components = components.moved(u, log_w, _SHRINKAGE)
+        log_q = components.log_prob_at_scales(u, u.new_tensor(_SCALES), self.degrees)
+        moments = (log_w + log_p - log_q.double()).logsumexp(1).nan_to_num(math.inf)
         # The widest that costs little: pilot draws seldom show what is lost in the tails of a narrow one.
         index = torch.arange(len(_SCALES), device=u.device).unsqueeze(-1)
         best = torch.where(moments <= moments.amin(0) + _SLACK, index, 0).amax(0)
-        return mode.new_tensor(_SCALES)[best][:, None, None]
+        scale = u.new_tensor(_SCALES)[best][:, None, None, None]
+        return components._replace(scale_tril=scale * components.scale_tril)
 
 
-class _Curvature(NamedTuple):
-    """Curvature with absolute eigenvalues, ``(..., dim)``, and its eigenvectors, ``(..., dim, dim)``."""
-
-    values: Tensor
-    vectors: Tensor
-
-    def inverse(self) -> Tensor:
-        return (self.vectors / self.values.unsqueeze(-2)) @ self.vectors.mT
-
-    def solve(self, g: Tensor, damping: Tensor) -> Tensor:
-        """Returns the Newton step for a gradient, with a multiple of the curvature's mean added to the curvature."""
-        values = self.values + damping.unsqueeze(-1) * self.values.mean(-1, keepdim=True)
-        rotated = (self.vectors.mT @ g.unsqueeze(-1)).squeeze(-1)
-        return (self.vectors @ (rotated / values).unsqueeze(-1)).squeeze(-1)
-
-
-@torch.enable_grad()
-def _gradient_graph(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns u as a leaf, and the gradient of the log joint density there with its graph."""
-    u = u.detach().requires_grad_()
-    gradient = torch.autograd.grad(target.log_joint_graph(u).sum(), u, create_graph=True)[0]
-    return u, gradient
-
-
-@torch.enable_grad()
-def _derivatives(target: Target, u: Tensor) -> tuple[Tensor, _Curvature]:
-    """Returns the gradient of the log joint density, and minus its second derivatives made positive definite."""
-    leaf, gradient = _gradient_graph(target, u)
-    rows = [gradient_of(gradient[..., i], leaf, retain=True) for i in range(u.shape[-1])]
-    hessian = -torch.stack(rows, dim=-2).detach().double()
-    hessian = (hessian + hessian.mT) / 2
-    is_finite = hessian.isfinite().flatten(-2).all(-1)[..., None, None]
-    hessian = torch.where(is_finite, hessian, torch.eye(u.shape[-1], dtype=hessian.dtype, device=u.device))
-    values, vectors = torch.linalg.eigh(hessian)
-    values = values.abs()
-    largest = values.amax(-1, keepdim=True)
-    values = torch.where(largest > 0, values.clamp(min=_FLOOR * largest), 1.0)
-    return gradient.detach().double(), _Curvature(values, vectors)
-
-
-def _climb(target: Target, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """Returns the modes that damped Newton steps reach from some points, and the log joint density there."""
-    log_joint = target.log_joint(u)
-    damping = torch.full(log_joint.shape, 1e-2, dtype=torch.double, device=u.device)
-    for _ in range(num_steps):
-        gradient, curvature = _derivatives(target, u)
-        step = curvature.solve(gradient, damping)
-        is_last = not bool(((gradient * step).sum(-1) > 2 * _TOLERANCE).any())
-        if is_last:  # so near to a mode, the full step is best
-            step = curvature.solve(gradient, torch.zeros_like(damping))
-        for _ in range(4):
-            moved = (u + step).to(u.dtype)
-            found = target.log_joint(moved)
-            better = found >= log_joint  # false for NaN
-            u = torch.where(better.unsqueeze(-1), moved, u)
-            log_joint = torch.where(better, found, log_joint)
-            damping = torch.where(better, damping / 4, damping * 8)
-            if bool(better.all()):
-                break
-            step = torch.where(better.unsqueeze(-1), 0.0, curvature.solve(gradient, damping))
-        if is_last:
-            break
-    return u, log_joint
-
-
-def _density(mean: Tensor, scale_tril: Tensor, degrees: float) -> dist.TorchDistribution:
-    """Returns a Student-t distribution over vectors; a normal one for infinitely many degrees of freedom."""
-    if degrees == math.inf:
-        return MultivariateNormal(mean, scale_tril=scale_tril, validate_args=False)
-    return dist.MultivariateStudentT(degrees, mean, scale_tril, validate_args=False)
-
-
-class _NormalGuide:
-    """A Pyro guide that draws the latents of each datum from a normal or Student-t distribution, site after site.
+class _Fitted(Proposal):
+    """Components for the data of a task, and of its parts.
 
     Args:
-        target: which columns of u each site has.
-        mode: shape ``(batch, dim)``.
-        scale_tril: Cholesky factor of the scale matrix, ``(batch, dim, dim)``.
-        degrees: degrees of freedom, infinite for a normal distribution.
+        components: those of each datum.
+        degrees: degrees of freedom, infinite for normal distributions.
+        offset: the index of the first datum in the whole data set, or those of all, ``(size,)``.
     """
 
-    draws_directly = True  # without auxiliary sites, whatever the task's guide has: its density is known everywhere
+    needs_guide = False
 
-    def __init__(self, target: Target, mode: Tensor, scale_tril: Tensor, degrees: float):
-        self.target, self.mode, self.scale_tril, self.degrees = target, mode, scale_tril, degrees
+    def __init__(self, components: Components, degrees: float, offset: int | Tensor):
+        self.components, self.degrees, self.offset = components, degrees, offset
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        noise: list[Tensor] = []
-        quadratic: Tensor | float = 0.0
-        frames = {frame.name: frame for site in self.target.sites for frame in site.frames}
-        plates = {name: pyro.plate(name, frame.size, dim=frame.dim) for name, frame in frames.items()}
-        for site in self.target.sites:
-            # u = mode + L e: given the sites before, whose noise e is known, a site's block of u is again normal.
-            here, before = site.columns, slice(0, site.columns.start)
-            mean, own = self.mode[:, here], self.scale_tril[:, here, here]
-            degrees, factor = self.degrees, 1.0
-            if noise:
-                known = torch.cat(noise, dim=-1)
-                mean = mean + (self.scale_tril[:, here, before] @ known.unsqueeze(-1)).squeeze(-1)
-                if degrees < math.inf:
-                    factor = ((degrees + quadratic) / (degrees + before.stop)).sqrt()[..., None, None]
-                    degrees = degrees + before.stop
-            else:
-                mean = mean.unsqueeze(0)
-            u = self._sample(site, mean, factor * own, degrees, plates)
-            if site is self.target.sites[-1]:
-                break
-            e = torch.linalg.solve_triangular(own, (u - mean).unsqueeze(-1), upper=False).squeeze(-1)
-            noise.append(e)
-            quadratic = quadratic + e.square().sum(-1)
-
-    def _sample(self, site: Site, mean: Tensor, scale_tril: Tensor, degrees: float, plates: dict) -> Tensor:
-        """Samples a site from a distribution of its block of u, ``(draws, batch, size)``; returns the block."""
-        place, size = self.target.place, math.prod(site.event)
-        draws, batch = mean.shape[:2]
-        if math.prod(site.plates) > 1:
-            count = math.prod(site.plates)
-            covariance = (scale_tril @ scale_tril.mT).unflatten(-1, (count, size)).unflatten(-3, (count, size))
-            blocks = covariance.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
-            scale_tril = torch.linalg.cholesky(blocks)
+    def guides(self, task: Task) -> list[WeightedGuide]:
+        if not isinstance(self.offset, Tensor) and not isinstance(task.offset, Tensor):
+            start = task.offset - self.offset
+            rows: slice | Tensor = slice(start, start + task.size)
         else:
-            scale_tril = scale_tril.unsqueeze(-3)
-        mean = mean.reshape(draws, batch, *site.plates, size).movedim(1, place)
-        scale_tril = scale_tril.reshape(-1, batch, *site.plates, size, size).movedim(1, place)
-        if len(scale_tril) == 1:  # without a dimension of draws, for which matrices would be copied
-            scale_tril = scale_tril.squeeze(0)
-        fn = _density(mean, scale_tril, degrees)
-        transforms: list[Transform] = []
-        if site.event != (size,):
-            transforms.append(ReshapeTransform(torch.Size((size,)), torch.Size(site.event)))
-        if site.transform is not None:
-            transforms.append(site.transform)
-        if transforms:
-            fn = dist.TransformedDistribution(fn, transforms)
-        with ExitStack() as stack:
-            for frame in site.frames:
-                stack.enter_context(plates[frame.name])
-            value = pyro.sample(site.name, fn)
-        return self.target.pack_value(site, value)
+            known = _indices(self.offset, len(self.components.mean))
+            order = known.argsort()
+            rows = order[torch.searchsorted(known[order], _indices(task.offset, task.size))]
+        return [WeightedGuide(NormalGuide(joint_of(task), self.components.rows(rows), self.degrees))]
+
+
+def _indices(offset: int | Tensor, size: int) -> Tensor:
+    return offset if isinstance(offset, Tensor) else offset + torch.arange(size)
+
+
+def _single(mode: Mode) -> Components:
+    """Returns a single component for each datum."""
+    scale_tril = torch.linalg.cholesky(mode.curvature.inverse()).to(mode.u.dtype)
+    return Components(torch.zeros_like(mode.u[:, :1]), mode.u.unsqueeze(1), scale_tril.unsqueeze(1))
+
+
+def _separate(target: Target, u: Tensor, log_joint: Tensor) -> Components:
+    """Returns a component for each of the separate modes of a datum with enough mass; u is ``(starts, batch, dim)``."""
+    _, curvature = derivatives(target, u)
+    log_mass = log_joint.double() - 0.5 * curvature.values.log().sum(-1)
+    log_mass = torch.where(log_mass > log_mass.amax(0) - _FAINT, log_mass, -math.inf)
+    columns = torch.arange(u.shape[1], device=u.device)
+    is_kept = torch.zeros_like(log_mass, dtype=torch.bool)
+    for index in log_mass.argsort(0, descending=True):
+        at = (index, columns)
+        is_double = (Mode(u[at], curvature.of(at)).is_near(u) & is_kept).any(0)
+        is_kept[at] = ~is_double & (log_mass[at] > -math.inf)
+    is_kept[0] |= ~is_kept.any(0)  # nothing finite was found: the weights will tell
+    log_share = torch.where(is_kept, log_mass.nan_to_num(neginf=-1e30), -math.inf)
+    chosen = log_share.argsort(0, descending=True)[: int(is_kept.sum(0).max())]
+    scale_tril = torch.linalg.cholesky(curvature.of((chosen, columns)).inverse())
+    columns_last = (log_share.gather(0, chosen).log_softmax(0), u[chosen, columns], scale_tril)
+    return Components(*(t.movedim(0, 1).to(u.dtype) for t in columns_last))

@@ -53,6 +53,13 @@ class Proposal(ABC):
     def guides(self, task: Task) -> list[WeightedGuide]:
         """Returns the guides to draw from, with their shares."""
 
+    def fit(self, task: Task) -> "Proposal":
+        """Returns the proposal fitted to the data of a task, for several runs on these data or parts of them.
+
+        Here itself: :meth:`guides` has nothing to fit, or fits in each run.
+        """
+        return self
+
     def single(self, task: Task, user: str) -> WeightedGuide:
         """Returns the only guide to draw from; raises a ValueError for a mixture of several.
 
@@ -163,6 +170,9 @@ class Mixed(Proposal):
         for share in self.shares:
             check_positive("shares", share)
         self.needs_guide = any(proposal.needs_guide for proposal in self.proposals)
+
+    def fit(self, task: Task) -> Proposal:
+        return Mixed([proposal.fit(task) for proposal in self.proposals], self.shares)
 
     def guides(self, task: Task) -> list[WeightedGuide]:
         total = sum(self.shares)

@@ -3,9 +3,11 @@ r"""An estimator that spends on each datum what it needs."""
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrovae.estimators.annealed import AnnealedImportanceSampling
-from pyrovae.estimators.base import Estimate, Estimator, check_positive
+from pyrovae.estimators.base import Estimate, Estimator, check_count, check_positive
 from pyrovae.estimators.exact import Enumeration
 from pyrovae.estimators.laplace import Laplace
 from pyrovae.estimators.memory import clamp
@@ -29,18 +31,20 @@ _NUM_TIMES = 6  # latest runs of a stage from which the time of the next is comp
 _MAX_DIM = 300  # of the latents of a datum, for Laplace's approximation: its time rises with the square
 _LEAST_PILOT = 25  # draws of a pilot run: k-hat needs 21
 _PILOT_KHAT = 0.5  # largest k-hat of a pilot run: those that are good by chance are chosen, so that 0.7 is too much
+_DISAGREEMENT = 4.0  # standard errors between two estimates of a datum: one datum in 16,000 by chance
 _AGREEMENT = 3.0  # standard errors by which a pilot run may be above the value that counts
 
 _COLUMNS = ("value", "standard_error", "ess", "khat")  # tensors of an estimate
 
 # From the cheapest; which of them serve depends on the latents.
-_ENUMERATION, _GUIDE, _MANY, _LAPLACE, _ANNEALING, _ANNEALING_FROM_GUIDE = range(6)
+_ENUMERATION, _GUIDE, _MANY, _LAPLACE, _MORE_LAPLACE, _ANNEALING, _ANNEALING_FROM_GUIDE = range(7)
 _ENUMERATE = Enumeration(10_000)
 _STAGES: list[Estimator] = [
     _ENUMERATE,
     ImportanceSampling(2000),
     ImportanceSampling(20_000),
     ImportanceSampling(4000, Laplace()),
+    ImportanceSampling(16_000, Laplace()),
     AnnealedImportanceSampling(start=Laplace()),
     AnnealedImportanceSampling(start=Guide()),
 ]
@@ -60,13 +64,13 @@ class UntilTrusted(Estimator):
 
     A datum is trusted if its full run is, and if no pilot run of any stage was higher by more than three standard
     errors of the difference: since pilot runs are unbiased too, mass was missed otherwise. Mass that no stage finds is
-    not seen. Where a posterior has several modes, Laplace's approximation and annealing from it find one, and only a
-    guide that covers the others, with a small enough error, can show them: give stages that start from the prior.
+    not seen: `num_checked` is for that.
 
     The default stages depend on the latents:
 
     - discrete: :class:`Enumeration` of up to 10,000 combinations of values;
-    - continuous: importance sampling with the guide, importance sampling with :class:`Laplace`, and annealing from it.
+    - continuous: importance sampling with the guide, importance sampling with :class:`Laplace`, with few draws and with
+      many, and annealing from it.
       Above 300 dimensions, :class:`Laplace` takes too long: annealing starts from the guide;
     - those that gradients cannot move, on a sphere for example, discrete ones with more combinations, and both kinds
       together: importance sampling with the guide, with few draws or with many. With discrete latents, no datum is
@@ -83,9 +87,15 @@ class UntilTrusted(Estimator):
         seconds: budget of time for all data; each of several processes has the same. Data for which it does not suffice
             are scored by the first stage, with the draws of another pilot run: they are not trusted, and counted. That
             is done even if it takes longer than the budget. None for no limit.
+        num_checked: data, drawn at random, that are estimated a second time by `check`: the summary has the mean
+            difference with its error, and a datum where the two are more than four standard errors apart is not
+            trusted. Its time is not in the budget.
+        check: the estimator of the second time; annealing from the prior with 100 chains and 1,000 temperatures by
+            default, which shares neither guide nor modes with the stages.
 
     The diagnostics are "stage", which is the number of the stage that scored a datum, in the order of the list (or of
-    the default list), and -1 where there was no time; and "reliable", which is `trusted`.
+    the default list), and -1 where there was no time; "reliable", which is `trusted`; and, if some data are checked,
+    "check" and "check_error", the second estimates and their standard errors, NaN for the other data.
 
     Raises:
         TypeError: when a stage is not an estimator.
@@ -113,23 +123,46 @@ class UntilTrusted(Estimator):
         target: float = 0.05,
         pilot_share: float = 0.25,
         seconds: float | None = None,
+        num_checked: int = 0,
+        check: Estimator | None = None,
     ):
         if stages is not None:
             _check_stages(stages)
+        if check is not None and (not isinstance(check, Estimator) or check.relation != "="):
+            raise TypeError(f"check must be an estimator of log p(x) such as estimators.Quadrature(), got {check!r}.")
+        check_count("num_checked", num_checked, least=0)
         check_positive("target", target)
         check_positive("pilot_share", pilot_share, largest=1.0)
         if seconds is not None:
             check_positive("seconds", seconds)
         self.stages = None if stages is None else list(stages)
         self.target, self.pilot_share, self.seconds = target, pilot_share, seconds
+        self.num_checked = num_checked
+        self.check = AnnealedImportanceSampling(100, 1000) if check is None else check
         super().__init__(max(stage.num_samples for stage in self._all_stages))
         self.needs_guide = any(stage.needs_guide for stage in self._all_stages)
+        self.needs_guide |= self.num_checked > 0 and self.check.needs_guide
 
     @property
     def _all_stages(self) -> list[Estimator]:
         return _STAGES if self.stages is None else self.stages
 
     def estimate(self, task: Task) -> Estimate:
+        found = self._estimate(task)
+        return found if self.num_checked == 0 else self._checked(task, found)
+
+    def _checked(self, task: Task, found: Estimate) -> Estimate:
+        """Adds second estimates of some data, and trusts no datum for which they are far from the first."""
+        rows = torch.randperm(task.size)[: self.num_checked].sort().values
+        second = _run(self.check, task, rows)
+        check, check_error = (torch.full_like(found.value, math.nan) for _ in range(2))
+        check[rows], check_error[rows] = second.value.to(check), second.standard_error.to(check)
+        bound = _DISAGREEMENT * (found.standard_error.square() + check_error.square()).sqrt()
+        reliable = found.diagnostics["reliable"] & ~((check - found.value).abs() > bound)
+        diagnostics = found.diagnostics | {"reliable": reliable, "check": check, "check_error": check_error}
+        return replace(found, diagnostics=diagnostics)
+
+    def _estimate(self, task: Task) -> Estimate:
         numbers, largest = (range(len(self.stages)), task.size) if self.stages is not None else _choose_stages(task)
         stages = [_Stage(number, self._all_stages[number]) for number in numbers]
         task.start(task.size, "datum")
@@ -139,7 +172,7 @@ class UntilTrusted(Estimator):
             while len(left):
                 size = clock.num_data(stage, len(left) + sum(map(len, passed_on)), largest)
                 if size == 0:
-                    return self._give_up(stages[0], task, torch.cat([*passed_on, left]), result, clock)
+                    return self._give_up(stages[0], task, torch.cat([*passed_on, left]), result)
                 n = min(size, len(left)) if task.divisible else len(left)
                 block, left = left[:n], left[n:]
                 passed_on.append(self._serve(stage, stage is stages[-1], task, block, result, clock))
@@ -153,20 +186,25 @@ class UntilTrusted(Estimator):
         """Scores those of some data for which a stage is good enough, and returns the others."""
         estimator = stage.estimator
         if is_last or not estimator.is_random:  # a second run of the latter would give the same
-            found = clock.run(stage, estimator, task, rows)
+            with clock.measure(stage, _Kind.FULL, rows):
+                found = _run(estimator, task, rows)
             good = torch.ones(len(rows), dtype=torch.bool)
             if not is_last:
                 good = (found.trusted & (found.standard_error <= self.target)).cpu()
             if good.any():
                 result.add(rows[good], _take(found, good), stage.number)
             return rows[~good]
-        smaller = self._smaller(estimator)
-        pilot = clock.run(stage, smaller, task, rows)
+        with clock.measure(stage, _Kind.PILOT, rows):
+            estimator = estimator.fit(_part(task, rows))  # for the pilot run and the full run
+            smaller = self._smaller(estimator)
+            pilot = _run(smaller, task, rows)
         result.compare(rows, pilot)
         error = pilot.standard_error * math.sqrt(smaller.num_samples / estimator.num_samples)
         good = (pilot.trusted & ~(pilot.khat > _PILOT_KHAT) & (error <= self.target)).cpu()
         if good.any():
-            result.add(rows[good], clock.run(stage, estimator, task, rows[good]), stage.number)
+            with clock.measure(stage, _Kind.FULL, rows[good]):
+                found = _run(estimator, task, rows[good])
+            result.add(rows[good], found, stage.number)
         return rows[~good]
 
     def _smaller(self, estimator: Estimator) -> Estimator:
@@ -177,10 +215,10 @@ class UntilTrusted(Estimator):
         smaller.num_samples = min(max(round(self.pilot_share * size), _LEAST_PILOT), size)
         return smaller
 
-    def _give_up(self, first: "_Stage", task: Task, left: Tensor, result: "_Result", clock: "_Clock") -> Estimate:
+    def _give_up(self, first: "_Stage", task: Task, left: Tensor, result: "_Result") -> Estimate:
         """Scores the data for which there is no time by the first stage."""
         for rows in left.split(_BLOCK if task.divisible else task.size):
-            result.add(rows, clock.run(first, self._smaller(first.estimator), task, rows), -1)
+            result.add(rows, _run(self._smaller(first.estimator), task, rows), -1)
             task.advance(len(rows))
         return result.estimate(self)
 
@@ -193,7 +231,22 @@ class UntilTrusted(Estimator):
         counts.append(("first stage for lack of time", int((number == -1).sum())))
         served = ", ".join(f"{name} {count:,}" for name, count in counts if count)
         untrusted = int((~estimate.trusted).sum())
-        return f"scored by: {served}\nnot to be trusted: {untrusted:,} of {len(number):,} data"
+        check = self._describe_check(estimate) if "check" in estimate.diagnostics else ""
+        return f"scored by: {served}\n{check}not to be trusted: {untrusted:,} of {len(number):,} data"
+
+    def _describe_check(self, estimate: Estimate) -> str:
+        """Returns the line on the second estimates."""
+        check, check_error = estimate.diagnostics["check"], estimate.diagnostics["check_error"]
+        is_checked = ~check.isnan()
+        n = int(is_checked.sum())
+        difference = (check - estimate.value)[is_checked].double().mean().item()
+        variances = (check_error.square() + estimate.standard_error.square())[is_checked].double()
+        error = variances.sum().sqrt().item() / n
+        verdict = "they agree" if abs(difference) <= _AGREEMENT * error else "they disagree: trust neither"
+        return (
+            f"checked by {_name(self.check)}: {difference:+.3f} nats on {n:,} data (standard error: {error:.3f}); "
+            f"{verdict}\n"
+        )
 
     def remedy(self, structure: SiteStructure) -> str:
         if structure.discrete:
@@ -209,6 +262,13 @@ class _Stage(NamedTuple):
     estimator: Estimator
 
 
+class _Kind(Enum):
+    """A pilot run, together with the fit of a proposal, or a run that counts."""
+
+    PILOT = "pilot"
+    FULL = "full"
+
+
 class _Clock:
     """Measures how long stages take, and says for how many data there is time.
 
@@ -219,8 +279,8 @@ class _Clock:
 
     def __init__(self, seconds: float | None, first: _Stage):
         self.began, self.seconds, self.first = time.monotonic(), seconds, first
-        # By number of the stage and of samples, and whether it was a full run: data of the latest runs, and seconds.
-        self.times: dict[tuple[int, int, bool], deque[tuple[int, float]]] = {}
+        # By number of the stage: data of the latest runs, and seconds.
+        self.times: dict[tuple[int, _Kind], deque[tuple[int, float]]] = {}
         self.num_blocks: Counter[int] = Counter()  # by number of the stage
 
     @property
@@ -255,10 +315,10 @@ class _Clock:
 
     def _time_of_first(self) -> tuple[float, float]:
         """Returns the seconds of a pilot run of the first stage as a line; of a full run, if it has no other."""
-        keys = sorted((key for key in self.times if key[0] == self.first.number), key=lambda key: key[-1])
-        return self._line(keys[0])
+        kind = _Kind.PILOT if (self.first.number, _Kind.PILOT) in self.times else _Kind.FULL
+        return self._line((self.first.number, kind))
 
-    def _line(self, key: tuple[int, int, bool]) -> tuple[float, float]:
+    def _line(self, key: tuple[int, _Kind]) -> tuple[float, float]:
         """Returns the seconds of a run as a line in the number of data: those of no datum, and those of each."""
         sizes, seconds = torch.tensor(list(self.times[key]), dtype=torch.double).T
         if len(sizes.unique()) == 1:
@@ -267,16 +327,15 @@ class _Clock:
         slope = ((offset * seconds).sum() / offset.square().sum()).clamp(min=0.0)
         return (seconds.mean() - slope * sizes.mean()).clamp(min=0.0).item(), slope.item()
 
-    def run(self, stage: _Stage, estimator: Estimator, task: Task, rows: Tensor) -> Estimate:
-        """Scores some rows of a task, and remembers the time."""
+    @contextmanager
+    def measure(self, stage: _Stage, kind: _Kind, rows: Tensor) -> Iterator[None]:
+        """Remembers how long the block takes, for some data."""
         began = self.elapsed
-        found = _run(estimator, task, rows)
-        if found.value.is_cuda:
-            torch.cuda.synchronize(found.value.device)
-        key = (stage.number, estimator.num_samples, estimator is stage.estimator)
-        times = self.times.setdefault(key, deque(maxlen=_NUM_TIMES))
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        times = self.times.setdefault((stage.number, kind), deque(maxlen=_NUM_TIMES))
         times.append((len(rows), self.elapsed - began))
-        return found
 
 
 class _Result:
@@ -329,17 +388,20 @@ def _choose_stages(task: Task) -> tuple[list[int], int]:
     if dim > _MAX_DIM:
         return [_GUIDE, _MANY if structure.auxiliary else _ANNEALING_FROM_GUIDE], task.size
     # Laplace's approximation holds some matrices of double precision for each datum.
-    return [_GUIDE, _LAPLACE, _ANNEALING], max(2, clamp(task.max_memory / (40 * dim**2), task.size))
+    return [_GUIDE, _LAPLACE, _MORE_LAPLACE, _ANNEALING], max(2, clamp(task.max_memory / (40 * dim**2), task.size))
+
+
+def _part(task: Task, rows: Tensor) -> Task:
+    """Returns the task for some rows, without its progress bar; twice the same row where it is the only one."""
+    if task.divisible and len(rows) == 1 and task.size > 1:  # some models squeeze a single row away
+        rows = rows.repeat(2)
+    return replace(task.rows(rows), bar=tqdm(disable=True))
 
 
 def _run(estimator: Estimator, task: Task, rows: Tensor) -> Estimate:
-    """Scores some rows of a task without its progress bar."""
-    count = len(rows)
-    if task.divisible and count == 1 and task.size > 1:  # some models squeeze a single row away
-        rows = torch.cat([rows, (rows + 1) % task.size])
-    silent = replace(task.rows(rows), bar=tqdm(disable=True))
-    found = estimator.estimate(silent)
-    return _take(found, slice(0, count) if task.divisible else rows)
+    """Scores some rows of a task."""
+    found = estimator.estimate(_part(task, rows))
+    return _take(found, slice(0, len(rows)) if task.divisible else rows)
 
 
 def _take(estimate: Estimate, rows: Tensor | slice) -> Estimate:

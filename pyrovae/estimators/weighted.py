@@ -3,6 +3,7 @@ r"""Importance sampling: estimates of p(x), and of an upper bound on it, with th
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from pyrovae.estimators.task import Task
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import check_draws
+
+_BLOCK = 500  # data to which a proposal is fitted at once, at least
 
 
 class _Draws(NamedTuple):
@@ -45,10 +48,23 @@ class _Weighted(Estimator):
     def estimate(self, task: Task) -> Estimate:
         task.start(task.size * self.num_samples, "sample")
         num_data, num_drawn, num_scored = _chunk_sizes(task, self.num_samples)
-        return join(self, [self._score(part, num_drawn, num_scored) for part in task.split(num_data)])
+        estimates, done, fitted = [], 0, 0
+        for part in task.split(num_data):
+            if done == fitted:  # many data at once, because matrix products of few are slow
+                fitted += part.size * math.ceil(_BLOCK / part.size)
+                fitted = fitted if fitted + part.size < task.size else task.size
+                proposal = self.proposal.fit(task.rows(slice(done, fitted)))
+            estimates.append(self._score(part, proposal, num_drawn, num_scored))
+            done += part.size
+        return join(self, estimates)
 
-    def _score(self, task: Task, num_drawn: int, num_scored: int) -> Estimate:
-        components = self.proposal.guides(task)
+    def fit(self, task: Task) -> "Estimator":
+        fitted = copy(self)
+        fitted.proposal = self.proposal.fit(task)
+        return fitted
+
+    def _score(self, task: Task, proposal: Proposal, num_drawn: int, num_scored: int) -> Estimate:
+        components = proposal.guides(task)
         counts = _apportion(self.num_samples, [component.share for component in components])
         # The exact shares of the draws, which are stratified by component.
         mixture = [
@@ -305,7 +321,8 @@ def fit_tail(largest: Tensor, resolution: float) -> tuple[Tensor, Tensor]:
     # Beyond this spread excesses underflow, as if nearly all weights were zero.
     finfo = torch.finfo(x.dtype)
     underflow = (largest[-1] == -math.inf) | (largest[0] - largest[-1] > math.log(finfo.eps / finfo.tiny))
-    khat = torch.where(underflow, math.inf, khat)
+    # An infinite weight, or NaN, has no tail to fit.
+    khat = torch.where(underflow | ~(largest[0] < math.inf), math.inf, khat)
     return khat, -raw / best[0]
 
 
