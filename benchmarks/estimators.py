@@ -1,4 +1,4 @@
-"""Time, memory and accuracy of the estimators of log p(x), in three parts.
+"""Time, memory and accuracy of the estimators of log p(x), in four parts.
 
 Importance sampling: `pyrovae.log_marginal` and pythae's `VAE.get_nll`. The model is the MLP VAE 784-400-20-400-784 with
 Bernoulli pixels, trained for a few epochs; pythae's is built around the same networks. Both take the same number of
@@ -20,6 +20,8 @@ finds step sizes and temperatures, is left out for both.
 Accuracy: every estimator at several budgets on a VAE of digits, against long annealing from the prior, by the time per
 datum.
 
+MNIST: how far the usual protocol is off on models of real images (see images.py).
+
     python benchmarks/estimators.py
     python benchmarks/estimators.py --only accuracy
 """
@@ -35,6 +37,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import images
 import pyro
 import report
 import torch
@@ -493,6 +496,7 @@ PARTS = {
     "importance": ("LOG MARGINAL", importance),
     "annealing": ("ANNEALING", annealing),
     "accuracy": ("ACCURACY", accuracy),
+    "mnist": ("MNIST", images.trusted_scores),
 }
 
 
@@ -517,6 +521,10 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=10, help="epochs of training before")
     parser.add_argument("--memory-images", type=int, default=10_000, help="images in the call whose memory is measured")
     parser.add_argument("--temperatures", type=int, default=25, help="of annealing, beside the one by hand")
+    parser.add_argument("--data-root", default="data", help="where MNIST and Fashion-MNIST are")
+    parser.add_argument("--fashion-root", help="where Fashion-MNIST is, if it is elsewhere")
+    parser.add_argument("--test-images", type=int, default=200, help="test images of MNIST and Fashion-MNIST")
+    parser.add_argument("--checked", type=int, default=20, help="those that long annealing scores too")
     parser.add_argument("--data", type=int, default=60, help="test images for the accuracy")
     parser.add_argument("--repeats", type=int, default=2, help="calls of each estimator for the accuracy")
     parser.add_argument("--smoke", action="store_true", help="a few short rounds, nothing written")

@@ -337,7 +337,7 @@ def test_many_latents_pass_by_laplace(monkeypatch):
     known = truth(3, 5)
     vae, x = vae_of(known, shift=1.5), known.marginal().sample((4,))
     found = score(vae.model, vae.guide, x)
-    assert (found.diagnostics["stage"] == 5).any()
+    assert (found.diagnostics["stage"] == 6).any()
     assert ((found.value - known.marginal().log_prob(x)).abs() < ERRORS * found.standard_error + ROUNDING).all()
 
 
@@ -417,14 +417,14 @@ def test_a_guide_is_asked_for_where_a_stage_needs_it():
 
 
 def test_an_independent_estimate_checks_some_data():
-    x = torch.randn(30).double()
-    method = UntilTrusted(num_checked=5, check=Quadrature(1000))
-    found = score(curved, vague, x, method=method)
+    known = truth(2, 5)
+    vae, x = vae_of(known, shift=0.5), known.marginal().sample((30,))
+    found = score(vae.model, vae.guide, x, method=UntilTrusted(num_checked=5, check=Quadrature(10_000)))
     check = found.diagnostics["check"]
     is_checked = ~check.isnan()
     assert is_checked.sum() == 5
-    truth = score(curved, vague, x, method=Quadrature(1000)).value
-    torch.testing.assert_close(check[is_checked], truth[is_checked])
+    exact = known.marginal().log_prob(x)
+    torch.testing.assert_close(check[is_checked], exact[is_checked], rtol=0, atol=1e-3)
     assert found.trusted.all()
     assert re.search(
         r"checked by Quadrature: [+-]0\.0\d\d nats on 5 data \(standard error: 0\.\d+\); they agree", str(found)

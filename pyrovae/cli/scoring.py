@@ -1,13 +1,19 @@
 """``pyrovae evaluate``."""
 
+import math
+
 import numpy as np
 import pyro
 import torch
+from torch import Tensor
 
 from pyrovae.cli.common import SplitName, check_device, data_to_score, is_discrete, load_run_and_data, new_file
 from pyrovae.distributed import init_process_group
-from pyrovae.estimators import Estimator, ImportanceSampling, log_marginal
+from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, UntilTrusted, log_marginal
 from pyrovae.likelihoods import bits_per_dim
+from pyrovae.vae import VAE
+
+_NUM_USUAL = 200  # data on which the usual number is computed
 
 
 def evaluate(
@@ -15,6 +21,8 @@ def evaluate(
     split: SplitName = "test",
     method: Estimator | None = None,
     num_samples: int | None = None,
+    seconds: float | None = None,
+    check: int = 0,
     num_data: int | None = None,
     output: str | None = None,
     data: str | None = None,
@@ -25,13 +33,18 @@ def evaluate(
     compile: bool = False,
     trust: bool = False,
 ) -> None:
-    """Estimates log p(x) of each datum under a trained run, by importance sampling or another estimator.
+    """Estimates log p(x) of each datum under a trained run, by stages of estimators until it can be trusted.
+
+    Beside it stands the usual number, by 5,000 importance samples of the guide, on some of the data.
 
     Args:
         run: the run directory.
         split: the split of the data to score.
-        method: the class of the estimator, one of pyrovae.estimators; ImportanceSampling by default.
-        num_samples: importance samples per datum, 5000 by default. For other methods use --method.num_samples.
+        method: the class of another estimator, one of pyrovae.estimators; UntilTrusted by default.
+        num_samples: importance samples of the guide per datum, instead of stages. For other methods use
+            --method.num_samples.
+        seconds: budget of time of the stages; null for no limit. Data for which it does not suffice are not trusted.
+        check: number of data, drawn at random, to estimate a second time by long annealing from the prior.
         num_data: score only this many data, the first of the split; all by default.
         output: a .csv file for the results of each datum: estimate, standard error, effective sample size, k-hat,
             whether it can be trusted, and what else the method gives.
@@ -48,10 +61,14 @@ def evaluate(
     out = None if output is None else world.broadcast_from_rank0(lambda: new_file(output, (".csv",)))
     if num_data is not None and num_data < 1:
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
+    is_default = method is None and num_samples is None
+    if not is_default and (seconds is not None or check):
+        raise ValueError("--seconds and --check are for the default method: leave out --method and --num-samples.")
     if method is None:
-        method = ImportanceSampling(5000 if num_samples is None else num_samples)
+        stages = UntilTrusted(seconds=seconds, num_checked=check)
+        method = stages if num_samples is None else ImportanceSampling(num_samples)
     elif num_samples is not None:
-        raise ValueError(f"--num-samples is for the default method: give --method.num_samples {num_samples} instead.")
+        raise ValueError(f"--num-samples is for importance sampling: give --method.num_samples {num_samples} instead.")
     check_device(device)
     vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
     pyro.set_rng_seed(seed)
@@ -66,5 +83,21 @@ def evaluate(
         np.savetxt(out, table, delimiter=",", fmt=["%d"] + ["%.9g"] * len(columns), comments="", header=header)
         print(f"per datum: {out}")
     print(f"{split}: {estimate}")
+    if is_default:
+        print(_usual_number(vae, x, estimate, max_memory))
     if is_discrete(vae) and method.relation == "=":
         print(f"{bits_per_dim(estimate.value, x.shape[1:]).mean().item():.4f} bits per dimension, of {x[0].numel():,}")
+
+
+def _usual_number(vae: VAE, x: Tensor, estimate: Estimate, max_memory: float) -> str:
+    """Returns a line with what most papers report, on some of the data, and how far it is off."""
+    rows = torch.linspace(0, len(x) - 1, min(_NUM_USUAL, len(x)), device=x.device).round().long()
+    method = ImportanceSampling(5000)
+    usual = log_marginal(vae.model, vae.guide, x[rows], method=method, max_memory=max_memory, progress=False)
+    difference = (usual.value - estimate.value[rows]).double()
+    error = difference.std().item() / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
+    untrusted = int((~usual.trusted).sum())
+    return (
+        f"the usual number, 5,000 importance samples of the guide, is off by {difference.mean().item():+.3f} nats "
+        f"(standard error: {error:.3f})\non {len(rows):,} of these data; not to be trusted: {untrusted:,} of them"
+    )
