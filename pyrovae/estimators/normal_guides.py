@@ -45,7 +45,7 @@ class Components(NamedTuple):
     scale_tril: Tensor
 
     @property
-    def count(self) -> int:
+    def num_components(self) -> int:
         return self.mean.shape[1]
 
     def rows(self, rows: slice | Tensor) -> "Components":
@@ -54,10 +54,10 @@ class Components(NamedTuple):
     @classmethod
     def cat(cls, parts: Sequence["Components"]) -> "Components":
         """Joins those of several parts of the data; a part with fewer components repeats its first, with no share."""
-        count = max(part.count for part in parts)
+        count = max(part.num_components for part in parts)
         padded = []
         for part in parts:
-            missing = count - part.count
+            missing = count - part.num_components
             first = [t[:, :1].expand(-1, missing, *t.shape[2:]) for t in part]
             log_share = F.pad(part.log_share, (0, missing), value=-math.inf)
             padded.append((log_share, torch.cat([part.mean, first[1]], 1), torch.cat([part.scale_tril, first[2]], 1)))
@@ -113,16 +113,16 @@ class Components(NamedTuple):
             shrinkage: number of effective draws at which half of the way is made.
         """
         weights = log_w.softmax(0).nan_to_num(0.0).to(u.dtype).unsqueeze(-1)
-        if self.count > 1:
+        if self.num_components > 1:
             each = density(self.mean, self.scale_tril, math.inf).log_prob(u.unsqueeze(2))
             weights = weights * (self.log_share + each).softmax(-1).nan_to_num(0.0)
         total = weights.sum(0)
         effective = total.square() / weights.square().sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
         trust = effective / (effective + shrinkage)
-        sums = torch.stack([(weights[..., k : k + 1] * u).sum(0) for k in range(self.count)], dim=1)
+        sums = torch.stack([(weights[..., k : k + 1] * u).sum(0) for k in range(self.num_components)], dim=1)
         mean = sums / total.clamp(min=1e-30).unsqueeze(-1)
         mean = self.mean + trust.unsqueeze(-1) * (mean - self.mean)
-        if self.count == 1:
+        if self.num_components == 1:
             return self._replace(mean=mean)
         is_there = self.log_share > -math.inf
         share = torch.where(is_there, torch.lerp(self.log_share.exp(), total, trust).clamp(min=_LEAST_SHARE), 0)
@@ -168,7 +168,7 @@ class NormalGuide:
             if site is self.target.sites[-1]:
                 break
             u = u.unsqueeze(-2)
-            if self.components.count > 1:  # the shares given the sites so far
+            if self.components.num_components > 1:  # the shares given the sites so far
                 log_share = log_share + density(mean, scale_tril, degrees).log_prob(u)
             e = torch.linalg.solve_triangular(own, (u - mean).unsqueeze(-1), upper=False).squeeze(-1)
             noise.append(e)
