@@ -110,7 +110,7 @@ class Estimator(ABC):
         """Returns what to use for data with an unreliable estimate, which depends on the kind of the latents."""
         if structure.latents == structure.discrete:
             return (
-                "Score them by method=Enumeration(), or AnnealedImportanceSampling() if it has too many combinations."
+                "Score them by method=Enumeration(), or AnnealedImportanceSampling() for many combinations."
             )
         if structure.without_bijection:  # annealing cannot move these
             return "Draw more samples."
