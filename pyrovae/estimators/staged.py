@@ -34,7 +34,7 @@ _AGREEMENT = 3.0  # standard errors by which a pilot run may be above the value 
 _COLUMNS = ("value", "standard_error", "ess", "khat")  # tensors of an estimate
 
 # From the cheapest; which of them serve depends on the latents.
-_ENUMERATION, _GUIDE, _MANY, _LAPLACE, _ANNEALING, _ANNEALING_FROM_GUIDE, _ANNEALING_FROM_PRIOR = range(7)
+_ENUMERATION, _GUIDE, _MANY, _LAPLACE, _ANNEALING, _ANNEALING_FROM_PRIOR, _ANNEALING_FROM_GUIDE = range(7)
 _ENUMERATE = Enumeration(10_000)
 _STAGES: list[Estimator] = [
     _ENUMERATE,
@@ -42,8 +42,8 @@ _STAGES: list[Estimator] = [
     ImportanceSampling(20_000),
     ImportanceSampling(4000, Laplace()),
     AnnealedImportanceSampling(start=Laplace()),
-    AnnealedImportanceSampling(start=Guide()),
     AnnealedImportanceSampling(),
+    AnnealedImportanceSampling(start=Guide()),
 ]
 
 
@@ -70,8 +70,8 @@ class UntilTrusted(Estimator):
     - continuous: importance sampling with the guide, importance sampling with :class:`Laplace`, and annealing from it.
       Above 300 dimensions, :class:`Laplace` takes too long: annealing starts from the guide;
     - on a sphere, alone or with others: importance sampling with the guide, and annealing from it;
-    - discrete with more combinations, alone or with others: the same, and annealing from the prior. Importance sampling
-      cannot be trusted there, and serves only for lack of time;
+    - discrete with more combinations, alone or with others: annealing from the prior, and from the guide. Importance
+      sampling with the guide is not trusted there; it serves for lack of time, and is compared as pilot runs are;
     - in a space without moves: importance sampling with the guide, with few draws or with many.
 
     If model and guide do not run on some of the data alone, a stage runs on all data, and the results of those that it
@@ -343,7 +343,8 @@ def _stages_without_gradients(few: Task, prior: WeightedGuide) -> list[int]:
         Target(few, WeightedGuide(few.guide), real=False).values(u)
     except (KeyError, NotImplementedError, ValueError):  # a guide whose density is known at its own draws alone
         return [_GUIDE, _ANNEALING_FROM_PRIOR]
-    return [_GUIDE, _ANNEALING_FROM_GUIDE, *([_ANNEALING_FROM_PRIOR] if few.structure.discrete else [])]
+    # Guides of discrete latents are often far too sure of a value, and then hide the others from chains that start there.
+    return [_GUIDE, *([_ANNEALING_FROM_PRIOR] if few.structure.discrete else []), _ANNEALING_FROM_GUIDE]
 
 
 def _run(estimator: Estimator, task: Task, rows: Tensor) -> Estimate:
