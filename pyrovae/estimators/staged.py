@@ -34,7 +34,7 @@ _AGREEMENT = 3.0  # standard errors by which a pilot run may be above the value 
 _COLUMNS = ("value", "standard_error", "ess", "khat")  # tensors of an estimate
 
 # From the cheapest; which of them serve depends on the latents.
-_ENUMERATION, _GUIDE, _MANY, _LAPLACE, _ANNEALING, _ANNEALING_FROM_PRIOR, _ANNEALING_FROM_GUIDE = range(7)
+_ENUMERATION, _GUIDE, _MANY, _LAPLACE, _ANNEALING, _ANNEALING_FROM_GUIDE, _ANNEALING_FROM_PRIOR = range(7)
 _ENUMERATE = Enumeration(10_000)
 _STAGES: list[Estimator] = [
     _ENUMERATE,
@@ -42,8 +42,8 @@ _STAGES: list[Estimator] = [
     ImportanceSampling(20_000),
     ImportanceSampling(4000, Laplace()),
     AnnealedImportanceSampling(start=Laplace()),
-    AnnealedImportanceSampling(),
     AnnealedImportanceSampling(start=Guide()),
+    AnnealedImportanceSampling(),
 ]
 
 
