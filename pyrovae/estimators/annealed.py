@@ -196,7 +196,7 @@ class _Annealed(Estimator):
         return "; ".join(lines) + f"\n{reliability}" if lines else reliability
 
     def remedy(self, structure: SiteStructure) -> str:
-        return "Take more temperatures, or start=Refined()."
+        return f"Take more temperatures, or start={'Guide' if structure.discrete else 'Refined'}()."
 
 
 def _renewals(jumps: Tensor, scales: Tensor, moved: bool) -> Tensor:
@@ -225,7 +225,7 @@ def _spread(rise: Tensor) -> Tensor:
 
 
 class AnnealedImportanceSampling(_Annealed):
-    r"""Annealed importance sampling with Hamiltonian moves.
+    r"""Annealed importance sampling with Hamiltonian moves, and Gibbs moves of discrete latents.
 
     .. math:: \hat p(x) = \frac{1}{K} \sum_{k=1}^K \prod_{t=1}^T
         \left(\frac{p(x, z_{t-1})}{q(z_{t-1})}\right)^{\beta_t - \beta_{t-1}}, \qquad
@@ -233,8 +233,12 @@ class AnnealedImportanceSampling(_Annealed):
 
     where each move :math:`\mathcal{T}_\beta` leaves :math:`q(z)^{1-\beta} p(x, z)^\beta` invariant. It is unbiased,
     like importance sampling, and its weights vary less with more temperatures. A pilot run finds step sizes, scales and
-    temperatures for each datum, so that the main run does not adapt. Latents must be continuous; constrained ones are
-    moved in the unconstrained space.
+    temperatures for each datum, so that the main run does not adapt.
+
+    Latents may be of several kinds in one model. Constrained ones are moved in the unconstrained space, unit vectors
+    along great circles. Discrete ones are drawn one after the other given all others, from all values if these can be
+    listed; counts take steps. The diagnostic "renewals" is how often chains drew the discrete latent anew that they
+    draw least often: latents that only change together stay where they are, and are not trusted.
 
     Args:
         num_samples: chains per datum K, at least 1; below 21 there is no k-hat.
@@ -246,12 +250,15 @@ class AnnealedImportanceSampling(_Annealed):
         acceptance: target acceptance rate of the moves, below 1.
 
     Raises:
-        ValueError: when latents are discrete, or their support has no bijection from :math:`\mathbb{R}^n` (a sphere).
+        ValueError: when the support of latents depends on other latents, or has neither a bijection from
+            :math:`\mathbb{R}^n` nor moves of its own, as spheres, values that can be listed, and integers have.
 
     References:
         Annealed Importance Sampling, R. M. Neal, 2001, https://arxiv.org/abs/physics/9803008; On the Quantitative
         Analysis of Decoder-Based Generative Models, Y. Wu, Y. Burda, R. Salakhutdinov and R. Grosse, 2017,
-        https://arxiv.org/abs/1611.04273.
+        https://arxiv.org/abs/1611.04273; Geodesic Monte Carlo on Embedded Manifolds, S. Byrne and M. Girolami, 2013,
+        https://arxiv.org/abs/1301.6064; Peskun's Theorem and a Modified Discrete-State Gibbs Sampler, J. S. Liu, 1996,
+        https://doi.org/10.1093/biomet/83.3.681.
 
     >>> import pyrovae
     >>> from pyrovae import encoders, likelihoods, priors
