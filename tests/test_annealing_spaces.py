@@ -13,11 +13,11 @@ import torch
 from cases import Case, cases
 from linear_gaussian import assert_mean, assert_unit_scores
 from pyro import distributions as dist
-from spaces import simplex, space_of, sphere
+from spaces import interval, simplex, space_of, sphere
 from torch import Tensor
 
 from pyrovae import log_marginal
-from pyrovae.distributions import HypersphericalUniform, VonMisesFisher, blocks_of
+from pyrovae.distributions import Beta, HypersphericalUniform, VonMisesFisher, blocks_of
 from pyrovae.distributions.bijections import LogRatio, bijection
 from pyrovae.estimators import (
     AnnealedImportanceSampling,
@@ -405,6 +405,22 @@ def test_angles_stay_in_the_circle():
     known = torch.trapezoid(log_f.exp(), z).log()
     found = log_marginal(model, None, x, method=AIS(64, 100))
     assert ((found.value - known).abs() < ERRORS * found.standard_error).all()
+
+
+def test_shares_between_zero_and_one():
+    """The Beta distribution of this library excludes both ends, by a support that torch has no bijection to."""
+
+    def model(x):
+        with plate(x):
+            z = pyro.sample("z", Beta(x.new_full((len(x),), 0.5), x.new_full((len(x),), 2.0)))
+            pyro.sample("x", dist.Normal(z, 0.2), obs=x)
+
+    x = torch.tensor([0.1, 0.9], dtype=DOUBLE)
+    space = interval(1 / 16)
+    prior = Beta(torch.tensor(0.5, dtype=DOUBLE), torch.tensor(2.0, dtype=DOUBLE)).log_prob(space.points)
+    parts = dist.Normal(space.points, 0.2).log_prob(x.unsqueeze(-1)) + prior + space.log_weights
+    found = log_marginal(model, None, x, method=AIS(32, 40))
+    assert ((found.value - parts.logsumexp(-1)).abs() < ERRORS * found.standard_error).all()
 
 
 # ------------------------------------------------------------------------------------------------------ layouts, chunks

@@ -343,7 +343,7 @@ def _stages_without_gradients(few: Task, prior: WeightedGuide) -> list[int]:
         Target(few, WeightedGuide(few.guide), real=False).values(u)
     except (KeyError, NotImplementedError, ValueError):  # a guide whose density is known at its own draws alone
         return [_GUIDE, _ANNEALING_FROM_PRIOR]
-    # Guides of discrete latents are often far too sure of a value, and then hide the others from chains that start there.
+    # Guides of discrete latents are often far too sure of a value, and hide the others from chains that start there.
     return [_GUIDE, *([_ANNEALING_FROM_PRIOR] if few.structure.discrete else []), _ANNEALING_FROM_GUIDE]
 
 
