@@ -361,8 +361,8 @@ def test_latents_of_any_shape_are_packed_and_unpacked_alike():
         # Densities in u are those of the latents times the volume of the maps, alike in both terms of the target.
         torch.testing.assert_close(target(u).rise, likelihood)
         a, b = trace.nodes["a"]["value"], trace.nodes["b"]["value"]
-        stick = torch.stack([b[..., 0] * (1 - b[..., 0]), b[..., 1] * b[..., 2] / (1 - b[..., 0])]).log().sum(0).sum(1)
-        torch.testing.assert_close(target(u).start, prior + a.log().sum(-1).squeeze(1) + stick)
+        simplex = (b.log().sum(-1) + 0.5 * math.log(3)).sum(1)
+        torch.testing.assert_close(target(u).start, prior + a.log().sum(-1).squeeze(1) + simplex)
 
 
 # ------------------------------------------------------------------------------------------------------- where it fails

@@ -22,6 +22,8 @@ from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import simulate
 
 _PILOT_CHAINS = 32
+_LEAST_RENEWALS = 2.0  # of the discrete latent that is drawn anew least often
+_FIXED = 1e-9  # variance of integers below which all chains have the same: that of one in 32 is above 0.01
 
 
 class _Annealed(Estimator):
@@ -53,20 +55,25 @@ class _Annealed(Estimator):
     def _chunk_sizes(self, task: Task) -> tuple[int, int]:
         """Returns how many data, and how many runs of each, fit in the memory budget at once."""
         few = replace(task.rows(slice(0, 1)), graphs=None)
-        target = Target(few, self.start.single(few, f"{type(self).__name__} starts"))
+        target = self._target(few)
         used = []
         for chains in (1, 2):
             u = target.draw(chains)
             with Allocations() as allocations:
                 target(u)
             used.append(allocations.bytes())
-        max_chains = task.max_memory / max(used[1] - used[0], 1)
+        # A sweep scores all values of a discrete latent at once.
+        num_values = 1 if target.discrete is None else max(*target.discrete.sizes, 2)
+        max_chains = task.max_memory / max((used[1] - used[0]) * num_values, 1)
         num_data = clamp(max_chains / max(self.num_samples * self.num_particles, _PILOT_CHAINS), task.size)
         return num_data, clamp(max_chains / (num_data * self.num_particles), self.num_samples)
 
+    def _target(self, task: Task) -> Target:
+        return Target(task, self.start.single(task, f"{type(self).__name__} starts"), real=False)
+
     def _prepare(self, task: Task) -> tuple[Target, TemperingPath, Tensor]:
         """Returns the densities for some data, what a pilot run learned about them, and the temperatures."""
-        target = Target(task, self.start.single(task, f"{type(self).__name__} starts"))
+        target = self._target(task)
         path = self._pilot(target, task)
         return target, path, self._betas(path)
 
@@ -88,26 +95,29 @@ class _Annealed(Estimator):
             num_runs: runs at once.
         """
         sums = WeightSums(self.num_samples)
-        acceptances: list[Tensor] = []
-        divergences: list[Tensor] = []
+        means: list[Tensor] = []
         for chains in u.split(num_runs * self.num_particles):
             share = len(chains) / len(u)
-            log_w, accepted, failed = self._anneal(target, path, betas, chains, task, share)
+            log_w, *rates = self._anneal(target, path, betas, chains, task, share)
             sums.add(log_w.to(u.dtype))
-            acceptances.append(share * accepted)
-            divergences.append(share * failed)
-        acceptance, diverged = torch.as_tensor(sum(acceptances, 0.0)), torch.as_tensor(sum(divergences, 0.0))
+            means.append(share * torch.cat([rates[0].unsqueeze(-1), rates[1].unsqueeze(-1), rates[2]], dim=-1))
+        mean = torch.as_tensor(sum(means))
+        acceptance, diverged, jumps = mean[:, 0], mean[:, 1], mean[:, 2:]
         if len(betas) == 2:  # from one end straight to the other nothing moves: this is importance sampling
             acceptance = acceptance + math.nan
-        return replace(sums.estimate(self), diagnostics={"diverged": diverged, "acceptance": acceptance})
+        diagnostics = {"diverged": diverged, "acceptance": acceptance}
+        if target.discrete is not None:
+            diagnostics["renewals"] = _renewals(jumps, path.scales[..., target.discrete.columns], len(betas) > 2)
+        return replace(sums.estimate(self), diagnostics=diagnostics)
 
     def _anneal(
         self, target: Target, path: TemperingPath, betas: Tensor, u: Tensor, task: Task, share: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Moves chains from u through the temperatures; `share` is their share of all chains, for the bar.
 
         Returns:
-            Log weights, ``(runs, batch)``, and the shares of moves that were accepted and that diverged, ``(batch,)``.
+            Log weights, ``(runs, batch)``; the shares of moves that were accepted and that diverged, ``(batch,)``; the
+            sum over moves of the squared jumps of discrete latents, ``(batch, num_discrete)``.
         """
         runs, n, batch = len(u) // self.num_particles, self.num_particles, u.shape[1]
         at, steps = target(u), len(betas) - 1
@@ -115,6 +125,8 @@ class _Annealed(Estimator):
         log_w = torch.zeros(runs, n, batch, dtype=torch.float64, device=u.device)
         log_z = torch.zeros_like(log_w[:, 0])
         acceptance, diverged = torch.zeros_like(u[0, :, 0]), torch.zeros_like(u[0, :, 0])
+        columns = [] if target.discrete is None else target.discrete.places
+        jumps = torch.zeros_like(u[0][:, columns])
         for t in range(1, steps + 1):
             rise = betas[t] - betas[t - 1]
             # Where the temperature stays, the weight stays too: 0 times an infinite rise would be NaN.
@@ -124,11 +136,13 @@ class _Annealed(Estimator):
                     u, at, log_w, log_z = resample(u, at, log_w, log_z)
                 step, scale = path.at(betas[t])
                 moved = move(target, u, at, betas[t], step, scale, self.num_leapfrog)
+                if columns:
+                    jumps += (moved.u - u)[..., columns].square().mean(0)
                 u, at = moved.u, moved.at
                 acceptance += moved.acceptance.mean(0) / (steps - 1)
                 diverged += moved.diverged.to(diverged).mean(0) / (steps - 1)
             task.advance(0.5 * batch * share / steps)
-        return log_z + log_w.logsumexp(1) - math.log(n), acceptance, diverged
+        return log_z + log_w.logsumexp(1) - math.log(n), acceptance, diverged, jumps
 
     def _pilot(self, target: Target, task: Task) -> TemperingPath:
         """Runs chains to the posterior by adaptive tempering, to learn step sizes, scales and temperatures."""
@@ -138,7 +152,7 @@ class _Annealed(Estimator):
         batch, dim = u.shape[1:]
         beta = torch.zeros(batch, dtype=u.dtype, device=u.device)
         step = torch.full_like(beta, 0.5 / dim**0.25)
-        variance = u.var(0).clamp(min=1e-12)
+        variance = target.variance(u)
         steps = [(beta, step, variance.sqrt(), _spread(at.rise))]
         while bool((beta < 1).any()):
             before = beta
@@ -147,9 +161,10 @@ class _Annealed(Estimator):
             for _ in range(2):
                 moved = move(target, u, at, beta, step, variance.sqrt(), self.num_leapfrog)
                 u, at = moved.u, moved.at
-                step = step * (0.5 * (moved.acceptance.mean(0) - self.acceptance)).exp()
+                if target.has_gradients:
+                    step = step * (0.5 * (moved.acceptance.mean(0) - self.acceptance)).exp()
             # So few chains give the scale with an error of a fifth: average it over temperatures.
-            variance = torch.lerp(variance, u.var(0).clamp(min=1e-12), 0.3)
+            variance = torch.lerp(variance, target.variance(u), 0.3)
             steps.append((beta, step, variance.sqrt(), _spread(at.rise)))
             task.advance(0.5 * (beta - before).sum().item())
         return TemperingPath(*map(torch.stack, zip(*steps, strict=True)))
@@ -161,25 +176,51 @@ class _Annealed(Estimator):
     def trusts(self, estimate: Estimate) -> Tensor:
         """Returns whether the ESS is a fifth of the chains and at least 4, and moves are accepted and rarely diverge.
 
-        The ESS, because so few weights say little about their tail.
+        The ESS, because so few weights say little about their tail. Discrete latents have to be drawn anew at least
+        twice on the way from the start to the posterior.
         """
         fails = (estimate.diagnostics["acceptance"] < 0.2) | (estimate.diagnostics["diverged"] > 0.05)
+        if "renewals" in estimate.diagnostics:
+            fails = fails | (estimate.diagnostics["renewals"] < _LEAST_RENEWALS)
         return (estimate.ess >= max(0.2 * self.num_samples, 4)) & ~fails
 
     def describe(self, estimate: Estimate) -> str:
         n = len(estimate.value)
         untrusted = int((~estimate.trusted).sum())
         reliability = f"not to be trusted (low ESS of {self.unit}, or moves fail): {untrusted:,} of {n:,} data"
+        lines = []
         acceptance, diverged = estimate.diagnostics["acceptance"], estimate.diagnostics["diverged"]
         acceptance = acceptance[~acceptance.isnan()]
-        if not len(acceptance):
-            return reliability
-        moves = f"moves accepted: {acceptance.mean().item():.0%} (least: {acceptance.min().item():.0%})"
-        share = f"diverged: {diverged.mean().item():.1%} of moves, for {int((diverged > 0).sum()):,} of {n:,} data"
-        return f"{moves}; {share}\n{reliability}"
+        if len(acceptance):
+            lines.append(f"moves accepted: {acceptance.mean().item():.0%} (least: {acceptance.min().item():.0%})")
+            failed = f"for {int((diverged > 0).sum()):,} of {n:,} data"
+            lines.append(f"diverged: {diverged.mean().item():.1%} of moves, {failed}")
+        if "renewals" in estimate.diagnostics:
+            renewals = estimate.diagnostics["renewals"]
+            median, least = renewals.median().item(), renewals.min().item()
+            lines.append(f"discrete latents were drawn anew {median:.0f} times (least: {least:.1f})")
+        return "; ".join(lines) + f"\n{reliability}" if lines else reliability
 
     def remedy(self, structure: SiteStructure) -> str:
-        return "Take more temperatures, or start=Refined()."
+        return f"Take more temperatures, or start={'Guide' if structure.discrete else 'Refined'}()."
+
+
+def _renewals(jumps: Tensor, scales: Tensor, moved: bool) -> Tensor:
+    r"""Returns how often chains drew the discrete latent anew that they draw least often, ``(batch,)``.
+
+    .. math:: \min_d \frac{\sum_t \mathrm{E}\,(u_{t,d} - u_{t-1,d})^2}{2 \,\mathrm{Var}\, u_d}
+
+    An independent draw adds one to the ratio, and a latent that is stuck at different values in different chains adds
+    nothing. One that never differs does not count: its other values were scored at every temperature.
+
+    Args:
+        jumps: the sums of squared jumps of each latent, ``(batch, num_discrete)``.
+        scales: standard deviations over chains during the pilot run, ``(steps, batch, num_discrete)``.
+        moved: whether there were moves at all.
+    """
+    variance = scales.square().mean(0)
+    renewals = torch.where(variance > _FIXED, jumps / (2 * variance), math.inf).amin(-1)
+    return renewals if moved else torch.zeros_like(renewals)
 
 
 def _spread(rise: Tensor) -> Tensor:
@@ -190,7 +231,7 @@ def _spread(rise: Tensor) -> Tensor:
 
 
 class AnnealedImportanceSampling(_Annealed):
-    r"""Annealed importance sampling with Hamiltonian moves.
+    r"""Annealed importance sampling with Hamiltonian moves, and Gibbs moves of discrete latents.
 
     .. math:: \hat p(x) = \frac{1}{K} \sum_{k=1}^K \prod_{t=1}^T
         \left(\frac{p(x, z_{t-1})}{q(z_{t-1})}\right)^{\beta_t - \beta_{t-1}}, \qquad
@@ -198,8 +239,12 @@ class AnnealedImportanceSampling(_Annealed):
 
     where each move :math:`\mathcal{T}_\beta` leaves :math:`q(z)^{1-\beta} p(x, z)^\beta` invariant. It is unbiased,
     like importance sampling, and its weights vary less with more temperatures. A pilot run finds step sizes, scales and
-    temperatures for each datum, so that the main run does not adapt. Latents must be continuous; constrained ones are
-    moved in the unconstrained space.
+    temperatures for each datum, so that the main run does not adapt.
+
+    Latents may be of several kinds in one model. Constrained ones are moved in the unconstrained space, unit vectors
+    along great circles. Discrete ones are drawn one after the other given all others, from all values if these can be
+    listed; counts take steps. The diagnostic "renewals" is how often chains drew the discrete latent anew that they
+    draw least often: latents that only change together stay where they are, and are not trusted.
 
     Args:
         num_samples: chains per datum K, at least 1; below 21 there is no k-hat.
@@ -211,12 +256,15 @@ class AnnealedImportanceSampling(_Annealed):
         acceptance: target acceptance rate of the moves, below 1.
 
     Raises:
-        ValueError: when latents are discrete, or their support has no bijection from :math:`\mathbb{R}^n` (a sphere).
+        ValueError: when the support of latents depends on other latents, or has neither a bijection from
+            :math:`\mathbb{R}^n` nor moves of its own, as spheres, values that can be listed, and integers have.
 
     References:
         Annealed Importance Sampling, R. M. Neal, 2001, https://arxiv.org/abs/physics/9803008; On the Quantitative
         Analysis of Decoder-Based Generative Models, Y. Wu, Y. Burda, R. Salakhutdinov and R. Grosse, 2017,
-        https://arxiv.org/abs/1611.04273.
+        https://arxiv.org/abs/1611.04273; Geodesic Monte Carlo on Embedded Manifolds, S. Byrne and M. Girolami, 2013,
+        https://arxiv.org/abs/1301.6064; Peskun's Theorem and a Modified Discrete-State Gibbs Sampler, J. S. Liu, 1996,
+        https://doi.org/10.1093/biomet/83.3.681.
 
     >>> import pyrovae
     >>> from pyrovae import encoders, likelihoods, priors

@@ -116,8 +116,8 @@ class Estimator(ABC):
     def remedy(self, structure: SiteStructure) -> str:
         """Returns what to use for data with an unreliable estimate, which depends on the kind of the latents."""
         if structure.latents == structure.discrete:
-            return "Score them by method=Enumeration()."
-        if structure.discrete or structure.without_bijection:  # gradients cannot move these
+            return "Score them by method=Enumeration(), or AnnealedImportanceSampling() for many combinations."
+        if structure.without_bijection:  # annealing cannot move these
             return "Draw more samples."
         return "Score them by method=AnnealedImportanceSampling()."
 

@@ -8,13 +8,13 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.distributions import Flattened
 from pyrovae.estimators.base import Estimate, Estimator, join
 from pyrovae.estimators.memory import Allocations, clamp
 from pyrovae.estimators.proposals import WeightedGuide
+from pyrovae.estimators.supports import base_distribution, list_values
 from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task, prior_of
-from pyrovae.inference.sites import is_masked, sample_sites, unwrapped
+from pyrovae.inference.sites import is_masked, sample_sites
 from pyrovae.inference.structure import SiteStructure
 
 _DEPTH = 25.0  # nats below the maximum of an integrand, beyond which it is ignored: e^-25 is 1e-11
@@ -263,7 +263,7 @@ class Enumeration(_Deterministic):
         if continuous:
             raise ValueError(
                 f"Enumeration is for discrete latents, and {sorted(continuous)} are not. Take "
-                "AnnealedImportanceSampling() if all are continuous, or ImportanceSampling()."
+                "AnnealedImportanceSampling(), which takes both kinds."
             )
         few = replace(task.rows(slice(0, 2)), graphs=None)
         trace, _ = few.draw(1, prior_of(task.model))
@@ -275,7 +275,7 @@ class Enumeration(_Deterministic):
         if total > self.num_samples:
             raise ValueError(
                 f"the latents of a datum have {total:,} combinations of values, more than "
-                f"num_samples={self.num_samples:,}. Raise it, or take ImportanceSampling()."
+                f"num_samples={self.num_samples:,}. Raise it, or take AnnealedImportanceSampling()."
             )
         return few, trace, supports, total
 
@@ -289,21 +289,14 @@ class Enumeration(_Deterministic):
 def _support(name: str, site: dict, task: Task) -> _Support:
     """Returns the values of a latent site; raises a ValueError if they cannot be listed."""
     fn = site["fn"]
-    base = fn
-    while True:
-        inner = base.base_dist if isinstance(base, Flattened) else unwrapped(base)
-        if inner is base:
-            break
-        base = inner
     try:
-        values = base.enumerate_support(expand=False)
+        values = list_values(fn)
     except NotImplementedError:
         raise ValueError(
-            f'the latents at site "{name}" ({type(base).__name__}) have no values that can be listed. Take '
-            "ImportanceSampling()."
+            f'the latents at site "{name}" ({type(base_distribution(fn)).__name__}) have no values that can be listed. '
+            "Take AnnealedImportanceSampling()."
         ) from None
-    event = base.event_shape
-    values = values.reshape(len(values), *event)
+    event = values.shape[1:]
     place = task.structure.data_index
     shape = tuple(1 if i == place else n for i, n in enumerate(fn.batch_shape) if i > 0) + tuple(fn.event_shape)
     return _Support(values, math.prod(shape) // math.prod(event), shape)

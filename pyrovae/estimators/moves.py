@@ -1,4 +1,4 @@
-r"""Moves of annealed chains: Hamiltonian dynamics, resampling, and the choice of the next temperature."""
+r"""Moves of annealed chains: Hamiltonian dynamics, sweeps, resampling, and the choice of the next temperature."""
 
 import math
 from typing import NamedTuple
@@ -6,13 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyrovae.estimators.gibbs import sweep
 from pyrovae.estimators.targets import Densities, Target
 
 _DIVERGED = 1000.0  # energy error in nats beyond which a move counts as divergent, as in Stan
 
 
 class Moved(NamedTuple):
-    """Latents after a Hamiltonian move, their densities, the acceptance probability, and whether the move diverged."""
+    """Latents after a move, their densities, the acceptance probability, and whether Hamiltonian dynamics diverged."""
 
     u: Tensor
     at: Densities
@@ -23,7 +24,9 @@ class Moved(NamedTuple):
 def move(
     target: Target, u: Tensor, at: Densities, beta: Tensor, step: Tensor, scale: Tensor, num_leapfrog: int
 ) -> Moved:
-    r"""Moves chains by Hamiltonian dynamics with a Metropolis test, which leaves :math:`f_\beta` invariant.
+    r"""Moves continuous latents by Hamiltonian dynamics, then discrete ones one by one; :math:`f_\beta` is invariant.
+
+    Without continuous latents, the acceptance probability is NaN.
 
     Args:
         target: the densities.
@@ -34,23 +37,40 @@ def move(
         scale: standard deviations of u, ``(batch, dim)``, which scale the steps.
         num_leapfrog: leapfrog steps.
     """
+    if target.has_gradients:
+        moved = _hamiltonian(target, u, at, beta, step, scale, num_leapfrog)
+    else:
+        moved = Moved(u, at, torch.full_like(at.rise, math.nan), torch.zeros_like(at.rise, dtype=torch.bool))
+    u, at = sweep(target, moved.u, moved.at, beta, scale)
+    return moved._replace(u=u, at=at)
+
+
+def _hamiltonian(
+    target: Target, u: Tensor, at: Densities, beta: Tensor, step: Tensor, scale: Tensor, num_leapfrog: int
+) -> Moved:
+    """Moves chains by Hamiltonian dynamics with a Metropolis test; on spheres along great circles.
+
+    References:
+        Geodesic Monte Carlo on Embedded Manifolds, S. Byrne and M. Girolami, 2013, https://arxiv.org/abs/1301.6064.
+    """
     # Random lengths: trajectories of a fixed length may be periodic.
     size = step.unsqueeze(-1) * scale * torch.empty_like(u[..., :1]).uniform_(0.8, 1.2)
     temperature = beta.unsqueeze(-1)
 
-    def push(at: Densities, momentum: Tensor, share: float) -> Tensor:
-        return momentum + share * size * (at.start_gradient + temperature * at.rise_gradient)
+    def push(at: Densities, u: Tensor, momentum: Tensor, share: float) -> Tensor:
+        gradient = target.tangent(u, at.start_gradient + temperature * at.rise_gradient)
+        return momentum + share * size * gradient
 
     def energy(at: Densities, momentum: Tensor) -> Tensor:
         return 0.5 * momentum.square().sum(-1) - at.start - beta * at.rise
 
-    momentum = torch.randn_like(u)
+    momentum = target.tangent(u, torch.randn_like(u))
     moved, there = u, at
-    pushed = push(at, momentum, 0.5)
+    pushed = push(at, u, momentum, 0.5)
     for i in range(num_leapfrog):
-        moved = moved + size * pushed
+        moved, pushed = target.flow(moved, pushed, size)
         there = target(moved)
-        pushed = push(there, pushed, 1.0 if i < num_leapfrog - 1 else 0.5)
+        pushed = push(there, moved, pushed, 1.0 if i < num_leapfrog - 1 else 0.5)
     error = energy(there, pushed) - energy(at, momentum)
     error = torch.where(error.isnan(), math.inf, error)
     acceptance = (-error).exp().clamp(max=1.0)

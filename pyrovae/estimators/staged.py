@@ -37,7 +37,7 @@ _AGREEMENT = 3.0  # standard errors by which a pilot run may be above the value 
 _COLUMNS = ("value", "standard_error", "ess", "khat")  # tensors of an estimate
 
 # From the cheapest; which of them serve depends on the latents.
-_ENUMERATION, _GUIDE, _MANY, _LAPLACE, _MORE_LAPLACE, _ANNEALING, _ANNEALING_FROM_GUIDE = range(7)
+_ENUMERATION, _GUIDE, _MANY, _LAPLACE, _MORE_LAPLACE, _ANNEALING, _FROM_GUIDE, _FROM_PRIOR = range(8)
 _ENUMERATE = Enumeration(10_000)
 _STAGES: list[Estimator] = [
     _ENUMERATE,
@@ -47,6 +47,7 @@ _STAGES: list[Estimator] = [
     ImportanceSampling(16_000, Laplace()),
     AnnealedImportanceSampling(start=Laplace()),
     AnnealedImportanceSampling(start=Guide()),
+    AnnealedImportanceSampling(),
 ]
 
 
@@ -72,9 +73,10 @@ class UntilTrusted(Estimator):
     - continuous: importance sampling with the guide, importance sampling with :class:`Laplace`, with few draws and with
       many, and annealing from it.
       Above 300 dimensions, :class:`Laplace` takes too long: annealing starts from the guide;
-    - those that gradients cannot move, on a sphere for example, discrete ones with more combinations, and both kinds
-      together: importance sampling with the guide, with few draws or with many. With discrete latents, no datum is
-      trusted.
+    - on a sphere, alone or with others: importance sampling with the guide, and annealing from it;
+    - discrete with more combinations, alone or with others: annealing from the prior, and from the guide. Importance
+      sampling with the guide is not trusted there; it serves for lack of time, and is compared as pilot runs are;
+    - in a space without moves: importance sampling with the guide, with few draws or with many.
 
     If model and guide do not run on some of the data alone, a stage runs on all data, and the results of those that it
     does not serve are dropped.
@@ -249,8 +251,6 @@ class UntilTrusted(Estimator):
         )
 
     def remedy(self, structure: SiteStructure) -> str:
-        if structure.discrete:
-            return super().remedy(structure)
         more = "stages with more samples or temperatures"
         return f"Give it {more}." if self.seconds is None else f"Give it more seconds, or {more}."
 
@@ -377,16 +377,17 @@ def _choose_stages(task: Task) -> tuple[list[int], int]:
     if structure.latents == structure.discrete:
         try:
             _ENUMERATE.plan(task)
-        except ValueError:
-            return [_GUIDE, _MANY], task.size
-        return [_ENUMERATION], task.size
+            return [_ENUMERATION], task.size
+        except ValueError:  # too many
+            pass
     few = replace(task.rows(slice(0, 2)), graphs=None)
+    prior = WeightedGuide(prior_of(task.model), is_prior=True)
     try:
-        dim = Target(few, WeightedGuide(prior_of(task.model), is_prior=True)).dim
-    except ValueError:  # discrete, or not to be moved by gradients
-        return [_GUIDE, _MANY], task.size
+        dim = Target(few, prior).dim
+    except ValueError:  # not only real numbers
+        return _stages_without_gradients(few, prior), task.size
     if dim > _MAX_DIM:
-        return [_GUIDE, _MANY if structure.auxiliary else _ANNEALING_FROM_GUIDE], task.size
+        return [_GUIDE, _MANY if structure.auxiliary else _FROM_GUIDE], task.size
     # Laplace's approximation holds some matrices of double precision for each datum.
     return [_GUIDE, _LAPLACE, _MORE_LAPLACE, _ANNEALING], max(2, clamp(task.max_memory / (40 * dim**2), task.size))
 
@@ -396,6 +397,20 @@ def _part(task: Task, rows: Tensor) -> Task:
     if task.divisible and len(rows) == 1 and task.size > 1:  # some models squeeze a single row away
         rows = rows.repeat(2)
     return replace(task.rows(rows), bar=tqdm(disable=True))
+
+
+def _stages_without_gradients(few: Task, prior: WeightedGuide) -> list[int]:
+    """Returns the stages for latents that are not all mapped to real numbers."""
+    try:
+        u = Target(few, prior, real=False).draw(1)
+    except ValueError:  # no moves
+        return [_GUIDE, _MANY]
+    try:
+        Target(few, WeightedGuide(few.guide), real=False).values(u)
+    except (KeyError, NotImplementedError, ValueError):  # a guide whose density is known at its own draws alone
+        return [_GUIDE, _FROM_PRIOR]
+    # Guides of discrete latents are often far too sure of a value, and hide the others from chains that start there.
+    return [_GUIDE, *([_FROM_PRIOR] if few.structure.discrete else []), _FROM_GUIDE]
 
 
 def _run(estimator: Estimator, task: Task, rows: Tensor) -> Estimate:

@@ -1,4 +1,4 @@
-r"""All latents of a datum as one unconstrained vector with its log-densities, for gradients and grids."""
+r"""All latents of a datum as one vector of numbers with its log-densities, for gradients, grids and moves."""
 
 from typing import Any, NamedTuple
 
@@ -6,13 +6,18 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import VonMises, constraints
+from torch.nn.functional import normalize
 
 from pyrovae.compilation.guards import Guards
+from pyrovae.distributions.bijections import bijection
 from pyrovae.estimators.proposals import WeightedGuide, log_density
+from pyrovae.estimators.supports import Classes, Counts, Sphere, discrete_support, sphere
 from pyrovae.estimators.task import Task, prior_of
-from pyrovae.inference.sites import sample_sites
+from pyrovae.inference.sites import is_sphere, sample_sites, unwrapped
 from pyrovae.inference.weights import SAMPLES, log_prob_of, per_datum
+
+Support = Sphere | Classes | Counts | None  # None for real numbers
 
 
 class Densities(NamedTuple):
@@ -21,7 +26,7 @@ class Densities(NamedTuple):
     Args:
         start: :math:`\log q(u)`, normalised, ``(chains, batch)``.
         rise: :math:`\log p(x, u) - \log q(u)`, of the same shape.
-        start_gradient: gradient of `start` with respect to u, ``(chains, batch, dim)``.
+        start_gradient: gradient of `start` with respect to u, ``(chains, batch, dim)``; 0 for discrete latents.
         rise_gradient: gradient of `rise`, of the same shape.
     """
 
@@ -40,31 +45,53 @@ class Site(NamedTuple):
     event: tuple[int, ...]  # event shape of the unconstrained latents
     columns: slice
     frames: tuple[Any, ...]  # the plates, without that of the draws
+    support: Support
+
+
+class Discrete(NamedTuple):
+    """The discrete columns of u.
+
+    Args:
+        columns: their places in u, ``(n,)``.
+        places: the same, as integers.
+        sizes: how many values each can take, numbered from 0; 0 for integers that move by steps.
+        low: the lowest integers, ``(batch, n)``.
+        high: the highest integers, ``(batch, n)``.
+    """
+
+    columns: Tensor
+    places: list[int]
+    sizes: list[int]
+    low: Tensor
+    high: Tensor
 
 
 class Target:
-    r"""The latents of a model as unconstrained vectors u, with the densities between a start and the posterior.
+    r"""The latents of a model as vectors u, with the densities between a start and the posterior.
 
     .. math:: \log f_\beta(u) = \log q(u) + \beta \left(\log p(x, u) - \log q(u)\right)
 
     Latents with a constrained support are mapped to :math:`\mathbb{R}^n` by a bijection; both densities are those of u.
+    Unit vectors are in u as they are, with their density on the sphere. Discrete latents are in it as integers: the
+    number of a value, or a count itself.
 
     Args:
         task: the model and the data.
         start: the guide that is q.
+        real: whether all of u must be real numbers, without spheres and discrete latents.
 
     Raises:
-        ValueError: when latents are not continuous, or their support has no bijection from :math:`\mathbb{R}^n`.
+        ValueError: when the support of latents is none of these, or depends on other latents.
     """
 
-    def __init__(self, task: Task, start: WeightedGuide):
+    def __init__(self, task: Task, start: WeightedGuide, real: bool = True):
         structure = task.structure
-        if structure.discrete:
+        if structure.discrete and real:
             raise ValueError(
                 f"the latents at {_names(structure.discrete)} are discrete, and gradients cannot move them. Take "
-                "estimators.Enumeration() if all latents are discrete, or ImportanceSampling()."
+                "estimators.Enumeration() if all latents are discrete, or AnnealedImportanceSampling()."
             )
-        self.task, self.start = task, start
+        self.task, self.start, self.real = task, start, real
         self.depth, self.place = structure.max_plate_nesting, structure.data_index
         # Distributions keep the validation that they are created with, and it takes time.
         with torch.no_grad(), pyro.validation_enabled(False):
@@ -72,7 +99,14 @@ class Target:
             prior, other = (task.draw(1, prior_of(task.model))[0] for _ in range(2))
         self.sites = self._layout(trace, prior, other)
         self.dim = self.sites[-1].columns.stop if self.sites else 0
+        self.spheres = [(site.columns, site.support.size) for site in self.sites if isinstance(site.support, Sphere)]
+        self.discrete = self._discrete(task.size)
+        moved = [site for site in self.sites if not isinstance(site.support, Classes | Counts)]
+        self.has_gradients = bool(moved)
         latents = [site for site in sample_sites(trace).values() if not site["is_observed"]]
+        # In u, integers have the precision of their log-probabilities.
+        precisions = [log_prob_of(site).dtype for site in latents if site["name"] in structure.discrete]
+        self.dtype = max(precisions, key=lambda dtype: torch.finfo(dtype).bits) if precisions else None
         # The distribution of a single site depends on no other draw, so that its encoder need not run again.
         self._fixed = latents[0] if len(latents) == 1 else None
         self.template = trace
@@ -87,29 +121,80 @@ class Target:
         for name, site in sample_sites(trace).items():
             if site["is_observed"]:
                 continue
-            fn, support = site["fn"], _support(prior_sites[name])
-            batch, event = fn.batch_shape, fn.event_shape
+            fn, drawn = site["fn"], prior_sites[name]
+            batch, event = fn.batch_shape, tuple(fn.event_shape)
             plates = tuple(n for i, n in enumerate(batch) if i not in (0, self.place))
-            try:
-                transform = biject_to(support)
-            except NotImplementedError:
+            transform: torch.distributions.Transform | None = None
+            support: Support
+            shape = event
+            if name in self.task.structure.discrete:
+                support = discrete_support(drawn, self.place)
+                if support is None:
+                    raise ValueError(
+                        f'the discrete latents at site "{name}" ({drawn["fn"].support}) are neither integers nor have '
+                        "values that can be listed. Take ImportanceSampling()."
+                    )
+            else:
+                transform, support = self._continuous(name, drawn)
+            again = discrete_support(other_sites[name], self.place) if isinstance(support, Classes | Counts) else None
+            bounds = zip(_bounds(_support(drawn)), _bounds(_support(other_sites[name])), strict=True)
+            if not (all(torch.equal(a, b) for a, b in bounds) and _same(support, again)):
                 raise ValueError(
-                    f'the latents at site "{name}" have a support ({support}) without a bijection from R^n, which '
-                    "gradients would leave. Take ImportanceSampling()."
-                ) from None
-            bounds = zip(_bounds(support), _bounds(_support(other_sites[name])), strict=True)
-            if not all(torch.equal(a, b) for a, b in bounds):
-                raise ValueError(
-                    f'the support of the latents at site "{name}" ({support}) depends on other latents. Draw them from '
-                    "a distribution with a fixed support, and map them in the model; or take ImportanceSampling()."
+                    f'the support of the latents at site "{name}" ({_support(drawn)}) depends on other latents. Draw '
+                    "them from a distribution with a fixed support, and map them in the model; or take "
+                    "ImportanceSampling()."
                 )
-            shape = tuple(transform.inverse_shape(event)) if event else ()
+            if transform is not None and event:
+                shape = tuple(transform.inverse_shape(event))
             size = torch.Size(plates + shape).numel()
-            moved = None if _is_identity(transform) else transform
+            if isinstance(support, Classes):
+                size //= support.values[0].numel()
+            moved = None if transform is None or _is_identity(transform) else transform
             frames = tuple(frame for frame in site["cond_indep_stack"] if frame.name != SAMPLES)
-            sites.append(Site(name, moved, plates, shape, slice(at, at + size), frames))
+            sites.append(Site(name, moved, plates, shape, slice(at, at + size), frames, support))
             at += size
         return sites
+
+    def _continuous(self, name: str, site: dict) -> tuple[torch.distributions.Transform | None, Sphere | None]:
+        """Returns the bijection to the support of continuous latents; None, and the sphere, for a sphere."""
+        support = _support(site)
+        if is_sphere(support) and not self.real:
+            found = sphere(site["fn"])
+            if found.size < 2:
+                raise ValueError(
+                    f'the latents at site "{name}" are unit vectors of one number, 1 or -1. Draw them from a Bernoulli.'
+                )
+            return None, found
+        try:
+            return bijection(support), None
+        except NotImplementedError:
+            more = "AnnealedImportanceSampling() or " if is_sphere(support) else ""
+            raise ValueError(
+                f'the latents at site "{name}" have a support ({support}) without a bijection from R^n, which '
+                f"gradients would leave. Take {more}ImportanceSampling()."
+            ) from None
+
+    def _discrete(self, batch: int) -> Discrete | None:
+        """Returns the discrete columns of u; None without."""
+        columns, sizes, lows, highs = [], [], [], []
+        for site in self.sites:
+            if not isinstance(site.support, Classes | Counts):
+                continue
+            here = list(range(site.columns.start, site.columns.stop))
+            columns += here
+            if isinstance(site.support, Classes):
+                sizes += [len(site.support.values)] * len(here)
+                low = torch.zeros(batch, len(here), dtype=torch.double, device=site.support.values.device)
+                lows.append(low)
+                highs.append(low + len(site.support.values) - 1)
+            else:
+                sizes += [0] * len(here)
+                lows.append(site.support.low)
+                highs.append(site.support.high)
+        if not columns:
+            return None
+        low, high = torch.cat(lows, -1), torch.cat(highs, -1)
+        return Discrete(torch.tensor(columns, device=low.device), columns, sizes, low, high)
 
     def draw(self, num_samples: int) -> Tensor:
         """Draws from the start, ``(num_samples, batch, dim)``."""
@@ -138,13 +223,22 @@ class Target:
     def pack_value(self, site: Site, value: Tensor) -> Tensor:
         """Returns a site's latents as its columns of u."""
         value = value if site.transform is None else site.transform.inv(value)
-        return value.movedim(self.place, 1).reshape(len(value), value.shape[self.place], -1)
+        value = value.movedim(self.place, 1)
+        if isinstance(site.support, Classes):
+            cells = value.reshape(*value.shape[:2], -1, *site.support.values.shape[1:])
+            value = site.support.encode(cells)
+        if isinstance(site.support, Classes | Counts):
+            value = value.to(self.dtype)
+        return value.reshape(*value.shape[:2], -1)
 
     def _unpack(self, u: Tensor) -> tuple[poutine.Trace, Tensor | float]:
         """Returns a trace with the latents at u, and the log Jacobian determinant of the maps from u, by datum."""
         trace, log_det = self.template.copy(), 0.0
         for site in self.sites:
-            part = u[..., site.columns].reshape(*u.shape[:2], *site.plates, *site.event).movedim(1, self.place)
+            part = u[..., site.columns]
+            if isinstance(site.support, Classes | Counts):
+                part = site.support.decode(part.detach())
+            part = part.reshape(*u.shape[:2], *site.plates, *site.event).movedim(1, self.place)
             value = part
             if site.transform is not None:
                 value = site.transform(part)
@@ -178,6 +272,63 @@ class Target:
         first, second = self._terms(u)
         return first + second if self.start.is_prior else second
 
+    def values(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what :class:`Densities` names `start` and `rise`, without gradients."""
+        if self.reads is None:
+            return self._values(u)
+        inputs = [u, *self.reads.tensors]
+        return self.task.compute(lambda: self._values(u), inputs, ("values", len(u), self.reads.fingerprint))
+
+    @torch.no_grad()
+    def _values(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self._terms(u)
+        return first, second if self.start.is_prior else second - first
+
+    def variance(self, u: Tensor) -> Tensor:
+        """Returns the variance of u over chains, ``(batch, dim)``, positive; the same for all columns of a sphere."""
+        variance = u.var(0)
+        for columns, size in self.spheres:
+            blocks = variance[..., columns].unflatten(-1, (-1, size))
+            variance[..., columns] = blocks.mean(-1, keepdim=True).expand_as(blocks).flatten(-2)
+        return variance.clamp(min=1e-12)
+
+    def tangent(self, u: Tensor, v: Tensor) -> Tensor:
+        """Returns the part of v along which u can move: tangents to spheres, and nothing for discrete columns."""
+        if not self.spheres and self.discrete is None:
+            return v
+        v = v.clone()
+        for columns, size in self.spheres:
+            x, along = (t[..., columns].unflatten(-1, (-1, size)) for t in (u, v))
+            v[..., columns] = (along - (along * x).sum(-1, keepdim=True) * x).flatten(-2)
+        if self.discrete is not None:
+            v[..., self.discrete.columns] = 0.0
+        return v
+
+    def flow(self, u: Tensor, momentum: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Moves u along its momentum: on straight lines, and on great circles of the spheres.
+
+        Args:
+            u: the latents, ``(chains, batch, dim)``.
+            momentum: tangent at u, of the same shape.
+            size: step sizes, of a shape that broadcasts with u, the same for all columns of a sphere.
+
+        Returns:
+            The new u and the momentum there.
+        """
+        moved = u + size * momentum
+        if not self.spheres:
+            return moved, momentum
+        momentum, size = momentum.clone(), size.expand_as(u)
+        for columns, length in self.spheres:
+            x, p = (t[..., columns].unflatten(-1, (-1, length)) for t in (u, momentum))
+            step = size[..., columns].unflatten(-1, (-1, length))[..., :1]
+            speed = p.norm(dim=-1, keepdim=True)
+            angle = step * speed
+            there = normalize(x * angle.cos() + p * step * (angle / torch.pi).sinc(), dim=-1)
+            moved[..., columns] = there.flatten(-2)
+            momentum[..., columns] = (p * angle.cos() - x * speed * angle.sin()).flatten(-2)
+        return moved, self.tangent(moved, momentum)  # without the part across, which is rounding
+
     def __call__(self, u: Tensor) -> Densities:
         """Returns the log-densities at u and their gradients."""
         if self.reads is None:
@@ -186,6 +337,9 @@ class Target:
         return self.task.compute(lambda: self._densities(u), inputs, ("densities", len(u), self.reads.fingerprint))
 
     def _densities(self, u: Tensor) -> Densities:
+        if not self.has_gradients:
+            zero = torch.zeros_like(u)
+            return Densities(*self._values(u), zero, zero)
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             first, second = self._terms(u)
@@ -200,16 +354,27 @@ class Target:
 def _support(node: dict) -> constraints.Constraint:
     """Returns the support of a site's latents; raises a ValueError where its distribution does not state it."""
     fn = node["fn"]
+    if isinstance(unwrapped(fn), VonMises):  # whose support torch states as all real numbers
+        return constraints.independent(constraints.interval(-torch.pi, torch.pi), len(fn.event_shape))
     try:
         return fn.support
     except NotImplementedError:
         flow: Any = getattr(fn, "dist", None)  # a flow of zuko's, wrapped for Pyro
-        if hasattr(flow, "transform") and _is_identity(biject_to(flow.base.support)):
+        if hasattr(flow, "transform") and _is_identity(bijection(flow.base.support)):
             return flow.transform.domain
         raise ValueError(
             f'the {type(fn).__name__} of site "{node["name"]}" does not state the support of its latents. Give it one, '
             "such as pyro.distributions.constraints.real_vector, or take ImportanceSampling()."
         ) from None
+
+
+def _same(one: Support, other: Support) -> bool:
+    """Whether discrete supports, of two draws of the prior, are the same."""
+    if isinstance(one, Classes):
+        return isinstance(other, Classes) and torch.equal(one.values, other.values)
+    if isinstance(one, Counts):
+        return isinstance(other, Counts) and torch.equal(one.low, other.low) and torch.equal(one.high, other.high)
+    return True
 
 
 def _value(node: dict) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrovae.distributions import MaskedElements, Stacked
+from pyrovae.distributions.bijections import bijection
 
 _WRAPPERS = (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution, MaskedElements)
 
@@ -87,13 +88,19 @@ def is_discrete(fn: Any) -> bool:
         return False
 
 
-def has_bijection(fn: Any) -> bool:
-    """Whether torch has a bijection from real numbers to the support of a distribution."""
+def has_moves(fn: Any) -> bool:
+    """Whether annealing can move latents of a continuous distribution: on a sphere, or by a bijection from R^n."""
     try:
-        biject_to(fn.support)
+        if not is_sphere(fn.support):
+            bijection(fn.support)
     except NotImplementedError:
         return False
     return True
+
+
+def is_sphere(support: constraints.Constraint) -> bool:
+    """Whether a support is a sphere, or several."""
+    return isinstance(innermost(support), type(constraints.sphere))
 
 
 def in_support(fn: Any, value: Tensor) -> Tensor:

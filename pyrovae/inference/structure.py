@@ -18,7 +18,7 @@ from pyrovae.inference.sites import (
     DataPlate,
     describe_plates,
     full_sizes,
-    has_bijection,
+    has_moves,
     in_support,
     is_data,
     is_discrete,
@@ -70,7 +70,7 @@ class SiteStructure(NamedTuple):
         observed: names of the model's observed sites.
         latents: names of the model's latent sites.
         discrete: names of the latent sites that are discrete.
-        without_bijection: names of the continuous latent sites whose space has no bijection from R^n, such as a sphere.
+        without_bijection: names of the continuous latent sites whose space is no sphere and has no bijection from R^n.
         guide_observed: names of the guide's observed sites and factors, which are not part of q.
         auxiliary: names of the guide's auxiliary latent sites, from which it computes latents of the model.
         global_observed: names of the model's observed sites outside of the data plate, such as a conditioned global
@@ -175,7 +175,7 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Site
         latents=frozenset(latents),
         discrete=frozenset(name for name, site in latents.items() if is_discrete(site["fn"])),
         without_bijection=frozenset(
-            name for name, site in latents.items() if not has_bijection(site["fn"]) and not is_discrete(site["fn"])
+            name for name, site in latents.items() if not has_moves(site["fn"]) and not is_discrete(site["fn"])
         ),
         guide_observed=frozenset(name for name, site in guide_sites.items() if site["is_observed"]),
         auxiliary=frozenset(

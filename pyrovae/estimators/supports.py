@@ -1,0 +1,127 @@
+"""Supports of latents that no bijection maps to real numbers: spheres, values that can be listed, and integers."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+from pyrovae.distributions import Flattened
+from pyrovae.inference.sites import innermost, unwrapped
+
+_MANY = 64  # values of one integer, above which it is moved by steps
+
+
+class Sphere(NamedTuple):
+    """Unit vectors.
+
+    Args:
+        size: of one vector.
+    """
+
+    size: int
+
+
+class Classes(NamedTuple):
+    """Latents with finitely many values, each written as the number of its value.
+
+    Args:
+        values: the values of one latent, ``(num_values, *event)``.
+    """
+
+    values: Tensor
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Returns the numbers of some values, ``(*leading, *event)``; raises a ValueError for any other value."""
+        event = self.values.dim() - 1
+        # One number tells two values apart: one-hot vectors by the place of the one.
+        keys, order = _keys(self.values, event).sort()
+        wanted = _keys(values, event)
+        places = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+        if not torch.equal(keys[places], wanted):
+            raise ValueError("the guide draws discrete latents that are no values of the model's distribution.")
+        return order[places]
+
+    def decode(self, numbers: Tensor) -> Tensor:
+        """Returns the values with some numbers."""
+        return self.values[numbers.round().long()]
+
+
+class Counts(NamedTuple):
+    """Integers between bounds, which may be infinite.
+
+    Args:
+        low: the lowest integers, ``(batch, columns)``.
+        high: the highest.
+        dtype: of the values.
+    """
+
+    low: Tensor
+    high: Tensor
+    dtype: torch.dtype
+
+    def decode(self, numbers: Tensor) -> Tensor:
+        return numbers.round().to(self.dtype)
+
+
+def list_values(fn: Any) -> Tensor:
+    """Returns the values of one of the latents of a distribution, ``(num_values, *event)``.
+
+    Raises:
+        NotImplementedError: when they cannot be listed.
+    """
+    base = base_distribution(fn)
+    values = base.enumerate_support(expand=False)
+    return values.reshape(len(values), *base.event_shape)
+
+
+def base_distribution(fn: Any) -> Any:
+    """Returns the distribution of one of the latents that ``Independent``, :class:`Flattened`, masks, ... wrap."""
+    while True:
+        inner = fn.base_dist if isinstance(fn, Flattened) else unwrapped(fn)
+        if inner is fn:
+            return fn
+        fn = inner
+
+
+def discrete_support(site: dict, place: int) -> Classes | Counts | None:
+    """Returns the support of discrete latents; None if it is neither listed nor an interval of integers.
+
+    Args:
+        site: the site of a single draw, of batch shape ``(1, *plates)``, the data plate among them.
+        place: dimension of the data plate.
+    """
+    fn, value = site["fn"], site["value"]
+    support = fn.support
+    inner = innermost(support)
+    has_bounds = hasattr(inner, "lower_bound") or hasattr(inner, "upper_bound")
+    is_integer = inner is constraints.integer or (has_bounds and inner.event_dim == 0)
+    try:
+        values = list_values(fn)
+    except NotImplementedError:
+        values = None
+    if values is not None and (len(values) <= _MANY or not is_integer):
+        return Classes(values)
+    if not is_integer:
+        return None
+    shape = fn.batch_shape + getattr(support, "event_shape", fn.event_shape)
+
+    def bound(name: str, default: float) -> Tensor:
+        limit = torch.as_tensor(getattr(inner, name, default), dtype=torch.double, device=value.device)
+        limit = limit.expand(shape).movedim(place, 1)
+        return limit.reshape(limit.shape[1], -1)
+
+    return Counts(bound("lower_bound", -math.inf), bound("upper_bound", math.inf), value.dtype)
+
+
+def sphere(fn: Any) -> Sphere:
+    """Returns the support of latents on spheres."""
+    return Sphere(getattr(fn.support, "event_shape", fn.event_shape)[-1])
+
+
+def _keys(values: Tensor, event: int) -> Tensor:
+    if event == 0:
+        return values.double().contiguous()
+    flat = values.flatten(-event).double()
+    return flat @ torch.arange(flat.shape[-1], dtype=torch.double, device=flat.device)
