@@ -1,14 +1,16 @@
 """Comparisons of two models: error bars that cover what they should, and what is refused."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
+import scipy.stats
 import torch
 from linear_gaussian import assert_fraction, truth, vae_of
 
-from pyrovae import log_marginal
-from pyrovae.estimators import CUBO, ImportanceSampling, compare
+from pyrovae import log_marginal, plots
+from pyrovae.estimators import CUBO, ImportanceSampling, compare, compare_all
 
 FAILURE_RATE = 1e-4
 
@@ -61,6 +63,7 @@ def test_it_prints_both_errors_and_what_is_not_trusted():
     assert str(compare(first, second)) == (
         "log p(x) of the first less the second: -0.500 nats a datum (standard error: 0.173 from samples, 0.500 from "
         "6 data); the first is higher for 1\n"
+        "6 data are too few to say which is better for others\n"
         "not to be trusted in one or both, so that the errors may be too small: 1 data"
     )
 
@@ -82,3 +85,70 @@ def test_what_cannot_be_compared_is_refused():
     value[3] = -math.inf
     with pytest.raises(ValueError, match=r"of second is -inf for 1 data, at row 3 of the data"):
         compare(found, replace(found, value=value))
+
+
+def estimates_of(*values):
+    known = truth(2, 4)
+    found = score(known, known.marginal().sample((len(values[0]),)), 50)
+    return [replace(found, value=v, standard_error=torch.full_like(v, 0.1), khat=torch.zeros_like(v)) for v in values]
+
+
+@pytest.mark.parametrize(("shift", "size"), [(0.1, 12), (0.3, 40), (-0.4, 200), (9.0, 15)])
+def test_the_probability_is_that_of_the_t_test(shift, size):
+    differences = torch.randn(size).double() + shift
+    found = compare(*estimates_of(differences, torch.zeros(size).double()))
+    expected = scipy.stats.ttest_1samp(differences.numpy(), 0.0, alternative="greater").pvalue
+    assert found.probability == pytest.approx(1 - expected, abs=1e-6)
+    better = "a" if found.difference > 0 else "b"
+    verdict = found._replace(names=("a", "b")).verdict
+    sure = max(expected, 1 - expected)
+    clear = f"{better} is better by {abs(found.difference):.3f} nats a datum, with a probability of "
+    assert verdict.startswith(clear if sure >= 0.975 else f"neither is clearly better: {better} is")
+
+
+def test_the_better_model_is_found_as_often_as_the_probability_says():
+    known, other = truth(2, 4), truth(2, 4)
+    other = known._replace(scale=1.08 * known.scale)
+    groups, size = 300, 30
+    x = known.marginal().sample((groups * size,))
+    first, second = score(known, x), score(other, x)
+    divergence = torch.distributions.kl_divergence(known.marginal(), other.marginal()).item()
+    levels = []
+    for i in range(groups):
+        group = slice(i * size, (i + 1) * size)
+        found = compare(rows(first, group), rows(second, group))
+        # What the difference is measured against is the true one, so that the probability is uniform.
+        levels.append(found._replace(difference=found.difference - divergence).probability)
+    inside = sum(0.025 < level < 0.975 for level in levels)
+    assert_fraction(inside, groups, 0.95, FAILURE_RATE)
+
+
+def test_several_models_are_ranked_in_eighty_columns():
+    low, high = torch.randn(20).double() - 100000, torch.randn(20).double()
+    names = ["a", "b" * 60, "c"]
+    ranking = compare_all(dict(zip(names, estimates_of(low, high, high - 0.5), strict=True)))
+    assert list(ranking.estimates) == [names[1], "c", "a"]
+    assert [pair.names for pair in ranking.pairs] == [(names[1], "c"), (names[1], "a"), ("c", "a")]
+    text = str(ranking)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert f"...{'b' * 29}" in text and len(re.findall("over 99.9 %", text)) == 3
+    with pytest.raises(ValueError, match="at least two models, got 1"):
+        compare_all({"a": ranking.estimates["a"]})
+    with pytest.raises(ValueError, match="a has 20 data and b 10"):
+        compare_all({"a": ranking.estimates["a"], "b": rows(ranking.estimates["c"], slice(10))})
+
+
+def test_the_picture_shows_values_and_differences(tmp_path):
+    first, second = estimates_of(torch.arange(20.0).double(), torch.arange(20.0).double() - 1)
+    first = replace(first, khat=torch.tensor([0.0] * 19 + [1.0]))
+    found = compare(first, second, names=("one", "two"))
+    figure = found.plot(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    left, right = figure.axes
+    trusted, untrusted = (dots.get_offsets() for dots in left.collections)
+    assert len(trusted) == 19 and untrusted.tolist() == [[18.0, 19.0]]
+    assert sum(bar.get_height() for bar in right.patches if bar.get_height() != 1) == 20
+    assert left.get_xlabel() == "log p(x) of two (nats)" and right.get_xlabel() == "one less two (nats)"
+    assert len(compare_all({"a": first, "b": second, "c": second}).plot().axes) == 6
+    with pytest.raises(ValueError, match="pairs is empty"):
+        plots.comparisons([])

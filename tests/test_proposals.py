@@ -17,7 +17,7 @@ from torch import Tensor
 from pyrovae import VAE, Estimate, encoders, likelihoods, log_marginal, log_weights, priors
 from pyrovae.bounds import ELBO, IWAE, StickingTheLanding
 from pyrovae.estimators import Guide, ImportanceSampling, Mixed, Prior, Refined, Widened, refine
-from pyrovae.estimators.weighted import WeightSums, _apportion
+from pyrovae.estimators.weighted import WeightSums, apportion
 from pyrovae.nn import OneHotInput
 
 ROUNDING = 1e-9  # nats: sums of fewer than a million terms below 1,000, in double precision
@@ -90,8 +90,8 @@ def test_mixtures_weigh_draws_against_the_density_of_the_whole():
     [(10, [0.9, 0.1], [9, 1]), (1, [0.9, 0.1], [1, 0]), (7, [1, 1, 1], [3, 2, 2]), (5, [0.5, 0.3, 0.2], [3, 1, 1])],
 )
 def test_apportion_make_whole_numbers_that_add_up(total, shares, counts):
-    assert sorted(_apportion(total, shares), reverse=True) == counts
-    assert all(abs(n - total * s / sum(shares)) < 1 for n, s in zip(_apportion(total, shares), shares, strict=True))
+    assert sorted(apportion(total, shares), reverse=True) == counts
+    assert all(abs(n - total * s / sum(shares)) < 1 for n, s in zip(apportion(total, shares), shares, strict=True))
 
 
 def widened_by_hand(p: dist.TorchDistribution, scale: float, z: Tensor) -> Tensor:

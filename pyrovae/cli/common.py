@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pyro.distributions import constraints
 from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import storage
-from pyrovae.distributions import Blocks, center
+from pyrovae.distributions import Blocks, Multinomial, center
 from pyrovae.vae import VAE
 
 Preprocessing = Literal["grey", "static", "dynamic"]
@@ -69,6 +70,31 @@ def is_discrete(vae: VAE) -> bool | None:
     blocks: list[Any] = list(p.blocks) if isinstance(p, Blocks) else [p]
     kinds = {block.support.is_discrete for block in blocks}
     return kinds.pop() if len(kinds) == 1 else None
+
+
+@torch.no_grad()
+def measure_of(vae: VAE) -> tuple[str, ...]:
+    """Returns for each column, or for all of a datum, whether the likelihood is a probability or a density.
+
+    Only values of one kind can be compared: a density on a simplex or on a sphere has another unit than one of as many
+    real numbers.
+    """
+    p = vae.decode(vae.prior().sample((1,)))
+    if isinstance(p, Blocks):
+        return tuple(_measure(block) for block in p.blocks for _ in range(block.event_shape[0]))
+    return (_measure(p),) * (p.event_shape[0] if len(p.event_shape) == 1 else 1)
+
+
+def _measure(p: Any) -> str:
+    if isinstance(p, Multinomial):
+        return "probability given the sum of the counts"
+    support = p.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if support.is_discrete:
+        return "probability"
+    on_surface = support.event_dim and support is not constraints.real_vector
+    return f"density on {support}" if on_surface else "density"
 
 
 @torch.no_grad()

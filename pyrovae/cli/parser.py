@@ -16,6 +16,7 @@ import pyrovae
 from pyrovae import data as datasets
 from pyrovae import storage
 from pyrovae.cli.common import default_run
+from pyrovae.cli.comparison import compare
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
 from pyrovae.cli.scoring import evaluate
@@ -25,6 +26,7 @@ from pyrovae.distributed import init_process_group, single_process, was_restarte
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
+    "compare": compare,
     "diagnose": diagnose,
     "sample": sample,
     "reconstruct": reconstruct,
@@ -32,6 +34,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 FLAGS = ("resume", "trust", "mean", "compile")  # given without a value
+
+
+SEVERAL = ("runs",)  # positional, of one or more words
 
 
 RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
@@ -87,7 +92,10 @@ def command_parser(name: str) -> ArgumentParser:
         parser.add_argument("--config", action="config", help="a file with arguments, such as the config.yaml of a run")
     helps = {param.arg_name: param.description for param in docstring_parser.parse(function.__doc__).params}
     flags = {name: text for name, text in helps.items() if name in FLAGS}
-    parser.add_function_arguments(function, as_positional=True, skip={*flags, "config"})
+    several = {name: text for name, text in helps.items() if name in SEVERAL}
+    for argument, text in several.items():
+        parser.add_argument(argument, nargs="+", type=str, help=text)
+    parser.add_function_arguments(function, as_positional=True, skip={*flags, *several, "config"})
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     return parser

@@ -63,7 +63,7 @@ class Estimate:
         spread = self.value.std().item() / math.sqrt(n) if n > 1 else math.nan
         reliability = self.method.describe(self) + (f". {self.remedy}" if self.remedy else "")
         return (
-            f"log p(x) {self.method.relation} {self.value.mean().item():.3f} nats a datum "
+            f"{self.method.quantity} {self.method.relation} {self.value.mean().item():.3f} nats a datum "
             f"(standard error: {sampling:.3f} from {self.num_samples:,} {self.method.unit} a datum, "
             f"{spread:.3f} from {n:,} data)\n{reliability}"
         )
@@ -73,15 +73,17 @@ class Estimator(ABC):
     r"""Base of the estimators of :math:`\log p(x)`; :func:`log_marginal` takes any of them.
 
     To add one, write :meth:`estimate`, which scores the data of a :class:`Task`, and :meth:`trusts` and
-    :meth:`describe`, which say for which data the result is unreliable. Five class attributes: `unit` names what it
-    draws, `relation` is printed between log p(x) and the value, `needs_guide` says whether it uses the guide,
-    `is_random` whether the result depends on random numbers, and `seconds` is a budget of time, if it keeps one.
+    :meth:`describe`, which say for which data the result is unreliable. Six class attributes: `unit` names what it
+    draws, `quantity` what it estimates, `relation` is printed between that and the value, `needs_guide` says whether
+    it uses the guide, `is_random` whether the result depends on random numbers, and `seconds` is a budget of time, if
+    it keeps one.
 
     Args:
         num_samples: number of draws per datum, at least 1.
     """
 
     unit = "samples"
+    quantity = "log p(x)"
     relation = "="
     needs_guide = True
     is_random = True

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyrovae.estimators.base import check_count, check_positive
 from pyrovae.estimators.memory import Allocations, clamp
 from pyrovae.estimators.newton import Mode, climb, derivatives, gradient_graph, joint_of
-from pyrovae.estimators.normal_guides import Components, NormalGuide
+from pyrovae.estimators.normal_guides import Components, NormalGuide, draw_pilots
 from pyrovae.estimators.proposals import Proposal, WeightedGuide
 from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task
@@ -18,10 +18,6 @@ _MEAN_DRAWS = 64  # of the guide, whose mean is the first start
 _LEAST_STARTS = 16  # from the prior, in all data of a part
 _MORE_STARTS = 6  # for all data of a part, if one of them has several modes
 _FAINT = 5.0  # nats of mass below the largest, under which a mode is left out
-_SCALES = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5)
-_PILOT_SCALE, _PILOT_DEGREES = 1.2, 30.0
-_SLACK = 0.9  # nats of the second moment that a wider proposal, whose weights have lighter tails, may cost
-_SHRINKAGE = 20.0  # effective draws at which half of a shift that pilot draws show is made
 
 
 class Laplace(Proposal):
@@ -87,7 +83,7 @@ class Laplace(Proposal):
         per_datum = self._bytes_per_datum(task)
         num_data = clamp(task.max_memory / (self.num_starts * per_datum), task.size)
         fits = [self._fit_part(part, per_datum) for part in task.split(num_data)]
-        return _Fitted(Components.cat(fits), self.degrees, task.offset)
+        return Fitted(Components.cat(fits), self.degrees, task.offset)
 
     def _bytes_per_datum(self, task: Task) -> float:
         """Returns the memory of the graph of second derivatives of a datum."""
@@ -119,29 +115,17 @@ class Laplace(Proposal):
             if not bool((is_high & ~mode.is_near(u)).any()):
                 u = u[:1]
                 break
-        found = _single(mode) if len(u) == 1 else _separate(target, u, log_joint)
+        if len(u) == 1:
+            found = Components.single(mode.u, torch.linalg.cholesky(mode.curvature.inverse()).to(u.dtype))
+        else:
+            found = _separate(target, u, log_joint)
         if self.scale is not None:
             return found._replace(scale_tril=self.scale * found.scale_tril)
-        return self._adapt(target, found, int(task.max_memory / (per_datum * task.size)))
-
-    def _adapt(self, target: Target, components: Components, num_scored: int) -> Components:
-        """Moves the components, and chooses their shares and their scale, by pilot draws."""
-        wide = components._replace(scale_tril=_PILOT_SCALE * components.scale_tril)
-        u = wide.draw(self.num_pilots, _PILOT_DEGREES)
-        log_p = torch.cat([target.log_joint(part) for part in u.split(max(num_scored, 1))])
-        log_r = wide.log_prob_at_scales(u, u.new_ones(1), _PILOT_DEGREES)[0]
-        log_w = (log_p - log_r).double().nan_to_num(nan=-math.inf)
-        components = components.moved(u, log_w, _SHRINKAGE)
-        log_q = components.log_prob_at_scales(u, u.new_tensor(_SCALES), self.degrees)
-        moments = (log_w + log_p - log_q.double()).logsumexp(1).nan_to_num(math.inf)
-        # The widest that costs little: pilot draws seldom show what is lost in the tails of a narrow one.
-        index = torch.arange(len(_SCALES), device=u.device).unsqueeze(-1)
-        best = torch.where(moments <= moments.amin(0) + _SLACK, index, 0).amax(0)
-        scale = u.new_tensor(_SCALES)[best][:, None, None, None]
-        return components._replace(scale_tril=scale * components.scale_tril)
+        pilots = draw_pilots(target, found, self.num_pilots, int(task.max_memory / (per_datum * task.size)))
+        return found.moved(pilots.u, pilots.log_w).scaled(pilots, self.degrees)
 
 
-class _Fitted(Proposal):
+class Fitted(Proposal):
     """Components for the data of a task, and of its parts.
 
     Args:
@@ -168,12 +152,6 @@ class _Fitted(Proposal):
 
 def _indices(offset: int | Tensor, size: int) -> Tensor:
     return offset if isinstance(offset, Tensor) else offset + torch.arange(size)
-
-
-def _single(mode: Mode) -> Components:
-    """Returns a single component for each datum."""
-    scale_tril = torch.linalg.cholesky(mode.curvature.inverse()).to(mode.u.dtype)
-    return Components(torch.zeros_like(mode.u[:, :1]), mode.u.unsqueeze(1), scale_tril.unsqueeze(1))
 
 
 def _separate(target: Target, u: Tensor, log_joint: Tensor) -> Components:

@@ -17,6 +17,10 @@ from pyrovae.distributions import MultivariateNormal
 from pyrovae.estimators.targets import Site, Target
 
 _LEAST_SHARE = 0.05  # of a component that pilot draws find empty
+_SHRINKAGE = 20.0  # effective draws at which half of a shift that pilot draws show is made
+_SCALES = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5)
+_SLACK = 0.9  # nats of the second moment that a wider proposal, whose weights have lighter tails, may cost
+_PILOT_SCALE, _PILOT_DEGREES = 1.2, 30.0
 
 
 def density(mean: Tensor, scale_tril: Tensor, degrees: float | Tensor) -> dist.TorchDistribution:
@@ -50,6 +54,11 @@ class Components(NamedTuple):
 
     def rows(self, rows: slice | Tensor) -> "Components":
         return Components(*(t[rows] for t in self))
+
+    @classmethod
+    def single(cls, mean: Tensor, scale_tril: Tensor) -> "Components":
+        """Returns one component for each datum, of ``(batch, dim)`` and ``(batch, dim, dim)``."""
+        return cls(torch.zeros_like(mean[:, :1]), mean.unsqueeze(1), scale_tril.unsqueeze(1))
 
     @classmethod
     def cat(cls, parts: Sequence["Components"]) -> "Components":
@@ -104,13 +113,22 @@ class Components(NamedTuple):
             log_q = constant - (degrees + dim) / 2 * (quadratic / degrees).log1p() - log_det
         return (self.log_share + log_q).logsumexp(-1)
 
-    def moved(self, u: Tensor, log_w: Tensor, shrinkage: float) -> "Components":
-        """Moves means and shares towards those of weighted draws.
+    def scaled(self, pilots: "Pilots", degrees: float) -> "Components":
+        """Returns the components with the scale at which the weights have a small second moment, by pilot draws."""
+        log_q = self.log_prob_at_scales(pilots.u, pilots.u.new_tensor(_SCALES), degrees)
+        moments = (pilots.log_w + pilots.log_p - log_q.double()).logsumexp(1).nan_to_num(math.inf)
+        # The widest that costs little: pilot draws seldom show what is lost in the tails of a narrow one.
+        index = torch.arange(len(_SCALES), device=moments.device).unsqueeze(-1)
+        best = torch.where(moments <= moments.amin(0) + _SLACK, index, 0).amax(0)
+        scale = self.mean.new_tensor(_SCALES)[best][:, None, None, None]
+        return self._replace(scale_tril=scale * self.scale_tril)
+
+    def moved(self, u: Tensor, log_w: Tensor) -> "Components":
+        """Returns the components with means and shares moved towards those of weighted draws.
 
         Args:
             u: the draws, ``(num_draws, batch, dim)``.
             log_w: their log weights, ``(num_draws, batch)``.
-            shrinkage: number of effective draws at which half of the way is made.
         """
         weights = log_w.softmax(0).nan_to_num(0.0).to(u.dtype).unsqueeze(-1)
         if self.num_components > 1:
@@ -118,7 +136,7 @@ class Components(NamedTuple):
             weights = weights * (self.log_share + each).softmax(-1).nan_to_num(0.0)
         total = weights.sum(0)
         effective = total.square() / weights.square().sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
-        trust = effective / (effective + shrinkage)
+        trust = effective / (effective + _SHRINKAGE)
         sums = torch.stack([(weights[..., k : k + 1] * u).sum(0) for k in range(self.num_components)], dim=1)
         mean = sums / total.clamp(min=1e-30).unsqueeze(-1)
         mean = self.mean + trust.unsqueeze(-1) * (mean - self.mean)
@@ -127,6 +145,30 @@ class Components(NamedTuple):
         is_there = self.log_share > -math.inf
         share = torch.where(is_there, torch.lerp(self.log_share.exp(), total, trust).clamp(min=_LEAST_SHARE), 0)
         return self._replace(mean=mean, log_share=(share / share.sum(-1, keepdim=True)).log())
+
+
+class Pilots(NamedTuple):
+    """Draws that choose a proposal and are not used again: u, log p(x, u), and log weights in double precision."""
+
+    u: Tensor
+    log_p: Tensor
+    log_w: Tensor
+
+
+def draw_pilots(target: Target, components: Components, num_draws: int, num_scored: int) -> Pilots:
+    """Draws from components that are wider, so that the weights of the draws have light tails themselves.
+
+    Args:
+        target: the joint density.
+        components: those of each datum.
+        num_draws: number of draws of each datum.
+        num_scored: draws of each datum to score at once.
+    """
+    wide = components._replace(scale_tril=_PILOT_SCALE * components.scale_tril)
+    u = wide.draw(num_draws, _PILOT_DEGREES)
+    log_p = torch.cat([target.log_joint(part) for part in u.split(max(num_scored, 1))])
+    log_r = wide.log_prob_at_scales(u, u.new_ones(1), _PILOT_DEGREES)[0]
+    return Pilots(u, log_p, (log_p - log_r).double().nan_to_num(nan=-math.inf))
 
 
 class NormalGuide:
@@ -192,9 +234,12 @@ class NormalGuide:
             mean, factors = mean.squeeze(-2), factors.squeeze(-3)
         if len(factors) == 1:  # without a dimension of draws, for which matrices would be copied
             factors = factors.squeeze(0)
+        if len(mean) == 1:  # no draw so far, or one without a plate of draws
+            mean = mean.squeeze(0)
         fn = density(mean, factors, degrees)
         if count > 1:
             shares = log_share.reshape(-1, batch, *[1] * len(site.plates), count).movedim(1, place)
+            shares = shares.squeeze(0) if len(shares) == 1 else shares
             fn = _mixture(shares.expand(fn.batch_shape), fn)
         transforms: list[Transform] = []
         if site.event != (size,):
@@ -207,4 +252,6 @@ class NormalGuide:
             for frame in site.frames:
                 stack.enter_context(plates[frame.name])
             value = pyro.sample(site.name, fn)
+        if value.dim() - len(fn.event_shape) == self.target.depth:  # without a plate of draws
+            value = value.unsqueeze(0)
         return self.target.pack_value(site, value)

@@ -1,11 +1,11 @@
 r"""Importance sampling: estimates of p(x), and of an upper bound on it, with the guide or a better proposal."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -47,7 +47,7 @@ class _Weighted(Estimator):
 
     def estimate(self, task: Task) -> Estimate:
         task.start(task.size * self.num_samples, "sample")
-        num_data, num_drawn, num_scored = _chunk_sizes(task, self.num_samples)
+        num_data, num_drawn, num_scored = chunk_sizes(task, self.num_samples)
         estimates, done, fitted = [], 0, 0
         for part in task.split(num_data):
             if done == fitted:  # many data at once, because matrix products of few are slow
@@ -65,22 +65,22 @@ class _Weighted(Estimator):
 
     def _score(self, task: Task, proposal: Proposal, num_drawn: int, num_scored: int) -> Estimate:
         components = proposal.guides(task)
-        counts = _apportion(self.num_samples, [component.share for component in components])
+        counts = apportion(self.num_samples, [component.share for component in components])
         # The exact shares of the draws, which are stratified by component.
         mixture = [
             component._replace(share=n / self.num_samples) for component, n in zip(components, counts, strict=True) if n
         ]
         counts = [n for n in counts if n]
         sums, checked = WeightSums(self.num_samples, self.order), False
-        for draws in _draw(task, mixture, counts, num_drawn, num_scored):
+        for draws in draw_mixture(task, mixture, counts, num_drawn, num_scored):
             # The first score of a datum checks it; others skip Pyro's validation, which takes time.
             check = not checked and task.graphs is None
             if not checked and task.graphs is not None:  # a graph checks nothing: score one draw without it
-                task.score(_slice_trace(draws.trace, slice(1)), 1, check_data=True)
+                task.score(slice_trace(draws.trace, slice(1)), 1, check_data=True)
             checked = True
             with nullcontext() if check else pyro.validation_enabled(False):
                 prior, likelihood = task.score(draws.trace, draws.num_draws, check_data=check)
-                log_q = draws.log_q if len(mixture) == 1 else _log_mixture(task, mixture, draws, prior)
+                log_q = draws.log_q if len(mixture) == 1 else log_mixture(task, mixture, draws, prior)
             sums.add(prior + likelihood - log_q)
             task.advance(draws.num_draws * task.size)
         estimate = sums.estimate(self, self.smoothed)
@@ -165,7 +165,7 @@ class CUBO(_Weighted):
         return "It may be below log p(x): take a lower order, or more samples."
 
 
-def _apportion(total: int, shares: list[float]) -> list[int]:
+def apportion(total: int, shares: list[float]) -> list[int]:
     """Returns integers that sum to the total, in proportion to shares, by the method of largest remainders."""
     exact = [total * share / sum(shares) for share in shares]
     counts = [int(e) for e in exact]
@@ -175,7 +175,7 @@ def _apportion(total: int, shares: list[float]) -> list[int]:
     return counts
 
 
-def _draw(
+def draw_mixture(
     task: Task, mixture: list[WeightedGuide], counts: list[int], num_drawn: int, num_scored: int
 ) -> Iterator[_Draws]:
     """Yields the draws of each component, at most `num_drawn` from one run of its guide, in chunks of `num_scored`."""
@@ -185,11 +185,11 @@ def _draw(
             start = 0
             for k in split_evenly(drawn, num_scored):
                 rows = slice(start, start + k)
-                yield _Draws(component, _slice_trace(trace, rows), log_q[rows], k)
+                yield _Draws(component, slice_trace(trace, rows), log_q[rows], k)
                 start += k
 
 
-def _log_mixture(task: Task, mixture: list[WeightedGuide], draws: _Draws, prior: Tensor) -> Tensor:
+def log_mixture(task: Task, mixture: list[WeightedGuide], draws: _Draws, prior: Tensor) -> Tensor:
     """Returns the log-density of a mixture of proposals at draws from one of them, whose log p(z) is `prior`."""
     terms = []
     for component in mixture:
@@ -326,7 +326,9 @@ def fit_tail(largest: Tensor, resolution: float) -> tuple[Tensor, Tensor]:
     return khat, -raw / best[0]
 
 
-def _chunk_sizes(task: Task, num_samples: int) -> tuple[int, int, int]:
+def chunk_sizes(
+    task: Task, num_samples: int, score: Callable[[Task, poutine.Trace, int], Any] = Task.score
+) -> tuple[int, int, int]:
     """Returns how many data to take at once, draws to make at once, and draws to score at once, from small runs."""
     task = replace(task, graphs=None)
 
@@ -336,7 +338,7 @@ def _chunk_sizes(task: Task, num_samples: int) -> tuple[int, int, int]:
         with Allocations() as in_guide:
             trace, _ = part.draw(draws)
         with Allocations() as in_model:
-            part.score(trace, draws)
+            score(part, trace, draws)
         return in_guide.bytes(), in_model.bytes()
 
     few = min(2, task.size) if task.divisible else task.size
@@ -350,7 +352,7 @@ def _chunk_sizes(task: Task, num_samples: int) -> tuple[int, int, int]:
     return num_data, num_drawn, clamp(task.max_memory / (num_data * per_score), num_drawn)
 
 
-def _slice_trace(trace: poutine.Trace, samples: slice) -> poutine.Trace:
+def slice_trace(trace: poutine.Trace, samples: slice) -> poutine.Trace:
     """Returns a trace with some of the draws of another; draws are the leftmost dimension of every latent."""
     part = trace.copy()
     for name, site in sample_sites(trace).items():

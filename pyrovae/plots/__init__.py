@@ -3,6 +3,7 @@
 matplotlib is slow to import, and is imported when something is drawn.
 """
 
+from pyrovae.plots.comparisons import comparisons
 from pyrovae.plots.histories import collapse_history, learning_curve
 from pyrovae.plots.pictures import latent_space, reconstructions, samples
 from pyrovae.plots.results import draw_result
@@ -16,6 +17,7 @@ __all__ = [
     "calibration",
     "collapse",
     "collapse_history",
+    "comparisons",
     "gaps",
     "interpolations",
     "latent_map",
