@@ -210,8 +210,8 @@ def hold_out_users(ratings: Ratings, *, validation: int, test: int, share: float
     train = x[parts[0]]
     train.eliminate_zeros()
     rated = np.bincount(train.indices, minlength=x.shape[1]) > 0
-    held = [_hold_out_items(x[rows][:, rated], ratings.users[rows], share, rng) for rows in parts[1:]]
-    return RatingSplits(train[:, rated], *held, ratings.users[parts[0]], ratings.items[rated])
+    first, second = (_hold_out_items(x[rows][:, rated], ratings.users[rows], share, rng) for rows in parts[1:])
+    return RatingSplits(train[:, rated], first, second, ratings.users[parts[0]], ratings.items[rated])
 
 
 def _hold_out_items(x: "csr_array", users: np.ndarray, share: float, rng: np.random.RandomState) -> HeldOutUsers:
