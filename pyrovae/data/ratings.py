@@ -199,7 +199,9 @@ def hold_out_users(ratings: Ratings, *, validation: int, test: int, share: float
             raise ValueError(f"{name} must be a number of users, an integer of at least 0, got {size!r}.")
     if not 0 < share < 1:
         raise ValueError(f"share must be above 0 and below 1, got {share}.")
-    x = ratings.x.tocsr()
+    x = ratings.x.tocsr(copy=True)
+    x.eliminate_zeros()
+    x.sort_indices()  # which item is drawn must not depend on how the matrix is stored
     num_train = x.shape[0] - validation - test
     if num_train < 1:
         raise ValueError(
@@ -208,14 +210,12 @@ def hold_out_users(ratings: Ratings, *, validation: int, test: int, share: float
     rng = np.random.RandomState(seed)  # NumPy guarantees that what it draws never changes
     parts = np.split(rng.permutation(x.shape[0]), [num_train, num_train + validation])
     train = x[parts[0]]
-    train.eliminate_zeros()
     rated = np.bincount(train.indices, minlength=x.shape[1]) > 0
     first, second = (_hold_out_items(x[rows][:, rated], ratings.users[rows], share, rng) for rows in parts[1:])
     return RatingSplits(train[:, rated], first, second, ratings.users[parts[0]], ratings.items[rated])
 
 
 def _hold_out_items(x: "csr_array", users: np.ndarray, share: float, rng: np.random.RandomState) -> HeldOutUsers:
-    x.eliminate_zeros()
     is_held_out = np.zeros(x.nnz, bool)
     for row, (start, end) in enumerate(zip(x.indptr[:-1], x.indptr[1:], strict=True)):
         size = int(end - start)
