@@ -1,9 +1,9 @@
 """The arguments of models and guides: which of them hold rows of the data, and how rows are taken.
 
-Data may be tensors, NumPy arrays and memory maps, :class:`~pyrovae.rows.Rows` of these, anything with ``to_numpy`` (a
-column or a table of pandas), lists and tuples, packed sequences, and dicts, lists and tuples of these. Whatever has an
-entry per datum is cut along with the others. Numbers, strings, ``None``, functions, tensors without dimensions and
-other objects are for all data and are passed on unchanged.
+Data may be tensors, NumPy arrays and memory maps, sparse matrices of scipy, :class:`~pyrovae.rows.Rows` of these,
+anything with ``to_numpy`` (a column or a table of pandas), lists and tuples, packed sequences, and dicts, lists and
+tuples of these. Whatever has an entry per datum is cut along with the others. Numbers, strings, ``None``, functions,
+tensors without dimensions and other objects are for all data and are passed on unchanged.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch.utils._pytree import register_pytree_node, tree_leaves
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from pyrovae.rows import NumberType, Rows
+from pyrovae.rows import NumberType, Rows, is_sparse
 
 __all__ = ["Arguments"]
 
@@ -158,7 +158,8 @@ def as_rows(args: tuple, kwargs: dict[str, Any], numbers: NumberType | None = No
 
     Floating-point numbers get the type that a VAE takes; else that of the first floating-point tensor, of the modules
     of model and guide, or the default of torch. Integers keep their type, but for the data of a VAE, the first
-    argument. Tensors are converted for a VAE alone. Arrays of strings and objects stay arrays.
+    argument. Tensors are converted for a VAE alone. Arrays of strings and objects stay arrays. Sparse matrices are
+    treated as arrays.
     """
     numbers = numbers or NumberType()
     if not numbers.converts and not kwargs and all(isinstance(x, Tensor) for x in args):
@@ -179,6 +180,8 @@ def as_rows(args: tuple, kwargs: dict[str, Any], numbers: NumberType | None = No
         if isinstance(x, np.ndarray) and x.dtype.kind in "biuf":
             if x.ndim == 0:
                 return Rows(x[None], dtype if x.dtype.kind == "f" else None)[0]
+            x = Rows(x)
+        if is_sparse(x):
             x = Rows(x)
         if not isinstance(x, Rows) or not (x.dtype.is_floating_point or is_data and numbers.converts):
             return x
@@ -420,7 +423,8 @@ def _is_namedtuple(value: Any) -> bool:
 
 
 def _is_leaf(value: Any) -> bool:
-    return not isinstance(value, (Mapping, list, tuple)) or isinstance(value, PackedSequence)
+    # A sparse matrix by a dictionary of keys is a Mapping.
+    return not isinstance(value, (Mapping, list, tuple)) or isinstance(value, PackedSequence) or is_sparse(value)
 
 
 def _size(value: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""Rows of an array or a memory map, which become tensors a batch at a time."""
+"""Rows of an array, a memory map or a sparse matrix, which become dense tensors a batch at a time."""
 
 import inspect
 import math
@@ -29,8 +29,8 @@ class Rows:
     given back to the system.
 
     Args:
-        source: an array of numbers, or a memory map, in any order of memory and bytes, which may be read-only; or a
-            tensor.
+        source: an array of numbers, or a memory map, in any order of memory and bytes, which may be read-only; a
+            sparse matrix of scipy, whose rows become dense when they are taken; or a tensor.
         dtype: the type of the tensors; that of the array by default.
         index: the rows of the array that are meant, in order; all by default.
 
@@ -42,14 +42,15 @@ class Rows:
             [0., 1.]])
     """
 
-    def __init__(self, source: np.ndarray | Tensor, dtype: torch.dtype | None = None, index: np.ndarray | None = None):
-        self.source = np.asarray(source) if isinstance(source, np.ndarray) else source
+    def __init__(self, source: Any, dtype: torch.dtype | None = None, index: np.ndarray | None = None):
+        source = _by_rows(source) if is_sparse(source) else source
+        self.source: Any = np.asarray(source) if isinstance(source, np.ndarray) else source
         self.dtype: torch.dtype = dtype or (source.dtype if isinstance(source, Tensor) else _torch_dtype(source.dtype))
         self.index = index
         self.map = _map_of(source)
 
     def __len__(self) -> int:
-        return len(self.source) if self.index is None else len(self.index)
+        return self.source.shape[0] if self.index is None else len(self.index)
 
     def __repr__(self) -> str:
         where = "" if self.map is None else ", in a memory map"
@@ -82,6 +83,8 @@ class Rows:
 
     def _read(self, rows: Any) -> np.ndarray:
         """Returns rows of the array. Rows that are scattered over a memory map are read some at a time."""
+        if is_sparse(self.source):
+            return self.source[rows].toarray()
         if self.map is None or np.ndim(rows) == 0 and not isinstance(rows, slice):
             return self.source[rows]
         if isinstance(rows, slice):
@@ -117,12 +120,37 @@ class Rows:
             yield start, self[start : start + size]
 
     def to(self, device: torch.device | str) -> "Rows":
-        """Returns the rows with an array that is in memory on a device; a memory map stays where it is."""
-        if self.map is not None:
+        """Returns the rows with an array in memory on a device; memory maps and sparse matrices stay where they are."""
+        if self.map is not None or is_sparse(self.source):
             return self
         if isinstance(self.source, Tensor):
             return Rows(self.source.to(device), self.dtype, self.index)
         return Rows(Rows(self.source)[:].to(device), self.dtype, self.index)
+
+
+def is_sparse(x: Any) -> bool:
+    """Returns whether something is a sparse matrix or array of scipy, which need not be imported."""
+    return hasattr(x, "tocsr") and hasattr(x, "nnz")
+
+
+def _by_rows(x: Any) -> Any:
+    """Returns a sparse matrix as a ``csr_array`` that stores each element once; it shares memory where it can.
+
+    Raises:
+        ValueError: when it does not have two dimensions, or does not hold real numbers.
+    """
+    if len(x.shape) != 2 or x.dtype.kind not in "biuf":
+        raise ValueError(
+            f"a sparse matrix must have two dimensions, a row a datum, and hold real numbers; got shape {x.shape} and "
+            f"{x.dtype}."
+        )
+    from scipy.sparse import csr_array  # slow to import
+
+    x = x if isinstance(x, csr_array) else csr_array(x)
+    if not x.has_canonical_format:
+        x = x.copy()  # the given matrix is not changed
+        x.sum_duplicates()
+    return x
 
 
 def _torch_dtype(dtype: np.dtype) -> torch.dtype:
