@@ -101,8 +101,8 @@ def _check_rows(name: str, rows: Rows) -> None:
     for start, x in rows.chunks():
         if rows.holds_integers and x.numel() and x.abs().max().item() >= largest:
             raise ValueError(
-                f"{name} holds integers of {largest:.0f} or more, which {kind} does not represent exactly. Scale them, or "
-                "convert the networks to double precision by .double()."
+                f"{name} holds integers of {largest:.0f} or more, which {kind} does not represent exactly. Scale them, "
+                "or convert the networks to double precision by .double()."
             )
         if bool(torch.isfinite(x).all()):
             continue
