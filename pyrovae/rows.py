@@ -33,6 +33,7 @@ class Rows:
             sparse matrix of scipy, whose rows become dense when they are taken; or a tensor.
         dtype: the type of the tensors; that of the array by default.
         index: the rows of the array that are meant, in order; all by default.
+        divisor: a number by which the tensors are divided, such as 255 for bytes that mean 0 to 1.
 
     >>> rows = Rows(np.arange(6.0).reshape(3, 2), dtype=torch.float32)
     >>> len(rows), rows.shape
@@ -42,11 +43,17 @@ class Rows:
             [0., 1.]])
     """
 
-    def __init__(self, source: Any, dtype: torch.dtype | None = None, index: np.ndarray | None = None):
+    def __init__(
+        self,
+        source: Any,
+        dtype: torch.dtype | None = None,
+        index: np.ndarray | None = None,
+        divisor: float = 1.0,
+    ):
         source = _by_rows(source) if is_sparse(source) else source
         self.source: Any = np.asarray(source) if isinstance(source, np.ndarray) else source
         self.dtype: torch.dtype = dtype or (source.dtype if isinstance(source, Tensor) else _torch_dtype(source.dtype))
-        self.index = index
+        self.index, self.divisor = index, divisor
         self.map = _map_of(source)
 
     def __len__(self) -> int:
@@ -70,16 +77,20 @@ class Rows:
     def __getitem__(self, rows: Any) -> Tensor:
         if isinstance(self.source, Tensor):
             rows = rows if self.index is None else torch.from_numpy(self.index)[rows]
-            return self.source[rows.to(self.source.device) if isinstance(rows, Tensor) else rows].to(self.dtype)
+            taken = self.source[rows.to(self.source.device) if isinstance(rows, Tensor) else rows]
+            return self._divided(taken.to(self.dtype))
         rows = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
         kind = _NUMPY.get(self.dtype) if self.source.dtype.kind == "f" else None
-        taken = self._read(rows if self.index is None else self.index[rows])
+        chosen = self._read(rows if self.index is None else self.index[rows])
         with np.errstate(over="ignore"):  # numbers beyond the type become infinite, which checks refuse
             # Always a copy: models may change their batches, but must not change, or fail to change, the array.
-            copy = np.array(taken, dtype=kind or taken.dtype.newbyteorder("="), order="C")
+            copy = np.array(chosen, dtype=kind or chosen.dtype.newbyteorder("="), order="C")
         if self.map is not None:
             self.map.madvise(mmap.MADV_DONTNEED)
-        return torch.from_numpy(copy).to(self.dtype)
+        return self._divided(torch.from_numpy(copy).to(self.dtype))
+
+    def _divided(self, x: Tensor) -> Tensor:
+        return x if self.divisor == 1 else x / self.divisor
 
     def _read(self, rows: Any) -> np.ndarray:
         """Returns rows of the array. Rows that are scattered over a memory map are read some at a time."""
@@ -105,7 +116,7 @@ class Rows:
         return self._like(self.dtype, np.arange(len(self))[index] if self.index is None else self.index[index])
 
     def _like(self, dtype: torch.dtype, index: np.ndarray | None) -> "Rows":
-        rows = Rows(self.source, dtype, index)
+        rows = Rows(self.source, dtype, index, self.divisor)
         rows.map = self.map
         return rows
 
@@ -124,8 +135,8 @@ class Rows:
         if self.map is not None or is_sparse(self.source):
             return self
         if isinstance(self.source, Tensor):
-            return Rows(self.source.to(device), self.dtype, self.index)
-        return Rows(Rows(self.source)[:].to(device), self.dtype, self.index)
+            return Rows(self.source.to(device), self.dtype, self.index, self.divisor)
+        return Rows(Rows(self.source)[:].to(device), self.dtype, self.index, self.divisor)
 
 
 def is_sparse(x: Any) -> bool:

@@ -6,6 +6,7 @@ from pyrovae.data.loading import DATA_SETS, descriptions, load, register
 from pyrovae.data.preprocessing import dynamic_binarization, split_missing, static_binarization
 from pyrovae.data.ratings import HeldOutUsers, Ratings, RatingSplits, hold_out_users, load_ratings
 from pyrovae.data.splits import Split, Splits, random_splits
+from pyrovae.rows import Rows
 
 __all__ = [
     "DATA_SETS",
@@ -13,6 +14,7 @@ __all__ = [
     "HeldOutUsers",
     "RatingSplits",
     "Ratings",
+    "Rows",
     "Split",
     "Splits",
     "descriptions",
