@@ -289,11 +289,11 @@ def elements_per_datum(args: tuple, kwargs: dict[str, Any], size: int) -> float:
 
 def tree_map(function: Callable, value: Any) -> Any:
     """Applies a function to each leaf of arguments in nested containers, and returns the same containers."""
+    if _is_leaf(value):
+        return function(value)
     if isinstance(value, (Mapping, _Members)) or _is_namedtuple(value):
         return _map_items(value, lambda x: tree_map(function, x))
-    if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
-        return type(value)(tree_map(function, x) for x in value)
-    return function(value)
+    return type(value)(tree_map(function, x) for x in value)
 
 
 def as_loader(args: tuple, kwargs: dict[str, Any]) -> DataLoader | None:
