@@ -69,6 +69,8 @@ def test_numbers_from_0_to_255_are_never_taken_for_0_to_1(tmp_path):
     with pytest.raises(SystemExit, match="whole numbers from 0 to 255: bytes, which are never taken"):
         main(["train", "--data", str(tmp_path / "x.npy"), "--run", str(tmp_path / "run"), *FAST])
     assert not (tmp_path / "run").exists()
+    config = train(tmp_path / "x.npy", tmp_path / "run", "--likelihood", "Normal")  # as they are
+    assert config["preprocessing"] == "grey"
 
 
 @pytest.mark.parametrize("kind", ["Bernoulli", "ContinuousBernoulli", "DiscretizedLogistic"])
@@ -78,7 +80,7 @@ def test_bytes_are_named_in_python_too(kind):
         getattr(pyrovae.likelihoods, kind)(2, (1, 4, 4)),
         pyrovae.encoders.DiagonalNormal((1, 4, 4), 2),
     )
-    with pytest.raises(ValueError, match="whole numbers up to 255, as of bytes.*divide them by 255"):
+    with pytest.raises(ValueError, match="Whole numbers up to 255, as of bytes.*divide them by 255"):
         pyrovae.fit(vae.model, vae.guide, noise(30, 1, 4, 4), progress=False)
 
 

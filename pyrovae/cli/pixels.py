@@ -11,6 +11,7 @@ from pyrovae.cli.common import load_data
 _KINDS = {
     "two values": ("Bernoulli", "grey"),
     "256 levels": ("DiscretizedLogistic", "grey"),
+    "bytes": ("", "grey"),
     "real numbers": ("Normal", "grey"),
 }
 
@@ -34,14 +35,19 @@ def options_for(data: str, data_root: str, argv: list[str]) -> tuple[list[str], 
     splits = load_data(data, data_root)
     if len(splits.train.x.shape) != 4:
         return [], ""
-    kind = _kind(data, [split.x for split in splits])
-    likelihood, preprocessing = _KINDS[kind]
+    kind = _kind([split.x for split in splits])
     given = {arg.partition("=")[0].removeprefix("--"): arg.partition("=")[2] for arg in argv if arg.startswith("--")}
+    if kind == "bytes" and "likelihood" not in given:
+        raise ValueError(
+            f"{data} holds whole numbers from 0 to 255: bytes, which are never taken for numbers from 0 to 1. Save them "
+            "as uint8, or divided by 255; or name a likelihood for them as they are, --likelihood Normal."
+        )
+    likelihood, preprocessing = _KINDS[kind]
     options = []
     if given.keys() & {"likelihood", "preprocessing"}:
         at = argv.index("--likelihood") + 1 if "--likelihood" in argv else len(argv)
         chosen = given.get("likelihood") or (argv[at] if at < len(argv) else "Bernoulli")
-        if chosen.rpartition(".")[2] == "Bernoulli" and kind != "two values":
+        if chosen.rpartition(".")[2] == "Bernoulli" and kind in ("256 levels", "real numbers"):
             preprocessing = "dynamic"
     else:
         options += ["--likelihood", likelihood]
@@ -54,7 +60,7 @@ def options_for(data: str, data_root: str, argv: list[str]) -> tuple[list[str], 
     return options, f"pixels: {kind}, so {' '.join(options)}" if options else ""
 
 
-def _kind(data: str, parts: list[Any]) -> str:
+def _kind(parts: list[Any]) -> str:
     is_binary = is_grid = is_whole = True
     low = high = 0.0
     for x in parts:
@@ -66,8 +72,5 @@ def _kind(data: str, parts: list[Any]) -> str:
     if is_binary:
         return "two values"
     if is_whole and low >= 0 and 1 < high <= 255:
-        raise ValueError(
-            f"{data} holds whole numbers from 0 to {high:g}: bytes, which are never taken for numbers from 0 to 1. Save "
-            "them as uint8, or divided by 255; or name the likelihood that they have as they are, --likelihood Normal."
-        )
+        return "bytes"
     return "256 levels" if is_grid and low >= 0 and high <= 1 else "real numbers"

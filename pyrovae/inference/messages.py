@@ -182,9 +182,7 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
     first = int((~inside).nonzero()[:, -1].min()) if inside.dim() else 0  # the data are the last dimension
     bytes_ = ""
     if low >= 0 and 15 < high <= 255 and _is_within_one(space) and bool((observed == observed.round()).all()):
-        bytes_ = (
-            "These are whole numbers up to 255, as of bytes, which are never taken for 0 to 1: divide them by 255. "
-        )
+        bytes_ = "Whole numbers up to 255, as of bytes, are never taken for 0 to 1: divide them by 255. "
     raise ValueError(
         f'The data at site "{name}"{columns} is outside the support of {kind}, {space}: it ranges from {low:g} to '
         f"{high:g}, and the first datum outside is {row_name(first)}. {bytes_}{_advice(space)}"
