@@ -39,8 +39,8 @@ def options_for(data: str, data_root: str, argv: list[str]) -> tuple[list[str], 
     given = {arg.partition("=")[0].removeprefix("--"): arg.partition("=")[2] for arg in argv if arg.startswith("--")}
     if kind == "bytes" and "likelihood" not in given:
         raise ValueError(
-            f"{data} holds whole numbers from 0 to 255: bytes, which are never taken for numbers from 0 to 1. Save them "
-            "as uint8, or divided by 255; or name a likelihood for them as they are, --likelihood Normal."
+            f"{data} holds whole numbers from 0 to 255: bytes, which are never taken for numbers from 0 to 1. Save "
+            "them as uint8, or divided by 255; or name a likelihood for them as they are, --likelihood Normal."
         )
     likelihood, preprocessing = _KINDS[kind]
     options = []
