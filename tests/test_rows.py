@@ -56,6 +56,8 @@ FORMS = {
     "integers": lambda x, path: x.astype(np.int64),
     "small integers": lambda x, path: x.astype(np.int8),
     "bytes": lambda x, path: x.astype(np.uint8),
+    "a tensor of integers": lambda x, path: torch.from_numpy(x).long(),
+    "a tensor of double precision": lambda x, path: torch.from_numpy(x),
     "unsigned integers": lambda x, path: x.astype(np.uint16),
 }
 
@@ -68,7 +70,7 @@ def whole_numbers() -> np.ndarray:
 def test_an_array_of_any_form_gives_what_a_tensor_gives(form, tmp_path):
     x = whole_numbers()
     given, tensor = FORMS[form](x, tmp_path / "x.npy"), torch.from_numpy(x).float()
-    before = np.array(given)
+    before = np.asarray(given).copy()
 
     def results(data):
         vae = vae_of()

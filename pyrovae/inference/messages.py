@@ -185,9 +185,12 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
     observed = value[fn.mask_of_elements.expand(value.shape)] if isinstance(fn, MaskedElements) else value
     low, high = observed.min().item(), observed.max().item()
     first = int((~inside).nonzero()[:, -1].min()) if inside.dim() else 0  # the data are the last dimension
+    bytes_ = ""
+    if low >= 0 and 15 < high <= 255 and _is_within_one(space) and bool((observed == observed.round()).all()):
+        bytes_ = "Whole numbers up to 255, as of bytes, are never taken for 0 to 1: divide them by 255. "
     raise ValueError(
         f'The data at site "{name}"{columns} is outside the support of {kind}, {space}: it ranges from {low:g} to '
-        f"{high:g}, and the first datum outside is {row_name(first)}. {_advice(space)}"
+        f"{high:g}, and the first datum outside is {row_name(first)}. {bytes_}{_advice(space)}"
     )
 
 
@@ -228,6 +231,11 @@ def check_mass(name: str, fn: Any, log_prob: Tensor) -> None:
             f"of a discrete value is {largest:.3g}, above 0. Normalise it, so that the probabilities of all values add "
             "up to 1."
         )
+
+
+def _is_within_one(space: constraints.Constraint) -> bool:
+    units = (constraints.boolean, constraints.unit_interval, open_unit_interval)
+    return isinstance(space, grid) or any(space is unit for unit in units)
 
 
 def _advice(support: constraints.Constraint) -> str:
