@@ -1,14 +1,16 @@
 """Data sets from files of NumPy arrays."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyrovae.data.matrices import read_hdf5, read_npz
 from pyrovae.data.splits import Split, Splits, random_splits, split_by_tenths
 from pyrovae.inference.messages import check_finite, warn
-from pyrovae.rows import Rows
+from pyrovae.rows import Rows, is_sparse
 
 _PARTS = ("train", "validation", "test")
 _LABELS = ("y", "labels", "label", "target", "targets")
@@ -16,11 +18,13 @@ _IN_MEMORY = 2**26  # bytes of the arrays that are loaded at once
 
 
 def load_arrays(path: Path) -> Splits:
-    """Loads a ``.npy`` or ``.npz`` file, as :func:`pyrovae.data.load` says."""
+    """Loads a file of arrays or of a sparse matrix, as :func:`pyrovae.data.load` says."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     try:
         arrays = _read(path)
+    except ImportError:  # of the package that reads the file
+        raise
     except Exception as error:  # numpy and zipfile have no common error for damaged files
         raise ValueError(f"{path} is truncated, or holds something other than numbers ({error}).") from error
     labels = {of: arrays.pop(name) for name, of in _labels_among(arrays).items()}
@@ -54,13 +58,17 @@ def with_validation(path: Path, train: tuple, test: tuple) -> Splits:
     return Splits(parts.train, parts.validation, Split(*test))
 
 
-def as_rows(name: str, array: np.ndarray) -> Tensor | Rows:
+def as_rows(name: str, array: Any) -> Tensor | Rows:
     """Returns the data of an array of numbers, checked: images with channels first and from 0 to 1."""
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} must hold numbers, got {array.dtype}.")
-    if array.ndim < 2 or array.size == 0:
+    if array.ndim < 2 or 0 in array.shape:
         raise ValueError(f"{name} must have rows and columns, (size, *x_shape), got shape {array.shape}.")
     divisor = 1.0
+    if is_sparse(array):
+        rows = Rows(array, torch.float32)
+        check_finite(name, rows)
+        return rows
     if array.dtype == np.uint8 and array.ndim in (3, 4):
         array, divisor = _as_images(name, array)
     elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3) and array.shape[2] > 4:
@@ -71,11 +79,10 @@ def as_rows(name: str, array: np.ndarray) -> Tensor | Rows:
     return rows if rows.map is not None and array.nbytes > _IN_MEMORY else rows[:]
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read(path: Path) -> dict[str, Any]:
     """Reads the arrays of a file; unpickling, which could run code, is not allowed."""
-    if path.suffix == ".npz":
-        with open(path, "rb") as file:
-            return dict(np.load(file, allow_pickle=False))
+    if path.suffix != ".npy":
+        return read_npz(path) if path.suffix == ".npz" else read_hdf5(path)
     try:
         return {"x": np.load(path, mmap_mode="r", allow_pickle=False)}
     except ValueError:  # arrays without elements cannot be mapped
@@ -87,7 +94,7 @@ def _labels_among(arrays: dict[str, np.ndarray]) -> dict[str, str]:
     pairs = {name: f"x_{name[2:]}" for name in arrays if name.startswith("y_")}
     if pairs and {*pairs.values()} <= arrays.keys():
         return pairs
-    found = [name for name, y in arrays.items() if name in _LABELS and y.size == len(y)]
+    found = [name for name, y in arrays.items() if name in _LABELS and not is_sparse(y) and y.size == len(y)]
     if len(arrays) == 2 and len(found) == 1:
         return {found[0]: next(name for name in arrays if name != found[0])}
     return {}

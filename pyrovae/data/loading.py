@@ -76,6 +76,10 @@ def load(name: str, root: str | Path = "data") -> Splits:
     scaled, but bytes of shape ``(N, height, width)`` or with three or four channels, first or last, are images: they
     become numbers from 0 to 1, with the channels first. A ``.npy`` file of more than 64 MB stays on the disk.
 
+    A sparse matrix stays sparse: that of an ``.npz`` file of ``scipy.sparse.save_npz``, or X of AnnData's ``.h5ad``.
+    An ``.h5`` or ``.hdf5`` file is read into memory, as an ``.npz`` file with the same names of arrays. Both need
+    ``pip install 'pyrovae[hdf5]'``.
+
     The path of a folder loads its pictures as numbers from 0 to 1, with the channels first. Subfolders are classes,
     numbered in the order of their names; or ``train``, ``test`` and ``validation``, with or without such subfolders.
     Pictures of other sizes are scaled to the size that most have. All become grey or coloured, with eight bits and
@@ -100,11 +104,11 @@ def load(name: str, root: str | Path = "data") -> Splits:
     path = Path(name)
     if path.is_dir():
         return load_pictures(path)
-    if path.suffix in (".npy", ".npz"):
+    if path.suffix in (".npy", ".npz", ".h5", ".hdf5", ".h5ad"):
         return load_arrays(path)
     if path.suffix == ".csv":
         return load_table(path)
     raise ValueError(
-        f"there is no data set {name!r}. Name one of {', '.join(DATA_SETS)}, or a .npy, .npz or .csv file, or a folder "
-        "of pictures; or add it with pyrovae.data.register."
+        f"there is no data set {name!r}. Name one of {', '.join(DATA_SETS)}, or a .npy, .npz, .h5, .h5ad or .csv file, "
+        "or a folder of pictures; or add it with pyrovae.data.register."
     )
