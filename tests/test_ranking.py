@@ -12,7 +12,7 @@ from sklearn.metrics import ndcg_score
 from torch import nn
 
 from pyrovae import VAE, encoders, likelihoods, priors
-from pyrovae.diagnostics import Ranking, ranking
+from pyrovae.diagnostics import Ranking, RankingDifference, ranking
 
 
 def random_users(num_users: int, num_items: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +123,7 @@ def test_errors_of_means_and_of_differences():
     assert first.mean("NDCG@5") == pytest.approx(np.mean(a.numpy()))
     assert first.standard_error("NDCG@5") == pytest.approx(np.std(a.numpy(), ddof=1) / math.sqrt(30))
     difference = first.minus(second)["NDCG@5"]
+    assert isinstance(difference, RankingDifference)
     gaps = (a - b).numpy()
     assert difference.mean == pytest.approx(gaps.mean())
     assert difference.standard_error == pytest.approx(gaps.std(ddof=1) / math.sqrt(30))

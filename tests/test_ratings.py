@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.sparse import coo_array, csr_array
 
-from pyrovae.data import Ratings, hold_out_users, load_ratings
+from pyrovae.data import HeldOutUsers, Ratings, hold_out_users, load_ratings
 
 
 def write(folder, text, name="ratings.txt"):
@@ -129,6 +129,7 @@ def test_no_rating_is_lost_and_none_is_both_seen_and_held_out(share):
         items = set(splits.items)
         assert part == {(u, i): x for (u, i), x in everything.items() if u in set(ids) and i in items}
     for part in splits[1:3]:
+        assert isinstance(part, HeldOutUsers)
         seen, held_out = (np.diff(x.indptr) for x in (part.seen, part.held_out))
         total = seen + held_out
         assert (part.seen.multiply(part.held_out)).nnz == 0
