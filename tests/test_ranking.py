@@ -96,7 +96,7 @@ def test_a_constant_score_has_the_recall_of_chance():
     torch.testing.assert_close(found.values["Recall@5"], (n * 5 / unseen / n.clamp(max=5)).double())
 
 
-@pytest.mark.parametrize("kind", [csr_array, csr_matrix, coo_array, np.asarray, lambda x: torch.tensor(x)])
+@pytest.mark.parametrize("kind", [csr_array, csr_matrix, coo_array, np.float64, lambda x: torch.tensor(x)])
 def test_every_kind_of_matrix_gives_the_same(kind):
     seen, held_out = random_users(23, 12)
     scores = torch.randn(12, 12)
@@ -115,6 +115,16 @@ def test_scores_of_seen_items_have_no_influence():
     for value in (1e30, -math.inf, math.nan):
         found = ranking(lambda x, value=value: scores.masked_fill(x != 0, value), seen, held_out)
         assert all(x.equal(found.values[name]) for name, x in expected.values.items())
+
+
+def test_a_function_may_change_what_it_is_given():
+    seen, held_out = random_users(10, 12)
+    scores, before = torch.randn(10, 12), seen.clone()
+    expected = ranking(lambda x: scores, seen, held_out)
+    for rows in (seen, seen.numpy()):
+        found = ranking(lambda x: scores + 0 * x.zero_(), rows, held_out)
+        assert all(x.equal(found.values[name]) for name, x in expected.values.items())
+        assert seen.equal(before)
 
 
 def test_errors_of_means_and_of_differences():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrovae.inference.messages import is_integer
 from pyrovae.inference.running import evaluation_mode
+from pyrovae.rows import is_sparse
 
 if TYPE_CHECKING:
     from scipy.sparse import sparray, spmatrix
@@ -93,7 +94,7 @@ def ranking(
 
     Args:
         scores: returns the scores of all items, ``(batch, items)``, for a batch of rows of `seen`, a float tensor of
-            the same shape. It runs without gradients and in evaluation mode. For a VAE, ``lambda x:
+            the same shape (a copy). It runs without gradients and in evaluation mode. For a VAE, ``lambda x:
             vae.decode(vae.encode(x).mean).logits``. Scores of seen items are not used.
         seen: what each user has seen, ``(users, items)``: a tensor, an array or a sparse matrix of scipy, zero where
             the user has not seen the item.
@@ -140,10 +141,10 @@ def ranking(
     parts: dict[str, list[Tensor]] = {f"{name}@{k}": [] for name, k in cutoffs}
     for start in range(0, seen.shape[0], batch_size):
         x, targets = _dense("seen", seen, start, batch_size), _dense("held_out", held_out, start, batch_size)
-        relevant = targets.to(x.device) != 0
-        _check_users(x != 0, relevant, start)
+        known, relevant = x != 0, targets.to(x.device) != 0
+        _check_users(known, relevant, start)
         with torch.no_grad(), evaluation_mode():
-            s = _checked_scores(scores(x), x, start)
+            s = _checked_scores(scores(x), known, start)
         num_better, num_tied, user = _places(s, relevant)
         count = relevant.sum(1)
         for name, k in cutoffs:
@@ -161,12 +162,17 @@ def _standard_error(x: Tensor) -> float:
 
 def _by_rows(x: Any) -> Any:
     """Returns an array, a tensor, or a sparse matrix in a format that is cut by rows."""
-    return x.tocsr() if hasattr(x, "tocsr") else x
+    return x.tocsr() if is_sparse(x) else x
 
 
 def _dense(name: str, rows: Any, start: int, size: int) -> Tensor:
+    """Returns a copy of some rows, which a function may change."""
     part = rows[start : start + size]
-    part = torch.as_tensor(part.toarray() if hasattr(part, "toarray") else part)
+    if isinstance(part, Tensor):
+        part = part.detach().clone()
+    else:
+        part = torch.from_numpy(part.toarray() if is_sparse(part) else np.array(part))
+        part = part.to(torch.get_default_dtype())
     part = part if part.is_floating_point() else part.to(torch.get_default_dtype())
     bad = (~part.isfinite()).any(1).nonzero()
     if len(bad):
@@ -190,23 +196,23 @@ def _check_users(seen: Tensor, relevant: Tensor, start: int) -> None:
         )
 
 
-def _checked_scores(scores: Any, x: Tensor, start: int) -> Tensor:
+def _checked_scores(scores: Any, seen: Tensor, start: int) -> Tensor:
     """Returns scores with minus infinity for the items that were seen."""
-    s = torch.as_tensor(scores).to(x.device)
-    if s.shape != x.shape:
+    s = torch.as_tensor(scores).to(seen.device)
+    if s.shape != seen.shape:
         raise ValueError(
-            f"scores must return one score an item, {tuple(x.shape)} for a batch of {len(x)} users; it returned "
+            f"scores must return one score an item, {tuple(seen.shape)} for a batch of {len(seen)} users; it returned "
             f"{tuple(s.shape)}."
         )
     s = s if s.is_floating_point() else s.double()
-    bad = (~s.isfinite() & (x == 0)).nonzero()
+    bad = (~s.isfinite() & ~seen).nonzero()
     if len(bad):
         row, item = bad[0].tolist()
         raise ValueError(
             f"the score of item {item} for user {start + row} is {s[row, item].item()}. Return a finite score for "
             "every item that was not seen, such as logits in place of logarithms of probabilities."
         )
-    return s.masked_fill(x != 0, -math.inf)
+    return s.masked_fill(seen, -math.inf)
 
 
 def _places(scores: Tensor, relevant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
