@@ -132,6 +132,15 @@ def test_double_precision_and_a_model_of_integers():
     pyrovae.fit(model, guide, sparse.csr_array(x), epochs=1, progress=False)
 
 
+def test_a_likelihood_starts_at_a_sparse_matrix():
+    x = counts()
+    started = []
+    for data in (sparse.csr_array(x), x, Rows(sparse.csc_matrix(x)), torch.from_numpy(x).float()):
+        likelihood = likelihoods.Multinomial(2, 6).start_at(data)
+        started.append(next(p for name, p in reversed(list(likelihood.named_parameters())) if "bias" in name))
+    assert all(bias.equal(started[-1]) for bias in started)
+
+
 def test_rows_of_a_sparse_matrix():
     x = counts()
     rows = Rows(sparse.csr_matrix(x), torch.float32)
