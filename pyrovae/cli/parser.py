@@ -19,6 +19,7 @@ from pyrovae.cli.common import default_run, load_data
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
 from pyrovae.cli.pixels import options_for
+from pyrovae.cli.repairing import repair
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.training import train
 from pyrovae.distributed import init_process_group, single_process, was_restarted
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "diagnose": diagnose,
     "sample": sample,
     "reconstruct": reconstruct,
+    "repair": repair,
 }
 
 
