@@ -54,6 +54,7 @@ class VariationalAutoencoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
 
     Attributes:
         vae_: the :class:`pyrovae.VAE` of u.
+        n_iter_: number of epochs that were trained.
         history_: the :class:`pyrovae.History` of training.
         mean_: m, shape ``(n_features_in_,)``.
         scale_: s, shape ``(n_features_in_,)``.
@@ -128,6 +129,7 @@ class VariationalAutoencoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
                 patience=self.n_iter_no_change if num_validation else None,
                 progress=False,
             )
+        self.n_iter_ = len(self.history_)
         self._forget()
         self._n_features_out = self.n_components
         return self
@@ -139,7 +141,7 @@ class VariationalAutoencoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
 
     @torch.no_grad()
     def inverse_transform(self, X: Any) -> np.ndarray:
-        r"""Returns the means of :math:`p(x \mid z)` in the units of the columns at latents, ``(rows, n_components)``."""
+        r"""Returns the means of :math:`p(x \mid z)` in the units of the columns, at latents."""
         check_is_fitted(self)
         z = np.asarray(X, np.float64)
         if z.ndim != 2 or z.shape[1] != self.n_components:

@@ -139,6 +139,10 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
             print(f"nothing to resume in {directory}: starting")
         return _fitted(parser, argv, parser.parse_args(argv))
     stored = storage.read_config(directory, trust=settings.trust)
+    if stored.get("built"):
+        raise ValueError(
+            f"{directory} was written by save_run, so that there is no training to resume. Go on in Python."
+        )
     # As text, not as a file, because the names in it are the present ones.
     text = yaml.safe_dump({name: value for name, value in stored.items() if name != "x_shape"})
     at = argv.index("train") + 1
