@@ -1,4 +1,4 @@
-"""Descriptions of modules as JSON: how they were built, and modules built again from them without running other code."""
+"""Descriptions of modules as JSON: how they were built. Modules are built from them without running other code."""
 
 import importlib
 import sys
@@ -85,6 +85,8 @@ class _Describer:
         record = getattr(module, "built_with", None)
         if isinstance(record, BuiltWith):
             arguments = self._arguments(type(module).__name__, record.args, record.kwargs)
+        elif hasattr(module, "built_with"):
+            raise Undescribed(f"{where} was unpickled, which does not keep its arguments")
         elif type(module) is nn.Sequential:
             arguments = self._arguments(where, tuple(module), {})
         elif type(module) in _PLAIN or not any(True for _ in module.parameters()):

@@ -103,8 +103,8 @@ def _load_built(path: str | Path, trust: bool) -> nn.Module:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # of a constructor, whose arguments may have changed since
         raise ValueError(
-            f"{path} was saved by pyrovae {_version_of(path)}, and cannot be built by {__version__} ({error}). Build the "
-            "module, and call load(module, path)."
+            f"{path} was saved by pyrovae {_version_of(path)}, and cannot be built by {__version__} ({error}). Build "
+            "the module, and call load(module, path)."
         ) from error
     dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
     if len(dtypes) == 1:
@@ -243,10 +243,12 @@ def save_run(
     state = _described(vae)
     if "built" not in state:
         raise ValueError(f"how the VAE was built cannot be written: {state['undescribed']}.")
-    latent_dim, x_shape = vae.likelihood.latent_dim, vae.likelihood.x_shape
+    x_shape = getattr(vae.likelihood, "x_shape", None)
+    if x_shape is None:
+        raise ValueError(f"{type(vae.likelihood).__name__} must have the shape of a datum as its attribute x_shape.")
     config = {"built": True, "data": str(data), "data_root": str(data_root), "preprocessing": preprocessing}
     _write(directory / "weights.safetensors", dict(vae.state_dict()), kind="weights", state=state)
-    create_run(directory, yaml.safe_dump({**config, "latent_dim": latent_dim}, sort_keys=False), x_shape)
+    create_run(directory, yaml.safe_dump(config, sort_keys=False), x_shape)
 
 
 def create_run(directory: str | Path, config: str, x_shape: tuple[int, ...]) -> None:

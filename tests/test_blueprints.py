@@ -48,7 +48,7 @@ BUILT = {
     "classes": lambda: VAE(
         priors.Categorical(1, 5),
         likelihoods.Normal(1, 3, network=partial(OneHotInput, num_classes=5)),
-        encoders.Categorical(3, 1, 5),
+        encoders.Categorical(3, 1, num_classes=5),
     ),
     "a copy": lambda: copy.deepcopy(shared()),
 }
