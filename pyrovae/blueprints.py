@@ -93,7 +93,7 @@ class _Describer:
             arguments = self._arguments(where, (), _settings(where, module))
         else:
             raise Undescribed(
-                f"{where} is a {type(module).__name__}, a network of your own: derive it from ShapedNetwork"
+                f"{where} is a {type(module).__name__}, a network of your own: derive it from nn.base.ShapedNetwork"
             )
         self.numbers[id(module)] = len(self.numbers)
         return {"module": name, "number": self.numbers[id(module)], **arguments}
