@@ -26,13 +26,14 @@ from pyrovae.parts import (
     likelihood_at,
     sample_prior,
 )
+from pyrovae.recorded import Recorded
 
 __all__ = ["VAE"]
 
 _count = itertools.count()
 
 
-class Registered(nn.Module, ABC):
+class Registered(Recorded, ABC):
     """Base of the VAEs: it registers its parameters with Pyro, under a name that is unique to each copy."""
 
     def __init__(self) -> None:

@@ -19,6 +19,7 @@ from pyrovae.cli.common import default_run, load_data
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
 from pyrovae.cli.pixels import options_for
+from pyrovae.cli.repairing import repair
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.training import train
 from pyrovae.distributed import init_process_group, single_process, was_restarted
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "diagnose": diagnose,
     "sample": sample,
     "reconstruct": reconstruct,
+    "repair": repair,
 }
 
 
@@ -137,6 +139,10 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
             print(f"nothing to resume in {directory}: starting")
         return _fitted(parser, argv, parser.parse_args(argv))
     stored = storage.read_config(directory, trust=settings.trust)
+    if stored.get("built"):
+        raise ValueError(
+            f"{directory} was written by save_run, so that there is no training to resume. Go on in Python."
+        )
     # As text, not as a file, because the names in it are the present ones.
     text = yaml.safe_dump({name: value for name, value in stored.items() if name != "x_shape"})
     at = argv.index("train") + 1

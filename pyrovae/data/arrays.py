@@ -127,3 +127,18 @@ def _as_images(name: str, array: np.ndarray) -> tuple[np.ndarray, float]:
             f"If {top} means white, save x / {top} as numbers from 0 to 1."
         )
     return array, 1.0 if top == 1 else 255.0
+
+
+def load_mask(path: Path) -> Tensor:
+    """Returns a picture or a ``.npy`` file of the shape of a datum as a mask: False where it is zero."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    try:
+        if path.suffix == ".npy":
+            return torch.from_numpy(np.load(path, allow_pickle=False) != 0)
+        from PIL import Image  # slow to import
+
+        with Image.open(path) as picture:
+            return torch.from_numpy(np.asarray(picture.convert("L")) != 0)
+    except Exception as error:  # PIL has no common error for damaged files
+        raise ValueError(f"{path} cannot be read as a mask ({error}). Give a picture or a .npy file.") from error

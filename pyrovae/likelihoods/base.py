@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from pyrovae.arguments import as_tensors
 from pyrovae.nn import MLP, Network, Shape, apply, as_shape, build, set_output_bias
+from pyrovae.recorded import Recorded
 
 
-class Likelihood(nn.Module, ABC):
+class Likelihood(Recorded, ABC):
     r"""Base of the library's likelihoods, and how to write one.
 
     A likelihood takes `latent_dim` and `x_shape` first when it is built, and ``forward(z, context=None)`` maps z of
