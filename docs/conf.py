@@ -52,8 +52,8 @@ napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore = [("py:class", name) for name in ("Tensor", "Module", "ExpandedDistribution", "Figure", "Axes")]
 
-# Examples that take more than a minute in full: their pages show the shortest run.
-gallery_smoke = ["compiled", "iwae", "marginal_likelihood", "swap_parts"]
+# Examples that take more than a minute in full, or need a file: their pages show the shortest run.
+gallery_smoke = ["compiled", "iwae", "marginal_likelihood", "recommend", "swap_parts"]
 
 # Pages of the reference, in docs/reference/. What is in two of them is described in the first.
 public_modules = [

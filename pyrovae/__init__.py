@@ -20,7 +20,7 @@ from pyrovae.estimators import Estimate, log_marginal
 from pyrovae.inference.imputation import Imputation, impute
 from pyrovae.inference.structure import data_plate
 from pyrovae.inference.weights import log_weights
-from pyrovae.storage import load, load_run, save
+from pyrovae.storage import load, load_run, save, save_run
 from pyrovae.training import History, fit
 from pyrovae.vae import VAE
 
@@ -50,5 +50,6 @@ __all__ = [
     "priors",
     "regularizers",
     "save",
+    "save_run",
     "structures",
 ]

@@ -1,10 +1,12 @@
 """The arguments of models and guides: which of them hold rows of the data, and how rows are taken.
 
-Data may be tensors, NumPy arrays, anything with ``to_numpy`` (a column or a table of pandas), lists and tuples, packed
-sequences, and dicts, lists and tuples of these. Whatever has an entry per datum is cut along with the others. Numbers,
-strings, ``None``, functions, tensors without dimensions and other objects are for all data and are passed on unchanged.
+Data may be tensors, NumPy arrays and memory maps, sparse matrices of scipy, :class:`~pyrovae.rows.Rows` of these,
+anything with ``to_numpy`` (a column or a table of pandas), lists and tuples, packed sequences, and dicts, lists and
+tuples of these. Whatever has an entry per datum is cut along with the others. Numbers, strings, ``None``, functions,
+tensors without dimensions and other objects are for all data and are passed on unchanged.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +20,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._pytree import register_pytree_node, tree_leaves
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
+
+from pyrovae.rows import NumberType, Rows, is_sparse
 
 __all__ = ["Arguments"]
 
@@ -132,16 +136,15 @@ def _first_size(arguments: list[tuple[str, Any]]) -> tuple[str, int]:
     )
 
 
-def canonicalize(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], int]:
-    """Returns arguments with arrays as tensors and lists marked as entries or members, and the number of data.
-
-    Floating-point arrays get the dtype of the first floating-point tensor among the arguments, or the default dtype;
-    arrays of strings and objects stay arrays.
+def canonicalize(
+    args: tuple, kwargs: dict[str, Any], numbers: NumberType | None = None
+) -> tuple[tuple, dict[str, Any], int]:
+    """Returns arguments with arrays as :class:`Rows` and lists marked as entries or members, and the number of data.
 
     Raises:
         ValueError: when an argument has rows or entries, but not one per datum, or is ambiguous.
     """
-    args, kwargs = as_tensors(args, kwargs)
+    args, kwargs = as_rows(args, kwargs, numbers)
     arguments = _named(args, kwargs)
     first, size = _first_size(arguments)
     if size == 0:
@@ -150,24 +153,55 @@ def canonicalize(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, 
     return tuple(marked[: len(args)]), dict(zip(kwargs, marked[len(args) :], strict=True)), size
 
 
-def as_tensors(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Returns arguments with arrays, and objects with ``to_numpy``, as tensors."""
-    if not kwargs and all(isinstance(x, Tensor) for x in args):
+def as_rows(args: tuple, kwargs: dict[str, Any], numbers: NumberType | None = None) -> tuple[tuple, dict[str, Any]]:
+    """Returns arguments with arrays, and objects with ``to_numpy``, as :class:`Rows`, which convert them by batches.
+
+    Floating-point numbers get the type that a VAE takes; else that of the first floating-point tensor, of the modules
+    of model and guide, or the default of torch. Integers keep their type, but for the data of a VAE, the first
+    argument. Tensors are converted for a VAE alone. Arrays of strings and objects stay arrays. Sparse matrices are
+    treated as arrays.
+    """
+    numbers = numbers or NumberType()
+    if not numbers.converts and not kwargs and all(isinstance(x, Tensor) for x in args):
         return args, kwargs
-    dtype = next(
-        (t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()),
-        torch.get_default_dtype(),
+    dtype = numbers.dtype if numbers.converts else None
+    for leaf in tree_leaves((args, kwargs)) if dtype is None else ():
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            dtype = leaf.dtype
+            break
+    dtype = dtype or numbers.dtype or torch.get_default_dtype()
+
+    def convert(x: Any, is_data: bool = False) -> Any:
+        if not isinstance(x, (np.ndarray, Tensor, Rows)) and hasattr(x, "to_numpy"):
+            x = x.to_numpy()
+        if isinstance(x, Tensor):
+            changes = numbers.converts and x.dtype != dtype and (x.is_floating_point() or is_data)
+            return Rows(x, dtype) if changes and x.dim() > 0 and not x.is_complex() else x
+        if isinstance(x, np.ndarray) and x.dtype.kind in "biuf":
+            if x.ndim == 0:
+                return Rows(x[None], dtype if x.dtype.kind == "f" else None)[0]
+            x = Rows(x)
+        if is_sparse(x):
+            x = Rows(x)
+        if not isinstance(x, Rows) or not (x.dtype.is_floating_point or is_data and numbers.converts):
+            return x
+        return x.astype(dtype)
+
+    return (
+        tuple(convert(x, is_data=i == 0) if _is_leaf(x) else tree_map(convert, x) for i, x in enumerate(args)),
+        {
+            name: convert(x, is_data=not args and name == "x") if _is_leaf(x) else tree_map(convert, x)
+            for name, x in kwargs.items()
+        },
     )
 
-    def convert(x: Any) -> Any:
-        if not isinstance(x, (np.ndarray, Tensor)) and hasattr(x, "to_numpy"):
-            x = x.to_numpy()
-        if not isinstance(x, np.ndarray) or x.dtype.kind not in "biuf":
-            return x
-        x = np.array(x, dtype=x.dtype.newbyteorder("="), order="C")
-        return torch.from_numpy(x).to(dtype) if x.dtype.kind == "f" else torch.from_numpy(x)
 
-    return tree_map(convert, (args, kwargs))
+def as_tensors(args: tuple, kwargs: dict[str, Any], numbers: NumberType | None = None) -> tuple[tuple, dict[str, Any]]:
+    """Returns what :func:`as_rows` returns, with all rows as tensors."""
+    args, kwargs = as_rows(args, kwargs, numbers)
+    if not kwargs and all(isinstance(x, Tensor) for x in args):
+        return args, kwargs
+    return tree_map(lambda x: x[:] if isinstance(x, Rows) else x, (args, kwargs))
 
 
 def take(value: Any, rows: slice | Tensor) -> Any:
@@ -176,6 +210,8 @@ def take(value: Any, rows: slice | Tensor) -> Any:
         if value.dim() == 0:
             return value
         return value[rows] if isinstance(rows, slice) else value.index_select(0, rows.to(value.device))
+    if isinstance(value, Rows):
+        return value[rows]
     if isinstance(value, np.ndarray):
         return value if value.ndim == 0 else value[rows if isinstance(rows, slice) else rows.cpu().numpy()]
     if isinstance(value, PackedSequence):
@@ -196,6 +232,8 @@ def to_device(args: tuple, kwargs: dict[str, Any], device: torch.device | str) -
     def move(t: Any) -> Any:
         if isinstance(t, PackedSequence):
             return t.to(device, non_blocking=True)  # type: ignore[arg-type]  # torch declares one signature of three
+        if isinstance(t, Rows):
+            return t.to(device)
         return t.to(device, non_blocking=True) if isinstance(t, Tensor) else t
 
     return tree_map(move, (args, kwargs))
@@ -208,6 +246,14 @@ def tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     tensors: list[Tensor] = []
     tree_map(lambda x: tensors.extend(t for t in tree_leaves(x) if isinstance(t, Tensor)), (args, kwargs))
     return tensors
+
+
+def device_of(args: tuple, kwargs: dict[str, Any]) -> torch.device:
+    """Returns the device of the first tensor in arguments; the CPU if there is none."""
+    rows: list[Rows] = []
+    tree_map(lambda x: rows.append(x) if isinstance(x, Rows) else None, (args, kwargs))
+    tensors = [*tensors_of(args, kwargs), *(x.source for x in rows if isinstance(x.source, Tensor))]
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
@@ -230,18 +276,24 @@ def named_tensors(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Tensor
     return [(name, t) for name, value in leaves for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
+def named_arrays(args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Tensor | Rows]]:
+    """Returns all tensors and rows of arrays in arguments with their names in messages."""
+    leaves = _leaves(_named(args, kwargs))
+    return [(name, x) for name, value in leaves for x in tree_leaves(value) if isinstance(x, (Tensor, Rows))]
+
+
 def elements_per_datum(args: tuple, kwargs: dict[str, Any], size: int) -> float:
     """Returns the elements per datum of the largest tensor of `size` data, at least 1."""
-    return max(1.0, max((t.numel() for t in tensors_of(args, kwargs)), default=0) / size)
+    return max(1.0, max((math.prod(x.shape) for _, x in named_arrays(args, kwargs)), default=0) / size)
 
 
 def tree_map(function: Callable, value: Any) -> Any:
     """Applies a function to each leaf of arguments in nested containers, and returns the same containers."""
+    if _is_leaf(value):
+        return function(value)
     if isinstance(value, (Mapping, _Members)) or _is_namedtuple(value):
         return _map_items(value, lambda x: tree_map(function, x))
-    if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
-        return type(value)(tree_map(function, x) for x in value)
-    return function(value)
+    return type(value)(tree_map(function, x) for x in value)
 
 
 def as_loader(args: tuple, kwargs: dict[str, Any]) -> DataLoader | None:
@@ -251,9 +303,10 @@ def as_loader(args: tuple, kwargs: dict[str, Any]) -> DataLoader | None:
         ValueError: when the loader draws the data in a random order.
         TypeError: when there are other positional arguments.
     """
-    if not any(isinstance(x, (DataLoader, Dataset)) for x in (*args, *kwargs.values())):
+    is_alone = len(args) == 1 and is_map_style(args[0])
+    if not is_alone and not any(isinstance(x, (DataLoader, Dataset)) for x in (*args, *kwargs.values())):
         return None
-    if len(args) != 1 or not isinstance(args[0], (DataLoader, Dataset)):
+    if not is_alone and (len(args) != 1 or not isinstance(args[0], (DataLoader, Dataset))):
         raise TypeError(
             "a DataLoader or a Dataset must hold all rows of the data: give no other argument, but for keyword "
             "arguments that are for all data."
@@ -270,19 +323,29 @@ def as_loader(args: tuple, kwargs: dict[str, Any]) -> DataLoader | None:
     return loader
 
 
-def in_memory(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], int]:
+def in_memory(
+    args: tuple, kwargs: dict[str, Any], numbers: NumberType | None = None
+) -> tuple[tuple, dict[str, Any], int]:
     """Returns canonical arguments and the number of data; a loader's batches are joined in memory."""
     loader = as_loader(args, kwargs)
     if loader is None:
-        return canonicalize(args, kwargs)
+        return canonicalize(args, kwargs, numbers)
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed even if it does not need one
-        batches = [canonicalize(batch.args, batch.kwargs | kwargs)[:2] for batch in map(as_arguments, loader)]
+        batches = [canonicalize(batch.args, batch.kwargs | kwargs, numbers)[:2] for batch in map(as_arguments, loader)]
     if not batches:
         raise ValueError("there is no batch of data. Give at least one datum, and do not drop the last batch.")
     joined = _joined([dict(enumerate(args)) | keywords for args, keywords in batches])
     positions = range(len(batches[0][0]))
     keywords = {name: x for name, x in joined.items() if name not in positions}
     return canonicalize(tuple(joined[i] for i in positions), keywords)
+
+
+def is_map_style(data: Any) -> bool:
+    """Returns whether something is a data set of another library than torch: it has a length and items by number."""
+    kinds = (Tensor, np.ndarray, np.generic, Rows, Arguments, DataLoader, Mapping, list, tuple, str, bytes, range)
+    return not isinstance(data, (*kinds, type)) and all(
+        hasattr(data, name) for name in ("__len__", "__getitem__", "__getitems__")
+    )
 
 
 _positions: ContextVar[int | Tensor | None] = ContextVar("positions", default=None)
@@ -359,8 +422,15 @@ def _is_namedtuple(value: Any) -> bool:
     return isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, PackedSequence)
 
 
+def _is_leaf(value: Any) -> bool:
+    # A sparse matrix by a dictionary of keys is a Mapping.
+    return not isinstance(value, (Mapping, list, tuple)) or isinstance(value, PackedSequence) or is_sparse(value)
+
+
 def _size(value: Any) -> int | None:
     """Returns the number of rows of a leaf; None if it has none, or if it is a list or a tuple without a mark."""
+    if isinstance(value, Rows):
+        return len(value)
     if isinstance(value, Tensor):
         return len(value) if value.dim() > 0 else None
     if isinstance(value, np.ndarray):
@@ -421,7 +491,7 @@ def _kind_of(value: Any) -> str:
 
 
 def _shape(value: Any) -> str:
-    return f": shape {tuple(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else ""
+    return f": shape {tuple(value.shape)}" if isinstance(value, (Tensor, np.ndarray, Rows)) else ""
 
 
 def _map_items(value: Any, function: Callable, with_keys: bool = False) -> Any:
@@ -455,6 +525,8 @@ def _joined(parts: list[Any]) -> Any:
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(parts) if first.dim() > 0 else first
+    if isinstance(first, Rows):
+        return torch.cat([part[:] for part in parts])
     if isinstance(first, np.ndarray):
         return np.concatenate(parts) if first.ndim > 0 else first
     if isinstance(first, PackedSequence):

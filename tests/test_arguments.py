@@ -429,14 +429,19 @@ def vae_of(kind=Normal) -> VAE:
 
 
 def test_double_precision_is_said_in_a_sentence():
-    vae, x = vae_of(), torch.randn(20, 6).double()
+    x = torch.randn(20, 6).double()
+    model, guide = functions_of(vae_of())
     for f in (train, partial(log_marginal, progress=False), collapse):
         with pytest.raises(TypeError, match=r"argument 1 has dtype float64.*\.float\(\).*\.double\(\)"):
-            f(vae.model, vae.guide, x)
-    log_marginal(vae.model, vae.guide, x.numpy(), num_samples=2, progress=False)
-    doubled = vae_of().double()
+            f(model, guide, x)
+    log_marginal(model, guide, x.numpy(), num_samples=2, progress=False)
     with pytest.raises(TypeError, match=r"argument 1 has dtype float32.*compute in float64.*\.float\(\)"):
-        log_marginal(doubled.model, doubled.guide, x.float())
+        log_marginal(*functions_of(vae_of().double()), x.float())
+
+
+def functions_of(vae: VAE) -> tuple:
+    """Model and guide as functions, which do not show in which precision they compute."""
+    return lambda x: vae.model(x), lambda x: vae.guide(x)
 
 
 def test_rows_are_named_by_their_place_in_the_data():

@@ -1442,7 +1442,6 @@ def test_grey_pixels_in_validation_data():
 
 BAD_DATA = {
     "another shape": (torch.randn(40, 5), ValueError, r"inputs of shape \(\.\.\., 4\), got \(10, 5\)"),
-    "integers": (torch.ones(40, 4, dtype=torch.long), TypeError, "floating-point"),
     "no data": (torch.zeros(0, 4), ValueError, "data: argument 1 is empty"),
     "no data in a data set": (Wrap(torch.zeros(0, 4)), ValueError, "data is empty"),
     "a number": (torch.tensor(1.0), ValueError, "data: there is no tensor, array or list"),

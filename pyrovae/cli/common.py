@@ -1,5 +1,6 @@
 """What several commands share: loading data and runs, checks of arguments, and files of results."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,12 @@ SplitName = Literal["train", "validation", "test"]
 MEANS = "means of p(x | z), z from the prior"
 
 
+load_data = lru_cache(maxsize=1)(datasets.load)  # a folder of pictures takes long; main clears it
+
+
 def default_run(data: str) -> Path:
     """Returns the default run directory for a data set."""
-    return Path("runs") / Path(data).stem
+    return Path("runs") / Path(data).resolve().stem
 
 
 def load_run_and_data(
@@ -39,7 +43,7 @@ def load_run_and_data(
 
 def load_splits(data: str, data_root: str, preprocessing: Preprocessing) -> tuple[datasets.Splits, str]:
     """Returns the splits, and lines that describe them. What is to be binarised once is binarised."""
-    splits = datasets.load(data, data_root)
+    splits = load_data(data, data_root)
     words = {
         "grey": "grey (values as they are)",
         "static": "static binarisation (once, seed 0)",

@@ -15,10 +15,12 @@ from jsonargparse import ArgumentParser
 import pyrovae
 from pyrovae import data as datasets
 from pyrovae import storage
-from pyrovae.cli.common import default_run
+from pyrovae.cli.common import default_run, load_data
 from pyrovae.cli.comparison import compare
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
+from pyrovae.cli.pixels import options_for
+from pyrovae.cli.repairing import repair
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.training import train
 from pyrovae.distributed import init_process_group, single_process, was_restarted
@@ -30,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "diagnose": diagnose,
     "sample": sample,
     "reconstruct": reconstruct,
+    "repair": repair,
 }
 
 
@@ -51,9 +54,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         settings = parser.parse_args(argv)
         world = init_process_group(settings[settings.subcommand].get("device"))
+        load_data.cache_clear()
         if settings.subcommand == "train" and (settings.train.resume or was_restarted()):
             settings = _resumed(parser, argv, settings.train)
             settings.train.resume = True
+        elif settings.subcommand == "train":
+            settings = _fitted(parser, argv, settings)
         command = settings.subcommand
         # A loss may hold a network, which is built here. It gets random numbers other than those of the VAE's weights.
         pyro.set_rng_seed((settings[command].seed + 1) % 2**32)
@@ -116,6 +122,17 @@ def _with_underscores(arg: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
 
 
+def _fitted(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
+    """Returns the settings of a command line with the options that fit its images, where it does not give them."""
+    options, line = options_for(settings.train.data, settings.train.data_root, argv)
+    if not options:
+        return settings
+    if init_process_group().is_rank0:
+        print(line)
+    at = argv.index("train") + 1
+    return parser.parse_args([*argv[:at], *options, *argv[at:]])
+
+
 def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     """Returns the settings of the run to be resumed, with the changes on the command line.
 
@@ -128,8 +145,12 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     if not (directory / "config.yaml").exists():
         if init_process_group().is_rank0:
             print(f"nothing to resume in {directory}: starting")
-        return parser.parse_args(argv)
+        return _fitted(parser, argv, parser.parse_args(argv))
     stored = storage.read_config(directory, trust=settings.trust)
+    if stored.get("built"):
+        raise ValueError(
+            f"{directory} was written by save_run, so that there is no training to resume. Go on in Python."
+        )
     # As text, not as a file, because the names in it are the present ones.
     text = yaml.safe_dump({name: value for name, value in stored.items() if name != "x_shape"})
     at = argv.index("train") + 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyro
 import torch
 from pyro.infer import ELBO
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
@@ -63,7 +64,9 @@ def train(
     """Trains a VAE on a data set, scores it on the test split, and writes the results to a run directory.
 
     Args:
-        data: the name of a data set (listed at the end of this help), or a .npy, .npz or .csv file.
+        data: the name of a data set (listed at the end of this help), a .npy, .npz or .csv file, or a folder of
+            pictures. For images in files and folders, the defaults of likelihood, preprocessing and the networks are
+            those that fit the pixels.
         run: the run directory; runs/<data> by default. An existing directory is never overwritten.
         data_root: the directory of the images, which are downloaded to it if needed.
         preprocessing: what to do with values between 0 and 1. grey: nothing (also for tables); static: binarise all
@@ -183,8 +186,10 @@ def _report_training(
     }
     scores = f"test: {estimate}"
     # The baseline is a probability for binary data, and a density for all others.
-    if is_discrete(vae) == bool(((splits.test.x == 0) | (splits.test.x == 1)).all()):
-        name, baseline = independent_baseline(splits.train.x, splits.test.x)
+    x = splits.test.x[:]
+    # Of a file that is larger than the memory may be, there is no baseline.
+    if isinstance(splits.train.x, Tensor) and is_discrete(vae) == bool(((x == 0) | (x == 1)).all()):
+        name, baseline = independent_baseline(splits.train.x, x)
         result["baseline"] = baseline.mean().item()
         scores += f"\n{name}: {result['baseline']:.3f} nats per datum (baseline)"
     metrics.write([*history.records, result])

@@ -24,7 +24,7 @@ _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "pyro", "pyrovae", "n
 ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, range, slice)
 # Objects that are neither compared nor entered.
 _OPAQUE = (types.BuiltinFunctionType, types.CodeType, TraceMessenger, Trace, torch.Generator)
-_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"built_with"}  # which nothing computes with
 _MODULE_ENTRIES = operator.attrgetter("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks")
 _ENTRIES = ("parameters", "buffers", "modules", "pre-hooks", "hooks")
 _MAX_SLOTS = 20_000

@@ -9,8 +9,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from pyrovae.arguments import Arguments, as_arguments, canonicalize, count_data, take_rows, tensors_of, to_device
+from pyrovae.arguments import (
+    Arguments,
+    as_arguments,
+    canonicalize,
+    count_data,
+    device_of,
+    is_map_style,
+    named_arrays,
+    take_rows,
+    tensors_of,
+    to_device,
+)
 from pyrovae.inference.messages import check_finite
+from pyrovae.rows import NumberType
 
 
 class Batches:
@@ -44,8 +56,7 @@ class Batches:
             return
         # Drawn on the CPU, so that the order does not depend on the device of the data, and then moved there at once.
         order = torch.randperm(self.size)
-        device = next((t.device for t in tensors_of(self.tensors, self.named)), order.device)
-        moved_order = order.to(device, non_blocking=True)
+        moved_order = order.to(device_of(self.tensors, self.named), non_blocking=True)
         for rows, moved_rows in zip(order.split(self.batch_size), moved_order.split(self.batch_size), strict=True):
             self.rows = rows
             yield self._take(moved_rows)
@@ -60,7 +71,12 @@ class Batches:
 
 
 def as_batches(
-    name: str, data: Any, batch_size: int | None, shuffle: bool, device: torch.device | str | None = None
+    name: str,
+    data: Any,
+    batch_size: int | None,
+    shuffle: bool,
+    device: torch.device | str | None = None,
+    numbers: NumberType | None = None,
 ) -> Batches | DataLoader:
     """Returns batches of any kind of data that :func:`pyrovae.fit` takes, and checks data in memory.
 
@@ -70,16 +86,17 @@ def as_batches(
         batch_size: data a batch, at most all; None for large batches, where no gradient is needed.
         shuffle: whether each pass has a new order.
         device: device for data in memory; None to leave them where they are.
+        numbers: the type of the numbers that model and guide take.
     """
     if isinstance(data, DataLoader):
         return data
     if isinstance(data, TensorDataset):
         data = data.tensors
-    if isinstance(data, Dataset):
+    if isinstance(data, Dataset) or is_map_style(data):
         pin = device is not None and torch.device(device).type == "cuda"  # pinned memory makes copies asynchronous
         if isinstance(data, IterableDataset):
             return DataLoader(data, batch_size or 1000, pin_memory=pin)
-        size = len(data)  # type: ignore[arg-type]  # torch's Dataset does not declare its length
+        size = len(data)
         if size == 0:
             raise ValueError(f"{name} is empty. Give at least one datum.")
         return DataLoader(data, min(batch_size or 1000, size), shuffle=shuffle, pin_memory=pin)
@@ -90,13 +107,12 @@ def as_batches(
         )
     batch = as_arguments(data)
     try:
-        args, kwargs, size = canonicalize(batch.args, batch.kwargs)
+        args, kwargs, size = canonicalize(batch.args, batch.kwargs, numbers)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    tensors = tensors_of(args, kwargs)
-    for t in tensors:
-        check_finite(name, t)
-    devices = {t.device for t in tensors}
+    for _, x in named_arrays(args, kwargs):
+        check_finite(name, x)
+    devices = {t.device for t in tensors_of(args, kwargs)}
     if device is None and len(devices) > 1:
         raise ValueError(f"{name} holds tensors on {' and '.join(map(str, devices))}. Put them on one device.")
     if device is not None:

@@ -4,13 +4,14 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
+from pyrovae.data.arrays import load_arrays
+from pyrovae.data.pictures import load_pictures
 from pyrovae.data.splits import Splits
 from pyrovae.data.tables import load_table
 
 Loader = Callable[[Path], Splits]
 
 DATA_SETS: dict[str, Loader] = {}
-_FILES = (".npy", ".npz", ".csv")
 
 
 def register(name: str) -> Callable[[Loader], Loader]:
@@ -70,16 +71,28 @@ def load(name: str, root: str | Path = "data") -> Splits:
     own with :func:`register`.
 
     The path of a ``.npy``, ``.npz`` or ``.csv`` file loads its rows, 8/10, 1/10 and 1/10 of them in a fixed random
-    order. An ``.npz`` file holds one array, or arrays ``train``, ``validation`` and ``test``, which are then the
-    splits. A ``.csv`` file holds numbers, with or without a first line of names. Values are not scaled.
+    order. A ``.csv`` file holds numbers, with or without a first line of names. An ``.npz`` file holds one array, with
+    or without labels ``y``; or arrays ``train``, ``validation`` and ``test``, which are then the splits. Values are not
+    scaled, but bytes of shape ``(N, height, width)`` or with three or four channels, first or last, are images: they
+    become numbers from 0 to 1, with the channels first. A ``.npy`` file of more than 64 MB stays on the disk.
+
+    A sparse matrix stays sparse: that of an ``.npz`` file of ``scipy.sparse.save_npz``, or X of AnnData's ``.h5ad``.
+    An ``.h5`` or ``.hdf5`` file is read into memory, as an ``.npz`` file with the same names of arrays. Both need
+    ``pip install 'pyrovae[hdf5]'``.
+
+    The path of a folder loads its pictures as numbers from 0 to 1, with the channels first. Subfolders are classes,
+    numbered in the order of their names; or ``train``, ``test`` and ``validation``, with or without such subfolders.
+    Pictures of other sizes are scaled to the size that most have. All become grey or coloured, with eight bits and
+    without transparency, and a warning says how many were changed.
 
     Args:
-        name: the name of a data set, or the path of a file.
+        name: the name of a data set, or the path of a file or a folder.
         root: the folder of the data sets. Those of torchvision are downloaded to it. IDX files may also be there (or in
             ``raw``, or in ``<name>/raw``), gzipped or not.
 
     Raises:
-        ValueError: when there is no such data set, or when a file holds no data, no numbers, NaN or infinity.
+        ValueError: when there is no such data set, when a file holds no data, no numbers, NaN or infinity, or when a
+            folder has no picture or one that cannot be read.
         FileNotFoundError: when there is no such file.
 
     >>> splits = load("digits")
@@ -88,9 +101,14 @@ def load(name: str, root: str | Path = "data") -> Splits:
     """
     if name in DATA_SETS:
         return DATA_SETS[name](Path(root))
-    if Path(name).suffix in _FILES:
-        return load_table(Path(name))
+    path = Path(name)
+    if path.is_dir():
+        return load_pictures(path)
+    if path.suffix in (".npy", ".npz", ".h5", ".hdf5", ".h5ad"):
+        return load_arrays(path)
+    if path.suffix == ".csv":
+        return load_table(path)
     raise ValueError(
-        f"there is no data set {name!r}. Name one of {', '.join(DATA_SETS)}, or a .npy, .npz or .csv file; or add it "
-        "with pyrovae.data.register."
+        f"there is no data set {name!r}. Name one of {', '.join(DATA_SETS)}, or a .npy, .npz, .h5, .h5ad or .csv file, "
+        "or a folder of pictures; or add it with pyrovae.data.register."
     )

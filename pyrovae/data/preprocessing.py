@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pyrovae.rows import Rows
+
 
 def dynamic_binarization(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     r"""Draws binary pixels with grey values as probabilities, again at each call; for ``fit(..., transform=...)``.
@@ -27,7 +29,7 @@ def dynamic_binarization(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     return torch.bernoulli(x), *rest
 
 
-def static_binarization(x: Tensor, seed: int = 0) -> Tensor:
+def static_binarization(x: Tensor | Rows, seed: int = 0) -> Tensor:
     r"""Draws binary pixels with grey values as probabilities once: the same draw for the same seed.
 
     .. math:: b_d \sim \mathrm{Bernoulli}(x_d)
@@ -46,6 +48,7 @@ def static_binarization(x: Tensor, seed: int = 0) -> Tensor:
     >>> static_binarization(torch.tensor([0.0, 0.5, 0.5, 1.0]))
     tensor([0., 0., 1., 1.])
     """
+    x = x[:] if isinstance(x, Rows) else x
     _check_grey(x)
     return torch.bernoulli(x, generator=torch.Generator(x.device).manual_seed(seed))
 

@@ -17,6 +17,7 @@ from pyrovae.diagnostics.quality import (
     precision_recall,
     quality,
 )
+from pyrovae.diagnostics.ranking import Ranking, RankingDifference, ranking
 from pyrovae.diagnostics.reliability import Reliability, reliability
 from pyrovae.diagnostics.report import DIAGNOSES
 from pyrovae.diagnostics.sharpness import Sharpness, sharpness
@@ -37,6 +38,8 @@ __all__ = [
     "PrecisionRecall",
     "Quality",
     "QualityScores",
+    "Ranking",
+    "RankingDifference",
     "Reliability",
     "ReportInputs",
     "Sharpness",
@@ -52,6 +55,7 @@ __all__ = [
     "posterior_check",
     "precision_recall",
     "quality",
+    "ranking",
     "reliability",
     "sharpness",
     "traversals",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae.arguments import as_tensors, named_tensors
+from pyrovae.arguments import as_rows, named_arrays
 from pyrovae.diagnostics.base import TABLE_WIDTH, Diagnosis, ReportInputs, check_at_least, in_memory
 from pyrovae.estimators import Estimate, log_marginal
 from pyrovae.plots.drawing import are_images, grid_of, new_figure, show
@@ -280,12 +280,14 @@ def anomalies(
     """
     check_at_least("num_samples", num_samples, 1)
     sets = {"data": args, "other": _as_args(other), "reference": _as_args(reference)}
-    tensors = [name for name, value in named_tensors((), as_tensors((), kwargs)[1]) if value.dim() > 0]
+    tensors = [name for name, x in named_arrays((), as_rows((), kwargs)[1]) if len(x.shape) > 0]
     if tensors and not (other is None and reference is None):
         raise ValueError(
             f"{tensors[0]} is given by keyword, but has the rows of a single set. Give it by position, in each set."
         )
-    settled = {name: in_memory(1, "anomalies", given, kwargs)[:2] for name, given in sets.items() if given is not None}
+    settled = {
+        name: in_memory(1, "anomalies", model, given, kwargs)[:2] for name, given in sets.items() if given is not None
+    }
     estimates = {
         name: log_marginal(model, guide, *args, num_samples=num_samples, progress=progress, **kwargs)
         for name, (args, kwargs) in settled.items()
@@ -325,7 +327,7 @@ def _as_args(given: tuple | Tensor | None) -> tuple | None:
 
 
 def _data_of(args: tuple, kwargs: dict) -> Tensor:
-    return next(t for _, t in named_tensors(args, kwargs) if t.dim() > 0)
+    return next(x if isinstance(x, Tensor) else x[:] for _, x in named_arrays(args, kwargs) if len(x.shape) > 0)
 
 
 def _complexity(sets: list[Tensor]) -> tuple[list[Tensor], str]:

@@ -21,6 +21,7 @@ from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure, inspect
 from pyrovae.inference.weights import check_draws
 from pyrovae.plots.drawing import write
+from pyrovae.rows import number_type
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -226,7 +227,8 @@ def inspect_part(model: Callable, guide: Callable, rows: slice, args: tuple, kwa
         return inspect(model, guide, *part, **named)
     except Exception as error:  # plates or shapes that do not match, an error of a network
         try:
-            inspect(model, guide, *args, **kwargs)
+            whole, named = take_rows(slice(None), args, kwargs)  # arrays as tensors
+            inspect(model, guide, *whole, **named)
         except Exception:
             raise error from None
         raise ValueError(
@@ -254,16 +256,17 @@ def check_at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
-def in_memory(minimum: int, diagnostic: str, args: tuple, kwargs: dict) -> tuple[tuple, dict, int]:
+def in_memory(minimum: int, diagnostic: str, model: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict, int]:
     """Returns arguments whose rows can be taken, with a loader's batches joined, and the number of data.
 
     Raises:
         ValueError: when there are fewer data than a diagnostic needs, or they are not finite.
     """
+    numbers = number_type(model)
     if arguments.as_loader(args, kwargs) is None:
-        size = arguments.count_data(*arguments.as_tensors(args, kwargs))
+        size = arguments.count_data(*arguments.as_rows(args, kwargs, numbers))
     else:
-        args, kwargs, size = arguments.in_memory(args, kwargs)
+        args, kwargs, size = arguments.in_memory(args, kwargs, numbers)
     if size < minimum:
         raise ValueError(f"{diagnostic} needs at least {minimum} data, got {size}. Give it more.")
-    return checked(args, kwargs)
+    return checked(args, kwargs, numbers)

@@ -226,7 +226,7 @@ def calibration(
     """
     check_at_least("num_draws", num_draws, 19)
     check_at_least("num_rounds", num_rounds, 1)
-    args, kwargs, size = in_memory(1, "calibration", args, kwargs)
+    args, kwargs, size = in_memory(1, "calibration", model, args, kwargs)
     if size * num_rounds < 50:
         raise ValueError(
             f"calibration needs at least 50 simulated data, got {size} data in num_rounds={num_rounds}. Set num_rounds "

@@ -321,7 +321,7 @@ def collapse(
     (torch.Size([50]), torch.Size([2]), torch.Size([2]))
     """
     check_at_least("num_draws", num_draws, 2)
-    args, kwargs, size = in_memory(2, "collapse", args, kwargs)
+    args, kwargs, size = in_memory(2, "collapse", model, args, kwargs)
     with evaluation_mode():
         structure = inspect_part(model, guide, slice(0, 2), args, kwargs)
         if structure.problems:

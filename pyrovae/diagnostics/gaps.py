@@ -281,7 +281,7 @@ def _measure(
     progress: bool,
     name: str,
 ) -> Losses:
-    args, kwargs, size = in_memory(1, "gaps", args, kwargs)
+    args, kwargs, size = in_memory(1, "gaps", model, args, kwargs)
     structure = inspect_part(model, guide, slice(0, 2), args, kwargs)
     if method is None:
         if structure.latents == structure.discrete:

@@ -157,7 +157,7 @@ def interpolations(
     torch.Size([2, 5, 3])
     """
     check_at_least("steps", steps, 2)
-    args, kwargs, size = in_memory(2, "interpolations", args, kwargs)
+    args, kwargs, size = in_memory(2, "interpolations", model, args, kwargs)
     if pairs is None:
         pairs = [(i, i + 1) for i in range(0, min(size, 10) - 1, 2)]
     given = [tuple(pair) for pair in pairs]

@@ -170,7 +170,7 @@ def latent_map(
     (torch.Size([50, 2]), torch.Size([5, 5, 3]))
     """
     check_at_least("points", points, 2)
-    args, kwargs, size = in_memory(3, "latent_map", args, kwargs)
+    args, kwargs, size = in_memory(3, "latent_map", model, args, kwargs)
     if labels is not None and tuple(labels.shape) != (size,):
         raise ValueError(f"labels must hold one class per datum, shape ({size},), got {tuple(labels.shape)}.")
     with evaluation_mode():

@@ -50,7 +50,7 @@ class CollapseMonitor:
     def __init__(self, model: Callable, guide: Callable, *args: Any, every: int = 1, num_draws: int = 2, **kwargs: Any):
         check_at_least("every", every, 1)
         check_at_least("num_draws", num_draws, 2)
-        self.args, self.kwargs, _ = in_memory(2, "CollapseMonitor", args, kwargs)
+        self.args, self.kwargs, _ = in_memory(2, "CollapseMonitor", model, args, kwargs)
         self.model, self.guide = model, guide
         self.every, self.num_draws = every, num_draws
         self.records: list[dict[str, Any]] = []  # "epoch" and the numbers of each run, also of those before a resume

@@ -333,7 +333,7 @@ def posterior_check(
     check_at_least("num_samples", num_samples, 100)
     check_at_least("warmup_steps", warmup_steps, 1)
     check_at_least("num_chains", num_chains, 2)
-    args, kwargs, size = in_memory(1, "posterior_check", args, kwargs)
+    args, kwargs, size = in_memory(1, "posterior_check", model, args, kwargs)
     num_data = min(num_data, size)
     bar = tqdm(
         desc="NUTS", total=num_data * num_chains * (warmup_steps + num_samples), unit="step", disable=not progress

@@ -282,7 +282,7 @@ def quality(
     20
     """
     check_at_least("k", k, 1)
-    args, kwargs, size = in_memory(2 * (k + 2), f"quality with k={k}", args, kwargs)
+    args, kwargs, size = in_memory(2 * (k + 2), f"quality with k={k}", model, args, kwargs)
     chunk = max(1, int(_CHUNK / (_NUM_DRAWS * elements_per_datum(args, kwargs, size))))
     real_parts: list[Tensor] = []
     generated_parts: list[Tensor] = []

@@ -150,6 +150,6 @@ def reliability(
     torch.Size([5])
     """
     check_at_least("num_samples", num_samples, 21)
-    args, kwargs, _ = in_memory(1, "reliability", args, kwargs)
+    args, kwargs, _ = in_memory(1, "reliability", model, args, kwargs)
     estimate = log_marginal(model, guide, *args, num_samples=num_samples, progress=progress, **kwargs)
     return Reliability(estimate.khat, estimate.ess, num_samples)

@@ -293,7 +293,7 @@ def sharpness(
     (torch.Size([6]), 1.0)
     """
     check_at_least("num_draws", num_draws, 1)
-    args, kwargs, size = in_memory(2, "sharpness", args, kwargs)
+    args, kwargs, size = in_memory(2, "sharpness", model, args, kwargs)
     chunk = max(1, int(_CHUNK / (num_draws * elements_per_datum(args, kwargs, size))))
     parts = []
     with evaluation_mode():

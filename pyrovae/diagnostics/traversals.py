@@ -156,7 +156,7 @@ def traversals(
     """
     check_at_least("num_data", num_data, 1)
     check_at_least("steps", steps, 2)
-    args, kwargs, size = in_memory(max(num_data, 2), "traversals", args, kwargs)
+    args, kwargs, size = in_memory(max(num_data, 2), "traversals", model, args, kwargs)
     with evaluation_mode():
         space = LatentSpace(model, guide, size, args, kwargs, site)
         total = space.means.shape[1]

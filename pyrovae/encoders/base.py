@@ -4,12 +4,13 @@ from abc import ABC, abstractmethod
 
 from pyro import distributions as dist
 from pyro.distributions import constraints
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyrovae.nn import MLP, Network, Shape, apply, as_shape, build
+from pyrovae.recorded import Recorded
 
 
-class Encoder(nn.Module, ABC):
+class Encoder(Recorded, ABC):
     r"""Base of the library's encoders, and how to write one.
 
     An encoder takes `x_shape` and `latent_dim` first when it is built, and ``forward(x, context=None)`` maps x of

@@ -113,8 +113,7 @@ def _score(
     offset: int = 0,
 ) -> Estimate:
     """Scores data in memory; `offset` is the index of the first among all data."""
-    tensors = arguments.tensors_of(*arguments.as_tensors(args, kwargs))
-    world = init_process_group(tensors[0].device if tensors else None)
+    world = init_process_group(arguments.device_of(args, kwargs))
     with open_task(model, guide, method, args, kwargs, max_memory, progress and world.is_rank0, offset) as task:
         if compile:
             graphs = _graphs_of(model)
@@ -139,7 +138,7 @@ def _score_in_shards(method: Estimator, task: Task, world: World) -> Estimate:
     start, end = world.shard_bounds(task.size)
     seed = int(torch.randint(2**62, ()))
     seed = world.broadcast_from_rank0(lambda: seed) + world.rank
-    device = next((x.device for x in arguments.tensors_of(task.args, task.kwargs)), torch.device("cpu"))
+    device = arguments.device_of(task.args, task.kwargs)
     columns: dict[str, Any] | None = None  # of this process's estimate; None where its shard is empty
     if end > start:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -22,6 +22,7 @@ from pyrovae.inference.running import evaluation_mode
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import check_draws, draw, inspect_weights, log_prob_of, per_datum, trace_model
+from pyrovae.rows import NumberType, number_type
 
 _FIRST_ROWS = 7  # data on which a model and a guide are inspected first
 
@@ -180,7 +181,7 @@ def open_task(
             f"{type(method).__name__} needs a guide, got None. Take "
             "AnnealedImportanceSampling(), or ImportanceSampling(proposal=Prior())."
         )
-    args, kwargs, size = checked(args, kwargs)
+    args, kwargs, size = checked(args, kwargs, number_type(model, guide))
     # Fewer rows than all, to see whether some of the data can be scored alone.
     head, named = take_rows(slice(0, min(_FIRST_ROWS, max(size - 1, 1))), args, kwargs)
     # The bar shows itself only after a delay: by then the method has set its total.
@@ -191,6 +192,7 @@ def open_task(
             structure = inspect_weights(model, guide, *head, num_samples=1, **named)
         except Exception:  # parameters of a guide that belong to rows, for example
             divisible = False
+            args, kwargs = take_rows(slice(None), args, kwargs)  # arrays as tensors
             structure = inspect_weights(model, guide, *args, num_samples=1, **kwargs)
         if not structure.observed:
             raise ValueError(
@@ -200,9 +202,9 @@ def open_task(
         yield Task(model, guide, structure, args, kwargs, size, max_memory, bar, offset=offset, divisible=divisible)
 
 
-def checked(args: tuple, kwargs: dict) -> tuple[tuple, dict, int]:
+def checked(args: tuple, kwargs: dict, numbers: NumberType) -> tuple[tuple, dict, int]:
     """Returns what :func:`pyrovae.arguments.canonicalize` returns, after checking that all numbers are finite."""
-    args, kwargs, size = arguments.canonicalize(args, kwargs)
-    for name, t in arguments.named_tensors(args, kwargs):
-        check_finite(name, t)
+    args, kwargs, size = arguments.canonicalize(args, kwargs, numbers)
+    for name, x in arguments.named_arrays(args, kwargs):
+        check_finite(name, x)
     return args, kwargs, size

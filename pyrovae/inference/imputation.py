@@ -8,11 +8,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.arguments import in_memory, tensors_of
+from pyrovae.arguments import in_memory, take_rows, tensors_of
 from pyrovae.distributions import center
 from pyrovae.inference.running import evaluation_mode
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.weights import draw, inspect_weights, log_p_of, trace_model
+from pyrovae.rows import number_type
 
 __all__ = ["Imputation", "impute"]
 
@@ -82,7 +83,8 @@ def impute(
     """
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
-    args, kwargs, size = in_memory(args, kwargs)
+    args, kwargs, size = in_memory(args, kwargs, number_type(model, guide))
+    args, kwargs = take_rows(slice(None), args, kwargs)  # arrays as tensors
     chunk = max(1, _CHUNK // max((t.numel() for t in tensors_of(args, kwargs)), default=1))
     with evaluation_mode():
         structure = inspect_weights(model, guide, *args, num_samples=num_samples, **kwargs)

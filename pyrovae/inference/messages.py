@@ -21,6 +21,7 @@ from pyrovae.arguments import row_name
 from pyrovae.distributions import Blocks, MaskedElements, grid, open_unit_interval
 from pyrovae.inference.running import traced
 from pyrovae.inference.sites import in_support, innermost, is_discrete, latents_of_trace, sample_sites, unwrapped
+from pyrovae.rows import Rows, is_sparse
 
 _LOST = 0.01  # nats a datum that rounding may take
 
@@ -70,8 +71,15 @@ def described(thing: Any) -> str:
     return f"{type(thing).__name__}({', '.join(arguments)})"
 
 
-def check_finite(name: str, x: Tensor) -> None:
-    """Raises a ValueError that names the argument and the first bad row if x holds NaN or infinity."""
+def check_finite(name: str, x: Tensor | Rows) -> None:
+    """Raises a ValueError that names the argument and the first bad row if x holds NaN or infinity.
+
+    Rows of an array are read some at a time. Numbers that become infinite, or integers that are no longer exact, in the
+    type of the model are refused as well.
+    """
+    if isinstance(x, Rows):
+        _check_rows(name, x)
+        return
     if not x.is_floating_point() or bool(torch.isfinite(x).all()):
         return
     if x.dim() == 0:
@@ -82,6 +90,36 @@ def check_finite(name: str, x: Tensor) -> None:
         f"{int(bad.nonzero()[0])}. Remove those rows or fill the missing values; or train a MissingDataVAE, with "
         "the result of pyrovae.data.split_missing(x) as its data."
     )
+
+
+def _check_rows(name: str, rows: Rows) -> None:
+    if not rows.dtype.is_floating_point:
+        return
+    kind = str(rows.dtype).removeprefix("torch.")
+    largest = 2 / torch.finfo(rows.dtype).eps  # all smaller integers are exact
+    if is_sparse(rows.source):  # zeros need no check, of which there may be far more
+        limit = largest if rows.holds_integers else torch.finfo(rows.dtype).max
+        stored = rows.source.data
+        if max(-float(stored.min(initial=0)), float(stored.max(initial=0))) < limit:  # not if there is NaN
+            return
+    bad, first = 0, None
+    for start, x in rows.chunks():
+        if rows.holds_integers and x.numel() and x.abs().max().item() >= largest:
+            raise ValueError(
+                f"{name} holds integers of {largest:.0f} or more, which {kind} does not represent exactly. Scale them, "
+                "or convert the networks to double precision by .double()."
+            )
+        if bool(torch.isfinite(x).all()):
+            continue
+        here = (~torch.isfinite(x)).reshape(len(x), -1).any(dim=-1)
+        bad += int(here.sum())
+        first = start + int(here.nonzero()[0]) if first is None else first
+    if first is not None:
+        raise ValueError(
+            f"{name} holds NaN or infinity, or numbers beyond {kind}, in {bad} of {len(rows)} rows, the first of them "
+            f"row {first}. Remove those rows or fill the missing values; or train a MissingDataVAE, with the result of "
+            "pyrovae.data.split_missing(x) as its data."
+        )
 
 
 def check_all_observed(trace: poutine.Trace, without: frozenset[str] = frozenset()) -> None:
@@ -147,9 +185,12 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
     observed = value[fn.mask_of_elements.expand(value.shape)] if isinstance(fn, MaskedElements) else value
     low, high = observed.min().item(), observed.max().item()
     first = int((~inside).nonzero()[:, -1].min()) if inside.dim() else 0  # the data are the last dimension
+    bytes_ = ""
+    if low >= 0 and 15 < high <= 255 and _is_within_one(space) and bool((observed == observed.round()).all()):
+        bytes_ = "Whole numbers up to 255, as of bytes, are never taken for 0 to 1: divide them by 255. "
     raise ValueError(
         f'The data at site "{name}"{columns} is outside the support of {kind}, {space}: it ranges from {low:g} to '
-        f"{high:g}, and the first datum outside is {row_name(first)}. {_advice(space)}"
+        f"{high:g}, and the first datum outside is {row_name(first)}. {bytes_}{_advice(space)}"
     )
 
 
@@ -190,6 +231,11 @@ def check_mass(name: str, fn: Any, log_prob: Tensor) -> None:
             f"of a discrete value is {largest:.3g}, above 0. Normalise it, so that the probabilities of all values add "
             "up to 1."
         )
+
+
+def _is_within_one(space: constraints.Constraint) -> bool:
+    units = (constraints.boolean, constraints.unit_interval, open_unit_interval)
+    return isinstance(space, grid) or any(space is unit for unit in units)
 
 
 def _advice(support: constraints.Constraint) -> str:

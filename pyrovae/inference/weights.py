@@ -14,13 +14,14 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.arguments import tensors_of, tree_map
+from pyrovae.arguments import as_tensors, tensors_of, tree_map
 from pyrovae.distributions import Stacked
 from pyrovae.distributions.normals import LowRankMultivariateNormal, MultivariateNormal
 from pyrovae.inference.messages import PER_DATUM, check_observed_by, warn
 from pyrovae.inference.running import full_precision, isolated, traced
 from pyrovae.inference.sites import latents_of_trace, sample_sites, unwrapped
 from pyrovae.inference.structure import SiteStructure, inspect
+from pyrovae.rows import number_type
 
 __all__ = ["log_weights"]
 
@@ -62,6 +63,7 @@ def log_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, 
     >>> log_weights(vae.model, vae.guide, torch.zeros(5, 3), num_samples=10).shape
     torch.Size([10, 5])
     """
+    args, kwargs = as_tensors(args, kwargs, number_type(model, guide))
     structure = inspect_weights(model, guide, *args, num_samples=num_samples, **kwargs)
     trace, log_q = draw(guide, structure, num_samples, *args, **kwargs)
     return log_joint(model, trace, structure, num_samples, *args, **kwargs) - log_q

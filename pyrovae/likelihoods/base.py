@@ -2,15 +2,18 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
 
+from pyrovae.arguments import as_tensors
 from pyrovae.nn import MLP, Network, Shape, apply, as_shape, build, set_output_bias
+from pyrovae.recorded import Recorded
 
 
-class Likelihood(nn.Module, ABC):
+class Likelihood(Recorded, ABC):
     r"""Base of the library's likelihoods, and how to write one.
 
     A likelihood takes `latent_dim` and `x_shape` first when it is built, and ``forward(z, context=None)`` maps z of
@@ -62,13 +65,14 @@ class Likelihood(nn.Module, ABC):
             "start_at(x)."
         )
 
-    def start_at(self, x: Tensor) -> "Likelihood":
+    def start_at(self, x: Any) -> "Likelihood":
         r"""Initialises the bias of the decoder from data, so that :math:`p(x \mid z)` has about their mean at first.
 
         The decoder then need not learn the average datum.
 
         Args:
-            x: the training data, ``(size, *x_shape)``.
+            x: the training data, ``(size, *x_shape)``: a tensor, or an array or a sparse matrix, which is made one
+                tensor.
 
         Returns:
             The likelihood itself.
@@ -90,7 +94,8 @@ class Likelihood(nn.Module, ABC):
             set_output_bias(self.network, self.output_for(self._check_data(x)))
         return self
 
-    def _check_data(self, x: Tensor) -> Tensor:
+    def _check_data(self, x: Any) -> Tensor:
+        (x,), _ = as_tensors((x,), {})
         if len(x) == 0 or x.shape[1:] != self.x_shape:
             raise ValueError(f"x must have shape (size, {', '.join(map(str, self.x_shape))}), got {tuple(x.shape)}.")
         return x if x.is_floating_point() else x.float()

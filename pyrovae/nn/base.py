@@ -10,6 +10,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyrovae.recorded import Recorded
+
 Shape = int | tuple[int, ...]
 Network = Callable[[Shape, Shape], nn.Module]
 
@@ -82,7 +84,7 @@ def apply(network: nn.Module, x: Tensor, context: Tensor | None, out_shape: tupl
     return out
 
 
-class ShapedNetwork(nn.Module, ABC):
+class ShapedNetwork(Recorded, ABC):
     """Base of the networks here: it knows its shapes, and checks inputs and contexts.
 
     Args:

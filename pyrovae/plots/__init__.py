@@ -5,7 +5,7 @@ matplotlib is slow to import, and is imported when something is drawn.
 
 from pyrovae.plots.comparisons import comparisons
 from pyrovae.plots.histories import collapse_history, learning_curve
-from pyrovae.plots.pictures import latent_space, reconstructions, samples
+from pyrovae.plots.pictures import latent_space, reconstructions, repairs, samples
 from pyrovae.plots.results import draw_result
 
 # The result of each diagnostic draws itself.
@@ -27,6 +27,7 @@ __all__ = [
     "quality",
     "reconstructions",
     "reliability",
+    "repairs",
     "samples",
     "sharpness",
     "traversals",

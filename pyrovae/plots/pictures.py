@@ -8,12 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.plots.drawing import add_legend_of_labels, are_images, grid_of, new_figure, show, write
+from pyrovae.plots.drawing import (
+    add_legend_of_labels,
+    are_images,
+    draw_rows_of_images,
+    grid_of,
+    new_figure,
+    show,
+    write,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["latent_space", "reconstructions", "samples"]
+__all__ = ["latent_space", "reconstructions", "repairs", "samples"]
 
 
 def samples(x: Tensor, path: str | Path | None = None, title: str = "") -> "Figure":
@@ -46,6 +54,29 @@ def reconstructions(x: Tensor, reconstructed: Tensor, path: str | Path | None = 
     if not are_images(x):
         return _curves([(x, "data"), (reconstructed, "reconstruction")], path, "")
     return _picture(grid_of(torch.cat([x, reconstructed]), len(x)), path, "data above, reconstructions below")
+
+
+def repairs(
+    x: Tensor, mask: Tensor, mean: Tensor, draws: Tensor, path: str | Path | None = None, title: str = ""
+) -> "Figure":
+    """Draws images, what is seen of them, several draws of the whole, and their mean: a column for each image.
+
+    Args:
+        x: images, shape ``(n, channels, height, width)`` with values from 0 to 1.
+        mask: True where they are seen, of the same shape.
+        mean: the mean of the draws, of the same shape.
+        draws: shape ``(num_draws, n, channels, height, width)``.
+        path: where to write the picture.
+        title: above the picture.
+
+    >>> x, mask = torch.rand(5, 1, 8, 8), torch.arange(8) < 4
+    >>> len(repairs(x, mask.expand(x.shape), x, x.expand(3, -1, -1, -1, -1)).axes[0].get_yticklabels())
+    6
+    """
+    seen = torch.where(mask, x, 0.5)
+    rows = torch.stack([x, seen, *draws, mean])
+    labels = ["original", "seen", *["draw"] * len(draws), "mean"]
+    return write(draw_rows_of_images([rows], labels, [], title), path)
 
 
 def latent_space(z: Tensor, labels: Tensor | None = None, path: str | Path | None = None) -> "Figure":

@@ -7,9 +7,10 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyrovae.nn import MLP, Network, apply, build
+from pyrovae.recorded import Recorded
 
 
-class Prior(nn.Module, ABC):
+class Prior(Recorded, ABC):
     r"""Base of the library's priors, and how to write one.
 
     A prior takes `latent_dim` first when it is built, and ``forward(context=None)`` returns a Pyro distribution with

@@ -1,10 +1,20 @@
 r"""Models beyond one latent and complete data: hierarchies, missing values, labels for some of the data.
 
-Each has a ``.model`` and a ``.guide``, which are used as those of a :class:`pyrovae.VAE`.
+Each has a ``.model`` and a ``.guide``, which are used as those of a :class:`pyrovae.VAE`. :func:`repair` draws hidden
+parts of data from a VAE that was trained on whole ones.
 """
 
+from pyrovae.structures.completion import Repair, repair
 from pyrovae.structures.hierarchies import HierarchicalVAE, LadderVAE
 from pyrovae.structures.missing import MissingDataVAE
 from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
 
-__all__ = ["ClassifierELBO", "HierarchicalVAE", "LadderVAE", "MissingDataVAE", "SemiSupervisedVAE"]
+__all__ = [
+    "ClassifierELBO",
+    "HierarchicalVAE",
+    "LadderVAE",
+    "MissingDataVAE",
+    "Repair",
+    "SemiSupervisedVAE",
+    "repair",
+]

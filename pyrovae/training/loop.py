@@ -22,6 +22,7 @@ from pyrovae.compilation import api as graphs
 from pyrovae.data.batches import Batches, as_batches
 from pyrovae.distributed import init_process_group
 from pyrovae.inference.messages import is_integer, warn
+from pyrovae.rows import number_type
 from pyrovae.training.callbacks import Callback, stop_requested
 from pyrovae.training.checkpoints import Checkpointer
 from pyrovae.training.history import History
@@ -144,8 +145,10 @@ def fit(
             "without it."
         )
 
-    batches = as_batches("data", data, batch_size, shuffle=True, device=device)
-    held_out = None if validation is None else as_batches("validation", validation, None, shuffle=False, device=device)
+    numbers = number_type(model, guide)
+    as_given = partial(as_batches, device=device, numbers=numbers)
+    batches = as_given("data", data, batch_size, shuffle=True)
+    held_out = None if validation is None else as_given("validation", validation, None, shuffle=False)
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("data gives no batch. Give at least one datum, and a DataLoader that does not drop it.")
@@ -171,10 +174,11 @@ def fit(
             transform=transform,
             clip_norm=clip_norm,
             device=device,
+            numbers=numbers,
         )
     if trainer.row_parameters:
         check_rows(trainer.row_parameters, batch_size, len(batches))
-        batches = as_batches("data", data, batch_size, shuffle=False, device=device)
+        batches = as_given("data", data, batch_size, shuffle=False)
     if held_out is not None and not trainer.state.has_loss:
         raise ValueError(
             f"validation needs a loss, but {type(trainer.loss).__name__} has a gradient only. Leave validation out."

@@ -32,6 +32,7 @@ from pyrovae.inference.messages import ObservedChecked, check_all_observed, chec
 from pyrovae.inference.running import evaluation_mode, traced
 from pyrovae.inference.sites import latents_of_trace, sample_sites
 from pyrovae.inference.structure import inspect
+from pyrovae.rows import NumberType
 from pyrovae.training.rows import parameters_of_rows
 from pyrovae.training.state import ModelState, display_name, find_state
 
@@ -75,6 +76,7 @@ class Trainer:
         transform: called with the arguments of every batch, its result used instead.
         clip_norm: the largest norm of the gradient.
         device: where to move each batch.
+        numbers: the type of the numbers that model and guide take.
     """
 
     def __init__(
@@ -90,9 +92,10 @@ class Trainer:
         transform: Callable | None,
         clip_norm: float | None,
         device: torch.device | str | None,
+        numbers: NumberType,
     ):
         self.world, self.model, self.guide = world, model, guide
-        self.transform, self.clip_norm, self.device = transform, clip_norm, device
+        self.transform, self.clip_norm, self.device, self.numbers = transform, clip_norm, device, numbers
         self.compiled = loss if isinstance(loss, graphs.Compiled) else None
         # Pyro's base class of the ELBOs does not declare their methods, and not all have the same.
         self.loss: Any = loss if self.compiled is None else self.compiled.elbo
@@ -143,9 +146,9 @@ class Trainer:
         self.world.broadcast_state(self.state.tensors())
 
     def prepare(self, name: str, batch: Any, check: bool) -> Arguments:
-        """Returns a batch as arguments of model and guide: checked for NaN, on the device, transformed."""
+        """Returns a batch as arguments of model and guide: on the device, transformed; converted and checked first."""
         batch = as_arguments(batch)
-        args, kwargs = as_tensors(batch.args, batch.kwargs)
+        args, kwargs = as_tensors(batch.args, batch.kwargs, self.numbers if check else None)
         if check:
             for x in tensors_of(args, kwargs):
                 check_finite(name, x)

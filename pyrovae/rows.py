@@ -1,0 +1,208 @@
+"""Rows of an array, a memory map or a sparse matrix, which become dense tensors a batch at a time."""
+
+import inspect
+import math
+import mmap
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Rows"]
+
+_CHUNK = 2**22  # bytes of the rows that checks read at once
+_MAPPED = 2**26  # bytes of a memory map that may be in memory, while scattered rows are read
+_AROUND = 2**21  # bytes that the system may bring to memory with one row
+
+_NUMPY = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
+
+
+class Rows:
+    """Rows of an array, taken as tensors by index; the array itself is neither copied nor converted.
+
+    :func:`pyrovae.fit`, :func:`pyrovae.log_marginal` and the diagnostics take rows from arrays in this way. Large files
+    that :func:`pyrovae.data.load` reads are ``Rows`` too: ``rows[:10]``, ``rows[indices]`` and ``rows[mask]`` are
+    tensors, ``rows[3]`` is one datum, ``rows[:]`` is all of them in memory. Pages of a memory map that were read are
+    given back to the system.
+
+    Args:
+        source: an array of numbers, or a memory map, in any order of memory and bytes, which may be read-only; a
+            sparse matrix of scipy, whose rows become dense when they are taken; or a tensor.
+        dtype: the type of the tensors; that of the array by default.
+        index: the rows of the array that are meant, in order; all by default.
+        divisor: a number by which the tensors are divided, such as 255 for bytes that mean 0 to 1.
+
+    >>> rows = Rows(np.arange(6.0).reshape(3, 2), dtype=torch.float32)
+    >>> len(rows), rows.shape
+    (3, (3, 2))
+    >>> rows[[2, 0]]
+    tensor([[4., 5.],
+            [0., 1.]])
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        dtype: torch.dtype | None = None,
+        index: np.ndarray | None = None,
+        divisor: float = 1.0,
+    ):
+        source = _by_rows(source) if is_sparse(source) else source
+        self.source: Any = np.asarray(source) if isinstance(source, np.ndarray) else source
+        self.dtype: torch.dtype = dtype or (source.dtype if isinstance(source, Tensor) else _torch_dtype(source.dtype))
+        self.index, self.divisor = index, divisor
+        self.map = _map_of(source)
+
+    def __len__(self) -> int:
+        return self.source.shape[0] if self.index is None else len(self.index)
+
+    def __repr__(self) -> str:
+        where = "" if self.map is None else ", in a memory map"
+        return f"Rows({len(self)} of shape {self.shape[1:]}, {str(self.dtype).removeprefix('torch.')}{where})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor of all rows."""
+        return (len(self), *self.source.shape[1:])
+
+    @property
+    def holds_integers(self) -> bool:
+        """Whether the array holds integers, which may have to become floating-point numbers."""
+        kind = self.source.dtype
+        return kind.kind in "iu" if isinstance(kind, np.dtype) else not (kind.is_floating_point or kind == torch.bool)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        if isinstance(self.source, Tensor):
+            rows = rows if self.index is None else torch.from_numpy(self.index)[rows]
+            taken = self.source[rows.to(self.source.device) if isinstance(rows, Tensor) else rows]
+            return self._divided(taken.to(self.dtype))
+        rows = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
+        kind = _NUMPY.get(self.dtype) if self.source.dtype.kind == "f" else None
+        chosen = self._read(rows if self.index is None else self.index[rows])
+        with np.errstate(over="ignore"):  # numbers beyond the type become infinite, which checks refuse
+            # Always a copy: models may change their batches, but must not change, or fail to change, the array.
+            copy = np.array(chosen, dtype=kind or chosen.dtype.newbyteorder("="), order="C")
+        if self.map is not None:
+            self.map.madvise(mmap.MADV_DONTNEED)
+        return self._divided(torch.from_numpy(copy).to(self.dtype))
+
+    def _divided(self, x: Tensor) -> Tensor:
+        return x if self.divisor == 1 else x / self.divisor
+
+    def _read(self, rows: Any) -> np.ndarray:
+        """Returns rows of the array. Rows that are scattered over a memory map are read some at a time."""
+        if is_sparse(self.source):
+            return self.source[rows].toarray()
+        if self.map is None or np.ndim(rows) == 0 and not isinstance(rows, slice):
+            return self.source[rows]
+        if isinstance(rows, slice):
+            if rows.step in (None, 1):
+                return self.source[rows]
+            rows = np.arange(*rows.indices(len(self.source)))
+        rows = np.asarray(rows)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        together = max(1, _MAPPED // (self.source.nbytes // len(self.source) + _AROUND))
+        parts = [self.source[:0]]
+        for start in range(0, len(rows), together):
+            parts.append(self.source[rows[start : start + together]])
+            self.map.madvise(mmap.MADV_DONTNEED)
+        return np.concatenate(parts)
+
+    def select(self, index: np.ndarray | slice) -> "Rows":
+        """Returns some of the rows, without reading them."""
+        return self._like(self.dtype, np.arange(len(self))[index] if self.index is None else self.index[index])
+
+    def _like(self, dtype: torch.dtype, index: np.ndarray | None) -> "Rows":
+        rows = Rows(self.source, dtype, index, self.divisor)
+        rows.map = self.map
+        return rows
+
+    def astype(self, dtype: torch.dtype) -> "Rows":
+        """Returns the same rows, to be taken in another type."""
+        return self._like(dtype, self.index)
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields consecutive rows, some megabytes at a time, each time with the number of the first."""
+        size = max(1, _CHUNK // max(1, self.dtype.itemsize * math.prod(self.shape[1:])))
+        for start in range(0, len(self), size):
+            yield start, self[start : start + size]
+
+    def to(self, device: torch.device | str) -> "Rows":
+        """Returns the rows with an array in memory on a device; memory maps and sparse matrices stay where they are."""
+        if self.map is not None or is_sparse(self.source):
+            return self
+        if isinstance(self.source, Tensor):
+            return Rows(self.source.to(device), self.dtype, self.index, self.divisor)
+        return Rows(Rows(self.source)[:].to(device), self.dtype, self.index, self.divisor)
+
+
+def is_sparse(x: Any) -> bool:
+    """Returns whether something is a sparse matrix or array of scipy, which need not be imported."""
+    return hasattr(x, "tocsr") and hasattr(x, "nnz")
+
+
+def _by_rows(x: Any) -> Any:
+    """Returns a sparse matrix as a ``csr_array`` that stores each element once; it shares memory where it can.
+
+    Raises:
+        ValueError: when it does not have two dimensions, or does not hold real numbers.
+    """
+    if len(x.shape) != 2 or x.dtype.kind not in "biuf":
+        raise ValueError(
+            f"a sparse matrix must have two dimensions, a row a datum, and hold real numbers; got shape {x.shape} and "
+            f"{x.dtype}."
+        )
+    from scipy.sparse import csr_array  # slow to import
+
+    x = x if isinstance(x, csr_array) else csr_array(x)
+    if not x.has_canonical_format:
+        x = x.copy()  # the given matrix is not changed
+        x.sum_duplicates()
+    return x
+
+
+def _torch_dtype(dtype: np.dtype) -> torch.dtype:
+    if dtype.kind == "f" and dtype.itemsize > 8:  # extended precision, which torch does not have
+        return torch.float64
+    return torch.from_numpy(np.zeros(0, dtype.newbyteorder("="))).dtype
+
+
+class NumberType(NamedTuple):
+    """The type in which a model and a guide take numbers.
+
+    Args:
+        dtype: of floating-point numbers; None if it is not known.
+        converts: whether tensors are converted to it too, and the data (the first argument) even if they are integers.
+    """
+
+    dtype: torch.dtype | None = None
+    converts: bool = False
+
+
+def number_type(*functions: Callable | None) -> NumberType:
+    """Returns the type of the numbers that a model and a guide take, by the modules whose methods these are."""
+    for function in functions:
+        while isinstance(function, partial) or callable(function) and hasattr(function, "__wrapped__"):
+            function = function.func if isinstance(function, partial) else inspect.unwrap(function)
+        owner = getattr(function, "__self__", function)
+        if isinstance(owner, nn.Module):
+            dtype = getattr(owner, "input_dtype", None)
+            if dtype is not None:
+                return NumberType(dtype, converts=True)
+            found = next((p.dtype for p in owner.parameters() if p.is_floating_point()), None)
+            if found is not None:
+                return NumberType(found)
+    return NumberType()
+
+
+def _map_of(array: Any) -> Any:
+    """Returns the mapping of the file that an array shows, if its pages may be given back; else None."""
+    while isinstance(array, np.ndarray):
+        # A private mapping (mode "c") would lose changes with its pages.
+        if isinstance(array, np.memmap) and array.mode in ("r", "r+", "w+") and hasattr(mmap, "MADV_DONTNEED"):
+            return getattr(array, "_mmap", None)
+        array = array.base
+    return None
