@@ -2,15 +2,42 @@
 
 from pyrovae.data import images as images  # registers its data sets
 from pyrovae.data.batches import Batches
+from pyrovae.data.columns import (
+    Binary,
+    Bounded,
+    Category,
+    Column,
+    Constant,
+    Count,
+    Identifier,
+    Ordered,
+    Positive,
+    Real,
+    Time,
+)
 from pyrovae.data.loading import DATA_SETS, descriptions, load, register
 from pyrovae.data.preprocessing import dynamic_binarization, split_missing, static_binarization
+from pyrovae.data.schema import Dialect, Schema
 from pyrovae.data.splits import Split, Splits, random_splits
 
 __all__ = [
-    "DATA_SETS",
     "Batches",
+    "Binary",
+    "Bounded",
+    "Category",
+    "Column",
+    "Constant",
+    "Count",
+    "DATA_SETS",
+    "Dialect",
+    "Identifier",
+    "Ordered",
+    "Positive",
+    "Real",
+    "Schema",
     "Split",
     "Splits",
+    "Time",
     "descriptions",
     "dynamic_binarization",
     "load",
