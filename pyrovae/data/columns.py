@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from pyrovae.distributions import Classes, Numbers
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -136,6 +138,11 @@ class Modelled(Column):
         Raises:
             CellError: when a value is not one of this column.
         """
+
+    @property
+    @abstractmethod
+    def cells(self) -> Classes | Numbers:
+        """What a likelihood and an encoder must know of the encoded values."""
 
     @abstractmethod
     def decode(self, x: Any) -> "pa.Array":
@@ -276,6 +283,11 @@ class Real(Continuous):
     [39, None]
     """
 
+    @property
+    def cells(self) -> Numbers:
+        offset = 0.0 if self.step is None else -self.origin % self.step
+        return Numbers(self.encoded_loc, self.scale, None, self.step, offset, spikes=self.encoded_spikes)
+
 
 @dataclass(frozen=True)
 class Positive(Continuous):
@@ -291,6 +303,11 @@ class Positive(Continuous):
         super().__post_init__()
         if self.origin != 0:
             raise ValueError(f"column {self.name!r}: a Positive column has origin 0, got {self.origin}.")
+
+    @property
+    def cells(self) -> Numbers:
+        low = -math.inf if self.step is None else self.step
+        return Numbers(self.loc, self.scale, 0.0, self.step, low=low, spikes=self.encoded_spikes)
 
     def is_inside(self, values: np.ndarray) -> np.ndarray:
         return values > 0
@@ -323,6 +340,15 @@ class Bounded(Continuous):
         if not self.low < self.high:
             raise ValueError(f"column {self.name!r}: low must be below high, got {self.low} and {self.high}.")
 
+    @property
+    def cells(self) -> Numbers:
+        low, high, offset = self.low, self.high, 0.0
+        if self.step is not None:  # the outermost points of the grid
+            low, high = math.ceil(low / self.step - 1e-9) * self.step, math.floor(high / self.step + 1e-9) * self.step
+            offset = low - self.low
+        ends = (low - self.low, high - self.low)
+        return Numbers(self.encoded_loc, self.scale, None, self.step, offset, *ends, spikes=self.encoded_spikes)
+
     def is_inside(self, values: np.ndarray) -> np.ndarray:
         return (values >= self.low) & (values <= self.high)
 
@@ -351,6 +377,13 @@ class Count(Modelled):
             raise ValueError(
                 f"column {self.name!r}: loc must be at least 0 and scale positive, got {self.loc} and {self.scale}."
             )
+
+    @property
+    def cells(self) -> Numbers:
+        # Location and scale of log(1 + x), as if it were normal; the largest count is that of single precision.
+        variance = math.log1p((self.scale / (1 + self.loc)) ** 2)
+        loc, scale = math.log1p(self.loc) - variance / 2, math.sqrt(variance)
+        return Numbers(loc, scale, 1.0, 1.0, low=0.0, high=2.0**24 - 1)
 
     def encode(self, values: Any) -> np.ndarray:
         v = as_numbers(values)
@@ -398,6 +431,10 @@ class Discrete(Modelled):
     def num_levels(self) -> int:
         """The number of levels, K."""
         return len(self.levels)
+
+    @property
+    def cells(self) -> Classes:
+        return Classes(self.num_levels)
 
     def encode(self, values: Any) -> np.ndarray:
         import pyarrow as pa
@@ -464,6 +501,10 @@ class Ordered(Discrete):
     ['L']
     """
 
+    @property
+    def cells(self) -> Classes:
+        return Classes(self.num_levels, is_ordered=True)
+
 
 @dataclass(frozen=True)
 class Time(Modelled):
@@ -527,6 +568,10 @@ class Time(Modelled):
         if self.unit == "day":
             del days["day"]
         return {name: (length * per_day, place * per_day) for name, (length, place) in days.items()}
+
+    @property
+    def cells(self) -> Numbers:
+        return Numbers(self.loc, self.scale, None, self.step, cycles=tuple(self.cycles.values()))
 
     def encode(self, values: Any) -> np.ndarray:
         import pyarrow as pa

@@ -6,5 +6,14 @@ Each has a ``.model`` and a ``.guide``, which are used as those of a :class:`pyr
 from pyrovae.structures.hierarchies import HierarchicalVAE, LadderVAE
 from pyrovae.structures.missing import MissingDataVAE
 from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
+from pyrovae.structures.tables import TableFeatures, table_vae
 
-__all__ = ["ClassifierELBO", "HierarchicalVAE", "LadderVAE", "MissingDataVAE", "SemiSupervisedVAE"]
+__all__ = [
+    "ClassifierELBO",
+    "HierarchicalVAE",
+    "LadderVAE",
+    "MissingDataVAE",
+    "SemiSupervisedVAE",
+    "TableFeatures",
+    "table_vae",
+]

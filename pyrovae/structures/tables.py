@@ -1,0 +1,111 @@
+"""VAEs of tables."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from pyrovae.distributions import Classes, Numbers, Scales
+from pyrovae.encoders import DiagonalNormal, Encoder
+from pyrovae.likelihoods import Likelihood, Tabular
+from pyrovae.likelihoods.tabular import HasCells, cells_of
+from pyrovae.nn import GatedMLP
+from pyrovae.nn.base import Shape
+from pyrovae.priors import Prior, StandardNormal
+from pyrovae.structures.missing import MissingDataVAE
+
+_FARTHEST = 10.0  # in scales of its column: outliers do not drown the other inputs
+
+
+class TableFeatures(nn.Module):
+    r"""What an encoder sees of a row: for each column numbers of about unit size, and whether the cell is missing.
+
+    Numbers are standardised, on the logarithmic scale if the column has one, and limited to ten scales; single values
+    that a column takes very often (spikes) and classes are one-hot; levels in an order have their place too; times have
+    sine and cosine of their day, week and year. All features of a missing cell are 0.
+
+    Args:
+        columns: the columns, those of a :class:`pyrovae.data.Schema` that are modelled, or their ``.cells``.
+
+    >>> features = TableFeatures([Numbers(40.0, 10.0), Classes(3)])
+    >>> features(torch.tensor([[50.0, 2.0], [0.0, 1.0]]), torch.tensor([[True, True], [False, True]]))
+    tensor([[1., 0., 0., 1., 0., 0.],
+            [0., 0., 1., 0., 1., 0.]])
+    """
+
+    def __init__(self, columns: Sequence[HasCells | Classes | Numbers]):
+        super().__init__()
+        self.cells = cells_of(columns)
+        # Steps do not matter here, so that all numbers go together.
+        numbers = [(d, c) for d, c in enumerate(self.cells) if isinstance(c, Numbers)]
+        self.classes = [(d, c) for d, c in enumerate(self.cells) if isinstance(c, Classes)]
+        self.cyclic = [(d, *cycle) for d, c in numbers for cycle in c.cycles]
+        plain = [Numbers(c.loc, c.scale, c.shift, spikes=c.spikes) for _, c in numbers]
+        self.scales = Scales(plain) if plain else None
+        self.register_buffer("numbers", torch.tensor([d for d, _ in numbers], dtype=torch.long), persistent=False)
+        self.num_features = (
+            len(numbers) * (1 + (self.scales.num_spikes if self.scales else 0))
+            + sum(c.num_classes + c.is_ordered for _, c in self.classes)
+            + 2 * len(self.cyclic)
+            + len(self.cells)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        features = []
+        if self.scales is not None:
+            here, values = mask[:, self.numbers], x[:, self.numbers]
+            u = self.scales.standardize(values).clamp(-_FARTHEST, _FARTHEST)
+            if self.scales.num_spikes:
+                is_spike = self.scales.is_spike(values) & here.unsqueeze(-1)
+                u = torch.where(is_spike.any(-1), 0.0, u)
+                features.append(is_spike.flatten(1).to(x.dtype))
+            features.append(torch.where(here, u, 0.0))
+        for d, c in self.classes:
+            code = torch.where(mask[:, d], x[:, d], 0).long()
+            features.append(one_hot(code, c.num_classes).to(x.dtype) * mask[:, d : d + 1])
+            if c.is_ordered:
+                features.append(((2 * x[:, d] / (c.num_classes - 1) - 1) * mask[:, d]).unsqueeze(-1))
+        for d, length, place in self.cyclic:
+            angle = (x[:, d].double() + place) * (2 * math.pi / length)
+            both = torch.stack([angle.sin(), angle.cos()], dim=-1).to(x.dtype)
+            features.append(torch.where(mask[:, d : d + 1], both, 0.0))
+        return torch.cat([*features, (~mask).to(x.dtype)], dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"num_columns={len(self.cells)}, num_features={self.num_features}"
+
+
+def table_vae(
+    columns: Sequence[HasCells | Classes | Numbers],
+    latent_dim: int = 16,
+    *,
+    prior: Callable[[int], Prior] = StandardNormal,
+    likelihood: Callable[..., Likelihood] = Tabular,
+    encoder: Callable[[Shape, int], Encoder] = partial(DiagonalNormal, network=GatedMLP),
+) -> MissingDataVAE:
+    r"""Returns a VAE of the rows of a table, whose cells may be missing.
+
+    .. math:: p(x_{\mathrm{obs}}, z) = p(z) \prod_{d\,\mathrm{observed}} p_d(x_d \mid z), \qquad
+        q(z \mid x_{\mathrm{obs}})
+
+    Cells are missing at random: what is missing adds nothing to log p, and the encoder sees which cells are missing.
+    Train it on ``data.split_missing(schema.encode(frame))``.
+
+    Args:
+        columns: the columns, those of a :class:`pyrovae.data.Schema` that are modelled, or their ``.cells``.
+        latent_dim: number of latent dimensions.
+        prior: called with `latent_dim`.
+        likelihood: called with `latent_dim` and `columns`.
+        encoder: called with the number of features of a row, as :class:`TableFeatures` makes them, and `latent_dim`.
+
+    >>> vae = table_vae([Numbers(40.0, 10.0), Classes(3)], latent_dim=2)
+    >>> vae.sample(5).shape
+    torch.Size([5, 2])
+    """
+    features = TableFeatures(columns)
+    return MissingDataVAE(
+        prior(latent_dim), likelihood(latent_dim, columns), encoder(features.num_features, latent_dim), features
+    )
