@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pyrovae.cli import command_parser
+from pyrovae.cli.parser import command_parser
 from pyrovae.data import (
     DATA_SETS,
     Batches,

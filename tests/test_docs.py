@@ -11,7 +11,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 import pyrovae
-from pyrovae.cli import make_parser
+from pyrovae.cli.parser import make_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

@@ -1,0 +1,101 @@
+"""What several commands share: loading data and runs, checks of arguments, and files of results."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrovae import data as datasets
+from pyrovae import storage
+from pyrovae.distributions import Blocks, center
+from pyrovae.vae import VAE
+
+Preprocessing = Literal["grey", "static", "dynamic"]
+
+
+SplitName = Literal["train", "validation", "test"]
+
+
+MEANS = "means of p(x | z), z from the prior"
+
+
+def default_run(data: str) -> Path:
+    """Returns the default run directory for a data set."""
+    return Path("runs") / Path(data).stem
+
+
+def load_run_and_data(
+    run: str, data: str | None, data_root: str | None, trust: bool
+) -> tuple[VAE, datasets.Splits, Preprocessing]:
+    """Returns the VAE of a run, and the data of the run or another data set with their preprocessing."""
+    vae, config = storage.load_run(run, trust=trust)
+    splits, description = load_splits(data or config["data"], data_root or config["data_root"], config["preprocessing"])
+    print(description)
+    return vae, splits, config["preprocessing"]
+
+
+def load_splits(data: str, data_root: str, preprocessing: Preprocessing) -> tuple[datasets.Splits, str]:
+    """Returns the splits, and lines that describe them. What is to be binarised once is binarised."""
+    splits = datasets.load(data, data_root)
+    words = {
+        "grey": "grey (values as they are)",
+        "static": "static binarisation (once, seed 0)",
+        "dynamic": "dynamic binarisation (training data again for each batch, the rest once, seed 0)",
+    }[preprocessing]
+    if preprocessing != "grey":
+        seeds = (None if preprocessing == "dynamic" else 0, 1, 2)
+        splits = datasets.Splits(
+            *(
+                part if seed is None else part._replace(x=datasets.static_binarization(part.x, seed))
+                for part, seed in zip(splits, seeds, strict=True)
+            )
+        )
+    sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in splits._asdict().items())
+    return splits, f"{data}: {sizes} of shape {tuple(splits.train.x.shape[1:])}\npreprocessing: {words}"
+
+
+def data_to_score(splits: datasets.Splits, split: SplitName, preprocessing: Preprocessing) -> Tensor:
+    """Returns the data of a split for scoring: binarised once, where training binarises each batch."""
+    x = getattr(splits, split).x
+    return datasets.static_binarization(x, 0) if preprocessing == "dynamic" and split == "train" else x
+
+
+@torch.no_grad()
+def is_discrete(vae: VAE) -> bool | None:
+    """Returns whether the data of the likelihood are discrete; None if only some of their columns are."""
+    p = vae.decode(vae.prior().sample((1,)))
+    blocks: list[Any] = list(p.blocks) if isinstance(p, Blocks) else [p]
+    kinds = {block.support.is_discrete for block in blocks}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+@torch.no_grad()
+def prior_means(vae: VAE, num_samples: int) -> Tensor:
+    return center(vae.decode(vae.prior().sample((num_samples,))))
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def new_file(path: str | Path, suffixes: tuple[str, ...]) -> Path:
+    path = Path(path)
+    if path.suffix not in suffixes:
+        raise ValueError(f"output must end in {' or '.join(suffixes)}, got {path}.")
+    if path.exists():
+        raise FileExistsError(f"{path} already exists. Give another file with --output, or another --seed.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_array(x: Tensor, path: Path) -> None:
+    array = x.cpu().numpy()
+    if path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        np.savetxt(path, array.reshape(len(array), -1), delimiter=",", fmt="%.9g")

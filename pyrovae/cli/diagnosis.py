@@ -1,0 +1,115 @@
+"""``pyrovae diagnose``."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import pyro
+
+from pyrovae import diagnostics, storage
+from pyrovae.cli.common import SplitName, check_device, data_to_score, load_splits
+from pyrovae.estimators import Estimator
+
+
+def diagnose(
+    run: str,
+    split: SplitName = "test",
+    num_data: int = 300,
+    method: Estimator | None = None,
+    nuts_samples: int = 1000,
+    other: str | None = None,
+    output: str | None = None,
+    data: str | None = None,
+    data_root: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    trust: bool = False,
+) -> None:
+    """Reports what a trained run learned and where it loses nats: tables with verdicts, a JSON file, pictures.
+
+    Args:
+        run: the run directory.
+        split: the part of the data to look at.
+        num_data: number of data to look at, the first ones; gaps are measured on a third of them.
+        method: the class of the estimator of log p(x) for the gaps, one of pyrovae.estimators;
+            AnnealedImportanceSampling by default.
+        nuts_samples: draws of each of two NUTS chains for the posteriors of three data, after half as many warm-up
+            steps: the slowest part. At least 100, or 0 to leave it out.
+        other: a second data set of the same shape to compare with the first; without it, the most unusual data are
+            listed.
+        output: a directory for the results; by default diagnosis-<split> in the run directory.
+        data: another data set of the same shape; by default the run's own.
+        data_root: where the images are; by default as in training.
+        seed: seed of everything that is drawn.
+        device: cpu, cuda, cuda:1, ...
+        trust: let the run's configuration name classes outside pyrovae, and so run their code.
+    """
+    if num_data < 30:
+        raise ValueError(f"num_data must be at least 30 for a diagnosis, got {num_data}.")
+    if nuts_samples and nuts_samples < 100:
+        raise ValueError(f"nuts_samples must be at least 100, or 0 to leave NUTS out; got {nuts_samples}.")
+    out = Path(output) if output is not None else Path(run) / f"diagnosis-{split}"
+    if out.exists():
+        raise FileExistsError(f"{out} is there already. Name another place with --output.")
+    check_device(device)
+    vae, config = storage.load_run(run, trust=trust)
+    root, preprocessing = data_root or config["data_root"], config["preprocessing"]
+    splits, described = load_splits(data or config["data"], root, preprocessing)
+    print(described)
+    vae.to(device)
+    part = getattr(splits, split)
+    x = data_to_score(splits, split, preprocessing)[:num_data].to(device)
+    train = data_to_score(splits, "train", preprocessing)[:num_data].to(device)
+    labels = None if part.labels is None else part.labels[: len(x)].to(device)
+    strange = None
+    if other is not None:
+        strange = data_to_score(load_splits(other, root, preprocessing)[0], "test", preprocessing)[:num_data].to(device)
+        if strange.shape[1:] != x.shape[1:]:
+            raise ValueError(f"other has data of shape {tuple(strange.shape[1:])}, the run of {tuple(x.shape[1:])}.")
+
+    inputs = diagnostics.ReportInputs(
+        vae.model,
+        vae.guide,
+        x,
+        train,
+        held_out=split != "train",
+        labels=labels,
+        other=strange,
+        method=method,
+        nuts_samples=nuts_samples,
+    )
+    results, verdicts = {}, []
+    for name, kind in diagnostics.DIAGNOSES.items():
+        if name == "posterior" and nuts_samples == 0:
+            continue
+        print(f"\n== {name.replace('_', ' ')}: {kind.question}")
+        pyro.set_rng_seed(seed)  # each diagnostic draws the same, whichever ran before it
+        try:
+            result = kind.for_report(inputs)
+        except (ValueError, NotImplementedError) as error:
+            reason = str(error).partition("Trace Shapes:")[0].rstrip()
+            print(f"not for this model or these data: {reason}")
+            results[name] = {"skipped": reason}
+        else:
+            print(result)
+            out.mkdir(parents=True, exist_ok=True)
+            result.plot(out / f"{name}.png")
+            results[name] = result.summary()
+            verdicts.append(f"{kind.question} {result.verdict}")
+        storage.write_atomically(out / "diagnosis.json", (json.dumps(results, indent=1) + "\n").encode())
+    _draw_collapse(Path(run) / "metrics.jsonl", out / "collapse_history.png")
+    print("\n== in short")
+    for verdict in verdicts:
+        print(textwrap.fill(verdict, 80, subsequent_indent="  "))
+    print(f"\npictures and numbers: {out}")
+
+
+def _draw_collapse(metrics: Path, path: Path) -> None:
+    """Plots the mutual information of data and latents over training, if the run recorded it."""
+    from pyrovae import plots
+
+    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    records = [record for record in records if "mutual_information" in record]
+    if len(records) > 1:
+        plots.collapse_history(records, path)
+        print(f"\nover training: {path}")

@@ -1,0 +1,143 @@
+"""The parser of the command line, and its entry point ``main``."""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import docstring_parser
+import pyro
+import yaml
+from jsonargparse import ArgumentParser
+
+import pyrovae
+from pyrovae import data as datasets
+from pyrovae import storage
+from pyrovae.cli.common import default_run
+from pyrovae.cli.diagnosis import diagnose
+from pyrovae.cli.drawing import reconstruct, sample
+from pyrovae.cli.scoring import evaluate
+from pyrovae.cli.training import train
+from pyrovae.distributed import init_process_group, single_process, was_restarted
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "diagnose": diagnose,
+    "sample": sample,
+    "reconstruct": reconstruct,
+}
+
+
+FLAGS = ("resume", "trust", "mean", "compile")  # given without a value
+
+
+RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line; exits with a message and status 1 when the input is wrong."""
+    argv = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    if os.getcwd() not in sys.path:  # where the modules with the user's own classes are
+        sys.path.insert(0, os.getcwd())
+    parser = make_parser()
+    try:
+        settings = parser.parse_args(argv)
+        world = init_process_group(settings[settings.subcommand].get("device"))
+        if settings.subcommand == "train" and (settings.train.resume or was_restarted()):
+            settings = _resumed(parser, argv, settings.train)
+            settings.train.resume = True
+        command = settings.subcommand
+        # A loss may hold a network, which is built here. It gets random numbers other than those of the VAE's weights.
+        pyro.set_rng_seed((settings[command].seed + 1) % 2**32)
+        arguments = parser.instantiate(settings)[command].as_dict()
+        arguments.pop("config", None)
+        if command == "train":
+            arguments["config"] = _config(settings.train)
+        # Of several processes only rank 0 prints. It runs alone the commands that are not distributed.
+        if command in ("train", "evaluate"):
+            with nullcontext() if world.is_rank0 else redirect_stdout(None):
+                COMMANDS[command](**arguments)
+        elif world.is_rank0:
+            with single_process():
+                COMMANDS[command](**arguments)
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+        sys.exit(f"pyrovae: error: {str(error).partition('Trace Shapes:')[0].rstrip()}")  # Pyro adds a long table
+    except KeyboardInterrupt:
+        sys.exit("\npyrovae: interrupted. To continue a training run, use --resume.")
+
+
+def make_parser() -> ArgumentParser:
+    """Returns the parser of the whole command line."""
+    parser = ArgumentParser(prog="pyrovae", description=pyrovae.__doc__, version=pyrovae.__version__)
+    commands = parser.add_subcommands()
+    for name, function in COMMANDS.items():
+        commands.add_subcommand(name, command_parser(name), help=_summary(function))
+    return parser
+
+
+def command_parser(name: str) -> ArgumentParser:
+    """Returns the parser of one command, from the signature and docstring of its function."""
+    function = COMMANDS[name]
+    epilog = f"Data sets: {', '.join(datasets.descriptions())}." if name == "train" else None
+    parser = ArgumentParser(description=_summary(function), epilog=epilog)
+    if name == "train":
+        parser.add_argument("--config", action="config", help="a file with arguments, such as the config.yaml of a run")
+    helps = {param.arg_name: param.description for param in docstring_parser.parse(function.__doc__).params}
+    flags = {name: text for name, text in helps.items() if name in FLAGS}
+    parser.add_function_arguments(function, as_positional=True, skip={*flags, "config"})
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    return parser
+
+
+def _summary(function: Callable) -> str:
+    return (function.__doc__ or "").partition("\n")[0]
+
+
+def _config(settings: Any) -> str:
+    """Returns the configuration of a training run as YAML: all arguments but the run directory and the flags."""
+    config = yaml.safe_load(command_parser("train").dump(settings, skip_unset=False))
+    return yaml.safe_dump({k: v for k, v in config.items() if k not in ("config", "run", *FLAGS)}, sort_keys=False)
+
+
+def _with_underscores(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
+
+
+def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
+    """Returns the settings of the run to be resumed, with the changes on the command line.
+
+    Args:
+        parser: the parser of the whole command line.
+        argv: the command line.
+        settings: the settings of ``pyrovae train`` on this command line alone.
+    """
+    directory = Path(settings.run) if settings.run is not None else default_run(settings.data)
+    if not (directory / "config.yaml").exists():
+        if init_process_group().is_rank0:
+            print(f"nothing to resume in {directory}: starting")
+        return parser.parse_args(argv)
+    stored = storage.read_config(directory, trust=settings.trust)
+    # As text, not as a file, because the names in it are the present ones.
+    text = yaml.safe_dump({name: value for name, value in stored.items() if name != "x_shape"})
+    at = argv.index("train") + 1
+    resumed = parser.parse_args([*argv[:at], "--config", text, *argv[at:]])
+    resumed.train.run = str(directory)
+    # The checkpoint restores the optimizer and the random state: a change that it would undo must be an error.
+    config = yaml.safe_load(_config(resumed.train))
+    changed = [name for name in config if config[name] != stored.get(name) and name not in RENEWABLE]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)} cannot change when a run is resumed. Leave this out, or start a new run with "
+            f"--run DIRECTORY; what may change is {', '.join(RENEWABLE)}."
+        )
+    if config["epochs"] < stored["epochs"]:
+        raise ValueError(
+            f"epochs is {config['epochs']}, but the run in {directory} was started with {stored['epochs']}. Give a "
+            "larger number."
+        )
+    return resumed
