@@ -13,7 +13,6 @@ from pyrovae.data.tables import load_numbers, load_table
 Loader = Callable[[Path], Splits]
 
 DATA_SETS: dict[str, Loader] = {}
-_NUMBERS = (".npy", ".npz")
 
 
 def register(name: str) -> Callable[[Loader], Loader]:
@@ -92,8 +91,8 @@ def load(
             ``raw``, or in ``<name>/raw``), gzipped or not.
         schema: the schema of a table, such as that of the training data; found out if None.
         overrides: kinds of columns of a table, as for :meth:`Schema.infer`.
-        numbers: read a ``.csv`` file as numbers alone, without a schema, as pyrovae 0.1 did: all columns as they are,
-            and no missing cells.
+        numbers: refuse tables, except for a ``.csv`` file of numbers alone, which is read without a schema: all columns
+            as they are, and no missing cells.
         **options: fields of the :class:`Dialect` of a table.
 
     Raises:
@@ -108,9 +107,11 @@ def load(
     if name in DATA_SETS:
         return DATA_SETS[name](Path(root))
     path = Path(name)
-    if path.suffix in _NUMBERS or (numbers and path.suffix == ".csv"):
+    if path.suffix in (".npy", ".npz") or (numbers and path.suffix == ".csv"):
         return load_numbers(path)
-    if path.suffix or path.is_file():
+    if numbers and path.is_file():
+        raise ValueError(f"{path} must be a .npy, .npz or .csv file of numbers.")
+    if not numbers and (path.suffix or path.is_file()):
         return load_table(path, schema, overrides, **options)
     raise ValueError(
         f"there is no data set {name!r}. Name one of {', '.join(DATA_SETS)}, or a file: a table (.csv, .tsv, .parquet, "

@@ -287,8 +287,8 @@ class TextFile(Source):
     def _not_encoded(self, error: UnicodeDecodeError, line: int) -> ValueError:
         return ValueError(
             f"{self.path}, line {line}: the byte 0x{error.object[error.start]:02x} is not {self.dialect_name}. Give "
-            "the encoding of the file, for example encoding=cp1252 (Excel in Western Europe) or latin-1; a file of mixed "
-            "encodings has to be corrected."
+            "the encoding of the file, for example encoding=cp1252 (Excel in Western Europe) or latin-1. Correct a "
+            "file of several encodings."
         )
 
     @property
