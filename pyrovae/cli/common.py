@@ -1,5 +1,6 @@
 """What several commands share: loading data and runs, checks of arguments, and files of results."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ Preprocessing = Literal["grey", "static", "dynamic"]
 
 
 SplitName = Literal["train", "validation", "test"]
+_PARTS = ("train", "validation", "test")
 
 
 MEANS = "means of p(x | z), z from the prior"
@@ -38,7 +40,7 @@ def load_run_and_data(
 
 def load_splits(data: str, data_root: str, preprocessing: Preprocessing) -> tuple[datasets.Splits, str]:
     """Returns the splits, and lines that describe them. What is to be binarised once is binarised."""
-    splits = datasets.load(data, data_root)
+    splits = datasets.load(data, data_root, numbers=True)
     words = {
         "grey": "grey (values as they are)",
         "static": "static binarisation (once, seed 0)",
@@ -48,11 +50,11 @@ def load_splits(data: str, data_root: str, preprocessing: Preprocessing) -> tupl
         seeds = (None if preprocessing == "dynamic" else 0, 1, 2)
         splits = datasets.Splits(
             *(
-                part if seed is None else part._replace(x=datasets.static_binarization(part.x, seed))
+                part if seed is None else replace(part, x=datasets.static_binarization(part.x, seed))
                 for part, seed in zip(splits, seeds, strict=True)
             )
         )
-    sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in splits._asdict().items())
+    sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in zip(_PARTS, splits, strict=True))
     return splits, f"{data}: {sizes} of shape {tuple(splits.train.x.shape[1:])}\npreprocessing: {words}"
 
 

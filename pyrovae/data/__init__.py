@@ -17,8 +17,10 @@ from pyrovae.data.columns import (
 )
 from pyrovae.data.loading import DATA_SETS, descriptions, load, register
 from pyrovae.data.preprocessing import dynamic_binarization, split_missing, static_binarization
-from pyrovae.data.schema import Dialect, Schema
+from pyrovae.data.reading import Dialect
+from pyrovae.data.schema import Schema
 from pyrovae.data.splits import Split, Splits, random_splits
+from pyrovae.data.tables import Table
 
 __all__ = [
     "Batches",
@@ -37,6 +39,7 @@ __all__ = [
     "Schema",
     "Split",
     "Splits",
+    "Table",
     "Time",
     "descriptions",
     "dynamic_binarization",

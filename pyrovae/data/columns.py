@@ -39,7 +39,6 @@ Level = str | int | float | bool
 
 _OFF_GRID = 1e-3  # of a step: what rounding in double precision explains
 _SECONDS = {"day": 86400, "minute": 60, "second": 1}
-_TEXT = ("string", "large_string", "string_view")
 
 
 class CellError(ValueError):
@@ -266,8 +265,8 @@ class Continuous(Modelled):
         return f"{whole}{point}{digits}" if digits else whole
 
     def describe(self) -> str:
-        parts = [f"about {self.loc:.6g} +- {self.scale:.4g}"]
-        parts += [f"steps of {self.step:g}"] if self.step is not None else []
+        parts = [f"{self.loc:.6g} +- {self.scale:.3g}"]
+        parts += [f"in steps of {self.step:g}"] if self.step is not None else []
         parts += [f"often {_listed(self.spikes)}"] if self.spikes else []
         return ", ".join(parts)
 
@@ -317,8 +316,8 @@ class Positive(Continuous):
         return "above 0"
 
     def describe(self) -> str:
-        parts = [f"about {math.exp(self.loc):.5g}, a factor of {math.exp(min(self.scale, 700)):.3g} around it"]
-        parts += [f"steps of {self.step:g}"] if self.step is not None else []
+        parts = [f"{math.exp(min(self.loc, 700)):.5g}, up or down by a factor of {math.exp(min(self.scale, 700)):.3g}"]
+        parts += [f"in steps of {self.step:g}"] if self.step is not None else []
         parts += [f"often {_listed(self.spikes)}"] if self.spikes else []
         return ", ".join(parts)
 
@@ -445,7 +444,7 @@ class Discrete(Modelled):
             codes = pc.index_in(cells, value_set=pa.array(self.levels))
         elif isinstance(self.levels[0], (str, bool)):
             # Text cells may come back as another type, for example codes that pandas read as numbers.
-            cells = cells if str(cells.type) in _TEXT else pc.cast(cells, pa.string())
+            cells = cells if is_text(cells.type) else pc.cast(cells, pa.string())
             codes = pc.index_in(cells, value_set=pa.array([str(level) for level in self.levels], cells.type))
         else:
             numbers = as_numbers(cells)
@@ -578,7 +577,7 @@ class Time(Modelled):
         import pyarrow.compute as pc
 
         cells = to_arrow(values)
-        if str(cells.type) in _TEXT:
+        if is_text(cells.type):
             times = parse_times(cells, self.format)
             unread = pc.and_(cells.is_valid(), pc.is_null(times)).to_numpy(zero_copy_only=False)
             _refuse(unread, values, f"is no time of the format {self.format!r}")
@@ -687,7 +686,7 @@ def as_numbers(values: Any) -> np.ndarray:
     import pyarrow.compute as pc
 
     cells = to_arrow(values)
-    if str(cells.type) in _TEXT:
+    if is_text(cells.type):
         try:
             cells = pc.cast(cells, pa.float64())
         except pa.ArrowInvalid:
@@ -713,6 +712,11 @@ def parse_times(cells: "pa.Array", format: str) -> "pa.Array":
         return pc.cast(cells, pa.timestamp("us"))
     except pa.ArrowInvalid:  # one cell at a time: some are no times, or have a zone
         return pa.array([_iso_time(cell) for cell in cells.to_pylist()], pa.timestamp("us"))
+
+
+def is_text(type: "pa.DataType") -> bool:
+    """Returns whether an Arrow type holds text."""
+    return str(type) in ("string", "large_string", "string_view")
 
 
 def is_number(cell: str) -> bool:
@@ -760,5 +764,5 @@ def _refuse(wrong: np.ndarray, values: Any, problem: str) -> None:
 
 
 def _listed(values: tuple, most: int = 6) -> str:
-    shown = ", ".join(str(v) for v in values[:most])
+    shown = ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values[:most])
     return f"{shown}, ..." if len(values) > most else shown
