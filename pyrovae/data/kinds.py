@@ -112,8 +112,8 @@ def decimal_signs(summaries: list[Summary]) -> tuple[str, str]:
     """
     found: dict[tuple[str, str], Summary] = {}
     for summary in summaries:
-        others = summary.non_numbers()
-        if summary.numeric or not others:
+        others = [] if summary.numeric else summary.non_numbers()
+        if not others:
             continue
         if all(_COMMA_THOUSANDS.fullmatch(v) for v in others):
             both = all(_COMMA_DECIMAL.fullmatch(v) for v in others)
