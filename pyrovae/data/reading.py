@@ -44,7 +44,7 @@ class Dialect:
     thousands: str = ""
     encoding: str = "utf-8"
     header: bool = True
-    missing: tuple[str, ...] = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
+    missing: tuple[str, ...] = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL")
 
     def __post_init__(self) -> None:
         if len(self.delimiter) != 1:
