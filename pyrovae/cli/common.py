@@ -30,12 +30,44 @@ def default_run(data: str) -> Path:
 
 def load_run_and_data(
     run: str, data: str | None, data_root: str | None, trust: bool
-) -> tuple[VAE, datasets.Splits, Preprocessing]:
+) -> tuple[Any, datasets.Splits, Preprocessing]:
     """Returns the VAE of a run, and the data of the run or another data set with their preprocessing."""
     vae, config = storage.load_run(run, trust=trust)
-    splits, description = load_splits(data or config["data"], data_root or config["data_root"], config["preprocessing"])
+    source, schema = data or config["data"], config.get("table")
+    if schema is not None:
+        splits, description = load_table(source, schema)
+    else:
+        splits, description = load_splits(source, data_root or config["data_root"], config["preprocessing"])
     print(description)
     return vae, splits, config["preprocessing"]
+
+
+def load_table(data: str, schema: datasets.Schema | None) -> tuple[datasets.Splits, str]:
+    """Returns the splits of a table, without rows that have no cell, and lines that describe them.
+
+    Args:
+        data: the file.
+        schema: its columns; found out if None.
+    """
+    splits = datasets.load(data, schema=schema)
+    kept, empty = [], 0
+    for part in splits:
+        some = ~part.x.isnan().all(dim=1)
+        empty += int((~some).sum())
+        kept.append(replace(part, x=part.x[some], rows=None if part.rows is None else part.rows[some]))
+    splits = replace(splits, **dict(zip(_PARTS, kept, strict=True)))
+    sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in zip(_PARTS, kept, strict=True))
+    missing = torch.cat([part.x.isnan().float().mean().reshape(1) * len(part.x) for part in kept]).sum()
+    share = float(missing) / max(1, sum(len(part.x) for part in kept))
+    lines = [f"{data}: {sizes} rows of {kept[0].x.shape[1]} columns, {share:.1%} of the cells missing"]
+    if empty:
+        lines.append(f"{empty:,} rows without any cell are left out")
+    return splits, "\n".join(lines)
+
+
+def is_table(data: str) -> bool:
+    """Returns whether data are a file that may be a table, and no arrays or data set with a name."""
+    return data not in datasets.DATA_SETS and Path(data).suffix not in (".npy", ".npz") and Path(data).is_file()
 
 
 def load_splits(data: str, data_root: str, preprocessing: Preprocessing) -> tuple[datasets.Splits, str]:
@@ -62,6 +94,11 @@ def data_to_score(splits: datasets.Splits, split: SplitName, preprocessing: Prep
     """Returns the data of a split for scoring: binarised once, where training binarises each batch."""
     x = getattr(splits, split).x
     return datasets.static_binarization(x, 0) if preprocessing == "dynamic" and split == "train" else x
+
+
+def arguments_of(splits: datasets.Splits, x: Tensor) -> tuple[Tensor, ...]:
+    """Returns what model and guide take: x, and for a table which of its cells are observed."""
+    return (x,) if splits.schema is None else datasets.split_missing(x)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import pyrovae
 from pyrovae import data as datasets
 from pyrovae import storage
 from pyrovae.cli.common import default_run
+from pyrovae.cli.description import describe
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
 from pyrovae.cli.scoring import evaluate
@@ -23,6 +24,7 @@ from pyrovae.cli.training import train
 from pyrovae.distributed import init_process_group, single_process, was_restarted
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "describe": describe,
     "train": train,
     "evaluate": evaluate,
     "diagnose": diagnose,
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
             settings.train.resume = True
         command = settings.subcommand
         # A loss may hold a network, which is built here. It gets random numbers other than those of the VAE's weights.
-        pyro.set_rng_seed((settings[command].seed + 1) % 2**32)
+        pyro.set_rng_seed((settings[command].get("seed", 0) + 1) % 2**32)
         arguments = parser.instantiate(settings)[command].as_dict()
         arguments.pop("config", None)
         if command == "train":

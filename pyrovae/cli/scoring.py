@@ -4,7 +4,15 @@ import numpy as np
 import pyro
 import torch
 
-from pyrovae.cli.common import SplitName, check_device, data_to_score, is_discrete, load_run_and_data, new_file
+from pyrovae.cli.common import (
+    SplitName,
+    arguments_of,
+    check_device,
+    data_to_score,
+    is_discrete,
+    load_run_and_data,
+    new_file,
+)
 from pyrovae.distributed import init_process_group
 from pyrovae.estimators import Estimator, ImportanceSampling, log_marginal
 from pyrovae.likelihoods import bits_per_dim
@@ -57,7 +65,7 @@ def evaluate(
     pyro.set_rng_seed(seed)
     vae.to(device)
     x = data_to_score(splits, split, preprocessing)[:num_data].to(device)
-    estimate = log_marginal(vae.model, vae.guide, x, method=method, max_memory=max_memory, compile=compile)
+    estimate = log_marginal(vae.model, vae.guide, *arguments_of(splits, x), method=method, max_memory=max_memory, compile=compile)
     if out is not None and world.is_rank0:
         columns = {name: getattr(estimate, name) for name in ("value", "standard_error", "ess", "khat", "trusted")}
         columns |= estimate.diagnostics

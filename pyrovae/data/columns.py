@@ -70,6 +70,7 @@ class Column(ABC):
     missing: float = field(default=0.0, kw_only=True)
 
     modelled: ClassVar[bool]
+    likelihood: ClassVar[str]  # what log p(x) holds of a value, in words
 
     @property
     def kind(self) -> str:
@@ -155,6 +156,7 @@ class Modelled(Column):
 class LeftOut(Column):
     """Base of the columns that no model sees."""
 
+    likelihood = "none, because the column is left out"
     modelled = False
 
     @abstractmethod
@@ -258,14 +260,14 @@ class Continuous(Modelled):
         return [None if v is None else self._write(v) for v in values.to_pylist()]
 
     def _write(self, value: float) -> str:
-        if self.decimals is None:
-            return f"{value:.9g}"
+        if self.decimals is None:  # as short as float32 can tell it apart
+            return f"{value:.12g}" if self.origin else str(np.float32(value))
         whole, point, digits = f"{value:.{self.decimals}f}".partition(".")
         digits = digits.rstrip("0").ljust(self.min_decimals, "0")
         return f"{whole}{point}{digits}" if digits else whole
 
     def describe(self) -> str:
-        parts = [f"{self.loc:.6g} +- {self.scale:.3g}"]
+        parts = [f"{self.loc:.12g} +- {self.scale:.3g}"]
         parts += [f"in steps of {self.step:g}"] if self.step is not None else []
         parts += [f"often {_listed(self.spikes)}"] if self.spikes else []
         return ", ".join(parts)
@@ -282,6 +284,8 @@ class Real(Continuous):
     [39, None]
     """
 
+    likelihood = "a density in own units; in steps, the probability of a step; of a frequent value, its own"
+
     @property
     def cells(self) -> Numbers:
         offset = 0.0 if self.step is None else -self.origin % self.step
@@ -297,6 +301,8 @@ class Positive(Continuous):
     >>> Positive("price", 5.0, 1.2, step=0.01, decimals=2, min_decimals=2).decode([3.499999]).to_pylist()
     [3.5]
     """
+
+    likelihood = "as Real, on a logarithmic scale"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -316,7 +322,7 @@ class Positive(Continuous):
         return "above 0"
 
     def describe(self) -> str:
-        parts = [f"{math.exp(min(self.loc, 700)):.5g}, up or down by a factor of {math.exp(min(self.scale, 700)):.3g}"]
+        parts = [f"near {math.exp(min(self.loc, 700)):.5g}, factor {math.exp(min(self.scale, 700)):.3g}"]
         parts += [f"in steps of {self.step:g}"] if self.step is not None else []
         parts += [f"often {_listed(self.spikes)}"] if self.spikes else []
         return ", ".join(parts)
@@ -328,6 +334,8 @@ class Bounded(Continuous):
 
     Values equal to low or high are possible, as those next to them; many of them are a spike.
     """
+
+    likelihood = "as Real, with all values in the range"
 
     low: float = 0.0
     high: float = 1.0
@@ -366,6 +374,8 @@ class Count(Modelled):
     >>> Count("children", 1.1, 1.3).decode([2.0]).to_pylist()
     [2]
     """
+
+    likelihood = "the probability of the number"
 
     loc: float
     scale: float
@@ -408,6 +418,8 @@ class Discrete(Modelled):
     Args:
         levels: the K values, all text, all numbers, or False and True.
     """
+
+    likelihood = "the probability of the level"
 
     levels: tuple[Level, ...]
 
@@ -523,6 +535,8 @@ class Time(Modelled):
     >>> born.text(born.decode([2.0]))
     ['03.03.2020']
     """
+
+    likelihood = "as Real, in units since the origin"
 
     loc: float
     scale: float

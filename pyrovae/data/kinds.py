@@ -38,11 +38,12 @@ Override = str | Mapping[str, Any] | Column
 
 _FEW = 20  # different numbers that are levels of their own, if there are ten cells for each
 _CELLS_PER_LEVEL = 10
+_GAPS = 3  # levels of their own that are possible, for each that occurs
 _MAX_LEVELS = 1000
 _MAX_SPIKES = 64
 _SPIKE_SHARE = 0.002
 _MAX_STEPS = 2**23  # in the range of a column; float32 tells twice as many apart
-_MAX_STEPS_OF_DECIMALS = 10**6
+_MAX_STEPS_OF_DECIMALS = 10**5  # where values are rounded more finely, a density says the same
 _MAX_COUNT = 1000
 _RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 100.0))
 _ID_NAME = re.compile(
@@ -55,7 +56,7 @@ _FORMATS = _DATES + tuple(
 )
 _COMMA_DECIMAL = re.compile(r"[+-]?\d+,\d+|[+-]?\d{1,3}(\.\d{3})+,\d+")
 _COMMA_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
-_WITH_SIGN = re.compile(r"[^\d\s+-]{1,4}\s?[\d.,]*\d|[+-]?[\d.,]*\d\s?[^\d\s]{1,4}")
+_WITH_SIGN = re.compile(r"[$€£¥]\s?[+-]?[\d.,]*\d|[+-]?[\d.,]*\d\s?([%€$£¥]|[a-zA-Z]{1,3})")
 
 
 def column_of(summary: Summary, override: Override | None = None) -> tuple[Column, list[str]]:
@@ -89,7 +90,7 @@ def column_of(summary: Summary, override: Override | None = None) -> tuple[Colum
         column, notes = Constant(name), ["has no values: left out"]
     elif summary.counts is not None and len(summary.counts) == 1:
         [value] = summary.counts
-        column = Constant(name, value=_plain(value))
+        column = Constant(name, value=_levels(summary)[0] if _has_numbers(summary) else _plain(value))
         if summary.absent:
             notes.append(f"is {value!r} or missing: left out; fill the empty cells with another value to model it")
     elif _has_numbers(summary):
@@ -100,6 +101,8 @@ def column_of(summary: Summary, override: Override | None = None) -> tuple[Colum
         column, notes = _text(summary)
     if given:
         column = Column.from_dict(column.to_dict() | given)
+    if isinstance(column, (Continuous, Time)) and column.step is None and _is_rounded(summary, column):
+        notes.append("has more steps than float32 can tell apart: it is kept to 7 digits")
     content = column.to_dict() | ({"missing": summary.missing} if summary.missing else {})
     return Column.from_dict(content), [f"column {name!r} {note}" for note in notes]
 
@@ -112,8 +115,8 @@ def decimal_signs(summaries: list[Summary]) -> tuple[str, str]:
     """
     found: dict[tuple[str, str], Summary] = {}
     for summary in summaries:
-        others = summary.non_numbers()
-        if summary.numeric or not others:
+        others = [] if summary.numeric else summary.non_numbers()
+        if not others:
             continue
         if all(_COMMA_THOUSANDS.fullmatch(v) for v in others):
             both = all(_COMMA_DECIMAL.fullmatch(v) for v in others)
@@ -167,6 +170,10 @@ def _of_kind(cls: type[Column], summary: Summary, given: dict[str, Any]) -> Colu
     return Identifier(name, numbers=summary.numeric and summary.present > 0)
 
 
+def _is_rounded(summary: Summary, column: Continuous | Time) -> bool:
+    return isinstance(column, Time) or (summary.decimals == 0 and summary.high - summary.low > _MAX_STEPS)
+
+
 def _number(summary: Summary) -> Column:
     name, counts, n = summary.name, summary.counts, summary.present
     whole = summary.decimals == 0
@@ -179,8 +186,10 @@ def _number(summary: Summary) -> Column:
             return Identifier(name, numbers=True)
     if distinct == 2:
         return Binary(name, _levels(summary))
-    if distinct <= _FEW and n >= _CELLS_PER_LEVEL * distinct:
-        return Ordered(name, _levels(summary))
+    if distinct <= _FEW and n >= _CELLS_PER_LEVEL * distinct and summary.decimals is not None:
+        unit = (summary.divisor or 1) / 10**summary.decimals
+        if (summary.high - summary.low) / unit < _GAPS * distinct:  # 1 to 16, but not 0, 1,485, 1,573, ...
+            return Ordered(name, _levels(summary))
     if whole and summary.low == 0 and summary.high <= _MAX_COUNT and _is_count(summary):
         return _count(summary)
     return _continuous(None, summary, {})
@@ -222,8 +231,10 @@ def _continuous(kind: type[Continuous] | None, summary: Summary, given: dict[str
     fewest = 0
     if summary.text_decimals is not None:
         fewest, most = summary.text_decimals
-        decimals = most if most <= 15 else decimals
-        fewest = fewest if most <= 15 else 0
+        if decimals is None:
+            fewest = 0
+        else:
+            decimals, fewest = (most, fewest) if most <= 15 else (decimals, 0)
     elif decimals is not None and "int" not in str(summary.type):
         decimals = max(decimals, 1)  # floats stay floats
     loc = round(loc, 4 - math.floor(math.log10(scale)))
@@ -244,6 +255,8 @@ def _continuous_kind(summary: Summary, rest: np.ndarray, spikes: set[float]) -> 
     for a, b in _RANGES:
         margin = 0.02 * (b - a) if b == 1 else 0.0
         if a <= low <= a + margin and b - margin <= high <= b:
+            return Bounded
+        if a == 0 <= low and high == b and b in spikes:  # a share that often is all
             return Bounded
     lowest = min((v for v in (summary.counts or ()) if float(v) not in spikes), key=float, default=low)
     if len(rest) < 20 or not rest.min() > 0 or not (float(lowest) > 0 or spikes):

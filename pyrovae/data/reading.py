@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ class Dialect:
     thousands: str = ""
     encoding: str = "utf-8"
     header: bool = True
-    missing: tuple[str, ...] = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
+    missing: tuple[str, ...] = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL")
 
     def __post_init__(self) -> None:
         if len(self.delimiter) != 1:
@@ -120,8 +121,9 @@ class Source:
         """Yields batches of rows as they are in the file."""
         raise NotImplementedError
 
-    def count(self) -> int:
-        """Returns the number of rows."""
+    @cached_property
+    def num_rows(self) -> int:
+        """The number of rows."""
         return sum(batch.num_rows for batch in self.raw_batches())
 
     def _with_nulls(self, batch: "pa.RecordBatch") -> "pa.RecordBatch":
@@ -154,7 +156,8 @@ class Frame(Source):
     def raw_batches(self) -> Iterator["pa.RecordBatch"]:
         yield from self.table.to_batches(max_chunksize=_ROWS)
 
-    def count(self) -> int:
+    @cached_property
+    def num_rows(self) -> int:
         return len(self.table)
 
 
@@ -176,7 +179,8 @@ class Parquet(Source):
     def raw_batches(self) -> Iterator["pa.RecordBatch"]:
         yield from self.file.iter_batches(_ROWS, columns=self.names)
 
-    def count(self) -> int:
+    @cached_property
+    def num_rows(self) -> int:
         return self.file.metadata.num_rows
 
 
@@ -222,7 +226,8 @@ class TextFile(Source):
     def raw_batches(self) -> Iterator["pa.RecordBatch"]:
         yield from self._read(list(map(str, range(len(self.names)))))
 
-    def count(self) -> int:
+    @cached_property
+    def num_rows(self) -> int:
         return sum(batch.num_rows for batch in self._read(["0"]))
 
     def _read(self, columns: list[str]) -> Iterator["pa.RecordBatch"]:

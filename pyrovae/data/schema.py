@@ -124,6 +124,7 @@ class Schema:
                     summaries = _summarize(source, rows)
             if summaries[0].rows == 0:
                 raise ValueError("there is no row.")
+            source.num_rows = summaries[0].rows
             columns = []
             for summary in summaries:
                 column, found = column_of(summary, overrides.get(summary.name))

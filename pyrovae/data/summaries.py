@@ -16,6 +16,7 @@ __all__ = ["Summary"]
 
 _MAX_DECIMALS = 6  # numbers with more digits after the point are not rounded values
 _MAX_VALUES = 20_000  # different values that are counted
+_MAX_DECIMAL_NUMBERS = 2_000  # different numbers that are not all whole, of which little has to be known
 _MAX_SAMPLE = 200_000  # numbers that are kept
 
 
@@ -96,42 +97,35 @@ class Summary:
                     row = start + error.index + 1
                     raise ValueError(f"column {self.name!r}, row {row:,}: {error.problem}, as others are.") from None
                 self.numeric = False
+        if pa.types.is_boolean(cells.type) or pa.types.is_temporal(cells.type):
+            self.numeric = False
+        if self.numeric:
+            try:
+                numbers = as_numbers(cells)
+            except CellError:
+                self.numeric = False
+            else:
+                self._add_numbers(numbers, absent, training, start)
+                if is_text(cells.type):
+                    self._look_at_text(cells)
         self._count(cells, start)
-        if pa.types.is_boolean(cells.type) or pa.types.is_temporal(cells.type) or not self.numeric:
-            self.numeric = False
-            return
-        try:
-            numbers = as_numbers(cells)
-        except ValueError:
-            self.numeric = False
-            return
-        if is_text(cells.type):
-            self._look_at_text(cells)
-        self._add_numbers(numbers, absent, training, start)
 
     def _count(self, cells: "pa.Array", start: int) -> None:
         if self.counts is None:
             return
         encoded = cells.dictionary_encode()
         found = encoded.dictionary.to_pylist()
-        if len(found) + len(self.counts) > 2 * _MAX_VALUES:
+        most = _MAX_DECIMAL_NUMBERS if self.numeric and self.decimals != 0 else _MAX_VALUES
+        if len(found) > most or len(self.counts) > most:
             self.some, self.counts = [*self.counts, *found], None
             return
-        codes = encoded.indices.to_numpy(zero_copy_only=False)
-        codes = codes[~np.isnan(codes)].astype(int) if codes.dtype.kind == "f" else codes
-        times = np.bincount(codes, minlength=len(found))
-        where = encoded.indices.to_pylist() if any(v not in self.first_rows for v in found) else []
-        firsts: dict[int, int] = {}
-        for i, code in enumerate(where):
-            if code is not None and code not in firsts:
-                firsts[code] = start + i + 1
-                if len(firsts) == len(found):
-                    break
-        for code, (value, count) in enumerate(zip(found, times.tolist(), strict=True)):
+        present = np.flatnonzero(cells.is_valid().to_numpy(zero_copy_only=False))
+        codes = encoded.indices.drop_null().to_numpy()
+        firsts = np.zeros(len(found), dtype=int)
+        firsts[codes[::-1]] = present[::-1]  # where a code occurs often, the last assignment holds: its first place
+        for value, count, first in zip(found, np.bincount(codes).tolist(), firsts.tolist(), strict=True):
             self.counts[value] += count
-            self.first_rows.setdefault(value, firsts.get(code, start + 1))
-        if len(self.counts) > _MAX_VALUES:
-            self.some, self.counts = list(self.counts), None
+            self.first_rows.setdefault(value, start + first + 1)
 
     def _look_at_text(self, cells: "pa.Array") -> None:
         import pyarrow.compute as pc

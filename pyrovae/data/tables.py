@@ -61,13 +61,9 @@ class Table:
         memory_map: str | Path | None = None,
         **options: Any,
     ):
-        if schema is not None:
-            if overrides or rows is not None:
-                raise ValueError("overrides and rows are for a schema that is found out, but a schema is given.")
-            known = schema.dialect
-            options = {"decimal": known.decimal, "thousands": known.thousands, "missing": known.missing} | options
-            if known.header is False:
-                options.setdefault("header", False)
+        if schema is not None and (overrides or rows is not None):
+            raise ValueError("overrides and rows are for a schema that is found out, but a schema is given.")
+        options = _options_of(schema, options)
         self.source = open_source(source, **options)
         if schema is None:
             schema = Schema.infer(self.source, overrides, rows, **options)
@@ -75,7 +71,7 @@ class Table:
         else:
             self.notes = list(self.source.notes)
         self.schema, self.names = schema, schema.names
-        size = self.source.count()
+        size = self.source.num_rows
         if size == 0:
             raise ValueError(f"{self.source.where} has no rows.")
         self.x = _room(size, len(self.names), memory_map)
@@ -83,6 +79,15 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.x)
+
+
+def _options_of(schema: Schema | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options with which a file is opened: those of a schema, where they are needed to read cells."""
+    if schema is None:
+        return options
+    known = schema.dialect
+    header = {} if known.header else {"header": False}
+    return {"decimal": known.decimal, "thousands": known.thousands, "missing": known.missing} | header | options
 
 
 def _room(size: int, columns: int, memory_map: str | Path | None) -> Tensor:
@@ -109,15 +114,13 @@ def load_table(
     path: Path, schema: Schema | None = None, overrides: Mapping[str, Override] | None = None, **options: Any
 ) -> Splits:
     """Loads the rows of a table as splits, as :func:`pyrovae.data.load` says."""
-    size = open_source(path, **options).count()
+    source = open_source(path, **_options_of(schema, options))
+    size = source.num_rows
     if size < 3:
         raise ValueError(f"{path} holds {size} data, too few to split into train, validation and test.")
     tenth = max(1, size // 10)
     parts = random_rows(size, validation=tenth, test=tenth)
-    if schema is None:
-        table = Table(path, overrides=overrides, rows=parts[0], **options)
-    else:
-        table = Table(path, schema, **options)
+    table = Table(source, schema, overrides=overrides, rows=None if schema else parts[0], **options)
     return Splits(*(Split(table.x[rows], None, rows + 1) for rows in parts), schema=table.schema)
 
 
