@@ -1,6 +1,7 @@
 """What several commands share: loading data and runs, checks of arguments, and files of results."""
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,11 @@ def load_run_and_data(
     return vae, splits, config["preprocessing"]
 
 
+@lru_cache(maxsize=1)  # train reads the table for its defaults, then for itself
+def _load_table(data: str, schema: str | None) -> datasets.Splits:
+    return datasets.load(data, schema=None if schema is None else datasets.Schema.from_yaml(schema))
+
+
 def load_table(data: str, schema: datasets.Schema | None) -> tuple[datasets.Splits, str]:
     """Returns the splits of a table, without rows that have no cell, and lines that describe them.
 
@@ -49,7 +55,7 @@ def load_table(data: str, schema: datasets.Schema | None) -> tuple[datasets.Spli
         data: the file.
         schema: its columns; found out if None.
     """
-    splits = datasets.load(data, schema=schema)
+    splits = _load_table(data, None if schema is None else schema.to_yaml())
     kept, empty = [], 0
     for part in splits:
         some = ~part.x.isnan().all(dim=1)
@@ -62,7 +68,21 @@ def load_table(data: str, schema: datasets.Schema | None) -> tuple[datasets.Spli
     lines = [f"{data}: {sizes} rows of {kept[0].x.shape[1]} columns, {share:.1%} of the cells missing"]
     if empty:
         lines.append(f"{empty:,} rows without any cell are left out")
+    if splits.schema is not None:
+        lines += ["", splits.schema.describe()]
     return splits, "\n".join(lines)
+
+
+def read_schema(path: str | None) -> datasets.Schema | None:
+    """Returns the schema of a file that ``pyrovae describe`` wrote; None for none."""
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path} with a schema. Write one with pyrovae describe --output.")
+    return None if path is None else datasets.Schema.from_yaml(Path(path))
+
+
+def names_tabular(class_path: str) -> bool:
+    """Returns whether a configuration's likelihood is that of the rows of a table."""
+    return class_path.rpartition(".")[2] == "Tabular"
 
 
 def is_table(data: str) -> bool:

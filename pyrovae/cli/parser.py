@@ -15,7 +15,8 @@ from jsonargparse import ArgumentParser
 import pyrovae
 from pyrovae import data as datasets
 from pyrovae import storage
-from pyrovae.cli.common import default_run
+from pyrovae.cli.common import default_run, is_table, load_table, names_tabular, read_schema
+from pyrovae.cli.defaults import LIKELIHOOD, table_defaults
 from pyrovae.cli.description import describe
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         if settings.subcommand == "train" and (settings.train.resume or was_restarted()):
             settings = _resumed(parser, argv, settings.train)
             settings.train.resume = True
+        elif settings.subcommand == "train" and is_table(settings.train.data):
+            settings = _for_table(parser, argv, settings)
         command = settings.subcommand
         # A loss may hold a network, which is built here. It gets random numbers other than those of the VAE's weights.
         pyro.set_rng_seed((settings[command].get("seed", 0) + 1) % 2**32)
@@ -110,6 +113,25 @@ def _with_underscores(arg: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
 
 
+def _for_table(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
+    """Returns the settings of a training run on a table: what the command line leaves open follows from the table.
+
+    Args:
+        parser: the parser of the whole command line.
+        argv: the command line.
+        settings: the settings of ``pyrovae train`` on this command line alone.
+    """
+    at = argv.index("train") + 1
+
+    def parse(defaults: dict[str, Any]) -> Any:
+        return parser.parse_args([*argv[:at], "--config", yaml.safe_dump(defaults), *argv[at:]])
+
+    if not names_tabular(parse({"likelihood": LIKELIHOOD}).train.likelihood.class_path):
+        return settings  # a file of numbers, with a likelihood of the user's choice
+    splits, _ = load_table(settings.train.data, read_schema(settings.train.schema))
+    return parse(table_defaults(*splits.train.x.shape))
+
+
 def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     """Returns the settings of the run to be resumed, with the changes on the command line.
 
@@ -125,7 +147,7 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
         return parser.parse_args(argv)
     stored = storage.read_config(directory, trust=settings.trust)
     # As text, not as a file, because the names in it are the present ones.
-    text = yaml.safe_dump({name: value for name, value in stored.items() if name != "x_shape"})
+    text = yaml.safe_dump({name: value for name, value in stored.items() if name not in ("x_shape", "table")})
     at = argv.index("train") + 1
     resumed = parser.parse_args([*argv[:at], "--config", text, *argv[at:]])
     resumed.train.run = str(directory)

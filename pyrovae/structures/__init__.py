@@ -6,7 +6,7 @@ Each has a ``.model`` and a ``.guide``, which are used as those of a :class:`pyr
 from pyrovae.structures.hierarchies import HierarchicalVAE, LadderVAE
 from pyrovae.structures.missing import MissingDataVAE
 from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
-from pyrovae.structures.tables import TableFeatures, table_vae
+from pyrovae.structures.tables import TableFeatures, fit_independent_columns, log_prob_of_cells, table_vae
 
 __all__ = [
     "ClassifierELBO",
@@ -15,5 +15,7 @@ __all__ = [
     "MissingDataVAE",
     "SemiSupervisedVAE",
     "TableFeatures",
+    "fit_independent_columns",
+    "log_prob_of_cells",
     "table_vae",
 ]

@@ -109,3 +109,69 @@ def table_vae(
     return MissingDataVAE(
         prior(latent_dim), likelihood(latent_dim, columns), encoder(features.num_features, latent_dim), features
     )
+
+
+class _Constant(nn.Module):
+    """A network whose output is the same for every input.
+
+    Args:
+        size: the width of the output.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.output = nn.Parameter(torch.zeros(size))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.output.expand(*z.shape[:-1], -1)
+
+
+def fit_independent_columns(
+    columns: Sequence[HasCells | Classes | Numbers], x: Tensor, *, num_steps: int = 200, max_rows: int = 20_000
+) -> Tabular:
+    r"""Fits each column by itself: the baseline of a VAE of a table, and what is usual for each column.
+
+    .. math:: p(x) = \prod_d p_d(x_d)
+
+    The distributions are those of :class:`~pyrovae.likelihoods.Tabular`, with parameters that maximise the likelihood.
+
+    Args:
+        columns: the columns, those of a :class:`pyrovae.data.Schema` that are modelled, or their ``.cells``.
+        x: the training data, ``(size, len(columns))``, NaN where a cell is missing.
+        num_steps: steps of the optimizer.
+        max_rows: rows that are used, evenly spread; enough for a column by itself.
+
+    Returns:
+        The likelihood, which does not depend on z; :func:`log_prob_of_cells` scores data by it.
+
+    >>> x = torch.tensor([[0.0], [1.0], [1.0], [1.0]])
+    >>> log_prob_of_cells(fit_independent_columns([Classes(2)], x), x[:2]).exp()
+    tensor([[0.25], [0.75]])
+    """
+    x = x[:: max(1, len(x) // max_rows)]
+    likelihood = Tabular(1, columns, lambda _, size: _Constant(size if isinstance(size, int) else size[0]), 8)
+    network = likelihood.network
+    with torch.no_grad():
+        network.output.copy_(likelihood.output_for(x))  # type: ignore[operator, union-attr]
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, num_steps)
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        loss = -log_prob_of_cells(likelihood, x).sum() / len(x)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return likelihood.requires_grad_(False)
+
+
+def log_prob_of_cells(likelihood: Tabular, x: Tensor) -> Tensor:
+    """Returns the log-probability or log-density of each cell in own units, 0 where missing, ``(size, columns)``.
+
+    Args:
+        likelihood: one that does not depend on z, of :func:`fit_independent_columns`.
+        x: the data, ``(size, columns)``, NaN where a cell is missing.
+    """
+    p = likelihood(x.new_zeros(1, 1)).base_dist
+    here = ~x.isnan()
+    log_prob = p.log_prob(torch.where(here, x, p.filler.to(x.dtype)))
+    return torch.where(here, log_prob, 0.0)

@@ -1,0 +1,32 @@
+"""What ``pyrovae train`` chooses for a table, where the command line says nothing."""
+
+from typing import Any
+
+NETWORK = {"class_path": "pyrovae.nn.GatedMLP", "init_args": {"hidden": [256, 256]}}
+LIKELIHOOD: dict[str, Any] = {"class_path": "pyrovae.likelihoods.Tabular", "init_args": {"network": NETWORK}}
+
+
+def table_defaults(num_rows: int, num_columns: int) -> dict[str, Any]:
+    """Returns settings of ``pyrovae train`` that suit a table of this size, as a configuration holds them.
+
+    They were chosen on tables of 1,000 to 50,000 rows and 8 to 15 columns, by log p(x) of held-out rows.
+
+    Args:
+        num_rows: rows to train on.
+        num_columns: columns that are modelled.
+    """
+    epochs = min(500, max(20, 1_500_000 // num_rows))
+    return {
+        "preprocessing": "grey",
+        "latent_dim": min(16, max(2, num_columns)),
+        "prior": {"class_path": "pyrovae.priors.StandardNormal"},
+        "likelihood": LIKELIHOOD,
+        "encoder": {"class_path": "pyrovae.encoders.DiagonalNormal", "init_args": {"network": NETWORK}},
+        "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 2e-3, "fused": True}},
+        "scheduler": {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": epochs}},
+        "epochs": epochs,
+        "patience": max(10, epochs // 5),
+        "batch_size": min(256, max(16, num_rows // 20)),
+        "clip_norm": 10.0,
+        "num_samples": 200,
+    }
