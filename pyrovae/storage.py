@@ -121,9 +121,9 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[Any, dict[str,
         trust: allow the configuration to name classes outside pyrovae, torch and Pyro, which are then imported and run.
 
     Returns:
-        The :class:`pyrovae.VAE`, in evaluation mode, and the configuration; for a table a
-        :class:`~pyrovae.structures.MissingDataVAE`, and the :class:`pyrovae.data.Schema` as its entry "table". Names of classes that have moved since the
-        run was written are the present ones.
+        The :class:`pyrovae.VAE`, in evaluation mode, and the configuration; of a table a
+        :class:`~pyrovae.structures.MissingDataVAE`, and the :class:`pyrovae.data.Schema` as the entry "table". Names
+        of classes that have moved since the run was written are the present ones.
 
     Raises:
         FileNotFoundError: when the directory is not a run, or has no weights yet.

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from pyrovae.distributions import Classes, Columns, LogisticCells, Numbers, RoundedLogisticCells, Scales, mask_elements
 from pyrovae.likelihoods import Tabular
 
@@ -172,7 +173,9 @@ def test_means_of_rounded_numbers_are_within_half_a_step(name):
 def test_gradients_are_finite_at_every_value_of_the_support():
     for column in (DENSITIES | ROUNDED).values():
         scales = Scales([column])
-        tensors = [torch.full((1, k), v, requires_grad=True) for k, v in ((M + scales.num_spikes, 0.3), (M, 5.0), (M, -9.0))]
+        tensors = [
+            torch.full((1, k), v, requires_grad=True) for k, v in ((M + scales.num_spikes, 0.3), (M, 5.0), (M, -9.0))
+        ]
         kind = LogisticCells if column.step is None else RoundedLogisticCells
         p = kind(*tensors, scales)
         values = [*column.spikes, p.typical.item(), *(v for v in (column.low, column.high) if math.isfinite(v))]
@@ -185,7 +188,14 @@ def test_gradients_are_finite_at_every_value_of_the_support():
 
 
 def test_values_outside_a_column_are_refused():
-    for name, bad in (("positive", 0.0), ("bounded", 5.01), ("age", 38.5), ("count", -1.0), ("gain", 0.5), ("stars", 5.5)):
+    for name, bad in (
+        ("positive", 0.0),
+        ("bounded", 5.01),
+        ("age", 38.5),
+        ("count", -1.0),
+        ("gain", 0.5),
+        ("stars", 5.5),
+    ):
         p = cells((DENSITIES | ROUNDED)[name])
         assert not bool(p.support.check(torch.tensor([bad])).any()), name
         with pytest.raises(ValueError, match="within the support"):

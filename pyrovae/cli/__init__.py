@@ -1,4 +1,4 @@
-"""The command line: ``pyrovae describe | train | evaluate | diagnose | sample | reconstruct``.
+"""The command line: ``pyrovae describe | train | evaluate | diagnose | sample | score | ...``.
 
 The arguments of a command are those of its function: jsonargparse reads their type hints and docstrings. To add a
 command, write its function in a module of this package and enter it in ``COMMANDS`` of ``parser.py``.
@@ -8,7 +8,19 @@ from pyrovae.cli.description import describe
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
 from pyrovae.cli.parser import main
+from pyrovae.cli.rows import encode, impute, score
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.training import train
 
-__all__ = ["describe", "diagnose", "evaluate", "main", "reconstruct", "sample", "train"]
+__all__ = [
+    "describe",
+    "diagnose",
+    "encode",
+    "evaluate",
+    "impute",
+    "main",
+    "reconstruct",
+    "sample",
+    "score",
+    "train",
+]

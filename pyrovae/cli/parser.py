@@ -1,5 +1,6 @@
 """The parser of the command line, and its entry point ``main``."""
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pyrovae.cli.defaults import LIKELIHOOD, table_defaults
 from pyrovae.cli.description import describe
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
+from pyrovae.cli.rows import encode, impute, score
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.training import train
 from pyrovae.distributed import init_process_group, single_process, was_restarted
@@ -31,10 +33,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "diagnose": diagnose,
     "sample": sample,
     "reconstruct": reconstruct,
+    "score": score,
+    "impute": impute,
+    "encode": encode,
 }
 
 
-FLAGS = ("resume", "trust", "mean", "compile")  # given without a value
+FLAGS = ("resume", "trust", "mean", "missing", "compile")  # given without a value
 
 
 RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
@@ -91,7 +96,8 @@ def command_parser(name: str) -> ArgumentParser:
     if name == "train":
         parser.add_argument("--config", action="config", help="a file with arguments, such as the config.yaml of a run")
     helps = {param.arg_name: param.description for param in docstring_parser.parse(function.__doc__).params}
-    flags = {name: text for name, text in helps.items() if name in FLAGS}
+    parameters = inspect.signature(function).parameters
+    flags = {name: text for name, text in helps.items() if name in FLAGS and parameters[name].default is False}
     parser.add_function_arguments(function, as_positional=True, skip={*flags, "config"})
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)

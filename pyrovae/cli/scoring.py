@@ -65,7 +65,9 @@ def evaluate(
     pyro.set_rng_seed(seed)
     vae.to(device)
     x = data_to_score(splits, split, preprocessing)[:num_data].to(device)
-    estimate = log_marginal(vae.model, vae.guide, *arguments_of(splits, x), method=method, max_memory=max_memory, compile=compile)
+    estimate = log_marginal(
+        vae.model, vae.guide, *arguments_of(splits, x), method=method, max_memory=max_memory, compile=compile
+    )
     if out is not None and world.is_rank0:
         columns = {name: getattr(estimate, name) for name in ("value", "standard_error", "ess", "khat", "trusted")}
         columns |= estimate.diagnostics

@@ -331,7 +331,9 @@ class LogisticCells(_Cells):
         share = b.sigmoid() - a.sigmoid()
         y = (b * b.sigmoid() - a * a.sigmoid() - softplus(b) + softplus(a)) / share
         u = self.loc.double() + self.log_scale.double().exp() * y
-        return torch.where(bounded, u * self.scales.scale.unsqueeze(-1) + self.scales.loc.unsqueeze(-1), super()._means())
+        return torch.where(
+            bounded, u * self.scales.scale.unsqueeze(-1) + self.scales.loc.unsqueeze(-1), super()._means()
+        )
 
 
 class RoundedLogisticCells(_Cells):
@@ -385,7 +387,9 @@ class RoundedLogisticCells(_Cells):
         # The mean of what is clamped to the bounds is b less the integral of F from a to b.
         a, b, bounded = (t.double() if t.is_floating_point() else t for t in self._ends())
         u = self.scales.high_loc.unsqueeze(-1) - self.log_scale.double().exp() * (softplus(b) - softplus(a))
-        return torch.where(bounded, u * self.scales.scale.unsqueeze(-1) + self.scales.loc.unsqueeze(-1), super()._means())
+        return torch.where(
+            bounded, u * self.scales.scale.unsqueeze(-1) + self.scales.loc.unsqueeze(-1), super()._means()
+        )
 
 
 class _NumbersConstraint(constraints.Constraint):

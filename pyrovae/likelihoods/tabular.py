@@ -169,4 +169,6 @@ class _NumbersHead(nn.Module):
 
 def _head(cells: Sequence[Classes | Numbers], num_components: int) -> nn.Module:
     numbers = [c for c in cells if isinstance(c, Numbers)]
-    return _NumbersHead(numbers, num_components) if numbers else _ClassesHead([c for c in cells if isinstance(c, Classes)])
+    return (
+        _NumbersHead(numbers, num_components) if numbers else _ClassesHead([c for c in cells if isinstance(c, Classes)])
+    )

@@ -47,9 +47,7 @@ class MissingDataVAE(OneLatent):
     torch.Size([4, 5, 3])
     """
 
-    def __init__(
-        self, prior: nn.Module, likelihood: nn.Module, encoder: nn.Module, features: nn.Module | None = None
-    ):
+    def __init__(self, prior: nn.Module, likelihood: nn.Module, encoder: nn.Module, features: nn.Module | None = None):
         super().__init__(prior, likelihood, encoder)
         self.features = features
         if features is not None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -78,13 +77,17 @@ class TableFeatures(nn.Module):
         return f"num_columns={len(self.cells)}, num_features={self.num_features}"
 
 
+def _gated(x_shape: Shape, latent_dim: int) -> Encoder:
+    return DiagonalNormal(x_shape, latent_dim, GatedMLP)
+
+
 def table_vae(
     columns: Sequence[HasCells | Classes | Numbers],
     latent_dim: int = 16,
     *,
     prior: Callable[[int], Prior] = StandardNormal,
     likelihood: Callable[..., Likelihood] = Tabular,
-    encoder: Callable[[Shape, int], Encoder] = partial(DiagonalNormal, network=GatedMLP),
+    encoder: Callable[[Shape, int], Encoder] = _gated,
 ) -> MissingDataVAE:
     r"""Returns a VAE of the rows of a table, whose cells may be missing.
 
