@@ -61,7 +61,7 @@ def load_table(data: str, schema: datasets.Schema | None) -> tuple[datasets.Spli
         some = ~part.x.isnan().all(dim=1)
         empty += int((~some).sum())
         kept.append(replace(part, x=part.x[some], rows=None if part.rows is None else part.rows[some]))
-    splits = replace(splits, **dict(zip(_PARTS, kept, strict=True)))
+    splits = replace(splits, train=kept[0], validation=kept[1], test=kept[2])
     sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in zip(_PARTS, kept, strict=True))
     missing = torch.cat([part.x.isnan().float().mean().reshape(1) * len(part.x) for part in kept]).sum()
     share = float(missing) / max(1, sum(len(part.x) for part in kept))

@@ -193,7 +193,7 @@ def _report_training(
             f"{history.best_epoch}, whose weights are kept."
         )
     n = len(estimate.value)
-    result = {
+    result: dict[str, Any] = {
         "split": "test",
         "log_marginal": estimate.value.mean().item(),
         "standard_error": estimate.standard_error.square().sum().sqrt().item() / n,

@@ -100,7 +100,7 @@ class Scales(nn.Module):
         self.has_log = any(c.shift is not None for c in columns)
         self.num_spikes = max(len(c.spikes) for c in columns)
 
-        def keep(name: str, values: list[float], dtype: torch.dtype = torch.float64) -> None:
+        def keep(name: str, values: Sequence, dtype: torch.dtype = torch.float64) -> None:
             # Not among the weights: the schema of a run holds these numbers.
             self.register_buffer(name, torch.tensor(values, dtype=dtype), persistent=False)
 
@@ -110,7 +110,7 @@ class Scales(nn.Module):
         keep("step", [c.step or 1.0 for c in columns])
         keep("is_log", [c.shift is not None for c in columns], torch.bool)
         spikes = [c.spikes + (math.nan,) * (self.num_spikes - len(c.spikes)) for c in columns]  # NaN equals no value
-        keep("spikes", [list(s) for s in spikes], torch.float32)  # type: ignore[arg-type]
+        keep("spikes", spikes, torch.float32)
         # Components between finite bounds are at most as far out as these; then a bound never cuts off nearly all.
         bounded = [c.shift is None and math.isfinite(c.low) and math.isfinite(c.high) for c in columns]
         keep("is_bounded", bounded, torch.bool)
@@ -189,8 +189,8 @@ class _Cells(dist.TorchDistribution, ABC):
         super().__init__(loc.shape[:-1], validate_args=validate_args)
 
     def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "_Cells":
-        tensors = (t.expand(*batch_shape, t.shape[-1]) for t in (self.logits, self.loc, self.log_scale))
-        return type(self)(*tensors, self.scales, False)
+        logits, loc, log_scale = (t.expand(*batch_shape, t.shape[-1]) for t in (self.logits, self.loc, self.log_scale))
+        return type(self)(logits, loc, log_scale, self.scales, False)
 
     @constraints.dependent_property(event_dim=0)
     def support(self) -> constraints.Constraint:

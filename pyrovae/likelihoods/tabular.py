@@ -1,8 +1,9 @@
 """The likelihood of a row of a table."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from pyro import distributions as dist
@@ -59,6 +60,8 @@ class Tabular(Likelihood):
     torch.Size([5])
     """
 
+    inverse: Tensor
+
     def __init__(
         self,
         latent_dim: int,
@@ -79,9 +82,10 @@ class Tabular(Likelihood):
             else:
                 groups.setdefault(("numbers", cell.step is not None), []).append(d)
         heads = [_head([cells[d] for d in index], num_components) for index in groups.values()]
-        width = sum(head.num_columns * head.num_params for head in heads)
+        sizes = [head.num_columns * head.num_params for head in heads]
+        width = sum(sizes)
         super().__init__(latent_dim, len(cells), network, context_dim, param_shape=width)
-        self.cells, self.num_components = cells, num_components
+        self.cells, self.num_components, self.sizes = cells, num_components, sizes
         self.heads = nn.ModuleList(heads)
         for g, index in enumerate(groups.values()):
             self.register_buffer(f"index{g}", torch.tensor(index), persistent=False)
@@ -96,20 +100,32 @@ class Tabular(Likelihood):
 
     def columns_at(self, parameters: Tensor) -> distributions.Columns:
         """Returns the distribution of independent cells for the output of the decoder."""
-        sizes = [head.num_columns * head.num_params for head in self.heads]
-        parts = [
-            head(part.unflatten(-1, (head.num_columns, head.num_params)))
-            for head, part in zip(self.heads, parameters.split(sizes, dim=-1), strict=True)
-        ]
+        pairs = zip(self.heads, parameters.split(self.sizes, dim=-1), strict=True)
+        parts = [head(part.unflatten(-1, (cast(_Head, head).num_columns, -1))) for head, part in pairs]
         return distributions.Columns(parts, self._index(), self.inverse)
 
     def output_for(self, x: Tensor) -> Tensor:
         """Returns the output at which each column has about its distribution in the data x, NaN where missing."""
         pairs = zip(self.heads, self._index(), strict=True)
-        return torch.cat([head.output_for(x[:, index]).flatten() for head, index in pairs])
+        return torch.cat([cast(_Head, head).output_for(x[:, index]).flatten() for head, index in pairs])
 
 
-class _ClassesHead(nn.Module):
+class _Head(nn.Module, ABC):
+    """Base of what turns the output of the decoder into distributions of some columns."""
+
+    num_columns: int
+    num_params: int
+
+    @abstractmethod
+    def forward(self, parameters: Tensor) -> dist.TorchDistribution:
+        """Returns the distributions for parameters of shape ``(*leading, num_columns, num_params)``."""
+
+    @abstractmethod
+    def output_for(self, x: Tensor) -> Tensor:
+        """Returns the parameters that fit data, ``(size, num_columns)``, NaN where missing."""
+
+
+class _ClassesHead(_Head):
     """Categorical distributions of columns that have equally many classes.
 
     Args:
@@ -129,7 +145,7 @@ class _ClassesHead(nn.Module):
         return (counts / counts.sum(-1, keepdim=True)).log()
 
 
-class _NumbersHead(nn.Module):
+class _NumbersHead(_Head):
     """Mixtures of logistic distributions and single values, for columns that all have a step, or none.
 
     Args:
@@ -167,7 +183,7 @@ class _NumbersHead(nn.Module):
         return torch.stack(outputs)
 
 
-def _head(cells: Sequence[Classes | Numbers], num_components: int) -> nn.Module:
+def _head(cells: Sequence[Classes | Numbers], num_components: int) -> _Head:
     numbers = [c for c in cells if isinstance(c, Numbers)]
     return (
         _NumbersHead(numbers, num_components) if numbers else _ClassesHead([c for c in cells if isinstance(c, Classes)])

@@ -35,6 +35,8 @@ class TableFeatures(nn.Module):
             [0., 0., 1., 0., 1., 0.]])
     """
 
+    numbers: Tensor
+
     def __init__(self, columns: Sequence[HasCells | Classes | Numbers]):
         super().__init__()
         self.cells = cells_of(columns)
@@ -155,7 +157,7 @@ def fit_independent_columns(
     likelihood = Tabular(1, columns, lambda _, size: _Constant(size if isinstance(size, int) else size[0]), 8)
     network = likelihood.network
     with torch.no_grad():
-        network.output.copy_(likelihood.output_for(x))  # type: ignore[operator, union-attr]
+        network.output.copy_(likelihood.output_for(x))  # type: ignore[operator]
     optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, num_steps)
     for _ in range(num_steps):
