@@ -432,7 +432,7 @@ class Discrete(Modelled):
             f"is none of the {self.num_levels} levels of the training data ({_listed(self.levels)}). Leave the cell "
             "empty to take it as missing, or train again",
         )
-        return pc.cast(codes, pa.float64()).to_numpy(zero_copy_only=False)
+        return np.array(pc.cast(codes, pa.float64()).to_numpy(zero_copy_only=False))
 
     def decode(self, x: Any) -> "pa.Array":
         import pyarrow as pa
@@ -642,7 +642,8 @@ def to_arrow(values: Any) -> "pa.Array":
         values = pa.array(values, from_pandas=True)
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    return values
+    # Of polars; few functions of Arrow take it.
+    return values.cast(pa.large_string()) if str(values.type) == "string_view" else values
 
 
 def as_numbers(values: Any) -> np.ndarray:
@@ -667,7 +668,7 @@ def as_numbers(values: Any) -> np.ndarray:
         raise CellError(0, f"is {cells.type}, not a number")
     else:
         cells = pc.cast(cells, pa.float64(), safe=False)
-    return pc.fill_null(cells, math.nan).to_numpy(zero_copy_only=False)
+    return np.array(pc.fill_null(cells, math.nan).to_numpy(zero_copy_only=False))  # a copy that may be written to
 
 
 def parse_times(cells: "pa.Array", format: str) -> "pa.Array":
@@ -685,7 +686,7 @@ def parse_times(cells: "pa.Array", format: str) -> "pa.Array":
 
 def is_text(type: "pa.DataType") -> bool:
     """Returns whether an Arrow type holds text."""
-    return str(type) in ("string", "large_string", "string_view")
+    return str(type) in ("string", "large_string")
 
 
 def is_number(cell: str) -> bool:

@@ -43,7 +43,7 @@ _MAX_LEVELS = 1000
 _MAX_SPIKES = 64
 _SPIKE_SHARE = 0.002
 _MAX_STEPS = 2**23  # in the range of a column; float32 tells twice as many apart
-_MAX_STEPS_OF_DECIMALS = 10**5  # where values are rounded more finely, a density says the same
+_MAX_STEPS_OF_DECIMALS = 10**6 - 1  # where values are rounded more finely, a density says the same
 _MAX_COUNT = 1000
 _RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 100.0))
 _ID_NAME = re.compile(
@@ -171,7 +171,9 @@ def _of_kind(cls: type[Column], summary: Summary, given: dict[str, Any]) -> Colu
 
 
 def _is_rounded(summary: Summary, column: Continuous | Time) -> bool:
-    return isinstance(column, Time) or (summary.decimals == 0 and summary.high - summary.low > _MAX_STEPS)
+    if isinstance(column, Time):
+        return column.loc + 2 * column.scale > _MAX_STEPS / 2
+    return summary.decimals == 0 and summary.high - summary.low > _MAX_STEPS
 
 
 def _number(summary: Summary) -> Column:
@@ -276,8 +278,8 @@ def _continuous_kind(summary: Summary, rest: np.ndarray, spikes: set[float]) -> 
 def _spikes(values: np.ndarray, step: float | None) -> tuple[float, ...]:
     """Returns values that occur far more often than those around them.
 
-    A value with a density occurs once. For rounded values the count is compared with the median count in the ten
-    steps around it, where steps without values count 0.
+    A value with a density occurs once. For rounded values the count is compared with the mean of the two steps next to
+    it, and with the median of the ten steps around it, where steps without values count 0.
     """
     distinct, counts = np.unique(values, return_counts=True)
     often = np.flatnonzero(counts >= max(10, _SPIKE_SHARE * len(values)))
@@ -287,9 +289,12 @@ def _spikes(values: np.ndarray, step: float | None) -> tuple[float, ...]:
         if step is not None:
             a, b = np.searchsorted(distinct, [distinct[i] - 5.5 * step, distinct[i] + 5.5 * step])
             inside = (distinct[i] - 5.5 * step >= distinct[0]) + (distinct[i] + 5.5 * step <= distinct[-1])
-            places = 5 * max(1, inside)
-            around = np.sort(np.concatenate([counts[a:i], counts[i + 1 : b]]))[::-1]
-            usual = float(np.median(np.pad(around, (0, max(0, places - len(around))))))
+            around = np.concatenate([counts[a:i], counts[i + 1 : b]])
+            usual = float(np.median(np.pad(around, (0, max(0, 5 * max(1, inside) - len(around))))))
+            # The steps next to it show the top of a narrow peak.
+            a, b = np.searchsorted(distinct, [distinct[i] - 1.5 * step, distinct[i] + 1.5 * step])
+            sides = int(distinct[i] > distinct[0]) + int(distinct[i] < distinct[-1])
+            usual = max(usual, float(counts[a:b].sum() - counts[i]) / max(1, sides))
         if counts[i] > 4 * usual and counts[i] - usual > 5 * math.sqrt(usual + 1):
             found.append(i)
     found = sorted(found, key=lambda i: -counts[i])[:_MAX_SPIKES]
@@ -356,7 +361,7 @@ def _format(summary: Summary, values: list[str]) -> str | None:
         other = values[[a != b for a, b in zip(reads[whole[0]].to_pylist(), reads[whole[1]].to_pylist())].index(True)]
         raise ValueError(
             f"column {summary.name!r}{_row_of(summary, other)}: {other!r} may be {whole[0]} or {whole[1]}. "
-            f"Say which: {{{summary.name}: {{kind: Time, format: '{whole[0]}'}}}}."
+            f"Say which (overrides, --kinds): {{{summary.name}: {{kind: Time, format: '{whole[0]}'}}}}."
         )
     if parse_times(cells, "iso").null_count == 0:
         return "iso"
@@ -385,6 +390,11 @@ def _text(summary: Summary) -> tuple[Column, list[str]]:
     notes: list[str] = []
     others = summary.non_numbers()
     numbers = len(values) - len(others)
+    if numbers and not others and not summary.leading_zeros and not summary.dialect.has_plain_numbers:
+        raise ValueError(
+            f"column {name!r}{_row_of(summary, values[0])}: {values[0]!r} is no number with the decimal sign "
+            f"{summary.dialect.decimal!r}{_thousands(summary)}. Write all numbers in one way, or give other signs."
+        )
     if numbers and others and not summary.leading_zeros:
         if 2 * sum(counts[v] for v in others) < n and len(values) > _FEW:
             raise ValueError(
@@ -419,6 +429,10 @@ def _levels(summary: Summary) -> tuple:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _thousands(summary: Summary) -> str:
+    return f" and {summary.dialect.thousands!r} between thousands" if summary.dialect.thousands else ""
 
 
 def _row_of(summary: Summary, value: Any) -> str:
