@@ -344,6 +344,16 @@ def test_what_is_not_clear_is_read_as_said(tmp_path):
     assert Table(path, missing=("-",)).x[:, 0].isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"delimiter": ";;"}, {"decimal": "x"}, {"thousands": "."}, {"missing": ()}, {"encoding": "utf-9"}],
+    ids=str,
+)
+def test_dialects_that_make_no_sense_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        data.Dialect(**options)
+
+
 def test_words_for_missing_cells(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("a,b\n" + "".join(f"{i}.5,x{i % 2}\n" for i in range(9)) + "?,NA\n,null\nNaN,\nnan,N/A\n")
