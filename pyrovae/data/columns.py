@@ -194,12 +194,12 @@ class Continuous(Modelled):
 
     @cached_property
     def encoded_loc(self) -> float:
-        """The location of the encoded values: loc - origin."""
+        """The location of the encoded values, loc - origin."""
         return self.loc - self.origin
 
     @cached_property
     def encoded_spikes(self) -> tuple[float, ...]:
-        """The spikes as they are in the tensor: equal to encoded values in float32."""
+        """The spikes as they are in the tensor, equal to encoded values in float32."""
         return tuple(float(np.float32(s - self.origin)) for s in self.spikes)
 
     def is_inside(self, values: np.ndarray) -> np.ndarray:
@@ -529,7 +529,7 @@ class Time(Modelled):
 
     @cached_property
     def cycles(self) -> dict[str, tuple[float, float]]:
-        """For "day", "week" and "year", if longer than a unit: length, and place of the origin in it, in units.
+        """The lengths of "day", "week" and "year", if longer than a unit, and the place of the origin in each, in units.
 
         An encoded x is at ``(x + place) / length``, modulo 1, of the cycle.
         """

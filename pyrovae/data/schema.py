@@ -163,7 +163,7 @@ class Schema:
 
         Args:
             x: shape ``(rows, len(modelled))``.
-            source: what :func:`open_source` returns.
+            source: what ``pyrovae.data.reading.open_source`` returns.
             first_row: the number of the first row, for messages.
         """
         self.check_names(source.names, source.where)
