@@ -295,6 +295,11 @@ BAD = {
         {},
         "different decimal signs",
     ),
+    "many points and commas": (
+        "a;b\n" + "".join(f"{i},5;{i / 8192!r}\n" for i in range(5000)),
+        {},
+        "column 'b'.* has a point, where 'a' has decimal commas",
+    ),
     "wrong decimal sign": (
         "a;b\n" + "".join(f"{i}.25;{i}\n" for i in MANY),
         {"decimal": ",", "thousands": "."},
@@ -394,6 +399,38 @@ def test_times_of_many_rows(tmp_path):
     schema = Schema.infer(frame)
     assert isinstance(schema.columns[0], Time) and schema.columns[0].unit == "second"
     assert schema.encode(frame)[:, 0].diff().eq(61).all()
+
+
+def test_numbers_that_float32_does_not_hold_are_refused():
+    with pytest.raises(ValueError, match="column 'a', row 2: infinite"):
+        Schema.infer({"a": [1.0, 1e39, 2.0]})
+    with pytest.raises(ValueError, match="column 'a', row 1: 1e-50 is outside the range"):
+        Schema([Positive("a", 0, 1)]).encode({"a": [1e-50]})
+    with pytest.raises(ValueError, match="column 'a', row 1: 1e[+]39 is infinite"):
+        Schema([Positive("a", 0, 1)]).encode({"a": [1e39]})
+    numbers = 10**18 + np.random.default_rng(0).integers(0, 10**9, 50) * 1000
+    assert "kept to 7 digits" in Schema.infer({"a": numbers}).notes[0]
+
+
+def test_a_column_that_was_constant_and_is_no_more_is_said():
+    schema = Schema.infer({"a": [1.5, 2.5, 3.75], "c": [7, 7, 7], "d": ["x", None, "x"], "e": [None, None, None]})
+    assert [column.kind for column in schema.columns] == ["Real", "Constant", "Constant", "Constant"]
+    new = {"a": [1.0, 2.0], "c": [7, 8], "d": ["x", "y"], "e": [None, "z"]}
+    notes = Table(new, schema).notes
+    assert [note.split("'")[1] for note in notes] == ["c", "d", "e"] and all("1 rows do not hold" in n for n in notes)
+    assert Table({**new, "c": [7, 7], "d": ["x", None], "e": [None, None]}, schema).notes == []
+
+
+def test_rows_that_are_no_row_numbers_are_refused():
+    frame = {"a": [1.5, 2.5, 3.75]}
+    for rows in (np.array([True, False, True]), [], [-1], [3], [[1]]):
+        with pytest.raises(ValueError, match="rows"):
+            Schema.infer(frame, rows=np.array(rows))
+
+
+def test_lists_are_no_cells():
+    with pytest.raises(ValueError, match="'a' holds list"):
+        Schema.infer({"a": [[1, 2], [3]], "b": [1, 2]})
 
 
 # The command line.

@@ -35,6 +35,7 @@ __all__ = [
 
 Level = str | int | float | bool
 
+MAX_NUMBER = float(np.finfo(np.float32).max)  # larger ones are infinite in the tensor
 _OFF_GRID = 1e-3  # of a step: what rounding in double precision explains
 _SECONDS = {"day": 86400, "minute": 60, "second": 1}
 
@@ -214,7 +215,7 @@ class Continuous(Modelled):
     def encode(self, values: Any) -> np.ndarray:
         v = as_numbers(values)
         here = ~np.isnan(v)
-        _refuse(here & np.isinf(v), values, "is infinite; leave the cell empty if it is missing")
+        _refuse(here & (np.abs(v) > MAX_NUMBER), values, "is infinite; leave the cell empty if it is missing")
         spike = np.isin(v, np.asarray(self.spikes, dtype=float)) if self.spikes else np.zeros(len(v), dtype=bool)
         _refuse(
             here & ~spike & ~self.is_inside(v),
@@ -298,7 +299,8 @@ class Positive(Continuous):
             raise ValueError(f"column {self.name!r}: a Positive column has origin 0, got {self.origin}.")
 
     def is_inside(self, values: np.ndarray) -> np.ndarray:
-        return values > 0
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            return values.astype(np.float32) > 0  # its logarithm has to be finite in the tensor too
 
     @property
     def range_text(self) -> str:
@@ -529,7 +531,7 @@ class Time(Modelled):
 
     @cached_property
     def cycles(self) -> dict[str, tuple[float, float]]:
-        """The lengths of "day", "week" and "year", if longer than a unit, and the place of the origin in each, in units.
+        """Lengths of "day", "week" and "year", if longer than a unit, and the place of the origin in each, in units.
 
         An encoded x is at ``(x + place) / length``, modulo 1, of the cycle.
         """
@@ -597,6 +599,18 @@ class Constant(LeftOut):
     """
 
     value: Level | None = None
+
+    def count_others(self, cells: "pa.Array") -> int:
+        """Returns the number of cells that hold another value; missing cells hold none."""
+        cells = to_arrow(cells).drop_null()
+        if self.value is None:
+            return len(cells)
+        if _is_number(self.value):
+            try:
+                return int((as_numbers(cells) != self.value).sum())
+            except CellError:
+                return len(cells)
+        return sum(str(cell) != str(self.value) for cell in cells.to_pylist())
 
     def fill(self, size: int) -> "pa.Array":
         import pyarrow as pa

@@ -27,7 +27,6 @@ from pyrovae.data.columns import (
     Positive,
     Real,
     Time,
-    is_text,
     parse_times,
 )
 from pyrovae.data.summaries import Summary
@@ -103,7 +102,7 @@ def column_of(summary: Summary, override: Override | None = None) -> tuple[Colum
         column = Column.from_dict(column.to_dict() | given)
     if isinstance(column, (Continuous, Time)) and column.step is None and _is_rounded(summary, column):
         notes.append("has more steps than float32 can tell apart: it is kept to 7 digits")
-    content = column.to_dict() | ({"missing": summary.missing} if summary.missing else {})
+    content = column.to_dict() | ({"missing": _tidy(summary.missing)} if summary.missing else {})
     return Column.from_dict(content), [f"column {name!r} {note}" for note in notes]
 
 
@@ -120,7 +119,7 @@ def decimal_signs(summaries: list[Summary]) -> tuple[str, str]:
             continue
         if all(_COMMA_THOUSANDS.fullmatch(v) for v in others):
             both = all(_COMMA_DECIMAL.fullmatch(v) for v in others)
-            if both and not any("." in v for v in summary.counts or ()):
+            if both and not any("." in v for v in _words(summary)):
                 raise ValueError(
                     f"column {summary.name!r}{_row_of(summary, others[0])}: {others[0]!r} may have a decimal "
                     "comma or a separator of thousands. Say decimal=',' or thousands=','."
@@ -135,8 +134,8 @@ def decimal_signs(summaries: list[Summary]) -> tuple[str, str]:
         return ".", ""
     signs = max(found)  # with a separator of thousands, if one column has it
     for summary in summaries if signs[0] == "," else ():
-        points = [v for v in summary.counts or () if isinstance(v, str) and "." in v]
-        if points and summary.numeric and is_text(summary.type):
+        points = [v for v in _words(summary) if "." in v]
+        if points and summary.numeric:
             raise ValueError(
                 f"column {summary.name!r}{_row_of(summary, points[0])}: {points[0]!r} has a point, where "
                 f"{found[signs].name!r} has decimal commas. Write all numbers in one way, or say decimal and thousands."
@@ -385,9 +384,6 @@ def _text(summary: Summary) -> tuple[Column, list[str]]:
     values = summary.some if counts is None else list(counts)
     if all(isinstance(v, str) for v in values) and _format(summary, values) is not None:
         return _time(summary, None), []
-    if counts is None:
-        return Identifier(name), ["has too many different words to model: left out"]
-    notes: list[str] = []
     others = summary.non_numbers()
     numbers = len(values) - len(others)
     if numbers and not others and not summary.leading_zeros and not summary.dialect.has_plain_numbers:
@@ -395,6 +391,9 @@ def _text(summary: Summary) -> tuple[Column, list[str]]:
             f"column {name!r}{_row_of(summary, values[0])}: {values[0]!r} is no number with the decimal sign "
             f"{summary.dialect.decimal!r}{_thousands(summary)}. Write all numbers in one way, or give other signs."
         )
+    if counts is None:
+        return Identifier(name), ["has too many different words to model: left out"]
+    notes: list[str] = []
     if numbers and others and not summary.leading_zeros:
         if 2 * sum(counts[v] for v in others) < n and len(values) > _FEW:
             raise ValueError(
@@ -429,6 +428,11 @@ def _levels(summary: Summary) -> tuple:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _words(summary: Summary) -> list[str]:
+    """Returns the values that are text: those that were counted, or some of them where there are too many."""
+    return [v for v in (summary.some if summary.counts is None else summary.counts) if isinstance(v, str)]
 
 
 def _thousands(summary: Summary) -> str:
