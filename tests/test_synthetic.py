@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pyrovae import plots
 from pyrovae.data import Binary, Category, Count, Ordered, Real
-from pyrovae.diagnostics import ReportInputs, SyntheticRows, synthetic_rows
+from pyrovae.diagnostics import Copies, ReportInputs, SyntheticRows, Utility, synthetic_rows
 from pyrovae.diagnostics.synthetic import _copies, _likeness_of_columns
 
 COLUMNS = [Real("a", 0, 1), Category("b", ("x", "y", "z")), Real("c", 0, 1), Binary("class", ("no", "yes"))]
@@ -75,6 +75,7 @@ def test_a_classifier_reaches_the_area_of_the_two_normal_distributions():
 def test_distances_are_those_of_all_pairs():
     train, held_out, generated = (rows(40, missing=0.1).double().numpy() for _ in range(3))
     found = _copies(train, held_out, generated, [False, True, False, True])
+    assert isinstance(found, Copies)
     pooled = np.concatenate([train, held_out])
 
     def rank(d, v):
@@ -134,7 +135,7 @@ def test_a_column_of_a_single_class():
     held_out = rows(60)
     found = synthetic_rows(rows(60), held_out, x, COLUMNS, target="class")
     share = held_out[:, 3].mean().item()  # that of the only class that is predicted, so the precision of it
-    assert found.trained_on_generated == pytest.approx((share / (1 + share), 0.5)), "F1 is 0 of the other class"
+    assert found.trained_on_generated == pytest.approx(Utility(share / (1 + share), 0.5)), "F1 is 0 of the other class"
     assert synthetic_rows(rows(60), x, rows(60), COLUMNS).trained_on_generated is None
     assert synthetic_rows(rows(60)[:, :1], rows(60)[:, :1], rows(60)[:, :1], COLUMNS[:1]).pair_score == 1
 
