@@ -50,7 +50,10 @@ napoleon_use_rtype = False
 
 # A reference to a name that does not exist is a warning; `public` says which other names have no link.
 nitpicky = True
-nitpick_ignore = [("py:class", name) for name in ("Tensor", "Module", "ExpandedDistribution", "Figure", "Axes")]
+nitpick_ignore = [
+    ("py:class", name)
+    for name in ("Tensor", "Module", "ExpandedDistribution", "Figure", "Axes", "pa.Array", "pa.Table")
+]
 
 # Examples that take more than a minute in full: their pages show the shortest run.
 gallery_smoke = ["compiled", "iwae", "marginal_likelihood", "swap_parts"]

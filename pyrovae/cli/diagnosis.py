@@ -101,7 +101,7 @@ def diagnose(
     )
     results, verdicts = {}, []
     for name, kind in diagnostics.DIAGNOSES.items():
-        if name == "posterior" and nuts_samples == 0:
+        if (name == "posterior" and nuts_samples == 0) or (name == "synthetic_rows" and inputs.columns is None):
             continue
         print(f"\n== {name.replace('_', ' ')}: {kind.question}")
         pyro.set_rng_seed(seed)  # each diagnostic draws the same, whichever ran before it

@@ -37,6 +37,7 @@ __all__ = [
 
 Level = str | int | float | bool
 
+MAX_NUMBER = float(np.finfo(np.float32).max)  # larger ones are infinite in the tensor
 _OFF_GRID = 1e-3  # of a step: what rounding in double precision explains
 _SECONDS = {"day": 86400, "minute": 60, "second": 1}
 
@@ -201,12 +202,12 @@ class Continuous(Modelled):
 
     @cached_property
     def encoded_loc(self) -> float:
-        """The location of the encoded values: loc - origin."""
+        """The location of the encoded values, loc - origin."""
         return self.loc - self.origin
 
     @cached_property
     def encoded_spikes(self) -> tuple[float, ...]:
-        """The spikes as they are in the tensor: equal to encoded values in float32."""
+        """The spikes as they are in the tensor, equal to encoded values in float32."""
         return tuple(float(np.float32(s - self.origin)) for s in self.spikes)
 
     def is_inside(self, values: np.ndarray) -> np.ndarray:
@@ -221,7 +222,7 @@ class Continuous(Modelled):
     def encode(self, values: Any) -> np.ndarray:
         v = as_numbers(values)
         here = ~np.isnan(v)
-        _refuse(here & np.isinf(v), values, "is infinite; leave the cell empty if it is missing")
+        _refuse(here & (np.abs(v) > MAX_NUMBER), values, "is infinite; leave the cell empty if it is missing")
         spike = np.isin(v, np.asarray(self.spikes, dtype=float)) if self.spikes else np.zeros(len(v), dtype=bool)
         _refuse(
             here & ~spike & ~self.is_inside(v),
@@ -315,7 +316,8 @@ class Positive(Continuous):
         return Numbers(self.loc, self.scale, 0.0, self.step, low=low, spikes=self.encoded_spikes)
 
     def is_inside(self, values: np.ndarray) -> np.ndarray:
-        return values > 0
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            return values.astype(np.float32) > 0  # its logarithm has to be finite in the tensor too
 
     @property
     def range_text(self) -> str:
@@ -469,7 +471,7 @@ class Discrete(Modelled):
             f"is none of the {self.num_levels} levels of the training data ({_listed(self.levels)}). Leave the cell "
             "empty to take it as missing, or train again",
         )
-        return pc.cast(codes, pa.float64()).to_numpy(zero_copy_only=False)
+        return np.array(pc.cast(codes, pa.float64()).to_numpy(zero_copy_only=False))
 
     def decode(self, x: Any) -> "pa.Array":
         import pyarrow as pa
@@ -570,7 +572,7 @@ class Time(Modelled):
 
     @cached_property
     def cycles(self) -> dict[str, tuple[float, float]]:
-        """For "day", "week" and "year", if longer than a unit: length, and place of the origin in it, in units.
+        """Lengths of "day", "week" and "year", if longer than a unit, and the place of the origin in each, in units.
 
         An encoded x is at ``(x + place) / length``, modulo 1, of the cycle.
         """
@@ -643,6 +645,18 @@ class Constant(LeftOut):
 
     value: Level | None = None
 
+    def count_others(self, cells: "pa.Array") -> int:
+        """Returns the number of cells that hold another value; missing cells hold none."""
+        cells = to_arrow(cells).drop_null()
+        if self.value is None:
+            return len(cells)
+        if _is_number(self.value):
+            try:
+                return int((as_numbers(cells) != self.value).sum())
+            except CellError:
+                return len(cells)
+        return sum(str(cell) != str(self.value) for cell in cells.to_pylist())
+
     def fill(self, size: int) -> "pa.Array":
         import pyarrow as pa
 
@@ -687,7 +701,8 @@ def to_arrow(values: Any) -> "pa.Array":
         values = pa.array(values, from_pandas=True)
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    return values
+    # Of polars; few functions of Arrow take it.
+    return values.cast(pa.large_string()) if str(values.type) == "string_view" else values
 
 
 def as_numbers(values: Any) -> np.ndarray:
@@ -712,7 +727,7 @@ def as_numbers(values: Any) -> np.ndarray:
         raise CellError(0, f"is {cells.type}, not a number")
     else:
         cells = pc.cast(cells, pa.float64(), safe=False)
-    return pc.fill_null(cells, math.nan).to_numpy(zero_copy_only=False)
+    return np.array(pc.fill_null(cells, math.nan).to_numpy(zero_copy_only=False))  # a copy that may be written to
 
 
 def parse_times(cells: "pa.Array", format: str) -> "pa.Array":
@@ -730,7 +745,7 @@ def parse_times(cells: "pa.Array", format: str) -> "pa.Array":
 
 def is_text(type: "pa.DataType") -> bool:
     """Returns whether an Arrow type holds text."""
-    return str(type) in ("string", "large_string", "string_view")
+    return str(type) in ("string", "large_string")
 
 
 def is_number(cell: str) -> bool:

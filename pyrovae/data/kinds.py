@@ -27,7 +27,6 @@ from pyrovae.data.columns import (
     Positive,
     Real,
     Time,
-    is_text,
     parse_times,
 )
 from pyrovae.data.summaries import Summary
@@ -43,7 +42,7 @@ _MAX_LEVELS = 1000
 _MAX_SPIKES = 64
 _SPIKE_SHARE = 0.002
 _MAX_STEPS = 2**23  # in the range of a column; float32 tells twice as many apart
-_MAX_STEPS_OF_DECIMALS = 10**5  # where values are rounded more finely, a density says the same
+_MAX_STEPS_OF_DECIMALS = 10**6 - 1  # where values are rounded more finely, a density says the same
 _MAX_COUNT = 1000
 _RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 100.0))
 _ID_NAME = re.compile(
@@ -103,7 +102,7 @@ def column_of(summary: Summary, override: Override | None = None) -> tuple[Colum
         column = Column.from_dict(column.to_dict() | given)
     if isinstance(column, (Continuous, Time)) and column.step is None and _is_rounded(summary, column):
         notes.append("has more steps than float32 can tell apart: it is kept to 7 digits")
-    content = column.to_dict() | ({"missing": summary.missing} if summary.missing else {})
+    content = column.to_dict() | ({"missing": _tidy(summary.missing)} if summary.missing else {})
     return Column.from_dict(content), [f"column {name!r} {note}" for note in notes]
 
 
@@ -120,7 +119,7 @@ def decimal_signs(summaries: list[Summary]) -> tuple[str, str]:
             continue
         if all(_COMMA_THOUSANDS.fullmatch(v) for v in others):
             both = all(_COMMA_DECIMAL.fullmatch(v) for v in others)
-            if both and not any("." in v for v in summary.counts or ()):
+            if both and not any("." in v for v in _words(summary)):
                 raise ValueError(
                     f"column {summary.name!r}{_row_of(summary, others[0])}: {others[0]!r} may have a decimal "
                     "comma or a separator of thousands. Say decimal=',' or thousands=','."
@@ -135,8 +134,8 @@ def decimal_signs(summaries: list[Summary]) -> tuple[str, str]:
         return ".", ""
     signs = max(found)  # with a separator of thousands, if one column has it
     for summary in summaries if signs[0] == "," else ():
-        points = [v for v in summary.counts or () if isinstance(v, str) and "." in v]
-        if points and summary.numeric and is_text(summary.type):
+        points = [v for v in _words(summary) if "." in v]
+        if points and summary.numeric:
             raise ValueError(
                 f"column {summary.name!r}{_row_of(summary, points[0])}: {points[0]!r} has a point, where "
                 f"{found[signs].name!r} has decimal commas. Write all numbers in one way, or say decimal and thousands."
@@ -171,7 +170,9 @@ def _of_kind(cls: type[Column], summary: Summary, given: dict[str, Any]) -> Colu
 
 
 def _is_rounded(summary: Summary, column: Continuous | Time) -> bool:
-    return isinstance(column, Time) or (summary.decimals == 0 and summary.high - summary.low > _MAX_STEPS)
+    if isinstance(column, Time):
+        return column.loc + 2 * column.scale > _MAX_STEPS / 2
+    return summary.decimals == 0 and summary.high - summary.low > _MAX_STEPS
 
 
 def _number(summary: Summary) -> Column:
@@ -276,8 +277,8 @@ def _continuous_kind(summary: Summary, rest: np.ndarray, spikes: set[float]) -> 
 def _spikes(values: np.ndarray, step: float | None) -> tuple[float, ...]:
     """Returns values that occur far more often than those around them.
 
-    A value with a density occurs once. For rounded values the count is compared with the median count in the ten
-    steps around it, where steps without values count 0.
+    A value with a density occurs once. For rounded values the count is compared with the mean of the two steps next to
+    it, and with the median of the ten steps around it, where steps without values count 0.
     """
     distinct, counts = np.unique(values, return_counts=True)
     often = np.flatnonzero(counts >= max(10, _SPIKE_SHARE * len(values)))
@@ -287,9 +288,12 @@ def _spikes(values: np.ndarray, step: float | None) -> tuple[float, ...]:
         if step is not None:
             a, b = np.searchsorted(distinct, [distinct[i] - 5.5 * step, distinct[i] + 5.5 * step])
             inside = (distinct[i] - 5.5 * step >= distinct[0]) + (distinct[i] + 5.5 * step <= distinct[-1])
-            places = 5 * max(1, inside)
-            around = np.sort(np.concatenate([counts[a:i], counts[i + 1 : b]]))[::-1]
-            usual = float(np.median(np.pad(around, (0, max(0, places - len(around))))))
+            around = np.concatenate([counts[a:i], counts[i + 1 : b]])
+            usual = float(np.median(np.pad(around, (0, max(0, 5 * max(1, inside) - len(around))))))
+            # The steps next to it show the top of a narrow peak.
+            a, b = np.searchsorted(distinct, [distinct[i] - 1.5 * step, distinct[i] + 1.5 * step])
+            sides = int(distinct[i] > distinct[0]) + int(distinct[i] < distinct[-1])
+            usual = max(usual, float(counts[a:b].sum() - counts[i]) / max(1, sides))
         if counts[i] > 4 * usual and counts[i] - usual > 5 * math.sqrt(usual + 1):
             found.append(i)
     found = sorted(found, key=lambda i: -counts[i])[:_MAX_SPIKES]
@@ -356,7 +360,7 @@ def _format(summary: Summary, values: list[str]) -> str | None:
         other = values[[a != b for a, b in zip(reads[whole[0]].to_pylist(), reads[whole[1]].to_pylist())].index(True)]
         raise ValueError(
             f"column {summary.name!r}{_row_of(summary, other)}: {other!r} may be {whole[0]} or {whole[1]}. "
-            f"Say which: {{{summary.name}: {{kind: Time, format: '{whole[0]}'}}}}."
+            f"Say which (overrides, --kinds): {{{summary.name}: {{kind: Time, format: '{whole[0]}'}}}}."
         )
     if parse_times(cells, "iso").null_count == 0:
         return "iso"
@@ -380,11 +384,16 @@ def _text(summary: Summary) -> tuple[Column, list[str]]:
     values = summary.some if counts is None else list(counts)
     if all(isinstance(v, str) for v in values) and _format(summary, values) is not None:
         return _time(summary, None), []
+    others = summary.non_numbers()
+    numbers = len(values) - len(others)
+    if numbers and not others and not summary.leading_zeros and not summary.dialect.has_plain_numbers:
+        raise ValueError(
+            f"column {name!r}{_row_of(summary, values[0])}: {values[0]!r} is no number with the decimal sign "
+            f"{summary.dialect.decimal!r}{_thousands(summary)}. Write all numbers in one way, or give other signs."
+        )
     if counts is None:
         return Identifier(name), ["has too many different words to model: left out"]
     notes: list[str] = []
-    others = summary.non_numbers()
-    numbers = len(values) - len(others)
     if numbers and others and not summary.leading_zeros:
         if 2 * sum(counts[v] for v in others) < n and len(values) > _FEW:
             raise ValueError(
@@ -419,6 +428,15 @@ def _levels(summary: Summary) -> tuple:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _words(summary: Summary) -> list[str]:
+    """Returns the values that are text: those that were counted, or some of them where there are too many."""
+    return [v for v in (summary.some if summary.counts is None else summary.counts) if isinstance(v, str)]
+
+
+def _thousands(summary: Summary) -> str:
+    return f" and {summary.dialect.thousands!r} between thousands" if summary.dialect.thousands else ""
 
 
 def _row_of(summary: Summary, value: Any) -> str:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyrovae.data.columns import CellError, is_number, is_text
+from pyrovae.data.columns import CellError, is_number, is_text, to_arrow
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -133,8 +133,7 @@ class Source:
         tokens = list(dict.fromkeys(["", *self.dialect.missing]))
         columns = []
         for column in batch.columns:
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
+            column = to_arrow(column)
             if is_text(column.type):
                 column = pc.utf8_trim_whitespace(column)
                 absent = pc.is_in(column, value_set=pa.array(tokens, column.type))

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pyrovae.data.columns import CellError, Column, Continuous, Count, Discrete, LeftOut, Modelled, is_text
+from pyrovae.data.columns import CellError, Column, Constant, Continuous, Count, Discrete, LeftOut, Modelled, is_text
 from pyrovae.data.kinds import Override, column_of, decimal_signs
 from pyrovae.data.reading import Dialect, Source, as_table, open_source
 from pyrovae.data.summaries import Summary
@@ -158,17 +158,21 @@ class Schema:
         self.encode_into(x, source, first_row=first_row)
         return x
 
-    def encode_into(self, x: Tensor, source: Source, *, first_row: int = 1) -> None:
-        """Encodes all rows of a source into a float32 tensor, in chunks of rows.
+    def encode_into(self, x: Tensor, source: Source, *, first_row: int = 1) -> list[str]:
+        """Encodes all rows of a source into a float32 tensor, in chunks of rows; returns notes, one line each.
 
         Args:
             x: shape ``(rows, len(modelled))``.
-            source: what :func:`open_source` returns.
+            source: what ``pyrovae.data.reading.open_source`` returns.
             first_row: the number of the first row, for messages.
         """
         self.check_names(source.names, source.where)
         start, array = 0, x.numpy()
+        constant = [c for c in self.columns if isinstance(c, Constant) and c.name in source.names]
+        differs = dict.fromkeys((c.name for c in constant), 0)
         for batch in source.batches():
+            for c in constant:
+                differs[c.name] += c.count_others(batch.column(source.names.index(c.name)))
             for i, column in enumerate(self.modelled):
                 cells = batch.column(source.names.index(column.name))
                 try:
@@ -179,6 +183,11 @@ class Schema:
                     row = first_row + start + error.index
                     raise ValueError(f"{source.where}: column {column.name!r}, row {row:,}: {error.problem}.") from None
             start += batch.num_rows
+        return [
+            f"column {c.name!r} is left out, as in training, but {differs[c.name]:,} rows do not hold {c.value!r}"
+            for c in constant
+            if differs[c.name]
+        ]
 
     def decode(self, x: Tensor) -> "pa.Table":
         """Returns a pyarrow table with all columns of the file: numbers, text and times, null where x is NaN.
@@ -314,6 +323,8 @@ def _summarize(source: Source, rows: np.ndarray | Tensor | None) -> list[Summary
     training = None
     if rows is not None:
         rows = np.asarray(rows)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(rows) == 0 or rows.min() < 0:
+            raise ValueError("rows must be the numbers of the training rows, counted from 0.")
         training = np.zeros(int(rows.max()) + 1, dtype=bool)
         training[rows] = True
     start = 0
@@ -325,6 +336,8 @@ def _summarize(source: Source, rows: np.ndarray | Tensor | None) -> list[Summary
         for summary, cells in zip(summaries, batch.columns, strict=True):
             summary.update(cells, part)
         start += batch.num_rows
+    if training is not None and len(training) > start:
+        raise ValueError(f"rows names row {len(training) - 1:,}, but there are {start:,} rows, counted from 0.")
     return summaries
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyrovae.data.columns import CellError, as_numbers, is_number, is_text, to_arrow
+from pyrovae.data.columns import MAX_NUMBER, CellError, as_numbers, is_number, is_text, to_arrow
 from pyrovae.data.reading import Dialect
 
 if TYPE_CHECKING:
@@ -79,6 +79,10 @@ class Summary:
         cells = to_arrow(cells)
         if pa.types.is_floating(cells.type):
             cells = pc.if_else(pc.is_nan(cells), None, cells)
+        if pa.types.is_nested(cells.type) or pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type):
+            raise ValueError(
+                f"column {self.name!r} holds {cells.type}, which is no number, text or time. Leave it out."
+            )
         if self.type is None or pa.types.is_null(self.type):
             self.type = cells.type
         start, self.rows = self.rows, self.rows + len(cells)
@@ -135,14 +139,14 @@ class Summary:
             self.leading_zeros = pc.any(pc.match_substring_regex(cells, r"^-?0[0-9]")).as_py()
         point = pc.find_substring(cells, ".")
         digits = pc.if_else(pc.less(point, 0), 0, pc.subtract(pc.subtract(pc.utf8_length(cells), point), 1))
-        exponent = pc.any(pc.match_substring(cells, "e", ignore_case=True)).as_py()
+        exponent = any(pc.any(pc.match_substring(cells, e)).as_py() for e in "eE")  # ignore_case is many times slower
         low, high = (int(v.as_py()) for v in pc.min_max(digits).values())
         low, high = (0, 99) if exponent else (low, high)
         fewest, most = self.text_decimals or (low, high)
         self.text_decimals = min(fewest, low), max(most, high)
 
     def _add_numbers(self, numbers: np.ndarray, absent: np.ndarray, training: np.ndarray, start: int) -> None:
-        infinite = np.isinf(numbers)
+        infinite = np.abs(numbers) > MAX_NUMBER
         if infinite.any() and self.infinite_row is None:
             self.infinite_row = start + int(infinite.argmax()) + 1
         present = numbers[~absent & ~infinite]
@@ -165,12 +169,13 @@ class Summary:
             scaled = present * 10.0**self.decimals
             whole = np.round(scaled)
             # Rounding errors of double precision. Values that were rounded to float32 are none of a few decimals.
-            if (np.abs(scaled - whole) <= 1e-9 + 4e-16 * np.abs(scaled)).all() and np.abs(whole).max() < 2**53:
+            if (np.abs(scaled - whole) <= 1e-9 + 4e-16 * np.abs(scaled)).all():
                 break
             self.decimals = self.decimals + 1 if self.decimals < _MAX_DECIMALS else None
             self.divisor = None if self.divisor is None else self.divisor * 10
         if self.decimals is not None:
-            found = int(np.gcd.reduce(np.unique(np.abs(whole)).astype(np.int64)))
+            exact = np.abs(whole).max() < 2**53
+            found = int(np.gcd.reduce(np.unique(np.abs(whole)).astype(np.int64))) if exact else 1
             self.divisor = found if self.divisor is None else math.gcd(self.divisor, found)
 
     def non_numbers(self) -> list[str]:

@@ -75,7 +75,7 @@ class Table:
         if size == 0:
             raise ValueError(f"{self.source.where} has no rows.")
         self.x = _room(size, len(self.names), memory_map)
-        schema.encode_into(self.x, self.source)
+        self.notes += schema.encode_into(self.x, self.source)
 
     def __len__(self) -> int:
         return len(self.x)

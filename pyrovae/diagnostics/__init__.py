@@ -20,6 +20,7 @@ from pyrovae.diagnostics.quality import (
 from pyrovae.diagnostics.reliability import Reliability, reliability
 from pyrovae.diagnostics.report import DIAGNOSES
 from pyrovae.diagnostics.sharpness import Sharpness, sharpness
+from pyrovae.diagnostics.synthetic import Copies, SyntheticRows, Utility, synthetic_rows
 from pyrovae.diagnostics.traversals import Traversals, traversals
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Calibration",
     "Collapse",
     "CollapseMonitor",
+    "Copies",
     "DIAGNOSES",
     "Diagnosis",
     "Gaps",
@@ -40,7 +42,9 @@ __all__ = [
     "Reliability",
     "ReportInputs",
     "Sharpness",
+    "SyntheticRows",
     "Traversals",
+    "Utility",
     "anomalies",
     "auroc",
     "calibration",
@@ -54,5 +58,6 @@ __all__ = [
     "quality",
     "reliability",
     "sharpness",
+    "synthetic_rows",
     "traversals",
 ]

@@ -9,7 +9,7 @@ from pyrovae.plots.results import draw_result
 
 # The result of each diagnostic draws itself.
 anomalies = calibration = collapse = gaps = interpolations = latent_map = draw_result
-posterior_check = quality = reliability = sharpness = traversals = draw_result
+posterior_check = quality = reliability = sharpness = synthetic_rows = traversals = draw_result
 
 __all__ = [
     "anomalies",
@@ -27,5 +27,6 @@ __all__ = [
     "reliability",
     "samples",
     "sharpness",
+    "synthetic_rows",
     "traversals",
 ]
