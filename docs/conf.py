@@ -56,7 +56,7 @@ nitpick_ignore = [
 ]
 
 # Examples that take more than a minute in full: their pages show the shortest run.
-gallery_smoke = ["compiled", "iwae", "marginal_likelihood", "swap_parts"]
+gallery_smoke = ["adult", "compiled", "iwae", "marginal_likelihood", "swap_parts"]
 
 # Pages of the reference, in docs/reference/. What is in two of them is described in the first.
 public_modules = [

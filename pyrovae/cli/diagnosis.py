@@ -87,6 +87,7 @@ def diagnose(
     if strange is not None and strange.shape[1:] != x.shape[1:]:
         raise ValueError(f"other has data of shape {tuple(strange.shape[1:])}, the run of {tuple(x.shape[1:])}.")
 
+    pyro.set_rng_seed(seed)
     model, guide = (vae.model, vae.guide) if schema is None else map(_of_complete_rows, (vae.model, vae.guide))
     inputs = diagnostics.ReportInputs(
         model,
@@ -98,6 +99,8 @@ def diagnose(
         other=strange,
         method=method,
         nuts_samples=nuts_samples,
+        columns=None if schema is None else schema.modelled,
+        generated=None if schema is None else vae.sample(max(30, len(x))),
     )
     results, verdicts = {}, []
     for name, kind in diagnostics.DIAGNOSES.items():
