@@ -79,7 +79,9 @@ def test_a_run_is_loaded_with_its_schema_and_scores_to_the_digit(run, people, tm
     estimate = log_marginal(vae.model, vae.guide, x, mask, num_samples=30, max_memory=64e6, progress=False)
     assert [row["log_p"] for row in scores] == [f"{v:.9g}" for v in estimate.value.tolist()]
     lowest = min(range(300), key=lambda i: float(scores[i]["log_p"]))
-    assert float(scores[lowest]["rarer_than"]) == 1 and scores[lowest]["cell_1"]
+    assert float(scores[lowest]["rarer_than"]) > 0.95 and scores[lowest]["cell_1"]
+    # The rows of the file are those of the run, of which a tenth is compared with: ranks are about uniform.
+    assert abs(np.mean([float(row["rarer_than"]) for row in scores]) - 0.5) < 5 / np.sqrt(12 * 30)
     assert sum(row["cell_1"] != "" for row in scores) == 2
 
 
@@ -144,7 +146,7 @@ def test_surprise_of_a_cell_is_its_log_probability_given_the_others():
     x = vae.sample(60)
     x[7, 1] = torch.nan
     x, mask = data.split_missing(x)
-    surprise = explain(vae, x, mask, torch.tensor([3, 7]), 20, 0)
+    surprise = explain(vae, (x[[3, 7]], mask[[3, 7]]), (x, mask), 20, 0)
     each = vae.likelihood(torch.zeros(1, 2)).base_dist.log_prob(x)
     each = torch.where(mask, each, torch.nan)
     expected = each.nanmean(0) - each[[3, 7]]

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import storage
-from pyrovae.cli.common import check_device, new_file
+from pyrovae.cli.common import check_device, load_table, new_file
 from pyrovae.data.columns import Discrete, Modelled
 from pyrovae.estimators import log_marginal
 from pyrovae.inference.imputation import impute as impute_rows
 from pyrovae.structures import MissingDataVAE
 
 _TABLES = (".csv", ".tsv", ".parquet", ".pq")
+_NUM_COMPARED, _NUM_USUAL = 1000, 200  # reference rows for a rank, and for the mean of a cell
 _LEAST_ESS = 30.0  # below it a few samples make most of an imputation
 
 
@@ -27,6 +28,7 @@ def score(
     output: str | None = None,
     num_samples: int = 100,
     num_explained: int = 100,
+    reference: str | None = None,
     max_memory: float = 64e6,
     seed: int = 0,
     device: str = "cpu",
@@ -34,9 +36,10 @@ def score(
 ) -> None:
     """Writes log p(x) of each row of a file, in the order of the file, how unusual it is and by which cells.
 
-    Columns of the result: row (counted from 1), log_p in nats with its standard_error, rarer_than (the share of the
-    rows of the file that are more probable), and for the most unusual rows the three most surprising cells, each with
-    the nats by which log p(cell | all other cells of the row) is below the mean of its column in the file.
+    Columns of the result: row (counted from 1), log_p in nats with its standard_error, rarer_than (the share of up to
+    1,000 reference rows that are more probable), and for the most unusual rows the three most surprising cells, each
+    with the nats by which log p(cell | all other cells of the row) is below the mean of its column in 200 reference
+    rows. Only observed cells count, so that rows with missing cells are the more probable.
 
     Args:
         run: the run directory.
@@ -44,6 +47,7 @@ def score(
         output: a .csv file; scores-<file>.csv in the run directory by default.
         num_samples: importance samples per row.
         num_explained: how many of the most unusual rows have their most surprising cells listed.
+        reference: a table of usual rows to compare with; by default the test part of the data of the run.
         max_memory: memory for intermediate results, in bytes.
         seed: seed of the samples.
         device: cpu, cuda, cuda:1, ...
@@ -55,16 +59,20 @@ def score(
     check_device(device)
     out = new_file(output or Path(run) / f"scores-{Path(file).stem}.csv", (".csv",))
     vae, table, rows = _load(run, file, trust, device)
-    pyro.set_rng_seed(seed)
+    usual = tuple(t.to(device) for t in datasets.split_missing(_reference_rows(run, reference, table.schema)))
     x, mask = (t.to(device) for t in datasets.split_missing(table.x[rows]))
+    pyro.set_rng_seed(seed)
     kwargs: dict[str, Any] = {"num_samples": num_samples, "max_memory": max_memory}
     estimate = log_marginal(vae.model, vae.guide, x, mask, **kwargs)
     value = estimate.value.cpu()
-    # The share of rows with a higher log p(x).
-    rarer = (value.argsort(descending=True).argsort().double() / max(1, len(value) - 1)).numpy()
+    compared = log_marginal(vae.model, vae.guide, *usual, progress=False, **kwargs).value.cpu().sort().values
+    rarer = (len(compared) - torch.searchsorted(compared, value, right=True)).double() / len(compared)
     unusual = value.argsort()[:num_explained]
     print(f"{file}: {estimate}")
-    cells = explain(vae, x, mask, unusual.to(device), num_samples, seed) if len(unusual) else None
+    cells = None
+    if len(unusual):
+        few = tuple(t[:_NUM_USUAL] for t in usual)
+        cells = explain(vae, (x[unusual], mask[unusual]), few, num_samples, seed)
     listed = {int(i): [""] * 3 for i in unusual}
     if cells is not None:
         for i, surprise in zip(unusual.tolist(), cells.cpu(), strict=True):
@@ -89,28 +97,44 @@ def score(
     print(f"per row: {out}")
 
 
-@torch.no_grad()
-def explain(vae: MissingDataVAE, x: Tensor, mask: Tensor, unusual: Tensor, num_samples: int, seed: int) -> Tensor:
+def _reference_rows(run: str, reference: str | None, schema: datasets.Schema) -> Tensor:
+    """Returns usual rows to compare with, those of a file or of the test part of the data of a run."""
+    if reference is not None:
+        x = datasets.Table(Path(reference), schema).x
+        x = x[~x.isnan().all(1)]
+    else:
+        source = storage.read_config(run, trust=True)["data"]  # which builds nothing
+        if not Path(source).is_file():
+            raise FileNotFoundError(
+                f"{source}, the data of the run, is not there, and rows are compared with its test part. Give a table "
+                "of usual rows with --reference."
+            )
+        x = load_table(source, schema)[0].test.x
+    if len(x) < 30:
+        raise ValueError(f"there are {len(x)} rows to compare with, and must be at least 30. Give more: --reference.")
+    return x[:_NUM_COMPARED]
+
+
+def explain(
+    vae: MissingDataVAE, rows: tuple[Tensor, Tensor], usual: tuple[Tensor, ...], num_samples: int, seed: int
+) -> Tensor:
     r"""Returns how surprising each cell is given all others, in nats against the mean of its column.
 
     .. math:: \log p(x_d \mid x_{-d}) = \log p(x) - \log p(x_{-d})
 
-    Both are estimated with the same seed. The mean of a column is over at most 200 rows.
+    Both are estimated with the same seed.
 
     Args:
         vae: the VAE.
-        x: rows, ``(size, columns)``.
-        mask: which cells are observed.
-        unusual: the rows to explain.
+        rows: the rows to explain and which of their cells are observed, each ``(size, columns)``.
+        usual: the rows of which the mean of each column is taken, likewise.
         num_samples: importance samples per row and cell.
         seed: seed of the samples.
 
     Returns:
-        Shape ``(len(unusual), columns)``, NaN for missing cells and for the only cell of a row.
+        Shape ``(size, columns)``, NaN for missing cells and for the only cell of a row.
     """
-    usual = torch.linspace(0, len(x) - 1, min(200, len(x)), device=x.device).long()
-    chosen = torch.cat([unusual, usual])
-    x, mask = x[chosen], mask[chosen]
+    x, mask = (torch.cat([a, b]) for a, b in zip(rows, usual, strict=True))
     surprise = torch.full(x.shape, torch.nan)
     whole = _log_p(vae, x, mask, num_samples, seed)
     for d in range(x.shape[1]):
@@ -120,8 +144,8 @@ def explain(vae: MissingDataVAE, x: Tensor, mask: Tensor, unusual: Tensor, num_s
         if len(some):
             without = _log_p(vae, x[some], rest[some], num_samples, seed)
             surprise[some.cpu(), d] = without - whole[some.cpu()]
-    mean = surprise[len(unusual) :].nanmean(0)
-    return surprise[: len(unusual)] - mean
+    size = len(rows[0])
+    return surprise[:size] - surprise[size:].nanmean(0)
 
 
 def _log_p(vae: MissingDataVAE, x: Tensor, mask: Tensor, num_samples: int, seed: int) -> Tensor:
