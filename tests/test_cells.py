@@ -178,7 +178,7 @@ def test_gradients_are_finite_at_every_value_of_the_support():
         ]
         kind = LogisticCells if column.step is None else RoundedLogisticCells
         p = kind(*tensors, scales)
-        values = [*column.spikes, p.typical.item(), *(v for v in (column.low, column.high) if math.isfinite(v))]
+        values = [*column.spikes, p.scales.typical.item(), *(v for v in (column.low, column.high) if math.isfinite(v))]
         values = [v for v in values if bool(p.support.check(torch.tensor([v])).all())]
         for value in [*values, *p.sample((20,)).flatten().tolist()]:
             log_prob = p.log_prob(torch.tensor([value])).sum()

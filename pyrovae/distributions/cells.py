@@ -91,6 +91,7 @@ class Scales(nn.Module):
     high_loc: Tensor
     min_log_scale: Tensor
     max_log_scale: Tensor
+    typical: Tensor  # a number of each column that a component may give
 
     def __init__(self, columns: Sequence[Numbers]):
         super().__init__()
@@ -125,6 +126,8 @@ class Scales(nn.Module):
         widest = [_MAX_LOG_SCALE if c.shift is None else min(_MAX_LOG_SCALE, math.log(0.9 / c.scale)) for c in columns]
         keep("max_log_scale", widest, torch.float32)
         keep("min_log_scale", [min(_MIN_LOG_SCALE, w - 1) for w in widest], torch.float32)
+        typical = self.place(self.invert(torch.zeros(len(columns))))
+        self.register_buffer("typical", typical.float(), persistent=False)
 
     def standardize(self, x: Tensor) -> Tensor:
         """Returns u in the precision of x, computed in double precision; minus infinity below a logarithm."""
@@ -219,16 +222,11 @@ class _Cells(dist.TorchDistribution, ABC):
             return (self.log_components(value) + self.log_weights).logsumexp(-1)
         is_spike = self.scales.is_spike(value)
         applies = self._has_components(value, is_spike.any(-1))
-        inside = torch.where(applies, value, self.typical)  # elsewhere gradients would be NaN
+        inside = torch.where(applies, value, self.scales.typical.to(value.dtype))  # elsewhere gradients would be NaN
         parts = torch.where(applies.unsqueeze(-1), self.log_components(inside), -math.inf)
         single = torch.zeros((), dtype=parts.dtype, device=parts.device).masked_fill(~is_spike, -math.inf)
         parts = torch.cat([parts, single.expand(*parts.shape[:-1], -1)], dim=-1)
         return (parts + self.log_weights).logsumexp(-1)
-
-    @property
-    def typical(self) -> Tensor:
-        """A number of each column that a component may give."""
-        return self.scales.place(self.scales.invert(torch.zeros_like(self.scales.low_loc))).to(self.loc.dtype)
 
     @torch.no_grad()
     def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
@@ -469,7 +467,11 @@ class Columns(dist.TorchDistribution):
     @property
     def filler(self) -> Tensor:
         """A number in the support of each column, to stand for cells left out."""
-        return self.join([p.typical if isinstance(p, _Cells) else torch.zeros(p.batch_shape[-1]) for p in self.parts])
+        fillers = []
+        for p, index in zip(self.parts, self.index, strict=True):
+            here = p.scales.typical if isinstance(p, _Cells) else torch.zeros(len(index), device=self.inverse.device)
+            fillers.append(here)
+        return self.join(fillers)
 
 
 class _ColumnsConstraint(constraints.Constraint):
