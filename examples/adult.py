@@ -119,6 +119,7 @@ def main(args):
         epochs=args.epochs,
         batch_size=256,
         optimizer=partial(torch.optim.Adam, lr=2e-3),
+        transform=data.hide_cells,  # so that the encoder learns to fill holes; also for validation data
         scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=args.epochs),
         clip_norm=10.0,
     )

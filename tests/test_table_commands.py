@@ -214,6 +214,20 @@ def test_bad_input_is_refused_and_leaves_nothing(run, people, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_hidden_cells_are_a_uniform_fraction_of_some_rows():
+    torch.manual_seed(0)
+    mask = torch.rand(20_000, 8) < 0.9
+    mask[:, 0] = True
+    x, fewer = data.hide_cells(torch.zeros(20_000, 8), mask, share=0.4)
+    assert bool((fewer <= mask).all()) and bool(fewer.any(1).all())
+    # Of the last cells, if observed, 0.4 times a mean fraction of a half are hidden, but for rows that would be empty.
+    hidden = 1 - fewer[:, 7][mask[:, 7]].double().mean().item()
+    empty = 0.4 / 9 * 1.6  # the share of rows that would lose all of about 7.3 cells, at most
+    assert 0.2 - empty - 0.02 < hidden < 0.2 + 5 * np.sqrt(0.16 / 18_000)
+    with pytest.raises(ValueError, match="share"):
+        data.hide_cells(x, mask, share=2.0)
+
+
 def test_independent_columns_reach_the_entropy_of_independent_data():
     torch.manual_seed(0)
     columns = [Real("r", 2.0, 3.0), Category("c", ("a", "b", "c"))]

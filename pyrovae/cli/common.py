@@ -44,7 +44,7 @@ def load_run_and_data(
 
 
 @lru_cache(maxsize=1)  # train reads the table for its defaults, then for itself
-def _load_table(data: str, schema: str | None) -> datasets.Splits:
+def _load_table(data: str, schema: str | None, stamp: tuple[int, int]) -> datasets.Splits:
     return datasets.load(data, schema=None if schema is None else datasets.Schema.from_yaml(schema))
 
 
@@ -55,7 +55,9 @@ def load_table(data: str, schema: datasets.Schema | None) -> tuple[datasets.Spli
         data: the file.
         schema: its columns; found out if None.
     """
-    splits = _load_table(data, None if schema is None else schema.to_yaml())
+    file = Path(data).stat() if Path(data).is_file() else None  # a file that has changed is read again
+    stamp = (0, 0) if file is None else (file.st_mtime_ns, file.st_size)
+    splits = _load_table(data, None if schema is None else schema.to_yaml(), stamp)
     kept, empty = [], 0
     for part in splits:
         some = ~part.x.isnan().all(dim=1)

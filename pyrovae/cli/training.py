@@ -141,6 +141,10 @@ def train(
     callbacks.append(metrics)  # the last, because it writes the entries of the others
     if world.is_rank0:
         storage.create_run(directory, config, x_shape, splits.schema)
+    transform: Callable | None = datasets.dynamic_binarization if preprocessing == "dynamic" else None
+    if splits.schema is not None:
+        transform = datasets.hide_cells
+        print("a fifth of the rows have cells hidden at random in each epoch, so that the VAE learns to fill any holes")
     try:
         history = fit(
             vae.model,
@@ -151,7 +155,7 @@ def train(
             batch_size=batch_size,
             optimizer=optimizer,
             scheduler=scheduler,
-            transform=datasets.dynamic_binarization if preprocessing == "dynamic" else None,
+            transform=transform,
             clip_norm=clip_norm,
             validation=arguments_of(splits, splits.validation.x),
             patience=patience,

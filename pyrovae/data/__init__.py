@@ -21,7 +21,7 @@ from pyrovae.data.columns import (
     Time,
 )
 from pyrovae.data.loading import DATA_SETS, descriptions, load, register
-from pyrovae.data.preprocessing import dynamic_binarization, split_missing, static_binarization
+from pyrovae.data.preprocessing import dynamic_binarization, hide_cells, split_missing, static_binarization
 from pyrovae.data.reading import Dialect
 from pyrovae.data.schema import Schema
 from pyrovae.data.splits import Split, Splits, random_splits
@@ -53,6 +53,7 @@ __all__ = [
     "Time",
     "descriptions",
     "dynamic_binarization",
+    "hide_cells",
     "load",
     "random_splits",
     "register",
