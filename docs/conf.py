@@ -50,10 +50,13 @@ napoleon_use_rtype = False
 
 # A reference to a name that does not exist is a warning; `public` says which other names have no link.
 nitpicky = True
-nitpick_ignore = [("py:class", name) for name in ("Tensor", "Module", "ExpandedDistribution", "Figure", "Axes")]
+nitpick_ignore = [
+    ("py:class", name)
+    for name in ("Tensor", "Module", "ExpandedDistribution", "Figure", "Axes", "pa.Array", "pa.Table")
+]
 
 # Examples that take more than a minute in full, or need a file: their pages show the shortest run.
-gallery_smoke = ["compiled", "iwae", "marginal_likelihood", "recommend", "swap_parts"]
+gallery_smoke = ["adult", "compiled", "iwae", "marginal_likelihood", "recommend", "swap_parts"]
 
 # Pages of the reference, in docs/reference/. What is in two of them is described in the first.
 public_modules = [

@@ -6,6 +6,7 @@ It compares test log p(x | label) with the log p(x) of a VAE without labels, and
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pyro
@@ -41,11 +42,11 @@ def main(args):
             vae.guide,
             arguments(train),
             transform=data.dynamic_binarization,
-            validation=arguments(validation._replace(x=data.static_binarization(validation.x))),
+            validation=arguments(replace(validation, x=data.static_binarization(validation.x))),
             epochs=args.epochs,
             patience=20,
         )
-        x_test, *context = arguments(test._replace(x=data.static_binarization(test.x)))
+        x_test, *context = arguments(replace(test, x=data.static_binarization(test.x)))
         estimate = pyrovae.log_marginal(vae.model, vae.guide, x_test, *context, num_samples=args.num_samples)
         print(f"{name}: test {estimate}")
 

@@ -9,10 +9,12 @@ import pyro
 import torch
 from torch import nn
 
+from pyrovae.data import Schema
 from pyrovae.encoders import Encoder
-from pyrovae.likelihoods import Likelihood
+from pyrovae.likelihoods import Likelihood, Tabular
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior
+from pyrovae.structures import MissingDataVAE, TableFeatures
 from pyrovae.vae import VAE
 
 # The entries of a configuration that name classes, and arguments of these.
@@ -43,22 +45,62 @@ def make_vae(
         encoder: called with `x_shape` and `latent_dim`.
     """
     p, q = likelihood(latent_dim, x_shape), encoder(x_shape, latent_dim)
-    # jsonargparse gives a partial of a function of its own, which has the class among its arguments.
-    cls = next((a for a in getattr(prior, "args", ()) if isinstance(a, type)), prior)
-    first = next(iter(inspect.signature(cls).parameters))
-    argument: Any = q if first == "encoder" else latent_dim
-    return VAE(prior(argument), p, q)
+    return VAE(_make_prior(prior, latent_dim, q), p, q)
 
 
-def build_vae(config: dict[str, Any], x_shape: tuple[int, ...]) -> VAE:
-    """Returns the VAE that a configuration describes, with new weights; see :func:`make_vae`."""
+def make_table_vae(
+    schema: Schema,
+    latent_dim: int,
+    prior: Callable[[int], Prior],
+    likelihood: Callable[..., Likelihood],
+    encoder: Callable[[Shape, int], Encoder],
+) -> MissingDataVAE:
+    """Returns the VAE of the rows of a table, with new weights; see :func:`make_vae` and :func:`structures.table_vae`.
+
+    Args:
+        schema: the columns.
+        latent_dim: number of latent dimensions.
+        prior: as for :func:`make_vae`.
+        likelihood: called with `latent_dim` and the modelled columns.
+        encoder: called with the number of features of a row and `latent_dim`.
+    """
+    features = TableFeatures(schema.modelled)
+    p, q = likelihood(latent_dim, schema.modelled), encoder(features.num_features, latent_dim)
+    return MissingDataVAE(_make_prior(prior, latent_dim, q), p, q, features)
+
+
+def build_vae(config: dict[str, Any], x_shape: tuple[int, ...], schema: Schema | None = None) -> VAE | MissingDataVAE:
+    """Returns the VAE that a configuration describes, with new weights; see :func:`make_vae`.
+
+    Args:
+        config: the configuration.
+        x_shape: shape of a datum.
+        schema: the columns of a table; None for other data.
+    """
     from jsonargparse import ArgumentParser  # slow to import
 
     names = ("latent_dim", "prior", "likelihood", "encoder")
     parser = ArgumentParser()
     parser.add_function_arguments(make_vae, skip={"x_shape"})
-    parts = parser.instantiate(parser.parse_object({name: config[name] for name in names}))
-    return make_vae(x_shape, **{name: parts[name] for name in names})
+    made = parser.instantiate(parser.parse_object({name: config[name] for name in names}))
+    parts = {name: made[name] for name in names}
+    return make_vae(x_shape, **parts) if schema is None else make_table_vae(schema, **parts)
+
+
+def is_tabular(likelihood: Any) -> bool:
+    """Returns whether a likelihood, or a callable that builds one, is that of the rows of a table."""
+    cls = _class_of(likelihood)
+    return isinstance(cls, type) and issubclass(cls, Tabular)
+
+
+def _class_of(part: Any) -> Any:
+    # jsonargparse gives a partial of a function of its own, which has the class among its arguments.
+    return next((a for a in getattr(part, "args", ()) if isinstance(a, type)), getattr(part, "func", part))
+
+
+def _make_prior(prior: Callable[..., Prior], latent_dim: int, encoder: Encoder) -> Prior:
+    first = next(iter(inspect.signature(_class_of(prior)).parameters))
+    return prior(encoder if first == "encoder" else latent_dim)
 
 
 def with_current_names(config: Any) -> Any:

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from pyrovae import blueprints
 from pyrovae import config as configs
 from pyrovae._version import __version__
+from pyrovae.data import Schema
+from pyrovae.structures import MissingDataVAE
 from pyrovae.vae import VAE
 
 __all__ = ["load", "load_run", "read_checkpoint", "save", "save_run", "write_atomically", "write_checkpoint"]
 
+_SCHEMA = "schema.yaml"  # in the directory of a run on a table
 FORMAT = "1"  # of every file; to be raised when an older pyrovae would misread what a newer one writes
 
 
@@ -172,7 +175,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         ) from error
 
 
-def load_run(directory: str | Path, trust: bool = False) -> tuple[VAE, dict[str, Any]]:
+def load_run(directory: str | Path, trust: bool = False) -> tuple[Any, dict[str, Any]]:
     """Loads a run directory that ``pyrovae train`` wrote, without running code from it.
 
     Args:
@@ -180,8 +183,9 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[VAE, dict[str,
         trust: allow the configuration to name classes outside pyrovae, torch and Pyro, which are then imported and run.
 
     Returns:
-        The :class:`pyrovae.VAE`, in evaluation mode, and the configuration. Names of classes that have moved since the
-        run was written are the present ones.
+        The :class:`pyrovae.VAE`, in evaluation mode, and the configuration; of a table a
+        :class:`~pyrovae.structures.MissingDataVAE`, and the :class:`pyrovae.data.Schema` as the entry "table". Names
+        of classes that have moved since the run was written are the present ones.
 
     Raises:
         FileNotFoundError: when the directory is not a run, or has no weights yet.
@@ -197,7 +201,7 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[VAE, dict[str,
         raise FileNotFoundError(
             f"{directory} has no weights yet. Finish the run with: pyrovae train --run {directory} --resume"
         )
-    vae = configs.build_vae(config, config["x_shape"])
+    vae: VAE | MissingDataVAE = configs.build_vae(config, config["x_shape"], config.get("table"))
     load(vae, weights)
     return vae.eval(), config
 
@@ -251,8 +255,17 @@ def save_run(
     create_run(directory, yaml.safe_dump(config, sort_keys=False), x_shape)
 
 
-def create_run(directory: str | Path, config: str, x_shape: tuple[int, ...]) -> None:
-    """Writes the files that mark a directory as a run: its configuration, and the version and the shape of a datum."""
+def create_run(directory: str | Path, config: str, x_shape: tuple[int, ...], schema: Schema | None = None) -> None:
+    """Writes the files that mark a directory as a run: its configuration, and the version and the shape of a datum.
+
+    Args:
+        directory: the run directory.
+        config: the configuration, as YAML.
+        x_shape: shape of a datum.
+        schema: the columns of a table, which go into ``schema.yaml``; None for other data.
+    """
+    if schema is not None:
+        write_atomically(Path(directory) / _SCHEMA, schema.to_yaml().encode())
     about = {"pyrovae": __version__, "format": FORMAT, "x_shape": x_shape}
     write_atomically(Path(directory) / "config.yaml", config.encode())
     write_atomically(Path(directory) / "run.json", json.dumps(about).encode())
@@ -260,6 +273,8 @@ def create_run(directory: str | Path, config: str, x_shape: tuple[int, ...]) -> 
 
 def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
     """Reads the configuration of a run, with the shape of a datum as its entry "x_shape".
+
+    That of a table has the :class:`pyrovae.data.Schema` as its entry "table".
 
     Args:
         directory: the run directory.
@@ -284,6 +299,8 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
             )
         config = configs.with_current_names(yaml.safe_load(file.read_text()))
         config = config | {"x_shape": tuple(written_by["x_shape"])}
+        if (Path(directory) / _SCHEMA).exists():
+            config["table"] = Schema.from_yaml(Path(directory) / _SCHEMA)
         untrusted = [] if trust else configs.untrusted_names(config)
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{directory} has a corrupt config.yaml or run.json ({error!r}).") from error

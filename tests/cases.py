@@ -20,7 +20,7 @@ from spaces import Space, compositions, enumeration, product, space_of
 from torch import Tensor, nn
 
 from pyrovae import encoders, likelihoods, priors
-from pyrovae.distributions import import_zuko
+from pyrovae.distributions import Classes, Numbers, import_zuko
 from pyrovae.encoders import DiagonalNormal, FullRankNormal
 from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import (
@@ -84,6 +84,7 @@ def small_flow(features: int, context: int) -> nn.Module:
     return import_zuko().flows.NSF(features, context, transforms=1, passes=2, hidden_features=(8,), bins=4)
 
 
+TABLE = [Numbers(1.0, 1.0, step=1.0, low=0.0, high=3.0, spikes=(2.0,)), Classes(3), Classes(2)]
 LEVELS = enumeration(torch.arange(5) / 4)  # the grid of the discretised likelihoods here
 
 CASES = [
@@ -335,6 +336,13 @@ CASES = [
         likelihoods.DiscretizedLogisticMixture,
         lambda z=Z, network=SMALL: likelihoods.DiscretizedLogisticMixture(z, 2, network, num_components=3, levels=5),
         space=lambda p: product(LEVELS, LEVELS),
+    ),
+    Case(
+        "Tabular",
+        "likelihood",
+        likelihoods.Tabular,
+        lambda z=Z, network=SMALL: likelihoods.Tabular(z, TABLE, network, num_components=2),
+        space=lambda p: product(*(enumeration(torch.arange(n)) for n in (4, 3, 2))),
     ),
     Case(
         "Mixed",

@@ -213,7 +213,10 @@ def test_diagnose_says_what_a_run_learned(run, tmp_path, capsys):
     main(["diagnose", str(run), *options])
     text = capsys.readouterr().out
     results = json.loads((out / "diagnosis.json").read_text())
-    assert {name for name, result in results.items() if "skipped" not in result} == {*DIAGNOSES} - {"posterior"}
+    assert {name for name, result in results.items() if "skipped" not in result} == {*DIAGNOSES} - {
+        "posterior",
+        "synthetic_rows",
+    }
     assert {p.stem for p in out.glob("*.png")} == {*results, "collapse_history"}
     for name in results:
         assert f": {DIAGNOSES[name].question}" in text

@@ -1,6 +1,7 @@
 """What several commands share: loading data and runs, checks of arguments, and files of results."""
 
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import storage
+from pyrovae.data.arrays import ARRAYS
 from pyrovae.distributions import Blocks, Multinomial, center
 from pyrovae.vae import VAE
 
@@ -18,12 +20,15 @@ Preprocessing = Literal["grey", "static", "dynamic"]
 
 
 SplitName = Literal["train", "validation", "test"]
+_PARTS = ("train", "validation", "test")
 
 
 MEANS = "means of p(x | z), z from the prior"
 
 
-load_data = lru_cache(maxsize=1)(datasets.load)  # a folder of pictures takes long; main clears it
+load_data = lru_cache(maxsize=1)(
+    partial(datasets.load, numbers=True)
+)  # a folder of pictures takes long; main clears it
 
 
 def default_run(data: str) -> Path:
@@ -33,12 +38,65 @@ def default_run(data: str) -> Path:
 
 def load_run_and_data(
     run: str, data: str | None, data_root: str | None, trust: bool
-) -> tuple[VAE, datasets.Splits, Preprocessing]:
+) -> tuple[Any, datasets.Splits, Preprocessing]:
     """Returns the VAE of a run, and the data of the run or another data set with their preprocessing."""
     vae, config = storage.load_run(run, trust=trust)
-    splits, description = load_splits(data or config["data"], data_root or config["data_root"], config["preprocessing"])
+    source, schema = data or config["data"], config.get("table")
+    if schema is not None:
+        splits, description = load_table(source, schema)
+    else:
+        splits, description = load_splits(source, data_root or config["data_root"], config["preprocessing"])
     print(description)
     return vae, splits, config["preprocessing"]
+
+
+@lru_cache(maxsize=1)  # train reads the table for its defaults, then for itself
+def _load_table(data: str, schema: str | None, stamp: tuple[int, int]) -> datasets.Splits:
+    return datasets.load(data, schema=None if schema is None else datasets.Schema.from_yaml(schema))
+
+
+def load_table(data: str, schema: datasets.Schema | None) -> tuple[datasets.Splits, str]:
+    """Returns the splits of a table, without rows that have no cell, and lines that describe them.
+
+    Args:
+        data: the file.
+        schema: its columns; found out if None.
+    """
+    file = Path(data).stat() if Path(data).is_file() else None  # a file that has changed is read again
+    stamp = (0, 0) if file is None else (file.st_mtime_ns, file.st_size)
+    splits = _load_table(data, None if schema is None else schema.to_yaml(), stamp)
+    kept, empty = [], 0
+    for part in splits:
+        some = ~part.x.isnan().all(dim=1)
+        empty += int((~some).sum())
+        kept.append(replace(part, x=part.x[some], rows=None if part.rows is None else part.rows[some]))
+    splits = replace(splits, train=kept[0], validation=kept[1], test=kept[2])
+    sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in zip(_PARTS, kept, strict=True))
+    missing = torch.cat([part.x.isnan().float().mean().reshape(1) * len(part.x) for part in kept]).sum()
+    share = float(missing) / max(1, sum(len(part.x) for part in kept))
+    lines = [f"{data}: {sizes} rows of {kept[0].x.shape[1]} columns, {share:.1%} of the cells missing"]
+    if empty:
+        lines.append(f"{empty:,} rows without any cell are left out")
+    if splits.schema is not None:
+        lines += ["", splits.schema.describe()]
+    return splits, "\n".join(lines)
+
+
+def read_schema(path: str | None) -> datasets.Schema | None:
+    """Returns the schema of a file that ``pyrovae describe`` wrote; None for none."""
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path} with a schema. Write one with pyrovae describe --output.")
+    return None if path is None else datasets.Schema.from_yaml(Path(path))
+
+
+def names_tabular(class_path: str) -> bool:
+    """Returns whether a configuration's likelihood is that of the rows of a table."""
+    return class_path.rpartition(".")[2] == "Tabular"
+
+
+def is_table(data: str) -> bool:
+    """Returns whether data are a file that may be a table, and no arrays or data set with a name."""
+    return data not in datasets.DATA_SETS and Path(data).suffix not in ARRAYS and Path(data).is_file()
 
 
 def load_splits(data: str, data_root: str, preprocessing: Preprocessing) -> tuple[datasets.Splits, str]:
@@ -53,11 +111,11 @@ def load_splits(data: str, data_root: str, preprocessing: Preprocessing) -> tupl
         seeds = (None if preprocessing == "dynamic" else 0, 1, 2)
         splits = datasets.Splits(
             *(
-                part if seed is None else part._replace(x=datasets.static_binarization(part.x, seed))
+                part if seed is None else replace(part, x=datasets.static_binarization(part.x, seed))
                 for part, seed in zip(splits, seeds, strict=True)
             )
         )
-    sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in splits._asdict().items())
+    sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in zip(_PARTS, splits, strict=True))
     return splits, f"{data}: {sizes} of shape {tuple(splits.train.x.shape[1:])}\npreprocessing: {words}"
 
 
@@ -65,6 +123,11 @@ def data_to_score(splits: datasets.Splits, split: SplitName, preprocessing: Prep
     """Returns the data of a split for scoring: binarised once, where training binarises each batch."""
     x = getattr(splits, split).x
     return datasets.static_binarization(x, 0) if preprocessing == "dynamic" and split == "train" else x
+
+
+def arguments_of(splits: datasets.Splits, x: Tensor) -> tuple[Tensor, ...]:
+    """Returns what model and guide take: x, and for a table which of its cells are observed."""
+    return (x,) if splits.schema is None else datasets.split_missing(x)
 
 
 @torch.no_grad()

@@ -2,12 +2,16 @@
 
 import json
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pyro
+import torch
+from torch import Tensor
 
 from pyrovae import diagnostics, storage
-from pyrovae.cli.common import SplitName, check_device, data_to_score, load_splits
+from pyrovae.cli.common import SplitName, check_device, data_to_score, load_splits, load_table
+from pyrovae.data import Splits
 from pyrovae.estimators import Estimator
 
 
@@ -54,22 +58,40 @@ def diagnose(
     check_device(device)
     vae, config = storage.load_run(run, trust=trust)
     root, preprocessing = data_root or config["data_root"], config["preprocessing"]
-    splits, described = load_splits(data or config["data"], root, preprocessing)
-    print(described)
+    schema = config.get("table")
+
+    def load(source: str) -> Splits:
+        if schema is None:
+            splits, described = load_splits(source, root, preprocessing)
+        else:
+            splits, described = load_table(source, schema)
+        print(described)
+        return splits
+
+    def first(splits: Splits, split: SplitName) -> Tensor:
+        x = data_to_score(splits, split, preprocessing)
+        if schema is not None:
+            complete = ~x.isnan().any(dim=1)
+            print(f"{split}: rows with missing cells are left out, {int((~complete).sum()):,} of {len(x):,}")
+            x = x[complete]
+            if len(x) < 30:
+                raise ValueError(f"a diagnosis needs 30 rows without missing cells, and {split} has {len(x)}.")
+        return x[:num_data].to(device)
+
+    splits = load(data or config["data"])
     vae.to(device)
     part = getattr(splits, split)
-    x = data_to_score(splits, split, preprocessing)[:num_data].to(device)
-    train = data_to_score(splits, "train", preprocessing)[:num_data].to(device)
+    x, train = first(splits, split), first(splits, "train")
     labels = None if part.labels is None else part.labels[: len(x)].to(device)
-    strange = None
-    if other is not None:
-        strange = data_to_score(load_splits(other, root, preprocessing)[0], "test", preprocessing)[:num_data].to(device)
-        if strange.shape[1:] != x.shape[1:]:
-            raise ValueError(f"other has data of shape {tuple(strange.shape[1:])}, the run of {tuple(x.shape[1:])}.")
+    strange = None if other is None else first(load(other), "test")
+    if strange is not None and strange.shape[1:] != x.shape[1:]:
+        raise ValueError(f"other has data of shape {tuple(strange.shape[1:])}, the run of {tuple(x.shape[1:])}.")
 
+    pyro.set_rng_seed(seed)
+    model, guide = (vae.model, vae.guide) if schema is None else map(_of_complete_rows, (vae.model, vae.guide))
     inputs = diagnostics.ReportInputs(
-        vae.model,
-        vae.guide,
+        model,
+        guide,
         x,
         train,
         held_out=split != "train",
@@ -77,10 +99,12 @@ def diagnose(
         other=strange,
         method=method,
         nuts_samples=nuts_samples,
+        columns=None if schema is None else schema.modelled,
+        generated=None if schema is None else vae.sample(max(30, len(x))),
     )
     results, verdicts = {}, []
     for name, kind in diagnostics.DIAGNOSES.items():
-        if name == "posterior" and nuts_samples == 0:
+        if (name == "posterior" and nuts_samples == 0) or (name == "synthetic_rows" and inputs.columns is None):
             continue
         print(f"\n== {name.replace('_', ' ')}: {kind.question}")
         pyro.set_rng_seed(seed)  # each diagnostic draws the same, whichever ran before it
@@ -102,6 +126,11 @@ def diagnose(
     for verdict in verdicts:
         print(textwrap.fill(verdict, 80, subsequent_indent="  "))
     print(f"\npictures and numbers: {out}")
+
+
+def _of_complete_rows(program: Callable) -> Callable:
+    """Returns a model or a guide of x alone, for rows without missing cells."""
+    return lambda x: program(x, torch.ones_like(x, dtype=torch.bool))
 
 
 def _draw_collapse(metrics: Path, path: Path) -> None:

@@ -1,31 +1,56 @@
 """``pyrovae sample`` and ``pyrovae reconstruct``."""
 
 from pathlib import Path
+from typing import Any
 
 import pyro
+import torch
 
 from pyrovae import storage
-from pyrovae.cli.common import MEANS, SplitName, load_run_and_data, new_file, prior_means, write_array
+from pyrovae.cli.common import MEANS, SplitName, load_run_and_data, load_table, new_file, prior_means, write_array
+from pyrovae.cli.rows import draw_given
+from pyrovae.data import Schema
+from pyrovae.structures import MissingDataVAE
 
 
 def sample(
-    run: str, num_samples: int = 64, output: str | None = None, mean: bool = False, seed: int = 0, trust: bool = False
+    run: str,
+    num_samples: int = 64,
+    output: str | None = None,
+    mean: bool = False,
+    given: str | None = None,
+    missing: bool = False,
+    seed: int = 0,
+    trust: bool = False,
 ) -> None:
-    """Draws samples from p(x) of a trained run, and writes them as a picture or an array.
+    """Draws samples from p(x) of a trained run, and writes them as a picture, an array or, of a table, rows.
 
     Args:
         run: the run directory.
         num_samples: number of samples.
-        output: a .png, .npy or .csv file; samples-<seed>.png in the run directory by default.
+        output: a .png, .npy or .csv file; samples-<seed>.png in the run directory by default. Of a table a .csv, .tsv
+            or .parquet file, written as the training data were; samples-<seed>.csv by default.
         mean: write the mean of p(x | z) instead of a draw from it.
+        given: cells of a table that all rows shall have, as "sex=Female, age=40"; without commas in a cell.
+        missing: leave cells of a table empty where those of random rows of the training data are missing.
         seed: seed of the samples.
         trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
             code.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    vae, config = storage.load_run(run, trust=trust)
+    schema = config.get("table")
+    if schema is not None:
+        if mean:
+            raise ValueError("mean is not for tables, whose classes have none. Leave it out.")
+        _sample_rows(
+            vae, schema, config, num_samples, output or Path(run) / f"samples-{seed}.csv", given, missing, seed
+        )
+        return
+    if given is not None or missing:
+        raise ValueError("given and missing are for tables, and this run is on other data. Leave them out.")
     out = new_file(output or Path(run) / f"samples-{seed}.png", (".png", ".npy", ".csv"))
-    vae, _ = storage.load_run(run, trust=trust)
     pyro.set_rng_seed(seed)
     x = prior_means(vae, num_samples) if mean else vae.sample(num_samples)
     if out.suffix == ".png":
@@ -35,6 +60,32 @@ def sample(
     else:
         write_array(x, out)
     print(f"{num_samples} samples: {out}")
+
+
+def _sample_rows(
+    vae: MissingDataVAE,
+    schema: Schema,
+    config: dict[str, Any],
+    num_samples: int,
+    output: str | Path,
+    given: str | None,
+    missing: bool,
+    seed: int,
+) -> None:
+    """Draws rows of a table, and writes them with its columns, types and formats."""
+    out = new_file(output, (".csv", ".tsv", ".parquet", ".pq"))
+    pyro.set_rng_seed(seed)
+    if given is None:
+        x = torch.cat([vae.sample(min(4096, num_samples - at)) for at in range(0, num_samples, 4096)])
+    else:
+        x, ess = draw_given(vae, schema, given, num_samples)
+        print(f"given {given}: effective sample size {ess:,.0f}")
+    if missing:
+        train = load_table(config["data"], schema)[0].train.x
+        holes = train[torch.randint(len(train), (num_samples,))].isnan()
+        x = torch.where(holes, torch.nan, x)
+    schema.write(x, out)
+    print(f"{num_samples:,} rows: {out}")
 
 
 def reconstruct(
@@ -64,6 +115,8 @@ def reconstruct(
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
     out = new_file(output or Path(run) / f"reconstructions-{split}.png", (".png", ".npy", ".csv"))
     vae, splits, _ = load_run_and_data(run, data, data_root, trust)
+    if splits.schema is not None:
+        raise ValueError("reconstruct is not for tables. pyrovae score says which cells a row should not have.")
     pyro.set_rng_seed(seed)
     x = getattr(splits, split).x[:num_data]
     reconstructed = vae.reconstruct(x)

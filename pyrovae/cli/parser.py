@@ -1,5 +1,6 @@
 """The parser of the command line, and its entry point ``main``."""
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -15,17 +16,21 @@ from jsonargparse import ArgumentParser
 import pyrovae
 from pyrovae import data as datasets
 from pyrovae import storage
-from pyrovae.cli.common import default_run, load_data
+from pyrovae.cli.common import default_run, is_table, load_data, load_table, names_tabular, read_schema
 from pyrovae.cli.comparison import compare
+from pyrovae.cli.defaults import LIKELIHOOD, table_defaults
+from pyrovae.cli.description import describe
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
 from pyrovae.cli.pixels import options_for
 from pyrovae.cli.repairing import repair
+from pyrovae.cli.rows import encode, impute, score
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.training import train
 from pyrovae.distributed import init_process_group, single_process, was_restarted
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "describe": describe,
     "train": train,
     "evaluate": evaluate,
     "compare": compare,
@@ -33,10 +38,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "reconstruct": reconstruct,
     "repair": repair,
+    "score": score,
+    "impute": impute,
+    "encode": encode,
 }
 
 
-FLAGS = ("resume", "trust", "mean", "compile")  # given without a value
+FLAGS = ("resume", "trust", "mean", "missing", "compile")  # given without a value
 
 
 SEVERAL = ("runs",)  # positional, of one or more words
@@ -59,10 +67,10 @@ def main(argv: list[str] | None = None) -> None:
             settings = _resumed(parser, argv, settings.train)
             settings.train.resume = True
         elif settings.subcommand == "train":
-            settings = _fitted(parser, argv, settings)
+            settings = _with_defaults(parser, argv, settings)
         command = settings.subcommand
         # A loss may hold a network, which is built here. It gets random numbers other than those of the VAE's weights.
-        pyro.set_rng_seed((settings[command].seed + 1) % 2**32)
+        pyro.set_rng_seed((settings[command].get("seed", 0) + 1) % 2**32)
         arguments = parser.instantiate(settings)[command].as_dict()
         arguments.pop("config", None)
         if command == "train":
@@ -97,7 +105,8 @@ def command_parser(name: str) -> ArgumentParser:
     if name == "train":
         parser.add_argument("--config", action="config", help="a file with arguments, such as the config.yaml of a run")
     helps = {param.arg_name: param.description for param in docstring_parser.parse(function.__doc__).params}
-    flags = {name: text for name, text in helps.items() if name in FLAGS}
+    parameters = inspect.signature(function).parameters
+    flags = {name: text for name, text in helps.items() if name in FLAGS and parameters[name].default is False}
     several = {name: text for name, text in helps.items() if name in SEVERAL}
     for argument, text in several.items():
         parser.add_argument(argument, nargs="+", type=str, help=text)
@@ -122,7 +131,14 @@ def _with_underscores(arg: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
 
 
-def _fitted(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
+def _with_defaults(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
+    """Returns the settings of a training run with what fits its data, where the command line does not give it."""
+    if is_table(settings.train.data):
+        return _for_table(parser, argv, settings)
+    return _for_images(parser, argv, settings)
+
+
+def _for_images(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     """Returns the settings of a command line with the options that fit its images, where it does not give them."""
     options, line = options_for(settings.train.data, settings.train.data_root, argv)
     if not options:
@@ -131,6 +147,25 @@ def _fitted(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
         print(line)
     at = argv.index("train") + 1
     return parser.parse_args([*argv[:at], *options, *argv[at:]])
+
+
+def _for_table(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
+    """Returns the settings of a training run on a table: what the command line leaves open follows from the table.
+
+    Args:
+        parser: the parser of the whole command line.
+        argv: the command line.
+        settings: the settings of ``pyrovae train`` on this command line alone.
+    """
+    at = argv.index("train") + 1
+
+    def parse(defaults: dict[str, Any]) -> Any:
+        return parser.parse_args([*argv[:at], "--config", yaml.safe_dump(defaults), *argv[at:]])
+
+    if not names_tabular(parse({"likelihood": LIKELIHOOD}).train.likelihood.class_path):
+        return settings  # a file of numbers, with a likelihood of the user's choice
+    splits, _ = load_table(settings.train.data, read_schema(settings.train.schema))
+    return parse(table_defaults(*splits.train.x.shape))
 
 
 def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
@@ -145,14 +180,14 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     if not (directory / "config.yaml").exists():
         if init_process_group().is_rank0:
             print(f"nothing to resume in {directory}: starting")
-        return _fitted(parser, argv, parser.parse_args(argv))
+        return _with_defaults(parser, argv, parser.parse_args(argv))
     stored = storage.read_config(directory, trust=settings.trust)
     if stored.get("built"):
         raise ValueError(
             f"{directory} was written by save_run, so that there is no training to resume. Go on in Python."
         )
     # As text, not as a file, because the names in it are the present ones.
-    text = yaml.safe_dump({name: value for name, value in stored.items() if name != "x_shape"})
+    text = yaml.safe_dump({name: value for name, value in stored.items() if name not in ("x_shape", "table")})
     at = argv.index("train") + 1
     resumed = parser.parse_args([*argv[:at], "--config", text, *argv[at:]])
     resumed.train.run = str(directory)

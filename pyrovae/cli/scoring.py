@@ -7,7 +7,15 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrovae.cli.common import SplitName, check_device, data_to_score, is_discrete, load_run_and_data, new_file
+from pyrovae.cli.common import (
+    SplitName,
+    arguments_of,
+    check_device,
+    data_to_score,
+    is_discrete,
+    load_run_and_data,
+    new_file,
+)
 from pyrovae.distributed import init_process_group
 from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, UntilTrusted, log_marginal
 from pyrovae.likelihoods import bits_per_dim
@@ -74,7 +82,9 @@ def evaluate(
     pyro.set_rng_seed(seed)
     vae.to(device)
     x = data_to_score(splits, split, preprocessing)[:num_data].to(device)
-    estimate = log_marginal(vae.model, vae.guide, x, method=method, max_memory=max_memory, compile=compile)
+    estimate = log_marginal(
+        vae.model, vae.guide, *arguments_of(splits, x), method=method, max_memory=max_memory, compile=compile
+    )
     if out is not None and world.is_rank0:
         columns = {name: getattr(estimate, name) for name in ("value", "standard_error", "ess", "khat", "trusted")}
         columns |= estimate.diagnostics
@@ -84,16 +94,17 @@ def evaluate(
         print(f"per datum: {out}")
     print(f"{split}: {estimate}")
     if is_default:
-        print(_usual_number(vae, x, estimate, max_memory))
+        print(_usual_number(vae, arguments_of(splits, x), estimate, max_memory))
     if is_discrete(vae) and method.relation == "=":
         print(f"{bits_per_dim(estimate.value, x.shape[1:]).mean().item():.4f} bits per dimension, of {x[0].numel():,}")
 
 
-def _usual_number(vae: VAE, x: Tensor, estimate: Estimate, max_memory: float) -> str:
+def _usual_number(vae: VAE, args: tuple[Tensor, ...], estimate: Estimate, max_memory: float) -> str:
     """Returns a line with what most papers report, on some of the data, and how far it is off."""
-    rows = torch.linspace(0, len(x) - 1, min(_NUM_USUAL, len(x)), device=x.device).round().long()
-    method = ImportanceSampling(5000)
-    usual = log_marginal(vae.model, vae.guide, x[rows], method=method, max_memory=max_memory, progress=False)
+    n = len(estimate.value)
+    rows = torch.linspace(0, n - 1, min(_NUM_USUAL, n), device=args[0].device).round().long()
+    few, method = (t[rows] for t in args), ImportanceSampling(5000)
+    usual = log_marginal(vae.model, vae.guide, *few, method=method, max_memory=max_memory, progress=False)
     difference = (usual.value - estimate.value[rows]).double()
     error = difference.std().item() / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
     untrusted = int((~usual.trusted).sum())

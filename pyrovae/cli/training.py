@@ -3,9 +3,11 @@
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import pyro
 import torch
+import yaml
 from pyro.infer import ELBO
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,8 +16,20 @@ from tqdm.auto import tqdm
 
 from pyrovae import data as datasets
 from pyrovae import diagnostics, storage
-from pyrovae.cli.common import MEANS, Preprocessing, check_device, default_run, is_discrete, load_splits, prior_means
-from pyrovae.config import make_vae
+from pyrovae.cli.common import (
+    MEANS,
+    Preprocessing,
+    arguments_of,
+    check_device,
+    default_run,
+    is_discrete,
+    is_table,
+    load_splits,
+    load_table,
+    prior_means,
+    read_schema,
+)
+from pyrovae.config import is_tabular, make_table_vae, make_vae
 from pyrovae.distributed import init_process_group
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.estimators import (
@@ -29,8 +43,8 @@ from pyrovae.estimators import (
 from pyrovae.likelihoods import Bernoulli, Likelihood
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior, StandardNormal
+from pyrovae.structures import fit_independent_columns, log_prob_of_cells
 from pyrovae.training import Callback, History, MetricsFile, fit
-from pyrovae.vae import VAE
 
 _LEAST_SECONDS = 60.0  # to score the test data
 _NUM_MONITORED = 300  # validation data in which training measures whether the latents collapse
@@ -39,6 +53,7 @@ _NUM_MONITORED = 300  # validation data in which training measures whether the l
 def train(
     data: str = "digits",
     run: str | None = None,
+    schema: str | None = None,
     data_root: str = "data",
     preprocessing: Preprocessing = "dynamic",
     latent_dim: int = 16,
@@ -64,10 +79,11 @@ def train(
     """Trains a VAE on a data set, scores it on the test split, and writes the results to a run directory.
 
     Args:
-        data: the name of a data set (listed at the end of this help), a .npy, .npz or .csv file, or a folder of
-            pictures. For images in files and folders, the defaults of likelihood, preprocessing and the networks are
-            those that fit the pixels.
+        data: the name of a data set (listed at the end of this help), a .npy, .npz or .h5 file, a folder of pictures,
+            or a table (.csv, .tsv, .parquet, .xlsx, ...). For images in files and folders, and for tables, the settings
+            that are not given are those that fit the pixels, or the columns and rows.
         run: the run directory; runs/<data> by default. An existing directory is never overwritten.
+        schema: the columns of a table, a file of pyrovae describe; found out from the data by default.
         data_root: the directory of the images, which are downloaded to it if needed.
         preprocessing: what to do with values between 0 and 1. grey: nothing (also for tables); static: binarise all
             data once; dynamic: binarise the training data again for each batch, and the other splits once.
@@ -105,34 +121,54 @@ def train(
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     check_device(device)
     pyro.set_rng_seed(seed)
-    splits, description = load_splits(data, data_root, preprocessing)
+    vae: Any
+    if is_tabular(likelihood):
+        if not is_table(data):
+            raise ValueError(f"the likelihood Tabular is for a table, a file; data is {data!r}. Take another one.")
+        if preprocessing != "grey":
+            raise ValueError(f"a table takes preprocessing grey, its cells as they are, got {preprocessing}.")
+        stored = directory / "schema.yaml"  # of the run to be resumed
+        splits, description = load_table(data, read_schema(str(stored) if resume and stored.exists() else schema))
+        columns = cast(datasets.Schema, splits.schema)
+        vae = make_table_vae(columns, latent_dim, prior, likelihood, encoder)
+        vae.likelihood.start_at(splits.train.x)
+        description += f"\n\n{_choices(config)}"
+    else:
+        if schema is not None:
+            raise ValueError("schema is for a table with the likelihood Tabular. Leave one of them out.")
+        splits, description = load_splits(data, data_root, preprocessing)
+        vae = make_vae(tuple(splits.train.x.shape[1:]), latent_dim, prior, likelihood, encoder)
+    vae.to(device)
     x_shape = tuple(splits.train.x.shape[1:])
-    vae = make_vae(x_shape, latent_dim, prior, likelihood, encoder).to(device)
     print(f"{description}\n{vae}\nrun directory: {directory}")
 
     metrics = MetricsFile(directory / "metrics.jsonl")
     callbacks: list[Callback] = []
-    monitored = splits.validation.x[:_NUM_MONITORED].to(device)
-    if len(monitored) > 1:
-        monitor = diagnostics.CollapseMonitor(vae.model, vae.guide, monitored, every=max(1, epochs // 50))
+    monitored = arguments_of(splits, splits.validation.x[:_NUM_MONITORED].to(device))
+    if len(monitored[0]) > 1:
+        monitor = diagnostics.CollapseMonitor(vae.model, vae.guide, *monitored, every=max(1, epochs // 50))
         callbacks.append(_WherePossible(monitor))
     callbacks.append(metrics)  # the last, because it writes the entries of the others
     if world.is_rank0:
-        storage.create_run(directory, config, x_shape)
+        storage.create_run(directory, config, x_shape, splits.schema)
+    transform: Callable | None = datasets.dynamic_binarization if preprocessing == "dynamic" else None
+    if splits.schema is not None:
+        transform = datasets.hide_cells
+        print("a fifth of the rows have cells hidden at random in each epoch, so that the VAE learns to fill any holes")
     began = time.monotonic()
     try:
         history = fit(
             vae.model,
             vae.guide,
-            splits.train.x,
+            arguments_of(splits, splits.train.x),
             loss=loss,
             epochs=epochs,
             batch_size=batch_size,
             optimizer=optimizer,
             scheduler=scheduler,
-            transform=datasets.dynamic_binarization if preprocessing == "dynamic" else None,
+            transform=transform,
             clip_norm=clip_norm,
-            validation=splits.validation.x,
+            validation=arguments_of(splits, splits.validation.x),
             patience=patience,
             callbacks=callbacks,
             checkpoint=directory / "checkpoint.safetensors",
@@ -143,25 +179,25 @@ def train(
     except Exception:
         # Bad input leaves nothing behind.
         if world.is_rank0 and is_new and not (directory / "checkpoint.safetensors").exists():
-            for name in ("config.yaml", "run.json"):
-                (directory / name).unlink()
+            for name in ("config.yaml", "run.json", "schema.yaml"):
+                (directory / name).unlink(missing_ok=True)
             directory.rmdir()
         raise
 
     vae.eval()
-    test = splits.test.x.to(device)
+    test = arguments_of(splits, splits.test.x.to(device))
     if num_samples is None:
         method: Estimator = UntilTrusted(seconds=max(_LEAST_SECONDS, (time.monotonic() - began) / 3))
     else:
         method = ImportanceSampling(num_samples)
-    estimate = log_marginal(vae.model, vae.guide, test, method=method, compile=compile)
+    estimate = log_marginal(vae.model, vae.guide, *test, method=method, compile=compile)
     if world.is_rank0:
         storage.save(vae, directory / "weights.safetensors")
         _report_training(vae, splits, history, epochs, estimate, metrics, directory)
 
 
 def _report_training(
-    vae: VAE,
+    vae: Any,
     splits: datasets.Splits,
     history: History,
     epochs: int,
@@ -176,7 +212,7 @@ def _report_training(
             f"{history.best_epoch}, whose weights are kept."
         )
     n = len(estimate.value)
-    result = {
+    result: dict[str, Any] = {
         "split": "test",
         "log_marginal": estimate.value.mean().item(),
         "standard_error": estimate.standard_error.square().sum().sqrt().item() / n,
@@ -185,13 +221,19 @@ def _report_training(
         "num_samples": estimate.num_samples,
     }
     scores = f"test: {estimate}"
-    # The baseline is a probability for binary data, and a density for all others.
-    x = splits.test.x[:]
-    # Of a file that is larger than the memory may be, there is no baseline.
-    if isinstance(splits.train.x, Tensor) and is_discrete(vae) == bool(((x == 0) | (x == 1)).all()):
-        name, baseline = independent_baseline(splits.train.x, x)
+    name, baseline = "", None
+    if splits.schema is not None:
+        name, p = "independent columns", fit_independent_columns(vae.likelihood.cells, splits.train.x)
+        baseline = log_prob_of_cells(p, splits.test.x).sum(-1)
+    elif isinstance(splits.train.x, Tensor):  # a file on the disk may be larger than the memory
+        is_binary = bool(((splits.test.x == 0) | (splits.test.x == 1)).all())
+        if is_discrete(vae) == is_binary:  # the baseline is a probability for binary data, and a density for others
+            name, baseline = independent_baseline(splits.train.x, splits.test.x)
+    if baseline is not None:
         result["baseline"] = baseline.mean().item()
         scores += f"\n{name}: {result['baseline']:.3f} nats per datum (baseline)"
+        if result["log_marginal"] < result["baseline"]:
+            scores += "\nworse than the baseline: the VAE has learned nothing. Train longer, or with other parts."
     metrics.write([*history.records, result])
     _draw(vae, splits, history, directory)
     print(f"\n{history}\n\n{scores}")
@@ -215,16 +257,30 @@ class _WherePossible:
             self.callback = None
 
 
+def _choices(config: str) -> str:
+    """Returns the settings of a run on a table, in one line."""
+    settings = yaml.safe_load(config) or {}
+    names = ("latent_dim", "batch_size", "epochs", "patience")
+    listed = [f"{name} {settings[name]}" for name in names if name in settings]
+    for name in ("prior", "likelihood", "encoder", "optimizer"):
+        if isinstance(settings.get(name), dict):
+            listed.append(f"{name} {settings[name]['class_path'].rpartition('.')[2]}")
+    rate = ((settings.get("optimizer") or {}).get("init_args") or {}).get("lr") if settings else None
+    return "settings: " + ", ".join([*listed, *([f"learning rate {rate:g}"] if rate else [])])
+
+
 @torch.no_grad()
-def _draw(vae: VAE, splits: datasets.Splits, history: History, directory: Path) -> None:
+def _draw(vae: Any, splits: datasets.Splits, history: History, directory: Path) -> None:
     from pyrovae import plots  # matplotlib is slow to import
 
     device = next(vae.parameters()).device
     x = splits.test.x[:1000].to(device)
     labels = splits.test.labels
-    plots.samples(prior_means(vae, 100), directory / "samples.png", MEANS)
-    plots.reconstructions(x[:10], vae.reconstruct(x[:10]), directory / "reconstructions.png")
+    args = arguments_of(splits, x)
+    if splits.schema is None:
+        plots.samples(prior_means(vae, 100), directory / "samples.png", MEANS)
+        plots.reconstructions(x[:10], vae.reconstruct(x[:10]), directory / "reconstructions.png")
     plots.latent_space(
-        vae.encode(x).sample().float(), None if labels is None else labels[:1000], directory / "latent_space.png"
+        vae.encode(*args).sample().float(), None if labels is None else labels[:1000], directory / "latent_space.png"
     )
     plots.learning_curve(history, directory / "learning_curve.png")

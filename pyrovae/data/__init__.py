@@ -2,24 +2,65 @@
 
 from pyrovae.data import images as images  # registers its data sets
 from pyrovae.data.batches import Batches
+from pyrovae.data.columns import (
+    Binary,
+    Bounded,
+    Category,
+    CellError,
+    Column,
+    Constant,
+    Continuous,
+    Count,
+    Discrete,
+    Identifier,
+    LeftOut,
+    Modelled,
+    Ordered,
+    Positive,
+    Real,
+    Time,
+)
 from pyrovae.data.loading import DATA_SETS, descriptions, load, register
-from pyrovae.data.preprocessing import dynamic_binarization, split_missing, static_binarization
+from pyrovae.data.preprocessing import dynamic_binarization, hide_cells, split_missing, static_binarization
 from pyrovae.data.ratings import HeldOutUsers, Ratings, RatingSplits, hold_out_users, load_ratings
+from pyrovae.data.reading import Dialect
+from pyrovae.data.schema import Schema
 from pyrovae.data.splits import Split, Splits, random_splits
+from pyrovae.data.tables import Table
 from pyrovae.rows import Rows
 
 __all__ = [
-    "DATA_SETS",
     "Batches",
     "HeldOutUsers",
     "RatingSplits",
     "Ratings",
     "Rows",
+    "Binary",
+    "Bounded",
+    "Category",
+    "CellError",
+    "Column",
+    "Constant",
+    "Continuous",
+    "Count",
+    "DATA_SETS",
+    "Dialect",
+    "Discrete",
+    "Identifier",
+    "LeftOut",
+    "Modelled",
+    "Ordered",
+    "Positive",
+    "Real",
+    "Schema",
     "Split",
     "Splits",
+    "Table",
+    "Time",
     "descriptions",
     "dynamic_binarization",
     "hold_out_users",
+    "hide_cells",
     "load",
     "load_ratings",
     "random_splits",

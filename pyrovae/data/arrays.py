@@ -12,6 +12,7 @@ from pyrovae.data.splits import Split, Splits, random_splits, split_by_tenths
 from pyrovae.inference.messages import check_finite, warn
 from pyrovae.rows import Rows, is_sparse
 
+ARRAYS = (".npy", ".npz", ".h5", ".hdf5", ".h5ad")  # endings of the files that are read here
 _PARTS = ("train", "validation", "test")
 _LABELS = ("y", "labels", "label", "target", "targets")
 _IN_MEMORY = 2**26  # bytes of the arrays that are loaded at once

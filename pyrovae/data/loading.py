@@ -1,13 +1,16 @@
 """Loading data sets by name: a registry of functions, each of which returns the fixed splits of one data set."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from pyrovae.data.arrays import load_arrays
+from pyrovae.data.arrays import ARRAYS, load_arrays
+from pyrovae.data.kinds import Override
 from pyrovae.data.pictures import load_pictures
+from pyrovae.data.schema import Schema
 from pyrovae.data.splits import Splits
-from pyrovae.data.tables import load_table
+from pyrovae.data.tables import load_numbers, load_table
 
 Loader = Callable[[Path], Splits]
 
@@ -63,18 +66,31 @@ def descriptions() -> dict[str, str]:
     return {name: (inspect.getdoc(loader) or "").partition("\n")[0] for name, loader in DATA_SETS.items()}
 
 
-def load(name: str, root: str | Path = "data") -> Splits:
+def load(
+    name: str,
+    root: str | Path = "data",
+    *,
+    schema: Schema | None = None,
+    overrides: Mapping[str, Override] | None = None,
+    numbers: bool = False,
+    **options: Any,
+) -> Splits:
     """Loads a data set with its fixed splits, each with `x` and `labels` (None for data without labels).
 
     ``digits``, ``mnist``, ``fashion-mnist``, ``kmnist``, ``omniglot`` and ``cifar10`` are registered, with images
     scaled to [0, 1]; :func:`descriptions` lists all data sets with their shapes and the sizes of their parts. Add your
     own with :func:`register`.
 
-    The path of a ``.npy``, ``.npz`` or ``.csv`` file loads its rows, 8/10, 1/10 and 1/10 of them in a fixed random
-    order. A ``.csv`` file holds numbers, with or without a first line of names. An ``.npz`` file holds one array, with
-    or without labels ``y``; or arrays ``train``, ``validation`` and ``test``, which are then the splits. Values are not
-    scaled, but bytes of shape ``(N, height, width)`` or with three or four channels, first or last, are images: they
-    become numbers from 0 to 1, with the channels first. A ``.npy`` file of more than 64 MB stays on the disk.
+    The path of a file loads its rows, 8/10, 1/10 and 1/10 of them in a fixed random order.
+
+    A table (CSV, TSV, Parquet, Excel, or any other text file) is encoded by its schema, see :class:`Table`:
+    ``splits.schema`` describes the columns of x, in own units, with NaN for missing cells, and ``split.rows`` are the
+    numbers of the rows in the file.
+
+    A ``.npy`` or ``.npz`` file holds numbers, which are not scaled; an ``.npz`` file one array, with or without labels
+    ``y``, or arrays ``train``, ``validation`` and ``test``, which are then the splits. Bytes of shape ``(N, height,
+    width)``, or with three or four channels, first or last, are images: they become numbers from 0 to 1, with the
+    channels first. A ``.npy`` file of more than 64 MB stays on the disk.
 
     A sparse matrix stays sparse: that of an ``.npz`` file of ``scipy.sparse.save_npz``, or X of AnnData's ``.h5ad``.
     An ``.h5`` or ``.hdf5`` file is read into memory, as an ``.npz`` file with the same names of arrays. Both need
@@ -89,10 +105,16 @@ def load(name: str, root: str | Path = "data") -> Splits:
         name: the name of a data set, or the path of a file or a folder.
         root: the folder of the data sets. Those of torchvision are downloaded to it. IDX files may also be there (or in
             ``raw``, or in ``<name>/raw``), gzipped or not.
+        schema: the schema of a table, such as that of the training data; found out if None.
+        overrides: kinds of columns of a table, as for :meth:`Schema.infer`.
+        numbers: refuse tables, except for a ``.csv`` file of numbers alone, which is read without a schema: all columns
+            as they are, and no missing cells.
+        **options: fields of the :class:`Dialect` of a table.
 
     Raises:
-        ValueError: when there is no such data set, when a file holds no data, no numbers, NaN or infinity, or when a
-            folder has no picture or one that cannot be read.
+        ValueError: when there is no such data set; when a file holds no data, infinity, cells that cannot be read
+            without a guess or do not fit the schema, or, as numbers alone, words or NaN; when a folder has no picture
+            or one that cannot be read.
         FileNotFoundError: when there is no such file.
 
     >>> splits = load("digits")
@@ -104,11 +126,16 @@ def load(name: str, root: str | Path = "data") -> Splits:
     path = Path(name)
     if path.is_dir():
         return load_pictures(path)
-    if path.suffix in (".npy", ".npz", ".h5", ".hdf5", ".h5ad"):
+    if path.suffix in ARRAYS:
         return load_arrays(path)
-    if path.suffix == ".csv":
-        return load_table(path)
+    if numbers and path.suffix == ".csv":
+        return load_numbers(path)
+    if numbers and path.is_file():
+        raise ValueError(f"{path} must be a .npy, .npz, .h5, .h5ad or .csv file of numbers.")
+    if not numbers and (path.suffix or path.is_file()):
+        return load_table(path, schema, overrides, **options)
     raise ValueError(
-        f"there is no data set {name!r}. Name one of {', '.join(DATA_SETS)}, or a .npy, .npz, .h5, .h5ad or .csv file, "
-        "or a folder of pictures; or add it with pyrovae.data.register."
+        f"there is no data set {name!r}. Name one of {', '.join(DATA_SETS)}; a file: a table (.csv, .tsv, .parquet, "
+        ".xlsx, ...), or arrays (.npy, .npz, .h5, .h5ad); or a folder of pictures; or add it with "
+        "pyrovae.data.register."
     )

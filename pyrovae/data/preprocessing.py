@@ -69,6 +69,41 @@ def split_missing(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(mask, x, 0), mask
 
 
+def hide_cells(x: Tensor, mask: Tensor, *rest: Tensor, share: float = 0.2) -> tuple[Tensor, ...]:
+    r"""Hides further elements of some data, again at each call; for ``fit(..., transform=...)``.
+
+    A :class:`~pyrovae.structures.MissingDataVAE` that is to fill any holes must have seen data with many of them. For a
+    share of the data, a fraction that is uniform between 0 and 1 of the elements is hidden, but never all.
+
+    Args:
+        x: data, ``(batch, *x_shape)``.
+        mask: True where x is observed, of the same shape.
+        *rest: the other tensors of the batch, returned unchanged.
+        share: the share of the data that lose elements, 0 to 1.
+
+    Returns:
+        x, the mask with fewer True, and the rest.
+
+    Raises:
+        ValueError: when `share` is not between 0 and 1.
+
+    References:
+        MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets, P.-A. Mattei and J. Frellsen, 2019,
+        https://arxiv.org/abs/1812.02633.
+
+    >>> x, mask = hide_cells(torch.zeros(1000, 4), torch.ones(1000, 4, dtype=torch.bool), share=1.0)
+    >>> bool(mask.any(1).all()), bool(mask.all())
+    (True, False)
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be between 0 and 1, got {share}.")
+    one = (len(x), *(1,) * (x.dim() - 1))
+    fraction = torch.rand(one, device=x.device) * (torch.rand(one, device=x.device) < share)
+    fewer = mask & (torch.rand(x.shape, device=x.device) >= fraction)
+    some = fewer.flatten(1).any(1).view(one)
+    return x, torch.where(some, fewer, mask), *rest
+
+
 def _check_grey(x: Tensor) -> None:
     if x.is_cuda:  # the comparison would wait for the GPU; torch.bernoulli checks its argument there
         return

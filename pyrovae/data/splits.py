@@ -1,7 +1,9 @@
 """A data set as its training, validation and test parts."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -9,26 +11,47 @@ from torch import Tensor
 
 from pyrovae.rows import Rows
 
+if TYPE_CHECKING:
+    from pyrovae.data.schema import Schema
 
-class Split(NamedTuple):
-    """One part of a data set.
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One part of a data set: it unpacks into x and labels.
 
     Args:
         x: the data, ``(size, *x_shape)``, float32; those of a large file as :class:`~pyrovae.data.Rows`, which stay on
             the disk.
         labels: their classes, ``(size,)``, int64, or None for data without labels.
+        rows: their row numbers in the file, counted from 1, ``(size,)``, int64; None for data that are no rows.
     """
 
     x: Any  # a tensor or Rows
     labels: Tensor | None
+    rows: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter((self.x, self.labels))
 
 
-class Splits(NamedTuple):
-    """The training, validation and test parts of a data set."""
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """The training, validation and test parts of a data set: it unpacks into these three.
+
+    Args:
+        train: the training part.
+        validation: the validation part.
+        test: the test part.
+        schema: the columns of a table, whose encoded rows are the data; None for other data.
+    """
 
     train: Split
     validation: Split
     test: Split
+    schema: "Schema | None" = field(default=None, kw_only=True)
+
+    def __iter__(self) -> Iterator[Split]:
+        return iter((self.train, self.validation, self.test))
 
 
 def random_splits(x: Tensor | Rows, labels: Tensor | None = None, *, validation: int, test: int) -> Splits:
@@ -43,10 +66,15 @@ def random_splits(x: Tensor | Rows, labels: Tensor | None = None, *, validation:
     >>> [len(split.x) for split in random_splits(torch.zeros(100, 2), validation=10, test=20)]
     [70, 10, 20]
     """
-    order = torch.from_numpy(np.random.RandomState(0).permutation(len(x)))  # NumPy guarantees that this never changes
-    sizes = [len(x) - validation - test, validation, test]
+    parts = random_rows(len(x), validation=validation, test=test)
     taken = x.__getitem__ if isinstance(x, Tensor) else lambda rows: x.select(rows.numpy())
-    return Splits(*(Split(taken(rows), None if labels is None else labels[rows]) for rows in order.split(sizes)))
+    return Splits(*(Split(taken(rows), None if labels is None else labels[rows], rows + 1) for rows in parts))
+
+
+def random_rows(size: int, *, validation: int, test: int) -> tuple[Tensor, ...]:
+    """Returns the rows of the three parts of :func:`random_splits`, counted from 0."""
+    order = torch.from_numpy(np.random.RandomState(0).permutation(size))  # NumPy guarantees that this never changes
+    return order.split([size - validation - test, validation, test])
 
 
 def split_by_tenths(path: Path, x: Tensor | Rows, labels: Tensor | None) -> Splits:

@@ -1,16 +1,129 @@
-"""Data sets from text files of numbers."""
+"""Tables: files of rows with columns of several kinds, and files of numbers alone."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pyrovae.data.splits import Splits, split_by_tenths
+from pyrovae.data.kinds import Override
+from pyrovae.data.reading import open_source
+from pyrovae.data.schema import Schema
+from pyrovae.data.splits import Split, Splits, random_rows, split_by_tenths
 from pyrovae.inference.messages import check_finite
 
 
-def load_table(path: Path) -> Splits:
-    """Loads a ``.csv`` file, as :func:`pyrovae.data.load` says."""
+class Table:
+    """A table with its schema and its rows as one tensor.
+
+    Files are read in chunks of rows: once for the schema and once for the tensor, which is all that stays in memory.
+
+    Args:
+        source: a text file (CSV, TSV, ..., gzipped or not), a Parquet or an Excel file (its first sheet); a table of
+            pandas, polars or pyarrow; or a dict of columns.
+        schema: the schema, such as that of the training data; found out from the cells if None.
+        overrides: kinds of columns, as for :meth:`Schema.infer`.
+        rows: the rows, counted from 0, from which locations, scales and spikes are found out; None for all.
+        memory_map: a file in which the tensor is kept, for a tensor larger than the memory; it is replaced.
+        **options: fields of the :class:`Dialect` that are known: delimiter, decimal, thousands, encoding, header and
+            missing; those of the schema, if one is given.
+
+    Attributes:
+        schema: the schema.
+        x: the rows, ``(len(table), len(names))``, float32, NaN where a cell is missing.
+        names: the names of the columns of x.
+        notes: what was found out about the file, one line each.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when the file cannot be read without a guess, or does not fit the schema; row and column are named.
+        MemoryError: when the tensor is larger than the memory.
+
+    >>> table = Table({"city": ["Bern", "Ulm", "Ulm", None], "age": [39, 50, 41, 28]})
+    >>> table.names, len(table)
+    (['city', 'age'], 4)
+    >>> table.x[3]
+    tensor([nan, 28.])
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        schema: Schema | None = None,
+        *,
+        overrides: Mapping[str, Override] | None = None,
+        rows: np.ndarray | Tensor | None = None,
+        memory_map: str | Path | None = None,
+        **options: Any,
+    ):
+        if schema is not None and (overrides or rows is not None):
+            raise ValueError("overrides and rows are for a schema that is found out, but a schema is given.")
+        options = _options_of(schema, options)
+        self.source = open_source(source, **options)
+        if schema is None:
+            schema = Schema.infer(self.source, overrides, rows, **options)
+            self.notes = list(schema.notes)
+        else:
+            self.notes = list(self.source.notes)
+        self.schema, self.names = schema, schema.names
+        size = self.source.num_rows
+        if size == 0:
+            raise ValueError(f"{self.source.where} has no rows.")
+        self.x = _room(size, len(self.names), memory_map)
+        self.notes += schema.encode_into(self.x, self.source)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def _options_of(schema: Schema | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options with which a file is opened: those of a schema, where they are needed to read cells."""
+    if schema is None:
+        return options
+    known = schema.dialect
+    header = {} if known.header else {"header": False}
+    return {"decimal": known.decimal, "thousands": known.thousands, "missing": known.missing} | header | options
+
+
+def _room(size: int, columns: int, memory_map: str | Path | None) -> Tensor:
+    """Returns a tensor to fill, in memory or in a file."""
+    if memory_map is not None:
+        Path(memory_map).unlink(missing_ok=True)
+        return torch.from_file(str(memory_map), shared=True, size=size * columns, dtype=torch.float32).view(
+            size, columns
+        )
+    needed = 4 * size * columns
+    try:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows has none of these
+        available = needed
+    if needed > available:
+        raise MemoryError(
+            f"the tensor of {size:,} rows and {columns} columns needs {needed / 1e9:.1f} GB, more than the memory of "
+            f"{available / 1e9:.1f} GB. Give a file for it, memory_map='rows.bin', or fewer rows."
+        )
+    return torch.empty(size, columns)
+
+
+def load_table(
+    path: Path, schema: Schema | None = None, overrides: Mapping[str, Override] | None = None, **options: Any
+) -> Splits:
+    """Loads the rows of a table as splits, as :func:`pyrovae.data.load` says."""
+    source = open_source(path, **_options_of(schema, options))
+    size = source.num_rows
+    if size < 3:
+        raise ValueError(f"{path} holds {size} data, too few to split into train, validation and test.")
+    tenth = max(1, size // 10)
+    parts = random_rows(size, validation=tenth, test=tenth)
+    table = Table(source, schema, overrides=overrides, rows=None if schema else parts[0], **options)
+    return Splits(*(Split(table.x[rows], None, rows + 1) for rows in parts), schema=table.schema)
+
+
+def load_numbers(path: Path) -> Splits:
+    """Loads a ``.npy``, ``.npz`` or ``.csv`` file of numbers alone, as :func:`pyrovae.data.load` says."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     try:

@@ -21,6 +21,7 @@ from pyrovae.diagnostics.ranking import Ranking, RankingDifference, ranking
 from pyrovae.diagnostics.reliability import Reliability, reliability
 from pyrovae.diagnostics.report import DIAGNOSES
 from pyrovae.diagnostics.sharpness import Sharpness, sharpness
+from pyrovae.diagnostics.synthetic import Copies, SyntheticRows, Utility, synthetic_rows
 from pyrovae.diagnostics.traversals import Traversals, traversals
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Calibration",
     "Collapse",
     "CollapseMonitor",
+    "Copies",
     "DIAGNOSES",
     "Diagnosis",
     "Gaps",
@@ -43,7 +45,9 @@ __all__ = [
     "Reliability",
     "ReportInputs",
     "Sharpness",
+    "SyntheticRows",
     "Traversals",
+    "Utility",
     "anomalies",
     "auroc",
     "calibration",
@@ -58,5 +62,6 @@ __all__ = [
     "ranking",
     "reliability",
     "sharpness",
+    "synthetic_rows",
     "traversals",
 ]

@@ -3,7 +3,7 @@
 import math
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyrovae import arguments
 from pyrovae.arguments import take_rows
+from pyrovae.data.columns import Modelled
 from pyrovae.distributions import center
 from pyrovae.estimators import Estimator
 from pyrovae.estimators.task import checked
@@ -43,6 +44,8 @@ class ReportInputs:
         other: a second set of data, to tell from `x`, or None.
         method: an estimator of log p(x); None for the default.
         nuts_samples: draws per NUTS chain.
+        columns: for a table, the columns of the data, ``schema.modelled``, or None.
+        generated: for a table, rows drawn from the model, as many as `x` or more, or None.
     """
 
     model: Callable
@@ -54,6 +57,8 @@ class ReportInputs:
     other: Tensor | None = None
     method: Estimator | None = None
     nuts_samples: int = 1000
+    columns: Sequence[Modelled] | None = None
+    generated: Tensor | None = None
 
     @property
     def few(self) -> int:

@@ -11,6 +11,7 @@ from pyrovae.diagnostics.posterior import PosteriorCheck
 from pyrovae.diagnostics.quality import Quality
 from pyrovae.diagnostics.reliability import Reliability
 from pyrovae.diagnostics.sharpness import Sharpness
+from pyrovae.diagnostics.synthetic import SyntheticRows
 from pyrovae.diagnostics.traversals import Traversals
 
 # By the names of the sections, pictures and numbers of a report.
@@ -22,6 +23,7 @@ DIAGNOSES: dict[str, type[Diagnosis]] = {
     "calibration": Calibration,
     "sharpness": Sharpness,
     "quality": Quality,
+    "synthetic_rows": SyntheticRows,
     "anomalies": Anomalies,
     "traversals": Traversals,
     "interpolations": Interpolations,

@@ -1,5 +1,13 @@
 """Distributions that neither torch nor Pyro has, or has right, each a Pyro distribution like any other."""
 
+from pyrovae.distributions.cells import (
+    Classes,
+    Columns,
+    LogisticCells,
+    Numbers,
+    RoundedLogisticCells,
+    Scales,
+)
 from pyrovae.distributions.continuous import BatchScaleNormal, Beta, ContinuousBernoulli, Gamma, StudentT
 from pyrovae.distributions.counts import Multinomial, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pyrovae.distributions.discrete import Categorical, DiscretizedLogistic, IndependentBernoulli
@@ -28,6 +36,8 @@ __all__ = [
     "Beta",
     "Blocks",
     "Categorical",
+    "Classes",
+    "Columns",
     "ContinuousBernoulli",
     "DiscretizedLogistic",
     "Exemplars",
@@ -36,6 +46,7 @@ __all__ = [
     "Gamma",
     "HypersphericalUniform",
     "IndependentBernoulli",
+    "LogisticCells",
     "LogisticNormal",
     "LowRankMultivariateNormal",
     "MaskedElements",
@@ -43,10 +54,13 @@ __all__ = [
     "MultivariateNormal",
     "NegativeBinomial",
     "NormalMixture",
+    "Numbers",
     "Poisson",
     "RelaxedOneHotCategorical",
     "ReparameterizedMixture",
     "Resampled",
+    "RoundedLogisticCells",
+    "Scales",
     "Stacked",
     "StratifiedCategorical",
     "StudentT",

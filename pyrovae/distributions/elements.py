@@ -252,7 +252,9 @@ class MaskedElements(dist.TorchDistribution):
         return mask_elements(self.base_dist.expand(batch_shape), mask)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        log_prob = self.observed.log_prob(torch.where(self.mask_of_elements, value, self._filler(value.dtype)))
+        filler = getattr(self.observed, "filler", None)  # Columns have one of each column
+        filler = self._filler(value.dtype) if filler is None else filler.to(value.dtype)
+        log_prob = self.observed.log_prob(torch.where(self.mask_of_elements, value, filler))
         if self.observed.event_shape:
             return log_prob
         log_prob = torch.where(self.mask_of_elements, log_prob, 0.0)

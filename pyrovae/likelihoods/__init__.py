@@ -26,6 +26,7 @@ from pyrovae.likelihoods.discrete import (
     ZeroInflatedNegativeBinomial,
 )
 from pyrovae.likelihoods.mixed import Mixed
+from pyrovae.likelihoods.tabular import Tabular
 
 __all__ = [
     "Bernoulli",
@@ -45,6 +46,7 @@ __all__ = [
     "OptimalNormal",
     "Poisson",
     "StudentT",
+    "Tabular",
     "ZeroInflatedNegativeBinomial",
     "bits_per_dim",
 ]

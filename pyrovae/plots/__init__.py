@@ -10,7 +10,7 @@ from pyrovae.plots.results import draw_result
 
 # The result of each diagnostic draws itself.
 anomalies = calibration = collapse = gaps = interpolations = latent_map = draw_result
-posterior_check = quality = reliability = sharpness = traversals = draw_result
+posterior_check = quality = reliability = sharpness = synthetic_rows = traversals = draw_result
 
 __all__ = [
     "anomalies",
@@ -30,5 +30,6 @@ __all__ = [
     "repairs",
     "samples",
     "sharpness",
+    "synthetic_rows",
     "traversals",
 ]

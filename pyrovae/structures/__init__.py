@@ -8,6 +8,7 @@ from pyrovae.structures.completion import Repair, repair
 from pyrovae.structures.hierarchies import HierarchicalVAE, LadderVAE
 from pyrovae.structures.missing import MissingDataVAE
 from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
+from pyrovae.structures.tables import TableFeatures, fit_independent_columns, log_prob_of_cells, table_vae
 
 __all__ = [
     "ClassifierELBO",
@@ -16,5 +17,9 @@ __all__ = [
     "MissingDataVAE",
     "Repair",
     "SemiSupervisedVAE",
+    "TableFeatures",
+    "fit_independent_columns",
+    "log_prob_of_cells",
     "repair",
+    "table_vae",
 ]

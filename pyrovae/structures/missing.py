@@ -30,6 +30,7 @@ class MissingDataVAE(OneLatent):
         encoder: ``encoder(x, context)`` returns a distribution of z, for an x of shape ``(batch, 2, *x_shape)``: the
             data with zeros for missing elements, and the mask. An encoder for ``(2 * channels, height, width)``, or any
             shape twice as long in the first dimension, gets both concatenated in that dimension.
+        features: ``features(x, mask)`` returns what the encoder takes in place of the two; None for the two.
 
     Raises:
         ValueError: when the parts have different latent dimensions or spaces, or the encoder was built for another
@@ -46,8 +47,11 @@ class MissingDataVAE(OneLatent):
     torch.Size([4, 5, 3])
     """
 
-    def __init__(self, prior: nn.Module, likelihood: nn.Module, encoder: nn.Module):
+    def __init__(self, prior: nn.Module, likelihood: nn.Module, encoder: nn.Module, features: nn.Module | None = None):
         super().__init__(prior, likelihood, encoder)
+        self.features = features
+        if features is not None:
+            return
         x_shape, stated = getattr(likelihood, "x_shape", None), getattr(encoder, "x_shape", None)
         if x_shape and stated and tuple(stated) not in ((2, *x_shape), (2 * x_shape[0], *x_shape[1:])):
             raise ValueError(
@@ -75,6 +79,8 @@ class MissingDataVAE(OneLatent):
     def encode(self, x: Tensor, mask: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         r"""Returns :math:`q(z \mid x_{\mathrm{obs}})`, with ``batch_shape == (batch,)``."""
         x, mask = _fill(x, mask)
+        if self.features is not None:
+            return call(self.encoder, self.features(x, mask), context=context)
         both = torch.stack([x, mask.to(x.dtype)], dim=1)
         both = both.reshape(len(x), *getattr(self.encoder, "x_shape", both.shape[1:]))
         return call(self.encoder, both, context=context)

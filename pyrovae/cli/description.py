@@ -1,0 +1,56 @@
+"""``pyrovae describe``."""
+
+import textwrap
+from typing import Any
+
+from pyrovae import storage
+from pyrovae.cli.common import new_file
+from pyrovae.data import Schema
+from pyrovae.data.reading import open_source
+
+
+def describe(
+    file: str,
+    output: str | None = None,
+    kinds: dict[str, Any] | None = None,
+    delimiter: str | None = None,
+    decimal: str | None = None,
+    thousands: str | None = None,
+    encoding: str | None = None,
+    header: bool | None = None,
+    missing: list[str] | None = None,
+) -> None:
+    """Describes the columns of a table: kinds, missing cells and likelihoods; writes a schema to edit.
+
+    Args:
+        file: a text file (.csv, .tsv, ...), a Parquet or an Excel file.
+        output: a .yaml file for the schema, which can be edited and given to the other commands with --schema.
+        kinds: kinds of columns that are not to be found out, as '{"zip": "Category"}', or fields, as '{"date": {"kind":
+            "Time", "format": "%d/%m/%Y"}}'.
+        delimiter: what separates cells; found out by default.
+        decimal: the decimal sign, '.' or ','.
+        thousands: what separates thousands.
+        encoding: the encoding of the file, utf-8 by default.
+        header: whether the first line holds names; found out by default.
+        missing: the texts that mean a missing cell; by default '', ?, NA, N/A, NaN, nan, null and NULL.
+    """
+    out = None if output is None else new_file(output, (".yaml", ".yml"))
+    given = {
+        "delimiter": delimiter,
+        "decimal": decimal,
+        "thousands": thousands,
+        "encoding": encoding,
+        "header": header,
+        "missing": None if missing is None else tuple(missing),
+    }
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    source = open_source(file, **options)
+    schema = Schema.infer(source, kinds, **options)
+    print(f"{file}: {source.num_rows:,} rows, {len(schema.columns)} columns\n\n{schema.describe()}\n")
+    for kind in dict.fromkeys(type(column) for column in schema.columns):
+        print(textwrap.fill(f"{kind.__name__}: {kind.likelihood}", 80, subsequent_indent="    "))
+    for note in schema.notes:
+        print(textwrap.fill(f"note: {note}", 80, subsequent_indent="    "))
+    if out is not None:
+        storage.write_atomically(out, schema.to_yaml().encode())
+        print(f"schema: {out}")

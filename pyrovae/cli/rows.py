@@ -1,0 +1,327 @@
+"""``pyrovae score``, ``impute`` and ``encode``: what a trained VAE of a table says about the rows of a file."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from pyrovae import data as datasets
+from pyrovae import storage
+from pyrovae.cli.common import check_device, load_table, new_file
+from pyrovae.data.columns import Discrete, Modelled
+from pyrovae.estimators import log_marginal
+from pyrovae.inference.imputation import impute as impute_rows
+from pyrovae.structures import MissingDataVAE
+
+_TABLES = (".csv", ".tsv", ".parquet", ".pq")
+_NUM_COMPARED, _NUM_USUAL = 1000, 200  # reference rows for a rank, and for the mean of a cell
+_LEAST_ESS = 30.0  # below it a few samples make most of an imputation
+
+
+def score(
+    run: str,
+    file: str,
+    output: str | None = None,
+    num_samples: int = 100,
+    num_explained: int = 100,
+    reference: str | None = None,
+    max_memory: float = 64e6,
+    seed: int = 0,
+    device: str = "cpu",
+    trust: bool = False,
+) -> None:
+    """Writes log p(x) of each row of a file, in the order of the file, how unusual it is and by which cells.
+
+    Columns of the result: row (counted from 1), log_p in nats with its standard_error, rarer_than (the share of up to
+    1,000 reference rows that are more probable), and for the most unusual rows the three most surprising cells, each
+    with the nats by which log p(cell | all other cells of the row) is below the mean of its column in 200 reference
+    rows. Only observed cells count, so that rows with missing cells are the more probable.
+
+    Args:
+        run: the run directory.
+        file: a table with the columns of the training data.
+        output: a .csv file; scores-<file>.csv in the run directory by default.
+        num_samples: importance samples per row.
+        num_explained: how many of the most unusual rows have their most surprising cells listed.
+        reference: a table of usual rows to compare with; by default the test part of the data of the run.
+        max_memory: memory for intermediate results, in bytes.
+        seed: seed of the samples.
+        device: cpu, cuda, cuda:1, ...
+        trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
+            code.
+    """
+    if num_explained < 0 or num_samples < 2:
+        raise ValueError(f"num_samples must be at least 2 and num_explained 0, got {num_samples} and {num_explained}.")
+    check_device(device)
+    out = new_file(output or Path(run) / f"scores-{Path(file).stem}.csv", (".csv",))
+    vae, table, rows = _load(run, file, trust, device)
+    usual = tuple(t.to(device) for t in datasets.split_missing(_reference_rows(run, reference, table.schema)))
+    x, mask = (t.to(device) for t in datasets.split_missing(table.x[rows]))
+    pyro.set_rng_seed(seed)
+    kwargs: dict[str, Any] = {"num_samples": num_samples, "max_memory": max_memory}
+    estimate = log_marginal(vae.model, vae.guide, x, mask, **kwargs)
+    value = estimate.value.cpu()
+    compared = log_marginal(vae.model, vae.guide, *usual, progress=False, **kwargs).value.cpu().sort().values
+    rarer = (len(compared) - torch.searchsorted(compared, value, right=True)).double() / len(compared)
+    unusual = value.argsort()[:num_explained]
+    print(f"{file}: {estimate}")
+    cells = None
+    if len(unusual):
+        few = tuple(t[:_NUM_USUAL] for t in usual)
+        cells = explain(vae, (x[unusual], mask[unusual]), few, num_samples, seed)
+    listed = {int(i): [""] * 3 for i in unusual}
+    if cells is not None:
+        for i, surprise in zip(unusual.tolist(), cells.cpu(), strict=True):
+            best = surprise.nan_to_num(-np.inf).argsort(descending=True)[:3]
+            listed[i] = [
+                f"{table.names[d]} ({surprise[d]:.2f})" if surprise[d].isfinite() else "" for d in best.tolist()
+            ]
+            listed[i] += [""] * (3 - len(listed[i]))
+    with open(out, "w", newline="", encoding="utf-8") as content:
+        writer = csv.writer(content, lineterminator="\n")
+        writer.writerow(["row", "log_p", "standard_error", "rarer_than", "cell_1", "cell_2", "cell_3"])
+        at = {int(row): i for i, row in enumerate(rows)}
+        for row in range(len(table)):
+            i = at.get(row)
+            if i is None:  # no cell is observed: probability one
+                writer.writerow([row + 1, 0, 0, "", "", "", ""])
+                continue
+            numbers = [f"{value[i]:.9g}", f"{estimate.standard_error[i]:.3g}", f"{rarer[i]:.6f}"]
+            writer.writerow([row + 1, *numbers, *listed.get(i, [""] * 3)])
+    for i in unusual[:5].tolist():
+        print(f"row {int(rows[i]) + 1}: log p(x) = {value[i]:.2f}; surprising: {', '.join(filter(None, listed[i]))}")
+    print(f"per row: {out}")
+
+
+def _reference_rows(run: str, reference: str | None, schema: datasets.Schema) -> Tensor:
+    """Returns usual rows to compare with, those of a file or of the test part of the data of a run."""
+    if reference is not None:
+        x = datasets.Table(Path(reference), schema).x
+        x = x[~x.isnan().all(1)]
+    else:
+        source = storage.read_config(run, trust=True)["data"]  # which builds nothing
+        if not Path(source).is_file():
+            raise FileNotFoundError(
+                f"{source}, the data of the run, is not there, and rows are compared with its test part. Give a table "
+                "of usual rows with --reference."
+            )
+        x = load_table(source, schema)[0].test.x
+    if len(x) < 30:
+        raise ValueError(f"there are {len(x)} rows to compare with, and must be at least 30. Give more: --reference.")
+    return x[:_NUM_COMPARED]
+
+
+def explain(
+    vae: MissingDataVAE, rows: tuple[Tensor, Tensor], usual: tuple[Tensor, ...], num_samples: int, seed: int
+) -> Tensor:
+    r"""Returns how surprising each cell is given all others, in nats against the mean of its column.
+
+    .. math:: \log p(x_d \mid x_{-d}) = \log p(x) - \log p(x_{-d})
+
+    Both are estimated with the same seed.
+
+    Args:
+        vae: the VAE.
+        rows: the rows to explain and which of their cells are observed, each ``(size, columns)``.
+        usual: the rows of which the mean of each column is taken, likewise.
+        num_samples: importance samples per row and cell.
+        seed: seed of the samples.
+
+    Returns:
+        Shape ``(size, columns)``, NaN for missing cells and for the only cell of a row.
+    """
+    x, mask = (torch.cat([a, b]) for a, b in zip(rows, usual, strict=True))
+    surprise = torch.full(x.shape, torch.nan)
+    whole = _log_p(vae, x, mask, num_samples, seed)
+    for d in range(x.shape[1]):
+        rest = mask.clone()
+        rest[:, d] = False
+        some = (mask[:, d] & rest.any(1)).nonzero().flatten()
+        if len(some):
+            without = _log_p(vae, x[some], rest[some], num_samples, seed)
+            surprise[some.cpu(), d] = without - whole[some.cpu()]
+    size = len(rows[0])
+    return surprise[:size] - surprise[size:].nanmean(0)
+
+
+def _log_p(vae: MissingDataVAE, x: Tensor, mask: Tensor, num_samples: int, seed: int) -> Tensor:
+    pyro.set_rng_seed(seed)
+    return log_marginal(vae.model, vae.guide, x, mask, num_samples=num_samples, progress=False).value.cpu()
+
+
+def impute(
+    run: str,
+    file: str,
+    output: str | None = None,
+    num_samples: int = 1000,
+    num_draws: int = 100,
+    num_completed: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+    trust: bool = False,
+) -> None:
+    """Fills the missing cells of a file, and writes how sure each is.
+
+    Numbers are filled with the median of draws from p(missing cells | observed cells), classes with the most probable
+    one. A second file has a line for each filled cell: the 5 % and 95 % points of the draws of numbers, probabilities
+    of classes, and the effective sample size (ess) of the draws of the row, which is to be above 30.
+
+    Args:
+        run: the run directory.
+        file: a table with the columns of the training data.
+        output: a .csv, .tsv or .parquet file; imputed-<file>.csv in the run directory by default. The second file is
+            <output>-cells.csv.
+        num_samples: importance samples per row.
+        num_draws: draws per row.
+        num_completed: how many completed tables to write besides, each with one draw in place of each missing cell, for
+            multiple imputation: <output>-1.csv, ...
+        seed: seed of the draws.
+        device: cpu, cuda, cuda:1, ...
+        trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
+            code.
+    """
+    if num_draws < 10 or not 0 <= num_completed <= num_draws:
+        wrong = f"{num_draws} and {num_completed}"
+        raise ValueError(f"num_draws must be at least 10, and num_completed from 0 to num_draws, got {wrong}.")
+    check_device(device)
+    out = new_file(output or Path(run) / f"imputed-{Path(file).stem}.csv", _TABLES)
+    cells_out = new_file(out.with_name(f"{out.stem}-cells.csv"), (".csv",))
+    others = [new_file(out.with_name(f"{out.stem}-{i + 1}{out.suffix}"), _TABLES) for i in range(num_completed)]
+    vae, table, rows = _load(run, file, trust, device)
+    if len(rows) < len(table):
+        print(f"{len(table) - len(rows):,} rows have no cell at all, and stay empty")
+    pyro.set_rng_seed(seed)
+    incomplete = rows[table.x[rows].isnan().any(1)]
+    filled = table.x.clone()
+    completed = [table.x.clone() for _ in others]
+    lines, unsure = [], 0
+    for part in incomplete.split(256):
+        x, mask = (t.to(device) for t in datasets.split_missing(table.x[part]))
+        imputed = vae.impute(x, mask, num_samples=num_samples, num_draws=num_draws)
+        draws, ess = imputed.draws.cpu(), imputed.ess.cpu()
+        unsure += int((ess < _LEAST_ESS).sum())
+        for each, one in zip(completed, draws, strict=False):
+            each[part] = one
+        for d, column in enumerate(table.schema.modelled):
+            for i in table.x[part, d].isnan().nonzero().flatten().tolist():
+                value, details = _summary(column, draws[:, i, d])
+                filled[part[i], d] = value
+                lines.append((int(part[i]) + 1, column, value, *details, float(ess[i])))
+    table.schema.write(filled, out)
+    for path, each in zip(others, completed, strict=True):
+        table.schema.write(each, path)
+    lines.sort(key=lambda line: line[0])
+    with open(cells_out, "w", newline="", encoding="utf-8") as content:
+        writer = csv.writer(content, lineterminator="\n")
+        writer.writerow(["row", "column", "value", "low_5", "high_95", "probabilities", "ess"])
+        for row, column, value, low, high, shares, ess_of_row in lines:
+            texts = [_text(column, v) for v in (value, low, high)]
+            writer.writerow([row, column.name, *texts, shares, f"{ess_of_row:.1f}"])
+    print(f"filled {len(lines):,} cells in {len(incomplete):,} of {len(table):,} rows: {out}\nhow sure: {cells_out}")
+    if unsure:
+        print(f"the effective sample size is below {_LEAST_ESS:g} for {unsure:,} rows: take more --num-samples")
+
+
+def _summary(column: Modelled, draws: Tensor) -> tuple[float, tuple[float | None, float | None, str]]:
+    """Returns the value to fill in, and the 5 % and 95 % points, or the probabilities of classes."""
+    if isinstance(column, Discrete):
+        shares = torch.bincount(draws.long(), minlength=column.num_levels).double() / len(draws)
+        order = shares.argsort(descending=True, stable=True)
+        listed = "; ".join(f"{column.levels[k]}: {shares[k]:.2f}" for k in order.tolist() if shares[k] > 0)
+        return float(order[0]), (None, None, listed)
+    ordered = draws.sort().values  # draws themselves, which are on the grid of the column
+    points = [float(ordered[round(q * (len(ordered) - 1))]) for q in (0.5, 0.05, 0.95)]
+    return points[0], (points[1], points[2], "")
+
+
+def _text(column: Modelled, value: float | None) -> str:
+    return "" if value is None else column.text(column.decode([value]))[0] or ""
+
+
+def encode(
+    run: str,
+    file: str,
+    output: str | None = None,
+    device: str = "cpu",
+    trust: bool = False,
+    seed: int = 0,
+) -> None:
+    """Writes the embedding of each row of a file: mean and standard deviation of q(z | x), in the order of the file.
+
+    Args:
+        run: the run directory.
+        file: a table with the columns of the training data.
+        output: a .csv or .npy file; encoded-<file>.csv in the run directory by default.
+        device: cpu, cuda, cuda:1, ...
+        trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
+            code.
+        seed: seed of draws, for an encoder without a mean.
+    """
+    check_device(device)
+    out = new_file(output or Path(run) / f"encoded-{Path(file).stem}.csv", (".csv", ".npy"))
+    vae, table, rows = _load(run, file, trust, device)
+    pyro.set_rng_seed(seed)
+    parts = []
+    with torch.no_grad():
+        for part in rows.split(4096):
+            q = vae.encode(*(t.to(device) for t in datasets.split_missing(table.x[part])))
+            parts.append(torch.cat([q.mean, q.stddev], dim=-1).cpu())
+    encoded = torch.full((len(table), parts[0].shape[1]), torch.nan)
+    encoded[rows] = torch.cat(parts)
+    if out.suffix == ".npy":
+        np.save(out, encoded.numpy())
+    else:
+        n = encoded.shape[1] // 2
+        header = ",".join(["row", *(f"mean_{i + 1}" for i in range(n)), *(f"sd_{i + 1}" for i in range(n))])
+        numbered = torch.cat([torch.arange(1, len(table) + 1).unsqueeze(1).double(), encoded.double()], dim=1)
+        np.savetxt(out, numbered, delimiter=",", fmt=["%d"] + ["%.9g"] * (2 * n), comments="", header=header)
+    print(f"{len(rows):,} rows in {encoded.shape[1] // 2} dimensions: {out}")
+
+
+def draw_given(vae: MissingDataVAE, schema: datasets.Schema, given: str, num_samples: int) -> tuple[Tensor, float]:
+    """Returns rows with given cells, drawn by sampling-importance-resampling, and the effective sample size.
+
+    Args:
+        vae: the VAE.
+        schema: its columns.
+        given: the cells, as ``"sex=Female, age=40"``.
+        num_samples: number of rows.
+
+    Raises:
+        ValueError: when a column or value is unknown, or too few of the samples are near the given cells.
+    """
+    cells: dict[str, list[Any]] = {}
+    for pair in given.split(","):
+        name, equals, cell = pair.partition("=")
+        if not equals:
+            raise ValueError(f"given must be pairs such as 'sex=Female, age=40', got {pair.strip()!r}.")
+        if name.strip() not in schema.names:
+            raise ValueError(f"given names {name.strip()!r}, but the columns are {', '.join(schema.names)}.")
+        cells[name.strip()] = [cell.strip()]
+    x = schema.encode(cells | {name: [None] for name in schema.names if name not in cells})
+    x, mask = datasets.split_missing(x)
+    candidates = max(20_000, 10 * num_samples)
+    imputed = impute_rows(vae.model, vae.guide, x, mask, num_samples=candidates, num_draws=num_samples)
+    ess = float(imputed.ess[0])
+    if ess < min(100, candidates / 10):
+        raise ValueError(
+            f"only {ess:.0f} of {candidates:,} samples count for {given!r} (effective sample size): such rows are too "
+            "rare for this model. Give fewer cells, or values that occur in the training data."
+        )
+    return torch.where(mask, x, imputed.draws[:, 0]), ess
+
+
+def _load(run: str, file: str, trust: bool, device: str) -> tuple[MissingDataVAE, datasets.Table, Tensor]:
+    """Returns the VAE of a run, a file read by its schema, and the rows that have a cell."""
+    vae, config = storage.load_run(run, trust=trust)
+    schema = config.get("table")
+    if schema is None:
+        raise ValueError(f"{run} is no run on a table. Take pyrovae evaluate or reconstruct, or train on a table.")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"there is no file {file}.")
+    table = datasets.Table(Path(file), schema)
+    return vae.to(device), table, (~table.x.isnan().all(1)).nonzero().flatten()

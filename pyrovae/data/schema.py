@@ -1,0 +1,361 @@
+"""The schema of a table: its columns in the order of the file, and how the file is written."""
+
+import csv
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from pyrovae.data.columns import CellError, Column, Constant, Continuous, Count, Discrete, LeftOut, Modelled, is_text
+from pyrovae.data.kinds import Override, column_of, decimal_signs
+from pyrovae.data.reading import Dialect, Source, as_table, open_source
+from pyrovae.data.summaries import Summary
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["Schema"]
+
+
+class Schema:
+    """The columns of a table: what they hold, and how their cells become one tensor and back.
+
+    Args:
+        columns: all columns, in the order of the file.
+        dialect: how the file is written.
+        notes: what was found out about the file, one line each; not a part of the schema that is written.
+
+    Raises:
+        ValueError: when no column can be modelled, or names occur twice.
+
+    >>> from pyrovae.data.columns import Category, Constant, Real
+    >>> schema = Schema([Real("age", 40, 10, step=1, decimals=0), Constant("year", value=1994),
+    ...                  Category("city", ("Bern", "Graz", "Ulm"))])
+    >>> schema.names
+    ['age', 'city']
+    >>> x = schema.encode({"city": ["Ulm", None], "age": [39, 50]})
+    >>> x
+    tensor([[39.,  2.],
+            [50., nan]])
+    >>> schema.decode(x).to_pylist()[0]
+    {'age': 39, 'year': 1994, 'city': 'Ulm'}
+    """
+
+    def __init__(self, columns: Sequence[Column], dialect: Dialect | None = None, notes: Sequence[str] = ()):
+        self.columns, self.dialect, self.notes = tuple(columns), dialect or Dialect(), tuple(notes)
+        for column in self.columns:
+            if not isinstance(column, Column):
+                raise TypeError(f"columns must hold columns, such as data.Real('age', 40, 10), got {column!r}.")
+        seen: set[str] = set()
+        for name in (column.name for column in self.columns):
+            if name in seen:
+                raise ValueError(f"columns: the name {name!r} occurs twice. Give each column a name of its own.")
+            seen.add(name)
+        if not self.modelled:
+            raise ValueError("columns: none can be modelled, because all are constant or name the rows.")
+
+    def __repr__(self) -> str:
+        return f"Schema({list(self.columns)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schema) and (self.columns, self.dialect) == (other.columns, other.dialect)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @cached_property
+    def modelled(self) -> tuple[Modelled, ...]:
+        """The columns of the tensor, in its order, which is that of the file."""
+        return tuple(column for column in self.columns if isinstance(column, Modelled))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the columns of the tensor."""
+        return [column.name for column in self.modelled]
+
+    @staticmethod
+    def infer(
+        source: Any,
+        overrides: Mapping[str, Override] | None = None,
+        rows: np.ndarray | Tensor | None = None,
+        **options: Any,
+    ) -> "Schema":
+        """Returns the schema of a file or a table, found out from its cells.
+
+        Kinds, levels, ranges, steps and formats are those of all rows; locations, scales, spikes and shares of missing
+        cells are those of the training rows.
+
+        Args:
+            source: as for :class:`Table`.
+            overrides: for names of columns the kind, as ``"Category"``; fields, as ``{"kind": "Time", "format":
+                "%d/%m/%Y"}``; or the column itself. The rest is found out.
+            rows: the training rows, counted from 0; None for all.
+            **options: fields of the :class:`Dialect` that are known.
+
+        Raises:
+            ValueError: when cells are ambiguous, of several formats or infinite, or no column can be modelled.
+
+        >>> schema = Schema.infer({"size": ["S", "L", "S", "M"], "price": ["3.50", "2.99", "", "4.00"]})
+        >>> print(schema.describe())
+        column  kind      missing  values
+        size    Category           3 levels: L, M, S
+        price   Real         25 %  3.4967 +- 0.408, in steps of 0.01
+        """
+        source = open_source(source, **options)
+        overrides = dict(overrides or {})
+        unknown = [name for name in overrides if name not in source.names]
+        if unknown:
+            raise ValueError(
+                f"overrides: there is no column {unknown[0]!r} in {source.where}: {_quoted(source.names, 12)}."
+            )
+        try:
+            summaries, notes = _summarize(source, rows), []
+            if not {"decimal", "thousands"} & options.keys():
+                signs = decimal_signs([s for s in summaries if s.name not in overrides])
+                if signs != (".", ""):
+                    source.dialect = dataclasses.replace(source.dialect, decimal=signs[0], thousands=signs[1])
+                    notes.append(f"numbers are written with the decimal sign {signs[0]!r}")
+                    notes[-1] += f" and the separator of thousands {signs[1]!r}" if signs[1] else ""
+                    summaries = _summarize(source, rows)
+            if summaries[0].rows == 0:
+                raise ValueError("there is no row.")
+            source.num_rows = summaries[0].rows
+            columns = []
+            for summary in summaries:
+                column, found = column_of(summary, overrides.get(summary.name))
+                columns.append(column)
+                notes += found
+            texts = [text for text, _ in source.missing_seen.most_common()]
+            if texts:
+                counted = ", ".join(f"{text!r} ({source.missing_seen[text]:,})" for text in texts)
+                notes.insert(0, f"missing cells are written {counted}")
+                missing = tuple(dict.fromkeys([texts[0], *source.dialect.missing]))
+                source.dialect = dataclasses.replace(source.dialect, missing=missing)
+            return Schema(columns, source.dialect, [*source.notes, *notes])
+        except ValueError as error:
+            raise ValueError(f"{source.where}: {str(error).removeprefix(source.where).lstrip(':, ')}") from None
+
+    def encode(self, frame: Any, *, first_row: int = 1) -> Tensor:
+        """Returns rows as a float32 tensor, ``(rows, len(modelled))``, NaN where a cell is missing.
+
+        Args:
+            frame: a table of pandas, polars or pyarrow, or a dict of columns; columns may be in any order, and those
+                that are left out may lack. Text is read as in the file: numbers, and the words for missing cells.
+            first_row: the number of the first row, for messages.
+
+        Raises:
+            ValueError: when columns lack or are unknown, or when a cell is not one of its column; column and row are
+                named.
+        """
+        table = as_table(frame)
+        source = open_source(table, missing=self.dialect.missing)
+        x = torch.empty(len(table), len(self.modelled))
+        self.encode_into(x, source, first_row=first_row)
+        return x
+
+    def encode_into(self, x: Tensor, source: Source, *, first_row: int = 1) -> list[str]:
+        """Encodes all rows of a source into a float32 tensor, in chunks of rows; returns notes, one line each.
+
+        Args:
+            x: shape ``(rows, len(modelled))``.
+            source: what ``pyrovae.data.reading.open_source`` returns.
+            first_row: the number of the first row, for messages.
+        """
+        self.check_names(source.names, source.where)
+        start, array = 0, x.numpy()
+        constant = [c for c in self.columns if isinstance(c, Constant) and c.name in source.names]
+        differs = dict.fromkeys((c.name for c in constant), 0)
+        for batch in source.batches():
+            for c in constant:
+                differs[c.name] += c.count_others(batch.column(source.names.index(c.name)))
+            for i, column in enumerate(self.modelled):
+                cells = batch.column(source.names.index(column.name))
+                try:
+                    if is_text(cells.type) and _holds_numbers(column):
+                        cells = self.dialect.plain_numbers(cells)
+                    array[start : start + len(cells), i] = column.encode(cells)
+                except CellError as error:
+                    row = first_row + start + error.index
+                    raise ValueError(f"{source.where}: column {column.name!r}, row {row:,}: {error.problem}.") from None
+            start += batch.num_rows
+        return [
+            f"column {c.name!r} is left out, as in training, but {differs[c.name]:,} rows do not hold {c.value!r}"
+            for c in constant
+            if differs[c.name]
+        ]
+
+    def decode(self, x: Tensor) -> "pa.Table":
+        """Returns a pyarrow table with all columns of the file: numbers, text and times, null where x is NaN.
+
+        ``.to_pandas()`` and ``polars.from_arrow`` turn it into other tables; :meth:`write` writes it as the file is
+        written.
+
+        Args:
+            x: shape ``(rows, len(modelled))``.
+        """
+        import pyarrow as pa
+
+        if x.dim() != 2 or x.shape[1] != len(self.modelled):
+            raise ValueError(f"x must have shape (rows, {len(self.modelled)}), got {tuple(x.shape)}.")
+        at = {column.name: i for i, column in enumerate(self.modelled)}
+        cells = []
+        for column in self.columns:
+            if isinstance(column, Modelled):
+                cells.append(column.decode(x[:, at[column.name]]))
+            elif isinstance(column, LeftOut):
+                cells.append(column.fill(len(x)))
+        return pa.table(cells, names=[column.name for column in self.columns])
+
+    def write(self, x: "Tensor | pa.Table", path: str | Path) -> None:
+        """Writes rows to a text file as the file of the training data is written, or to a Parquet file.
+
+        Args:
+            x: encoded rows, or a decoded table.
+            path: a file, replaced if it exists; with the suffix .parquet for Parquet, else text.
+
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "rows.csv"
+        >>> schema = Schema.infer({"price": ["3.50", "2.99", "", "4.00"]})
+        >>> schema.write(torch.tensor([[3.0], [float("nan")], [2.25]]), path)
+        >>> path.read_text().splitlines()
+        ['price', '3.00', '""', '2.25']
+        """
+        table = self.decode(x) if isinstance(x, Tensor) else x
+        path = Path(path)
+        if path.suffix.lower() in (".parquet", ".pq"):
+            import pyarrow.parquet as pq
+
+            pq.write_table(table, path)
+            return
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else self.dialect.delimiter
+        with open(path, "w", encoding=self.dialect.encoding, newline="") as file:
+            writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+            if self.dialect.header:
+                writer.writerow(table.column_names)
+            writer.writerows(zip(*(self._written(column, table[column.name]) for column in self.columns), strict=True))
+
+    def _written(self, column: Column, cells: Any) -> list[str]:
+        text = column.text(cells)
+        if self.dialect.decimal != "." and _holds_numbers(column):
+            text = [None if cell is None else cell.replace(".", self.dialect.decimal) for cell in text]
+        return [self.dialect.missing[0] if cell is None else cell for cell in text]
+
+    def describe(self) -> str:
+        """Returns the columns with their kinds, shares of missing cells and values, as a table in 80 columns."""
+        names = [column.name if len(column.name) <= 24 else column.name[:23] + "…" for column in self.columns]
+        width = max(6, *map(len, names))
+        lines = [f"{'column':{width}}  {'kind':10}missing  values"]
+        for name, column in zip(names, self.columns, strict=True):
+            missing = f"{column.missing:.2g}" if 0 < column.missing < 0.001 else f"{100 * column.missing:.3g} %"
+            line = f"{name:{width}}  {column.kind:10}{missing if column.missing else '':>7}  {column.describe()}"
+            lines.append(line if len(line) <= 80 else line[:79] + "…")
+        return "\n".join(lines)
+
+    def check_names(self, names: Sequence[str], where: str = "the table") -> None:
+        """Raises a ValueError unless these are the columns of the schema, in any order; those left out may lack."""
+        lacking = [name for name in self.names if name not in names]
+        known = {column.name for column in self.columns}
+        unknown = [name for name in names if name not in known]
+        if lacking or unknown:
+            parts = [f"lacks {_quoted(lacking)}"] if lacking else []
+            parts += [f"has {_quoted(unknown)}, which the training data did not have"] if unknown else []
+            raise ValueError(
+                f"{where} {' and '.join(parts)}. Give the columns of the training data, in any order: "
+                f"{_quoted(self.names, 12)}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the schema as plain dicts, lists, numbers and strings."""
+        written = dataclasses.asdict(self.dialect)
+        differs = {f.name: written[f.name] for f in dataclasses.fields(Dialect) if written[f.name] != f.default}
+        dialect = {name: list(v) if isinstance(v, tuple) else v for name, v in differs.items()}
+        columns = [column.to_dict() for column in self.columns]
+        return ({"dialect": dialect} if dialect else {}) | {"columns": columns}
+
+    @staticmethod
+    def from_dict(content: Mapping[str, Any]) -> "Schema":
+        """Returns the schema that :meth:`to_dict` described.
+
+        Raises:
+            ValueError: when entries lack, are unknown or do not fit.
+        """
+        try:
+            given = content.get("dialect", {}).items()
+            dialect: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given}
+            return Schema([Column.from_dict(c) for c in content["columns"]], Dialect(**dialect))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"the schema must hold a list of columns, each with a name and a kind ({error})."
+            ) from None
+
+    def to_yaml(self) -> str:
+        """Returns the schema as text that a person may edit."""
+        return yaml.safe_dump(
+            _plain(self.to_dict()), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+        )
+
+    @staticmethod
+    def from_yaml(source: str | Path) -> "Schema":
+        """Reads a schema from text, or from a file whose path is a ``Path``.
+
+        Raises:
+            ValueError: when it is no schema.
+        """
+        where = str(source) if isinstance(source, Path) else "the schema"
+        try:
+            content = yaml.safe_load(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where} is no YAML ({error}).") from None
+        try:
+            return Schema.from_dict(content if isinstance(content, dict) else {})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+def _summarize(source: Source, rows: np.ndarray | Tensor | None) -> list[Summary]:
+    """Passes over a source once; returns what is known of its columns."""
+    summaries = [Summary(name, source.dialect) for name in source.names]
+    training = None
+    if rows is not None:
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(rows) == 0 or rows.min() < 0:
+            raise ValueError("rows must be the numbers of the training rows, counted from 0.")
+        training = np.zeros(int(rows.max()) + 1, dtype=bool)
+        training[rows] = True
+    start = 0
+    for batch in source.batches():
+        part = None
+        if training is not None:
+            part = training[start : start + batch.num_rows]
+            part = np.pad(part, (0, batch.num_rows - len(part)))
+        for summary, cells in zip(summaries, batch.columns, strict=True):
+            summary.update(cells, part)
+        start += batch.num_rows
+    if training is not None and len(training) > start:
+        raise ValueError(f"rows names row {len(training) - 1:,}, but there are {start:,} rows, counted from 0.")
+    return summaries
+
+
+def _holds_numbers(column: Column) -> bool:
+    if isinstance(column, Discrete):
+        return not isinstance(column.levels[0], (str, bool))
+    return isinstance(column, (Continuous, Count))
+
+
+def _quoted(names: Sequence[str], most: int = 6) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown
+
+
+def _plain(value: Any) -> Any:
+    """Returns nested values without numpy's numbers, and whole floats of YAML as they are."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value.item() if isinstance(value, np.generic) else value

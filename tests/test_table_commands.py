@@ -1,0 +1,256 @@
+"""The command line on a small table with columns of many kinds."""
+
+import csv
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+import pyrovae
+from pyrovae import data, log_marginal
+from pyrovae.cli import main
+from pyrovae.cli.rows import draw_given, explain
+from pyrovae.data import Binary, Category, Count, Real, Schema
+from pyrovae.likelihoods import Tabular
+from pyrovae.structures import TableFeatures, fit_independent_columns, log_prob_of_cells, table_vae
+
+COLUMNS = ["id", "born", "city", "income", "visits", "share", "member"]
+
+
+def write_rows(path, size=300, seed=0):
+    """Writes rows in which the city decides on much, some cells missing."""
+    rng = np.random.default_rng(seed)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for i in range(size):
+            k = rng.integers(3)
+            day = np.datetime64("1990-01-01") + rng.integers(4000)
+            row = [1000 + i, day, ["Bern", "Graz", "Ulm"][k], f"{np.exp(8 + k + 0.3 * rng.normal()):.2f}"]
+            row += [rng.poisson(2 + 8 * k), f"{rng.beta(2, 3):.3f}", ["no", "yes"][int(rng.random() < 0.2 + 0.3 * k)]]
+            writer.writerow(["" if d > 0 and rng.random() < 0.05 else cell for d, cell in enumerate(row)])
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("table")
+    write_rows(folder / "people.csv")
+    network = ["--likelihood.network.hidden", "[32]", "--encoder.network.hidden", "[32]"]
+    directory = folder / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        arguments = ["train", "--data", "people.csv", "--run", str(directory), "--epochs", "15", "--num-samples", "50"]
+        main([*arguments, "--latent-dim", "3", *network])
+    return directory
+
+
+@pytest.fixture
+def people(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    return run.parent / "people.csv"
+
+
+def test_training_needs_no_option_but_the_file_and_says_what_it_chose(people, tmp_path, capsys):
+    main(["train", "--data", "people.csv", "--run", str(tmp_path / "run"), "--epochs", "1", "--num-samples", "10"])
+    out = capsys.readouterr().out
+    assert "likelihood Tabular" in out and "batch_size" in out and "learning rate" in out
+    assert "independent columns" in out and "income" in out
+    assert "worse than the baseline" in out  # one epoch is not enough
+    assert {"schema.yaml", "config.yaml", "weights.safetensors"} <= {p.name for p in (tmp_path / "run").iterdir()}
+
+
+def test_a_run_is_loaded_with_its_schema_and_scores_to_the_digit(run, people, tmp_path):
+    vae, config = pyrovae.load_run(run)
+    schema = config["table"]
+    assert schema.names == COLUMNS[1:] and isinstance(schema, Schema)
+    main(["score", str(run), "people.csv", "--num-samples", "30", "--num-explained", "2", "--seed", "5",
+          "--output", str(tmp_path / "scores.csv")])  # fmt: skip
+    scores = read(tmp_path / "scores.csv")
+    assert [int(row["row"]) for row in scores] == list(range(1, 301))
+    table = data.Table(people, schema)
+    pyro.set_rng_seed(5)
+    x, mask = data.split_missing(table.x)
+    estimate = log_marginal(vae.model, vae.guide, x, mask, num_samples=30, max_memory=64e6, progress=False)
+    assert [row["log_p"] for row in scores] == [f"{v:.9g}" for v in estimate.value.tolist()]
+    lowest = min(range(300), key=lambda i: float(scores[i]["log_p"]))
+    assert float(scores[lowest]["rarer_than"]) > 0.95 and scores[lowest]["cell_1"]
+    # The rows of the file are those of the run, of which a tenth is compared with: ranks are about uniform.
+    assert abs(np.mean([float(row["rarer_than"]) for row in scores]) - 0.5) < 5 / np.sqrt(12 * 30)
+    assert sum(row["cell_1"] != "" for row in scores) == 2
+
+
+def test_resuming_keeps_the_schema_of_the_run(people, tmp_path):
+    arguments = ["train", "--data", "people.csv", "--num-samples", "10", "--latent-dim", "2"]
+    for name, epochs in (("whole", "4"), ("parts", "2")):
+        main([*arguments, "--run", str(tmp_path / name), "--epochs", epochs, "--scheduler", "null"])
+    before = (tmp_path / "parts" / "schema.yaml").read_bytes()
+    main(["train", "--resume", "--run", str(tmp_path / "parts"), "--epochs", "4"])
+    assert (tmp_path / "parts" / "schema.yaml").read_bytes() == before
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+
+
+def test_samples_are_written_as_the_table_is(run, people, tmp_path):
+    out = tmp_path / "new.csv"
+    main(["sample", str(run), "--num-samples", "400", "--output", str(out), "--missing"])
+    rows = read(out)
+    assert list(rows[0]) == COLUMNS and len(rows) == 400
+    assert {row["city"] for row in rows} == {"Bern", "Graz", "Ulm", ""}
+    assert all(row["visits"] == "" or int(row["visits"]) >= 0 for row in rows)
+    share = sum(cell == "" for row in rows for cell in list(row.values())[1:]) / (6 * 400)
+    assert abs(share - 0.05) < 5 * np.sqrt(0.05 * 0.95 / 2400) + 0.02
+    # What is written can be read by the same schema.
+    schema = pyrovae.load_run(run)[1]["table"]
+    assert data.Table(out, schema).x.shape == (400, 6)
+
+
+def test_given_cells_are_kept_and_the_others_follow_from_them():
+    """A model whose p(x2 | x1) is known: z is a class, read off from both columns."""
+    pyro.set_rng_seed(0)
+    columns = [Binary("a", ("no", "yes")), Real("b", 0.0, 1.0)]
+    vae = table_vae(columns, 1, likelihood=lambda d, c: Tabular(d, c, network=torch.nn.Linear(1, 2 + 12)))
+    network = vae.likelihood.network
+    with torch.no_grad():
+        network.weight.zero_()
+        network.bias.zero_()
+        # Heads are in the order of the columns: two logits, then locations, scales and weights of four components.
+        network.weight[1] = 3.0  # log odds of "yes": 3 z
+        network.weight[2:6] = 1.0  # the mean of b: z
+        network.bias[6:10] = -1.0
+    x, ess = draw_given(vae, Schema(columns), "a=yes", 20_000)
+    assert bool((x[:, 0] == 1).all()) and ess > 1000
+    z = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    weight = torch.exp(-0.5 * z**2) * torch.sigmoid(3 * z)
+    mean = (weight * z).sum() / weight.sum()
+    error = x[:, 1].std() / np.sqrt(min(ess, 20_000)) + x[:, 1].std() / np.sqrt(20_000)
+    assert abs(x[:, 1].mean() - mean) < 5 * error
+    with pytest.raises(ValueError, match="'c'"):
+        draw_given(vae, Schema(columns), "c=1", 10)
+    with pytest.raises(ValueError, match="too rare"):
+        draw_given(vae, Schema(columns), "b=60", 10)
+
+
+def test_surprise_of_a_cell_is_its_log_probability_given_the_others():
+    """With a decoder that ignores z, cells are independent, and log p(x_d | rest) is log p(x_d)."""
+    pyro.set_rng_seed(0)
+    columns = [Category("c", ("a", "b", "c")), Count("n", 3.0, 2.0), Real("r", 0.0, 1.0)]
+    vae = table_vae(columns, 2, likelihood=lambda d, c: Tabular(d, c, network=torch.nn.Linear(2, 3 + 12 + 12)))
+    for weight in (vae.likelihood.network.weight, *vae.encoder.parameters()):  # q(z | x) = p(z) = N(0, 1)
+        torch.nn.init.zeros_(weight)
+    x = vae.sample(60)
+    x[7, 1] = torch.nan
+    x, mask = data.split_missing(x)
+    surprise = explain(vae, (x[[3, 7]], mask[[3, 7]]), (x, mask), 20, 0)
+    each = vae.likelihood(torch.zeros(1, 2)).base_dist.log_prob(x)
+    each = torch.where(mask, each, torch.nan)
+    expected = each.nanmean(0) - each[[3, 7]]
+    assert bool(surprise[1, 1].isnan())
+    torch.testing.assert_close(surprise, expected, atol=1e-3, rtol=0, equal_nan=True)
+
+
+def test_imputation_fills_holes_alone_and_says_how_sure_it_is(run, people, tmp_path):
+    out = tmp_path / "full.csv"
+    main(["impute", str(run), "people.csv", "--output", str(out), "--num-samples", "200", "--num-draws", "50",
+          "--num-completed", "2"])  # fmt: skip
+    before, after, cells = read(people), read(out), read(tmp_path / "full-cells.csv")
+    holes = 0
+    for row_before, row_after in zip(before, after, strict=True):
+        for name in COLUMNS[1:]:
+            if row_before[name] == "":
+                holes += 1
+                assert row_after[name] != ""
+            elif name in ("city", "born", "member", "visits"):
+                assert row_before[name] == row_after[name]
+            else:
+                assert float(row_before[name]) == pytest.approx(float(row_after[name]), abs=0.006)
+    assert len(cells) == holes
+    for cell in cells:
+        value = after[int(cell["row"]) - 1][cell["column"]]
+        assert cell["value"] == value
+        if cell["probabilities"]:
+            shares = [float(part.rpartition(": ")[2]) for part in cell["probabilities"].split("; ")]
+            assert cell["probabilities"].startswith(value) and sum(shares) == pytest.approx(1, abs=0.05)
+    completed = read(tmp_path / "full-2.csv")
+    assert all(row[name] != "" for row in completed for name in COLUMNS[1:])
+
+
+def test_embeddings_are_those_of_the_encoder_in_the_order_of_the_file(run, people, tmp_path):
+    main(["encode", str(run), "people.csv", "--output", str(tmp_path / "z.csv")])
+    rows = np.loadtxt(tmp_path / "z.csv", delimiter=",", skiprows=1)
+    vae, config = pyrovae.load_run(run)
+    x, mask = data.split_missing(data.Table(people, config["table"]).x)
+    with torch.no_grad():
+        q = vae.encode(x, mask)
+    np.testing.assert_array_equal(rows[:, 0], np.arange(1, 301))
+    np.testing.assert_allclose(rows[:, 1:], torch.cat([q.mean, q.stddev], -1).numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_evaluate_and_reconstruct_know_tables(run, people, capsys):
+    main(["evaluate", str(run), "--num-samples", "20"])
+    assert "test: log p(x)" in capsys.readouterr().out
+    for arguments in (["reconstruct", str(run)], ["sample", str(run), "--mean", "--output", "x.csv"]):
+        with pytest.raises(SystemExit, match="tables"):
+            main(arguments)
+
+
+def test_bad_input_is_refused_and_leaves_nothing(run, people, tmp_path):
+    (tmp_path / "bad.csv").write_text(people.read_text().replace("Ulm", "Linz"))
+    for verb in ("score", "impute", "encode"):
+        with pytest.raises(SystemExit, match="city"):
+            main([verb, str(run), str(tmp_path / "bad.csv"), "--output", str(tmp_path / "out.csv")])
+    assert not (tmp_path / "out.csv").exists()
+    with pytest.raises(SystemExit, match="no file"):
+        main(["score", str(run), str(tmp_path / "none.csv")])
+    with pytest.raises(SystemExit, match="Tabular"):
+        main(["train", "--likelihood", "Tabular", "--preprocessing", "grey", "--run", str(tmp_path / "r")])
+    with pytest.raises(SystemExit, match="grey"):
+        main(["train", "--data", "people.csv", "--preprocessing", "static", "--run", str(tmp_path / "r")])
+    assert not (tmp_path / "r").exists()
+
+
+def test_hidden_cells_are_a_uniform_fraction_of_some_rows():
+    torch.manual_seed(0)
+    mask = torch.rand(20_000, 8) < 0.9
+    mask[:, 0] = True
+    x, fewer = data.hide_cells(torch.zeros(20_000, 8), mask, share=0.4)
+    assert bool((fewer <= mask).all()) and bool(fewer.any(1).all())
+    # Of the last cells, if observed, 0.4 times a mean fraction of a half are hidden, but for rows that would be empty.
+    hidden = 1 - fewer[:, 7][mask[:, 7]].double().mean().item()
+    empty = 0.4 / 9 * 1.6  # the share of rows that would lose all of about 7.3 cells, at most
+    assert 0.2 - empty - 0.02 < hidden < 0.2 + 5 * np.sqrt(0.16 / 18_000)
+    with pytest.raises(ValueError, match="share"):
+        data.hide_cells(x, mask, share=2.0)
+
+
+def test_independent_columns_reach_the_entropy_of_independent_data():
+    torch.manual_seed(0)
+    columns = [Real("r", 2.0, 3.0), Category("c", ("a", "b", "c"))]
+    x = torch.stack([2 + 3 * torch.randn(20_000), torch.multinomial(torch.tensor([0.5, 0.3, 0.2]), 20_000, True)], 1)
+    p = fit_independent_columns(columns, x[:10_000])
+    score = log_prob_of_cells(p, x[10_000:])
+    exact = torch.stack([
+        torch.distributions.Normal(2.0, 3.0).log_prob(x[10_000:, 0]),
+        torch.tensor([0.5, 0.3, 0.2]).log()[x[10_000:, 1].long()],
+    ], dim=1)  # fmt: skip
+    gap = score - exact
+    assert (gap.mean(0).abs() < 5 * gap.std(0) / 100 + 0.01).all()
+    holes = torch.tensor([[torch.nan, 1.0]])
+    assert log_prob_of_cells(p, holes)[0, 0] == 0
+
+
+def test_features_of_times_and_levels():
+    features = TableFeatures([data.Ordered("o", ("S", "M", "L")), data.Time("t", 10.0, 5.0, origin="2024-01-01")])
+    x, mask = torch.tensor([[2.0, 0.0], [0.0, 7.0]]), torch.tensor([[True, True], [False, True]])
+    out = features(x, mask)
+    assert out.shape == (2, features.num_features)
+    place = features.cyclic
+    assert len(place) == 2  # week and year: days have no time of day
+    # A week later the week's sine and cosine are the same.
+    week = out[:, 5:7] if place[0][1] == 7 else out[:, 7:9]
+    torch.testing.assert_close(week[0], week[1])

@@ -1,0 +1,460 @@
+"""Tables: what is found out about files, encoding them, and refusing what could be read in two ways."""
+
+import csv
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pyrovae import data
+from pyrovae.cli import main
+from pyrovae.data import Positive, Real, Schema, Table, Time, load
+
+TABLES = Path(__file__).parent / "tables"
+
+# The kinds of the columns of each small file.
+KINDS = {
+    "adult.data": "Positive Category Positive Category Ordered Category Category Category Category Binary Positive "
+    "Positive Positive Category Binary",
+    "bank.tsv": "Real Category Real Binary Binary Positive Binary",
+    "cities.csv": "Identifier Positive Positive",
+    "constant.csv": "Constant Constant Constant Real",
+    "flags.csv": "Binary Binary Bounded",
+    "genes.csv": "Positive Real Bounded Binary",
+    "houses.csv": "Identifier Category Positive Positive Ordered Real Binary",
+    "iris.data": "Real Real Real Real Category",
+    "latin-1.csv": "Category Real",
+    "near-a-million.csv": "Real Binary",
+    "pandas-index.csv": "Identifier Real Real",
+    "ratings.csv": "Ordered Ordered Real",
+    "sensors.csv": "Time Category Real Positive Category",
+    "shares.csv": "Bounded Bounded Category",
+    "stock.csv": "Time Real Real Positive",
+    "survey.csv": "Ordered Ordered Category Identifier",
+    "titanic.csv": "Identifier Binary Ordered Identifier Binary Real Ordered Identifier Positive Identifier Category",
+    "trial.xlsx": "Identifier Time Real Binary",
+    "umsatz.csv": "Time Category Positive Real",
+    "utf-16.csv": "Category Real",
+    "visits.csv": "Count Ordered Category",
+    "weather.csv": "Time Real Category Positive",
+    "wine.csv": "Ordered Real Positive Real Real Positive Real Real Real Real Positive Real Real Positive",
+}
+# Columns whose cells are written in another way: numbers with more digits than float32 has, with exponents or with
+# separators of thousands.
+WRITTEN_DIFFERENTLY = {
+    "cities.csv": {"inhabitants", "area_km2"},
+    "genes.csv": {"gene_a", "gene_b"},
+    "sensors.csv": {"temperature", "vibration"},
+    "stock.csv": {"Volume"},
+    "umsatz.csv": {"Umsatz"},
+}
+OPTIONS = {"latin-1.csv": {"encoding": "latin-1"}}
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, Table]:
+    return {name: Table(TABLES / name, **OPTIONS.get(name, {})) for name in KINDS}
+
+
+def rows_of(path: Path, table: Table) -> list[list[str]]:
+    """Returns the rows of a text file, by an independent reader."""
+    dialect = table.schema.dialect
+    with open(path, encoding=dialect.encoding.replace("utf-8", "utf-8-sig"), newline="") as file:
+        rows = list(csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=True))
+    return [[cell.strip() for cell in row] for row in rows[int(dialect.header) :] if row]
+
+
+def number(cell: str, table: Table) -> float:
+    return float(cell.replace(table.schema.dialect.thousands or " ", "").replace(",", "."))
+
+
+def test_all_files_are_tested():
+    assert set(KINDS) == {path.name for path in TABLES.iterdir()} - {"README.md"}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_of_columns(tables, name):
+    assert [column.kind for column in tables[name].schema.columns] == KINDS[name].split()
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.endswith("xlsx")])
+def test_files_come_back_as_they_are_written(tables, name, tmp_path):
+    table, copy = tables[name], tmp_path / name
+    table.schema.write(table.x, copy)
+    given, written = rows_of(TABLES / name, table), rows_of(copy, table)
+    assert len(given) == len(written) == len(table)
+    for i, column in enumerate(table.schema.columns):
+        a, b = [row[i] for row in given], [row[i] for row in written]
+        if column.name in WRITTEN_DIFFERENTLY.get(name, ()):
+            a, b = ([number(cell, table) for cell in cells] for cells in (a, b))
+            assert b == pytest.approx(a, rel=2**-23)
+        elif column.modelled or column.kind == "Constant":
+            assert a == b, column
+    # The schema reads what it wrote, by way of YAML too, and all numbers are the same again.
+    schema = Schema.from_yaml(table.schema.to_yaml())
+    assert schema == table.schema
+    assert torch.equal(Table(copy, schema, **OPTIONS.get(name, {})).x.nan_to_num(-1e9), table.x.nan_to_num(-1e9))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_descriptions_fit_in_a_terminal(tables, name):
+    lines = tables[name].schema.describe().splitlines()
+    assert len(lines) == 1 + len(KINDS[name].split()) and max(map(len, lines)) <= 80
+
+
+def test_what_is_found_out_of_adult(tables):
+    columns = {column.name: column for column in tables["adult.data"].schema.columns}
+    assert columns["workclass"].missing == 33 / 400 and columns["age"].missing == 0
+    assert columns["capital-gain"].spikes[0] == 0 and columns["hours-per-week"].spikes.count(40) == 1
+    assert {columns[name].step for name in ("age", "fnlwgt", "capital-gain", "hours-per-week")} == {1}
+    assert columns["education-num"].levels == tuple(range(2, 17))
+    assert tables["adult.data"].schema.dialect.missing[0] == "?"
+    assert tables["adult.data"].notes == ["missing cells are written '?' (70)"]
+
+
+def test_location_scale_and_spikes_are_those_of_the_training_rows():
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(10, 1, 500), np.full(50, 10.5), rng.normal(1000, 1, 500), np.full(50, 1000.5)])
+    words = ["a"] * 550 + ["b"] * 550
+    schema = Schema.infer({"x": x, "w": words}, rows=np.arange(550))
+    column, category = schema.columns
+    # A standard error of the mean of 500 numbers is 0.045; the farthest percent is drawn in.
+    assert abs(column.loc - 10) < 0.2 and abs(column.scale - 1) < 0.2 and column.spikes == (10.5,)
+    assert category.levels == ("a", "b"), "levels are those of all rows"
+
+
+def test_skewed_numbers_are_positive_and_others_real():
+    rng = np.random.default_rng(1)
+    frame = {
+        "lognormal": np.exp(rng.normal(2, 1, 1000)),
+        "normal": rng.normal(50, 5, 1000),
+        "mixed": np.concatenate([np.exp(rng.normal(2, 1, 999)), [-1]]),
+        "many zeros": np.where(rng.random(1000) < 0.3, 0, np.exp(rng.normal(2, 1, 1000))),
+    }
+    schema = Schema.infer(frame)
+    assert [column.kind for column in schema.columns] == ["Positive", "Real", "Real", "Positive"]
+    assert schema.columns[3].spikes == (0,)
+    # Standard errors 1 / sqrt(1000) and 1 / sqrt(2000).
+    assert abs(schema.columns[0].loc - 2) < 5 / 1000**0.5 and abs(schema.columns[0].scale - 1) < 5 / 2000**0.5
+    assert all(column.step is None for column in schema.columns)
+
+
+def test_rounded_bell_shapes_have_no_spikes():
+    """The mode of whole numbers is no spike, however often it occurs; a value put on top of them is."""
+    rng = np.random.default_rng(2)
+    for scale in (1, 3, 30):
+        [column] = Schema.infer({"x": np.round(rng.normal(100, scale, 20_000)).astype(int)}, {"x": "Real"}).columns
+        assert column.spikes == () and column.step == 1, scale
+    x = np.concatenate([np.round(rng.normal(40, 12, 10_000)), np.full(5_000, 40)]).astype(int)
+    assert Schema.infer({"x": x}).columns[0].spikes == (40,)
+
+
+def test_overrides():
+    frame = {"zip": [2139, 2138, 2139, 1002] * 20, "when": ["01/02/2020", "03/04/2020"] * 40, "size": list("SMLM") * 20}
+    schema = Schema.infer(
+        frame,
+        {
+            "zip": "Category",
+            "when": {"kind": "Time", "format": "%d/%m/%Y"},
+            "size": {"kind": "Ordered", "levels": ["S", "M", "L"]},
+        },
+    )
+    assert [column.kind for column in schema.columns] == ["Category", "Time", "Ordered"]
+    assert schema.encode(frame)[0].tolist() == [2, 0, 0] and schema.columns[1].origin == "2020-02-01"
+    own = Real("zip", 2000, 10)
+    assert Schema.infer(frame, {"zip": own, "when": "Category"}).columns[0] is own
+    assert Schema.infer(frame, {"when": "Identifier"}).columns[1].kind == "Identifier"
+    for overrides, message in (
+        ({"zap": "Real"}, "no column 'zap'"),
+        ({"zip": "Gaussian"}, "kind must be one of"),
+        ({"size": "Real"}, "'size' cannot be Real: 'S' is no number"),
+        ({"zip": Real("zap", 0, 1)}, "has the name 'zap'"),
+        ({"when": {"kind": "Time", "format": "%Y"}}, "no time of the format"),
+        ({"zip": {"kind": "Real", "sigma": 1}}, "has no sigma"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Schema.infer(frame, {"when": "Category"} | overrides)
+
+
+# Sources.
+
+
+def test_the_same_table_from_all_sources(tmp_path):
+    pd = pytest.importorskip("pandas")
+    rng = np.random.default_rng(3)
+    frame = {
+        "age": [int(v) for v in rng.integers(18, 90, 200)],
+        "income": [None if i % 9 == 0 else round(float(v), 2) for i, v in enumerate(rng.lognormal(8, 1, 200))],
+        "city": [None if i % 7 == 0 else ["Bern", "Graz", "Ulm"][i % 3] for i in range(200)],
+        "day": [np.datetime64("2020-01-01") + int(v) for v in rng.integers(0, 900, 200)],
+    }
+    arrow = pa.table({**frame, "day": np.array(frame["day"])})
+    pq.write_table(arrow, tmp_path / "t.parquet")
+    pandas = arrow.to_pandas()
+    pandas.to_csv(tmp_path / "t.csv", index=False)
+    pandas.to_parquet(tmp_path / "indexed.parquet", index=True)
+    with gzip.open(tmp_path / "t.csv.gz", "wb") as file:
+        file.write((tmp_path / "t.csv").read_bytes())
+    sources = [arrow, arrow.to_batches()[0], pandas, pandas.convert_dtypes(), pandas.set_index(pd.Index(range(7, 207)))]
+    sources += [tmp_path / name for name in ("t.parquet", "indexed.parquet", "t.csv", "t.csv.gz")]
+    sources += [str(tmp_path / "t.csv"), {**frame, "day": np.array(frame["day"])}]
+    if pl := pytest.importorskip("polars"):
+        sources.append(pl.from_arrow(arrow))
+    expected = Table(arrow)
+    assert [column.kind for column in expected.schema.columns] == ["Real", "Positive", "Category", "Time"]
+    assert [int(v) for v in expected.x.isnan().sum(0)] == [0, 23, 29, 0]
+    for source in sources:
+        table = Table(source)
+        assert torch.equal(table.x.nan_to_num(-1e9), expected.x.nan_to_num(-1e9)), type(source)
+        assert table.names == expected.names
+        # And each is encoded by the schema of the first.
+        assert torch.equal(Table(source, expected.schema).x.nan_to_num(-1e9), expected.x.nan_to_num(-1e9))
+    decoded = expected.schema.decode(expected.x)
+    assert decoded["age"].to_pylist() == frame["age"] and decoded["city"].to_pylist() == frame["city"]
+
+
+def test_columns_in_another_order_are_put_in_order():
+    frame = {"a": [1.5, 2.25, 3.125], "b": ["x", "y", "x"], "c": [7, 7, 7]}
+    schema = Schema.infer(frame)
+    assert torch.equal(schema.encode({"b": frame["b"], "a": frame["a"]}), schema.encode(frame))
+
+
+def test_new_data_with_other_columns_are_refused():
+    schema = Schema.infer({"a": [1.5, 2.25, 3.125], "b": ["x", "y", "x"]})
+    with pytest.raises(ValueError, match="lacks 'a' and has 'd'.*in any order: 'a', 'b'"):
+        schema.encode({"b": ["x"], "d": [1]})
+    with pytest.raises(ValueError, match="column 'b', row 12: 'z' is none of the 2 levels"):
+        schema.encode({"a": [1.0, 2.0], "b": ["x", "z"]}, first_row=11)
+
+
+def test_rows_are_counted_over_chunks(tmp_path):
+    """The row that is named is that of the file, though it is read in chunks, also where cells hold several lines."""
+    lines = ["a,b", *(f'{i / 7},"two\nlines"' for i in range(400_000))]
+    lines[300_001] = 'three,"two\nlines"'
+    path = tmp_path / "long.csv"
+    path.write_text("\n".join(lines))
+    schema = Schema([Real("a", 0, 1), data.Category("b", ("two\nlines", "x"))])
+    with pytest.raises(ValueError, match="column 'a', row 300,001: 'three' is not a number"):
+        Table(path, schema)
+
+
+def test_a_tensor_in_a_file(tmp_path):
+    kept = Table(TABLES / "adult.data", memory_map=tmp_path / "rows.bin")
+    assert torch.equal(kept.x.nan_to_num(-1), Table(TABLES / "adult.data").x.nan_to_num(-1))
+    assert (tmp_path / "rows.bin").stat().st_size == 4 * kept.x.numel()
+
+
+def test_a_tensor_larger_than_the_memory_is_refused(monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    with pytest.raises(MemoryError, match="400 rows and 15 columns needs.*memory_map"):
+        Table(TABLES / "adult.data")
+
+
+def test_splits_of_a_table():
+    """Parts are disjoint, and their row numbers are those of the file."""
+    splits, table = load(str(TABLES / "adult.data")), Table(TABLES / "adult.data")
+    assert [len(split.x) for split in splits] == [320, 40, 40]
+    rows = torch.cat([split.rows for split in splits])
+    assert rows.sort().values.tolist() == list(range(1, 401))
+    for split in splits:
+        assert torch.equal(split.x.nan_to_num(-1), table.x[split.rows - 1].nan_to_num(-1))
+    assert splits.schema.names == table.names
+    train = Schema.infer(TABLES / "adult.data", rows=splits.train.rows - 1)
+    assert splits.schema == train != table.schema
+    again = load(str(TABLES / "adult.data"), schema=table.schema)
+    assert again.schema is table.schema and torch.equal(again.test.rows, splits.test.rows)
+
+
+# Files that could be read in two ways, or not at all.
+
+MANY = range(30)
+BAD = {
+    "empty": ("", {}, "is empty"),
+    "only names": ("a,b\n", {}, "there is no row"),
+    "one row": ("a,b\n1,2\n", {}, "none can be modelled"),
+    "ragged": ("a,b\n1,2\n3,4,5\n6,7\n", {}, "line 3: 3 cells, where 2 are expected: '3,4,5'"),
+    "short": ("a,b\n1,2\n3\n", {}, "line 3: 1 cells"),
+    "header twice": ("a,b\n1,x\na,b\n3,y\n", {}, "row 2: the header occurs again"),
+    "names twice": ("a,b,a\n1,x,2\n", {}, "the name 'a' occurs twice"),
+    "words without a header": ("red,yes\nblue,yes\nred,no\n", {}, "the first line may be a row of data"),
+    "two encodings": ("a,b\n1,é\n".encode() + "2,é\n".encode("latin-1"), {}, "line 3: the byte 0xe9 is not UTF-8"),
+    "late encoding": (b"a,b\n" + b"1,x\n" * 2_000_000 + b"2,\xe9\n", {}, "line 2000002: the byte 0xe9 is not UTF-8"),
+    "spaces": ("a b\n1 2\n3 4\n", {}, "separated by spaces"),
+    "thousands or decimals": ("a;b\n" + "".join(f"{i + 1},{i + 100};x\n" for i in MANY), {}, "row 1: '1,100' may have"),
+    "points and commas": (
+        "a;b\n" + "".join(f"{i},5;{i}.5\n" for i in MANY),
+        {},
+        "column 'b', row 1: '0.5' has a point, where 'a' has decimal commas",
+    ),
+    "two decimal signs": (
+        "a;b\n" + "".join(f'"1,{i:03d}.5";2,{i:02d}\n' for i in MANY),
+        {},
+        "different decimal signs",
+    ),
+    "many points and commas": (
+        "a;b\n" + "".join(f"{i},5;{i / 8192!r}\n" for i in range(5000)),
+        {},
+        "column 'b'.* has a point, where 'a' has decimal commas",
+    ),
+    "wrong decimal sign": (
+        "a;b\n" + "".join(f"{i}.25;{i}\n" for i in MANY),
+        {"decimal": ",", "thousands": "."},
+        "'0.25' is no",
+    ),
+    "two formats": (
+        "d,b\n" + "".join(f"2020-01-{i + 1:02d},x\n" for i in MANY) + "02.03.2020,x\n",
+        {},
+        "row 31: '02.03.2020', where other cells are times such as '2020-01-01'",
+    ),
+    "day or month": (
+        "d,b\n" + "".join(f"0{i % 9 + 1}/0{i % 7 + 1}/2020,{i}\n" for i in MANY),
+        {},
+        "row 8.*may be %d/%m",
+    ),
+    "a word among numbers": (
+        "a,b\n" + "".join(f"{i * i},x\n" for i in MANY) + "unknown,x\n",
+        {},
+        "column 'a', row 31: 'unknown', where most cells are numbers",
+    ),
+    "infinite": ("a,b\n1,x\n-inf,y\n3,x\n", {}, "column 'a', row 2: infinite"),
+    "no quote at the end": ('a,b\n1,"x\n2,y\n', {}, "t.csv"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_files_that_are_refused(tmp_path, name):
+    content, options, message = BAD[name]
+    path = tmp_path / "t.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        Schema.infer(path, **options)
+    assert str(path) in str(error.value)
+
+
+def test_what_is_not_clear_is_read_as_said(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("a;b\n1,100;x\n2,250;y\n-3,000;x\n")
+    for options, values in (({"decimal": ","}, [1.1, 2.25, -3]), ({"thousands": ","}, [1100, 2250, -3000])):
+        table = Table(path, **options)
+        assert table.schema.decode(table.x)["a"].to_pylist() == values
+        assert torch.equal(Table(path, table.schema).x, table.x)
+    path.write_text("red,yes\nblue,yes\nred,no\n")
+    assert Table(path, header=False).names == ["column_1", "column_2"]
+    assert len(Table(path, header=True)) == 2
+    path.write_text("a,b\n1.5,x\n-,y\n2.25,x\n")
+    assert Table(path, missing=("-",)).x[:, 0].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"delimiter": ";;"}, {"decimal": "x"}, {"thousands": "."}, {"missing": ()}, {"encoding": "utf-9"}],
+    ids=str,
+)
+def test_dialects_that_make_no_sense_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        data.Dialect(**options)
+
+
+def test_words_for_missing_cells(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n" + "".join(f"{i}.5,x{i % 2}\n" for i in range(9)) + "?,NA\n,null\nNaN,\nnan,N/A\n")
+    table = Table(path)
+    assert table.x.isnan().sum(0).tolist() == [4, 4]
+    assert "missing cells are written '' (2), '?' (1)" in table.notes[0]
+
+
+def test_a_file_of_other_text_is_no_table(tmp_path):
+    for name in ("t.parquet", "t.xlsx"):
+        (tmp_path / name).write_text("a,b\n1,2\n")
+        with pytest.raises(ValueError, match=f"{name} is no"):
+            Table(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"no file none\.csv"):
+        Table("none.csv")
+    with pytest.raises(TypeError, match="got int"):
+        Table(3)
+
+
+def test_more_levels_than_a_model_can_learn_are_left_out():
+    words = [f"word {i % 1500}" for i in range(6000)]
+    schema = Schema.infer({"w": words, "a": np.arange(6000) * 0.37 % 1})
+    assert schema.columns[0].kind == "Identifier" and "1,500 levels" in schema.notes[0]
+    assert Schema.infer({"w": words}, {"w": "Category"}).columns[0].num_levels == 1500
+
+
+def test_large_whole_numbers_are_said_to_be_rounded():
+    schema = Schema.infer({"a": np.random.default_rng(0).integers(0, 10**9, 500)})
+    assert "kept to 7 digits" in schema.notes[0] and schema.columns[0].step is None
+    near = Schema.infer({"a": 10**9 + np.random.default_rng(0).integers(0, 10**4, 500)})
+    assert near.notes == () and near.columns[0].step == 1 and near.columns[0].origin == pytest.approx(1e9, abs=1e4)
+
+
+def test_times_of_many_rows(tmp_path):
+    """More different times than are counted."""
+    start = np.datetime64("2020-01-01T00:00:00")
+    frame = {"t": (start + np.arange(50_000) * 61).astype(str), "b": ["x", "y"] * 25_000}
+    schema = Schema.infer(frame)
+    assert isinstance(schema.columns[0], Time) and schema.columns[0].unit == "second"
+    assert schema.encode(frame)[:, 0].diff().eq(61).all()
+
+
+def test_numbers_that_float32_does_not_hold_are_refused():
+    with pytest.raises(ValueError, match="column 'a', row 2: infinite"):
+        Schema.infer({"a": [1.0, 1e39, 2.0]})
+    with pytest.raises(ValueError, match="column 'a', row 1: 1e-50 is outside the range"):
+        Schema([Positive("a", 0, 1)]).encode({"a": [1e-50]})
+    with pytest.raises(ValueError, match="column 'a', row 1: 1e[+]39 is infinite"):
+        Schema([Positive("a", 0, 1)]).encode({"a": [1e39]})
+    numbers = 10**18 + np.random.default_rng(0).integers(0, 10**9, 50) * 1000
+    assert "kept to 7 digits" in Schema.infer({"a": numbers}).notes[0]
+
+
+def test_a_column_that_was_constant_and_is_no_more_is_said():
+    schema = Schema.infer({"a": [1.5, 2.5, 3.75], "c": [7, 7, 7], "d": ["x", None, "x"], "e": [None, None, None]})
+    assert [column.kind for column in schema.columns] == ["Real", "Constant", "Constant", "Constant"]
+    new = {"a": [1.0, 2.0], "c": [7, 8], "d": ["x", "y"], "e": [None, "z"]}
+    notes = Table(new, schema).notes
+    assert [note.split("'")[1] for note in notes] == ["c", "d", "e"] and all("1 rows do not hold" in n for n in notes)
+    assert Table({**new, "c": [7, 7], "d": ["x", None], "e": [None, None]}, schema).notes == []
+
+
+def test_rows_that_are_no_row_numbers_are_refused():
+    frame = {"a": [1.5, 2.5, 3.75]}
+    for rows in (np.array([True, False, True]), [], [-1], [3], [[1]]):
+        with pytest.raises(ValueError, match="rows"):
+            Schema.infer(frame, rows=np.array(rows))
+
+
+def test_lists_are_no_cells():
+    with pytest.raises(ValueError, match="'a' holds list"):
+        Schema.infer({"a": [[1, 2], [3]], "b": [1, 2]})
+
+
+# The command line.
+
+
+def test_describe(tmp_path, capsys):
+    out = tmp_path / "schema.yaml"
+    main(["describe", str(TABLES / "adult.data"), "--output", str(out)])
+    printed = capsys.readouterr().out
+    assert "400 rows, 15 columns" in printed and "note: missing cells are written '?' (70)" in printed
+    assert max(map(len, printed.replace(str(out), "").replace(str(TABLES), "").splitlines())) <= 80
+    schema = Schema.from_yaml(out)
+    assert schema == Table(TABLES / "adult.data").schema
+    # A person edits it and passes it back.
+    out.write_text(out.read_text().replace("{name: age, kind: Positive", "{name: age, kind: Real"))
+    edited = Schema.from_yaml(out)
+    assert (
+        not isinstance(edited.columns[0], Positive)
+        and len(load(str(TABLES / "adult.data"), schema=edited).test.x) == 40
+    )
+    main(["describe", str(TABLES / "adult.data"), "--kinds", '{"age": "Category"}'])
+    assert "age             Category" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="already exists"):
+        main(["describe", str(TABLES / "adult.data"), "--output", str(out)])
+    with pytest.raises(SystemExit, match="the byte 0xf6 is not UTF-8"):
+        main(["describe", str(TABLES / "latin-1.csv"), "--output", str(tmp_path / "none.yaml")])
+    assert not (tmp_path / "none.yaml").exists()
