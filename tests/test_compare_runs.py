@@ -54,13 +54,15 @@ def test_two_runs_are_scored_compared_and_drawn(runs, tmp_path, capsys):
         torch.manual_seed(i)
         found.append(log_marginal(vae.model, vae.guide, x, num_samples=300, progress=False))
         assert np.allclose(scores[f"value_{i + 1}"], found[i].value.numpy(), atol=1e-4)
-    expected = compare(found[1], found[0])
+    by_name = dict(zip((str(runs / "narrow"), str(runs / "wide")), found, strict=True))
+    better, worse = sorted(by_name, key=lambda name: -by_name[name].value.mean())
+    expected = compare(by_name[better], by_name[worse], names=(better, worse))
     line = next(line for line in out.splitlines() if line.startswith("1 less 2"))
     assert [float(number) for number in re.findall(r"[-+]?\d+\.\d{3}", line)] == pytest.approx(
         [expected.difference, expected.sampling_error, expected.data_error], abs=2e-3
     )
     assert expected.difference > 0 and int(line.split()[6]) == expected.num_untrusted
-    assert expected._replace(names=(str(runs / "wide"), str(runs / "narrow"))).verdict in out
+    assert expected.verdict in out
     message = error_of("compare", runs / "narrow", runs / "wide", *common)
     assert "comparison-test-wide.png already exists. Give another file with --picture" in message
 
@@ -73,6 +75,7 @@ def test_three_runs_fit_in_eighty_columns(runs, tmp_path, capsys):
     table = out[out.index("    model") :].splitlines()
     assert max(len(line) for line in table[: table.index("")]) <= 80
     assert sum(line[1:7] == " less " for line in table) == 3
+    assert all(line.startswith(f" {i + 1}. ") for i, line in enumerate(table[1:4]))
     assert picture.exists()
 
 

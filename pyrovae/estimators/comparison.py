@@ -1,7 +1,6 @@
 r"""The difference of log p(x) between two models, with its errors."""
 
 import math
-import textwrap
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.distributions import StudentT
 
 from pyrovae.estimators.base import Estimate
 from pyrovae.plots.comparisons import comparisons
+from pyrovae.plots.drawing import shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,6 @@ _NAMES = ("the first", "the second")
 _FEW = 10  # data below which their spread says too little
 _FAR = 40.0  # standard errors beyond which a probability is 1 in double precision, for so many data
 _CLEAR = 0.975  # probability from which one model is called better
-_WIDTH = 80  # characters
 
 
 class Comparison(NamedTuple):
@@ -127,13 +126,13 @@ class Ranking(NamedTuple):
     def __str__(self) -> str:
         number = {name: i + 1 for i, name in enumerate(self.estimates)}
         quantity = next(iter(self.estimates.values())).method.quantity
-        lines = [f"{'':3} {'model':32} {quantity:>16} {'samples':>8} {'data':>8} {'untrusted':>9}"[:_WIDTH]]
+        lines = [f"{'':3} {'model':28} {quantity:>16} {'samples':>8} {'data':>8} {'untrusted':>9}"]
         for name, estimate in self.estimates.items():
             n = len(estimate.value)
             sampling = estimate.standard_error.double().square().sum().sqrt().item() / n
             spread = estimate.value.double().std().item() / math.sqrt(n) if n > 1 else math.nan
             lines.append(
-                f"{number[name]:>2}. {_shortened(name, 32):32} {estimate.value.double().mean().item():>16.3f} "
+                f"{number[name]:>2}. {shortened(name, 28):28} {estimate.value.double().mean().item():>16.3f} "
                 f"{sampling:>8.3f} {spread:>8.3f} {int((~estimate.trusted).sum()):>9,}"
             )
         lines += [
@@ -148,10 +147,10 @@ class Ranking(NamedTuple):
                 f"{here:10} {pair.difference:>+10.3f} {pair.sampling_error:>8.3f} {pair.data_error:>8.3f} "
                 f"{pair.num_untrusted:>9,}   {sure}"
             )
-        lines += ["", "in nats a datum; standard errors from samples and from data; probability for all such data"]
+        lines += ["", "nats a datum; standard errors from samples and data; probability for all data"]
         if any(pair.num_untrusted for pair in self.pairs):
-            lines.append("untrusted data: errors may be too small, and differences wrong; take a better method there")
-        return "\n".join(line if len(line) <= _WIDTH else "\n".join(textwrap.wrap(line, _WIDTH)) for line in lines)
+            lines.append("where data are untrusted, differences may be wrong and errors too small")
+        return "\n".join(lines)
 
 
 def compare_all(estimates: Mapping[str, Estimate]) -> Ranking:
@@ -177,10 +176,6 @@ def compare_all(estimates: Mapping[str, Estimate]) -> Ranking:
     ranked = dict(sorted(estimates.items(), key=lambda item: -item[1].value.double().mean().item()))
     pairs = [compare(ranked[a], ranked[b], names=(a, b)) for a, b in combinations(ranked, 2)]
     return Ranking(ranked, pairs)
-
-
-def _shortened(name: str, width: int) -> str:
-    return name if len(name) <= width else f"...{name[3 - width :]}"
 
 
 def compare(first: Estimate, second: Estimate, names: tuple[str, str] = _NAMES) -> Comparison:

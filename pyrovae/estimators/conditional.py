@@ -144,7 +144,7 @@ class _Conditional(Estimator):
         """Scores the data, from the task of all of them and that of what is given alone."""
 
     def trusts(self, estimate: Estimate) -> Tensor:
-        return estimate.diagnostics["reliable"].bool()
+        return estimate.diagnostics["reliable"]
 
     def describe(self, estimate: Estimate) -> str:
         untrusted = int((~estimate.trusted).sum())
@@ -266,7 +266,7 @@ def _joined(
     trusts_given: Tensor,
 ) -> Estimate:
     """Returns the estimate of the difference, with those of both marginals as diagnostics."""
-    diagnostics = {"reliable": (trusts_joint & trusts_given).to(value.dtype)}
+    diagnostics = {"reliable": trusts_joint & trusts_given}
     for name, part in (("joint", joint), ("given", given)):
         diagnostics |= {f"log_{name}": part.value, f"{name}_error": part.standard_error, f"{name}_khat": part.khat}
     return Estimate(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyrovae.plots.drawing import new_figure, write
+from pyrovae.plots.drawing import new_figure, shortened, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +28,7 @@ def comparisons(pairs: "Sequence[Comparison]", path: str | Path | None = None) -
         raise ValueError("pairs is empty: give at least one result of estimators.compare.")
     figure = new_figure(10, 4.2 * len(pairs))
     for row, pair in zip(figure.subplots(len(pairs), 2, squeeze=False), pairs, strict=True):
-        (left, right), (first, second) = row, pair.names
+        (left, right), (first, second) = row, (shortened(name, 26) for name in pair.names)
         trusted = pair.trusted.cpu()
         for shown, color, label in ((trusted, "C0", "trusted"), (~trusted, "C1", "not to be trusted in one or both")):
             if bool(shown.any()):

@@ -29,6 +29,15 @@ def write(figure: "Figure", path: str | Path | None) -> "Figure":
     return figure
 
 
+def shortened(name: str, width: int) -> str:
+    """Returns a name, or its end after dots if it is longer than a number of characters.
+
+    >>> shortened("runs/of/last/week", 12)
+    '...last/week'
+    """
+    return name if len(name) <= width else f"...{name[3 - width :]}"
+
+
 def integer_ticks(axis: "Axis") -> None:
     """Puts the ticks of an axis at integers."""
     from matplotlib.ticker import MaxNLocator
