@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pyrovae.data.cells import parse_times
 from pyrovae.data.columns import (
     KINDS,
     Binary,
@@ -27,7 +28,6 @@ from pyrovae.data.columns import (
     Positive,
     Real,
     Time,
-    parse_times,
 )
 from pyrovae.data.summaries import Summary
 

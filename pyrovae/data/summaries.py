@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyrovae.data.columns import MAX_NUMBER, CellError, as_numbers, is_number, is_text, to_arrow
+from pyrovae.data.cells import MAX_NUMBER, CellError, as_numbers, is_number, is_text, to_arrow
 from pyrovae.data.reading import Dialect
 
 if TYPE_CHECKING:
