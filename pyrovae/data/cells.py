@@ -20,16 +20,6 @@ __all__ = [
     "refuse",
     "to_arrow",
 ]
-    "MAX_NUMBER",
-    "CellError",
-    "as_float64",
-    "as_numbers",
-    "is_number",
-    "is_text",
-    "parse_times",
-    "refuse",
-    "to_arrow",
-]
 
 MAX_NUMBER = float(np.finfo(np.float32).max)  # larger ones are infinite in the tensor
 
