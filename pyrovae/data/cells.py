@@ -47,7 +47,7 @@ def to_arrow(values: Any) -> "pa.Array":
     if not isinstance(values, pa.Array):
         values = pa.array(values, from_pandas=True)
     if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
+        values = to_arrow(values.dictionary).take(values.indices)
     # Of polars; few functions of Arrow take it.
     return values.cast(pa.large_string()) if str(values.type) == "string_view" else values
 
