@@ -1,14 +1,16 @@
 """Repair: parts of a datum that a mask hides, drawn given the parts that are seen."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
+from pyro.distributions import constraints
 from torch import Tensor
 
 from pyrovae.arguments import as_tensors
 from pyrovae.distributions import center
 from pyrovae.inference.running import evaluation_mode
-from pyrovae.inference.sites import in_support, independent_elements
+from pyrovae.inference.sites import in_support, independent_elements, innermost
 from pyrovae.parts import call, check_context, sample_prior
 from pyrovae.rows import number_type
 from pyrovae.vae import VAE
@@ -48,10 +50,11 @@ def repair(
         \min\!\left(1, \frac{p(x, z')\, q(z \mid x)}{p(x, z)\, q(z' \mid x)}\right), \qquad
         x_{\mathrm{hidden}} \sim p(x_{\mathrm{hidden}} \mid z)
 
-    Each draw is the end of a Markov chain of its own, Metropolis within Gibbs. Its stationary distribution is
-    :math:`p(x_{\mathrm{hidden}}, z \mid x_{\mathrm{seen}})`. The chains begin at draws from the prior, and take every
-    proposal in the first tenth of the steps. The mean is over the second half of the steps of all chains. For a
-    :class:`~pyrovae.structures.MissingDataVAE`, which is trained on data with holes, use its ``impute``.
+    Each draw is the end of a Markov chain of its own, Metropolis within Gibbs. For real latents, every second proposal
+    is a random step from z instead, as wide as :math:`q(z \mid x)` over the root of its dimensions. The stationary
+    distribution is :math:`p(x_{\mathrm{hidden}}, z \mid x_{\mathrm{seen}})`. The chains begin at draws from the prior,
+    and take every proposal in the first tenth of the steps. The mean is over the second half of the steps of all
+    chains. For a :class:`~pyrovae.structures.MissingDataVAE`, which is trained on data with holes, use its ``impute``.
 
     Args:
         vae: the VAE; its likelihood must have independent elements given z.
@@ -134,10 +137,13 @@ def _repair(vae: VAE, x: Tensor, mask: Tensor, context: Tensor | None, num_draws
     total, accepted, counted = torch.zeros_like(x), torch.zeros(len(x), device=x.device), 0
     for step in range(num_steps):
         q = vae.encode(x, context)
-        proposed = q.sample()
+        width = _width(q) if step % 2 and step >= num_steps // 10 else None
+        # Where the encoder misses the posterior, steps from z of its width move on; they are symmetric given x.
+        proposed = q.sample() if width is None else z + width * torch.randn_like(z)
         new = vae.decode(proposed, context)
-        log_ratio = prior.log_prob(proposed) + new.log_prob(x) - q.log_prob(proposed)
-        log_ratio = log_ratio - prior.log_prob(z) - likelihood.log_prob(x) + q.log_prob(z)
+        log_ratio = prior.log_prob(proposed) + new.log_prob(x) - prior.log_prob(z) - likelihood.log_prob(x)
+        if width is None:
+            log_ratio = log_ratio + q.log_prob(z) - q.log_prob(proposed)
         takes = torch.rand_like(accepted).log() < log_ratio
         if step < num_steps // 10:
             takes = torch.ones_like(takes)
@@ -151,3 +157,13 @@ def _repair(vae: VAE, x: Tensor, mask: Tensor, context: Tensor | None, num_draws
     return Repair(
         torch.where(mask, draws[0], mean), draws, (accepted / counted).unflatten(0, (num_draws, size)).mean(0)
     )
+
+
+def _width(q: Any) -> Tensor | None:
+    """Returns the widths of random steps for real latents; None for others, and where they are not known."""
+    if innermost(q.support) is not constraints.real and q.support is not constraints.real_vector:
+        return None
+    try:
+        return q.stddev / math.sqrt(q.event_shape[-1])
+    except NotImplementedError:
+        return None
