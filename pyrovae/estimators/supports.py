@@ -34,14 +34,14 @@ class Classes(NamedTuple):
 
     def encode(self, values: Tensor) -> Tensor:
         """Returns the numbers of some values, ``(*leading, *event)``; raises a ValueError for any other value."""
-        event = self.values.dim() - 1
-        # One number tells two values apart: one-hot vectors by the place of the one.
-        keys, order = _keys(self.values, event).sort()
-        wanted = _keys(values, event)
-        places = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-        if not torch.equal(keys[places], wanted):
+        event = list(range(1 - self.values.dim(), 0))
+        numbers = torch.full(values.shape[: values.dim() - len(event)], -1, device=values.device)
+        for number, value in enumerate(self.values):  # one by one: all at once may not fit in memory
+            equal = values == value
+            numbers[equal.all(dim=event) if event else equal] = number
+        if bool((numbers < 0).any()):
             raise ValueError("the guide draws discrete latents that are no values of the model's distribution.")
-        return order[places]
+        return numbers
 
     def decode(self, numbers: Tensor) -> Tensor:
         """Returns the values with some numbers."""
@@ -118,10 +118,3 @@ def discrete_support(site: dict, place: int) -> Classes | Counts | None:
 def sphere(fn: Any) -> Sphere:
     """Returns the support of latents on spheres."""
     return Sphere(getattr(fn.support, "event_shape", fn.event_shape)[-1])
-
-
-def _keys(values: Tensor, event: int) -> Tensor:
-    if event == 0:
-        return values.double().contiguous()
-    flat = values.flatten(-event).double()
-    return flat @ torch.arange(flat.shape[-1], dtype=torch.double, device=flat.device)

@@ -1,10 +1,12 @@
 r"""All latents of a datum as one vector of numbers with its log-densities, for gradients, grids and moves."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import SineBivariateVonMises, SineSkewed
 from torch import Tensor
 from torch.distributions import VonMises, constraints
 from torch.nn.functional import normalize
@@ -17,6 +19,7 @@ from pyrovae.estimators.task import Task, prior_of
 from pyrovae.inference.sites import is_sphere, sample_sites, unwrapped
 from pyrovae.inference.weights import SAMPLES, log_prob_of, per_datum
 
+_ANGLES = (VonMises, SineBivariateVonMises, SineSkewed)  # they state all real numbers as their support
 Support = Sphere | Classes | Counts | None  # None for real numbers
 
 
@@ -247,19 +250,20 @@ class Target:
             trace.nodes[site.name] = {**trace.nodes[site.name], "value": value}
         return trace, log_det
 
-    def _terms(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _terms(self, u: Tensor, task: Task | None = None) -> tuple[Tensor, Tensor]:
         r"""Returns :math:`\log q(u)`, and :math:`\log p(x \mid u)` if q is the prior, else :math:`\log p(x, u)`."""
+        task = self.task if task is None else task
         trace, log_det = self._unpack(u)
         chains = len(u)
         with pyro.validation_enabled(False):
-            prior, likelihood = self.task.score(trace, chains)
+            prior, likelihood = task.score(trace, chains)
             if self.start.is_prior:
                 return prior + log_det, likelihood.expand(u.shape[:2])
             if self._fixed is not None:
                 value = trace.nodes[self._fixed["name"]]["value"]
                 log_q = per_datum(self._fixed, log_prob_of({**self._fixed, "value": value}))
             else:
-                log_q = log_density(self.task, self.start.guide, trace, chains)
+                log_q = log_density(task, self.start.guide, trace, chains)
             return log_q + log_det, prior + likelihood + log_det
 
     @torch.no_grad()
@@ -281,7 +285,7 @@ class Target:
 
     @torch.no_grad()
     def _values(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = self._terms(u)
+        first, second = self._terms(u, replace(self.task, graphs=None))  # no graph inside of a graph
         return first, second if self.start.is_prior else second - first
 
     def variance(self, u: Tensor) -> Tensor:
@@ -354,7 +358,7 @@ class Target:
 def _support(node: dict) -> constraints.Constraint:
     """Returns the support of a site's latents; raises a ValueError where its distribution does not state it."""
     fn = node["fn"]
-    if isinstance(unwrapped(fn), VonMises):  # whose support torch states as all real numbers
+    if isinstance(unwrapped(fn), _ANGLES):
         return constraints.independent(constraints.interval(-torch.pi, torch.pi), len(fn.event_shape))
     try:
         return fn.support
