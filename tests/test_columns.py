@@ -14,6 +14,7 @@ from pyrovae.data import (
     Binary,
     Bounded,
     Category,
+    CellError,
     Column,
     Constant,
     Count,
@@ -165,7 +166,7 @@ BAD_CELLS = {
 @pytest.mark.parametrize("name", BAD_CELLS)
 def test_cells_that_do_not_fit_are_refused(name):
     column, cells, index, message = BAD_CELLS[name]
-    with pytest.raises(columns.CellError, match=message) as error:
+    with pytest.raises(CellError, match=message) as error:
         column.encode(cells)
     assert error.value.index == index
 

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 # Slow to import, and needed only for plots, some data sets and the command line.
-LAZY = ("torchvision", "matplotlib", "sklearn", "scipy", "jsonargparse", "zuko", "pandas", "PIL", "torch._dynamo")
+LAZY = (
+    "torchvision",
+    "matplotlib",
+    "pyarrow",
+    "sklearn",
+    "scipy",
+    "jsonargparse",
+    "zuko",
+    "pandas",
+    "PIL",
+    "torch._dynamo",
+)
 
 STATE = """
 import json, logging, os, random, sys, warnings

@@ -115,7 +115,7 @@ def test_copies_are_found():
     train, held_out, fresh = rows(400), rows(400), rows(400)
     copied = torch.cat([train[:200], fresh[:200]])
     found = synthetic_rows(train, held_out, copied, COLUMNS)
-    assert found.copies.equal >= 0.5 and found.copies.equal_held_out < 0.05
+    assert 0.5 <= found.copies.equal < 0.52 and found.copies.equal_held_out < 0.05
     assert found.copies.share > 0.7 and "the model copies rows" in found.verdict
     assert "copies" not in synthetic_rows(train, held_out, fresh, COLUMNS).verdict.replace("none are copied", "")
 

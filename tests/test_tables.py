@@ -1,6 +1,8 @@
 """Tables: what is found out about files, encoding them, and refusing what could be read in two ways."""
 
 import csv
+import datetime
+import decimal
 import gzip
 from pathlib import Path
 
@@ -428,9 +430,32 @@ def test_rows_that_are_no_row_numbers_are_refused():
             Schema.infer(frame, rows=np.array(rows))
 
 
-def test_lists_are_no_cells():
+def test_lists_and_durations_are_no_cells():
     with pytest.raises(ValueError, match="'a' holds list"):
         Schema.infer({"a": [[1, 2], [3]], "b": [1, 2]})
+    with pytest.raises(ValueError, match="'a' holds duration"):
+        Schema.infer({"a": np.arange(3).astype("timedelta64[s]"), "b": [1, 2, 3]})
+
+
+def test_other_types_of_pandas_and_polars():
+    """Categories, nullable numbers, decimals, enumerations and zones."""
+    pd, pl = pytest.importorskip("pandas"), pytest.importorskip("polars")
+    words, numbers = ["x", "y", "z"] * 10, [1, None, 3] * 10
+    times = pd.to_datetime(["2020-01-01 00:00", "2020-06-01 00:00", None] * 10).tz_localize("Europe/Berlin")
+    table = Table(pd.DataFrame({"w": pd.Categorical(words), "n": pd.array(numbers, dtype="Int64"), "t": times}))
+    assert [column.kind for column in table.schema.columns] == ["Category", "Binary", "Time"]
+    assert table.schema.decode(table.x)["t"].to_pylist()[1] == datetime.datetime(2020, 5, 31, 22)
+    assert table.notes == ["column 't' has times with a zone: they are taken, and written, in UTC"]
+    frame = pl.DataFrame(
+        {
+            "w": pl.Series(words, dtype=pl.Categorical),
+            "e": pl.Series(words, dtype=pl.Enum(["z", "x", "y"])),
+            "d": [decimal.Decimal("1.25") * i for i in range(30)],
+        }
+    )
+    table = Table(frame)
+    assert [column.kind for column in table.schema.columns] == ["Category", "Category", "Real"]
+    assert table.schema.decode(table.x).to_pylist() == [{**row, "d": float(row["d"])} for row in frame.to_dicts()]
 
 
 # The command line.

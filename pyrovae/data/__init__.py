@@ -2,11 +2,11 @@
 
 from pyrovae.data import images as images  # registers its data sets
 from pyrovae.data.batches import Batches
+from pyrovae.data.cells import CellError
 from pyrovae.data.columns import (
     Binary,
     Bounded,
     Category,
-    CellError,
     Column,
     Constant,
     Continuous,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from pyrovae.data.cells import MAX_NUMBER, CellError, as_float64, as_numbers, is_text, parse_times, refuse, to_arrow
 from pyrovae.distributions import Classes, Numbers
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ __all__ = [
     "Binary",
     "Bounded",
     "Category",
-    "CellError",
     "Column",
     "Constant",
     "Continuous",
@@ -37,22 +37,8 @@ __all__ = [
 
 Level = str | int | float | bool
 
-MAX_NUMBER = float(np.finfo(np.float32).max)  # larger ones are infinite in the tensor
 _OFF_GRID = 1e-3  # of a step: what rounding in double precision explains
 _SECONDS = {"day": 86400, "minute": 60, "second": 1}
-
-
-class CellError(ValueError):
-    """A cell that a column cannot hold.
-
-    Args:
-        index: its place among the values given.
-        problem: what is wrong, and what to do.
-    """
-
-    def __init__(self, index: int, problem: str):
-        super().__init__(f"value {index}: {problem}")
-        self.index, self.problem = index, problem
 
 
 @dataclass(frozen=True)
@@ -222,9 +208,9 @@ class Continuous(Modelled):
     def encode(self, values: Any) -> np.ndarray:
         v = as_numbers(values)
         here = ~np.isnan(v)
-        _refuse(here & (np.abs(v) > MAX_NUMBER), values, "is infinite; leave the cell empty if it is missing")
+        refuse(here & (np.abs(v) > MAX_NUMBER), values, "is infinite; leave the cell empty if it is missing")
         spike = np.isin(v, np.asarray(self.spikes, dtype=float)) if self.spikes else np.zeros(len(v), dtype=bool)
-        _refuse(
+        refuse(
             here & ~spike & ~self.is_inside(v),
             values,
             f"is outside the range of a {self.kind} column: {self.range_text}. Correct it, or change kind or range in "
@@ -233,7 +219,7 @@ class Continuous(Modelled):
         if self.step is not None:
             with np.errstate(invalid="ignore"):
                 off = np.abs(v / self.step - np.round(v / self.step)) > _OFF_GRID + 1e-9 * np.abs(v / self.step)
-            _refuse(
+            refuse(
                 here & ~spike & off,
                 values,
                 f"is not a multiple of the step {self.step:g}. Round it, or give a smaller step (or none) in the "
@@ -244,7 +230,7 @@ class Continuous(Modelled):
     def decode(self, x: Any) -> "pa.Array":
         import pyarrow as pa
 
-        encoded = _as_float64(x)
+        encoded = as_float64(x)
         v = encoded + self.origin
         if self.step is not None:
             v = np.round(v / self.step) * self.step
@@ -399,13 +385,13 @@ class Count(Modelled):
     def encode(self, values: Any) -> np.ndarray:
         v = as_numbers(values)
         here = ~np.isnan(v)
-        _refuse(here & ~((v >= 0) & (v == np.floor(v)) & (v < 2**24)), values, "is no count: 0, 1, 2, ...")
+        refuse(here & ~((v >= 0) & (v == np.floor(v)) & (v < 2**24)), values, "is no count: 0, 1, 2, ...")
         return v
 
     def decode(self, x: Any) -> "pa.Array":
         import pyarrow as pa
 
-        v = _as_float64(x)
+        v = as_float64(x)
         missing = np.isnan(v)
         return pa.array(np.where(missing, 0, np.round(v)).astype(np.int64), mask=missing)
 
@@ -465,7 +451,7 @@ class Discrete(Modelled):
             cells = pa.array(numbers, mask=np.isnan(numbers))
             codes = pc.index_in(cells, value_set=pa.array(self.levels, pa.float64()))
         unknown = pc.and_(cells.is_valid(), pc.is_null(codes)).to_numpy(zero_copy_only=False)
-        _refuse(
+        refuse(
             unknown,
             values,
             f"is none of the {self.num_levels} levels of the training data ({_listed(self.levels)}). Leave the cell "
@@ -476,11 +462,11 @@ class Discrete(Modelled):
     def decode(self, x: Any) -> "pa.Array":
         import pyarrow as pa
 
-        v = _as_float64(x)
+        v = as_float64(x)
         missing = np.isnan(v)
         codes = np.where(missing, 0, v).round().astype(np.int64)
         outside = (codes < 0) | (codes >= self.num_levels)
-        _refuse(outside, codes, f"is no code of {self.name!r}: 0 to {self.num_levels - 1}")
+        refuse(outside, codes, f"is no code of {self.name!r}: 0 to {self.num_levels - 1}")
         return pa.array(self.levels).take(pa.array(codes, mask=missing))
 
     def describe(self) -> str:
@@ -596,7 +582,7 @@ class Time(Modelled):
         if is_text(cells.type):
             times = parse_times(cells, self.format)
             unread = pc.and_(cells.is_valid(), pc.is_null(times)).to_numpy(zero_copy_only=False)
-            _refuse(unread, values, f"is no time of the format {self.format!r}")
+            refuse(unread, values, f"is no time of the format {self.format!r}")
         elif pa.types.is_null(cells.type):
             return np.full(len(cells), np.nan)
         elif pa.types.is_date(cells.type) or pa.types.is_timestamp(cells.type):
@@ -608,13 +594,13 @@ class Time(Modelled):
         start = (self._origin - datetime.datetime(1970, 1, 1)) // datetime.timedelta(microseconds=1)
         v = np.where(missing, np.nan, (micro - start) / (1e6 * _SECONDS[self.unit]))
         if self.step is not None:
-            _refuse(~missing & (v != np.round(v)), values, f"is not a whole {self.unit}, as in the training data")
+            refuse(~missing & (v != np.round(v)), values, f"is not a whole {self.unit}, as in the training data")
         return v
 
     def decode(self, x: Any) -> "pa.Array":
         import pyarrow as pa
 
-        v = _as_float64(x)
+        v = as_float64(x)
         v = v if self.step is None else np.round(v)
         missing = np.isnan(v)
         start = (self._origin - datetime.datetime(1970, 1, 1)) // datetime.timedelta(microseconds=1)
@@ -690,90 +676,8 @@ KINDS: dict[str, type[Column]] = {
 }
 
 
-def to_arrow(values: Any) -> "pa.Array":
-    """Returns any one-dimensional values as one Arrow array; NaN and None are null."""
-    import pyarrow as pa
-
-    if isinstance(values, pa.ChunkedArray):
-        values = values.combine_chunks()
-        values = pa.concat_arrays(values.chunks) if isinstance(values, pa.ChunkedArray) else values
-    if not isinstance(values, pa.Array):
-        values = pa.array(values, from_pandas=True)
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    # Of polars; few functions of Arrow take it.
-    return values.cast(pa.large_string()) if str(values.type) == "string_view" else values
-
-
-def as_numbers(values: Any) -> np.ndarray:
-    """Returns numbers, or text that holds numbers, as float64, NaN where missing.
-
-    Raises:
-        CellError: when text is no number.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    cells = to_arrow(values)
-    if is_text(cells.type):
-        try:
-            cells = pc.cast(cells, pa.float64())
-        except pa.ArrowInvalid:
-            for i, cell in enumerate(cells.to_pylist()):
-                if cell is not None and not is_number(cell):
-                    raise CellError(i, f"{cell!r} is not a number") from None
-            cells = pa.array([None if c is None else float(c) for c in cells.to_pylist()], pa.float64())
-    elif pa.types.is_temporal(cells.type) or pa.types.is_nested(cells.type):
-        raise CellError(0, f"is {cells.type}, not a number")
-    else:
-        cells = pc.cast(cells, pa.float64(), safe=False)
-    return np.array(pc.fill_null(cells, math.nan).to_numpy(zero_copy_only=False))  # a copy that may be written to
-
-
-def parse_times(cells: "pa.Array", format: str) -> "pa.Array":
-    """Returns text as timestamps without a zone (UTC, if the text names one), null where it is no time."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if format != "iso":
-        return pc.cast(pc.strptime(cells, format=format, unit="s", error_is_null=True), pa.timestamp("us"))
-    try:
-        return pc.cast(cells, pa.timestamp("us"))
-    except pa.ArrowInvalid:  # one cell at a time: some are no times, or have a zone
-        return pa.array([_iso_time(cell) for cell in cells.to_pylist()], pa.timestamp("us"))
-
-
-def is_text(type: "pa.DataType") -> bool:
-    """Returns whether an Arrow type holds text."""
-    return str(type) in ("string", "large_string")
-
-
-def is_number(cell: str) -> bool:
-    """Returns whether text is a number, as Python reads it but without underscores."""
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return "_" not in cell
-
-
-def _iso_time(cell: str | None) -> datetime.datetime | None:
-    try:
-        time = datetime.datetime.fromisoformat(cell or "")
-    except ValueError:
-        return None
-    return time.astimezone(datetime.timezone.utc).replace(tzinfo=None) if time.tzinfo else time
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _as_float64(x: Any) -> np.ndarray:
-    v = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=np.float64)
-    if v.ndim != 1:
-        raise ValueError(f"x must be one column, got shape {v.shape}.")
-    return v
 
 
 def _check_numbers(column: Column, *names: str) -> None:
@@ -781,15 +685,6 @@ def _check_numbers(column: Column, *names: str) -> None:
         value = getattr(column, name)
         if not _is_number(value) or not math.isfinite(value):
             raise ValueError(f"column {column.name!r}: {name} must be a finite number, got {value!r}.")
-
-
-def _refuse(wrong: np.ndarray, values: Any, problem: str) -> None:
-    """Raises a CellError for the first value that is wrong."""
-    if wrong.any():
-        index = int(wrong.argmax())
-        value = values[index]
-        value = value.as_py() if hasattr(value, "as_py") else value
-        raise CellError(index, f"{value!r} {problem}")
 
 
 def _listed(values: tuple, most: int = 6) -> str:

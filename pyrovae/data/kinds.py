@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pyrovae.data.cells import parse_times
 from pyrovae.data.columns import (
     KINDS,
     Binary,
@@ -27,7 +28,6 @@ from pyrovae.data.columns import (
     Positive,
     Real,
     Time,
-    parse_times,
 )
 from pyrovae.data.summaries import Summary
 
@@ -53,6 +53,7 @@ _DATES = ("%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y"
 _FORMATS = _DATES + tuple(
     f"{date}{time}" for date in _DATES for time in (" %H:%M:%S", " %H:%M", "T%H:%M:%S", "T%H:%M:%SZ", "T%H:%M")
 )
+_ZONE = re.compile(r".*(Z|[+-]\d\d:?\d\d)")
 _COMMA_DECIMAL = re.compile(r"[+-]?\d+,\d+|[+-]?\d{1,3}(\.\d{3})+,\d+")
 _COMMA_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 _WITH_SIGN = re.compile(r"[$€£¥]\s?[+-]?[\d.,]*\d|[+-]?[\d.,]*\d\s?([%€$£¥]|[a-zA-Z]{1,3})")
@@ -100,6 +101,8 @@ def column_of(summary: Summary, override: Override | None = None) -> tuple[Colum
         column, notes = _text(summary)
     if given:
         column = Column.from_dict(column.to_dict() | given)
+    if isinstance(column, Time) and _has_zone(summary, column):
+        notes.append("has times with a zone: they are taken, and written, in UTC")
     if isinstance(column, (Continuous, Time)) and column.step is None and _is_rounded(summary, column):
         notes.append("has more steps than float32 can tell apart: it is kept to 7 digits")
     content = column.to_dict() | ({"missing": _tidy(summary.missing)} if summary.missing else {})
@@ -167,6 +170,12 @@ def _of_kind(cls: type[Column], summary: Summary, given: dict[str, Any]) -> Colu
     if cls is Constant:
         return Constant(name, value=given.get("value", _plain(next(iter(counts))) if counts else None))
     return Identifier(name, numbers=summary.numeric and summary.present > 0)
+
+
+def _has_zone(summary: Summary, column: Time) -> bool:
+    if "tz=" in str(summary.type):
+        return True
+    return column.format == "iso" and any(map(_ZONE.fullmatch, _words(summary)))
 
 
 def _is_rounded(summary: Summary, column: Continuous | Time) -> bool:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyrovae.data.columns import CellError, is_number, is_text, to_arrow
+from pyrovae.data.cells import CellError, is_number, is_text, to_arrow
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,7 +12,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from pyrovae.data.columns import CellError, Column, Constant, Continuous, Count, Discrete, LeftOut, Modelled, is_text
+from pyrovae.data.cells import CellError, is_text
+from pyrovae.data.columns import Column, Constant, Continuous, Count, Discrete, LeftOut, Modelled
 from pyrovae.data.kinds import Override, column_of, decimal_signs
 from pyrovae.data.reading import Dialect, Source, as_table, open_source
 from pyrovae.data.summaries import Summary
