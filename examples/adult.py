@@ -20,7 +20,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.experimental import enable_iterative_imputer  # noqa: F401 (IterativeImputer needs it)
 from sklearn.impute import IterativeImputer, KNNImputer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.tree import DecisionTreeClassifier
 
@@ -91,7 +91,7 @@ def impute_by(imputer, known, holes, columns):
         return torch.cat(parts, dim=1).numpy()
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of IterativeImputer: three rounds are enough
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of IterativeImputer: five rounds are enough
         done = torch.from_numpy(imputer.fit(expand(known)).transform(expand(holes))).float()
     filled, at = holes.clone(), 0
     for d, column in enumerate(columns):
@@ -185,7 +185,9 @@ def main(args):
         "median and mode": torch.where(hidden, middle, complete),
         "10 nearest neighbours": impute_by(KNNImputer(n_neighbors=10, keep_empty_features=True), known, holes, columns),
         "IterativeImputer": impute_by(
-            IterativeImputer(max_iter=3, min_value=-5, max_value=5, keep_empty_features=True, random_state=0),
+            IterativeImputer(
+                Ridge(10.0), max_iter=5, min_value=-5, max_value=5, keep_empty_features=True, random_state=0
+            ),
             known,
             holes,
             columns,
