@@ -9,6 +9,7 @@ real ones; hidden cells of test rows are imputed by the VAE and by scikit-learn.
 
 import argparse
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,10 @@ import numpy as np
 import pyro
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.experimental import enable_iterative_imputer  # noqa: F401 (IterativeImputer needs it)
 from sklearn.impute import IterativeImputer, KNNImputer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.tree import DecisionTreeClassifier
 
@@ -70,6 +72,34 @@ def classify(x, test, columns):
         p = classifier.predict_proba((tested - mean) / scale)[:, 1]
         scores[name] = f1_score(test[:, -1], p > 0.5), roc_auc_score(test[:, -1], p)
     return scores
+
+
+def impute_by(imputer, known, holes, columns):
+    """Fills holes by a method of scikit-learn, with standardised numbers and one-hot classes."""
+    mean = torch.nan_to_num(known).mean(0)
+    scale = torch.nan_to_num(known).std(0) + 1e-9
+
+    def expand(x):
+        parts = []
+        for d, column in enumerate(columns):
+            cells = x[:, d : d + 1]
+            if isinstance(column, Discrete):
+                levels = (cells == torch.arange(column.num_levels)).float()
+                parts.append(torch.where(cells.isnan(), torch.nan, levels))
+            else:
+                parts.append((cells - mean[d]) / scale[d])
+        return torch.cat(parts, dim=1).numpy()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of IterativeImputer: five rounds are enough
+        done = torch.from_numpy(imputer.fit(expand(known)).transform(expand(holes))).float()
+    filled, at = holes.clone(), 0
+    for d, column in enumerate(columns):
+        width = column.num_levels if isinstance(column, Discrete) else 1
+        part, at = done[:, at : at + width], at + width
+        value = part.argmax(1).float() if width > 1 else part[:, 0] * scale[d] + mean[d]
+        filled[:, d] = torch.where(holes[:, d].isnan(), value, holes[:, d])
+    return filled
 
 
 def imputation_errors(filled, truth, hidden, columns, train):
@@ -153,8 +183,15 @@ def main(args):
     filled = {
         "VAE": torch.where(is_class, imputed.draws.mode(0).values, imputed.draws.mean(0)),
         "median and mode": torch.where(hidden, middle, complete),
-        "10 nearest neighbours": torch.from_numpy(KNNImputer(n_neighbors=10).fit(known).transform(holes)),
-        "IterativeImputer": torch.from_numpy(IterativeImputer(random_state=0).fit(known).transform(holes)),
+        "10 nearest neighbours": impute_by(KNNImputer(n_neighbors=10, keep_empty_features=True), known, holes, columns),
+        "IterativeImputer": impute_by(
+            IterativeImputer(
+                Ridge(10.0), max_iter=5, min_value=-5, max_value=5, keep_empty_features=True, random_state=0
+            ),
+            known,
+            holes,
+            columns,
+        ),
     }
     print("\nhidden cells: error of numbers in standard deviations, share of wrong classes")
     for name, completed in filled.items():
