@@ -85,6 +85,9 @@ def test_of_several_ratings_the_last_is_taken(tmp_path):
         ("1,2,3,4\n1,3,4,inf\n", {"timestamp": 3}, "line 2: the timestamp must be a finite number"),
         ("1,2,3\n,3,3\n", {}, "line 2: the user is empty"),
         ("1,2,3\n1,3,0\n", {}, "user 1 rates item 3 0, which no sparse matrix tells from no rating"),
+        ("1,2,3\n1,3,1e-60\n", {}, "user 1 rates item 3 0, which no sparse matrix tells from no rating"),
+        ('1,"Alien,3\n1,Brazil,4\n2,"Dune",3\n', {}, "line 1: a cell goes on in the next line"),
+        (b"1,\xff,3\n", {}, "is damaged, or no text in UTF-8"),
         ("1,2,3\n", {"threshold": 4}, "nothing is left of 1 ratings by threshold=4 and min_ratings=1"),
         ("1,2,3\n", {"min_ratings": 0}, "min_ratings must be an integer of at least 1, got 0"),
         ("1,2,3\n", {"rating": None, "threshold": 4}, "threshold compares ratings, but rating=None"),
@@ -161,6 +164,9 @@ def test_the_split_depends_on_the_seed_alone():
     entries = coo.data[order], (coo.coords[0][order], coo.coords[1][order])
     stored_otherwise = ratings._replace(x=coo_array(entries, coo.shape))
     moved = hold_out_users(stored_otherwise, validation=10, test=15, seed=3)
+    assert (first.test.held_out != moved.test.held_out).nnz == 0
+    halves = ratings._replace(x=coo_array((np.tile(coo.data / 2, 2), np.tile(coo.coords, 2)), coo.shape))
+    moved = hold_out_users(halves, validation=10, test=15, seed=3)
     assert (first.test.held_out != moved.test.held_out).nnz == 0
     # Published numbers depend on the split: it must never change.
     assert first.test.users.tolist()[:5] == SPLIT["users"]

@@ -142,8 +142,9 @@ def load_ratings(
     row, column, values = row[last], column[last], values[last]
 
     if threshold is None:
-        if (values == 0).any():
-            i = int(np.flatnonzero(values == 0)[0])
+        zero = np.flatnonzero(values.astype(np.float32) == 0)
+        if len(zero):
+            i = int(zero[0])
             raise ValueError(
                 f"{path}: user {user_ids[row[i]]} rates item {item_ids[column[i]]} 0, which no sparse matrix tells "
                 "from no rating. Write other numbers, or give a threshold."
@@ -200,8 +201,8 @@ def hold_out_users(ratings: Ratings, *, validation: int, test: int, share: float
     if not 0 < share < 1:
         raise ValueError(f"share must be above 0 and below 1, got {share}.")
     x = ratings.x.tocsr(copy=True)
+    x.sum_duplicates()  # which sorts too: what is drawn must not depend on how the matrix is stored
     x.eliminate_zeros()
-    x.sort_indices()  # which item is drawn must not depend on how the matrix is stored
     num_train = x.shape[0] - validation - test
     if num_train < 1:
         raise ValueError(
@@ -255,16 +256,24 @@ def _in_order(names: list[str]) -> tuple[np.ndarray, np.ndarray]:
 def _lines(path: Path, separator: str | None) -> Iterator[tuple[int, list[str]]]:
     """Yields the cells of each line that is not empty, with its number from 1."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        if separator is None:
-            first = next((line for line in file if line.strip()), "")
-            separator = next((s for s in _SEPARATORS if s in first.strip()), ",")
-            file.seek(0)
-        # The module csv knows quotes, but separators of one character alone.
-        cells = csv.reader(file, delimiter=separator) if len(separator) == 1 else (x.split(separator) for x in file)
-        for number, line in enumerate(cells, start=1):
-            line = [cell.strip() for cell in line]
-            if any(line):
-                yield number, line
+        try:
+            if separator is None:
+                first = next((line for line in file if line.strip()), "")
+                separator = next((s for s in _SEPARATORS if s in first.strip()), ",")
+                file.seek(0)
+            # The module csv knows quotes, but separators of one character alone.
+            rows = csv.reader(file, delimiter=separator) if len(separator) == 1 else (x.split(separator) for x in file)
+            for number, row in enumerate(rows, start=1):
+                cells = [cell.strip() for cell in row]
+                if any("\n" in cell for cell in cells):
+                    raise ValueError(
+                        f"{path}, line {number}: a cell goes on in the next line, as after a quote that is not closed. "
+                        "Close the quote, or leave that column out of the file."
+                    )
+                if any(cells):
+                    yield number, cells
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is damaged, or no text in UTF-8 ({error}). Convert it to UTF-8.") from error
 
 
 def _read(path: Path, columns: dict[str, int | str], separator: str | None) -> tuple[_Names, _Names, array, array]:
