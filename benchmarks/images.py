@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,15 +168,18 @@ def draw(scores: Sequence[Scores]) -> Figure:
 def trusted_scores(args: argparse.Namespace) -> str:
     """Returns the README's part on how far the usual number is off, after drawing its picture."""
     roots = {"mnist": args.data_root, "fashion-mnist": args.fashion_root or args.data_root}
-    scores = []
+    records = json.loads(RECORD.read_text()) if RECORD.exists() else []
+    known = {(record["data"], record["model"]): Scores(**record) for record in records}
     for data_set in DATA_SETS:
-        for name in MODELS:
+        for name in args.models:
             vae, x = trained(name, data_set, roots[data_set])
             pyro.set_rng_seed(0)
-            scores.append(scored(data_set, name, vae, x[: args.test_images], args.checked))
-            print(scores[-1]._replace(differences=[]), flush=True)
-    RECORD.write_text(json.dumps([score._asdict() for score in scores], indent=1) + "\n")
-    draw(scores).savefig(PICTURE, dpi=120)
+            known[data_set, name] = scored(data_set, name, vae, x[: args.test_images], args.checked)
+            print(known[data_set, name]._replace(differences=[]), flush=True)
+    scores = [known[key] for key in product(DATA_SETS, MODELS) if key in known]
+    if not args.smoke:
+        RECORD.write_text(json.dumps([score._asdict() for score in scores], indent=1) + "\n")
+        draw(scores).savefig(PICTURE, dpi=120)
     rows = [
         [
             score.data,
