@@ -133,7 +133,7 @@ def test_annealing_finds_what_a_bad_guide_does_not():
     bad = score(ImportanceSampling(1000))
     assert ((expected - bad.value) > 3 * bad.standard_error).float().mean() > 0.9
     assert (bad.khat > 0.7).float().mean() > 0.9
-    assert bad.remedy == "Score them by method=AnnealedImportanceSampling()."
+    assert bad.remedy == "Score them by method=UntilTrusted()."
     assert "not to be trusted: 6" in str(bad) or "not to be trusted: 5" in str(bad)
 
     good = score(AnnealedImportanceSampling())

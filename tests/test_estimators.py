@@ -664,4 +664,4 @@ def test_latents_on_a_sphere_are_sent_to_annealing():
     vae.likelihood.log_scale.data.fill_(-4.0)  # a posterior far narrower than the guide's
     estimate = log_marginal(vae.model, vae.guide, torch.randn(5, 20), num_samples=100, progress=False)
     assert not estimate.trusted.all()
-    assert estimate.remedy == "Score them by method=AnnealedImportanceSampling()."
+    assert estimate.remedy == "Score them by method=UntilTrusted()."

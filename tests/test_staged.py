@@ -442,3 +442,47 @@ def test_a_check_that_disagrees_takes_trust_away():
     assert not found.trusted[is_checked].any()
     assert found.trusted[~is_checked].all()
     assert "nats on 4 data" in str(found) and "they disagree: trust neither" in str(found)
+
+
+def squares(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.5))
+        scale = torch.tensor([0.1, 1.0]).double()
+        pyro.sample("x", dist.Normal(torch.stack([z.square(), z], dim=-1), scale).to_event(1), obs=x)
+
+
+def wrong_root(x):
+    with pyro.plate("data", len(x)):
+        root = x[:, 0].clamp(min=0.01).sqrt()
+        pyro.sample("z", dist.Normal(-x[:, 1].sign() * root, 0.05 / root))
+
+
+def test_a_guide_on_the_wrong_mode_is_not_trusted():
+    z = 1.5 * torch.randn(30).double()
+    x = torch.stack([z.square() + 0.1 * torch.randn(30), z + torch.randn(30)], dim=-1)
+    x = x[x[:, 0] > 1]  # two modes, well apart
+    truth = score(squares, None, x, method=Quadrature(10_000)).value
+    # By its weights, the guide looks perfect.
+    alone = score(squares, wrong_root, x, method=ImportanceSampling(2000))
+    assert (alone.trusted & (alone.value < truth - 0.4)).sum() >= 5
+    found = score(squares, wrong_root, x, method=UntilTrusted())
+    off = (found.value - truth).abs() > ERRORS * found.standard_error + 1e-3
+    assert not (off & found.trusted).any()
+    assert found.trusted.sum() >= len(x) - 1
+
+
+def test_equal_draws_are_not_trusted():
+    def narrow(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x + 1, 1e-9))
+
+    def single(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([1.0, 2.0, 3.0])
+    assert not score(single, narrow, x, method=ImportanceSampling(1000)).trusted.any()
+    found = score(single, narrow, x)
+    truth = dist.Normal(torch.zeros(3), math.sqrt(2)).log_prob(x)
+    assert ((found.value - truth).abs() < ERRORS * found.standard_error + 1e-5).all() and found.trusted.all()

@@ -121,7 +121,7 @@ class Estimator(ABC):
             return "Score them by method=Enumeration(), or AnnealedImportanceSampling() for many combinations."
         if structure.without_bijection:  # annealing cannot move these
             return "Draw more samples."
-        return "Score them by method=AnnealedImportanceSampling()."
+        return "Score them by method=UntilTrusted()."
 
     def __repr__(self) -> str:
         return described(self)

@@ -16,7 +16,7 @@ from pyrovae.estimators.task import Task
 
 _MEAN_DRAWS = 64  # of the guide, whose mean is the first start
 _LEAST_STARTS = 16  # from the prior, in all data of a part
-_MORE_STARTS = 6  # for all data of a part, if one of them has several modes
+_MORE_STARTS = 12  # for all data of a part, if one of them has several modes
 _FAINT = 5.0  # nats of mass below the largest, under which a mode is left out
 
 

@@ -70,13 +70,15 @@ class UntilTrusted(Estimator):
     The default stages depend on the latents:
 
     - discrete: :class:`Enumeration` of up to 10,000 combinations of values;
-    - continuous: importance sampling with the guide, importance sampling with :class:`Laplace`, with few draws and with
-      many, and annealing from it.
-      Above 300 dimensions, :class:`Laplace` takes too long: annealing starts from the guide;
-    - on a sphere, alone or with others: importance sampling with the guide, and annealing from it;
-    - discrete with more combinations, alone or with others: annealing from the prior, and from the guide. Importance
-      sampling with the guide is not trusted there; it serves for lack of time, and is compared as pilot runs are;
+    - continuous: importance sampling with :class:`Laplace`, with few draws and with many, and annealing from it;
+      above 300 dimensions, where :class:`Laplace` takes too long, annealing from the prior, and from the guide;
+    - on a sphere, or discrete with more combinations, alone or with others: annealing from the prior, and from the
+      guide;
     - in a space without moves: importance sampling with the guide, with few draws or with many.
+
+    A guide that knows one of several modes looks perfect by its weights. It therefore scores no datum where other
+    stages look for modes: a pilot run of importance sampling with it is compared with them, and it serves for lack of
+    time.
 
     If model and guide do not run on some of the data alone, a stage runs on all data, and the results of those that it
     does not serve are dropped.
@@ -90,8 +92,8 @@ class UntilTrusted(Estimator):
             are scored by the first stage, with the draws of another pilot run: they are not trusted, and counted. That
             is done even if it takes longer than the budget. None for no limit.
         num_checked: data, drawn at random, that are estimated a second time by `check`: the summary has the mean
-            difference with its error, and a datum where the two are more than four standard errors apart is not
-            trusted. Its time is not in the budget.
+            difference with its error. A datum where the two are more than four standard errors apart is not trusted,
+            and no datum is if the mean difference is above three. Its time is not in the budget.
         check: the estimator of the second time; annealing from the prior with 100 chains and 1,000 temperatures by
             default, which shares neither guide nor modes with the stages.
 
@@ -154,21 +156,30 @@ class UntilTrusted(Estimator):
         return found if self.num_checked == 0 else self._checked(task, found)
 
     def _checked(self, task: Task, found: Estimate) -> Estimate:
-        """Adds second estimates of some data, and trusts no datum for which they are far from the first."""
+        """Adds second estimates of some data, and trusts none for which they are far from the first.
+
+        If they disagree on average, the other data are not trusted either.
+        """
         rows = torch.randperm(task.size)[: self.num_checked].sort().values
         second = _run(self.check, task, rows)
         check, check_error = (torch.full_like(found.value, math.nan) for _ in range(2))
+        rows = rows[second.trusted.cpu()]
+        second = _take(second, second.trusted)
         check[rows], check_error[rows] = second.value.to(check), second.standard_error.to(check)
         bound = _DISAGREEMENT * (found.standard_error.square() + check_error.square()).sqrt()
         reliable = found.diagnostics["reliable"] & ~((check - found.value).abs() > bound)
-        diagnostics = found.diagnostics | {"reliable": reliable, "check": check, "check_error": check_error}
-        return replace(found, diagnostics=diagnostics)
+        diagnostics = found.diagnostics | {"check": check, "check_error": check_error}
+        difference, error, _ = _disagreement(replace(found, diagnostics=diagnostics))
+        if abs(difference) > _AGREEMENT * error:
+            reliable = torch.zeros_like(reliable)
+        return replace(found, diagnostics=diagnostics | {"reliable": reliable})
 
     def _estimate(self, task: Task) -> Estimate:
-        numbers, largest = (range(len(self.stages)), task.size) if self.stages is not None else _choose_stages(task)
+        plan = _choose_stages(task) if self.stages is None else _Plan(range(len(self.stages)), task.size)
+        numbers, largest, compared = plan
         stages = [_Stage(number, self._all_stages[number]) for number in numbers]
         task.start(task.size, "datum")
-        clock, result, left = _Clock(self.seconds, stages[0]), _Result(), torch.arange(task.size)
+        clock, result, left = _Clock(self.seconds, stages[0]), _Result(compared), torch.arange(task.size)
         for stage in stages:
             passed_on = [left[:0]]
             while len(left):
@@ -201,6 +212,8 @@ class UntilTrusted(Estimator):
             smaller = self._smaller(estimator)
             pilot = _run(smaller, task, rows)
         result.compare(rows, pilot)
+        if stage.number in result.compared:
+            return rows
         error = pilot.standard_error * math.sqrt(smaller.num_samples / estimator.num_samples)
         good = (pilot.trusted & ~(pilot.khat > _PILOT_KHAT) & (error <= self.target)).cpu()
         if good.any():
@@ -238,12 +251,9 @@ class UntilTrusted(Estimator):
 
     def _describe_check(self, estimate: Estimate) -> str:
         """Returns the line on the second estimates."""
-        check, check_error = estimate.diagnostics["check"], estimate.diagnostics["check_error"]
-        is_checked = ~check.isnan()
-        n = int(is_checked.sum())
-        difference = (check - estimate.value)[is_checked].double().mean().item()
-        variances = (check_error.square() + estimate.standard_error.square())[is_checked].double()
-        error = variances.sum().sqrt().item() / n
+        difference, error, n = _disagreement(estimate)
+        if n == 0:
+            return f"check by {_name(self.check)}: none of its estimates is to be trusted\n"
         verdict = "they agree" if abs(difference) <= _AGREEMENT * error else "they disagree: trust neither"
         return (
             f"checked by {_name(self.check)}: {difference:+.3f} nats on {n:,} data (standard error: {error:.3f}); "
@@ -341,7 +351,8 @@ class _Clock:
 class _Result:
     """The runs that count, and the pilot runs, with the indices of their data."""
 
-    def __init__(self) -> None:
+    def __init__(self, compared: frozenset[int]) -> None:
+        self.compared = compared  # numbers of the stages whose pilot runs are compared, and that score no data
         self.parts: list[tuple[Tensor, Estimate, int]] = []
         self.pilots: list[tuple[Tensor, Estimate]] = []
 
@@ -371,13 +382,25 @@ class _Result:
         return Estimate(value, error, ess, khat, num_samples, method, diagnostics)
 
 
-def _choose_stages(task: Task) -> tuple[list[int], int]:
-    """Returns the numbers of the default stages for a model's latents, and how many data fit in memory at once."""
+class _Plan(NamedTuple):
+    """The numbers of the stages, how many data fit in memory at once, and stages that are compared alone."""
+
+    numbers: Sequence[int]
+    largest: int
+    compared: frozenset[int] = frozenset()
+
+
+def _choose_stages(task: Task) -> _Plan:
+    """Returns the default stages for a model's latents.
+
+    A guide that covers one of several modes looks perfect by its weights. Where other stages look for modes, its pilot
+    run is only compared with them.
+    """
     structure = task.structure
     if structure.latents == structure.discrete:
         try:
             _ENUMERATE.plan(task)
-            return [_ENUMERATION], task.size
+            return _Plan([_ENUMERATION], task.size)
         except ValueError:  # too many
             pass
     few = replace(task.rows(slice(0, 2)), graphs=None)
@@ -385,11 +408,14 @@ def _choose_stages(task: Task) -> tuple[list[int], int]:
     try:
         dim = Target(few, prior).dim
     except ValueError:  # not only real numbers
-        return _stages_without_gradients(few, prior), task.size
+        return _stages_without_gradients(few, prior, task.size)
+    guide = frozenset([_GUIDE])
     if dim > _MAX_DIM:
-        return [_GUIDE, _MANY if structure.auxiliary else _FROM_GUIDE], task.size
+        numbers = [_GUIDE, _FROM_PRIOR] if structure.auxiliary else [_GUIDE, _FROM_PRIOR, _FROM_GUIDE]
+        return _Plan(numbers, task.size, guide)
     # Laplace's approximation holds some matrices of double precision for each datum.
-    return [_GUIDE, _LAPLACE, _MORE_LAPLACE, _ANNEALING], max(2, clamp(task.max_memory / (40 * dim**2), task.size))
+    largest = max(2, clamp(task.max_memory / (40 * dim**2), task.size))
+    return _Plan([_GUIDE, _LAPLACE, _MORE_LAPLACE, _ANNEALING], largest, guide)
 
 
 def _part(task: Task, rows: Tensor) -> Task:
@@ -399,18 +425,19 @@ def _part(task: Task, rows: Tensor) -> Task:
     return replace(task.rows(rows), bar=tqdm(disable=True))
 
 
-def _stages_without_gradients(few: Task, prior: WeightedGuide) -> list[int]:
+def _stages_without_gradients(few: Task, prior: WeightedGuide, size: int) -> _Plan:
     """Returns the stages for latents that are not all mapped to real numbers."""
     try:
         u = Target(few, prior, real=False).draw(1)
     except ValueError:  # no moves
-        return [_GUIDE, _MANY]
+        return _Plan([_GUIDE, _MANY], size)
+    guide = frozenset([_GUIDE])
     try:
         Target(few, WeightedGuide(few.guide), real=False).values(u)
     except (KeyError, NotImplementedError, ValueError):  # a guide whose density is known at its own draws alone
-        return [_GUIDE, _FROM_PRIOR]
-    # Guides of discrete latents are often far too sure of a value, and hide the others from chains that start there.
-    return [_GUIDE, *([_FROM_PRIOR] if few.structure.discrete else []), _FROM_GUIDE]
+        return _Plan([_GUIDE, _FROM_PRIOR], size, guide)
+    # Guides are often far too sure of a value or a mode, and hide the others from chains that start there.
+    return _Plan([_GUIDE, _FROM_PRIOR, _FROM_GUIDE], size, guide)
 
 
 def _run(estimator: Estimator, task: Task, rows: Tensor) -> Estimate:
@@ -424,6 +451,17 @@ def _take(estimate: Estimate, rows: Tensor | slice) -> Estimate:
     rows = rows if isinstance(rows, slice) else rows.to(estimate.value.device)
     columns = {name: getattr(estimate, name)[rows] for name in _COLUMNS}
     return replace(estimate, **columns, diagnostics={name: x[rows] for name, x in estimate.diagnostics.items()})
+
+
+def _disagreement(estimate: Estimate) -> tuple[float, float, int]:
+    """Returns the mean difference of the second estimates, its standard error, and their number."""
+    check, check_error = estimate.diagnostics["check"], estimate.diagnostics["check_error"]
+    is_checked = ~check.isnan()
+    n = int(is_checked.sum())
+    if n == 0:
+        return 0.0, math.inf, 0
+    variances = (check_error.square() + estimate.standard_error.square())[is_checked].double()
+    return (check - estimate.value)[is_checked].double().mean().item(), variances.sum().sqrt().item() / n, n
 
 
 def _name(stage: Estimator) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor
 
@@ -72,6 +73,7 @@ class _Weighted(Estimator):
         ]
         counts = [n for n in counts if n]
         sums, checked = WeightSums(self.num_samples, self.order), False
+        is_point = torch.tensor(False)
         for draws in draw_mixture(task, mixture, counts, num_drawn, num_scored):
             # The first score of a datum checks it; others skip Pyro's validation, which takes time.
             check = not checked and task.graphs is None
@@ -81,9 +83,13 @@ class _Weighted(Estimator):
             with nullcontext() if check else pyro.validation_enabled(False):
                 prior, likelihood = task.score(draws.trace, draws.num_draws, check_data=check)
                 log_q = draws.log_q if len(mixture) == 1 else log_mixture(task, mixture, draws, prior)
+            if draws.num_draws > 1:
+                is_point = is_point | draws_are_equal(draws.trace, task.structure)
             sums.add(prior + likelihood - log_q)
             task.advance(draws.num_draws * task.size)
         estimate = sums.estimate(self, self.smoothed)
+        # Equal draws have equal weights, which say nothing: the proposal is too narrow for the precision of numbers.
+        estimate = replace(estimate, khat=torch.where(is_point.to(estimate.khat.device), math.inf, estimate.khat))
         if task.structure.discrete:  # equal weights may be those of the only value that was ever drawn
             return replace(estimate, khat=torch.full_like(estimate.khat, math.nan))
         return estimate
@@ -163,6 +169,24 @@ class CUBO(_Weighted):
 
     def remedy(self, structure: SiteStructure) -> str:
         return "It may be below log p(x): take a lower order, or more samples."
+
+
+def draws_are_equal(trace: poutine.Trace, structure: SiteStructure) -> Tensor:
+    """Returns whether some element of a datum's continuous latents is the same in all draws, ``(batch,)``."""
+    found = []
+    for name, site in sample_sites(trace).items():
+        fn = site["fn"]
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        if site["is_observed"] or name in structure.discrete or isinstance(fn, dist.Delta):
+            continue
+        value = site["value"].detach()
+        if value.dim() <= structure.data_index or len(value) < 2 or not value.is_floating_point():
+            continue
+        is_equal = (value == value[:1]).all(0, keepdim=True).movedim(structure.data_index, 0).flatten(1).any(1)
+        found.append(is_equal)
+    size = max((len(f) for f in found), default=1)
+    return torch.stack([f.expand(size) for f in found]).any(0) if found else torch.tensor(False)
 
 
 def apportion(total: int, shares: list[float]) -> list[int]:
