@@ -373,9 +373,10 @@ class _Result:
         value, error, ess, khat = (in_order([getattr(part, name) for _, part, _ in self.parts]) for name in _COLUMNS)
         stage = in_order([torch.full_like(part.value, number, dtype=torch.long) for _, part, number in self.parts])
         reliable = in_order([part.trusted for _, part, _ in self.parts]) & (stage >= 0)
+        rounding = math.sqrt(torch.finfo(value.dtype).eps)
         for rows, pilot in self.pilots:
             rows = rows.to(value.device)
-            bound = _AGREEMENT * (pilot.standard_error.square() + error[rows].square()).sqrt()
+            bound = _AGREEMENT * (pilot.standard_error.square() + error[rows].square()).sqrt() + rounding
             reliable[rows] &= ~(pilot.value - value[rows] > bound)
         num_samples = max(part.num_samples for _, part, _ in self.parts)
         diagnostics = {"stage": stage, "reliable": reliable}
