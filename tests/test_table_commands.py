@@ -12,7 +12,7 @@ import pyrovae
 from pyrovae import data, log_marginal
 from pyrovae.cli import main
 from pyrovae.cli.rows import draw_given, explain
-from pyrovae.data import Binary, Category, Count, Real, Schema
+from pyrovae.data import Binary, Category, Count, Dialect, Real, Schema
 from pyrovae.likelihoods import Tabular
 from pyrovae.structures import TableFeatures, fit_independent_columns, log_prob_of_cells, table_vae
 
@@ -287,3 +287,16 @@ def test_runs_of_one_table_are_compared_in_the_units_of_the_file(run, people, tm
     main(["train", *numbers, "--run", str(tmp_path / "n"), "--epochs", "1", "--num-samples", "10"])
     with pytest.raises(SystemExit, match="is a run on a table and .* is not"):
         main(["compare", str(run), str(tmp_path / "n"), "--picture", str(tmp_path / "q.png")])
+
+
+@pytest.mark.parametrize("given", ['t="23,5", c=Bern', "t=23.5, c=Bern", "c=Bern,t=23.5", 't = 23.5 ,c="Bern"'])
+def test_given_numbers_are_written_with_a_point_or_as_in_the_file(given):
+    pyro.set_rng_seed(0)
+    columns = [Real("t", 23.0, 5.0, step=0.5, decimals=1), Category("c", ("Bern", "Ulm, Donau"))]
+    schema = Schema(columns, Dialect(delimiter=";", decimal=",", thousands="."))
+    vae = table_vae(columns, 1)
+    x, _ = draw_given(vae, schema, given, 5)
+    assert x.tolist() == [[23.5, 0.0]] * 5
+    assert draw_given(vae, schema, 'c="Ulm, Donau"', 5)[0][:, 1].tolist() == [1.0] * 5
+    with pytest.raises(ValueError, match="got '5'. Write numbers with a decimal point, and put double quotes"):
+        draw_given(vae, schema, "t=23,5", 5)
