@@ -1,6 +1,7 @@
 """The command line on a small table with columns of many kinds."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -11,7 +12,7 @@ import pyrovae
 from pyrovae import data, log_marginal
 from pyrovae.cli import main
 from pyrovae.cli.rows import draw_given, explain
-from pyrovae.data import Binary, Category, Count, Real, Schema
+from pyrovae.data import Binary, Category, Count, Dialect, Real, Schema
 from pyrovae.likelihoods import Tabular
 from pyrovae.structures import TableFeatures, fit_independent_columns, log_prob_of_cells, table_vae
 
@@ -254,3 +255,48 @@ def test_features_of_times_and_levels():
     # A week later the week's sine and cosine are the same.
     week = out[:, 5:7] if place[0][1] == 7 else out[:, 7:9]
     torch.testing.assert_close(week[0], week[1])
+
+
+def test_runs_of_one_table_are_compared_in_the_units_of_the_file(run, people, tmp_path, capsys):
+    schema = pyrovae.load_run(run)[1]["table"]
+    short = ["train", "--data", "people.csv", "--epochs", "1", "--num-samples", "10", "--latent-dim", "2"]
+
+    def train(name, **changed):
+        columns = [replace(c, **changed.get(c.name, {})) for c in schema.columns]
+        (tmp_path / f"{name}.yaml").write_text(Schema(columns, schema.dialect).to_yaml())
+        main([*short, "--run", str(tmp_path / name), "--schema", str(tmp_path / f"{name}.yaml")])
+        return str(tmp_path / name)
+
+    others = [train("short"), train("moved", income={"loc": 8.5, "scale": 1.0}, born={"loc": 1000.0})]
+    arguments = ["--num-samples", "30", "--output", str(tmp_path / "scores.csv")]
+    main(["compare", str(run), *others, *arguments, "--picture", str(tmp_path / "p.png")])
+    assert "1 less 2" in capsys.readouterr().out
+    scores = read(tmp_path / "scores.csv")
+    assert len(scores) == 30
+    vae = pyrovae.load_run(run)[0]
+    x, mask = data.split_missing(data.load("people.csv", schema=schema).test.x)
+    pyro.set_rng_seed(0)
+    value = log_marginal(vae.model, vae.guide, x, mask, num_samples=30, max_memory=64e6, progress=False).value
+    assert np.allclose([float(row["value_1"]) for row in scores], value.numpy(), atol=1e-4)
+
+    density = train("density", share={"step": None, "decimals": None, "min_decimals": 0})
+    with pytest.raises(SystemExit, match="column .share.: .* a probability of a step of 0.001 .* a density"):
+        main(["compare", str(run), density, "--picture", str(tmp_path / "q.png")])
+    np.savetxt(tmp_path / "n.csv", np.random.default_rng(0).normal(size=(60, 6)), delimiter=",")
+    numbers = ["--data", str(tmp_path / "n.csv"), "--preprocessing", "grey", "--likelihood", "Normal"]
+    main(["train", *numbers, "--run", str(tmp_path / "n"), "--epochs", "1", "--num-samples", "10"])
+    with pytest.raises(SystemExit, match="is a run on a table and .* is not"):
+        main(["compare", str(run), str(tmp_path / "n"), "--picture", str(tmp_path / "q.png")])
+
+
+@pytest.mark.parametrize("given", ['t="23,5", c=Bern', "t=23.5, c=Bern", "c=Bern,t=23.5", 't = 23.5 ,c="Bern"'])
+def test_given_numbers_are_written_with_a_point_or_as_in_the_file(given):
+    pyro.set_rng_seed(0)
+    columns = [Real("t", 23.0, 5.0, step=0.5, decimals=1), Category("c", ("Bern", "Ulm, Donau"))]
+    schema = Schema(columns, Dialect(delimiter=";", decimal=",", thousands="."))
+    vae = table_vae(columns, 1)
+    x, _ = draw_given(vae, schema, given, 5)
+    assert x.tolist() == [[23.5, 0.0]] * 5
+    assert draw_given(vae, schema, 'c="Ulm, Donau"', 5)[0][:, 1].tolist() == [1.0] * 5
+    with pytest.raises(ValueError, match="got '5'. Write numbers with a decimal point, and put double quotes"):
+        draw_given(vae, schema, "t=23,5", 5)

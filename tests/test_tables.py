@@ -483,3 +483,52 @@ def test_describe(tmp_path, capsys):
     with pytest.raises(SystemExit, match="the byte 0xf6 is not UTF-8"):
         main(["describe", str(TABLES / "latin-1.csv"), "--output", str(tmp_path / "none.yaml")])
     assert not (tmp_path / "none.yaml").exists()
+
+
+def test_a_schema_knows_the_encoding_of_a_file(tmp_path):
+    text = "city,size\n" + "Köln,1.5\nBern,2.25\nZürich,3.75\n" * 20
+    for encoding in ("cp1252", "utf-16-le"):
+        path = tmp_path / f"{encoding}.csv"
+        path.write_bytes(text.encode(encoding))
+        main(["describe", str(path), "--encoding", encoding, "--output", str(tmp_path / f"{encoding}.yaml")])
+        schema = Schema.from_yaml(tmp_path / f"{encoding}.yaml")
+        assert load(str(path), schema=schema).train.x.shape == (48, 2)
+        table = Table(path, schema)
+        assert table.schema.columns[0].levels == ("Bern", "Köln", "Zürich")
+        # A new file in UTF-8 is read as what it is.
+        (tmp_path / "new.csv").write_text(text, encoding="utf-8")
+        assert torch.equal(Table(tmp_path / "new.csv", schema).x, table.x)
+
+
+def test_a_schema_knows_a_delimiter_that_is_not_looked_for(tmp_path):
+    (tmp_path / "a.csv").write_text("a~b\n" + "1.5~x\n2.5~y\n" * 10)
+    schema = Schema.infer(tmp_path / "a.csv", delimiter="~")
+    assert Table(tmp_path / "a.csv", Schema.from_yaml(schema.to_yaml())).x.shape == (20, 2)
+
+
+def test_counts_are_told_from_codes():
+    rng = np.random.default_rng(0)
+    few = {"stars": rng.integers(1, 6, 500), "months": rng.integers(0, 12, 500), "score": rng.integers(0, 11, 500)}
+    counts = {"visits": np.minimum(rng.poisson(5, 500), 17), "calls": rng.geometric(0.3, 500) - 1}
+    schema = Schema.infer(few | counts)
+    assert [column.kind for column in schema.columns] == ["Ordered"] * 3 + ["Count"] * 2
+    assert schema.encode({name: [40 if name in counts else 3] for name in schema.names})[0, 3:].tolist() == [40, 40]
+    with pytest.raises(ValueError, match="such as Count for a count, in the schema: pyrovae describe FILE"):
+        schema.encode({name: [40] for name in schema.names})
+
+
+def test_one_word_or_a_list_of_them_may_mean_missing(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b\n" + "1.5,x\nunknown,y\n2.5,-\n" * 10)
+    for given, missing in (("unknown", ("unknown",)), ('["unknown", "-"]', ("unknown", "-")), ("-", ("-",))):
+        path = tmp_path / f"{len(given)}.yaml"
+        main(["describe", str(tmp_path / "a.csv"), f"--missing={given}", "--output", str(path)])
+        assert Schema.from_yaml(path).dialect.missing == missing
+
+
+def test_the_command_line_names_its_own_ways_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text('a,b\n"1,234",x\n"2,345",y\n' * 1 + '"3,456",z\n' * 10)
+    with pytest.raises(SystemExit, match="Say --decimal ',' or --thousands ','"):
+        main(["describe", "a.csv"])
+    with pytest.raises(SystemExit, match="pyrovae describe a.csv --output schema.yaml .*then pyrovae train --schema"):
+        main(["train", "--data", "a.csv"])

@@ -1,5 +1,6 @@
 """What several commands share: loading data and runs, checks of arguments, and files of results."""
 
+import re
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -50,6 +51,14 @@ def load_run_and_data(
     return vae, splits, config["preprocessing"]
 
 
+_OPTION = re.compile(r"\b(delimiter|decimal|thousands|encoding|header|missing)=")
+
+
+def as_options(message: str) -> str:
+    """Returns a message with the arguments that it advises written as options of ``pyrovae describe``."""
+    return _OPTION.sub(r"--\1 ", message)
+
+
 @lru_cache(maxsize=1)  # train reads the table for its defaults, then for itself
 def _load_table(data: str, schema: str | None, stamp: tuple[int, int]) -> datasets.Splits:
     return datasets.load(data, schema=None if schema is None else datasets.Schema.from_yaml(schema))
@@ -64,7 +73,16 @@ def load_table(data: str, schema: datasets.Schema | None) -> tuple[datasets.Spli
     """
     file = Path(data).stat() if Path(data).is_file() else None  # a file that has changed is read again
     stamp = (0, 0) if file is None else (file.st_mtime_ns, file.st_size)
-    splits = _load_table(data, None if schema is None else schema.to_yaml(), stamp)
+    try:
+        splits = _load_table(data, None if schema is None else schema.to_yaml(), stamp)
+    except ValueError as error:
+        text = str(error)
+        if not (_OPTION.search(text) or any(advice in text for advice in ("--kinds", "the kind ", "other signs"))):
+            raise
+        raise ValueError(
+            f"{as_options(text)} To say this, write a schema with pyrovae describe {data} --output schema.yaml (there: "
+            "--decimal, --encoding, --kinds, ...), then pyrovae train --schema schema.yaml."
+        ) from None
     kept, empty = [], 0
     for part in splits:
         some = ~part.x.isnan().all(dim=1)

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from pyrovae import estimators, storage
-from pyrovae.cli.common import SplitName, check_device, data_to_score, load_splits, measure_of, new_file
+from pyrovae.cli.common import (
+    SplitName,
+    check_device,
+    data_to_score,
+    load_splits,
+    load_table,
+    measure_of,
+    new_file,
+)
+from pyrovae.data import Schema, split_missing
+from pyrovae.data.columns import Continuous, Count, Discrete, Modelled, Time
 from pyrovae.estimators import Estimator, ImportanceSampling, UntilTrusted, log_marginal
 from pyrovae.vae import VAE
 
@@ -67,7 +77,7 @@ def compare(
         raise ValueError(f"{method} is an upper bound of log p(x): a difference says nothing. Take another method.")
     check_device(device)
     loaded = {run: storage.load_run(run, trust=trust) for run in runs}
-    x = _common_data(loaded, split, data, data_root)[:num_data].to(device)
+    rows = {run: x[:num_data] for run, x in _common_data(loaded, split, data, data_root).items()}
     table = None if output is None else new_file(output, (".csv",))
     names = "-".join(path.name for path in paths[1:])
     drawn = Path(runs[0]) / f"comparison-{split}-{names}.png" if picture is None else Path(picture)
@@ -77,23 +87,24 @@ def compare(
         raise FileExistsError(f"{drawn} already exists. Give another file with --picture.")
 
     found = {}
-    for i, (run, (vae, _)) in enumerate(loaded.items()):
+    for i, (run, (vae, config)) in enumerate(loaded.items()):
         pyro.set_rng_seed((seed + i) % 2**32)  # the errors of a difference are those of independent draws
         vae.to(device)
-        found[run] = log_marginal(vae.model, vae.guide, x, method=method, max_memory=max_memory, compile=compile)
+        x = rows[run].to(device)
+        args = (x,) if config.get("table") is None else split_missing(x)
+        found[run] = log_marginal(vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile)
         print(f"{run}, {split}: {found[run]}\n")
     ranking = estimators.compare_all(found)
     print(ranking)
     print("\n" + "\n".join(pair.verdict for pair in ranking.pairs))
     if table is not None:
-        columns: dict[str, Tensor] = {"datum": torch.arange(len(x))}
+        columns: dict[str, Tensor] = {"datum": torch.arange(len(rows[runs[0]]))}
         for i, estimate in enumerate(found.values()):
             for name in ("value", "standard_error", "trusted"):
                 columns[f"{name}_{i + 1}"] = getattr(estimate, name).cpu()
-        rows = torch.stack([column.double() for column in columns.values()], dim=1)
         np.savetxt(
             table,
-            rows,
+            torch.stack([column.double() for column in columns.values()], dim=1),
             delimiter=",",
             fmt=["%d"] + ["%.9g", "%.9g", "%d"] * len(found),
             comments="",
@@ -107,44 +118,121 @@ def compare(
 
 def _common_data(
     loaded: dict[str, tuple[VAE, dict[str, Any]]], split: SplitName, data: str | None, data_root: str | None
-) -> Tensor:
-    """Returns the data that all runs are scored on; raises a ValueError if their log p(x) cannot be compared."""
+) -> dict[str, Tensor]:
+    """Returns the data that all runs are scored on, for each run as it takes them.
+
+    Raises:
+        ValueError: when log p(x) of the runs cannot be compared.
+    """
     parts: dict[tuple, Tensor] = {}
     (name, (vae, config)), *others = loaded.items()
-    first = _part(parts, config, split, data, data_root)
-    measure = measure_of(vae)
+    schema = config.get("table")
+    for other, (_, its_config) in others:
+        its_schema = its_config.get("table")
+        if (schema is None) != (its_schema is None):
+            tables, numbers = (name, other) if its_schema is None else (other, name)
+            raise ValueError(
+                f"{tables} is a run on a table and {numbers} is not: log p(x) of different data cannot be compared. "
+                "Train both on the same data."
+            )
+        if schema is not None:
+            _check_units(name, schema, other, its_schema)
+    found = {name: _part(parts, config, split, data, data_root)}
     for other, (its_vae, its_config) in others:
         if config["x_shape"] != its_config["x_shape"]:
             raise ValueError(
                 f"{name} has data of shape {config['x_shape']} and {other} of {its_config['x_shape']}: log p(x) of "
                 "different data cannot be compared."
             )
-        x = _part(parts, its_config, split, data, data_root)
-        if x.shape != first.shape or not torch.equal(x, first):
+        x = found[other] = _part(parts, its_config, split, data, data_root)
+        if not _are_equal(found[name], schema, x, its_config.get("table")):
             changed = [key for key in ("data", "preprocessing", "data_root") if config.get(key) != its_config.get(key)]
             why = "; ".join(f"{key} is {config.get(key)} and {its_config.get(key)}" for key in changed)
+            why = f" ({why})" if why or schema is None else ""
             raise ValueError(
-                f"{name} and {other} have different data in the {split} part ({why}): log p(x) of different data, or "
+                f"{name} and {other} have different data in the {split} part{why}: log p(x) of different data, or "
                 "in another unit, cannot be compared. Score both on one data set with --data, if only that differs."
             )
-        if measure_of(its_vae) != measure:
+        if schema is None and measure_of(its_vae) != measure_of(vae):  # those of tables are in their schemas
             raise ValueError(
-                f"{name} gives a {_words(measure)} and {other} a {_words(measure_of(its_vae))}: these cannot be "
-                "compared. Train both with likelihoods of one kind."
+                f"{name} gives a {_words(measure_of(vae))} and {other} a {_words(measure_of(its_vae))}: these cannot "
+                "be compared. Train both with likelihoods of one kind."
             )
-    return first
+    return found
 
 
 def _part(
     parts: dict[tuple, Tensor], config: dict[str, Any], split: SplitName, data: str | None, data_root: str | None
 ) -> Tensor:
     """Returns a split of a run's data as it is scored, which is loaded once."""
-    key = data or config["data"], data_root or config["data_root"], config["preprocessing"]
+    source, preprocessing, schema = data or config["data"], config["preprocessing"], config.get("table")
+    root = data_root or config["data_root"]
+    key = (source, root, preprocessing) if schema is None else (source, schema.to_yaml())
     if key not in parts:
-        splits, description = load_splits(*key)
+        splits, description = load_splits(source, root, preprocessing) if schema is None else load_table(source, schema)
         print(description)
-        parts[key] = data_to_score(splits, split, key[2])
+        parts[key] = data_to_score(splits, split, preprocessing)
     return parts[key]
+
+
+def _check_units(name: str, schema: Schema, other: str, its_schema: Schema) -> None:
+    """Raises a ValueError unless log p(x) of two tables is of the same columns in the same units."""
+    if schema.names != its_schema.names:
+        differ = [n for n in (*schema.names, *its_schema.names) if (n in schema.names) != (n in its_schema.names)]
+        which = f"{', '.join(map(repr, differ))} in only one of them" if differ else "the same in another order"
+        raise ValueError(
+            f"{name} and {other} model different columns ({which}): log p(x) of different data cannot be compared. "
+            "Train both with one schema: --schema."
+        )
+    for column, its_column in zip(schema.modelled, its_schema.modelled, strict=True):
+        unit, its_unit = _unit(column), _unit(its_column)
+        if unit != its_unit:
+            raise ValueError(
+                f"column {column.name!r}: {name} gives a {unit} ({column.kind}) and {other} a {its_unit} "
+                f"({its_column.kind}): these cannot be compared. Train both with one schema: --schema."
+            )
+
+
+def _unit(column: Modelled) -> str:
+    """Returns what a likelihood gives for a value of a column: all that may not differ between runs compared."""
+    if isinstance(column, Continuous):
+        if column.step is not None:
+            return f"probability of a step of {column.step:g}"
+        spikes = f" with probabilities for {', '.join(f'{s:g}' for s in sorted(column.spikes))}"
+        return "density" + (spikes if column.spikes else "")
+    if isinstance(column, Time):
+        return f"density per {column.unit}" if column.step is None else f"probability of {column.step:g} {column.unit}"
+    whole = isinstance(column, Discrete) and all(type(level) is int for level in column.levels)
+    return "probability of a step of 1" if whole or isinstance(column, Count) else "probability of a level"
+
+
+def _are_equal(x: Tensor, schema: Schema | None, other: Tensor, its_schema: Schema | None) -> bool:
+    """Returns whether data are the same, for tables the same cells, however they are encoded."""
+    if x.shape != other.shape or not torch.equal(x.isnan(), other.isnan()):
+        return False
+    if schema is None or its_schema is None:
+        return torch.equal(x.nan_to_num(), other.nan_to_num())
+    for d, (column, its_column) in enumerate(zip(schema.modelled, its_schema.modelled, strict=True)):
+        if column == its_column and torch.equal(x[:, d].nan_to_num(), other[:, d].nan_to_num()):
+            continue
+        a, b = column.decode(x[:, d]).to_pylist(), its_column.decode(other[:, d]).to_pylist()
+        if isinstance(column, Continuous):  # origins may differ, and with them the rounding in float32
+            close = np.isclose(_floats(a), _floats(b), rtol=1e-5, atol=1e-5 * _size(_floats(a)), equal_nan=True)
+            if not close.all():
+                return False
+        elif a != b:
+            return False
+    return True
+
+
+def _floats(values: list[Any]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _size(values: np.ndarray) -> float:
+    """Returns the standard deviation of the values that are there."""
+    there = values[~np.isnan(values)]
+    return float(there.std()) if len(there) else 0.0
 
 
 def _words(measure: tuple[str, ...]) -> str:

@@ -4,7 +4,7 @@ import textwrap
 from typing import Any
 
 from pyrovae import storage
-from pyrovae.cli.common import new_file
+from pyrovae.cli.common import as_options, new_file
 from pyrovae.data import Schema
 from pyrovae.data.reading import open_source
 
@@ -18,7 +18,7 @@ def describe(
     thousands: str | None = None,
     encoding: str | None = None,
     header: bool | None = None,
-    missing: list[str] | None = None,
+    missing: list[str] | str | None = None,
 ) -> None:
     """Describes the columns of a table: kinds, missing cells and likelihoods; writes a schema to edit.
 
@@ -32,7 +32,8 @@ def describe(
         thousands: what separates thousands.
         encoding: the encoding of the file, utf-8 by default.
         header: whether the first line holds names; found out by default.
-        missing: the texts that mean a missing cell; by default '', ?, NA, N/A, NaN, nan, null and NULL.
+        missing: the text that means a missing cell, or a list, as '["-", "unknown"]'; by default '', ?, NA, N/A, NaN,
+            nan, null and NULL.
     """
     out = None if output is None else new_file(output, (".yaml", ".yml"))
     given = {
@@ -41,16 +42,20 @@ def describe(
         "thousands": thousands,
         "encoding": encoding,
         "header": header,
-        "missing": None if missing is None else tuple(missing),
+        "missing": (missing,) if isinstance(missing, str) else None if missing is None else tuple(missing),
     }
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    source = open_source(file, **options)
-    schema = Schema.infer(source, kinds, **options)
+    try:
+        source = open_source(file, **options)
+        schema = Schema.infer(source, kinds, **options)
+    except ValueError as error:
+        raise ValueError(as_options(str(error))) from None
+    if out is not None:  # first, because what reads the lines, such as head, may end before the last
+        storage.write_atomically(out, schema.to_yaml().encode())
     print(f"{file}: {source.num_rows:,} rows, {len(schema.columns)} columns\n\n{schema.describe()}\n")
     for kind in dict.fromkeys(type(column) for column in schema.columns):
         print(textwrap.fill(f"{kind.__name__}: {kind.likelihood}", 80, subsequent_indent="    "))
     for note in schema.notes:
         print(textwrap.fill(f"note: {note}", 80, subsequent_indent="    "))
     if out is not None:
-        storage.write_atomically(out, schema.to_yaml().encode())
         print(f"schema: {out}")

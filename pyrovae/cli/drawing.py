@@ -31,7 +31,8 @@ def sample(
         output: a .png, .npy or .csv file; samples-<seed>.png in the run directory by default. Of a table a .csv, .tsv
             or .parquet file, written as the training data were; samples-<seed>.csv by default.
         mean: write the mean of p(x | z) instead of a draw from it.
-        given: cells of a table that all rows shall have, as "sex=Female, age=40"; without commas in a cell.
+        given: cells of a table that all rows shall have, as 'sex=Female, age=40.5'; with double quotes around a cell
+            that has a comma.
         missing: leave cells of a table empty where those of random rows of the training data are missing.
         seed: seed of the samples.
         trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their

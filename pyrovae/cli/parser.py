@@ -82,6 +82,10 @@ def main(argv: list[str] | None = None) -> None:
         elif world.is_rank0:
             with single_process():
                 COMMANDS[command](**arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads the lines, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"pyrovae: error: {str(error).partition('Trace Shapes:')[0].rstrip()}")  # Pyro adds a long table
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """``pyrovae score``, ``impute`` and ``encode``: what a trained VAE of a table says about the rows of a file."""
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from torch import Tensor
 from pyrovae import data as datasets
 from pyrovae import storage
 from pyrovae.cli.common import check_device, load_table, new_file
+from pyrovae.data.cells import is_number
 from pyrovae.data.columns import Discrete, Modelled
+from pyrovae.data.schema import holds_numbers
 from pyrovae.estimators import log_marginal
 from pyrovae.inference.imputation import impute as impute_rows
 from pyrovae.structures import MissingDataVAE
 
 _TABLES = (".csv", ".tsv", ".parquet", ".pq")
 _NUM_COMPARED, _NUM_USUAL = 1000, 200  # reference rows for a rank, and for the mean of a cell
+_PAIR = re.compile(r'\s*([^=,]+?)\s*=\s*(?:"([^"]*)"|([^",][^,]*?|))\s*(?:,|$)')  # of --given
 _LEAST_ESS = 30.0  # below it a few samples make most of an imputation
 
 
@@ -288,20 +292,29 @@ def draw_given(vae: MissingDataVAE, schema: datasets.Schema, given: str, num_sam
     Args:
         vae: the VAE.
         schema: its columns.
-        given: the cells, as ``"sex=Female, age=40"``.
+        given: the cells, as ``"sex=Female, age=40.5"``: numbers with a decimal point, or, between double quotes, cells
+            as the file has them.
         num_samples: number of rows.
 
     Raises:
         ValueError: when a column or value is unknown, or too few of the samples are near the given cells.
     """
     cells: dict[str, list[Any]] = {}
-    for pair in given.split(","):
-        name, equals, cell = pair.partition("=")
-        if not equals:
-            raise ValueError(f"given must be pairs such as 'sex=Female, age=40', got {pair.strip()!r}.")
-        if name.strip() not in schema.names:
-            raise ValueError(f"given names {name.strip()!r}, but the columns are {', '.join(schema.names)}.")
-        cells[name.strip()] = [cell.strip()]
+    columns, start = {column.name: column for column in schema.modelled}, 0
+    while start < len(given):
+        pair = _PAIR.match(given, start)
+        if pair is None:
+            raise ValueError(
+                f"given must be pairs such as 'sex=Female, age=40.5', got {given[start:].strip()!r}. Write numbers "
+                "with a decimal point, and put double quotes around a cell with a comma, as in 'size=\"23,5\", city=Bern'."
+            )
+        name, quoted, plain = pair.groups()
+        if name not in columns:
+            raise ValueError(f"given names {name!r}, but the columns are {', '.join(schema.names)}.")
+        cells[name] = [quoted if quoted is not None else plain]
+        if plain is not None and is_number(plain) and holds_numbers(columns[name]):
+            cells[name] = [float(plain)]  # with a decimal point, however the file is written
+        start = pair.end()
     x = schema.encode(cells | {name: [None] for name in schema.names if name not in cells})
     x, mask = datasets.split_missing(x)
     candidates = max(20_000, 10 * num_samples)

@@ -233,7 +233,10 @@ def _report_training(
         result["baseline"] = baseline.mean().item()
         scores += f"\n{name}: {result['baseline']:.3f} nats per datum (baseline)"
         if result["log_marginal"] < result["baseline"]:
-            scores += "\nworse than the baseline: the VAE has learned nothing. Train longer, or with other parts."
+            scores += (
+                "\nworse than the baseline, which knows no dependence between the dimensions: train longer, or with "
+                "other settings."
+            )
     metrics.write([*history.records, result])
     _draw(vae, splits, history, directory)
     print(f"\n{history}\n\n{scores}")

@@ -455,7 +455,8 @@ class Discrete(Modelled):
             unknown,
             values,
             f"is none of the {self.num_levels} levels of the training data ({_listed(self.levels)}). Leave the cell "
-            "empty to take it as missing, or train again",
+            "empty to take it as missing; or train again with this level, or another kind, such as Count for a count, "
+            "in the schema: pyrovae describe FILE --output schema.yaml, then pyrovae train --schema schema.yaml",
         )
         return np.array(pc.cast(codes, pa.float64()).to_numpy(zero_copy_only=False))
 

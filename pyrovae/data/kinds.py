@@ -37,6 +37,7 @@ Override = str | Mapping[str, Any] | Column
 
 _FEW = 20  # different numbers that are levels of their own, if there are ten cells for each
 _CELLS_PER_LEVEL = 10
+_SCALE = 11  # levels from 0 that a scale has, 0 to 10; more of them that thin out are a count
 _GAPS = 3  # levels of their own that are possible, for each that occurs
 _MAX_LEVELS = 1000
 _MAX_SPIKES = 64
@@ -196,6 +197,8 @@ def _number(summary: Summary) -> Column:
             return Identifier(name, numbers=True)
     if distinct == 2:
         return Binary(name, _levels(summary))
+    if whole and summary.low == 0 and summary.divisor == 1 and _SCALE < distinct <= _FEW and _thins_out(summary):
+        return _count(summary)  # a larger one may come
     if distinct <= _FEW and n >= _CELLS_PER_LEVEL * distinct and summary.decimals is not None:
         unit = (summary.divisor or 1) / 10**summary.decimals
         if (summary.high - summary.low) / unit < _GAPS * distinct:  # 1 to 16, but not 0, 1,485, 1,573, ...
@@ -209,6 +212,11 @@ def _is_count(summary: Summary) -> bool:
     """Returns whether whole numbers from 0 thin out from their mode on, without spikes: the shape of a count."""
     sample = summary.sample
     return bool(sample.mean() < 50 and not _spikes(sample, 1.0) and np.median(sample) < (summary.high + 1) / 2)
+
+
+def _thins_out(summary: Summary) -> bool:
+    """Returns whether a count has few values in the upper third of its range, where codes have as many as elsewhere."""
+    return _is_count(summary) and float(np.mean(summary.sample > 2 / 3 * summary.high)) < 0.15
 
 
 def _count(summary: Summary) -> Count:

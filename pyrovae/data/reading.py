@@ -1,5 +1,6 @@
 """Reading tables in chunks of rows: text files (CSV, TSV, ...), Parquet, Excel, and frames of other libraries."""
 
+import codecs
 import csv
 import io
 import itertools
@@ -16,12 +17,12 @@ from pyrovae.data.cells import CellError, is_number, is_text, to_arrow
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Dialect", "Frame", "Parquet", "Source", "TextFile", "as_table", "open_source"]
+__all__ = ["DELIMITERS", "Dialect", "Frame", "Parquet", "Source", "TextFile", "as_table", "is_unicode", "open_source"]
 
 _SAMPLE = 2**18  # bytes in which the dialect is looked for
 _BLOCK = 2**22  # bytes read at once
 _ROWS = 2**16  # rows of other sources at once
-_DELIMITERS = ("\t", ";", "|", ",")  # the comma last, because it is also a decimal point
+DELIMITERS = ("\t", ";", "|", ",")  # the comma last, because it is also a decimal point
 _EXCEL = (".xlsx", ".xls", ".xlsb", ".ods")
 _PARQUET = (".parquet", ".pq")
 
@@ -373,6 +374,27 @@ def open_source(source: Any, **options: Any) -> Source:
     return TextFile(path, options)
 
 
+def is_unicode(path: Path) -> bool:
+    """Returns whether all of a text file is UTF-8, or begins with the mark of UTF-16."""
+    import pyarrow as pa
+
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    if not path.is_file() or path.suffix.lower() in (*_PARQUET, *_EXCEL):
+        return True
+    with pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None) as file:
+        try:
+            for i, block in enumerate(iter(lambda: bytes(file.read(_BLOCK)), b"")):
+                if i == 0 and block[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                    return True
+                if b"\0" in block:  # as in UTF-16 without a mark
+                    return False
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True
+
+
 def as_table(frame: Any) -> "pa.Table":
     """Returns a table of pandas, polars or pyarrow, or a dict of columns, as a pyarrow table without an index."""
     import pyarrow as pa
@@ -441,7 +463,7 @@ def _rows(text: str, delimiter: str, most: int = 500) -> list[list[str]]:
 def _delimiter(text: str, path: Path) -> str:
     """Returns the delimiter that cuts all rows into the same number of cells; the comma for a single column."""
     best, best_share = ",", 0.0
-    for delimiter in _DELIMITERS:
+    for delimiter in DELIMITERS:
         lengths = Counter(map(len, _rows(text, delimiter)))
         width, times = lengths.most_common(1)[0] if lengths else (1, 0)
         share = times / max(1, lengths.total()) if width > 1 else 0.0

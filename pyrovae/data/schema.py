@@ -177,7 +177,7 @@ class Schema:
             for i, column in enumerate(self.modelled):
                 cells = batch.column(source.names.index(column.name))
                 try:
-                    if is_text(cells.type) and _holds_numbers(column):
+                    if is_text(cells.type) and holds_numbers(column):
                         cells = self.dialect.plain_numbers(cells)
                     array[start : start + len(cells), i] = column.encode(cells)
                 except CellError as error:
@@ -242,7 +242,7 @@ class Schema:
 
     def _written(self, column: Column, cells: Any) -> list[str]:
         text = column.text(cells)
-        if self.dialect.decimal != "." and _holds_numbers(column):
+        if self.dialect.decimal != "." and holds_numbers(column):
             text = [None if cell is None else cell.replace(".", self.dialect.decimal) for cell in text]
         return [self.dialect.missing[0] if cell is None else cell for cell in text]
 
@@ -342,7 +342,8 @@ def _summarize(source: Source, rows: np.ndarray | Tensor | None) -> list[Summary
     return summaries
 
 
-def _holds_numbers(column: Column) -> bool:
+def holds_numbers(column: Column) -> bool:
+    """Returns whether the cells of a column are numbers, which the dialect of a file writes in its own way."""
     if isinstance(column, Discrete):
         return not isinstance(column.levels[0], (str, bool))
     return isinstance(column, (Continuous, Count))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.data.kinds import Override
-from pyrovae.data.reading import open_source
+from pyrovae.data.reading import DELIMITERS, is_unicode, open_source
 from pyrovae.data.schema import Schema
 from pyrovae.data.splits import Split, Splits, random_rows, split_by_tenths
 from pyrovae.inference.messages import check_finite
@@ -61,7 +61,7 @@ class Table:
     ):
         if schema is not None and (overrides or rows is not None):
             raise ValueError("overrides and rows are for a schema that is found out, but a schema is given.")
-        options = _options_of(schema, options)
+        options = _options_of(schema, options, source)
         self.source = open_source(source, **options)
         if schema is None:
             schema = Schema.infer(self.source, overrides, rows, **options)
@@ -79,13 +79,24 @@ class Table:
         return len(self.x)
 
 
-def _options_of(schema: Schema | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options with which a file is opened: those of a schema, where they are needed to read cells."""
+def _options_of(schema: Schema | None, options: dict[str, Any], source: Any) -> dict[str, Any]:
+    """Returns the options with which a file is opened: those of a schema, where they are needed to read cells.
+
+    The encoding of a schema holds unless the file is UTF-8, which no text in another encoding is by chance. Its
+    delimiter holds if it is one that is not looked for.
+    """
     if schema is None:
         return options
     known = schema.dialect
-    header = {} if known.header else {"header": False}
-    return {"decimal": known.decimal, "thousands": known.thousands, "missing": known.missing} | header | options
+    found: dict[str, Any] = {"decimal": known.decimal, "thousands": known.thousands, "missing": known.missing}
+    if not known.header:
+        found["header"] = False
+    if known.delimiter not in DELIMITERS:
+        found["delimiter"] = known.delimiter
+    is_sought = "encoding" not in options and known.encoding != "utf-8" and isinstance(source, (str, Path))
+    if is_sought and not is_unicode(Path(source)):
+        found["encoding"] = known.encoding
+    return found | options
 
 
 def _room(size: int, columns: int, memory_map: str | Path | None) -> Tensor:
@@ -112,7 +123,7 @@ def load_table(
     path: Path, schema: Schema | None = None, overrides: Mapping[str, Override] | None = None, **options: Any
 ) -> Splits:
     """Loads the rows of a table as splits, as :func:`pyrovae.data.load` says."""
-    source = open_source(path, **_options_of(schema, options))
+    source = open_source(path, **_options_of(schema, options, path))
     size = source.num_rows
     if size < 3:
         raise ValueError(f"{path} holds {size} data, too few to split into train, validation and test.")

@@ -78,7 +78,10 @@ class Comparison(NamedTuple):
             return f"{len(self.differences):,} data are too few to say which is better for others"
         sure = "more than 99.9 %" if p > 0.999 else f"{100 * p:.1f} %"
         if p < _CLEAR:
-            return f"neither is clearly better: {better} is with a probability of {sure}"
+            return (
+                f"not clear which is better: {better} is with a probability of {sure}, less than the "
+                f"{100 * _CLEAR:g} % that count as clear"
+            )
         return f"{better} is better by {abs(self.difference):.3f} nats a datum, with a probability of {sure}"
 
     def plot(self, path: str | Path | None = None) -> "Figure":
