@@ -3,6 +3,7 @@
 import csv
 
 import numpy as np
+import pyarrow.parquet as pq
 import pyro
 import pytest
 import torch
@@ -178,6 +179,59 @@ def test_imputation_fills_holes_alone_and_says_how_sure_it_is(run, people, tmp_p
             assert cell["probabilities"].startswith(value) and sum(shares) == pytest.approx(1, abs=0.05)
     completed = read(tmp_path / "full-2.csv")
     assert all(row[name] != "" for row in completed for name in COLUMNS[1:])
+
+
+def test_imputation_keeps_what_is_in_the_file(run, people, tmp_path):
+    """Identifiers, another constant, the spelling of numbers, and the order of columns."""
+    before = read(people)[:40]
+    for i, row in enumerate(before):
+        row["id"] = f"{90_000 - 7 * i}"
+        row["income"] = row["income"] and f"{row['income']}000"
+    before[3]["visits"], before[5] = "", dict.fromkeys(COLUMNS, "") | {"id": "5"}
+    names = COLUMNS[::-1]
+    with open(tmp_path / "new.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, names, delimiter=";")
+        writer.writeheader()
+        writer.writerows(before)
+    for name in ("full.csv", "typed.parquet"):
+        main(["impute", str(run), str(tmp_path / "new.csv"), "--output", str(tmp_path / name), "--num-samples", "50",
+              "--num-draws", "10", "--num-completed", "1"])  # fmt: skip
+    for name in ("full.csv", "full-1.csv"):
+        with open(tmp_path / name, newline="") as file:
+            after = list(csv.DictReader(file, delimiter=";"))
+        assert list(after[0]) == names and after[5] == before[5]
+        for old, new in zip(before, after, strict=True):
+            assert all(new[c] == old[c] if old[c] else new[c] != "" or old["id"] == "5" for c in names)
+    typed = pq.read_table(tmp_path / "typed.parquet").to_pylist()
+    assert [row["id"] for row in typed] == [row["id"] for row in before]
+    assert all(float(old["income"]) == new["income"] for old, new in zip(before, typed, strict=True) if old["income"])
+    # From a Parquet file, whose cells have types.
+    main(["impute", str(run), str(tmp_path / "typed.parquet"), "--output", str(tmp_path / "again.parquet")])
+    assert pq.read_table(tmp_path / "again.parquet").to_pylist() == typed
+
+
+def test_a_constant_of_a_new_file_is_kept(tmp_path):
+    (tmp_path / "old.csv").write_text("year,a,b\n" + "".join(f"1994,{i % 7},{i % 3}\n" for i in range(40)))
+    (tmp_path / "new.csv").write_text("year,a,b\n2001,1,2\n1994,,1\n,3,0\n")
+    schema = data.Table(tmp_path / "old.csv").schema
+    table = data.Table(tmp_path / "new.csv", schema)
+    schema.write_filled(torch.ones_like(table.x), table.x, table.source, tmp_path / "full.csv")
+    rows = (tmp_path / "full.csv").read_text().splitlines()
+    assert rows[0] == "year,a,b" and rows[1] == "2001,1,2" and rows[3] == ",3,0"
+    assert rows[2].startswith("1994,") and rows[2].endswith(",1") and ",," not in rows[2]
+    with pytest.raises(ValueError, match="shape"):
+        schema.write_filled(table.x[:1], table.x, table.source, tmp_path / "full.csv")
+
+
+def test_imputation_of_a_table_without_holes_says_so(run, people, tmp_path, capsys):
+    rows = [row for row in read(people) if "" not in row.values()]
+    with open(tmp_path / "new.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    main(["impute", str(run), str(tmp_path / "new.csv"), "--output", str(tmp_path / "full.csv")])
+    assert "nothing to fill" in capsys.readouterr().out
+    assert (tmp_path / "full.csv").read_bytes() == (tmp_path / "new.csv").read_bytes()
 
 
 def test_embeddings_are_those_of_the_encoder_in_the_order_of_the_file(run, people, tmp_path):

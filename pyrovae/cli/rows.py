@@ -166,6 +166,8 @@ def impute(
 ) -> None:
     """Fills the missing cells of a file, and writes how sure each is.
 
+    Cells that are not missing, and columns that are left out, stay as they are in the file.
+
     Numbers are filled with the median of draws from p(missing cells | observed cells), classes with the most probable
     one. A second file has a line for each filled cell: the 5 % and 95 % points of the draws of numbers, probabilities
     of classes, and the effective sample size (ess) of the draws of the row, which is to be above 30.
@@ -199,7 +201,7 @@ def impute(
     filled = table.x.clone()
     completed = [table.x.clone() for _ in others]
     lines, unsure = [], 0
-    for part in incomplete.split(256):
+    for part in incomplete.split(256) if len(incomplete) else ():  # split gives one empty part of none
         x, mask = (t.to(device) for t in datasets.split_missing(table.x[part]))
         imputed = vae.impute(x, mask, num_samples=num_samples, num_draws=num_draws)
         draws, ess = imputed.draws.cpu(), imputed.ess.cpu()
@@ -211,9 +213,8 @@ def impute(
                 value, details = _summary(column, draws[:, i, d])
                 filled[part[i], d] = value
                 lines.append((int(part[i]) + 1, column, value, *details, float(ess[i])))
-    table.schema.write(filled, out)
-    for path, each in zip(others, completed, strict=True):
-        table.schema.write(each, path)
+    for path, each in zip([out, *others], [filled, *completed], strict=True):
+        table.schema.write_filled(each, table.x, table.source, path)
     lines.sort(key=lambda line: line[0])
     with open(cells_out, "w", newline="", encoding="utf-8") as content:
         writer = csv.writer(content, lineterminator="\n")
@@ -221,6 +222,9 @@ def impute(
         for row, column, value, low, high, shares, ess_of_row in lines:
             texts = [_text(column, v) for v in (value, low, high)]
             writer.writerow([row, column.name, *texts, shares, f"{ess_of_row:.1f}"])
+    if not lines:
+        print(f"there is nothing to fill: every row that has a cell has all. The table is written as it is: {out}")
+        return
     print(f"filled {len(lines):,} cells in {len(incomplete):,} of {len(table):,} rows: {out}\nhow sure: {cells_out}")
     if unsure:
         print(f"the effective sample size is below {_LEAST_ESS:g} for {unsure:,} rows: take more --num-samples")
