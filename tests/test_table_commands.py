@@ -79,11 +79,36 @@ def test_a_run_is_loaded_with_its_schema_and_scores_to_the_digit(run, people, tm
     x, mask = data.split_missing(table.x)
     estimate = log_marginal(vae.model, vae.guide, x, mask, num_samples=30, max_memory=64e6, progress=False)
     assert [row["log_p"] for row in scores] == [f"{v:.9g}" for v in estimate.value.tolist()]
-    lowest = min(range(300), key=lambda i: float(scores[i]["log_p"]))
-    assert float(scores[lowest]["rarer_than"]) > 0.95 and scores[lowest]["cell_1"]
+    assert [row["trusted"] for row in scores] == [str(int(t)) for t in estimate.trusted.tolist()]
+    assert [row["khat"] for row in scores] == [f"{k:.3g}" for k in estimate.khat.tolist()]
+    explained = [row for row in scores if row["cell_1"]]
+    assert len(explained) == 2 and all(float(row["rarer_than"]) > 0.95 for row in explained)
     # The rows of the file are those of the run, of which a tenth is compared with: ranks are about uniform.
-    assert abs(np.mean([float(row["rarer_than"]) for row in scores]) - 0.5) < 5 / np.sqrt(12 * 30)
-    assert sum(row["cell_1"] != "" for row in scores) == 2
+    ranks = [float(row["rarer_than"]) for row in scores if row["rarer_than"]]
+    assert len(ranks) > 250 and abs(np.mean(ranks) - 0.5) < 5 / np.sqrt(12 * 20)
+
+
+def test_rows_with_holes_are_compared_with_rows_that_have_the_same(run, people, tmp_path, capsys):
+    """A row is as rare as the same row whose other cells are usual, though fewer cells count."""
+    rows = [row for row in read(people) if "" not in row.values()][:3]
+    rows[0] |= {"income": "9000000.00", "share": ""}  # far out, with a hole
+    rows[1] = dict.fromkeys(COLUMNS, "") | {"income": "9000000.00"}  # the only cell
+    rows[2] = dict.fromkeys(COLUMNS, "")  # no cell
+    with open(tmp_path / "new.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    main(["score", str(run), str(tmp_path / "new.csv"), "--output", str(tmp_path / "s.csv"), "--num-samples", "100"])
+    far, only, none = read(tmp_path / "s.csv")
+    for row in (far, only):
+        assert float(row["rarer_than"]) == 1 and row["cell_1"].startswith("income (")
+    assert only["cell_2"] == only["cell_3"] == ""
+    assert (none["rarer_than"], none["khat"], none["cell_1"], none["log_p"]) == ("", "", "", "0")
+    for row in (far, only):  # only positive surprise is named
+        named = [row[f"cell_{k}"] for k in (1, 2, 3) if row[f"cell_{k}"]]
+        assert all(float(cell.rpartition("(")[2].rstrip(")")) > 0 for cell in named)
+    with pytest.raises(SystemExit, match="--seconds"):
+        main(["score", str(run), "people.csv", "--seconds", "2", "--num-samples", "30"])
 
 
 def test_resuming_keeps_the_schema_of_the_run(people, tmp_path):
@@ -153,6 +178,10 @@ def test_surprise_of_a_cell_is_its_log_probability_given_the_others():
     expected = each.nanmean(0) - each[[3, 7]]
     assert bool(surprise[1, 1].isnan())
     torch.testing.assert_close(surprise, expected, atol=1e-3, rtol=0, equal_nan=True)
+    alone = torch.tensor([[False, True, False]])
+    surprise = explain(vae, (x[[3]], alone), (x, mask), 20, 0)
+    torch.testing.assert_close(surprise[0, 1], expected[0, 1], atol=1e-3, rtol=0)
+    assert bool(surprise[0, [0, 2]].isnan().all())
 
 
 def test_imputation_fills_holes_alone_and_says_how_sure_it_is(run, people, tmp_path):
