@@ -4,6 +4,7 @@ import csv
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pyro
 import pytest
 import torch
@@ -79,11 +80,36 @@ def test_a_run_is_loaded_with_its_schema_and_scores_to_the_digit(run, people, tm
     x, mask = data.split_missing(table.x)
     estimate = log_marginal(vae.model, vae.guide, x, mask, num_samples=30, max_memory=64e6, progress=False)
     assert [row["log_p"] for row in scores] == [f"{v:.9g}" for v in estimate.value.tolist()]
-    lowest = min(range(300), key=lambda i: float(scores[i]["log_p"]))
-    assert float(scores[lowest]["rarer_than"]) > 0.95 and scores[lowest]["cell_1"]
+    assert [row["trusted"] for row in scores] == [str(int(t)) for t in estimate.trusted.tolist()]
+    assert [row["khat"] for row in scores] == [f"{k:.3g}" for k in estimate.khat.tolist()]
+    explained = [row for row in scores if row["cell_1"]]
+    assert len(explained) == 2 and all(float(row["rarer_than"]) > 0.95 for row in explained)
     # The rows of the file are those of the run, of which a tenth is compared with: ranks are about uniform.
-    assert abs(np.mean([float(row["rarer_than"]) for row in scores]) - 0.5) < 5 / np.sqrt(12 * 30)
-    assert sum(row["cell_1"] != "" for row in scores) == 2
+    ranks = [float(row["rarer_than"]) for row in scores if row["rarer_than"]]
+    assert len(ranks) > 250 and abs(np.mean(ranks) - 0.5) < 5 / np.sqrt(12 * 20)
+
+
+def test_rows_with_holes_are_compared_with_rows_that_have_the_same(run, people, tmp_path, capsys):
+    """A row is as rare as the same row whose other cells are usual, though fewer cells count."""
+    rows = [row for row in read(people) if "" not in row.values()][:3]
+    rows[0] |= {"income": "9000000.00", "share": ""}  # far out, with a hole
+    rows[1] = dict.fromkeys(COLUMNS, "") | {"income": "9000000.00"}  # the only cell
+    rows[2] = dict.fromkeys(COLUMNS, "")  # no cell
+    with open(tmp_path / "new.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    main(["score", str(run), str(tmp_path / "new.csv"), "--output", str(tmp_path / "s.csv"), "--num-samples", "100"])
+    far, only, none = read(tmp_path / "s.csv")
+    for row in (far, only):
+        assert float(row["rarer_than"]) == 1 and row["cell_1"].startswith("income (")
+    assert only["cell_2"] == only["cell_3"] == ""
+    assert (none["rarer_than"], none["khat"], none["cell_1"], none["log_p"]) == ("", "", "", "0")
+    for row in (far, only):  # only positive surprise is named
+        named = [row[f"cell_{k}"] for k in (1, 2, 3) if row[f"cell_{k}"]]
+        assert all(float(cell.rpartition("(")[2].rstrip(")")) > 0 for cell in named)
+    with pytest.raises(SystemExit, match="--seconds"):
+        main(["score", str(run), "people.csv", "--seconds", "2", "--num-samples", "30"])
 
 
 def test_resuming_keeps_the_schema_of_the_run(people, tmp_path):
@@ -153,6 +179,10 @@ def test_surprise_of_a_cell_is_its_log_probability_given_the_others():
     expected = each.nanmean(0) - each[[3, 7]]
     assert bool(surprise[1, 1].isnan())
     torch.testing.assert_close(surprise, expected, atol=1e-3, rtol=0, equal_nan=True)
+    alone = torch.tensor([[False, True, False]])
+    surprise = explain(vae, (x[[3]], alone), (x, mask), 20, 0)
+    torch.testing.assert_close(surprise[0, 1], expected[0, 1], atol=1e-3, rtol=0)
+    assert bool(surprise[0, [0, 2]].isnan().all())
 
 
 def test_imputation_fills_holes_alone_and_says_how_sure_it_is(run, people, tmp_path):
@@ -179,6 +209,59 @@ def test_imputation_fills_holes_alone_and_says_how_sure_it_is(run, people, tmp_p
             assert cell["probabilities"].startswith(value) and sum(shares) == pytest.approx(1, abs=0.05)
     completed = read(tmp_path / "full-2.csv")
     assert all(row[name] != "" for row in completed for name in COLUMNS[1:])
+
+
+def test_imputation_keeps_what_is_in_the_file(run, people, tmp_path):
+    """Identifiers, another constant, the spelling of numbers, and the order of columns."""
+    before = read(people)[:40]
+    for i, row in enumerate(before):
+        row["id"] = f"{90_000 - 7 * i}"
+        row["income"] = row["income"] and f"{row['income']}000"
+    before[3]["visits"], before[5] = "", dict.fromkeys(COLUMNS, "") | {"id": "5"}
+    names = COLUMNS[::-1]
+    with open(tmp_path / "new.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, names, delimiter=";")
+        writer.writeheader()
+        writer.writerows(before)
+    for name in ("full.csv", "typed.parquet"):
+        main(["impute", str(run), str(tmp_path / "new.csv"), "--output", str(tmp_path / name), "--num-samples", "50",
+              "--num-draws", "10", "--num-completed", "1"])  # fmt: skip
+    for name in ("full.csv", "full-1.csv"):
+        with open(tmp_path / name, newline="") as file:
+            after = list(csv.DictReader(file, delimiter=";"))
+        assert list(after[0]) == names and after[5] == before[5]
+        for old, new in zip(before, after, strict=True):
+            assert all(new[c] == old[c] if old[c] else new[c] != "" or old["id"] == "5" for c in names)
+    typed = pq.read_table(tmp_path / "typed.parquet").to_pylist()
+    assert [row["id"] for row in typed] == [row["id"] for row in before]
+    assert all(float(old["income"]) == new["income"] for old, new in zip(before, typed, strict=True) if old["income"])
+    # From a Parquet file, whose cells have types.
+    main(["impute", str(run), str(tmp_path / "typed.parquet"), "--output", str(tmp_path / "again.parquet")])
+    assert pq.read_table(tmp_path / "again.parquet").to_pylist() == typed
+
+
+def test_a_constant_of_a_new_file_is_kept(tmp_path):
+    (tmp_path / "old.csv").write_text("year,a,b\n" + "".join(f"1994,{i % 7},{i % 3}\n" for i in range(40)))
+    (tmp_path / "new.csv").write_text("year,a,b\n2001,1,2\n1994,,1\n,3,0\n")
+    schema = data.Table(tmp_path / "old.csv").schema
+    table = data.Table(tmp_path / "new.csv", schema)
+    schema.write_filled(torch.ones_like(table.x), table.x, table.source, tmp_path / "full.csv")
+    rows = (tmp_path / "full.csv").read_text().splitlines()
+    assert rows[0] == "year,a,b" and rows[1] == "2001,1,2" and rows[3] == ",3,0"
+    assert rows[2].startswith("1994,") and rows[2].endswith(",1") and ",," not in rows[2]
+    with pytest.raises(ValueError, match="shape"):
+        schema.write_filled(table.x[:1], table.x, table.source, tmp_path / "full.csv")
+
+
+def test_imputation_of_a_table_without_holes_says_so(run, people, tmp_path, capsys):
+    rows = [row for row in read(people) if "" not in row.values()]
+    with open(tmp_path / "new.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    main(["impute", str(run), str(tmp_path / "new.csv"), "--output", str(tmp_path / "full.csv")])
+    assert "nothing to fill" in capsys.readouterr().out
+    assert (tmp_path / "full.csv").read_bytes() == (tmp_path / "new.csv").read_bytes()
 
 
 def test_embeddings_are_those_of_the_encoder_in_the_order_of_the_file(run, people, tmp_path):

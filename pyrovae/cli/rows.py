@@ -16,12 +16,16 @@ from pyrovae.cli.common import check_device, load_table, new_file
 from pyrovae.data.cells import is_number
 from pyrovae.data.columns import Discrete, Modelled
 from pyrovae.data.schema import holds_numbers
-from pyrovae.estimators import log_marginal
+from pyrovae.estimators import Estimator, ImportanceSampling, UntilTrusted, log_marginal
 from pyrovae.inference.imputation import impute as impute_rows
 from pyrovae.structures import MissingDataVAE
 
 _TABLES = (".csv", ".tsv", ".parquet", ".pq")
-_NUM_COMPARED, _NUM_USUAL = 1000, 200  # reference rows for a rank, and for the mean of a cell
+_NUM_COMPARED = 1000  # reference rows for the rank of a row without holes
+_NUM_USUAL = 200  # for that of a row with holes, and for the mean of a cell
+_NUM_PATTERNS = 20  # patterns of holes for which reference rows are scored, the most frequent ones
+_LEAST_COMPARED = 10  # reference rows for a rank
+_NUM_SAMPLES = 100  # importance samples that explain a cell
 _PAIR = re.compile(r'\s*([^=,]+?)\s*=\s*(?:"([^"]*)"|([^",][^,]*?|))\s*(?:,|$)')  # of --given
 _LEAST_ESS = 30.0  # below it a few samples make most of an imputation
 
@@ -30,9 +34,10 @@ def score(
     run: str,
     file: str,
     output: str | None = None,
-    num_samples: int = 100,
+    num_samples: int | None = None,
     num_explained: int = 100,
     reference: str | None = None,
+    seconds: float | None = None,
     max_memory: float = 64e6,
     seed: int = 0,
     device: str = "cpu",
@@ -40,65 +45,129 @@ def score(
 ) -> None:
     """Writes log p(x) of each row of a file, in the order of the file, how unusual it is and by which cells.
 
-    Columns of the result: row (counted from 1), log_p in nats with its standard_error, rarer_than (the share of up to
-    1,000 reference rows that are more probable), and for the most unusual rows the three most surprising cells, each
-    with the nats by which log p(cell | all other cells of the row) is below the mean of its column in 200 reference
-    rows. Only observed cells count, so that rows with missing cells are the more probable.
+    Columns of the result: row (counted from 1); log_p in nats with its standard_error; trusted (1 or 0) and khat, which
+    say whether log_p can be relied on; rarer_than (the share of reference rows that are more probable); and for the
+    most unusual rows up to three surprising cells, each with the nats by which log p(cell | all other cells of the row)
+    is below the mean of its column in 200 reference rows.
+
+    Only observed cells count. A row with missing cells is compared with reference rows in which the same cells are
+    hidden. rarer_than is empty where there are fewer than 10 of them, for patterns of missing cells beyond the 20 most
+    frequent ones of the file, and for rows without any cell.
 
     Args:
         run: the run directory.
         file: a table with the columns of the training data.
         output: a .csv file; scores-<file>.csv in the run directory by default.
-        num_samples: importance samples per row.
+        num_samples: importance samples of the guide per row, instead of stages of estimators until a row can be
+            trusted.
         num_explained: how many of the most unusual rows have their most surprising cells listed.
         reference: a table of usual rows to compare with; by default the test part of the data of the run.
+        seconds: budget of time of the stages, for the rows and again for those to compare with; null for no limit. Rows
+            for which it does not suffice are not trusted.
         max_memory: memory for intermediate results, in bytes.
         seed: seed of the samples.
         device: cpu, cuda, cuda:1, ...
         trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
             code.
     """
-    if num_explained < 0 or num_samples < 2:
+    if num_explained < 0 or (num_samples is not None and num_samples < 2):
         raise ValueError(f"num_samples must be at least 2 and num_explained 0, got {num_samples} and {num_explained}.")
+    if num_samples is not None and seconds is not None:
+        raise ValueError("--seconds is a budget of the stages: leave out --num-samples.")
+    method = UntilTrusted(seconds=seconds) if num_samples is None else ImportanceSampling(num_samples)
     check_device(device)
     out = new_file(output or Path(run) / f"scores-{Path(file).stem}.csv", (".csv",))
     vae, table, rows = _load(run, file, trust, device)
     usual = tuple(t.to(device) for t in datasets.split_missing(_reference_rows(run, reference, table.schema)))
+    if len(rows) == 0:
+        raise ValueError(f"file: no row of {file} has a cell. Give a table with rows to score.")
     x, mask = (t.to(device) for t in datasets.split_missing(table.x[rows]))
     pyro.set_rng_seed(seed)
-    kwargs: dict[str, Any] = {"num_samples": num_samples, "max_memory": max_memory}
-    estimate = log_marginal(vae.model, vae.guide, x, mask, **kwargs)
-    value = estimate.value.cpu()
-    compared = log_marginal(vae.model, vae.guide, *usual, progress=False, **kwargs).value.cpu().sort().values
-    rarer = (len(compared) - torch.searchsorted(compared, value, right=True)).double() / len(compared)
-    unusual = value.argsort()[:num_explained]
+    estimate = log_marginal(vae.model, vae.guide, x, mask, method=method, max_memory=max_memory)
+    value, trusted = estimate.value.cpu(), estimate.trusted.cpu()
     print(f"{file}: {estimate}")
-    cells = None
+    rarer, below = _compare(vae, value, mask, usual, method, max_memory)
+    # The most unusual first; rows that cannot be compared come last, the least probable first.
+    order = sorted(range(len(rows)), key=lambda i: (bool(below[i].isnan()), -float(below[i]), float(value[i])))
+    unusual = torch.tensor(order[:num_explained], dtype=torch.long)
+    listed = {i: [""] * 3 for i in unusual.tolist()}
     if len(unusual):
         few = tuple(t[:_NUM_USUAL] for t in usual)
-        cells = explain(vae, (x[unusual], mask[unusual]), few, num_samples, seed)
-    listed = {int(i): [""] * 3 for i in unusual}
-    if cells is not None:
-        for i, surprise in zip(unusual.tolist(), cells.cpu(), strict=True):
-            best = surprise.nan_to_num(-np.inf).argsort(descending=True)[:3]
-            listed[i] = [
-                f"{table.names[d]} ({surprise[d]:.2f})" if surprise[d].isfinite() else "" for d in best.tolist()
-            ]
+        cells = explain(vae, (x[unusual], mask[unusual]), few, num_samples or _NUM_SAMPLES, seed)
+        for i, surprise in zip(unusual.tolist(), cells, strict=True):
+            best = surprise.nan_to_num(-np.inf).argsort(descending=True)[:3].tolist()
+            listed[i] = [f"{table.names[d]} ({surprise[d]:.2f})" if surprise[d] >= 0.005 else "" for d in best]
             listed[i] += [""] * (3 - len(listed[i]))
     with open(out, "w", newline="", encoding="utf-8") as content:
         writer = csv.writer(content, lineterminator="\n")
-        writer.writerow(["row", "log_p", "standard_error", "rarer_than", "cell_1", "cell_2", "cell_3"])
+        names = ["row", "log_p", "standard_error", "trusted", "khat", "rarer_than", "cell_1", "cell_2", "cell_3"]
+        writer.writerow(names)
         at = {int(row): i for i, row in enumerate(rows)}
         for row in range(len(table)):
             i = at.get(row)
             if i is None:  # no cell is observed: probability one
-                writer.writerow([row + 1, 0, 0, "", "", "", ""])
+                writer.writerow([row + 1, 0, 0, 1, *[""] * 5])
                 continue
-            numbers = [f"{value[i]:.9g}", f"{estimate.standard_error[i]:.3g}", f"{rarer[i]:.6f}"]
+            numbers = [f"{value[i]:.9g}", f"{estimate.standard_error[i]:.3g}", int(trusted[i])]
+            numbers += [_or_empty(estimate.khat[i], ".3g"), _or_empty(rarer[i], ".6f")]
             writer.writerow([row + 1, *numbers, *listed.get(i, [""] * 3)])
+    alone = int(rarer.isnan().sum())
+    if alone:
+        print(
+            f"rarer_than is empty for {alone:,} rows with holes: fewer than {_LEAST_COMPARED} reference rows have all "
+            f"their cells, or {_NUM_PATTERNS} other patterns of holes are more frequent"
+        )
+    if not trusted.all():
+        doubtful = [str(int(row) + 1) for row in rows[~trusted]]
+        print(f"rows not to be trusted: {', '.join(doubtful[:10])}{', ...' if len(doubtful) > 10 else ''}")
     for i in unusual[:5].tolist():
-        print(f"row {int(rows[i]) + 1}: log p(x) = {value[i]:.2f}; surprising: {', '.join(filter(None, listed[i]))}")
+        surprising = ", ".join(filter(None, listed[i])) or "no cell"
+        print(f"row {int(rows[i]) + 1}: log p(x) = {value[i]:.2f}; surprising: {surprising}")
     print(f"per row: {out}")
+
+
+def _or_empty(value: Tensor, form: str) -> str:
+    return "" if value.isnan() else format(float(value), form)
+
+
+def _compare(
+    vae: MissingDataVAE, value: Tensor, mask: Tensor, usual: tuple[Tensor, ...], method: Estimator, max_memory: float
+) -> tuple[Tensor, Tensor]:
+    """Compares rows with usual rows in which the same cells are observed, all others hidden.
+
+    Args:
+        vae: the VAE.
+        value: log p of the rows.
+        mask: which of their cells are observed, ``(size, columns)``.
+        usual: the usual rows and which of their cells are observed.
+        method: the estimator of log p of the usual rows.
+        max_memory: memory for intermediate results, in bytes.
+
+    Returns:
+        The share of usual rows that are more probable, and the nats by which a row is below their median; NaN where
+        fewer than 10 of them have all cells of the row, or more rows have holes elsewhere.
+    """
+    patterns, which, counts = mask.unique(dim=0, return_inverse=True, return_counts=True)
+    groups, found = [], []
+    for number in counts.argsort(descending=True, stable=True)[:_NUM_PATTERNS].tolist():
+        seen = patterns[number]
+        most = _NUM_COMPARED if bool(seen.all()) else _NUM_USUAL
+        fit = (usual[1] | ~seen).all(1).nonzero().flatten()[:most]
+        if len(fit) >= _LEAST_COMPARED:
+            groups.append((number, len(fit)))
+            found.append((usual[0][fit], seen.expand(len(fit), -1)))
+    rarer, below = torch.full_like(value, torch.nan), torch.full_like(value, torch.nan)
+    if not found:
+        return rarer, below
+    x, seen = (torch.cat(parts) for parts in zip(*found, strict=True))
+    x = torch.where(seen, x, torch.zeros_like(x))
+    scores = log_marginal(vae.model, vae.guide, x, seen, method=method, max_memory=max_memory, progress=False)
+    for (number, size), compared in zip(groups, scores.value.cpu().split([n for _, n in groups]), strict=True):
+        rows = (which == number).nonzero().flatten().cpu()
+        ordered = compared.sort().values
+        rarer[rows] = (size - torch.searchsorted(ordered, value[rows], right=True)).to(value.dtype) / size
+        below[rows] = ordered.median() - value[rows]
+    return rarer, below
 
 
 def _reference_rows(run: str, reference: str | None, schema: datasets.Schema) -> Tensor:
@@ -136,7 +205,8 @@ def explain(
         seed: seed of the samples.
 
     Returns:
-        Shape ``(size, columns)``, NaN for missing cells and for the only cell of a row.
+        Shape ``(size, columns)``, NaN for missing cells. The only cell of a row is compared by its log p, with that of
+        the cells of its column when all others are hidden.
     """
     x, mask = (torch.cat([a, b]) for a, b in zip(rows, usual, strict=True))
     surprise = torch.full(x.shape, torch.nan)
@@ -149,7 +219,16 @@ def explain(
             without = _log_p(vae, x[some], rest[some], num_samples, seed)
             surprise[some.cpu(), d] = without - whole[some.cpu()]
     size = len(rows[0])
-    return surprise[:size] - surprise[size:].nanmean(0)
+    result = surprise[:size] - surprise[size:].nanmean(0)
+    single = mask[:size].sum(1) == 1
+    for d in mask[:size][single].any(0).nonzero().flatten().tolist():
+        alone = (single & mask[:size, d]).nonzero().flatten().cpu()
+        some = mask[size:, d].nonzero().flatten() + size
+        if len(some):
+            only = torch.zeros_like(mask[some])
+            only[:, d] = True
+            result[alone, d] = _log_p(vae, x[some], only, num_samples, seed).mean() - whole[alone]
+    return result
 
 
 def _log_p(vae: MissingDataVAE, x: Tensor, mask: Tensor, num_samples: int, seed: int) -> Tensor:
@@ -169,6 +248,8 @@ def impute(
     trust: bool = False,
 ) -> None:
     """Fills the missing cells of a file, and writes how sure each is.
+
+    Cells that are not missing, and columns that are left out, stay as they are in the file.
 
     Numbers are filled with the median of draws from p(missing cells | observed cells), classes with the most probable
     one. A second file has a line for each filled cell: the 5 % and 95 % points of the draws of numbers, probabilities
@@ -203,7 +284,7 @@ def impute(
     filled = table.x.clone()
     completed = [table.x.clone() for _ in others]
     lines, unsure = [], 0
-    for part in incomplete.split(256):
+    for part in incomplete.split(256) if len(incomplete) else ():  # split gives one empty part of none
         x, mask = (t.to(device) for t in datasets.split_missing(table.x[part]))
         imputed = vae.impute(x, mask, num_samples=num_samples, num_draws=num_draws)
         draws, ess = imputed.draws.cpu(), imputed.ess.cpu()
@@ -215,9 +296,8 @@ def impute(
                 value, details = _summary(column, draws[:, i, d])
                 filled[part[i], d] = value
                 lines.append((int(part[i]) + 1, column, value, *details, float(ess[i])))
-    table.schema.write(filled, out)
-    for path, each in zip(others, completed, strict=True):
-        table.schema.write(each, path)
+    for path, each in zip([out, *others], [filled, *completed], strict=True):
+        table.schema.write_filled(each, table.x, table.source, path)
     lines.sort(key=lambda line: line[0])
     with open(cells_out, "w", newline="", encoding="utf-8") as content:
         writer = csv.writer(content, lineterminator="\n")
@@ -225,6 +305,9 @@ def impute(
         for row, column, value, low, high, shares, ess_of_row in lines:
             texts = [_text(column, v) for v in (value, low, high)]
             writer.writerow([row, column.name, *texts, shares, f"{ess_of_row:.1f}"])
+    if not lines:
+        print(f"there is nothing to fill: every row that has a cell has all. The table is written as it is: {out}")
+        return
     print(f"filled {len(lines):,} cells in {len(incomplete):,} of {len(table):,} rows: {out}\nhow sure: {cells_out}")
     if unsure:
         print(f"the effective sample size is below {_LEAST_ESS:g} for {unsure:,} rows: take more --num-samples")
@@ -306,7 +389,7 @@ def draw_given(vae: MissingDataVAE, schema: datasets.Schema, given: str, num_sam
         if pair is None:
             raise ValueError(
                 f"given must be pairs such as 'sex=Female, age=40.5', got {given[start:].strip()!r}. Write numbers "
-                "with a decimal point, and put double quotes around a cell with a comma, as in 'size=\"23,5\", city=Bern'."
+                "with a decimal point, and double quotes around a cell with a comma, as in 'size=\"23,5\", city=Bern'."
             )
         name, quoted, plain = pair.groups()
         if name not in columns:

@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from pyrovae.data.cells import CellError, is_text
-from pyrovae.data.columns import Column, Constant, Continuous, Count, Discrete, LeftOut, Modelled
+from pyrovae.data.cells import CellError, as_numbers, is_text, to_arrow
+from pyrovae.data.columns import Column, Constant, Continuous, Count, Discrete, LeftOut, Modelled, Time
 from pyrovae.data.kinds import Override, column_of, decimal_signs
-from pyrovae.data.reading import Dialect, Source, as_table, open_source
+from pyrovae.data.reading import Dialect, Source, TextFile, as_table, open_source
 from pyrovae.data.summaries import Summary
 
 if TYPE_CHECKING:
@@ -196,6 +196,9 @@ class Schema:
         ``.to_pandas()`` and ``polars.from_arrow`` turn it into other tables; :meth:`write` writes it as the file is
         written.
 
+        Columns that are left out are not in x, and are not restored: a constant has its value in the training data,
+        identifiers are numbered from 1 if they were numbers, and else null. :meth:`write_filled` keeps those of a file.
+
         Args:
             x: shape ``(rows, len(modelled))``.
         """
@@ -239,6 +242,121 @@ class Schema:
             if self.dialect.header:
                 writer.writerow(table.column_names)
             writer.writerows(zip(*(self._written(column, table[column.name]) for column in self.columns), strict=True))
+
+    def write_filled(self, filled: Tensor, x: Tensor, source: Any, path: str | Path) -> None:
+        """Writes a table with missing cells filled, and every other cell as it is in the table.
+
+        The columns are those of the source, in its order, also those that are left out. A text file keeps the text of
+        each cell that is not filled.
+
+        Args:
+            filled: encoded rows, ``(rows, len(modelled))``; only cells that are missing in `x` are taken from it.
+            x: the encoded rows of the source, NaN where a cell is missing.
+            source: as for :class:`Table`, or the ``source`` of one.
+            path: a file, replaced if it exists; with the suffix .parquet for Parquet, else text.
+
+        >>> import tempfile
+        >>> from pyrovae.data import Identifier, Real
+        >>> path = Path(tempfile.mkdtemp()) / "rows.csv"
+        >>> schema = Schema([Identifier("id"), Real("price", 3, 1, decimals=2)])
+        >>> source = {"id": ["7b", "9a"], "price": ["3.5", ""]}
+        >>> x = schema.encode(source)
+        >>> schema.write_filled(torch.tensor([[0.0], [2.25]]), x, source, path)
+        >>> path.read_text().splitlines()
+        ['id,price', '7b,3.5', '9a,2.25']
+        """
+        if filled.shape != x.shape or x.dim() != 2 or x.shape[1] != len(self.modelled):
+            raise ValueError(
+                f"filled and x must have shape (rows, {len(self.modelled)}), got {tuple(filled.shape)} and "
+                f"{tuple(x.shape)}."
+            )
+        known, path = self.dialect, Path(path)
+        options: dict[str, Any] = {} if known.header else {"header": False}
+        options |= {"decimal": known.decimal, "thousands": known.thousands, "missing": known.missing}
+        source = open_source(source, **options)
+        self.check_names(source.names, source.where)
+        parts = self._filled_batches(filled, x, source)
+        if path.suffix.lower() in (".parquet", ".pq"):
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            chunks = [[self._typed(*cells) for cells in part] for part in parts]
+            columns = [pa.concat_arrays(_of_one_type(pieces)) for pieces in zip(*chunks, strict=True)]
+            pq.write_table(pa.table(columns, names=source.names), path)
+            return
+        dialect = source.dialect if isinstance(source, TextFile) else self.dialect
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else dialect.delimiter
+        with open(path, "w", encoding=dialect.encoding, newline="") as file:
+            writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+            if dialect.header:
+                writer.writerow(source.names)
+            for part in parts:
+                writer.writerows(zip(*(self._texts(*cells) for cells in part), strict=True))
+
+    def _filled_batches(
+        self, filled: Tensor, x: Tensor, source: Source
+    ) -> "Iterator[list[tuple[Column, pa.Array, pa.Array | None, np.ndarray]]]":
+        """Yields for each batch of rows and each column of a source: the column, its cells, values, where to fill."""
+        columns = {column.name: column for column in self.columns}
+        at = {name: i for i, name in enumerate(self.names)}
+        start = 0
+        for batch in source.raw_batches():
+            rows = slice(start, start + batch.num_rows)
+            part = []
+            for name, cells in zip(source.names, batch.columns, strict=True):
+                column, values, holes = columns[name], None, np.zeros(batch.num_rows, dtype=bool)
+                if isinstance(column, Modelled):
+                    holes = (x[rows, at[name]].isnan() & ~filled[rows, at[name]].isnan()).cpu().numpy()
+                    values = column.decode(filled[rows, at[name]])
+                part.append((column, to_arrow(cells), values, holes))
+            yield part
+            start += batch.num_rows
+
+    def _texts(self, column: Column, cells: Any, values: Any, holes: np.ndarray) -> list[str]:
+        """Returns cells as text: those of a text file as they are, but for the holes."""
+        if is_text(cells.type):
+            texts = [self.dialect.missing[0] if cell is None else cell for cell in cells.to_pylist()]
+        elif isinstance(column, Time):
+            texts = self._written(column, values)
+        else:
+            texts = [self._text_of(cell) for cell in cells.to_pylist()]
+        if holes.any():
+            new = self._written(column, values)
+            for i in holes.nonzero()[0]:
+                texts[i] = new[i]
+        return texts
+
+    def _text_of(self, cell: Any) -> str:
+        if cell is None or cell != cell:
+            return self.dialect.missing[0]
+        if isinstance(cell, float):
+            text = str(int(cell)) if cell.is_integer() and abs(cell) < 1e15 else repr(cell)
+            return text.replace(".", self.dialect.decimal)
+        return str(cell)
+
+    def _typed(self, column: Column, cells: Any, values: Any, holes: np.ndarray) -> Any:
+        """Returns cells with a type, for Parquet."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if values is None:
+            return cells
+        if is_text(cells.type):
+            if not holds_numbers(column):
+                return values  # words and times lose nothing in the tensor
+            tokens = pa.array(["", *self.dialect.missing], cells.type)
+            stripped = pc.utf8_trim_whitespace(cells)
+            absent = pc.is_in(stripped, value_set=tokens)
+            stripped = pc.if_else(absent, pa.scalar(None, cells.type), stripped)
+            cells = pa.array(as_numbers(self.dialect.plain_numbers(stripped)), from_pandas=True)
+            cells = pc.cast(cells, values.type, safe=False)
+        if not holes.any():
+            return cells
+        try:
+            values = pc.cast(values, cells.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # such as 2.5 among whole numbers
+            cells = pc.cast(cells, values.type, safe=False)
+        return pc.if_else(pa.array(holes), values, cells)
 
     def _written(self, column: Column, cells: Any) -> list[str]:
         text = column.text(cells)
@@ -342,8 +460,18 @@ def _summarize(source: Source, rows: np.ndarray | Tensor | None) -> list[Summary
     return summaries
 
 
+def _of_one_type(pieces: Sequence[Any]) -> list[Any]:
+    """Returns chunks of a column with the type of the first that was changed, if any was."""
+    import pyarrow.compute as pc
+
+    types = {piece.type for piece in pieces}
+    if len(types) == 1:
+        return list(pieces)
+    widest = next((t for t in types if str(t) in ("double", "string", "large_string")), pieces[0].type)
+    return [pc.cast(piece, widest, safe=False) for piece in pieces]
+
+
 def holds_numbers(column: Column) -> bool:
-    """Returns whether the cells of a column are numbers, which the dialect of a file writes in its own way."""
     if isinstance(column, Discrete):
         return not isinstance(column.levels[0], (str, bool))
     return isinstance(column, (Continuous, Count))
