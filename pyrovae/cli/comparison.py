@@ -135,7 +135,7 @@ def _common_data(
                 f"{tables} is a run on a table and {numbers} is not: log p(x) of different data cannot be compared. "
                 "Train both on the same data."
             )
-        if schema is not None:
+        if schema is not None and its_schema is not None:
             _check_units(name, schema, other, its_schema)
     found = {name: _part(parts, config, split, data, data_root)}
     for other, (its_vae, its_config) in others:
