@@ -306,7 +306,7 @@ def draw_given(vae: MissingDataVAE, schema: datasets.Schema, given: str, num_sam
         if pair is None:
             raise ValueError(
                 f"given must be pairs such as 'sex=Female, age=40.5', got {given[start:].strip()!r}. Write numbers "
-                "with a decimal point, and put double quotes around a cell with a comma, as in 'size=\"23,5\", city=Ulm'."
+                "with a decimal point, and put double quotes around cells with commas, as in 'size=\"23,5\", b=2'."
             )
         name, quoted, plain = pair.groups()
         if name not in columns:
