@@ -12,6 +12,7 @@ import torch
 import pyrovae
 from pyrovae import data, log_marginal
 from pyrovae.cli import main
+from pyrovae.cli.comparison import _check_units
 from pyrovae.cli.rows import draw_given, explain
 from pyrovae.data import Binary, Category, Count, Dialect, Real, Schema
 from pyrovae.likelihoods import Tabular
@@ -370,6 +371,22 @@ def test_runs_of_one_table_are_compared_in_the_units_of_the_file(run, people, tm
     main(["train", *numbers, "--run", str(tmp_path / "n"), "--epochs", "1", "--num-samples", "10"])
     with pytest.raises(SystemExit, match="is a run on a table and .* is not"):
         main(["compare", str(run), str(tmp_path / "n"), "--picture", str(tmp_path / "q.png")])
+
+
+def test_units_of_columns_are_compared_and_not_their_kinds():
+    def check(*columns):
+        _check_units("a", Schema(columns[:1]), "b", Schema(columns[1:]))
+
+    count, ages = Count("n", 3.0, 2.0), Real("n", 3.0, 2.0, step=1)
+    for other in (ages, data.Ordered("n", (0, 1, 2)), data.Positive("n", 1.0, 1.0, step=1, spikes=(0,))):
+        check(count, other)
+    check(Real("n", 0.0, 1.0), data.Positive("n", 1.0, 2.0))
+    density = Real("n", 0.0, 1.0)
+    for a, b in [(count, density), (ages, replace(ages, step=0.5)), (density, replace(density, spikes=(0.0,)))]:
+        with pytest.raises(ValueError, match="column 'n': a gives a .*these cannot be compared. Train both with one"):
+            check(a, b)
+    with pytest.raises(ValueError, match="model different columns .'n', 'm' in only one of them"):
+        check(count, replace(count, name="m"))
 
 
 @pytest.mark.parametrize("given", ['t="23,5", c=Bern', "t=23.5, c=Bern", "c=Bern,t=23.5", 't = 23.5 ,c="Bern"'])
