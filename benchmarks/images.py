@@ -170,7 +170,7 @@ def trusted_scores(args: argparse.Namespace) -> str:
     roots = {"mnist": args.data_root, "fashion-mnist": args.fashion_root or args.data_root}
     records = json.loads(RECORD.read_text()) if RECORD.exists() else []
     known = {(record["data"], record["model"]): Scores(**record) for record in records}
-    for data_set in DATA_SETS:
+    for data_set in args.data_sets:
         for name in args.models:
             vae, x = trained(name, data_set, roots[data_set])
             pyro.set_rng_seed(0)
