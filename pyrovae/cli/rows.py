@@ -143,7 +143,7 @@ def _compare(
 
     Returns:
         The share of usual rows that are more probable, and the nats by which a row is below their median; NaN where
-        fewer than 10 of them have all cells of the row, or more rows have holes elsewhere.
+        fewer than 10 of them have all cells of the row, or 20 other patterns of holes are more frequent.
     """
     patterns, which, counts = mask.unique(dim=0, return_inverse=True, return_counts=True)
     groups, found = [], []
