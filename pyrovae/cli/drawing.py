@@ -25,6 +25,9 @@ def sample(
 ) -> None:
     """Draws samples from p(x) of a trained run, and writes them as a picture, an array or, of a table, rows.
 
+    Columns of a table that are left out are no part of p(x): identifiers are numbered from 1, or empty if they are
+    names, and constants have their value in the training data.
+
     Args:
         run: the run directory.
         num_samples: number of samples.

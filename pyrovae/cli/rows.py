@@ -21,8 +21,9 @@ from pyrovae.inference.imputation import impute as impute_rows
 from pyrovae.structures import MissingDataVAE
 
 _TABLES = (".csv", ".tsv", ".parquet", ".pq")
-_NUM_COMPARED = 1000  # reference rows for the rank of a row without holes
-_NUM_USUAL = 200  # for that of a row with holes, and for the mean of a cell
+_NUM_COMPARED, _NUM_HIDDEN = 500, 100  # reference rows for the rank of a row without holes, and with holes
+_NUM_READ = 2000  # reference rows among which those are looked for
+_NUM_USUAL = 200  # reference rows for the mean of a cell
 _NUM_PATTERNS = 20  # patterns of holes for which reference rows are scored, the most frequent ones
 _LEAST_COMPARED = 10  # reference rows for a rank
 _NUM_SAMPLES = 100  # importance samples that explain a cell
@@ -79,8 +80,7 @@ def score(
     out = new_file(output or Path(run) / f"scores-{Path(file).stem}.csv", (".csv",))
     vae, table, rows = _load(run, file, trust, device)
     usual = tuple(t.to(device) for t in datasets.split_missing(_reference_rows(run, reference, table.schema)))
-    if len(rows) == 0:
-        raise ValueError(f"file: no row of {file} has a cell. Give a table with rows to score.")
+    _check_some(rows, file)
     x, mask = (t.to(device) for t in datasets.split_missing(table.x[rows]))
     pyro.set_rng_seed(seed)
     estimate = log_marginal(vae.model, vae.guide, x, mask, method=method, max_memory=max_memory)
@@ -120,6 +120,8 @@ def score(
     if not trusted.all():
         doubtful = [str(int(row) + 1) for row in rows[~trusted]]
         print(f"rows not to be trusted: {', '.join(doubtful[:10])}{', ...' if len(doubtful) > 10 else ''}")
+        if num_samples is not None:
+            print("leave out --num-samples to score each row until it can be trusted")
     for i in unusual[:5].tolist():
         surprising = ", ".join(filter(None, listed[i])) or "no cell"
         print(f"row {int(rows[i]) + 1}: log p(x) = {value[i]:.2f}; surprising: {surprising}")
@@ -145,13 +147,13 @@ def _compare(
 
     Returns:
         The share of usual rows that are more probable, and the nats by which a row is below their median; NaN where
-        fewer than 10 of them have all cells of the row, or more rows have holes elsewhere.
+        fewer than 10 of them have all cells of the row, or 20 other patterns of holes are more frequent.
     """
     patterns, which, counts = mask.unique(dim=0, return_inverse=True, return_counts=True)
     groups, found = [], []
     for number in counts.argsort(descending=True, stable=True)[:_NUM_PATTERNS].tolist():
         seen = patterns[number]
-        most = _NUM_COMPARED if bool(seen.all()) else _NUM_USUAL
+        most = _NUM_COMPARED if bool(seen.all()) else _NUM_HIDDEN
         fit = (usual[1] | ~seen).all(1).nonzero().flatten()[:most]
         if len(fit) >= _LEAST_COMPARED:
             groups.append((number, len(fit)))
@@ -161,7 +163,8 @@ def _compare(
         return rarer, below
     x, seen = (torch.cat(parts) for parts in zip(*found, strict=True))
     x = torch.where(seen, x, torch.zeros_like(x))
-    scores = log_marginal(vae.model, vae.guide, x, seen, method=method, max_memory=max_memory, progress=False)
+    print(f"{len(x):,} reference rows are scored to compare with")
+    scores = log_marginal(vae.model, vae.guide, x, seen, method=method, max_memory=max_memory)
     for (number, size), compared in zip(groups, scores.value.cpu().split([n for _, n in groups]), strict=True):
         rows = (which == number).nonzero().flatten().cpu()
         ordered = compared.sort().values
@@ -185,7 +188,7 @@ def _reference_rows(run: str, reference: str | None, schema: datasets.Schema) ->
         x = load_table(source, schema)[0].test.x
     if len(x) < 30:
         raise ValueError(f"there are {len(x)} rows to compare with, and must be at least 30. Give more: --reference.")
-    return x[:_NUM_COMPARED]
+    return x[:_NUM_READ]
 
 
 def explain(
@@ -351,6 +354,7 @@ def encode(
     check_device(device)
     out = new_file(output or Path(run) / f"encoded-{Path(file).stem}.csv", (".csv", ".npy"))
     vae, table, rows = _load(run, file, trust, device)
+    _check_some(rows, file)
     pyro.set_rng_seed(seed)
     parts = []
     with torch.no_grad():
@@ -409,6 +413,11 @@ def draw_given(vae: MissingDataVAE, schema: datasets.Schema, given: str, num_sam
             "rare for this model. Give fewer cells, or values that occur in the training data."
         )
     return torch.where(mask, x, imputed.draws[:, 0]), ess
+
+
+def _check_some(rows: Tensor, file: str) -> None:
+    if len(rows) == 0:
+        raise ValueError(f"file: no row of {file} has a cell that the model knows. Give a table with such rows.")
 
 
 def _load(run: str, file: str, trust: bool, device: str) -> tuple[MissingDataVAE, datasets.Table, Tensor]:
