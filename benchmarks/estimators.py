@@ -524,9 +524,9 @@ if __name__ == "__main__":
     parser.add_argument("--data-root", default="data", help="where MNIST and Fashion-MNIST are")
     parser.add_argument("--fashion-root", help="where Fashion-MNIST is, if it is elsewhere")
     parser.add_argument("--test-images", type=int, default=200, help="test images of MNIST and Fashion-MNIST")
-    parser.add_argument(
-        "--models", nargs="+", choices=images.MODELS, default=list(images.MODELS), help="of real images"
-    )
+    sets, kinds = list(images.DATA_SETS), list(images.MODELS)
+    parser.add_argument("--data-sets", nargs="+", choices=sets, default=sets, help="of real images")
+    parser.add_argument("--models", nargs="+", choices=kinds, default=kinds, help="of real images")
     parser.add_argument("--checked", type=int, default=20, help="those that long annealing scores too")
     parser.add_argument("--data", type=int, default=60, help="test images for the accuracy")
     parser.add_argument("--repeats", type=int, default=2, help="calls of each estimator for the accuracy")
