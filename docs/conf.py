@@ -76,4 +76,5 @@ public_modules = [
     "pyrovae.training",
     "pyrovae.storage",
     "pyrovae.cli",
+    "pyrovae.sklearn",
 ]
