@@ -52,7 +52,10 @@ napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore = [
     ("py:class", name)
-    for name in ("Tensor", "Module", "ExpandedDistribution", "Figure", "Axes", "pa.Array", "pa.Table")
+    for name in (
+        *("Tensor", "Module", "ExpandedDistribution", "Figure", "Axes", "pa.Array", "pa.Table"),
+        *("csr_array", "sparray", "spmatrix"),
+    )
 ]
 
 # Examples that take more than a minute in full, or need a file: their pages show the shortest run.
