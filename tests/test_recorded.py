@@ -596,7 +596,8 @@ def test_every_distribution_has_recorded_draws():
         if isinstance(getattr(module, name), type)
         and issubclass(getattr(module, name), torch.distributions.Distribution)
     }
-    assert names - {"Stacked"} == DISTRIBUTIONS.keys()  # which draws as its parts do
+    # Stacked draws as its parts do; the cells of tables are newer than the records, see test_cells.py.
+    assert names - {"Stacked", "Columns", "LogisticCells", "RoundedLogisticCells"} == DISTRIBUTIONS.keys()
 
 
 def test_every_case_has_recorded_numbers():

@@ -37,6 +37,7 @@ def comparisons(pairs: "Sequence[Comparison]", path: str | Path | None = None) -
                 )
         left.axline((pair.second.mean().item(),) * 2, slope=1, color="grey", linewidth=0.5)
         left.set(xlabel=f"{pair.quantity} of {second} (nats)", ylabel=f"{pair.quantity} of {first} (nats)")
+        left.set_aspect("equal", adjustable="datalim")
         left.legend()
         right.hist(pair.differences.cpu().numpy(), bins=40, color="C2")
         right.axvline(0.0, color="grey", linewidth=0.5)
@@ -44,5 +45,6 @@ def comparisons(pairs: "Sequence[Comparison]", path: str | Path | None = None) -
         right.axvspan(pair.difference - 2 * error, pair.difference + 2 * error, color="black", alpha=0.2)
         right.axvline(pair.difference, color="black", linewidth=1, label="mean, and two standard errors from data")
         right.set(xlabel=f"{first} less {second} (nats)", ylabel="data")
+        right.margins(y=0.2)  # room for the legend
         right.legend()
     return write(figure, path)
