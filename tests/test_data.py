@@ -373,7 +373,7 @@ def test_a_registered_data_set_is_loaded_by_name_and_listed(tmp_path, no_new_dat
     order = torch.cat([split.labels for split in splits])
     assert order.sort().values.equal(labels)
     assert torch.cat([split.x for split in splits]).equal(x[order])
-    with pytest.raises(ValueError, match="no data set 'owl'.*cifar10, own, or"):
+    with pytest.raises(ValueError, match="no data set 'owl'.*cifar10, own; a file"):
         load("owl", tmp_path)
     assert "cifar10, own." in " ".join(command_parser("train").format_help().split())
 

@@ -39,6 +39,7 @@ from pyrovae.estimators import (
     Quadrature,
     Refined,
     SequentialMonteCarlo,
+    UntilTrusted,
     Sigmoid,
     Widened,
 )
@@ -655,7 +656,7 @@ def test_data_that_are_not_to_be_trusted_have_a_remedy_that_will_take_them(build
     estimate = log_marginal(vae.model, vae.guide, x, num_samples=5)  # too few for a k-hat
     assert not estimate.trusted.any()
     name = estimate.remedy.removeprefix("Score them by method=").partition("(")[0]
-    method: Estimator = {"Enumeration": Enumeration(), "AnnealedImportanceSampling": AIS}[name]
+    method: Estimator = {"Enumeration": Enumeration(), "UntilTrusted": UntilTrusted()}[name]
     assert log_marginal(vae.model, vae.guide, x, method=method).value.isfinite().all()
 
 
