@@ -39,8 +39,8 @@ from pyrovae.estimators import (
     Quadrature,
     Refined,
     SequentialMonteCarlo,
-    UntilTrusted,
     Sigmoid,
+    UntilTrusted,
     Widened,
 )
 from pyrovae.nn import MLP, OneHotInput
