@@ -55,7 +55,8 @@ def test_what_is_given_stays(tmp_path):
     np.save(tmp_path / "x.npy", noise(30, 4, 4))
     config = train(tmp_path / "x.npy", tmp_path / "a", "--likelihood", "Bernoulli")
     assert config["preprocessing"] == "dynamic"
-    config = train(tmp_path / "x.npy", tmp_path / "b", "--likelihood.network", "MLP", "--encoder.network", "MLP")
+    network = "pyrovae.nn.MLP"  # with its package: other tests may have classes of this name
+    config = train(tmp_path / "x.npy", tmp_path / "b", "--likelihood.network", network, "--encoder.network", network)
     assert config["likelihood"]["init_args"]["network"]["class_path"].endswith("MLP")
     assert config["encoder"]["init_args"]["network"]["class_path"].endswith("MLP")
     config = train(tmp_path / "x.npy", tmp_path / "c", "--preprocessing", "static")

@@ -398,5 +398,5 @@ def test_given_numbers_are_written_with_a_point_or_as_in_the_file(given):
     x, _ = draw_given(vae, schema, given, 5)
     assert x.tolist() == [[23.5, 0.0]] * 5
     assert draw_given(vae, schema, 'c="Ulm, Donau"', 5)[0][:, 1].tolist() == [1.0] * 5
-    with pytest.raises(ValueError, match="got '5'. Write numbers with a decimal point, and put double quotes"):
+    with pytest.raises(ValueError, match="got '5'. Write numbers with a decimal point, and double quotes"):
         draw_given(vae, schema, "t=23,5", 5)
