@@ -163,7 +163,9 @@ def draw(scores: Sequence[Scores]) -> Figure:
         ax.axvline(0, color="black", linewidth=0.8)
         ax.axvline(score.usual_difference, color="tab:red", linewidth=1.2)
         ax.set_title(f"{score.data}, {score.model}: {score.usual_difference:+.2f}", fontsize=9)
-    figure.supxlabel("5,000 importance samples less the trusted log p(x), nats (red: mean; left edge: and below)")
+    figure.supxlabel(
+        "5,000 importance samples less trusted log p(x), nats\n(red: mean; left edge: and below)", fontsize=9
+    )
     figure.supylabel("images")
     return figure
 
@@ -202,8 +204,8 @@ def trusted_scores(args: argparse.Namespace) -> str:
         "## Is the usual log p(x) right?\n\n"
         "`python benchmarks/estimators.py --only mnist`: models of MNIST and Fashion-MNIST (those that have been run), "
         f"two gated layers of 300 units, 40 latents a level, {EPOCHS} epochs; the first {args.test_images} images of "
-        "the test set, binarised once. Usual: 5,000 importance samples of the guide, with the standard error of the mean "
-        "that they state. "
+        "the test set, binarised once. Usual: 5,000 importance samples of the guide, with the standard error of the "
+        "mean that they state. "
         "`UntilTrusted()`: its default stages. Off by: the usual number less that of `UntilTrusted`, on the same "
         "images. Check: annealing from the prior with 100 chains and 2,000 temperatures, less `UntilTrusted`, on "
         f"{args.checked} of the images. Times are CPU milliseconds, usual and `UntilTrusted`.\n\n"
