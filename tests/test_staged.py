@@ -337,7 +337,7 @@ def test_latents_on_a_sphere_are_sampled():
 
 
 def test_many_latents_pass_by_laplace(monkeypatch):
-    monkeypatch.setattr("pyrovae.estimators.staged._MAX_DIM", 2)
+    monkeypatch.setattr("pyrovae.estimators.staged.MAX_DIM", 2)
     known = truth(3, 5)
     vae, x = vae_of(known, shift=1.5), known.marginal().sample((4,))
     found = score(vae.model, vae.guide, x)

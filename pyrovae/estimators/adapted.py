@@ -113,7 +113,7 @@ class Adapted(Proposal):
             covariance = covariance * (_PILOT_DEGREES / (_PILOT_DEGREES - 2))
             u = pilot.draw(self.num_draws, _PILOT_DEGREES)
             log_p = torch.cat([target.log_joint(part) for part in u.split(at_once)])
-            log_w = (log_p - pilot.log_prob_at_scales(u, u.new_ones(1), _PILOT_DEGREES)[0]).double()
+            log_w = (log_p - pilot.log_prob(u, _PILOT_DEGREES)).double()
             new = [mean.to(u.dtype), scale_tril, _ess(log_w)]
             if best:
                 better = new[2] >= best[2]
@@ -144,7 +144,7 @@ def _moments(u: Tensor, log_w: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         u: draws, ``(draws, batch, dim)``.
         log_w: log weights, ``(draws, batch)``.
-        before: the covariance of the distribution that u is drawn from, of which a share is kept.
+        before: the covariance of the distribution that u is drawn from; a share of it is kept.
     """
     finite = log_w.isfinite()
     lowest = torch.where(finite, log_w, math.inf).amin(0)

@@ -4,7 +4,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -15,17 +14,24 @@ from torch import Tensor
 from pyrovae import arguments
 from pyrovae.estimators.base import Estimate, Estimator, join
 from pyrovae.estimators.givens import GIVEN, Given, Place, condition, part_of, site_mask
-from pyrovae.estimators.laplace import Laplace
+from pyrovae.estimators.laplace import MAX_DIM, Laplace
 from pyrovae.estimators.marginal import log_marginal
+from pyrovae.estimators.newton import num_real_latents
 from pyrovae.estimators.proposals import Guide, Mixed, Prior, Proposal, WeightedGuide
-from pyrovae.estimators.targets import Target
-from pyrovae.estimators.task import Task, prior_of
-from pyrovae.estimators.weighted import WeightSums, apportion, chunk_sizes, draw_mixture, log_mixture, slice_trace
+from pyrovae.estimators.task import Task
+from pyrovae.estimators.weighted import (
+    WeightSums,
+    apportion,
+    chunk_sizes,
+    draw_mixture,
+    log_mixture,
+    slice_trace,
+    split_and_fit,
+    with_doubts,
+)
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import log_prob_of, per_datum, trace_model
-
-_MAX_DIM = 300  # of the latents of a datum, for Laplace's approximation: its time rises with the square
 
 
 def log_conditional(
@@ -171,17 +177,14 @@ class _CommonDraws(_Conditional):
     def score(self, whole: Task, seen: Task, places: dict[str, Place]) -> Estimate:
         whole.start(whole.size * self.num_samples, "sample")
         num_data, num_drawn, num_scored = chunk_sizes(whole, self.num_samples, lambda t, *d: _score(t, places, *d))
-        parts = [
-            self._score(part, part_seen, places, num_drawn, num_scored)
-            for part, part_seen in zip(whole.split(num_data), seen.split(num_data), strict=True)
-        ]
-        return join(self, parts)
-
-    def _mixture(self, whole: Task, seen: Task) -> list[WeightedGuide]:
-        """Returns the proposals for both posteriors, with their exact shares of the draws."""
         proposal = _default_proposal(whole) if self.proposal is None else self.proposal
+        both = zip(split_and_fit(whole, num_data, proposal), split_and_fit(seen, num_data, proposal), strict=True)
+        return join(self, [self._score(a, b, places, num_drawn, num_scored) for a, b in both])
+
+    def _mixture(self, *fitted: tuple[Task, Proposal]) -> list[WeightedGuide]:
+        """Returns the proposals for both posteriors, with their exact shares of the draws."""
         components: list[WeightedGuide] = []
-        for task in (whole, seen):
+        for task, proposal in fitted:
             for new in proposal.guides(task):
                 for i, old in enumerate(components):
                     if old.guide is new.guide or old.is_prior and new.is_prior:
@@ -192,11 +195,18 @@ class _CommonDraws(_Conditional):
         counts = apportion(self.num_samples, [component.share for component in components])
         return [c._replace(share=n / self.num_samples) for c, n in zip(components, counts, strict=True) if n]
 
-    def _score(self, whole: Task, seen: Task, places: dict[str, Place], num_drawn: int, num_scored: int) -> Estimate:
-        mixture = self._mixture(whole, seen)
+    def _score(
+        self,
+        fitted: tuple[Task, Proposal],
+        fitted_to_seen: tuple[Task, Proposal],
+        places: dict[str, Place],
+        num_drawn: int,
+        num_scored: int,
+    ) -> Estimate:
+        whole, mixture = fitted[0], self._mixture(fitted, fitted_to_seen)
         counts = [round(component.share * self.num_samples) for component in mixture]
         joint, given = WeightSums(self.num_samples), WeightSums(self.num_samples)
-        ratio, checked = _RatioSums(counts), False
+        ratio, checked, is_point = _RatioSums(counts), False, torch.tensor(False)
         for draws in draw_mixture(whole, mixture, counts, num_drawn, num_scored):
             if not checked:  # one draw: others skip Pyro's validation, which takes time
                 whole.score(slice_trace(draws.trace, slice(1)), 1, check_data=True)
@@ -204,14 +214,13 @@ class _CommonDraws(_Conditional):
             with pyro.validation_enabled(False):
                 prior, log_joint, log_given = _score(whole, places, draws.trace, draws.num_draws)
                 log_q = draws.log_q if len(mixture) == 1 else log_mixture(whole, mixture, draws, prior)
+            is_point = is_point | draws.are_equal
             log_w, log_v = log_joint + prior - log_q, log_given + prior - log_q
             joint.add(log_w)
             given.add(log_v)
             ratio.add(next(i for i, c in enumerate(mixture) if c is draws.component), log_w, log_v)
             whole.advance(draws.num_draws * whole.size)
-        first, second = joint.estimate(self), given.estimate(self)
-        if whole.structure.discrete:  # equal weights may be those of the only value that was ever drawn
-            first, second = (replace(e, khat=torch.full_like(e.khat, math.nan)) for e in (first, second))
+        first, second = (with_doubts(s.estimate(self), is_point, whole.structure) for s in (joint, given))
         value, error = ratio.estimate()
         return _joined(
             self,
@@ -247,13 +256,11 @@ class _Separate(_Conditional):
 def _default_proposal(task: Task) -> Proposal:
     """Returns a mixture that covers posteriors given parts of the data, which are wider than those of the guide."""
     try:
-        few = replace(task.rows(slice(0, 2)), graphs=None)
-        dim = Target(few, WeightedGuide(prior_of(task.model), is_prior=True)).dim
+        if num_real_latents(task) <= MAX_DIM:
+            return Mixed([Laplace(), Guide(), Prior()], [0.6, 0.3, 0.1])
     except ValueError:  # discrete, or not to be moved by gradients
-        return Mixed([Guide(), Prior()])
-    if dim > _MAX_DIM:
-        return Mixed([Guide(), Prior()])
-    return Mixed([Laplace(), Guide(), Prior()], [0.6, 0.3, 0.1])
+        pass
+    return Mixed([Guide(), Prior()])
 
 
 def _joined(

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pyrovae.estimators.base import check_count, check_positive
 from pyrovae.estimators.memory import Allocations, clamp
-from pyrovae.estimators.newton import Mode, climb, derivatives, gradient_graph, joint_of
+from pyrovae.estimators.newton import Curvature, Mode, climb, derivatives, gradient_graph, joint_of
 from pyrovae.estimators.normal_guides import Components, NormalGuide, draw_pilots
 from pyrovae.estimators.proposals import Proposal, WeightedGuide
-from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task
 
+MAX_DIM = 300  # of the latents of a datum, above which another proposal is better: the time rises with the square
 _MEAN_DRAWS = 64  # of the guide, whose mean is the first start
 _LEAST_STARTS = 16  # from the prior, in all data of a part
 _MORE_STARTS = 12  # for all data of a part, if one of them has several modes
@@ -101,7 +101,7 @@ class Laplace(Proposal):
         return max((used[1] - used[0]) / (sizes[1] - sizes[0]), 1)  # without what does not grow with the data
 
     def _fit_part(self, task: Task, per_datum: float) -> Components:
-        target = joint_of(task)
+        target, at_once = joint_of(task), max(1, int(task.max_memory / (per_datum * task.size)))
         with torch.no_grad():
             u = target.pack(task.draw(_MEAN_DRAWS)[0]).mean(0, keepdim=True)
         u, log_joint = climb(task, u, self.num_steps)
@@ -111,9 +111,9 @@ class Laplace(Proposal):
             if num_starts == 0:
                 break
             with pyro.validation_enabled(False):  # a scale may round to zero, far out
-                start = target.draw(num_starts)
-            more, value = climb(task, start, self.num_steps, known=mode)
-            u, log_joint = torch.cat([u, more]), torch.cat([log_joint, value])
+                starts = target.draw(num_starts).split(at_once)
+            ends = [climb(task, start, self.num_steps, known=mode) for start in starts]
+            u, log_joint = (torch.cat(parts) for parts in zip((u, log_joint), *ends, strict=True))
             # The others' curvature is not known yet: their mass is taken as enough unless their height is far lower.
             is_high = log_joint > log_joint[0] - 4 * _FAINT
             if not bool((is_high & ~mode.is_near(u)).any()):
@@ -122,10 +122,11 @@ class Laplace(Proposal):
         if len(u) == 1:
             found = Components.single(mode.u, torch.linalg.cholesky(mode.curvature.inverse()).to(u.dtype))
         else:
-            found = _separate(target, u, log_joint)
+            curvatures = [derivatives(target, part)[1] for part in u.split(at_once)]
+            found = _separate(u, log_joint, Curvature(*(torch.cat(parts) for parts in zip(*curvatures, strict=True))))
         if self.scale is not None:
             return found._replace(scale_tril=self.scale * found.scale_tril)
-        pilots = draw_pilots(target, found, self.num_pilots, int(task.max_memory / (per_datum * task.size)))
+        pilots = draw_pilots(target, found, self.num_pilots, at_once)
         return found.moved(pilots.u, pilots.log_w).scaled(pilots, self.degrees)
 
 
@@ -158,9 +159,8 @@ def _indices(offset: int | Tensor, size: int) -> Tensor:
     return offset if isinstance(offset, Tensor) else offset + torch.arange(size)
 
 
-def _separate(target: Target, u: Tensor, log_joint: Tensor) -> Components:
+def _separate(u: Tensor, log_joint: Tensor, curvature: Curvature) -> Components:
     """Returns a component for each of the separate modes of a datum with enough mass; u is ``(starts, batch, dim)``."""
-    _, curvature = derivatives(target, u)
     log_mass = log_joint.double() - 0.5 * curvature.values.log().sum(-1)
     log_mass = torch.where(log_mass > log_mass.amax(0) - _FAINT, log_mass, -math.inf)
     columns = torch.arange(u.shape[1], device=u.device)

@@ -1,5 +1,6 @@
 r"""Newton's method for the modes of :math:`\log p(x, u)`, for all data at once."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,15 @@ def derivatives(target: Target, u: Tensor) -> tuple[Tensor, Curvature]:
 def joint_of(task: Task) -> Target:
     """Returns the joint density of some data and their latents."""
     return Target(task, WeightedGuide(prior_of(task.model), is_prior=True))
+
+
+def num_real_latents(task: Task) -> int:
+    """Returns how many real numbers the latents of a datum are.
+
+    Raises:
+        ValueError: when they are not all mapped to real numbers.
+    """
+    return joint_of(replace(task.rows(slice(0, 2)), graphs=None)).dim
 
 
 def climb(task: Task, u: Tensor, num_steps: int, known: Mode | None = None) -> tuple[Tensor, Tensor]:

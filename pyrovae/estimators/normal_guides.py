@@ -87,8 +87,12 @@ class Components(NamedTuple):
         chosen = torch.distributions.Categorical(logits=self.log_share).sample((num_draws,))
         return u.gather(2, chosen[..., None, None].expand(-1, -1, 1, dim)).squeeze(2)
 
-    def log_prob_at_scales(self, u: Tensor, scales: Tensor, degrees: float) -> Tensor:
-        """Returns the log-density of u with all scales multiplied by some factors.
+    def log_prob(self, u: Tensor, degrees: float) -> Tensor:
+        """Returns the log-density of u, ``(num_draws, batch, dim)``, of shape ``(num_draws, batch)``."""
+        return (self.log_share + self.log_prob_of_each(u, u.new_ones(1), degrees)[0]).logsumexp(-1)
+
+    def log_prob_of_each(self, u: Tensor, scales: Tensor, degrees: float) -> Tensor:
+        """Returns the log-density of u under each component, with all scales multiplied by some factors.
 
         Args:
             u: shape ``(num_draws, batch, dim)``.
@@ -96,7 +100,7 @@ class Components(NamedTuple):
             degrees: degrees of freedom, infinite for normal distributions.
 
         Returns:
-            Shape ``(scales, num_draws, batch)``.
+            Shape ``(scales, num_draws, batch, count)``.
         """
         dim = u.shape[-1]
         offset = (u.unsqueeze(2) - self.mean).movedim(0, -1)  # draws last, so that no factor is copied for each
@@ -105,17 +109,14 @@ class Components(NamedTuple):
         scales = scales[:, None, None, None]
         quadratic, log_det = quadratic / scales.square(), log_det + dim * scales.log()
         if degrees == math.inf:
-            log_q = -0.5 * (quadratic + dim * math.log(2 * math.pi)) - log_det
-        else:
-            constant = (
-                math.lgamma((degrees + dim) / 2) - math.lgamma(degrees / 2) - dim / 2 * math.log(degrees * math.pi)
-            )
-            log_q = constant - (degrees + dim) / 2 * (quadratic / degrees).log1p() - log_det
-        return (self.log_share + log_q).logsumexp(-1)
+            return -0.5 * (quadratic + dim * math.log(2 * math.pi)) - log_det
+        constant = math.lgamma((degrees + dim) / 2) - math.lgamma(degrees / 2) - dim / 2 * math.log(degrees * math.pi)
+        return constant - (degrees + dim) / 2 * (quadratic / degrees).log1p() - log_det
 
     def scaled(self, pilots: "Pilots", degrees: float) -> "Components":
         """Returns the components with the scale at which the weights have a small second moment, by pilot draws."""
-        log_q = self.log_prob_at_scales(pilots.u, pilots.u.new_tensor(_SCALES), degrees)
+        each = self.log_prob_of_each(pilots.u, pilots.u.new_tensor(_SCALES), degrees)
+        log_q = (self.log_share + each).logsumexp(-1)
         moments = (pilots.log_w + pilots.log_p - log_q.double()).logsumexp(1).nan_to_num(math.inf)
         # The widest that costs little: pilot draws seldom show what is lost in the tails of a narrow one.
         index = torch.arange(len(_SCALES), device=moments.device).unsqueeze(-1)
@@ -132,7 +133,7 @@ class Components(NamedTuple):
         """
         weights = log_w.softmax(0).nan_to_num(0.0).to(u.dtype).unsqueeze(-1)
         if self.num_components > 1:
-            each = density(self.mean, self.scale_tril, math.inf).log_prob(u.unsqueeze(2))
+            each = self.log_prob_of_each(u, u.new_ones(1), math.inf)[0]
             weights = weights * (self.log_share + each).softmax(-1).nan_to_num(0.0)
         total = weights.sum(0)
         effective = total.square() / weights.square().sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
@@ -166,9 +167,8 @@ def draw_pilots(target: Target, components: Components, num_draws: int, num_scor
     """
     wide = components._replace(scale_tril=_PILOT_SCALE * components.scale_tril)
     u = wide.draw(num_draws, _PILOT_DEGREES)
-    log_p = torch.cat([target.log_joint(part) for part in u.split(max(num_scored, 1))])
-    log_r = wide.log_prob_at_scales(u, u.new_ones(1), _PILOT_DEGREES)[0]
-    return Pilots(u, log_p, (log_p - log_r).double().nan_to_num(nan=-math.inf))
+    log_p = torch.cat([target.log_joint(part) for part in u.split(num_scored)])
+    return Pilots(u, log_p, (log_p - wide.log_prob(u, _PILOT_DEGREES)).double().nan_to_num(nan=-math.inf))
 
 
 class NormalGuide:

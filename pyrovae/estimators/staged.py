@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from pyrovae.estimators.annealed import AnnealedImportanceSampling
 from pyrovae.estimators.base import Estimate, Estimator, check_count, check_positive
 from pyrovae.estimators.exact import Enumeration
-from pyrovae.estimators.laplace import Laplace
+from pyrovae.estimators.laplace import MAX_DIM, Laplace
 from pyrovae.estimators.memory import clamp
+from pyrovae.estimators.newton import num_real_latents
 from pyrovae.estimators.proposals import Guide, WeightedGuide
 from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task, prior_of
@@ -28,7 +29,6 @@ from pyrovae.inference.structure import SiteStructure
 _BLOCK = 200  # data that a stage takes at once, at most
 _FIRST_BLOCKS = (4, 12)  # under a budget of time: two sizes, from which the time of more data follows
 _NUM_TIMES = 6  # latest runs of a stage from which the time of the next is computed
-_MAX_DIM = 300  # of the latents of a datum, for Laplace's approximation: its time rises with the square
 _LEAST_PILOT = 25  # draws of a pilot run: k-hat needs 21
 _PILOT_KHAT = 0.5  # largest k-hat of a pilot run: those that are good by chance are chosen, so that 0.7 is too much
 _DISAGREEMENT = 4.0  # standard errors between two estimates of a datum: one datum in 16,000 by chance
@@ -404,14 +404,12 @@ def _choose_stages(task: Task) -> _Plan:
             return _Plan([_ENUMERATION], task.size)
         except ValueError:  # too many
             pass
-    few = replace(task.rows(slice(0, 2)), graphs=None)
-    prior = WeightedGuide(prior_of(task.model), is_prior=True)
     try:
-        dim = Target(few, prior).dim
-    except ValueError:  # not only real numbers
-        return _stages_without_gradients(few, prior, task.size)
+        dim = num_real_latents(task)
+    except ValueError:
+        return _stages_without_gradients(task)
     guide = frozenset([_GUIDE])
-    if dim > _MAX_DIM:
+    if dim > MAX_DIM:
         numbers = [_GUIDE, _FROM_PRIOR] if structure.auxiliary else [_GUIDE, _FROM_PRIOR, _FROM_GUIDE]
         return _Plan(numbers, task.size, guide)
     # Laplace's approximation holds some matrices of double precision for each datum.
@@ -426,8 +424,10 @@ def _part(task: Task, rows: Tensor) -> Task:
     return replace(task.rows(rows), bar=tqdm(disable=True))
 
 
-def _stages_without_gradients(few: Task, prior: WeightedGuide, size: int) -> _Plan:
+def _stages_without_gradients(task: Task) -> _Plan:
     """Returns the stages for latents that are not all mapped to real numbers."""
+    few, size = replace(task.rows(slice(0, 2)), graphs=None), task.size
+    prior = WeightedGuide(prior_of(task.model), is_prior=True)
     try:
         u = Target(few, prior, real=False).draw(1)
     except ValueError:  # no moves

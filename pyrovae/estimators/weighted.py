@@ -25,12 +25,16 @@ _BLOCK = 500  # data to which a proposal is fitted at once, at least
 
 
 class _Draws(NamedTuple):
-    """Draws from one component of a proposal: a trace of `num_draws` draws, and their log-density."""
+    """Draws from one component of a proposal: a trace of `num_draws` draws, and their log-density.
+
+    `are_equal` says for which data the guide's draws do not vary, see :func:`draws_are_equal`.
+    """
 
     component: WeightedGuide
     trace: poutine.Trace
     log_q: Tensor
     num_draws: int
+    are_equal: Tensor
 
 
 class _Weighted(Estimator):
@@ -49,15 +53,8 @@ class _Weighted(Estimator):
     def estimate(self, task: Task) -> Estimate:
         task.start(task.size * self.num_samples, "sample")
         num_data, num_drawn, num_scored = chunk_sizes(task, self.num_samples)
-        estimates, done, fitted = [], 0, 0
-        for part in task.split(num_data):
-            if done == fitted:  # many data at once, because matrix products of few are slow
-                fitted += part.size * math.ceil(_BLOCK / part.size)
-                fitted = fitted if fitted + part.size < task.size else task.size
-                proposal = self.proposal.fit(task.rows(slice(done, fitted)))
-            estimates.append(self._score(part, proposal, num_drawn, num_scored))
-            done += part.size
-        return join(self, estimates)
+        parts = split_and_fit(task, num_data, self.proposal)
+        return join(self, [self._score(part, proposal, num_drawn, num_scored) for part, proposal in parts])
 
     def fit(self, task: Task) -> "Estimator":
         fitted = copy(self)
@@ -83,16 +80,10 @@ class _Weighted(Estimator):
             with nullcontext() if check else pyro.validation_enabled(False):
                 prior, likelihood = task.score(draws.trace, draws.num_draws, check_data=check)
                 log_q = draws.log_q if len(mixture) == 1 else log_mixture(task, mixture, draws, prior)
-            if draws.num_draws > 1:
-                is_point = is_point | draws_are_equal(draws.trace, task.structure)
+            is_point = is_point | draws.are_equal
             sums.add(prior + likelihood - log_q)
             task.advance(draws.num_draws * task.size)
-        estimate = sums.estimate(self, self.smoothed)
-        # Equal draws have equal weights, which say nothing: the proposal is too narrow for the precision of numbers.
-        estimate = replace(estimate, khat=torch.where(is_point.to(estimate.khat.device), math.inf, estimate.khat))
-        if task.structure.discrete:  # equal weights may be those of the only value that was ever drawn
-            return replace(estimate, khat=torch.full_like(estimate.khat, math.nan))
-        return estimate
+        return with_doubts(sums.estimate(self, self.smoothed), is_point, task.structure)
 
     def describe(self, estimate: Estimate) -> str:
         biased = "smoothed weights: less variance, some bias. " if self.smoothed else ""
@@ -171,6 +162,31 @@ class CUBO(_Weighted):
         return "It may be below log p(x): take a lower order, or more samples."
 
 
+def split_and_fit(task: Task, num_data: int, proposal: Proposal) -> Iterator[tuple[Task, Proposal]]:
+    """Yields tasks for chunks of about `num_data` data, in order, with the proposal fitted to them.
+
+    It is fitted to many chunks at once, because matrix products of few data are slow.
+    """
+    done, end, fitted = 0, 0, proposal
+    for part in task.split(num_data):
+        if done == end:
+            end += part.size * math.ceil(_BLOCK / part.size)
+            end = end if end + part.size < task.size else task.size
+            fitted = proposal.fit(task.rows(slice(done, end)))
+        yield part, fitted
+        done += part.size
+
+
+def with_doubts(estimate: Estimate, is_point: Tensor, structure: SiteStructure) -> Estimate:
+    """Returns an estimate with the k-hat of data whose weights do not show what was missed.
+
+    Equal draws have equal weights, which say nothing: the proposal is too narrow for the precision of numbers. With
+    discrete latents, equal weights may be those of the only value that was ever drawn.
+    """
+    khat = torch.where(is_point.to(estimate.khat.device), math.inf, estimate.khat)
+    return replace(estimate, khat=torch.full_like(khat, math.nan) if structure.discrete else khat)
+
+
 def draws_are_equal(trace: poutine.Trace, structure: SiteStructure) -> Tensor:
     """Returns whether some element of a datum's continuous latents is the same in all draws, ``(batch,)``."""
     found = []
@@ -206,10 +222,10 @@ def draw_mixture(
     for component, count in zip(mixture, counts, strict=True):
         for drawn in split_evenly(count, num_drawn):
             trace, log_q = task.draw(drawn, component.guide)
-            start = 0
+            are_equal, start = draws_are_equal(trace, task.structure), 0
             for k in split_evenly(drawn, num_scored):
                 rows = slice(start, start + k)
-                yield _Draws(component, slice_trace(trace, rows), log_q[rows], k)
+                yield _Draws(component, slice_trace(trace, rows), log_q[rows], k, are_equal)
                 start += k
 
 
