@@ -15,6 +15,7 @@ from pyrovae import data as datasets
 from pyrovae import storage
 from pyrovae.data.arrays import ARRAYS
 from pyrovae.distributions import Blocks, Multinomial, center
+from pyrovae.estimators import Estimator, ImportanceSampling
 from pyrovae.vae import VAE
 
 Preprocessing = Literal["grey", "static", "dynamic"]
@@ -27,9 +28,7 @@ _PARTS = ("train", "validation", "test")
 MEANS = "means of p(x | z), z from the prior"
 
 
-load_data = lru_cache(maxsize=1)(
-    partial(datasets.load, numbers=True)
-)  # a folder of pictures takes long; main clears it
+load_data = lru_cache(maxsize=1)(partial(datasets.load, numbers=True))  # a folder takes long; main clears it
 
 
 def default_run(data: str) -> Path:
@@ -42,13 +41,18 @@ def load_run_and_data(
 ) -> tuple[Any, datasets.Splits, Preprocessing]:
     """Returns the VAE of a run, and the data of the run or another data set with their preprocessing."""
     vae, config = storage.load_run(run, trust=trust)
+    return vae, load_data_of(config, data, data_root), config["preprocessing"]
+
+
+def load_data_of(config: dict[str, Any], data: str | None, data_root: str | None) -> datasets.Splits:
+    """Returns the data of a run, or another data set, as its configuration says; prints lines that describe them."""
     source, schema = data or config["data"], config.get("table")
-    if schema is not None:
-        splits, description = load_table(source, schema)
-    else:
+    if schema is None:
         splits, description = load_splits(source, data_root or config["data_root"], config["preprocessing"])
+    else:
+        splits, description = load_table(source, schema)
     print(description)
-    return vae, splits, config["preprocessing"]
+    return splits
 
 
 _OPTION = re.compile(r"\b(delimiter|decimal|thousands|encoding|header|missing)=")
@@ -90,8 +94,7 @@ def load_table(data: str, schema: datasets.Schema | None) -> tuple[datasets.Spli
         kept.append(replace(part, x=part.x[some], rows=None if part.rows is None else part.rows[some]))
     splits = replace(splits, train=kept[0], validation=kept[1], test=kept[2])
     sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in zip(_PARTS, kept, strict=True))
-    missing = torch.cat([part.x.isnan().float().mean().reshape(1) * len(part.x) for part in kept]).sum()
-    share = float(missing) / max(1, sum(len(part.x) for part in kept))
+    share = sum(int(part.x.isnan().sum()) for part in kept) / max(1, sum(part.x.numel() for part in kept))
     lines = [f"{data}: {sizes} rows of {kept[0].x.shape[1]} columns, {share:.1%} of the cells missing"]
     if empty:
         lines.append(f"{empty:,} rows without any cell are left out")
@@ -143,9 +146,18 @@ def data_to_score(splits: datasets.Splits, split: SplitName, preprocessing: Prep
     return datasets.static_binarization(x, 0) if preprocessing == "dynamic" and split == "train" else x
 
 
-def arguments_of(splits: datasets.Splits, x: Tensor) -> tuple[Tensor, ...]:
+def arguments_of(x: Tensor, schema: datasets.Schema | None) -> tuple[Tensor, ...]:
     """Returns what model and guide take: x, and for a table which of its cells are observed."""
-    return (x,) if splits.schema is None else datasets.split_missing(x)
+    return (x,) if schema is None else datasets.split_missing(x)
+
+
+def chosen_method(method: Estimator | None, num_samples: int | None, default: Estimator) -> Estimator:
+    """Returns the estimator that the options --method and --num-samples ask for."""
+    if method is None:
+        return default if num_samples is None else ImportanceSampling(num_samples)
+    if num_samples is not None:
+        raise ValueError(f"--num-samples is for importance sampling: give --method.num_samples {num_samples} instead.")
+    return method
 
 
 @torch.no_grad()
@@ -202,6 +214,13 @@ def new_file(path: str | Path, suffixes: tuple[str, ...]) -> Path:
         raise FileExistsError(f"{path} already exists. Give another file with --output, or another --seed.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def write_columns(columns: dict[str, Tensor], path: Path) -> None:
+    """Writes columns of numbers, ``(rows,)`` each, as a .csv file with their names."""
+    table = torch.stack([column.cpu().double() for column in columns.values()], dim=1)
+    formats = ["%.9g" if column.is_floating_point() else "%d" for column in columns.values()]
+    np.savetxt(path, table, delimiter=",", fmt=formats, comments="", header=",".join(columns))
 
 
 def write_array(x: Tensor, path: Path) -> None:

@@ -11,16 +11,18 @@ from torch import Tensor
 from pyrovae import estimators, storage
 from pyrovae.cli.common import (
     SplitName,
+    arguments_of,
     check_device,
+    chosen_method,
     data_to_score,
-    load_splits,
-    load_table,
+    load_data_of,
     measure_of,
     new_file,
+    write_columns,
 )
-from pyrovae.data import Schema, split_missing
+from pyrovae.data import Schema
 from pyrovae.data.columns import Continuous, Count, Discrete, Modelled, Time
-from pyrovae.estimators import Estimator, ImportanceSampling, UntilTrusted, log_marginal
+from pyrovae.estimators import Estimator, UntilTrusted, log_marginal
 from pyrovae.vae import VAE
 
 
@@ -69,10 +71,7 @@ def compare(
         raise ValueError(f"{twice} is given twice. Give different runs.")
     if num_data is not None and num_data < 1:
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
-    if method is None:
-        method = UntilTrusted() if num_samples is None else ImportanceSampling(num_samples)
-    elif num_samples is not None:
-        raise ValueError(f"--num-samples is for importance sampling: give --method.num_samples {num_samples} instead.")
+    method = chosen_method(method, num_samples, UntilTrusted())
     if method.relation != "=":
         raise ValueError(f"{method} is an upper bound of log p(x): a difference says nothing. Take another method.")
     check_device(device)
@@ -90,8 +89,7 @@ def compare(
     for i, (run, (vae, config)) in enumerate(loaded.items()):
         pyro.set_rng_seed((seed + i) % 2**32)  # the errors of a difference are those of independent draws
         vae.to(device)
-        x = rows[run].to(device)
-        args = (x,) if config.get("table") is None else split_missing(x)
+        args = arguments_of(rows[run].to(device), config.get("table"))
         found[run] = log_marginal(vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile)
         print(f"{run}, {split}: {found[run]}\n")
     ranking = estimators.compare_all(found)
@@ -101,15 +99,8 @@ def compare(
         columns: dict[str, Tensor] = {"datum": torch.arange(len(rows[runs[0]]))}
         for i, estimate in enumerate(found.values()):
             for name in ("value", "standard_error", "trusted"):
-                columns[f"{name}_{i + 1}"] = getattr(estimate, name).cpu()
-        np.savetxt(
-            table,
-            torch.stack([column.double() for column in columns.values()], dim=1),
-            delimiter=",",
-            fmt=["%d"] + ["%.9g", "%.9g", "%d"] * len(found),
-            comments="",
-            header=",".join(columns),
-        )
+                columns[f"{name}_{i + 1}"] = getattr(estimate, name)
+        write_columns(columns, table)
         print(f"per datum, runs in the order given: {table}")
     drawn.parent.mkdir(parents=True, exist_ok=True)
     ranking.plot(drawn)
@@ -165,13 +156,11 @@ def _part(
     parts: dict[tuple, Tensor], config: dict[str, Any], split: SplitName, data: str | None, data_root: str | None
 ) -> Tensor:
     """Returns a split of a run's data as it is scored, which is loaded once."""
-    source, preprocessing, schema = data or config["data"], config["preprocessing"], config.get("table")
-    root = data_root or config["data_root"]
-    key = (source, root, preprocessing) if schema is None else (source, schema.to_yaml())
+    preprocessing, schema = config["preprocessing"], config.get("table")
+    how = (data_root or config["data_root"], preprocessing) if schema is None else schema.to_yaml()
+    key = (data or config["data"], how)
     if key not in parts:
-        splits, description = load_splits(source, root, preprocessing) if schema is None else load_table(source, schema)
-        print(description)
-        parts[key] = data_to_score(splits, split, preprocessing)
+        parts[key] = data_to_score(load_data_of(config, data, data_root), split, preprocessing)
     return parts[key]
 
 

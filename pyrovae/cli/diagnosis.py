@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae import diagnostics, storage
-from pyrovae.cli.common import SplitName, check_device, data_to_score, load_splits, load_table
+from pyrovae.cli.common import SplitName, check_device, data_to_score, load_data_of
 from pyrovae.data import Splits
 from pyrovae.estimators import Estimator
 
@@ -57,16 +57,7 @@ def diagnose(
         raise FileExistsError(f"{out} is there already. Name another place with --output.")
     check_device(device)
     vae, config = storage.load_run(run, trust=trust)
-    root, preprocessing = data_root or config["data_root"], config["preprocessing"]
-    schema = config.get("table")
-
-    def load(source: str) -> Splits:
-        if schema is None:
-            splits, described = load_splits(source, root, preprocessing)
-        else:
-            splits, described = load_table(source, schema)
-        print(described)
-        return splits
+    preprocessing, schema = config["preprocessing"], config.get("table")
 
     def first(splits: Splits, split: SplitName) -> Tensor:
         x = data_to_score(splits, split, preprocessing)
@@ -78,12 +69,12 @@ def diagnose(
                 raise ValueError(f"a diagnosis needs 30 rows without missing cells, and {split} has {len(x)}.")
         return x[:num_data].to(device)
 
-    splits = load(data or config["data"])
+    splits = load_data_of(config, data, data_root)
     vae.to(device)
     part = getattr(splits, split)
     x, train = first(splits, split), first(splits, "train")
     labels = None if part.labels is None else part.labels[: len(x)].to(device)
-    strange = None if other is None else first(load(other), "test")
+    strange = None if other is None else first(load_data_of(config, other, data_root), "test")
     if strange is not None and strange.shape[1:] != x.shape[1:]:
         raise ValueError(f"other has data of shape {tuple(strange.shape[1:])}, the run of {tuple(x.shape[1:])}.")
 

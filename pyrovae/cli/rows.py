@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import storage
-from pyrovae.cli.common import check_device, load_table, new_file
+from pyrovae.cli.common import check_device, chosen_method, load_table, new_file, write_columns
 from pyrovae.data.cells import is_number
 from pyrovae.data.columns import Discrete, Modelled
 from pyrovae.data.schema import holds_numbers
-from pyrovae.estimators import Estimator, ImportanceSampling, UntilTrusted, log_marginal
+from pyrovae.estimators import Estimator, UntilTrusted, log_marginal
 from pyrovae.inference.imputation import impute as impute_rows
 from pyrovae.structures import MissingDataVAE
 
@@ -75,7 +75,7 @@ def score(
         raise ValueError(f"num_samples must be at least 2 and num_explained 0, got {num_samples} and {num_explained}.")
     if num_samples is not None and seconds is not None:
         raise ValueError("--seconds is a budget of the stages: leave out --num-samples.")
-    method = UntilTrusted(seconds=seconds) if num_samples is None else ImportanceSampling(num_samples)
+    method = chosen_method(None, num_samples, UntilTrusted(seconds=seconds))
     check_device(device)
     out = new_file(output or Path(run) / f"scores-{Path(file).stem}.csv", (".csv",))
     vae, table, rows = _load(run, file, trust, device)
@@ -203,7 +203,7 @@ def explain(
     Args:
         vae: the VAE.
         rows: the rows to explain and which of their cells are observed, each ``(size, columns)``.
-        usual: the rows of which the mean of each column is taken, likewise.
+        usual: the rows that give the mean of each column, likewise.
         num_samples: importance samples per row and cell.
         seed: seed of the samples.
 
@@ -367,9 +367,8 @@ def encode(
         np.save(out, encoded.numpy())
     else:
         n = encoded.shape[1] // 2
-        header = ",".join(["row", *(f"mean_{i + 1}" for i in range(n)), *(f"sd_{i + 1}" for i in range(n))])
-        numbered = torch.cat([torch.arange(1, len(table) + 1).unsqueeze(1).double(), encoded.double()], dim=1)
-        np.savetxt(out, numbered, delimiter=",", fmt=["%d"] + ["%.9g"] * (2 * n), comments="", header=header)
+        names = [f"{what}_{i + 1}" for what in ("mean", "sd") for i in range(n)]
+        write_columns({"row": torch.arange(1, len(table) + 1), **dict(zip(names, encoded.T, strict=True))}, out)
     print(f"{len(rows):,} rows in {encoded.shape[1] // 2} dimensions: {out}")
 
 

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pyro
 import torch
 from torch import Tensor
@@ -11,10 +10,12 @@ from pyrovae.cli.common import (
     SplitName,
     arguments_of,
     check_device,
+    chosen_method,
     data_to_score,
     is_discrete,
     load_run_and_data,
     new_file,
+    write_columns,
 )
 from pyrovae.distributed import init_process_group
 from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, UntilTrusted, log_marginal
@@ -72,29 +73,22 @@ def evaluate(
     is_default = method is None and num_samples is None
     if not is_default and (seconds is not None or check):
         raise ValueError("--seconds and --check are for the default method: leave out --method and --num-samples.")
-    if method is None:
-        stages = UntilTrusted(seconds=seconds, num_checked=check)
-        method = stages if num_samples is None else ImportanceSampling(num_samples)
-    elif num_samples is not None:
-        raise ValueError(f"--num-samples is for importance sampling: give --method.num_samples {num_samples} instead.")
+    method = chosen_method(method, num_samples, UntilTrusted(seconds=seconds, num_checked=check))
     check_device(device)
     vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
     pyro.set_rng_seed(seed)
     vae.to(device)
     x = data_to_score(splits, split, preprocessing)[:num_data].to(device)
-    estimate = log_marginal(
-        vae.model, vae.guide, *arguments_of(splits, x), method=method, max_memory=max_memory, compile=compile
-    )
+    args = arguments_of(x, splits.schema)
+    estimate = log_marginal(vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile)
     if out is not None and world.is_rank0:
-        columns = {name: getattr(estimate, name) for name in ("value", "standard_error", "ess", "khat", "trusted")}
-        columns |= estimate.diagnostics
-        table = torch.stack([torch.arange(len(x)), *(column.double().cpu() for column in columns.values())], dim=1)
-        header = ",".join(("datum", *columns))
-        np.savetxt(out, table, delimiter=",", fmt=["%d"] + ["%.9g"] * len(columns), comments="", header=header)
+        names = ("value", "standard_error", "ess", "khat", "trusted")
+        columns = {"datum": torch.arange(len(x)), **{name: getattr(estimate, name) for name in names}}
+        write_columns(columns | estimate.diagnostics, out)
         print(f"per datum: {out}")
     print(f"{split}: {estimate}")
     if is_default:
-        print(_usual_number(vae, arguments_of(splits, x), estimate, max_memory))
+        print(_usual_number(vae, args, estimate, max_memory))
     if is_discrete(vae) and method.relation == "=":
         print(f"{bits_per_dim(estimate.value, x.shape[1:]).mean().item():.4f} bits per dimension, of {x[0].numel():,}")
 

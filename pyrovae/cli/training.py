@@ -21,6 +21,7 @@ from pyrovae.cli.common import (
     Preprocessing,
     arguments_of,
     check_device,
+    chosen_method,
     default_run,
     is_discrete,
     is_table,
@@ -34,8 +35,6 @@ from pyrovae.distributed import init_process_group
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.estimators import (
     Estimate,
-    Estimator,
-    ImportanceSampling,
     UntilTrusted,
     independent_baseline,
     log_marginal,
@@ -144,7 +143,7 @@ def train(
 
     metrics = MetricsFile(directory / "metrics.jsonl")
     callbacks: list[Callback] = []
-    monitored = arguments_of(splits, splits.validation.x[:_NUM_MONITORED].to(device))
+    monitored = arguments_of(splits.validation.x[:_NUM_MONITORED].to(device), splits.schema)
     if len(monitored[0]) > 1:
         monitor = diagnostics.CollapseMonitor(vae.model, vae.guide, *monitored, every=max(1, epochs // 50))
         callbacks.append(_WherePossible(monitor))
@@ -160,7 +159,7 @@ def train(
         history = fit(
             vae.model,
             vae.guide,
-            arguments_of(splits, splits.train.x),
+            arguments_of(splits.train.x, splits.schema),
             loss=loss,
             epochs=epochs,
             batch_size=batch_size,
@@ -168,7 +167,7 @@ def train(
             scheduler=scheduler,
             transform=transform,
             clip_norm=clip_norm,
-            validation=arguments_of(splits, splits.validation.x),
+            validation=arguments_of(splits.validation.x, splits.schema),
             patience=patience,
             callbacks=callbacks,
             checkpoint=directory / "checkpoint.safetensors",
@@ -185,11 +184,9 @@ def train(
         raise
 
     vae.eval()
-    test = arguments_of(splits, splits.test.x.to(device))
-    if num_samples is None:
-        method: Estimator = UntilTrusted(seconds=max(_LEAST_SECONDS, (time.monotonic() - began) / 3))
-    else:
-        method = ImportanceSampling(num_samples)
+    test = arguments_of(splits.test.x.to(device), splits.schema)
+    stages = UntilTrusted(seconds=max(_LEAST_SECONDS, (time.monotonic() - began) / 3))
+    method = chosen_method(None, num_samples, stages)
     estimate = log_marginal(vae.model, vae.guide, *test, method=method, compile=compile)
     if world.is_rank0:
         storage.save(vae, directory / "weights.safetensors")
@@ -279,7 +276,7 @@ def _draw(vae: Any, splits: datasets.Splits, history: History, directory: Path) 
     device = next(vae.parameters()).device
     x = splits.test.x[:1000].to(device)
     labels = splits.test.labels
-    args = arguments_of(splits, x)
+    args = arguments_of(x, splits.schema)
     if splits.schema is None:
         plots.samples(prior_means(vae, 100), directory / "samples.png", MEANS)
         plots.reconstructions(x[:10], vae.reconstruct(x[:10]), directory / "reconstructions.png")

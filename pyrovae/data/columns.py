@@ -253,8 +253,13 @@ class Continuous(Modelled):
         digits = digits.rstrip("0").ljust(self.min_decimals, "0")
         return f"{whole}{point}{digits}" if digits else whole
 
+    @property
+    def place_text(self) -> str:
+        """Where the values are, in words."""
+        return f"{self.loc:.12g} +- {self.scale:.3g}"
+
     def describe(self) -> str:
-        parts = [f"{self.loc:.12g} +- {self.scale:.3g}"]
+        parts = [self.place_text]
         parts += [f"in steps of {self.step:g}"] if self.step is not None else []
         parts += [f"often {_listed(self.spikes)}"] if self.spikes else []
         return ", ".join(parts)
@@ -309,11 +314,9 @@ class Positive(Continuous):
     def range_text(self) -> str:
         return "above 0"
 
-    def describe(self) -> str:
-        parts = [f"near {math.exp(min(self.loc, 700)):.5g}, factor {math.exp(min(self.scale, 700)):.3g}"]
-        parts += [f"in steps of {self.step:g}"] if self.step is not None else []
-        parts += [f"often {_listed(self.spikes)}"] if self.spikes else []
-        return ", ".join(parts)
+    @property
+    def place_text(self) -> str:
+        return f"near {math.exp(min(self.loc, 700)):.5g}, factor {math.exp(min(self.scale, 700)):.3g}"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Ratings(NamedTuple):
 
 
 class HeldOutUsers(NamedTuple):
-    """Users on whom no model was trained, with some of the items of each held out.
+    """Users that are not in the training data, with some items of each held out.
 
     Args:
         seen: the items that a recommender is given, ``(users, items)``, sparse.

@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -91,7 +92,7 @@ class Dialect:
         return pc.replace_substring(cells, ",", ".") if self.decimal == "," else cells
 
 
-class Source:
+class Source(ABC):
     """Base of what tables are read from: names of columns, and batches of rows, as often as wanted.
 
     Args:
@@ -118,9 +119,9 @@ class Source:
         for batch in self.raw_batches():
             yield self._with_nulls(batch)
 
+    @abstractmethod
     def raw_batches(self) -> Iterator["pa.RecordBatch"]:
         """Yields batches of rows as they are in the file."""
-        raise NotImplementedError
 
     @cached_property
     def num_rows(self) -> int:

@@ -16,7 +16,7 @@ __all__ = ["Summary"]
 
 _MAX_DECIMALS = 6  # numbers with more digits after the point are not rounded values
 _MAX_VALUES = 20_000  # different values that are counted
-_MAX_DECIMAL_NUMBERS = 2_000  # different numbers that are not all whole, of which little has to be known
+_MAX_DECIMAL_NUMBERS = 2_000  # different numbers that are not all whole: little has to be known of them
 _MAX_SAMPLE = 200_000  # numbers that are kept
 
 

@@ -108,7 +108,7 @@ def ranking(
 
     Raises:
         ValueError: when `seen` and `held_out` differ in shape, hold NaN or infinity, or share an item of a user; when a
-            user has no held-out item, for whom both metrics are undefined; when scores have another shape, or are NaN
+            user has no held-out item, so that both metrics are undefined; when scores have another shape, or are NaN
             or infinite for an item that was not seen; when a cut-off is not an integer of at least 1.
 
     References:
