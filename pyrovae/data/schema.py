@@ -370,8 +370,8 @@ class Schema:
         width = max(6, *map(len, names))
         lines = [f"{'column':{width}}  {'kind':10}missing  values"]
         for name, column in zip(names, self.columns, strict=True):
-            missing = f"{column.missing:.2g}" if 0 < column.missing < 0.001 else f"{100 * column.missing:.3g} %"
-            line = f"{name:{width}}  {column.kind:10}{missing if column.missing else '':>7}  {column.describe()}"
+            missing = f"{100 * column.missing:.{3 if column.missing >= 0.01 else 2}g} %" if column.missing else ""
+            line = f"{name:{width}}  {column.kind:10} {missing:>6}  {column.describe()}"
             lines.append(line if len(line) <= 80 else line[:79] + "…")
         return "\n".join(lines)
 
