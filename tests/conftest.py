@@ -46,10 +46,10 @@ def traced(monkeypatch):
     """Runs traced graphs without the compiler, which takes seconds for each; returns a counter of graphs and runs."""
     from compiling import Traced
 
-    from pyrovae.compilation import graph
+    from pyrovae.compilation import tracing
 
     stand_in = Traced()
-    monkeypatch.setattr(graph, "compile_module", stand_in)
+    monkeypatch.setattr(tracing, "compile_module", stand_in)
     return stand_in
 
 

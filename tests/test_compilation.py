@@ -271,7 +271,7 @@ OF_PYRO = {
     "Trace, particles in a loop": (partial(Trace_ELBO, 3), None),
     "Trace, vectorized": (partial(Trace_ELBO, 3, vectorize_particles=True, **ONE_PLATE), None),
     "TraceMeanField": (TraceMeanField_ELBO, None),
-    "TraceEnum": (partial(TraceEnum_ELBO, strict_enumeration_warning=False, **ONE_PLATE), FETCHED),
+    "TraceEnum": (partial(TraceEnum_ELBO, strict_enumeration_warning=False, **ONE_PLATE), None),
     "TraceGraph": (TraceGraph_ELBO, NO_LOSS),
     "Renyi": (partial(RenyiELBO, num_particles=3, vectorize_particles=True, **ONE_PLATE), NO_LOSS),
 }
@@ -304,7 +304,7 @@ def some_labelled() -> Pair:
 
 
 @pytest.mark.parametrize("make", [classes, some_labelled])
-def test_sums_over_classes_run_eagerly(make, traced):
+def test_sums_over_classes_of_probabilities_that_change_run_eagerly(make, traced):
     def elbo_of(pair: Pair) -> TraceEnum_ELBO:
         return TraceEnum_ELBO(**ONE_PLATE) if make is classes else ClassifierELBO(pair.modules[0].classify, 3.0)
 
@@ -312,9 +312,10 @@ def test_sums_over_classes_run_eagerly(make, traced):
     pair = fresh(make)
     expected = trained(elbo_of(pair), pair, *args, steps=3)
     pair = fresh(make)
-    with refused(FETCHED):
+    # Pyro asks whether probabilities are 0: of constants the answer is the same in every run.
+    with nullcontext() if make is classes else refused(FETCHED):
         same(trained(compiled(elbo_of(pair)), pair, *args, steps=3), expected)
-    assert traced.made == 0
+    assert traced.made == (make is classes)
 
 
 def subsampled() -> Pair:

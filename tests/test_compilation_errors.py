@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyrovae import VAE, bounds, encoders, fit, likelihoods, priors
 from pyrovae import compile as compiled
-from pyrovae.compilation import graph
+from pyrovae.compilation import tracing
 
 fit = partial(fit, progress=False)
 
@@ -91,7 +91,7 @@ def test_a_compiler_that_fails_gives_one_warning(error, later, monkeypatch):
     def fail(*given):
         raise error
 
-    monkeypatch.setattr(graph, "compile_module", (lambda module: fail) if later else fail)
+    monkeypatch.setattr(tracing, "compile_module", (lambda module: fail) if later else fail)
     with refused("torch.compile failed: .*(no C|none)"):
         same_compiled(bounds.ELBO, lambda: pair_of(diagonal_vae(2, 3)), doubles(5, 3))
 
@@ -185,7 +185,7 @@ def test_a_wrong_result_of_the_compiler_is_found(monkeypatch):
     def erring(module):
         return lambda *given: [t * (1 + 1e-3) if t.is_floating_point() else t for t in module(*given)]
 
-    monkeypatch.setattr(graph, "compile_module", erring)
+    monkeypatch.setattr(tracing, "compile_module", erring)
     vae = diagonal_vae(2, 3)
     with pytest.raises(RuntimeError, match="or torch.compile made an error"):
         compiled(bounds.ELBO()).terms(vae.model, vae.guide, doubles(5, 3))

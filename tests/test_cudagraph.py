@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyrovae import bounds, estimators, fit, log_marginal
 from pyrovae import compile as compiled
-from pyrovae.compilation import graph
+from pyrovae.compilation import graph, tracing
 from pyrovae.compilation.api import Compiled
 from pyrovae.compilation.cudagraph import CudaGraph
 from pyrovae.training import trainer as training
@@ -59,7 +59,7 @@ def recorded(monkeypatch) -> None:
         monkeypatch.setattr(graph, "CudaGraph", StandIn)
         monkeypatch.setattr(graph, "on_one_gpu", lambda module, tensors: True)
         monkeypatch.setattr(training, "_make_recordable", lambda optimizer: not isinstance(optimizer, Adagrad))
-        monkeypatch.setattr(graph, "compile_module", lambda module: module)
+        monkeypatch.setattr(tracing, "compile_module", lambda module: module)
 
 
 def random_state() -> Tensor:
@@ -88,7 +88,7 @@ def fitted(elbo: Any, make: Callable[[], Pair] = lambda: pair_of(small_vae()), x
 
 
 def recordings_of(elbo: Compiled) -> list:
-    return [made.recording for entry in elbo.graphs._entries.values() for made in entry.graphs]
+    return [made.cuda_graph for entry in elbo.graphs._entries.values() for made in entry.graphs]
 
 
 LOSSES = {

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from pyrovae import VAE, History, bounds, fit, log_marginal
 from pyrovae.cli import main
-from pyrovae.compilation import graph
+from pyrovae.compilation import tracing
 from pyrovae.data import dynamic_binarization
 from pyrovae.distributed import init_process_group
 from pyrovae.encoders import DiagonalNormal
@@ -381,11 +381,11 @@ class Drawn:
 @contextlib.contextmanager
 def without_inductor() -> Iterator[None]:
     """Runs traced graphs without the compiler."""
-    compile_module, graph.compile_module = graph.compile_module, lambda module: module
+    compile_module, tracing.compile_module = tracing.compile_module, lambda module: module
     try:
         yield
     finally:
-        graph.compile_module = compile_module
+        tracing.compile_module = compile_module
 
 
 def run_scenarios(folder: Path) -> None:

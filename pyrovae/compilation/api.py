@@ -16,6 +16,8 @@ from pyrovae.bounds.schedules import ScheduledStep
 from pyrovae.compilation.cache import GraphCache
 from pyrovae.compilation.cudagraph import PostStep
 from pyrovae.compilation.guards import ATOMS, Guards
+from pyrovae.compilation.recording import Recording
+from pyrovae.compilation.tracing import inductor
 from pyrovae.distributed import Shard
 from pyrovae.inference.messages import ObservedChecked, Untraceable, check_observed_by
 
@@ -50,13 +52,13 @@ class Compiled(ELBO):
 
     Args:
         elbo: the ELBO.
-        report: called with a line of text before a graph is compiled.
+        backend: what runs the operations of a graph.
     """
 
-    def __init__(self, elbo: ELBO, report: Callable[[str], Any] = lambda line: None):
+    def __init__(self, elbo: ELBO, backend: Callable[[Recording], Callable] = inductor):
         super().__init__(num_particles=elbo.num_particles, vectorize_particles=elbo.vectorize_particles)
         self.elbo: Any = elbo  # a Bound has more than the methods of ELBO
-        self.graphs = GraphCache(type(elbo).__name__, report)
+        self.graphs = GraphCache(type(elbo).__name__, backend)
         self.unvalidated: frozenset[str] = frozenset()  # observed sites whose data are not checked
 
     def step(
@@ -82,8 +84,8 @@ class Compiled(ELBO):
             post_step: called with the :class:`Step` before it is returned; a later step may overwrite the result then.
 
         Returns:
-            The result, and the guards of the state that it was computed from; None where there can be no graph, after
-            one warning that says why. Nothing has been computed then.
+            The result, and the guards of the state that it was computed from; None where there is no graph, as
+            :class:`GraphCache` says. Nothing has been computed then.
         """
         self.graphs.refuse_packed(args, kwargs)
         leaves, structure = _flattened(args, kwargs)
@@ -187,8 +189,9 @@ def compile(elbo: ELBO) -> Compiled:
     so then, without changing the random state; call it once before for a run that is equal to one without compilation.
 
     Args:
-        elbo: one of :mod:`pyrovae.bounds`, or Pyro's ``Trace_ELBO`` or ``TraceMeanField_ELBO``. Pyro's other ELBOs
-            depend on values of tensors, and run eagerly.
+        elbo: one of :mod:`pyrovae.bounds`, or Pyro's ``Trace_ELBO``, ``TraceMeanField_ELBO`` or ``TraceEnum_ELBO``;
+            the last only where the probabilities that it sums over are no parameters, whose values it asks for. Pyro's
+            other ELBOs run eagerly.
 
     Raises:
         TypeError: when `elbo` is not an ELBO.

@@ -13,22 +13,26 @@ from torch import Tensor
 from pyrovae.arguments import holds_packed
 from pyrovae.compilation import torch_internals
 from pyrovae.compilation.cudagraph import PostStep
-from pyrovae.compilation.graph import CompiledGraph, Function, compile_graph
+from pyrovae.compilation.graph import CompiledGraph, DisagreementError, Function, compile_graph
 from pyrovae.compilation.guards import ATOMS, Guards, tensor_metadata
-from pyrovae.compilation.tracing import discover_state
+from pyrovae.compilation.playback import play_back
+from pyrovae.compilation.recording import Recording
+from pyrovae.compilation.tracing import inductor
 from pyrovae.inference.messages import ObservedChecked, Untraceable, warn
 from pyrovae.inference.structure import named_plate
 
 # Graphs for inputs of the same shapes. With more, what they differ in changes too often.
 _MAX_GRAPHS = 4
-# Eager calls before inputs of other shapes than the first get a graph, which takes seconds to compile.
+# Eager calls before inputs of other shapes than the first get a compiled graph, which takes seconds.
 _WARMUP_CALLS = 32
+# Eager calls before inputs get a graph that is played back, which takes the time of a few calls.
+_WARMUP_PLAYBACK = 3
 
 
 class GraphCache:
     r"""Compiled graphs of functions of tensors: one for each kind of inputs and each state that a function reads.
 
-    A function runs eagerly first, and once more to be traced. Its graph takes as further inputs all tensors that the
+    A function runs eagerly some times, and is then traced. Its graph takes as further inputs all tensors that the
     function can reach, such as parameters and buffers. Everything else that it can reach (numbers, flags, which objects
     there are) is guarded: it is compared before every call, and a change leads to a new graph. At calls 1, 2, 4, 8, ...
     a graph is compared with the function itself, for the same noise. Inputs of other shapes than the first run eagerly
@@ -36,18 +40,31 @@ class GraphCache:
 
     Args:
         name: of the functions, for messages.
+        backend: makes a function of tensors from a recording: :func:`~pyrovae.compilation.tracing.inductor` or
+            :func:`~pyrovae.compilation.playback.play_back`.
         report: called with a line of text before a compilation, and with an empty one after it.
     """
 
-    def __init__(self, name: str, report: Callable[[str], Any] = lambda line: None):
-        self.name, self.report = name, report
+    def __init__(
+        self,
+        name: str,
+        backend: Callable[[Recording], Callable] = inductor,
+        report: Callable[[str], Any] = lambda line: None,
+    ):
+        self.name, self.backend, self.report = name, backend, report
+        self.refused: Callable[[str], Any] = warn  # called with the reason why there are no graphs
         self.calls = 0
         self.reason: str | None = None  # why there are no graphs any more
         self._entries: dict[tuple, _Entry] = {}
         self._resumed_calls: dict[tuple, int] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of eager calls by shapes of inputs, so that a resumed run compiles at the same steps."""
+        """Returns the number of eager calls by shapes of inputs, so that a resumed run compiles at the same steps.
+
+        What is played back gives the same bits whenever it starts.
+        """
+        if self.backend is play_back:
+            return {"calls": []}
         calls = {_shapes(metadata): entry.calls for (_, metadata), entry in self._entries.items()}
         return {"calls": [[list(map(list, shapes)), n] for shapes, n in (self._resumed_calls | calls).items()]}
 
@@ -65,7 +82,8 @@ class GraphCache:
     ) -> tuple[Any, Guards] | None:
         """Returns what a function returns, without a graph of autograd, and the guards of the state that it read.
 
-        None where there can be no graph, after one warning that says why; nothing has been computed then.
+        None where there is no graph: not yet, or never, after one line to `refused` that says why. Nothing has been
+        computed then.
 
         Args:
             function: called with the leaves of autograd that it reads; returns a pytree of tensors. It may draw torch's
@@ -89,23 +107,32 @@ class GraphCache:
             entry = self._entry(inputs, static)
             graph, change = entry.look_up(inputs, roots)
             if graph is not None:
-                return graph(function, inputs, post_step), graph.guards
+                return self._run(graph, function, inputs, post_step), graph.guards
             entry.calls += 1
             if entry.calls <= entry.warmup:
-                return entry.run_eagerly(function, roots, post_step)
+                return None
             if len(entry.graphs) == _MAX_GRAPHS:
                 raise Untraceable(
                     f"{change}, and there are {_MAX_GRAPHS} graphs for earlier values already; keep what changes in a "
                     "tensor, and change that in place by fill_ or copy_"
                 )
             self.report(f"compiling {self.name}" + (f", for {change}" if change else ""))
-            graph, result = compile_graph(function, self.name, inputs, roots, post_step)
+            graph, result = compile_graph(function, self.name, inputs, roots, post_step, self.backend)
             self.report("")
             entry.graphs.insert(0, graph)
             return result, graph.guards
         except Untraceable as error:
             self.refuse(error)
             return None
+
+    def _run(self, graph: CompiledGraph, function: Function, inputs: list[Tensor], post_step: PostStep | None) -> Any:
+        """Runs a graph. What is played back without being asked for is given up if its first comparison fails."""
+        try:
+            return graph(function, inputs, post_step)
+        except DisagreementError as error:
+            if self.backend is not play_back or graph.calls > 2 or graph.changes_inputs:
+                raise
+            raise Untraceable("it reads something that changes, and that no guard sees") from error
 
     def refuse_packed(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Makes no graphs for a function that is called with a packed sequence, whose lengths no graph can follow."""
@@ -115,7 +142,7 @@ class GraphCache:
     def refuse(self, error: Untraceable) -> None:
         """Makes no more graphs, and warns that it does not."""
         self.reason = str(error)
-        warn(f"{self.name} is not compiled, and runs eagerly: {error}.")
+        self.refused(f"{self.name} is not compiled, and runs eagerly: {error}.")
 
     def _entry(self, inputs: list[Tensor], static: Any) -> "_Entry":
         """Returns the entry for a call, a new one if there is none."""
@@ -131,7 +158,11 @@ class GraphCache:
                     "values already; if it is an argument, make it a tensor"
                 )
             calls = self._resumed_calls.get(_shapes(metadata), 0)
-            entry = self._entries[key] = _Entry(calls, warmup=_WARMUP_CALLS if self._entries else 0)
+            if self.backend is play_back:
+                warmup = _WARMUP_PLAYBACK
+            else:
+                warmup = _WARMUP_CALLS if self._entries else 0
+            entry = self._entries[key] = _Entry(calls, warmup)
         return entry
 
 
@@ -143,13 +174,11 @@ class _Entry:
         calls: without a graph.
         warmup: number of calls that run eagerly, before there is a graph.
         graphs: the most recently used first.
-        guards: of the state that the latest eager call read.
     """
 
     calls: int
     warmup: int
     graphs: list[CompiledGraph] = field(default_factory=list)
-    guards: Guards | None = None
 
     def look_up(self, inputs: list[Tensor], roots: tuple) -> tuple[CompiledGraph | None, str | None]:
         """Returns the graph whose guards hold; or None, and why those of the last one failed."""
@@ -161,15 +190,6 @@ class _Entry:
                     self.graphs.insert(0, self.graphs.pop(i))  # tried first in the next call
                 return graph, None
         return None, change
-
-    def run_eagerly(self, function: Function, roots: tuple, post_step: PostStep | None) -> tuple[Any, Guards]:
-        if self.guards is None or self.guards.failure_reason(roots) is not None:
-            self.guards = discover_state(function, roots)
-        with pyro.validation_enabled(False):
-            result = function(self.guards.leaves)
-        if post_step is not None:
-            post_step.call(result, self.guards)
-        return result, self.guards
 
 
 def _shapes(metadata: tuple) -> tuple:

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from pyrovae.compilation import torch_internals
 from pyrovae.compilation.guards import Guards, all_unchanged
+from pyrovae.compilation.recording import Recording
 
 
 class PostStep(NamedTuple):
@@ -76,8 +76,7 @@ def _captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         return graph, function()
 
 
-def on_one_gpu(module: torch.fx.GraphModule, tensors: list[Tensor]) -> bool:
-    """Returns whether a graph reads and draws on one GPU only, so that a recording of it is complete."""
-    drawn = [n for n in module.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
-    tensors = [*tensors, *(t for n in drawn for t in tree_leaves(n.meta["val"]) if isinstance(t, Tensor))]
-    return all(t.is_cuda for t in tensors) and len({t.device for t in tensors}) == 1
+def on_one_gpu(recording: Recording, inputs: list[Tensor]) -> bool:
+    """Returns whether a graph reads and draws on one GPU only, so that a CUDA graph of it is complete."""
+    devices = {t.device for t in (*inputs, *recording.inputs)} | recording.random_devices()
+    return len(devices) == 1 and next(iter(devices)).type == "cuda"

@@ -74,14 +74,20 @@ class Guards:
             self._visit(getattr(root, "__qualname__", type(root).__name__), root)
         for module in self._modules:  # the list grows during the loop
             self._watch(module.__name__, vars(module), tuple(sorted(self._code_names & vars(module).keys())))
+        self.positions = {id(t): -i for i, t in enumerate(self.tensors, start=1)}
         self._metadata = [tensor_metadata(t) for t in self.tensors]
         self.leaves = [t for t in self.tensors if t.requires_grad and t.is_leaf]
         if any(t._post_accumulate_grad_hooks for t in self.leaves):
             raise Untraceable("a parameter has a post-accumulate-grad hook, which a graph cannot call")
         hooks = [f"the number of gradient hooks of parameter {i}" for i in range(len(self.leaves))]
         self._add(_Slot("", self._counts, [*self._counted_names, *hooks]))
-        self._reads = [slot.read for slot in self._slots]
         self._saved = [value for slot in self._slots for value in slot.saved]
+        names: dict[str, Any] = {}
+        self._read = _function(", ".join(slot.source(names) for slot in self._slots), names)
+        names = {f"t{i}": t for i, t in enumerate(self.tensors)}
+        properties = ("shape", "stride()", "dtype", "device", "requires_grad")
+        self._read_metadata = _function(", ".join(f"{t}.{name}" for t in names for name in properties), names)
+        self._saved_metadata = self._read_metadata()
 
     def failure_reason(self, roots: tuple) -> str | None:
         """Returns what changed since the snapshot, for a message; None if nothing did."""
@@ -92,9 +98,10 @@ class Guards:
                 change = slot.failure_reason()
                 if change is not None:
                     return change
-        for name, metadata, t in zip(self._names, self._metadata, self.tensors, strict=True):
-            if tensor_metadata(t) != metadata:
-                return f"{name} changed its shape, type, device or requires_grad"
+        if self._read_metadata() != self._saved_metadata:
+            for name, metadata, t in zip(self._names, self._metadata, self.tensors, strict=True):
+                if tensor_metadata(t) != metadata:
+                    return f"{name} changed its shape, type, device or requires_grad"
         return None
 
     def _is_identical(self) -> bool:
@@ -103,10 +110,8 @@ class Guards:
         The values of all slots are compared as one list. A value that moved from the end of one container to the start
         of the next leaves that list as it was, but changes the numbers of entries, which are values too.
         """
-        values: list[Any] = []
         try:
-            for read in self._reads:
-                values += read()
+            values = self._read()
         except KeyError:
             return False
         return len(values) == len(self._saved) and all(map(operator.is_, values, self._saved))
@@ -219,8 +224,8 @@ class Guards:
 
     def _watch(self, where: str, entries: Mapping[str, Any], names: tuple) -> None:
         """Watches entries of a mapping, some of which may be absent."""
-        if len(names) > 1 and all(name in entries for name in names):
-            self._add(_Slot(where, partial(operator.itemgetter(*names), entries), names))  # many times faster
+        if names and all(name in entries for name in names):
+            self._add(_Slot(where, lambda: [entries[name] for name in names], names, entries))
         elif names:
             self._add(_Slot(where, lambda: [entries.get(name) for name in names], names))
 
@@ -259,11 +264,27 @@ _VISITORS: tuple[tuple[Any, Callable[[Guards, str, Any], None]], ...] = (
 
 
 class _Slot:
-    """Values that were read from one place, and the function that reads them again."""
+    """Values that were read from one place, and the function that reads them again.
 
-    def __init__(self, where: str, read: Callable[[], Any], names: Sequence):
-        self.where, self.read, self.names = where, read, names
+    Args:
+        where: the place.
+        read: reads the values.
+        names: of the values.
+        entries: the mapping that holds them under these names, where there is one: it is read much faster.
+    """
+
+    def __init__(self, where: str, read: Callable[[], Any], names: Sequence, entries: Mapping | None = None):
+        self.where, self.read, self.names, self.entries = where, read, names, entries
         self.saved = tuple(read())
+
+    def source(self, names: dict[str, Any]) -> str:
+        """Returns source that reads the values, separated by commas; adds what it names to `names`."""
+        name = f"x{len(names)}"
+        if self.entries is None or not all(type(key) is str for key in self.names):
+            names[name] = self.read
+            return f"*{name}()"
+        names[name] = self.entries
+        return ", ".join(f"{name}[{key!r}]" for key in self.names)
 
     def failure_reason(self) -> str | None:
         """Returns what changed; None if nothing did."""
@@ -285,6 +306,11 @@ class _Slot:
         if not self.where:
             return name
         return f"{self.where}.{name}" if isinstance(name, str) else f"{self.where}[{name!r}]"
+
+
+def _function(items: str, names: dict[str, Any]) -> Callable[[], tuple]:
+    """Returns a function that computes a tuple from source, which is much faster than a loop over its items."""
+    return eval(f"lambda: ({items}{',' if items else ''})", names)
 
 
 def tensor_metadata(t: Tensor) -> tuple:

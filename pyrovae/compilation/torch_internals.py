@@ -8,22 +8,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 try:
-    from torch._guards import TracingContext, tracing
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.weak import WeakTensorKeyDictionary as TensorDictionary
+
+    class DispatchMode(TorchDispatchMode):
+        """A context in which a function runs every operation that torch dispatches, those of autograd too.
+
+        Args:
+            dispatch: called with an operation and its arguments; returns its result.
+        """
+
+        def __init__(self, dispatch: Callable[[Any, tuple, dict[str, Any]], Any]):
+            super().__init__()
+            self.dispatch = dispatch
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+            return self.dispatch(op, args, kwargs or {})
 
     copy_tensors = torch._foreach_copy_
+    function_owners = (torch._C._VariableFunctions, torch._C._nn, torch._C.TensorBase)
+    below_autograd = torch._C._AutoDispatchBelowAutograd
     MISSING = ""
 except (ImportError, AttributeError) as error:
     MISSING = str(error)
-
-
-def trace(function: Callable[..., list], inputs: list[Tensor]) -> torch.fx.GraphModule:
-    """Traces a function of tensors into a graph of tensor operations, at the values of the inputs."""
-    # One mode for the fake tensors of the whole trace. Without it, make_fx creates one for each of them.
-    with tracing(TracingContext(FakeTensorMode(allow_non_fake_inputs=True))):
-        module: Any = make_fx(function)(*inputs)
-    return module

@@ -18,12 +18,12 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyrovae.arguments import cuda_devices
 from pyrovae.bounds import Bound
-from pyrovae.compilation import torch_internals
-from pyrovae.compilation.guards import Guards
+from pyrovae.compilation.guards import Guards, all_unchanged
+from pyrovae.compilation.recording import FetchesValueError, Recording, record
 from pyrovae.inference.messages import Untraceable
 
 # Attributes that are not guarded: what a bound and its schedules change at every step, which a graph takes as inputs,
@@ -72,38 +72,46 @@ def run_and_restore(guards: Guards, function: Callable[[], Any]) -> tuple[Any, l
     return result, after
 
 
-def trace(
-    function: Callable[[list[Tensor]], Any], inputs: list[Tensor], guards: Guards
-) -> tuple[torch.fx.GraphModule, Any]:
+def trace(function: Callable[[list[Tensor]], Any], inputs: list[Tensor], guards: Guards) -> tuple[Recording, Any]:
     """Traces what a function does with some tensors, through whatever object it reaches them.
 
     Returns:
-        The graph, and the tree structure of the function's result.
+        The graph, and the result of the function.
     """
-    structures, before = [], _other_random_states()
+    structures: list[Any] = []
 
-    def flat(*_: Tensor) -> list:
-        # make_fx follows the tensors themselves; the function reads them from its own objects.
+    def flat() -> list:
         leaves, structure = tree_flatten(function(guards.leaves))
         structures.append(structure)
         return leaves
 
+    def run() -> tuple[Recording, list]:
+        return run_and_restore(guards, lambda: record(flat, inputs))[0]
+
+    before = _other_random_states()
     try:
         with without_warnings(), _without_host_reads(), _RefuseValues():
-            module, _ = run_and_restore(guards, lambda: torch_internals.trace(flat, inputs))
+            recording, leaves = run()
+            found = recording.inputs[len(inputs) :]  # tensors that the search for the state did not find
+            again = run()[0].inputs[len(inputs) :] if found else []
     except Untraceable:
         raise
     except Exception as error:
         raise Untraceable(describe_error(error)) from error
-    if any(map(_has_size_from_values, module.graph.nodes)):
-        raise Untraceable("the size of a tensor depends on values, as in x[x > 0]: use torch.where or poutine.mask")
+    if not all_unchanged(found, again):
+        raise Untraceable("it reads a tensor that each run makes anew in a way that no graph can follow")
     if before != _other_random_states():
         raise Untraceable("random numbers of Python or NumPy would be the same in every run: use torch's")
-    return module, structures[-1]
+    return recording, tree_unflatten(leaves, structures[-1])
+
+
+def inductor(recording: Recording) -> Callable:
+    """Compiles a graph by ``torch.compile`` and its Inductor."""
+    return compile_module(recording.module())
 
 
 def compile_module(module: torch.fx.GraphModule) -> Callable:
-    """Compiles a traced graph by ``torch.compile``."""
+    """Compiles a graph; it draws random numbers as it would eagerly."""
     # Random numbers as in eager mode, so that a compiled run gives the same results. No guards of torch's: ours decide.
     options: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
     return torch.compile(module.forward, fullgraph=True, dynamic=False, options=options)
@@ -130,7 +138,7 @@ def describe_error(error: Exception) -> str:
     frames = [f for f in frames if Path(f.filename).parent != Path(__file__).parent and f.filename[:1] != "<"]
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
     text = str(error)
-    if "_local_scalar_dense" in text or "Could not guard on data-dependent" in text or "aten.nonzero" in text:
+    if isinstance(error, FetchesValueError):
         return f"the computation depends on a value fetched from a tensor{place}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}{place}"
@@ -145,16 +153,6 @@ class _RefuseValues(TorchFunctionMode):
         if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
             raise Untraceable(f"values are fetched from a tensor ({func.__name__}), and would be constants in a graph")
         return func(*args, **(kwargs or {}))
-
-
-def _has_size_from_values(node: torch.fx.Node) -> bool:
-    """Returns whether the size of a result depends on the values of a tensor."""
-    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
-        return False
-    if node.target is not torch.ops.aten.index.Tensor:
-        return True
-    indices: Any = node.args[1]
-    return any(x is not None and x.meta["val"].dtype in (torch.bool, torch.uint8) for x in indices)
 
 
 def _other_random_states() -> tuple:

@@ -107,8 +107,11 @@ def hide_cells(x: Tensor, mask: Tensor, *rest: Tensor, share: float = 0.2) -> tu
 def _check_grey(x: Tensor) -> None:
     if x.is_cuda:  # the comparison would wait for the GPU; torch.bernoulli checks its argument there
         return
-    if not bool(((x >= 0) & (x <= 1)).all()):
+    if not x.numel():
+        return
+    low, high = x.aminmax()
+    if not (low >= 0 and high <= 1):  # also if there is NaN
         raise ValueError(
-            f"only values between 0 and 1 can be binarised, but x ranges from {x.min():g} to {x.max():g}. Divide 8-bit "
+            f"only values between 0 and 1 can be binarised, but x ranges from {low:g} to {high:g}. Divide 8-bit "
             "images by 255; take real numbers as they are (--preprocessing grey) with a likelihood such as Normal."
         )

@@ -38,9 +38,8 @@ def evaluation_mode() -> Iterator[None]:
 def full_precision(devices: Iterable[torch.device]) -> Iterator[None]:
     """Turns autocast off on some devices, so that densities are computed in the precision of their parameters."""
     with ExitStack() as stack:
-        for device in devices:
-            if torch.is_autocast_enabled(device.type):
-                stack.enter_context(torch.autocast(device.type, enabled=False))
+        for kind in {device.type for device in devices if torch.is_autocast_enabled(device.type)}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

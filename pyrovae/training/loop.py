@@ -1,11 +1,12 @@
 """The training loop: :func:`fit`."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
@@ -19,6 +20,8 @@ from tqdm.auto import tqdm
 from pyrovae.arguments import as_arguments, as_tensors, count_data, row_positions
 from pyrovae.bounds import Bound
 from pyrovae.compilation import api as graphs
+from pyrovae.compilation.playback import play_back
+from pyrovae.compilation.tracing import inductor
 from pyrovae.data.batches import Batches, as_batches
 from pyrovae.distributed import init_process_group
 from pyrovae.inference.messages import is_integer, warn
@@ -55,7 +58,7 @@ def fit(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     device: torch.device | str | None = None,
-    compile: bool = False,
+    compile: bool | Literal["auto"] = "auto",
     progress: bool = True,
 ) -> History:
     r"""Trains the parameters of any Pyro model and guide by gradient descent on an ELBO.
@@ -102,9 +105,12 @@ def fit(
             same machine.
         device: the device that data in memory are moved to at the start, and the batches of a loader one by one; None
             leaves them where they are.
-        compile: compute the loss and its gradient by a compiled graph, with the same noise; see
-            :func:`pyrovae.compile`. The first step of a process takes some seconds more. On a GPU the step of the
-            optimizer is recorded together with it.
+        compile: how the loss and its gradient are computed, always with the same noise. With "auto" their operations
+            are traced after a few steps, and played back from then on without Pyro's handlers: a step is faster, and
+            its result is the same to the bit. With True they are a compiled graph, see :func:`pyrovae.compile`: the
+            first step of a process takes some seconds more, the others less. With False model and guide run at every
+            step. Where there can be no graph, a line says why, and model and guide run at every step. On a GPU the step
+            of the optimizer is recorded together with a graph.
         progress: show a progress bar.
 
     Returns:
@@ -129,7 +135,7 @@ def fit(
     >>> len(history)
     5
     """
-    _check_arguments(epochs, batch_size, patience, clip_norm, validation, scheduler, callbacks, loss)
+    _check_arguments(epochs, batch_size, patience, clip_norm, validation, scheduler, callbacks, loss, compile)
     epochs, batch_size = int(epochs), int(batch_size)  # NumPy's integers are not accepted by all of torch
     world = init_process_group(device)
     checkpoint_exists = checkpoint is not None and world.broadcast_from_rank0(lambda: Path(checkpoint).exists())
@@ -160,7 +166,8 @@ def fit(
         num_shuffled = batches.size if isinstance(batches, Batches) else len(data)
 
     loss = Trace_ELBO() if loss is None else loss
-    loss = graphs.compile(loss) if compile else loss
+    if compile and not isinstance(loss, graphs.Compiled):
+        loss = graphs.Compiled(loss, play_back if compile == "auto" else inductor)
     with row_positions(getattr(batches, "rows", None)):
         trainer = Trainer(
             world,
@@ -211,6 +218,8 @@ def fit(
 
     if trainer.compiled is not None:
         trainer.compiled.graphs.report = describe  # with a line before a graph is compiled, without after
+        if compile == "auto":
+            trainer.compiled.graphs.refused = lambda line: None if bar.disable else bar.write(line, file=sys.stderr)
     with trainer.state.modes_restored(), bar:
         while len(history) < epochs and not _is_out_of_patience(history, patience):
             epoch = len(history) + 1
@@ -250,6 +259,7 @@ def _check_arguments(
     scheduler: Any,
     callbacks: Any,
     loss: Any,
+    compile: Any,
 ) -> None:
     """Raises an error that names the first argument that is out of range or of the wrong type."""
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
@@ -266,6 +276,8 @@ def _check_arguments(
         )
     if not (isinstance(callbacks, Sequence) and all(map(callable, callbacks))):
         raise TypeError(f"callbacks must be a list of functions of the history, got {callbacks!r}.")
+    if not (isinstance(compile, bool) or compile == "auto"):
+        raise ValueError(f'compile must be "auto", True or False, got {compile!r}.')
     if loss is not None and (isinstance(loss, type) or not callable(getattr(loss, "loss", None))):
         raise TypeError(f"loss must be an ELBO object, such as bounds.IWAE(16), got {loss!r}.")
 

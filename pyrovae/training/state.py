@@ -51,6 +51,8 @@ class ModelState:
 
     def find_nonfinite(self) -> str | None:
         """Returns the name of a parameter that holds NaN or infinity, None if all are finite."""
+        if bool(nn.utils.get_total_norm(self.trained).isfinite()):  # many times faster
+            return None
         return next((display_name(key) for key, p in self.params.items() if not bool(torch.isfinite(p).all())), None)
 
     def snapshot(self) -> Snapshot:

@@ -240,7 +240,9 @@ class Trainer:
         """Takes a step by a compiled graph; returns False if nothing was done, because there can be no graph."""
 
         def update(step: graphs.Step, state: Guards) -> None:
-            self.optimizer.zero_grad()
+            for group in self.optimizer.param_groups:  # faster than zero_grad
+                for p in group["params"]:
+                    p.grad = None
             for p, gradient in zip(state.leaves, step.gradients, strict=True):
                 p.grad = gradient
             names = ["loss"] if step.terms is None else [*step.terms.named]
