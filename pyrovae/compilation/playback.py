@@ -13,8 +13,8 @@ from pyrovae.compilation.recording import Recording, has_effect
 
 # Operations that compute each element from those at its place, and may write into the memory of an argument.
 _ELEMENTWISE = frozenset(
-    "abs add cos div erf exp expm1 lgamma log log1p mul neg pow reciprocal relu rsqrt sigmoid sin sqrt square sub "
-    "tanh".split()
+    ["abs", "add", "cos", "div", "erf", "exp", "expm1", "lgamma", "log", "log1p", "mul", "neg", "pow", "reciprocal"]
+    + ["relu", "rsqrt", "sigmoid", "sin", "sqrt", "square", "sub", "tanh"]
 )
 _COMMUTATIVE = frozenset(["add", "mul"])
 
@@ -45,7 +45,6 @@ def _lines(recording: Recording, names: dict[str, Any]) -> list[str]:
     for node in nodes:
         last_use.update(dict.fromkeys(node.all_input_nodes, node))
     num_views = Counter(node.meta["root"] for node in nodes if "root" in node.meta)
-    overwritten: dict[fx.Node, str] = {}  # nodes whose memory another takes, by name
     inputs: list[str] = []
     lines = ["def run({}):"]
     for i, node in enumerate(nodes):
@@ -72,7 +71,8 @@ def _lines(recording: Recording, names: dict[str, Any]) -> list[str]:
 
 
 def _call(node: fx.Node, names: dict[str, Any], last_use: dict, num_views: Counter) -> str:
-    op, args = node.target, node.args
+    op: Any = node.target
+    args = node.args
     arguments = list(args)
     if op._opname in _ELEMENTWISE and not node.kwargs:
         both = op._opname in _COMMUTATIVE and len(args) == 2

@@ -198,10 +198,11 @@ class _Recorder:
                 if all("value" in user.meta for user in node.users):
                     continue  # nothing but constants is made of it
                 with self.graph.inserting_before(node):
-                    same = self._constant(meta["value"])
-                same.meta.update(meta)
-            else:
-                same = self._earlier(node, seen)
+                    constant = self._constant(meta["value"])
+                constant.meta.update(meta)
+                node.replace_all_uses_with(constant)
+                continue
+            same = self._earlier(node, seen)
             if same is not None:
                 node.replace_all_uses_with(same)
         self._drop_unused()
@@ -225,8 +226,8 @@ class _Recorder:
             return None
         if node.target in _NEUTRAL and not node.kwargs:
             x, number = node.args
-            like = isinstance(x, fx.Node) and x.meta["geometry"][1:] == node.meta["geometry"][1:]
-            if like and isinstance(number, (int, float)) and number == _NEUTRAL[node.target]:
+            is_neutral = isinstance(number, (int, float)) and number == _NEUTRAL[node.target]
+            if is_neutral and isinstance(x, fx.Node) and x.meta["geometry"][1:] == node.meta["geometry"][1:]:
                 return x
         same = seen.setdefault(_key((node.target, node.args, dict(node.kwargs))), node)
         return None if same is node else same

@@ -11,7 +11,7 @@ import torch
 
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.weak import WeakTensorKeyDictionary as TensorDictionary
+    from torch.utils.weak import WeakTensorKeyDictionary
 
     class DispatchMode(TorchDispatchMode):
         """A context in which a function runs every operation that torch dispatches, those of autograd too.
@@ -27,6 +27,7 @@ try:
         def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
             return self.dispatch(op, args, kwargs or {})
 
+    TensorDictionary = WeakTensorKeyDictionary
     copy_tensors = torch._foreach_copy_
     function_owners = (torch._C._VariableFunctions, torch._C._nn, torch._C.TensorBase)
     below_autograd = torch._C._AutoDispatchBelowAutograd
