@@ -277,10 +277,12 @@ OF_PYRO = {
 }
 
 
-@pytest.mark.parametrize(("make", "reason"), OF_PYRO.values(), ids=OF_PYRO)
-def test_the_elbos_of_pyro_compiled_are_the_same(make, reason, traced):
+@pytest.mark.parametrize("name", OF_PYRO)
+def test_the_elbos_of_pyro_compiled_are_the_same(name, traced):
+    make, reason = OF_PYRO[name]
+    exact = "loop" not in name  # Pyro adds the gradients of such particles in another order
     with nullcontext() if reason is None else refused(reason):
-        same_compiled(make, lambda: pair_of(diagonal_vae(2, 3)), doubles(5, 3))
+        same_compiled(make, lambda: pair_of(diagonal_vae(2, 3)), doubles(5, 3), exact=exact)
     assert traced.made == (reason is None)
 
 
@@ -441,7 +443,7 @@ def test_a_loss_is_differentiated_times_an_outer_factor_and_adds_to_gradients(tr
         assert terms.loss.requires_grad and not terms.bound.requires_grad
         (terms.loss / 3).backward()
         found.append([*(torch.as_tensor(loss) for loss in losses), *(p.grad for p in vae.parameters())])
-    same(found[1], found[0])
+    same(found[1], found[0], exact=False)  # the outer factor comes last
 
 
 def test_gradients_of_parameters_do_not_share_memory(traced):
@@ -527,11 +529,11 @@ def test_what_is_compiled_must_be_an_instance_of_elbo(given):
 @pytest.mark.slow
 @pytest.mark.parametrize("bound", BOUNDS, ids=lambda case: case.name)
 def test_every_bound_by_the_compiler_is_the_same(bound):
-    same_compiled(lambda: bound.build(4), lambda: pair_of(small_vae().double()), doubles(5, 3), steps=9)
+    same_compiled(lambda: bound.build(4), lambda: pair_of(small_vae().double()), doubles(5, 3), steps=9, exact=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("triple", ONCE, ids=name_of)
 def test_parts_by_the_compiler_are_the_same(triple):
     x = fresh(lambda: vae_of(*triple).double().sample(6))
-    same_compiled(lambda: bounds.ELBO(2), lambda: pair_of(vae_of(*triple).double()), x)
+    same_compiled(lambda: bounds.ELBO(2), lambda: pair_of(vae_of(*triple).double()), x, exact=False)

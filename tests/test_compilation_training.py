@@ -102,7 +102,9 @@ ESTIMATORS = {
 }
 
 
-def same_estimates(make: Callable[[], Pair], method: estimators.Estimator, *args: Tensor, **kwargs: Any) -> None:
+def same_estimates(
+    make: Callable[[], Pair], method: estimators.Estimator, *args: Tensor, exact: bool = True, **kwargs: Any
+) -> None:
     found = []
     for compile in (False, True):
         pair = fresh(make)
@@ -110,8 +112,9 @@ def same_estimates(make: Callable[[], Pair], method: estimators.Estimator, *args
         e = log_marginal(pair.model, pair.guide, *args, method=method, compile=compile, **kwargs)
         found.append([e.value, e.standard_error, *e.diagnostics.values(), torch.get_rng_state()])
     # A decision, such as to accept a move, depends on rounding with a probability of the size of the rounding.
+    tolerance = 0.0 if exact else 1e-6
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @pytest.mark.parametrize("method", ESTIMATORS.values(), ids=ESTIMATORS)
@@ -187,21 +190,21 @@ def test_fit_by_the_compiler_is_the_same():
             vae.model, vae.guide, doubles(22, 3), loss=loss, epochs=3, batch_size=8, optimizer=SGD, compile=compile
         )
         found.append([torch.tensor(history["loss"]), *(p.detach() for p in vae.parameters()), torch.get_rng_state()])
-    same(found[1], found[0])
+    same(found[1], found[0], exact=False)
 
 
 def test_estimates_by_the_compiler_are_the_same():
-    same_estimates(lambda: pair_of(diagonal_vae(2, 3)), estimators.ImportanceSampling(50), doubles(4, 3))
+    same_estimates(lambda: pair_of(diagonal_vae(2, 3)), estimators.ImportanceSampling(50), doubles(4, 3), exact=False)
 
 
 def test_a_bound_by_the_compiler_is_the_same():
-    same_compiled(lambda: bounds.IWAE(4), lambda: pair_of(diagonal_vae(2, 3)), doubles(5, 3), steps=9)
+    same_compiled(lambda: bounds.IWAE(4), lambda: pair_of(diagonal_vae(2, 3)), doubles(5, 3), steps=9, exact=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ESTIMATORS.values(), ids=ESTIMATORS)
 def test_every_estimate_by_the_compiler_is_the_same(method):
-    same_estimates(lambda: pair_of(diagonal_vae(2, 3)), method, doubles(4, 3))
+    same_estimates(lambda: pair_of(diagonal_vae(2, 3)), method, doubles(4, 3), exact=False)
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ from pyrovae.compilation.api import Compiled
 from pyrovae.compilation.cudagraph import CudaGraph
 from pyrovae.training import trainer as training
 
+same = partial(same, exact=False)
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 fit, log_marginal = partial(fit, progress=False), partial(log_marginal, progress=False)

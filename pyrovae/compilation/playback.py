@@ -79,7 +79,8 @@ def _call(node: fx.Node, names: dict[str, Any], last_use: dict, num_views: Count
         for i, x in enumerate(args[: 2 if both else 1]):
             if _is_free(x, node, last_use, num_views):
                 arguments = [x, *(y for j, y in enumerate(args) if j != i)]
-                op = getattr(getattr(torch.ops.aten, f"{op._opname}_"), op._overloadname)
+                overload = {"Tensor_Scalar": "Scalar"}.get(op._overloadname, op._overloadname)
+                op = getattr(getattr(torch.ops.aten, f"{op._opname}_"), overload)
                 break
     function = f"f_{op._opname}_{op._overloadname}"
     names[function] = _function_of(op)
@@ -106,7 +107,7 @@ def _is_free(x: Any, node: fx.Node, last_use: dict, num_views: Counter) -> bool:
 def _function_of(op: Any) -> Callable:
     """Returns the fastest function that runs an operation: one of torch's own, if there is one with the same name."""
     name = op._opname
-    if op.namespace == "aten":
+    if op.namespace == "aten" and "Tensor?[]" not in str(op._schema):  # torch's own take no None there
         for owner in torch_internals.function_owners:
             if hasattr(owner, name):
                 return getattr(owner, name)

@@ -205,7 +205,18 @@ class _Recorder:
             same = self._earlier(node, seen)
             if same is not None:
                 node.replace_all_uses_with(same)
+                self._share_memory(node, same)
         self._drop_unused()
+
+    def _share_memory(self, node: fx.Node, same: fx.Node) -> None:
+        """Makes the views of a node's memory views of that of another, which takes its place."""
+        if node.meta.get("root") is not node:
+            return
+        root, moved = same.meta["root"], same.meta["geometry"][0] - node.meta["geometry"][0]
+        for view in self.sharing[node]:
+            offset, *others = view.meta["geometry"]
+            view.meta.update(root=root, geometry=(offset + moved, *others))
+        self.sharing[root] += self.sharing.pop(node)
 
     def _earlier(self, node: fx.Node, seen: dict[Any, fx.Node]) -> fx.Node | None:
         """Returns an earlier node with the same bits, or None; notes the node for later ones."""
