@@ -1,5 +1,6 @@
 """What cannot be compiled runs eagerly, with one warning; what a graph computes wrongly is found."""
 
+import io
 import math
 import random
 from collections.abc import Callable
@@ -45,6 +46,24 @@ def counting() -> Pair:
     return linear(factor)
 
 
+def printing() -> Pair:
+    return linear(lambda: print("called") or random_factor())
+
+
+def random_factor() -> Tensor:
+    return torch.rand((), dtype=torch.float64)
+
+
+def reading_an_iterator() -> Pair:
+    numbers = iter(range(1, 1000))
+    return linear(lambda: 1.0 + 0.1 * next(numbers))
+
+
+def reading_a_file() -> Pair:
+    file = io.StringIO("12\n3\n1234\n" * 100)
+    return linear(lambda: 1.0 + 0.1 * len(file.readline()) + random_factor())
+
+
 def counting_with_a_tensor() -> Pair:
     calls = torch.zeros((), dtype=torch.float64)
     return linear(lambda: 1.0 + 0.1 * calls.add_(1.0))
@@ -54,6 +73,9 @@ REFUSED = {
     "value of a tensor": (fetching, FETCHED),
     "counted calls": (counting, "a run changes what the next one reads"),
     "counted calls in a tensor": (counting_with_a_tensor, "it changes a tensor in place that is not a buffer"),
+    "printing": (printing, "it prints"),
+    "iterator": (reading_an_iterator, "it can reach .*, a range_iterator"),
+    "file": (reading_a_file, "it can reach .*, a StringIO"),
     "random": (lambda: linear(lambda: 1 + random.random()), "random numbers of Python or NumPy"),
     "numpy.random": (lambda: linear(lambda: 1 + np.random.rand()), "random numbers of Python or NumPy"),
 }
@@ -92,7 +114,7 @@ def test_a_compiler_that_fails_gives_one_warning(error, later, monkeypatch):
         raise error
 
     monkeypatch.setattr(tracing, "compile_module", (lambda module: fail) if later else fail)
-    with refused("torch.compile failed: .*(no C|none)"):
+    with refused("no code could be made of its graph: .*(no C|none)"):
         same_compiled(bounds.ELBO, lambda: pair_of(diagonal_vae(2, 3)), doubles(5, 3))
 
 

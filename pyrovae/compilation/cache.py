@@ -12,7 +12,7 @@ from torch import Tensor
 from pyrovae.arguments import holds_packed
 from pyrovae.compilation import torch_internals
 from pyrovae.compilation.cudagraph import PostStep
-from pyrovae.compilation.graph import CompiledGraph, DisagreementError, Function, compile_graph
+from pyrovae.compilation.graph import CompiledGraph, Function, compile_graph
 from pyrovae.compilation.guards import ATOMS, Guards, tensor_metadata
 from pyrovae.compilation.playback import play_back
 from pyrovae.compilation.recording import Recording
@@ -106,7 +106,7 @@ class GraphCache:
             entry = self._entry(inputs, static)
             graph, change = entry.look_up(inputs, roots)
             if graph is not None:
-                return self._run(graph, function, inputs, post_step), graph.guards
+                return graph(function, inputs, post_step), graph.guards
             entry.calls += 1
             if entry.calls <= entry.warmup:
                 return None
@@ -123,15 +123,6 @@ class GraphCache:
         except Untraceable as error:
             self.refuse(error)
             return None
-
-    def _run(self, graph: CompiledGraph, function: Function, inputs: list[Tensor], post_step: PostStep | None) -> Any:
-        """Runs a graph. What is played back without being asked for is given up if its first comparison fails."""
-        try:
-            return graph(function, inputs, post_step)
-        except DisagreementError as error:
-            if self.backend is not play_back or graph.calls > 2 or graph.changes_inputs:
-                raise
-            raise Untraceable("it reads something that changes, and that no guard sees") from error
 
     def refuse_packed(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Makes no graphs for a function that is called with a packed sequence, whose lengths no graph can follow."""

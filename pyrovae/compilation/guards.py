@@ -1,11 +1,12 @@
 """The state that a function can reach, which may change from one call to the next without being an argument."""
 
 import gc
+import io
 import operator
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -44,7 +45,8 @@ class Guards:
         skip: by class, the names of attributes to leave out.
 
     Raises:
-        Untraceable: when there are too many objects, or a parameter has a hook that no graph can call.
+        Untraceable: when there are too many objects, one is an iterator or a file, or a parameter has a hook that no
+            graph can call.
 
     >>> layer = nn.Dropout(0.5)
     >>> guards = Guards((layer,))
@@ -206,6 +208,8 @@ class Guards:
         self.buffers += [b for b in x._buffers.values() if b is not None]
 
     def _visit_object(self, where: str, x: Any) -> None:
+        if isinstance(x, (Iterator, io.IOBase)) and _is_library(type(x)):
+            raise Untraceable(f"it can reach {where}, a {type(x).__name__}: no guard sees where it stands")
         self._visit_class(where, type(x))
         if hasattr(x, "__dict__"):
             self._watch_attributes(where, x, self._skipped(x))

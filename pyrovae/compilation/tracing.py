@@ -1,12 +1,14 @@
 """Tracing of a function into a graph of tensor operations, and runs of a function that leave no effects behind."""
 
+import io
 import logging
+import operator
 import random
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,9 @@ def trace(function: Callable[[list[Tensor]], Any], inputs: list[Tensor], guards:
         return run_and_restore(guards, lambda: record(flat, inputs))[0]
 
     before = _other_random_states()
+    printed = io.StringIO()
     try:
-        with without_warnings(), _without_host_reads(), _RefuseValues():
+        with without_warnings(), _without_host_reads(), _RefuseValues(), redirect_stdout(printed):
             recording, leaves = run()
             found = recording.inputs[len(inputs) :]  # tensors that the search for the state did not find
             again = run()[0].inputs[len(inputs) :] if found else []
@@ -100,6 +103,8 @@ def trace(function: Callable[[list[Tensor]], Any], inputs: list[Tensor], guards:
         raise Untraceable(describe_error(error)) from error
     if not all_unchanged(found, again):
         raise Untraceable("it reads a tensor that each run makes anew in a way that no graph can follow")
+    if printed.getvalue():
+        raise Untraceable("it prints, which a graph would not")
     if before != _other_random_states():
         raise Untraceable("random numbers of Python or NumPy would be the same in every run: use torch's")
     return recording, tree_unflatten(leaves, structures[-1])
@@ -155,6 +160,47 @@ class _RefuseValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Number:
+    """A number that Pyro reads from a tensor: of double precision, as Python's are, until it meets a tensor.
+
+    Args:
+        value: a tensor without dimensions.
+    """
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+    def __neg__(self) -> "_Number":
+        return _Number(-self.value)
+
+    def _with(self, operation: Callable, other: Any) -> Any:
+        if not isinstance(other, Tensor):
+            return _Number(operation(self.value, other.value if isinstance(other, _Number) else other))
+        dtype = other.dtype if other.is_floating_point() else torch.get_default_dtype()
+        return operation(self.value.to(dtype), other)
+
+    def __add__(self, other: Any) -> Any:
+        return self._with(operator.add, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return self._with(lambda a, b: b + a, other)
+
+    def __sub__(self, other: Any) -> Any:
+        return self._with(operator.sub, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._with(lambda a, b: b - a, other)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._with(operator.mul, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return self._with(lambda a, b: b * a, other)
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._with(operator.truediv, other)
+
+
 def _other_random_states() -> tuple:
     state: Any = np.random.get_state()
     kind, keys, *rest = state
@@ -169,7 +215,7 @@ def _without_host_reads() -> Iterator[None]:
     ``pyro.validation_enabled`` says.
     """
     in_modules: dict[str, Callable] = {
-        "torch_item": lambda x: x.detach() if isinstance(x, Tensor) else x,
+        "torch_item": lambda x: _Number(x.detach().double()) if isinstance(x, Tensor) else x,
         "warn_if_nan": lambda value, *args, **kwargs: value,
     }
     substitutes: list[tuple[Any, str, Callable]] = [(Distribution, "_validate_sample", lambda self, value: None)]
