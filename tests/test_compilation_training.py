@@ -8,16 +8,19 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from bound_cases import BOUNDS
 from cases import SMALL
 from compiling import SGD, Pair, doubles, fresh, linear, pair_of, same, same_compiled
 from linear_gaussian import diagonal_vae
 from pyro import distributions as dist
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pyrovae import VAE, bounds, encoders, estimators, fit, likelihoods, log_marginal, priors
 from pyrovae import compile as compiled
-from pyrovae.nn import ConvNet, DeconvNet
+from pyrovae.compilation import cache
+from pyrovae.compilation.graph import CompiledGraph, compile_graph
+from pyrovae.nn import MLP, ConvNet, DeconvNet
 
 fit, log_marginal = partial(fit, progress=False), partial(log_marginal, progress=False)
 
@@ -52,6 +55,53 @@ def test_fit_compiled_is_the_same(loss, options, traced, at_once):
         )
     same(found[1], found[0])
     assert traced.made == 2  # the last batch of an epoch is smaller
+
+
+def with_dropout() -> Pair:
+    """Float32, with layer norm and dropout."""
+
+    def network(in_shape: int | tuple[int, ...], out_shape: int | tuple[int, ...]) -> nn.Module:
+        return nn.Sequential(MLP(in_shape, 8, ()), nn.LayerNorm(8), nn.Softplus(), nn.Dropout(0.2), MLP(8, out_shape))
+
+    return pair_of(VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3, network), encoders.DiagonalNormal(3, 2)))
+
+
+def fitted(loss: Any, epochs: int, make: Callable[[], Pair] = with_dropout, **options: Any) -> list:
+    pair = fresh(make)
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(7))
+    options = {"batch_size": 16, "clip_norm": 5.0, "validation": x[:9] + 0.1} | options  # the last batch is smaller
+    history = fit(pair.model, pair.guide, x, loss=loss, epochs=epochs, **options)
+    records = [[t for name, t in record.items() if name != "seconds"] for record in history.records]
+    left = [t for module in pair.modules for t in module.state_dict().values()]
+    return [torch.tensor(records, dtype=torch.float64), *left, torch.get_rng_state()]
+
+
+PYRO = {
+    "Trace": Trace_ELBO,
+    "Trace-particles": partial(Trace_ELBO, 3),
+    "Trace-vectorized": partial(Trace_ELBO, 3, vectorize_particles=True, max_plate_nesting=1),
+    "TraceMeanField": TraceMeanField_ELBO,
+    "TraceGraph": TraceGraph_ELBO,
+}
+LOSSES = {**{bound.name: partial(bound.build, 4) for bound in BOUNDS}, **PYRO}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_fit_by_default_resumed_or_not_is_the_same_to_the_bit(name, tmp_path):
+    make = LOSSES[name]
+    expected = fitted(make(), 4, compile=False)
+    same(fitted(make(), 4), expected)
+    fitted(make(), 2, checkpoint=tmp_path / "state")
+    same(fitted(make(), 4, checkpoint=tmp_path / "state", resume=True), expected)
+
+
+def test_fit_by_default_plays_steps_back(monkeypatch):
+    calls = []
+    original = CompiledGraph.__call__
+    monkeypatch.setattr(CompiledGraph, "__call__", lambda *args: calls.append(1) or original(*args))
+    fitted(None, 5)
+    # Of five epochs of three batches and a smaller one, each size runs three times, and a fourth to be traced.
+    assert len(calls) == (15 - 4) + (5 - 4)
 
 
 def test_the_smaller_last_batch_runs_eagerly_at_first(traced):
@@ -103,10 +153,15 @@ ESTIMATORS = {
 
 
 def same_estimates(
-    make: Callable[[], Pair], method: estimators.Estimator, *args: Tensor, exact: bool = True, **kwargs: Any
+    make: Callable[[], Pair],
+    method: estimators.Estimator,
+    *args: Tensor,
+    how: Any = True,
+    exact: bool = True,
+    **kwargs: Any,
 ) -> None:
     found = []
-    for compile in (False, True):
+    for compile in (False, how):
         pair = fresh(make)
         pyro.set_rng_seed(1)
         e = log_marginal(pair.model, pair.guide, *args, method=method, compile=compile, **kwargs)
@@ -122,6 +177,22 @@ def test_every_estimate_compiled_is_the_same(method, traced):
     same_estimates(lambda: pair_of(diagonal_vae(2, 3)), method, doubles(4, 3))
     assert traced.made
     assert traced.runs > traced.made
+
+
+@pytest.mark.parametrize("method", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_every_estimate_by_default_is_the_same_to_the_bit(method):
+    def make() -> Pair:
+        return pair_of(VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2)))
+
+    same_estimates(make, method, torch.randn(5, 3), how="auto", max_memory=3e5)
+
+
+def test_moves_of_an_estimate_are_played_back(monkeypatch):
+    made = []
+    monkeypatch.setattr(cache, "compile_graph", lambda *args: made.append(args) or compile_graph(*args))
+    pair = fresh(lambda: pair_of(diagonal_vae(2, 3)))
+    log_marginal(pair.model, pair.guide, doubles(4, 3), method=estimators.AnnealedImportanceSampling(4, 6))
+    assert made
 
 
 def test_every_estimator_is_compared():

@@ -182,6 +182,12 @@ class _Entry:
         return None, change
 
 
+def check_compile(compile: Any) -> None:
+    """Raises an error unless an argument says how to compute: "auto", True or False."""
+    if not (isinstance(compile, bool) or isinstance(compile, str) and compile == "auto"):
+        raise ValueError(f'compile must be "auto", True or False, got {compile!r}.')
+
+
 def _shapes(metadata: tuple) -> tuple:
     return tuple(tuple(shape) for shape, *_ in metadata)
 

@@ -5,13 +5,16 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
 
 from pyrovae import arguments
-from pyrovae.compilation.cache import GraphCache
+from pyrovae.compilation.cache import GraphCache, check_compile
+from pyrovae.compilation.playback import play_back
+from pyrovae.compilation.recording import Recording
+from pyrovae.compilation.tracing import inductor
 from pyrovae.distributed import World, init_process_group
 from pyrovae.estimators.base import Estimate, Estimator, join
 from pyrovae.estimators.task import Task, open_task
@@ -26,7 +29,7 @@ def log_marginal(
     method: Estimator | None = None,
     num_samples: int | None = None,
     max_memory: float = 64e6,
-    compile: bool = False,
+    compile: bool | Literal["auto"] = "auto",
     progress: bool = True,
     **kwargs: Any,
 ) -> Estimate:
@@ -47,8 +50,10 @@ def log_marginal(
         method: an estimator of :mod:`pyrovae.estimators`; :class:`~pyrovae.estimators.ImportanceSampling` by default.
         num_samples: short for ``method=ImportanceSampling(num_samples)``; 1,000 by default.
         max_memory: budget for intermediate results, in bytes. A larger budget is faster on a GPU, but not on a CPU.
-        compile: whether to score the model by compiled graphs, as :func:`pyrovae.compile` makes them; compilation takes
-            some seconds, and the graphs of the last models are kept.
+        compile: how the model is scored, as in :func:`pyrovae.fit`, always with the same noise. With "auto" its
+            operations are traced after a few calls, and played back from then on, with the same result to the bit. With
+            True they are compiled graphs, as :func:`pyrovae.compile` makes them: compilation takes some seconds, and
+            the graphs of the last models are kept. With False the model runs at every call.
         progress: whether to show a progress bar.
         **kwargs: as `args`.
 
@@ -80,6 +85,7 @@ def log_marginal(
         raise ValueError(
             f"num_samples={num_samples} and method={method} were both given. Give the method its own number."
         )
+    check_compile(compile)
     loader = arguments.as_loader(args, kwargs)
     if loader is None:
         return _score(model, guide, method, args, kwargs, max_memory, compile, progress)
@@ -108,7 +114,7 @@ def _score(
     args: tuple,
     kwargs: dict,
     max_memory: float,
-    compile: bool,
+    compile: bool | Literal["auto"],
     progress: bool,
     offset: int = 0,
 ) -> Estimate:
@@ -116,8 +122,10 @@ def _score(
     world = init_process_group(arguments.device_of(args, kwargs))
     with open_task(model, guide, method, args, kwargs, max_memory, progress and world.is_rank0, offset) as task:
         if compile:
-            graphs = _graphs_of(model)
+            graphs = _graphs_of(model, play_back if compile == "auto" else inductor)
             graphs.report = task.bar.set_description
+            if compile == "auto":
+                graphs.refused = lambda line: None  # nobody asked for them, and they change nothing but the time
             graphs.refuse_packed(task.args, task.kwargs)
             task = replace(task, graphs=graphs)
         estimate = method.estimate(task) if world.size == 1 else _score_in_shards(method, task, world)
@@ -125,8 +133,8 @@ def _score(
 
 
 @lru_cache(maxsize=4)
-def _graphs_of(model: Callable) -> GraphCache:
-    return GraphCache("log p(x, z)")
+def _graphs_of(model: Callable, backend: Callable[[Recording], Callable]) -> GraphCache:
+    return GraphCache("log p(x, z)", backend)
 
 
 def _score_in_shards(method: Estimator, task: Task, world: World) -> Estimate:

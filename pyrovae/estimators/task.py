@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from pyrovae import arguments
 from pyrovae.arguments import take_rows
 from pyrovae.compilation.cache import GraphCache
+from pyrovae.compilation.playback import play_back
 from pyrovae.estimators.base import Estimator
 from pyrovae.estimators.memory import split_evenly
 from pyrovae.inference.messages import check_all_observed, check_finite, check_mass
@@ -25,6 +26,10 @@ from pyrovae.inference.weights import check_draws, draw, inspect_weights, log_pr
 from pyrovae.rows import NumberType, number_type
 
 _FIRST_ROWS = 7  # data on which a model and a guide are inspected first
+
+
+# With more inputs, an operation takes so long that playing back saves less time than tracing and comparing takes.
+_MOST_NUMBERS = 2**17
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,8 @@ class Task:
         leaves = tree_leaves((self.args, self.kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        if self.graphs.backend is play_back and sum(t.numel() for t in inputs) > _MOST_NUMBERS:
+            return function()
         result = self.graphs(lambda leaves: function(), [*inputs, *tensors], (self.model, *others), static)
         return function() if result is None else result[0]
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from pyrovae.arguments import as_arguments, as_tensors, count_data, row_positions
 from pyrovae.bounds import Bound
 from pyrovae.compilation import api as graphs
+from pyrovae.compilation.cache import check_compile
 from pyrovae.compilation.playback import play_back
 from pyrovae.compilation.tracing import inductor
 from pyrovae.data.batches import Batches, as_batches
@@ -276,8 +277,7 @@ def _check_arguments(
         )
     if not (isinstance(callbacks, Sequence) and all(map(callable, callbacks))):
         raise TypeError(f"callbacks must be a list of functions of the history, got {callbacks!r}.")
-    if not (isinstance(compile, bool) or compile == "auto"):
-        raise ValueError(f'compile must be "auto", True or False, got {compile!r}.')
+    check_compile(compile)
     if loss is not None and (isinstance(loss, type) or not callable(getattr(loss, "loss", None))):
         raise TypeError(f"loss must be an ELBO object, such as bounds.IWAE(16), got {loss!r}.")
 
