@@ -1,6 +1,8 @@
 """Configurations of runs: from names of classes and their arguments, as in a run's ``config.yaml``, to a VAE."""
 
+import difflib
 import inspect
+import reprlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pyrovae.data import Schema
 from pyrovae.encoders import Encoder
@@ -19,12 +22,39 @@ from pyrovae.vae import VAE
 
 # The entries of a configuration that name classes, and arguments of these.
 PARTS = ("prior", "likelihood", "encoder", "loss", "optimizer", "scheduler")
+# The other entries that training takes, with the types of their values.
+SETTINGS: dict[str, tuple[type, ...]] = {
+    "data": (str,),
+    "schema": (str, type(None)),
+    "data_root": (str,),
+    "preprocessing": (str,),
+    "latent_dim": (int,),
+    "epochs": (int,),
+    "batch_size": (int,),
+    "patience": (int, type(None)),
+    "clip_norm": (float, int, type(None)),
+    "num_samples": (int, type(None)),
+    "seed": (int,),
+    "device": (str,),
+}
+# Entries that the configuration of a run on a VAE of a script has beside those of its data.
+_BUILT = {"built": (bool,)}
+_OF_DATA = ("data", "data_root", "preprocessing")
+_NEEDED = ("latent_dim", "prior", "likelihood", "encoder", *_OF_DATA)
 
 # Packages that have another name now than in the configurations of earlier versions.
 _RENAMED_PACKAGES = {"pyrovae.latents": "pyrovae.distributions", "pyrovae.graphs": "pyrovae.compilation.api"}
 # All public names of these packages are trusted: kernels, schedules and the like are not torch modules.
 _TRUSTED_PACKAGES = ("pyrovae.priors", "pyrovae.bounds", "pyrovae.regularizers")
-_TRUSTED_BASES = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, pyro.infer.ELBO)
+# Classes of these packages are trusted if they have one of these bases.
+_TRUSTED_BASES: dict[str, tuple[type, ...]] = {
+    "pyrovae": (nn.Module, pyro.infer.ELBO),
+    "torch.nn": (nn.Module,),
+    "torch.optim": (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
+    "pyro.infer": (pyro.infer.ELBO,),
+}
+
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange)
 
 
 def make_vae(
@@ -80,11 +110,34 @@ def build_vae(config: dict[str, Any], x_shape: tuple[int, ...], schema: Schema |
     from jsonargparse import ArgumentParser  # slow to import
 
     names = ("latent_dim", "prior", "likelihood", "encoder")
-    parser = ArgumentParser()
+    parser = ArgumentParser(exit_on_error=False, default_env=False)
     parser.add_function_arguments(make_vae, skip={"x_shape"})
     made = parser.instantiate(parser.parse_object({name: config[name] for name in names}))
     parts = {name: made[name] for name in names}
     return make_vae(x_shape, **parts) if schema is None else make_table_vae(schema, **parts)
+
+
+class SizeLimit(TorchFunctionMode):
+    """A context in which torch makes no tensor of more than `max_numbers` elements out of nothing.
+
+    Raises:
+        ValueError: instead of asking for the memory.
+
+    >>> with SizeLimit(1000):
+    ...     network = nn.Linear(10, 10)
+    """
+
+    def __init__(self, max_numbers: int):
+        super().__init__()
+        self.max_numbers = max_numbers
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES:
+            size = func(*args, **kwargs | {"device": "meta"}).numel()  # without memory
+            if size > self.max_numbers:
+                raise ValueError(f"a tensor of {size:,} numbers is asked for, and {self.max_numbers:,} are allowed.")
+        return func(*args, **kwargs)
 
 
 def is_tabular(likelihood: Any) -> bool:
@@ -126,23 +179,126 @@ def _current_name(name: str) -> str:
     return f"{package}.{attribute}" if hasattr(sys.modules.get(package), attribute) else name
 
 
+def check(config: Any, trust: bool = False) -> dict[str, Any]:
+    """Checks a configuration of training, as a file gives it; returns it. Nothing is imported.
+
+    Args:
+        config: what a YAML document holds.
+        trust: allow names of code outside pyrovae, torch and Pyro.
+
+    Raises:
+        ValueError: when it has an entry that training does not take, a value of another type, or names code that is
+            not trusted. The message names the entry.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"it must hold names and values, as in 'epochs: 20', got {_shortened(config)}.")
+    for name, value in config.items():
+        if name in SETTINGS:
+            _check_setting(name, value, SETTINGS[name])
+        elif name in PARTS:
+            _check_plain(name, value)
+        else:
+            hint = " Write arguments of a class under it, not after a dot." if "." in str(name) else _nearest(name)
+            raise ValueError(f"{name!r} is no setting of training.{hint}")
+    untrusted = [] if trust else untrusted_names(config)
+    if untrusted:
+        raise ValueError(
+            f"it names code outside pyrovae: {', '.join(untrusted)}. To use it would execute this code. If you trust "
+            "it, use --trust (in Python: trust=True)."
+        )
+    return config
+
+
+def check_options(config: Any, trust: bool = False) -> dict[str, Any]:
+    """Checks a file of ``pyrovae train --config`` as :func:`check` does; it may name the run directory too."""
+    if not isinstance(config, dict) or "run" not in config:
+        return check(config, trust)
+    _check_setting("run", config["run"], (str, type(None)))
+    return {"run": config["run"]} | check({name: config[name] for name in config if name != "run"}, trust)
+
+
+def check_run(config: Any, trust: bool = False) -> dict[str, Any]:
+    """Checks the configuration of a run, as :func:`check` does, and that it holds all that its VAE needs; returns it.
+
+    That of a VAE of a script says only that it was built, and what its data are.
+    """
+    if isinstance(config, dict) and config.get("built") is True:
+        types = {name: SETTINGS[name] for name in _OF_DATA} | _BUILT
+        for name, value in config.items():
+            if name not in types:
+                raise ValueError(f"{name!r} is no entry of the configuration of a VAE that a script built.")
+            _check_setting(name, value, types[name])
+        needed: tuple[str, ...] = _OF_DATA
+    else:
+        check(config, trust)
+        needed = _NEEDED
+    for name in needed:
+        if name not in config:
+            raise ValueError(f"the entry {name!r} is missing.")
+    return config
+
+
+def check_x_shape(x_shape: Any) -> tuple[int, ...]:
+    """Returns the shape of a datum, as ``run.json`` gives it; raises a ValueError that says what is wrong with it."""
+    if not (isinstance(x_shape, list) and x_shape and all(type(n) is int and n > 0 for n in x_shape)):
+        raise ValueError(f"x_shape must be a list of positive integers, got {_shortened(x_shape)}.")
+    return tuple(x_shape)
+
+
+def _check_setting(name: str, value: Any, types: tuple[type, ...]) -> None:
+    if type(value) not in types:
+        words = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+        raise ValueError(f"{name} must be {words}, got {_shortened(value)}.")
+    if name == "preprocessing" and value not in ("grey", "static", "dynamic"):
+        raise ValueError(f"preprocessing must be grey, static or dynamic, got {value!r}.")
+    if name in ("latent_dim", "epochs", "batch_size") and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _check_plain(where: str, value: Any) -> None:
+    """Raises unless a value is made of text, numbers, lists and dicts alone, which all checks look through."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where} has the key {_shortened(key)}: a key must be text.")
+            _check_plain(f"{where}.{key}", entry)
+    elif isinstance(value, list):
+        for entry in value:
+            _check_plain(where, entry)
+    elif type(value) not in (str, int, float, bool, type(None)):
+        raise ValueError(f"{where} holds {_shortened(value)}: give text, numbers, lists and dicts alone.")
+
+
+def _nearest(name: Any) -> str:
+    names = difflib.get_close_matches(str(name), (*SETTINGS, *PARTS), n=2)
+    return f" Do you mean {' or '.join(names)}?" if names else ""
+
+
+def _shortened(value: Any) -> str:
+    return reprlib.repr(value)
+
+
 def untrusted_names(config: dict[str, Any]) -> list[str]:
     """Returns the strings in the parts of a configuration that may name code outside pyrovae, torch and Pyro.
 
-    Nothing is imported.
+    A single word cannot be imported: it is a site, or the name of a class that is imported already. Numbers such as
+    1e-3 are text to YAML.
     """
-    return [
-        name
-        for name in _strings({part: config[part] for part in PARTS if not config.get("built")})
-        if not is_trusted(name)
-    ]
+    names = [name for part in PARTS for name in _strings(config.get(part))]
+    return [name for name in names if not (is_trusted(name) or name.isidentifier() or _is_number(name))]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _strings(value: Any) -> list[str]:
-    """Returns all strings that may name code. The name of a Pyro site, a word without a dot, does not."""
     if isinstance(value, dict):
-        names_site = isinstance(value.get("site"), str) and value["site"].isidentifier()
-        return [s for k, v in value.items() if not (k == "site" and names_site) for s in _strings(v)]
+        return [s for v in value.values() for s in _strings(v)]
     if isinstance(value, list):
         return [s for v in value for s in _strings(v)]
     return [value] if isinstance(value, str) else []
@@ -154,9 +310,8 @@ def is_trusted(name: str) -> bool:
     if module in _TRUSTED_PACKAGES and attribute in sys.modules[module].__all__:
         return True
     cls = getattr(sys.modules.get(module), attribute, None)
-    return (
-        isinstance(cls, type)
-        and issubclass(cls, _TRUSTED_BASES)
-        # Both the name and the module that defines the class: a module may import a class from elsewhere.
-        and {path.split(".")[0] for path in (module, cls.__module__)} <= {"pyrovae", "torch", "pyro"}
+    # Both the name and the module that defines the class: a module may import a class from elsewhere.
+    return isinstance(cls, type) and any(
+        issubclass(cls, bases) and all(f"{path}.".startswith(f"{package}.") for path in (module, cls.__module__))
+        for package, bases in _TRUSTED_BASES.items()
     )

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from pyrovae import blueprints
 from pyrovae import config as configs
 from pyrovae._version import __version__
+from pyrovae.complaints import explain
 from pyrovae.data import Schema
+from pyrovae.documents import read_yaml
 from pyrovae.structures import MissingDataVAE
 from pyrovae.vae import VAE
 
 __all__ = ["load", "load_run", "read_checkpoint", "save", "save_run", "write_atomically", "write_checkpoint"]
 
 _SCHEMA = "schema.yaml"  # in the directory of a run on a table
+_MAX_NUMBERS = 10_000_000  # in a tensor of a new module, unless its weights are larger
 FORMAT = "1"  # of every file; to be raised when an older pyrovae would misread what a newer one writes
 
 
@@ -201,8 +204,16 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[Any, dict[str,
         raise FileNotFoundError(
             f"{directory} has no weights yet. Finish the run with: pyrovae train --run {directory} --resume"
         )
-    vae: VAE | MissingDataVAE = configs.build_vae(config, config["x_shape"], config.get("table"))
-    load(vae, weights)
+    tensors, _ = _read(weights, kind="weights")
+    most = max(_MAX_NUMBERS, 4 * sum(t.numel() for t in tensors.values()))
+    try:
+        with configs.SizeLimit(most):
+            vae: VAE | MissingDataVAE = configs.build_vae(config, config["x_shape"], config.get("table"))
+    except Exception as error:  # of jsonargparse, or of a constructor, whose arguments may have changed since
+        raise ValueError(
+            f"the VAE of {directory} cannot be built from its config.yaml and run.json: {explain(str(error))}"
+        ) from error
+    _with_weights(vae, tensors, weights)
     return vae.eval(), config
 
 
@@ -290,26 +301,35 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
             raise FileNotFoundError(
                 f"{directory} is not a run directory: it has no {needed.name}. Give one that pyrovae train wrote."
             )
-    try:
-        written_by = json.loads(about.read_text())
-        if written_by["format"] != FORMAT:
-            raise ValueError(
-                f"{directory} is a run of pyrovae {written_by['pyrovae']}, format {written_by['format']}; this is "
-                f"pyrovae {__version__}, which reads format {FORMAT}. Use that version, or train a new run."
-            )
-        config = configs.with_current_names(yaml.safe_load(file.read_text()))
-        config = config | {"x_shape": tuple(written_by["x_shape"])}
-        if (Path(directory) / _SCHEMA).exists():
-            config["table"] = Schema.from_yaml(Path(directory) / _SCHEMA)
-        untrusted = [] if trust else configs.untrusted_names(config)
-    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory} has a corrupt config.yaml or run.json ({error!r}).") from error
-    if untrusted:
+    written_by = _read_about(about)
+    if written_by["format"] != FORMAT:
         raise ValueError(
-            f"{file} names code outside pyrovae: {', '.join(untrusted)}. To load the run would execute this code. If "
-            "you trust it, use --trust (in Python: trust=True)."
+            f"{directory} is a run of pyrovae {written_by['pyrovae']}, format {written_by['format']}; this is "
+            f"pyrovae {__version__}, which reads format {FORMAT}. Use that version, or train a new run."
         )
+    try:
+        config = configs.with_current_names(read_yaml(file.read_text(encoding="utf-8")))
+        config = dict(configs.check_run(config, trust))
+    except ValueError as error:
+        raise ValueError(f"{file} is corrupt or not to be trusted: {error}") from None
+    try:
+        config["x_shape"] = configs.check_x_shape(written_by["x_shape"])
+    except ValueError as error:
+        raise ValueError(f"{about} is corrupt: {error}") from None
+    if (Path(directory) / _SCHEMA).exists():
+        config["table"] = Schema.from_yaml(Path(directory) / _SCHEMA)
     return config
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is corrupt: it is no JSON ({error}).") from None
+    missing = [name for name in ("pyrovae", "format", "x_shape") if not (isinstance(about, dict) and name in about)]
+    if missing:
+        raise ValueError(f"{path} is corrupt: the entry {missing[0]!r} is missing.")
+    return about
 
 
 def _flush_directory(directory: Path) -> None:
@@ -348,7 +368,7 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Any]:
                 raise ValueError(f"{path} holds {about['kind']}, not {kind}. Give a {kind} file.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it cannot be iterated)
             intact = about["sha256"] == _digest(tensors, about["state"])
-    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is truncated, corrupt or not a safetensors file ({error}). Use another copy."
         ) from error

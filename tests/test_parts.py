@@ -256,6 +256,12 @@ def test_a_context_that_is_not_wanted_is_refused(case):
     ("build", "error", "match"),
     [
         (lambda: StandardNormal(0), ValueError, "latent_dim must be at least 1, got 0"),
+        (lambda: StandardNormal("3"), ValueError, "latent_dim must be a whole number, got '3'"),
+        (lambda: Normal(2.5, 4), ValueError, "latent_dim must be a whole number, got 2.5"),
+        (lambda: DiagonalNormal(4, True), ValueError, "latent_dim must be a whole number, got True"),
+        (lambda: MLP(4, 2, hidden=(-1,)), ValueError, "each of hidden must be at least 1, got -1"),
+        (lambda: MLP(4, 2, hidden=(3.5,)), ValueError, "each of hidden must be a whole number, got 3.5"),
+        (lambda: MLP(4, 2, hidden=8), ValueError, "hidden must be a sequence of whole numbers, got 8"),
         (lambda: DiagonalNormal(4, 0), ValueError, "latent_dim must be at least 1, got 0"),
         (lambda: Bernoulli(0, 4), ValueError, "latent_dim|in_shape"),
         (lambda: Bernoulli(2, ()), ValueError, "x_shape must be a positive int"),

@@ -11,9 +11,10 @@ from typing import Any
 import docstring_parser
 import pyro
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 import pyrovae
+from pyrovae import config as configs
 from pyrovae import data as datasets
 from pyrovae import storage
 from pyrovae.cli.common import default_run, is_table, load_data, load_table, names_tabular, read_schema
@@ -28,6 +29,7 @@ from pyrovae.cli.rows import encode, impute, score
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.training import train
 from pyrovae.distributed import init_process_group, single_process, was_restarted
+from pyrovae.documents import read_yaml
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "describe": describe,
@@ -56,9 +58,11 @@ RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; exits with a message and status 1 when the input is wrong."""
     argv = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)]
-    if os.getcwd() not in sys.path:  # where the modules with the user's own classes are
-        sys.path.insert(0, os.getcwd())
-    parser = make_parser()
+    trust = "--trust" in argv
+    if (trust or _names_own_code(argv)) and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the last, so that no file here stands in for an installed module
+    os.environ.pop("JSONARGPARSE_DEFAULT_ENV", None)  # options come from the command line and its files alone
+    parser = make_parser(trust)
     try:
         settings = parser.parse_args(argv)
         world = init_process_group(settings[settings.subcommand].get("device"))
@@ -92,22 +96,52 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("\npyrovae: interrupted. To continue a training run, use --resume.")
 
 
-def make_parser() -> ArgumentParser:
-    """Returns the parser of the whole command line."""
+class CheckedFile(ActionConfigFile):
+    """The action of ``--config``: what was checked is what is parsed, and names no code that is not trusted."""
+
+    trust = False
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        where, text = "--config", str(values)
+        if os.path.isfile(text):  # also False for a long text, where Path raises
+            where, text = text, Path(text).read_text(encoding="utf-8")
+        elif ":" not in text:
+            raise FileNotFoundError(f"there is no file {text}. Give a file of settings, or settings, with --config.")
+        try:
+            config = configs.check_options(configs.with_current_names(read_yaml(text)), self.trust)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        # The comment, longer than any path can be, keeps jsonargparse from taking the text for the name of a file.
+        super().__call__(parser, cfg, "#" * 10_000 + "\n" + yaml.safe_dump(config), option_string)
+
+
+class TrustedFile(CheckedFile):
+    """The action of ``--config`` after ``--trust``."""
+
+    trust = True
+
+
+def make_parser(trust: bool = False) -> ArgumentParser:
+    """Returns the parser of the whole command line.
+
+    Args:
+        trust: whether files may name code outside pyrovae, torch and Pyro.
+    """
     parser = ArgumentParser(prog="pyrovae", description=pyrovae.__doc__, version=pyrovae.__version__)
     commands = parser.add_subcommands()
     for name, function in COMMANDS.items():
-        commands.add_subcommand(name, command_parser(name), help=_summary(function))
+        commands.add_subcommand(name, command_parser(name, trust), help=_summary(function))
     return parser
 
 
-def command_parser(name: str) -> ArgumentParser:
+def command_parser(name: str, trust: bool = False) -> ArgumentParser:
     """Returns the parser of one command, from the signature and docstring of its function."""
     function = COMMANDS[name]
     epilog = f"Data sets: {', '.join(datasets.descriptions())}." if name == "train" else None
     parser = ArgumentParser(description=_summary(function), epilog=epilog)
     if name == "train":
-        parser.add_argument("--config", action="config", help="a file with arguments, such as the config.yaml of a run")
+        action = TrustedFile if trust else CheckedFile
+        parser.add_argument("--config", action=action, help="a file with arguments, such as the config.yaml of a run")
     helps = {param.arg_name: param.description for param in docstring_parser.parse(function.__doc__).params}
     parameters = inspect.signature(function).parameters
     flags = {name: text for name, text in helps.items() if name in FLAGS and parameters[name].default is False}
@@ -118,6 +152,16 @@ def command_parser(name: str) -> ArgumentParser:
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     return parser
+
+
+def _names_own_code(argv: list[str]) -> bool:
+    """Returns whether an option names a class outside pyrovae, torch and Pyro, which may be in this directory."""
+    names = []
+    for option, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = option.partition("=")
+        if name.removeprefix("--").partition(".")[0].removesuffix("+") in (*configs.PARTS, "method"):
+            names.append(value if equals else following)
+    return any("." in name and not configs.is_trusted(name) for name in names)
 
 
 def _summary(function: Callable) -> str:

@@ -105,8 +105,8 @@ def train(
             auto, the default, plays traced operations back, which gives the same bits as false, in less time.
         resume: continue the run in the run directory with its configuration, or start it if there is none. Only epochs
             (to a larger number), patience, num_samples, data_root and device may be changed.
-        trust: allow the configuration of a resumed run to name classes outside pyrovae, torch and Pyro, which runs
-            their code.
+        trust: allow the file of --config, or the configuration of a resumed run, to name classes outside pyrovae,
+            torch and Pyro, which runs their code. Classes that options name need no such leave.
         config: the configuration as YAML, to be kept in the run directory.
     """
     directory, world = Path(run) if run is not None else default_run(data), init_process_group(device)

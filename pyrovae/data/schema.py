@@ -17,6 +17,7 @@ from pyrovae.data.columns import Column, Constant, Continuous, Count, Discrete, 
 from pyrovae.data.kinds import Override, column_of, decimal_signs
 from pyrovae.data.reading import Dialect, Source, TextFile, as_table, open_source
 from pyrovae.data.summaries import Summary
+from pyrovae.documents import read_yaml
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -427,9 +428,9 @@ class Schema:
         """
         where = str(source) if isinstance(source, Path) else "the schema"
         try:
-            content = yaml.safe_load(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{where} is no YAML ({error}).") from None
+            content = read_yaml(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+        except ValueError as error:  # of YAML and of the encoding
+            raise ValueError(f"{where} is no schema: {error}") from None
         try:
             return Schema.from_dict(content if isinstance(content, dict) else {})
         except ValueError as error:

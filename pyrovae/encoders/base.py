@@ -7,6 +7,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyrovae.nn import MLP, Network, Shape, apply, as_shape, build
+from pyrovae.nn.base import check_count
 from pyrovae.recorded import Recorded
 
 
@@ -48,8 +49,7 @@ class Encoder(Recorded, ABC):
         num_params: int,
     ):
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}.")
+        latent_dim = check_count(latent_dim, "latent_dim")
         self.x_shape, self.latent_dim, self.num_params = as_shape(x_shape, "x_shape"), latent_dim, num_params
         self.context_dim = context_dim
         self.network = build(network, self.x_shape, num_params, context_dim)

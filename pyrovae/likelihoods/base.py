@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyrovae.arguments import as_tensors
 from pyrovae.nn import MLP, Network, Shape, apply, as_shape, build, set_output_bias
+from pyrovae.nn.base import check_count
 from pyrovae.recorded import Recorded
 
 
@@ -46,7 +47,8 @@ class Likelihood(Recorded, ABC):
         param_shape: Shape | None = None,
     ):
         super().__init__()
-        self.latent_dim, self.x_shape, self.context_dim = latent_dim, as_shape(x_shape, "x_shape"), context_dim
+        self.latent_dim, self.context_dim = check_count(latent_dim, "latent_dim"), context_dim
+        self.x_shape = as_shape(x_shape, "x_shape")
         self.param_shape = self.x_shape if param_shape is None else as_shape(param_shape, "param_shape")
         self.network = build(network, latent_dim, self.param_shape, context_dim)
 

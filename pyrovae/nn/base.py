@@ -37,6 +37,34 @@ def as_shape(shape: Shape, name: str) -> tuple[int, ...]:
     return tuple(map(int, result))
 
 
+def check_count(value: int, name: str, least: int = 1) -> int:
+    """Returns a number of units, blocks or dimensions as an int.
+
+    Args:
+        value: the number.
+        name: name of the argument, for the message.
+        least: the smallest that it may be.
+
+    Raises:
+        ValueError: when it is no whole number, or too small.
+
+    >>> check_count(3, "width")
+    3
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be a whole number, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    return int(value)
+
+
+def check_counts(values: Iterable[int], name: str) -> tuple[int, ...]:
+    """Returns a sequence of numbers of units as ints; see :func:`check_count`."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a sequence of whole numbers, got {values!r}.")
+    return tuple(check_count(value, f"each of {name}") for value in values)
+
+
 def register(name: str, module: nn.Module) -> None:
     """Registers the parameters of a module with Pyro, under a name that no other module may have."""
     # As pyro.module, but without a warning at every call for each parameter that is frozen on purpose.
@@ -95,7 +123,8 @@ class ShapedNetwork(Recorded, ABC):
 
     def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], context_dim: int):
         super().__init__()
-        self.in_shape, self.out_shape, self.context_dim = in_shape, out_shape, context_dim
+        self.in_shape, self.out_shape = in_shape, out_shape
+        self.context_dim = check_count(context_dim, "context_dim", 0)
 
     @abstractmethod
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from pyrovae.nn.base import Shape, ShapedNetwork, as_shape, start_layer
+from pyrovae.nn.base import Shape, ShapedNetwork, as_shape, check_count, check_counts, start_layer
 from pyrovae.nn.residual import residual_block
 
 # For u ~ N(0, 1) and a = sqrt(3), a^2 E[sigmoid(a u)^2] = 1 to two digits: a gated linear unit keeps the second moment.
@@ -53,7 +53,7 @@ class MLP(_Dense):
         context_dim: int = 0,
     ):
         super().__init__(as_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), context_dim)
-        widths = [math.prod(self.in_shape) + context_dim, *hidden]
+        widths = [math.prod(self.in_shape) + context_dim, *check_counts(hidden, "hidden")]
         layers = []
         for n_in, n_out in pairwise(widths):
             layers += [nn.Linear(n_in, n_out), activation()]
@@ -89,7 +89,7 @@ class GatedMLP(_Dense):
 
     def __init__(self, in_shape: Shape, out_shape: Shape, hidden: Sequence[int] = (300, 300), context_dim: int = 0):
         super().__init__(as_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), context_dim)
-        widths = [math.prod(self.in_shape) + context_dim, *hidden]
+        widths = [math.prod(self.in_shape) + context_dim, *check_counts(hidden, "hidden")]
         layers = []
         for n_in, n_out in pairwise(widths):
             layers += [start_layer(nn.Linear(n_in, 2 * n_out), _GATE_GAIN), nn.GLU()]
@@ -140,6 +140,7 @@ class ResidualMLP(_Dense):
         context_dim: int = 0,
     ):
         super().__init__(as_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), context_dim)
+        width, num_blocks = check_count(width, "width"), check_count(num_blocks, "num_blocks", 0)
         layer, norm = partial(nn.Linear, width, width), partial(nn.LayerNorm, width)
         self.layers = nn.Sequential(
             start_layer(nn.Linear(math.prod(self.in_shape) + context_dim, width), 1.0),

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from pyrovae.nn.base import Shape, ShapedNetwork, as_shape, start_layer
+from pyrovae.nn.base import Shape, ShapedNetwork, as_shape, check_counts, start_layer
 from pyrovae.nn.residual import residual_block
 
 
@@ -97,6 +97,7 @@ class ConvNet(_ImageEncoder):
         context_dim: int = 0,
     ):
         super().__init__(_image_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), context_dim)
+        channels = check_counts(channels, "channels")
         widths = [math.prod(self.in_shape[:-2]), *channels]
         layers = []
         for n_in, n_out in pairwise(widths):
@@ -136,6 +137,7 @@ class DeconvNet(_ImageDecoder):
         context_dim: int = 0,
     ):
         super().__init__(as_shape(in_shape, "in_shape"), _image_shape(out_shape, "out_shape"), context_dim)
+        channels = check_counts(channels, "channels")
         sizes = _halved(self.out_shape[-2:], len(channels))[::-1]
         widths = [*channels, math.prod(self.out_shape[:-2])]
         self.foot = nn.Linear(math.prod(self.in_shape) + context_dim, widths[0] * math.prod(sizes[0]))
@@ -188,6 +190,7 @@ class ResidualConvNet(_ImageEncoder):
         context_dim: int = 0,
     ):
         super().__init__(_image_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), context_dim)
+        channels = check_counts(channels, "channels")
         widths = [math.prod(self.in_shape[:-2]), *channels]
         layers = []
         for n_in, n_out in pairwise(widths):
@@ -236,6 +239,7 @@ class ResidualDeconvNet(_ImageDecoder):
         context_dim: int = 0,
     ):
         super().__init__(as_shape(in_shape, "in_shape"), _image_shape(out_shape, "out_shape"), context_dim)
+        channels = check_counts(channels, "channels")
         sizes = _halved(self.out_shape[-2:], len(channels))[::-1]
         features = channels[0] * math.prod(sizes[0])
         self.foot = start_layer(nn.Linear(math.prod(self.in_shape) + context_dim, features), 1.0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from pyrovae.nn.base import Shape, ShapedNetwork, as_shape, start_layer
+from pyrovae.nn.base import Shape, ShapedNetwork, as_shape, check_count, start_layer
 
 
 def _sequence_shape(shape: Shape, name: str) -> tuple[int, ...]:
@@ -80,6 +80,7 @@ class GRUEncoder(ShapedNetwork):
                 f"in_shape must be (time, features), or (2, time, features) for a sequence stacked with its mask, got "
                 f"{in_shape!r}."
             )
+        width = check_count(width, "width")
         time, features = self.in_shape[-2], math.prod(self.in_shape[:-2]) * self.in_shape[-1]
         self.gru = _start_gru(nn.GRU(features, width, batch_first=True, bidirectional=True), time)
         self.head = nn.Linear(2 * width + context_dim, math.prod(self.out_shape))
@@ -132,6 +133,7 @@ class GRUDecoder(ShapedNetwork):
 
     def __init__(self, in_shape: Shape, out_shape: Shape, width: int = 128, context_dim: int = 0):
         super().__init__(as_shape(in_shape, "in_shape"), _sequence_shape(out_shape, "out_shape"), context_dim)
+        width = check_count(width, "width")
         time, features = self.out_shape[-2], math.prod(self.out_shape[:-2]) * self.out_shape[-1]
         self.foot = start_layer(nn.Linear(math.prod(self.in_shape) + context_dim, width), 1.0)
         self.gru = _start_gru(nn.GRU(self.foot.in_features, width, batch_first=True), time)

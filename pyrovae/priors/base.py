@@ -7,6 +7,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyrovae.nn import MLP, Network, apply, build
+from pyrovae.nn.base import check_count
 from pyrovae.recorded import Recorded
 
 
@@ -42,8 +43,7 @@ class Prior(Recorded, ABC):
 
     def __init__(self, latent_dim: int, network: Network = MLP, context_dim: int = 0, *, start: Tensor | None = None):
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}.")
+        latent_dim = check_count(latent_dim, "latent_dim")
         self.latent_dim, self.context_dim = latent_dim, context_dim
         if start is not None:
             self.params = nn.Parameter(start)

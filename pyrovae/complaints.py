@@ -1,0 +1,31 @@
+"""Errors of jsonargparse, which repeat types and namespaces of each level, in a sentence."""
+
+import re
+
+_KEY = re.compile(r'Parser key "([^"]+)":\s*')
+_TYPE = re.compile(r"^(Type .*? expects a function or a callable class: |Does not validate against any of .*?:\s*)")
+_VALUE = re.compile(r"\.? Got value: .*$", re.DOTALL)
+_NAMESPACE = re.compile(r"Namespace\(.*\)")
+_LONGEST = 300  # characters
+
+
+def explain(message: str) -> str:
+    """Returns the innermost cause of an error of jsonargparse, after its key; other text in one line.
+
+    >>> explain('Parser key "prior":\\n  Parser key "bounds":\\n    Expected a list. Got value: 3. Got value: {}')
+    'prior.bounds: Expected a list, got 3.'
+    """
+    keys = _KEY.findall(message)
+    if not keys:
+        return _one_line(message)
+    cause = _one_line(_KEY.split(message)[-1])
+    cause = _TYPE.sub("", cause)
+    value = cause.partition("Got value: ")[2].partition(". Got value: ")[0].rstrip(".")
+    cause = _VALUE.sub("", cause).rstrip(".")
+    if value and value not in cause and not _NAMESPACE.search(value):
+        cause += f", got {value}"
+    return f"{'.'.join(keys)}: {cause}."[:_LONGEST]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:_LONGEST]
