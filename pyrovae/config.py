@@ -37,6 +37,9 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "seed": (int,),
     "device": (str,),
 }
+_OPTIONS: dict[str, tuple[type, ...]] = {"run": (str, type(None)), "compile": (bool, str)}  # kept by no run
+_OF_MODEL = ("latent_dim", "prior", "likelihood", "encoder")  # what weights belong to
+RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
 # Entries that the configuration of a run on a VAE of a script has beside those of its data.
 _BUILT = {"built": (bool,)}
 _OF_DATA = ("data", "data_root", "preprocessing")
@@ -210,11 +213,13 @@ def check(config: Any, trust: bool = False) -> dict[str, Any]:
 
 
 def check_options(config: Any, trust: bool = False) -> dict[str, Any]:
-    """Checks a file of ``pyrovae train --config`` as :func:`check` does; it may name the run directory too."""
-    if not isinstance(config, dict) or "run" not in config:
+    """Checks a file of ``pyrovae train --config`` as :func:`check` does; it may hold what runs do not keep, too."""
+    if not isinstance(config, dict):
         return check(config, trust)
-    _check_setting("run", config["run"], (str, type(None)))
-    return {"run": config["run"]} | check({name: config[name] for name in config if name != "run"}, trust)
+    others = {name: config[name] for name in _OPTIONS if name in config}
+    for name, value in others.items():
+        _check_setting(name, value, _OPTIONS[name])
+    return others | check({name: config[name] for name in config if name not in others}, trust)
 
 
 def check_run(config: Any, trust: bool = False) -> dict[str, Any]:
@@ -236,6 +241,35 @@ def check_run(config: Any, trust: bool = False) -> dict[str, Any]:
         if name not in config:
             raise ValueError(f"the entry {name!r} is missing.")
     return config
+
+
+def of_model(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entries that weights belong to."""
+    return {name: config[name] for name in _OF_MODEL if name in config}
+
+
+def of_training(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entries of training that must not change when a run is resumed, but where its data are."""
+    names = {*SETTINGS, *PARTS} - set(RENEWABLE) - {"data", "schema"}
+    return {name: config[name] for name in sorted(names & config.keys())}
+
+
+def difference(before: Any, now: Any, where: str = "") -> tuple[str, str, str] | None:
+    """Returns where two nested values differ first, and both values there, as text; None where they are equal.
+
+    >>> difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
+    ('a.c', '2', '3')
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in (*before, *(key for key in now if key not in before)):
+            if key not in before or key not in now:
+                old, new = (_shortened(x[key]) if key in x else "missing" for x in (before, now))
+                return f"{where}.{key}".lstrip("."), old, new
+            found = difference(before[key], now[key], f"{where}.{key}")
+            if found is not None:
+                return found
+        return None
+    return None if before == now else (where.lstrip("."), _shortened(before), _shortened(now))
 
 
 def check_x_shape(x_shape: Any) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -157,7 +158,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Writes a file completely or not at all: to a temporary file first, flushed to the disk and renamed."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # of no other process
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -204,7 +205,10 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[Any, dict[str,
         raise FileNotFoundError(
             f"{directory} has no weights yet. Finish the run with: pyrovae train --run {directory} --resume"
         )
-    tensors, _ = _read(weights, kind="weights")
+    tensors, state = _read(weights, kind="weights")
+    trained = state.get("config") if isinstance(state, dict) else None
+    if trained is not None:  # pyrovae 0.1 did not write it
+        _check_unchanged(directory, trained, configs.of_model(config))
     most = max(_MAX_NUMBERS, 4 * sum(t.numel() for t in tensors.values()))
     try:
         with configs.SizeLimit(most):
@@ -269,6 +273,8 @@ def save_run(
 def create_run(directory: str | Path, config: str, x_shape: tuple[int, ...], schema: Schema | None = None) -> None:
     """Writes the files that mark a directory as a run: its configuration, and the version and the shape of a datum.
 
+    The configuration is written last: without it there is no run, and training starts afresh.
+
     Args:
         directory: the run directory.
         config: the configuration, as YAML.
@@ -277,9 +283,29 @@ def create_run(directory: str | Path, config: str, x_shape: tuple[int, ...], sch
     """
     if schema is not None:
         write_atomically(Path(directory) / _SCHEMA, schema.to_yaml().encode())
-    about = {"pyrovae": __version__, "format": FORMAT, "x_shape": x_shape}
-    write_atomically(Path(directory) / "config.yaml", config.encode())
+    about = {"pyrovae": __version__, "format": FORMAT, "x_shape": x_shape, "config": yaml.safe_load(config)}
     write_atomically(Path(directory) / "run.json", json.dumps(about).encode())
+    write_atomically(Path(directory) / "config.yaml", config.encode())
+
+
+def save_trained(vae: nn.Module, directory: str | Path) -> None:
+    """Writes the weights of a run at the end of training, with the configuration that they were trained with."""
+    config = read_yaml((Path(directory) / "config.yaml").read_text(encoding="utf-8"))
+    state = _described(vae) | {"config": configs.of_model(config)}
+    _write(Path(directory) / "weights.safetensors", dict(vae.state_dict()), kind="weights", state=state)
+
+
+def can_resume(directory: str | Path) -> bool:
+    """Returns whether a directory holds a run or its remains, and not only files of a start that was killed."""
+    names = ("config.yaml", "run.json", "checkpoint.safetensors", "weights.safetensors")
+    exist = [(Path(directory) / name).exists() for name in names]
+    return all(exist[:2]) or any(exist[2:])
+
+
+def remove_leftovers(directory: str | Path) -> None:
+    """Removes temporary files of writes that were killed; call it where no other process writes."""
+    for file in Path(directory).glob(".*.tmp"):
+        file.unlink(missing_ok=True)
 
 
 def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
@@ -319,6 +345,23 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
     if (Path(directory) / _SCHEMA).exists():
         config["table"] = Schema.from_yaml(Path(directory) / _SCHEMA)
     return config
+
+
+def check_unedited(directory: str | Path, config: dict[str, Any]) -> None:
+    """Raises a ValueError when the configuration of a run is not that which it was started with."""
+    before = _read_about(Path(directory) / "run.json").get("config")
+    if isinstance(before, dict):  # pyrovae 0.1 did not write it
+        _check_unchanged(directory, configs.of_training(before), configs.of_training(config))
+
+
+def _check_unchanged(directory: str | Path, before: Any, now: dict[str, Any]) -> None:
+    changed = configs.difference(configs.with_current_names(before), now)
+    if changed is not None:
+        name, old, new = changed
+        raise ValueError(
+            f"{Path(directory) / 'config.yaml'} was edited: {name} is {new}, but training had {old}. Put it back, or "
+            "train a new run."
+        )
 
 
 def _read_about(path: Path) -> dict[str, Any]:

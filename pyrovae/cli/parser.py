@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
@@ -27,6 +28,7 @@ from pyrovae.cli.pixels import options_for
 from pyrovae.cli.repairing import repair
 from pyrovae.cli.rows import encode, impute, score
 from pyrovae.cli.scoring import evaluate
+from pyrovae.cli.signals import Terminated
 from pyrovae.cli.training import train
 from pyrovae.distributed import init_process_group, single_process, was_restarted
 from pyrovae.documents import read_yaml
@@ -50,9 +52,6 @@ FLAGS = ("resume", "trust", "mean", "missing", "compile")  # given without a val
 
 
 SEVERAL = ("runs",)  # positional, of one or more words
-
-
-RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,6 +91,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"pyrovae: error: {str(error).partition('Trace Shapes:')[0].rstrip()}")  # Pyro adds a long table
+    except Terminated as ended:
+        print(ended, file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         sys.exit("\npyrovae: interrupted. To continue a training run, use --resume.")
 
@@ -225,7 +227,7 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
         settings: the settings of ``pyrovae train`` on this command line alone.
     """
     directory = Path(settings.run) if settings.run is not None else default_run(settings.data)
-    if not (directory / "config.yaml").exists():
+    if not storage.can_resume(directory):
         if init_process_group().is_rank0:
             print(f"nothing to resume in {directory}: starting")
         return _with_defaults(parser, argv, parser.parse_args(argv))
@@ -234,6 +236,7 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
         raise ValueError(
             f"{directory} was written by save_run, so that there is no training to resume. Go on in Python."
         )
+    storage.check_unedited(directory, stored)
     # As text, not as a file, because the names in it are the present ones.
     text = yaml.safe_dump({name: value for name, value in stored.items() if name not in ("x_shape", "table")})
     at = argv.index("train") + 1
@@ -241,11 +244,11 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     resumed.train.run = str(directory)
     # The checkpoint restores the optimizer and the random state: a change that it would undo must be an error.
     config = yaml.safe_load(_config(resumed.train))
-    changed = [name for name in config if config[name] != stored.get(name) and name not in RENEWABLE]
+    changed = [name for name in config if config[name] != stored.get(name) and name not in configs.RENEWABLE]
     if changed:
         raise ValueError(
             f"{', '.join(changed)} cannot change when a run is resumed. Leave this out, or start a new run with "
-            f"--run DIRECTORY; what may change is {', '.join(RENEWABLE)}."
+            f"--run DIRECTORY; what may change is {', '.join(configs.RENEWABLE)}."
         )
     if config["epochs"] < stored["epochs"]:
         raise ValueError(

@@ -1,5 +1,6 @@
 """``pyrovae train``."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,6 +31,7 @@ from pyrovae.cli.common import (
     prior_means,
     read_schema,
 )
+from pyrovae.cli.signals import StopOnSignal
 from pyrovae.config import is_tabular, make_table_vae, make_vae
 from pyrovae.distributed import init_process_group
 from pyrovae.encoders import DiagonalNormal, Encoder
@@ -40,6 +42,7 @@ from pyrovae.estimators import (
     log_marginal,
 )
 from pyrovae.likelihoods import Bernoulli, Likelihood
+from pyrovae.locks import DirectoryLock, is_empty
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior, StandardNormal
 from pyrovae.structures import fit_independent_columns, log_prob_of_cells
@@ -110,13 +113,7 @@ def train(
         config: the configuration as YAML, to be kept in the run directory.
     """
     directory, world = Path(run) if run is not None else default_run(data), init_process_group(device)
-    is_taken, is_new = world.broadcast_from_rank0(
-        lambda: (directory.exists() and (not directory.is_dir() or any(directory.iterdir())), not directory.exists())
-    )
-    if is_taken and not resume:
-        raise FileExistsError(
-            f"{directory} already exists. Continue the run with --resume, or give another place with --run DIRECTORY."
-        )
+    is_new = world.broadcast_from_rank0(lambda: _check_place(directory, resume))
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     check_device(device)
@@ -149,49 +146,86 @@ def train(
         monitor = diagnostics.CollapseMonitor(vae.model, vae.guide, *monitored, every=max(1, epochs // 50))
         callbacks.append(_WherePossible(monitor))
     callbacks.append(metrics)  # the last, because it writes the entries of the others
-    if world.is_rank0:
-        storage.create_run(directory, config, x_shape, splits.schema)
+    lock, stop = DirectoryLock(directory), StopOnSignal(directory)
+    world.broadcast_from_rank0(lambda: _take(lock, resume))
+    callbacks[:0] = [stop, _InPlace(lock)]
     transform: Callable | None = datasets.dynamic_binarization if preprocessing == "dynamic" else None
     if splits.schema is not None:
         transform = datasets.hide_cells
         print("a fifth of the rows have cells hidden at random in each epoch, so that the VAE learns to fill any holes")
-    began = time.monotonic()
-    try:
-        history = fit(
-            vae.model,
-            vae.guide,
-            arguments_of(splits.train.x, splits.schema),
-            loss=loss,
-            epochs=epochs,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            transform=transform,
-            clip_norm=clip_norm,
-            validation=arguments_of(splits.validation.x, splits.schema),
-            patience=patience,
-            callbacks=callbacks,
-            checkpoint=directory / "checkpoint.safetensors",
-            resume=resume,
-            device=device,
-            compile=compile,
-        )
-    except Exception:
-        # Bad input leaves nothing behind.
-        if world.is_rank0 and is_new and not (directory / "checkpoint.safetensors").exists():
-            for name in ("config.yaml", "run.json", "schema.yaml"):
-                (directory / name).unlink(missing_ok=True)
-            directory.rmdir()
-        raise
+    with stop, lock:
+        if world.is_rank0:
+            storage.create_run(directory, config, x_shape, splits.schema)
+        began = time.monotonic()
+        try:
+            with stop.after_the_step():
+                history = fit(
+                    vae.model,
+                    vae.guide,
+                    arguments_of(splits.train.x, splits.schema),
+                    loss=loss,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    optimizer=optimizer,
+                    scheduler=scheduler,
+                    transform=transform,
+                    clip_norm=clip_norm,
+                    validation=arguments_of(splits.validation.x, splits.schema),
+                    patience=patience,
+                    callbacks=callbacks,
+                    checkpoint=directory / "checkpoint.safetensors",
+                    resume=resume,
+                    device=device,
+                    compile=compile,
+                )
+        except Exception:
+            # Bad input leaves nothing behind.
+            if world.is_rank0 and is_new and not (directory / "checkpoint.safetensors").exists():
+                for name in ("config.yaml", "run.json", "schema.yaml"):
+                    (directory / name).unlink(missing_ok=True)
+                lock.release()
+                with contextlib.suppress(OSError):  # of a directory that is not there, or not empty
+                    directory.rmdir()
+            raise
 
-    vae.eval()
-    test = arguments_of(splits.test.x.to(device), splits.schema)
-    stages = UntilTrusted(seconds=max(_LEAST_SECONDS, (time.monotonic() - began) / 3))
-    method = chosen_method(None, num_samples, stages)
-    estimate = log_marginal(vae.model, vae.guide, *test, method=method, compile=compile)
-    if world.is_rank0:
-        storage.save(vae, directory / "weights.safetensors")
-        _report_training(vae, splits, history, epochs, estimate, metrics, directory)
+        vae.eval()
+        test = arguments_of(splits.test.x.to(device), splits.schema)
+        stages = UntilTrusted(seconds=max(_LEAST_SECONDS, (time.monotonic() - began) / 3))
+        method = chosen_method(None, num_samples, stages)
+        estimate = log_marginal(vae.model, vae.guide, *test, method=method, compile=compile)
+        if world.is_rank0:
+            storage.save_trained(vae, directory)
+            _report_training(vae, splits, history, epochs, estimate, metrics, directory)
+
+
+def _check_place(directory: Path, resume: bool) -> bool:
+    """Checks that a run may be written to a directory; returns whether it is new."""
+    if not resume and directory.exists() and not (directory.is_dir() and is_empty(directory)):
+        raise FileExistsError(
+            f"{directory} already exists. Continue the run with --resume, or give another place with --run DIRECTORY."
+        )
+    return not directory.exists()
+
+
+def _take(lock: DirectoryLock, resume: bool) -> None:
+    """Takes the lock of a run directory, which another process may have filled since it was looked at."""
+    lock.acquire()
+    try:
+        _check_place(lock.directory, resume)
+    except FileExistsError:
+        lock.release()
+        raise
+    storage.remove_leftovers(lock.directory)
+
+
+class _InPlace:
+    """A callback that ends training when the run directory was removed or renamed."""
+
+    def __init__(self, lock: DirectoryLock):
+        self.lock = lock
+
+    def __call__(self, history: History) -> None:
+        self.lock.check()
 
 
 def _report_training(
@@ -236,8 +270,8 @@ def _report_training(
                 "other settings."
             )
     metrics.write([*history.records, result])
-    _draw(vae, splits, history, directory)
     print(f"\n{history}\n\n{scores}")
+    _draw(vae, splits, history, directory)
     print(f"\npictures, weights and metrics: {directory}\nscore it again: pyrovae evaluate {directory}")
     print(f"what it learned, and where it loses nats: pyrovae diagnose {directory}")
 
@@ -278,10 +312,16 @@ def _draw(vae: Any, splits: datasets.Splits, history: History, directory: Path) 
     x = splits.test.x[:1000].to(device)
     labels = splits.test.labels
     args = arguments_of(x, splits.schema)
+    pictures: dict[str, Callable[[Path], Any]] = {}
     if splits.schema is None:
-        plots.samples(prior_means(vae, 100), directory / "samples.png", MEANS)
-        plots.reconstructions(x[:10], vae.reconstruct(x[:10]), directory / "reconstructions.png")
-    plots.latent_space(
-        vae.encode(*args).sample().float(), None if labels is None else labels[:1000], directory / "latent_space.png"
+        pictures["samples.png"] = lambda path: plots.samples(prior_means(vae, 100), path, MEANS)
+        pictures["reconstructions.png"] = lambda path: plots.reconstructions(x[:10], vae.reconstruct(x[:10]), path)
+    pictures["latent_space.png"] = lambda path: plots.latent_space(
+        vae.encode(*args).sample().float(), None if labels is None else labels[:1000], path
     )
-    plots.learning_curve(history, directory / "learning_curve.png")
+    pictures["learning_curve.png"] = lambda path: plots.learning_curve(history, path)
+    for name, draw in pictures.items():
+        try:
+            draw(directory / name)
+        except Exception as error:  # a picture must not cost the others, nor the results
+            print(f"{name} could not be drawn: {' '.join(str(error).split()) or type(error).__name__}")

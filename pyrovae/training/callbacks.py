@@ -27,6 +27,7 @@ class Callback(Protocol):
     * return True (a ``bool``, or one of NumPy or of torch without dimensions) to stop training. Any other value is
       ignored;
     * call ``eval()``, make Pyro parameters of its own, or change weights. The next epoch restores the training modes;
+    * have a method ``after_step()``, which is called without arguments after every step;
     * raise an error, which ends training. The checkpoint then keeps the state before this epoch.
 
     It must not draw random numbers from the global generators if the run is to have the same result with and without

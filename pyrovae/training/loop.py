@@ -217,6 +217,14 @@ def fit(
     def describe(line: str = "") -> None:
         bar.set_description(line or f"epoch {len(history) + 1}/{epochs}", refresh=bool(line))
 
+    listeners = [callback.after_step for callback in callbacks if hasattr(callback, "after_step")]
+
+    def after_step() -> None:
+        bar.update()
+        if world.is_rank0:
+            for listener in listeners:
+                listener()
+
     if trainer.compiled is not None:
         trainer.compiled.graphs.report = describe  # with a line before a graph is compiled, without after
         if compile == "auto":
@@ -225,7 +233,7 @@ def fit(
         while len(history) < epochs and not _is_out_of_patience(history, patience):
             epoch = len(history) + 1
             describe()
-            record = {"epoch": epoch} | trainer.train_epoch(batches, epoch, after_step=bar.update)
+            record = {"epoch": epoch} | trainer.train_epoch(batches, epoch, after_step=after_step)
             if held_out is not None:
                 record["validation"] = trainer.validate(held_out, epoch)
             record["learning_rate"] = trainer.optimizer.param_groups[0]["lr"]
