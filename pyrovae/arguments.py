@@ -226,6 +226,23 @@ def take_rows(rows: slice | Tensor, args: tuple, kwargs: dict[str, Any]) -> tupl
     return tuple(take(x, rows) for x in args), {name: take(x, rows) for name, x in kwargs.items()}
 
 
+def as_device(device: torch.device | str | None) -> torch.device | None:
+    """Returns a device.
+
+    Raises:
+        ValueError: when there is no device of this name.
+
+    >>> as_device("cpu")
+    device(type='cpu')
+    """
+    if device is None or isinstance(device, torch.device):
+        return device
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f'device must be "cpu", "cuda", "cuda:1" or the like, got {device!r}.') from None
+
+
 def to_device(args: tuple, kwargs: dict[str, Any], device: torch.device | str) -> tuple[tuple, dict[str, Any]]:
     """Returns arguments with their tensors on a device."""
 

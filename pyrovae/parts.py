@@ -16,6 +16,7 @@ from pyrovae.encoders import Encoder
 from pyrovae.inference.running import evaluation_mode
 from pyrovae.inference.sites import innermost
 from pyrovae.likelihoods import Likelihood
+from pyrovae.nn.base import check_count
 from pyrovae.priors import Prior
 from pyrovae.rows import number_type
 
@@ -99,6 +100,7 @@ def likelihood_at(likelihood: nn.Module, z: Tensor, context: Tensor | None) -> d
 
 def sample_prior(prior: nn.Module, num_samples: int, context: Tensor | None) -> Tensor:
     """Draws latents; with a context, for each of its rows, even if the prior does not depend on it."""
+    check_count(num_samples, "num_samples", 0)
     p = call(prior, context=context)
     if context is not None:
         p = p.expand(context.shape[:1])

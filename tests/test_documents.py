@@ -62,6 +62,7 @@ def run(tmp_path_factory):
 
 
 BERNOULLI = "pyrovae.likelihoods.Bernoulli"
+HALF_A_UNIT, LESS_THAN_NONE = ({"class_path": "pyrovae.nn.MLP", "init_args": {"hidden": [n]}} for n in (0.5, -1))
 DAMAGES = {
     "latent_dim": ["3", True, 2.5, None, 0, -1, [2], {"a": 2}],
     "preprocessing": ["gray", 3, None],
@@ -70,8 +71,8 @@ DAMAGES = {
     "likelihood": [
         None, 3, [], "Norml", {}, {"init_args": {}}, {"class_path": 3}, {"class_path": BERNOULLI, "init_args": [1]},
         {"class_path": "pyrovae.encoders.DiagonalNormal"}, {"class_path": BERNOULLI, "init_args": {"netwrk": 3}},
-        {"class_path": BERNOULLI, "init_args": {"network": {"class_path": "pyrovae.nn.MLP", "init_args": {"hidden": [0.5]}}}},
-        {"class_path": BERNOULLI, "init_args": {"network": {"class_path": "pyrovae.nn.MLP", "init_args": {"hidden": [-1]}}}},
+        {"class_path": BERNOULLI, "init_args": {"network": HALF_A_UNIT}},
+        {"class_path": BERNOULLI, "init_args": {"network": LESS_THAN_NONE}},
         {"class_path": BERNOULLI, 3: 4},
     ],
 }  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import storage
+from pyrovae.arguments import as_device
 from pyrovae.data.arrays import ARRAYS
 from pyrovae.distributions import Blocks, Multinomial, center
 from pyrovae.estimators import Estimator, ImportanceSampling
@@ -201,7 +202,7 @@ def prior_means(vae: VAE, num_samples: int) -> Tensor:
 
 def check_device(device: str) -> None:
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=as_device(device))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 

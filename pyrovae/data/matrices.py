@@ -1,5 +1,6 @@
 """Matrices in files of scipy, HDF5 and AnnData, as arrays and sparse matrices by name."""
 
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +11,30 @@ if TYPE_CHECKING:
 
 _SPARSE_NPZ = {"format", "shape", "data"}  # of every file that scipy.sparse.save_npz writes
 
+_MAX_RATIO, _MAX_UNPACKED = 100, 1e9  # what a file may unpack to: times its size, or bytes
+
 
 def read_npz(path: Path) -> dict[str, Any]:
     """Reads the arrays of an ``.npz`` file by name, or the matrix that ``scipy.sparse.save_npz`` wrote."""
+    _check_unpacked_size(path)
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # unpickling could run code
         if not set(arrays) >= _SPARSE_NPZ:
             return dict(arrays)
     from scipy.sparse import load_npz  # slow to import
 
     return {"x": _checked(load_npz(path))}
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Raises a ValueError when a small file would unpack to an amount of memory that nobody expects of it."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    packed = path.stat().st_size
+    if unpacked > max(_MAX_UNPACKED, _MAX_RATIO * packed):
+        raise ValueError(
+            f"it has {packed / 1e6:,.1f} MB and would unpack to {unpacked / 1e9:,.1f} GB, more than {_MAX_RATIO} times "
+            "as much. If that is meant, write the array as a .npy file"
+        )
 
 
 def read_hdf5(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from pyrovae.distributions.provenance import apply_function
 from pyrovae.distributions.spaces import ShapeLike, grid
 
 
@@ -37,7 +38,7 @@ class IndependentBernoulli(dist.Independent):
             self.base_dist._validate_sample(value)
         logits = self.base_dist.logits
         logits, value = torch.broadcast_tensors(logits, value.to(logits.dtype))
-        return _BernoulliLogProb.apply(logits.flatten(-event_dims), value.flatten(-event_dims))
+        return apply_function(_BernoulliLogProb, logits.flatten(-event_dims), value.flatten(-event_dims))
 
 
 class _BernoulliLogProb(torch.autograd.Function):

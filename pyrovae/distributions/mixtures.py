@@ -10,6 +10,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.special import ndtr
 
+from pyrovae.distributions.provenance import apply_function
 from pyrovae.distributions.spaces import ShapeLike
 
 
@@ -91,7 +92,7 @@ class NormalMixture(dist.TorchDistribution):
         # Off the diagonal each product stands for two entries of the symmetric matrix.
         quadratic = precision[..., rows, cols] * torch.where(rows == cols, -0.5, -1.0).to(z.dtype)
         constant = constant - 0.5 * (linear * loc).sum(-1)
-        squares = _rows_by_components(_LowerProducts.apply(z, rows, cols), quadratic)
+        squares = _rows_by_components(apply_function(_LowerProducts, z, rows, cols), quadratic)
         return (squares + _rows_by_components(z, linear) + constant).to(dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ def _rows_by_components(features: Tensor, weights: Tensor) -> Tensor:
     Samples become rows of the left matrix, so that the weights are not copied for each of them.
     """
     samples = features.shape[: features.dim() - weights.dim() + 1]
-    rows = features.reshape(samples.numel(), *features.shape[len(samples) :]).movedim(0, -2)
+    rows = features.reshape(math.prod(samples), *features.shape[len(samples) :]).movedim(0, -2)
     return (rows @ weights.mT).movedim(-2, 0).unflatten(0, samples) if samples else (rows @ weights.mT).squeeze(-2)
 
 

@@ -1,9 +1,11 @@
 r"""What an estimator works on: a model, a guide and data, checked once and cut into chunks."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -179,8 +181,8 @@ def open_task(
     offset: int = 0,
 ) -> Iterator[Task]:
     """Checks a model, a guide and data, and yields the task of scoring them; modules are in evaluation mode inside."""
-    if not max_memory > 0:
-        raise ValueError(f"max_memory must be a positive number of bytes, got {max_memory}.")
+    if not (isinstance(max_memory, Real) and 0 < max_memory < math.inf):
+        raise ValueError(f"max_memory must be a positive number of bytes, got {max_memory!r}.")
     if not method.needs_guide:
         guide = prior_of(model)
     elif guide is None:

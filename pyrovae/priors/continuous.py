@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from pyrovae import distributions
 from pyrovae.distributions import check_simplex, positive
 from pyrovae.nn import MLP, Network, apply, build
+from pyrovae.nn.base import check_count
 from pyrovae.priors.base import Prior
 
 
@@ -121,6 +122,7 @@ class StudentT(Prior):
     """
 
     def __init__(self, latent_dim: int, df: float = 5.0, network: Network = MLP, context_dim: int = 0):
+        latent_dim = check_count(latent_dim, "latent_dim")
         super().__init__(latent_dim, network, context_dim, start=torch.zeros(3 * latent_dim))
         if not 0 < df < math.inf:
             raise ValueError(f"df must be positive and finite, got {df}.")

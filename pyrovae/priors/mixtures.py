@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyrovae import distributions
 from pyrovae.distributions import NormalMixture, positive, tril_of
 from pyrovae.nn import MLP, Network
+from pyrovae.nn.base import check_count
 from pyrovae.priors.base import Prior
 
 
@@ -22,6 +23,7 @@ class _GaussianMixture(Prior, ABC):
     def __init__(self, latent_dim: int, num_components: int = 10, network: Network = MLP, context_dim: int = 0):
         if num_components < 1:
             raise ValueError(f"num_components must be at least 1, got {num_components}.")
+        latent_dim = check_count(latent_dim, "latent_dim")
         # Random means, because identical components would stay identical.
         means, scales = torch.randn(num_components * latent_dim), self._num_scales(latent_dim, num_components)
         start = torch.cat([torch.zeros(num_components), means, torch.zeros(scales)])
@@ -162,6 +164,8 @@ class VampPrior(Prior):
         data: Tensor | None = None,
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ):
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(f"encoder must be the encoder of the VAE, a module, got {encoder!r}.")
         stated: Any = encoder  # a type checker takes the attributes of a module for tensors or modules
         super().__init__(stated.latent_dim)
         if num_components < 1:
@@ -261,6 +265,8 @@ class ExemplarPrior(Prior):
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}.")
         weight = _weight(encoder)
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(f"encoder must be the encoder of the VAE, a module, got {encoder!r}.")
         stated: Any = encoder  # a type checker takes the attributes of a module for tensors or modules
         super().__init__(stated.latent_dim, start=weight.new_full((1,), math.log(scale)))
         self.context_dim, self.takes_numbers = 1, True  # the context is an index, not a vector

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
-from pyrovae.arguments import as_arguments, as_tensors, count_data, row_positions
+from pyrovae.arguments import as_arguments, as_device, as_tensors, count_data, row_positions
 from pyrovae.bounds import Bound
 from pyrovae.compilation import api as graphs
 from pyrovae.compilation.cache import check_compile
@@ -137,6 +138,7 @@ def fit(
     5
     """
     _check_arguments(epochs, batch_size, patience, clip_norm, validation, scheduler, callbacks, loss, compile)
+    device = as_device(device)
     epochs, batch_size = int(epochs), int(batch_size)  # NumPy's integers are not accepted by all of torch
     world = init_process_group(device)
     checkpoint_exists = checkpoint is not None and world.broadcast_from_rank0(lambda: Path(checkpoint).exists())
@@ -274,8 +276,13 @@ def _check_arguments(
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
         if not (is_integer(value) and value >= 1 or name == "patience" and value is None):
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be positive, got {clip_norm}.")
+    if clip_norm is not None and not (isinstance(clip_norm, (float, int, np.number)) and clip_norm > 0):
+        raise ValueError(f"clip_norm must be positive, got {clip_norm!r}.")
+    if isinstance(loss, TraceTailAdaptive_ELBO) and not loss.vectorize_particles:
+        raise ValueError(
+            "TraceTailAdaptive_ELBO needs its particles drawn at once: give it num_particles and "
+            "vectorize_particles=True."
+        )
     if patience is not None and validation is None:
         raise ValueError("patience stops training by the validation loss: give validation data, or leave patience out.")
     if not (scheduler is None or callable(scheduler)):

@@ -347,7 +347,13 @@ class Trainer:
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(record.get("validation", record["loss"]))
         elif self.scheduler is not None:
-            self.scheduler.step()
+            try:
+                self.scheduler.step()
+            except ZeroDivisionError as error:
+                raise ValueError(
+                    f"scheduler: {type(self.scheduler).__name__} divides by a number of epochs that is 0. Give it a "
+                    "positive one."
+                ) from error
 
     def _check_valid(self) -> None:
         """Raises if a loss of this epoch was not finite, or data were outside of their support."""
@@ -429,10 +435,11 @@ def _make_optimizer(optimizer: Callable | Optimizer, state: ModelState) -> Optim
     made = optimizer
     if callable(optimizer) and not isinstance(optimizer, (Optimizer, PyroOptim)):
         made = optimizer(state.trained)
-    if not isinstance(made, Optimizer) or isinstance(made, torch.optim.LBFGS):  # LBFGS calls the loss itself
+    # LBFGS calls the loss itself; SparseAdam takes sparse gradients alone.
+    if not isinstance(made, Optimizer) or isinstance(made, (torch.optim.LBFGS, torch.optim.SparseAdam)):
         raise TypeError(
-            "optimizer must be one of torch's other than LBFGS, or make one when called with the parameters, such as "
-            f"functools.partial(torch.optim.Adam, lr=1e-3); got {optimizer!r}."
+            "optimizer must be one of torch's other than LBFGS and SparseAdam, or make one when called with the "
+            f"parameters, such as functools.partial(torch.optim.Adam, lr=1e-3); got {optimizer!r}."
         )
     held = {id(p) for group in made.param_groups for p in group["params"]}
     missing = [display_name(key) for key, p in state.params.items() if id(p) not in held]
