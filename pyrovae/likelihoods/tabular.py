@@ -25,6 +25,9 @@ class HasCells(Protocol):
 
 def cells_of(columns: Sequence[HasCells | Classes | Numbers]) -> list[Classes | Numbers]:
     """Returns what a model must know of each column."""
+    wrong = [c for c in columns if not (isinstance(c, (Classes, Numbers)) or hasattr(c, "cells"))]
+    if wrong:
+        raise TypeError(f"columns must be those of a schema, such as schema.modelled, got {wrong[0]!r}.")
     return [c if isinstance(c, (Classes, Numbers)) else c.cells for c in columns]
 
 

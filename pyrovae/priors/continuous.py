@@ -65,6 +65,7 @@ class DiagonalNormal(Prior):
     """
 
     def __init__(self, latent_dim: int, network: Network = MLP, context_dim: int = 0):
+        latent_dim = check_count(latent_dim, "latent_dim")
         super().__init__(latent_dim, network, context_dim, start=torch.zeros(2 * latent_dim))
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
@@ -91,6 +92,7 @@ class Laplace(Prior):
     """
 
     def __init__(self, latent_dim: int, network: Network = MLP, context_dim: int = 0):
+        latent_dim = check_count(latent_dim, "latent_dim")
         super().__init__(latent_dim, network, context_dim, start=torch.zeros(2 * latent_dim))
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:

@@ -8,6 +8,7 @@ from torch import Tensor
 from pyrovae import distributions
 from pyrovae.distributions import check_classes, check_temperature, one_hot_blocks
 from pyrovae.nn import MLP, Network
+from pyrovae.nn.base import check_count
 from pyrovae.priors.base import Prior
 
 
@@ -73,6 +74,7 @@ class OneHotCategorical(Prior):
     """
 
     def __init__(self, latent_dim: int, num_classes: int | None = None, network: Network = MLP, context_dim: int = 0):
+        latent_dim = check_count(latent_dim, "latent_dim")
         super().__init__(latent_dim, network, context_dim, start=torch.zeros(latent_dim))
         self.blocks = one_hot_blocks(latent_dim, num_classes)
         self.support = distributions.blocks_of(constraints.one_hot, self.blocks)
@@ -118,6 +120,7 @@ class RelaxedOneHotCategorical(Prior):
         network: Network = MLP,
         context_dim: int = 0,
     ):
+        latent_dim = check_count(latent_dim, "latent_dim")
         super().__init__(latent_dim, network, context_dim, start=torch.zeros(latent_dim))
         self.blocks = one_hot_blocks(latent_dim, num_classes)
         self.support = distributions.blocks_of(constraints.simplex, self.blocks)

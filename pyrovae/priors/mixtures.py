@@ -264,10 +264,10 @@ class ExemplarPrior(Prior):
     def __init__(self, encoder: nn.Module, data: Tensor, num_neighbors: int = 10, scale: float = 0.5):
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}.")
-        weight = _weight(encoder)
         if not isinstance(encoder, nn.Module):
             raise TypeError(f"encoder must be the encoder of the VAE, a module, got {encoder!r}.")
         stated: Any = encoder  # a type checker takes the attributes of a module for tensors or modules
+        weight = _weight(encoder)
         super().__init__(stated.latent_dim, start=weight.new_full((1,), math.log(scale)))
         self.context_dim, self.takes_numbers = 1, True  # the context is an index, not a vector
         if data.shape[1:] != stated.x_shape or len(data) < 2:
