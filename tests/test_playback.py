@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.compilation.playback import play_back
-from pyrovae.compilation.recording import FetchesValueError, Recording, record
+from pyrovae.compilation.recording import FetchesValueError, Recording, is_random, record
 from pyrovae.inference.messages import Untraceable
 
 Program = Callable[[list[Tensor]], list[Tensor]]
@@ -25,7 +25,7 @@ def assert_same_bits(program: Program) -> Recording:
     """Records a program, plays it back on other inputs, and compares all bits, also those of inputs that it changes."""
     torch.manual_seed(1)
     recording, _ = record(lambda: program(inputs), inputs := given())
-    assert len(recording.inputs) == len(inputs)
+    read = [next(i for i, x in enumerate(inputs) if x is t) for t in recording.inputs]
     play = play_back(recording)
     for seed in (1, 2):
         expected_inputs, inputs = given(seed), given(seed)
@@ -33,7 +33,7 @@ def assert_same_bits(program: Program) -> Recording:
         expected = program(expected_inputs)
         torch.manual_seed(seed)
         with torch.no_grad():
-            found = play(*inputs)
+            found = play(*(inputs[i] for i in read))
         for a, b in zip([*found, *inputs], [*expected, *expected_inputs], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, check_stride=False)
     return recording
@@ -167,7 +167,7 @@ def test_repeated_neutral_and_constant_operations_are_dropped():
         return [(a.exp() * 1 * scale).detach(), (a.exp() / 1 - 0) * scale, a.mT.mT * 2]
 
     recording = assert_same_bits(program)
-    names = [node.target._opname for node in recording.graph.nodes if node.op == "call_function"]
+    names = [node.op._opname for node in recording.nodes]
     assert sorted(name for name in names if name not in ("detach", "alias")) == ["exp", "mul", "mul"]
 
 
@@ -177,7 +177,7 @@ def test_random_draws_stay_in_their_order():
         return [torch.randn(3), torch.randn(3), torch.zeros(3).bernoulli_(0.5) + 0 * unused]
 
     recording = assert_same_bits(program)
-    assert len([n for n in recording.graph.nodes if n.op == "call_function" and "rand" in n.name]) >= 3
+    assert len([node for node in recording.nodes if is_random(node.op)]) == 4
 
 
 def test_inputs_that_a_program_changes_are_changed():

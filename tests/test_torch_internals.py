@@ -42,7 +42,7 @@ import_of_python = builtins.__import__
 
 def without_internals(name, globals=None, locals=None, fromlist=(), level=0):
     """Imports as a torch does that has no private modules, for pyrovae only: torch itself needs them."""
-    if (globals or {}).get("__name__", "").startswith("pyrovae") and name == "torch.utils.weak":
+    if (globals or {}).get("__name__", "").startswith("pyrovae") and name == "torch.utils._python_dispatch":
         raise ImportError(f"No module named {name!r}")
     return import_of_python(name, globals, locals, fromlist, level)
 
@@ -88,7 +88,7 @@ for name, eager, compiled in (
     found, said = run(compiled)
     assert silence == [], silence
     assert found == expected, name
-    reason = f"torch {torch.__version__} lacks what tracing needs: No module named 'torch.utils.weak'"
+    reason = f"torch {torch.__version__} lacks what tracing needs: No module named 'torch.utils._python_dispatch'"
     assert said == [f"{name} is not compiled, and runs eagerly: {reason}."], said
 print("done")
 '''

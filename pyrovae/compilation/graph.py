@@ -62,7 +62,7 @@ class CompiledGraph:
         aliases: list[int],
     ):
         self.name, self.guards, self.run_compiled = name, guards, run_compiled
-        self.constants, self.changes_inputs = recording.constants, recording.changes_inputs
+        self.constants, self.changes_inputs = recording.constants(), recording.changes_inputs
         self.devices = {t.device for t in recording.inputs}
         self.arguments, self.played_back, self.aliases = arguments, played_back, aliases
         self.unflatten = unflattener(structure)
@@ -147,7 +147,7 @@ class CompiledGraph:
 
     def find_aliased_outputs(self, result: Any) -> None:
         """Finds outputs that alias other tensors, or expand over their memory; :meth:`compute` copies them."""
-        kept = [t for t in (*self.arguments, *self.constants.values()) if isinstance(t, Tensor)]
+        kept = [t for t in (*self.arguments, *self.constants) if isinstance(t, Tensor)]
         taken = {t.untyped_storage().data_ptr() for t in kept}
         for i, t in enumerate(tree_leaves(result)):
             if isinstance(t, Tensor):
@@ -214,7 +214,6 @@ def compile_graph(
     pairs = [*zip(tree_leaves(again), tree_leaves(eager[0]), strict=True)]
     if _relative_error(pairs, 2) > _precision([*inputs, *guards.leaves]) ** 0.25:
         raise Untraceable("two runs with the same noise differ: draw random numbers from torch's global generator")
-    recording.drop_unused_inputs()
     positions = {id(t): i for i, t in enumerate(inputs)}
     arguments = [positions.get(id(t), t) for t in recording.inputs]
     structure = tree_structure(again)

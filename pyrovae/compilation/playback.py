@@ -1,15 +1,16 @@
-"""Playing a graph back: its operations one after the other, without Python handlers, autograd or a compiler."""
+"""Playing a recording back: its operations one after the other, without Python handlers, autograd or a compiler."""
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from pyrovae.compilation import torch_internals
-from pyrovae.compilation.recording import Recording, has_effect
+from pyrovae.compilation.recording import Node, Recording, has_effect
 
 # Operations that compute each element from those at its place, and may write into the memory of an argument.
 _ELEMENTWISE = frozenset(
@@ -20,14 +21,13 @@ _COMMUTATIVE = frozenset(["add", "mul"])
 
 
 def play_back(recording: Recording) -> Callable[..., list]:
-    """Returns a function that runs the operations of a graph, one after the other, and gives the same bits.
+    """Returns a function that runs the operations of a recording, one after the other, and gives the same bits.
 
     An operation writes into the memory of an argument that nothing reads later, where it can.
     """
-    names: dict[str, Any] = {}
-    source = "\n".join(_lines(recording, names))
-    exec(compile(source, "<played back graph>", "exec"), names)
-    run = names["run"]
+    writer = _Writer(recording)
+    exec(compile(writer.source(), "<played back graph>", "exec"), writer.named)
+    run = writer.named["run"]
     if recording.changes_inputs:  # autograd counts changes
         return run
 
@@ -38,91 +38,91 @@ def play_back(recording: Recording) -> Callable[..., list]:
     return run_below_autograd
 
 
-def _lines(recording: Recording, names: dict[str, Any]) -> list[str]:
-    """Returns the source of a function ``run``; adds what it names to `names`."""
-    nodes = list(recording.graph.nodes)
-    last_use: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        last_use.update(dict.fromkeys(node.all_input_nodes, node))
-    num_views = Counter(node.meta["root"] for node in nodes if "root" in node.meta)
-    inputs: list[str] = []
-    lines = ["def run({}):"]
-    for i, node in enumerate(nodes):
-        name = f"v{i}"
-        if node.op == "placeholder":
-            inputs.append(name)
-        elif node.op == "get_attr":
-            names[name] = recording.constants[node.target]
-        elif node.op == "output":
-            lines.append(f"    return {_text(list(node.args[0]), names)}")
-        elif node.target is operator.getitem:
-            lines.append(f"    {name} = {_text(node.args[0], names)}[{node.args[1]}]")
-        else:
-            lines.append(f"    {name} = {_call(node, names, last_use, num_views)}")
-        node.meta["name"] = name
-        if node.op == "call_function":
-            dead = [other.meta["name"] for other in node.all_input_nodes if last_use[other] is node]
-            dead = [x for x in dead if x not in names]  # constants stay
-            dead += [name] if node not in last_use else []
+class _Writer:
+    """Writes the source of a function that runs the operations of a recording."""
+
+    def __init__(self, recording: Recording):
+        self.recording = recording
+        self.named: dict[str, Any] = {}  # what the source names
+        self.names: dict[Node, str] = {x: f"i{i}" for i, x in enumerate(recording.placeholders)}
+        self.last_use: dict[Node, Node | None] = {}
+        for node in recording.nodes:
+            self.last_use.update(dict.fromkeys(node.sources, node))
+        self.last_use.update({x: None for x in recording.results if isinstance(x, Node)})
+        self.num_views = Counter(node.root for node in (*recording.placeholders, *recording.nodes))
+
+    def source(self) -> str:
+        """Returns the source of a function ``run``."""
+        lines = [f"def run({', '.join(self.names.values())}):"]
+        for i, node in enumerate(self.recording.nodes):
+            if node.op is operator.getitem:
+                call = f"{self._text(node.args[0])}[{node.args[1]}]"
+            else:
+                call = self._call(node)
+            name = self.names[node] = f"v{i}"
+            dead = [x for x in dict.fromkeys(node.sources) if self.last_use[x] is node and x.tensor is None]
+            dead += [] if node in self.last_use else [node]
+            lines.append(f"    {name} = {call}")
             if dead:
-                lines.append(f"    del {', '.join(dead)}")
-    lines[0] = lines[0].format(", ".join(inputs))
-    return lines
+                lines.append(f"    del {', '.join(self.names[x] for x in dead)}")
+        lines.append(f"    return {self._text(self.recording.results)}")
+        return "\n".join(lines)
 
+    def _call(self, node: Node) -> str:
+        op, args = node.op, node.args
+        arguments = list(args)
+        if op._opname in _ELEMENTWISE and not node.kwargs:
+            both = op._opname in _COMMUTATIVE and len(args) == 2
+            for i, x in enumerate(args[: 2 if both else 1]):
+                if self._is_free(x, node):
+                    arguments = [x, *(y for j, y in enumerate(args) if j != i)]
+                    overload = {"Tensor_Scalar": "Scalar"}.get(op._overloadname, op._overloadname)
+                    op = getattr(getattr(torch.ops.aten, f"{op._opname}_"), overload)
+                    break
+        function = f"f_{op._opname}_{op._overloadname}"
+        if function not in self.named:
+            self.named[function] = _function_of(op)
+        texts = [self._text(x) for x in arguments]
+        texts += [f"{key}={self._text(x)}" for key, x in node.kwargs.items()]
+        return f"{function}({', '.join(texts)})"
 
-def _call(node: fx.Node, names: dict[str, Any], last_use: dict, num_views: Counter) -> str:
-    op: Any = node.target
-    args = node.args
-    arguments = list(args)
-    if op._opname in _ELEMENTWISE and not node.kwargs:
-        both = op._opname in _COMMUTATIVE and len(args) == 2
-        for i, x in enumerate(args[: 2 if both else 1]):
-            if _is_free(x, node, last_use, num_views):
-                arguments = [x, *(y for j, y in enumerate(args) if j != i)]
-                overload = {"Tensor_Scalar": "Scalar"}.get(op._overloadname, op._overloadname)
-                op = getattr(getattr(torch.ops.aten, f"{op._opname}_"), overload)
-                break
-    function = f"f_{op._opname}_{op._overloadname}"
-    names[function] = _function_of(op)
-    texts = [_text(x, names) for x in arguments]
-    texts += [f"{key}={_text(x, names)}" for key, x in node.kwargs.items()]
-    return f"{function}({', '.join(texts)})"
+    def _is_free(self, x: Any, node: Node) -> bool:
+        """Returns whether a node may write its result into the memory of its argument x."""
+        return (
+            isinstance(x, Node)
+            and x.op is not None
+            and x.root is x
+            and self.num_views[x] == 1
+            and self.last_use[x] is node
+            and not has_effect(x.op)
+            and x.geometry == node.geometry
+            and node.root is node
+            and self.num_views[node] == 1
+        )
 
+    def _text(self, x: Any) -> str:
+        """Returns the source of an argument."""
+        if isinstance(x, Node):
+            if x not in self.names:  # a constant
+                self.names[x] = self._name(x.tensor)
+            return self.names[x]
+        if isinstance(x, (list, tuple)):
+            items = "".join(f"{self._text(item)}, " for item in x)
+            return f"({items})" if isinstance(x, tuple) else f"[{items}]"
+        if isinstance(x, (int, str, type(None))) or isinstance(x, float) and math.isfinite(x):
+            return repr(x)
+        return self._name(x)
 
-def _is_free(x: Any, node: fx.Node, last_use: dict, num_views: Counter) -> bool:
-    """Returns whether a node may write its result into the memory of its argument x."""
-    return (
-        isinstance(x, fx.Node)
-        and x.op == "call_function"
-        and x.meta["root"] is x
-        and num_views[x] == 1
-        and last_use[x] is node
-        and not has_effect(x.target)
-        and x.meta["geometry"] == node.meta["geometry"]
-        and node.meta["root"] is node
-        and num_views[node] == 1
-    )
+    def _name(self, x: Any) -> str:
+        name = f"c{len(self.named)}"
+        self.named[name] = x
+        return name
 
 
 def _function_of(op: Any) -> Callable:
     """Returns the fastest function that runs an operation: one of torch's own, if there is one with the same name."""
-    name = op._opname
     if op.namespace == "aten" and "Tensor?[]" not in str(op._schema):  # torch's own take no None there
         for owner in torch_internals.function_owners:
-            if hasattr(owner, name):
-                return getattr(owner, name)
+            if hasattr(owner, op._opname):
+                return getattr(owner, op._opname)
     return op._op
-
-
-def _text(x: Any, names: dict[str, Any]) -> str:
-    """Returns the source of an argument."""
-    if isinstance(x, fx.Node):
-        return x.meta["name"]
-    if isinstance(x, (list, tuple)):
-        items = "".join(f"{_text(item, names)}, " for item in x)
-        return f"({items})" if isinstance(x, tuple) else f"[{items}]"
-    if isinstance(x, (int, str, type(None))):
-        return repr(x)
-    name = f"c{len(names)}"
-    names[name] = x
-    return name

@@ -1,9 +1,9 @@
-"""Recording of what a function computes: a graph of the tensor operations that it dispatched, simplified to the bit."""
+"""Recording of what a function computes: the tensor operations that it dispatches, simplified to the bit."""
 
 import operator
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -30,287 +30,371 @@ _NEUTRAL = {
     _aten.sub.Tensor: 0,
     _aten.pow.Tensor_Scalar: 1,
 }
+_NODE = "_pyrovae_node"  # the attribute of a tensor that holds its node while a function is recorded
 
 
 class FetchesValueError(Exception):
     """A function fetches a value from a tensor, which would be a constant in a graph."""
 
 
-class Recording:
-    """A graph of tensor operations.
+class Node:
+    """An operation of a recording, one of its inputs, or a constant.
+
+    An input has neither an operation nor a tensor; a constant has no operation.
 
     Args:
-        graph: with a placeholder for each input.
+        op: the operation; ``operator.getitem`` for one of several results.
+        args: its arguments, with nodes for tensors.
+        kwargs: its keyword arguments, likewise.
+        sources: all nodes among these.
+        tensor: the constant.
+    """
+
+    __slots__ = (  # a deep model has some hundred thousand
+        *("args", "device", "geometry", "kwargs", "op", "recorder", "root"),
+        *("same", "sources", "tensor", "used", "value", "views"),
+    )
+
+    def __init__(self, op: Any = None, args: tuple = (), kwargs: Any = None, sources: Any = (), tensor: Any = None):
+        self.op, self.args, self.kwargs, self.sources, self.tensor = op, args, kwargs or {}, sources, tensor
+        self.recorder: Any = None
+        self.root: Node | None = None  # the node that made its memory; None for an operation with several results
+        self.views: list[Node] = []  # all nodes whose root it is
+        self.geometry: tuple = ()  # what tells views of one memory apart
+        self.device: torch.device | None = None
+        self.value: Tensor | None = None  # the result, where it is the same in every run
+        self.same: Node | None = None  # an earlier node that takes its place
+        self.used = False
+
+
+class Recording(NamedTuple):
+    """Operations on tensors.
+
+    Args:
+        nodes: the operations, in their order.
+        placeholders: the nodes of the inputs.
         inputs: tensors that it takes.
-        constants: tensors that it holds, by the names of its attributes.
+        results: nodes, and leaves that are not tensors.
         changes_inputs: whether it changes inputs in place.
     """
 
-    def __init__(self, graph: fx.Graph, inputs: list[Tensor], constants: dict[str, Tensor], changes_inputs: bool):
-        self.graph, self.inputs, self.constants, self.changes_inputs = graph, inputs, constants, changes_inputs
+    nodes: list[Node]
+    placeholders: list[Node]
+    inputs: list[Tensor]
+    results: list
+    changes_inputs: bool
 
     def module(self) -> fx.GraphModule:
-        """Returns the graph as a module, called with the inputs."""
-        return fx.GraphModule(self.constants, self.graph)
+        """Returns the operations as a module of torch's, called with the inputs."""
+        graph = fx.Graph()
+        constants: dict[str, Tensor] = {}
+        names: dict[Node, fx.Node] = {x: graph.placeholder(f"input_{i}") for i, x in enumerate(self.placeholders)}
 
-    def drop_unused_inputs(self) -> None:
-        """Drops the inputs that no operation reads."""
-        placeholders = self.graph.find_nodes(op="placeholder")
-        self.inputs = [t for node, t in zip(placeholders, self.inputs, strict=True) if node.users]
-        for node in placeholders:
-            if not node.users:
-                self.graph.erase_node(node)
+        def named(x: Any) -> Any:
+            if isinstance(x, Node) and x not in names:
+                constants[f"constant_{len(constants)}"] = x.tensor
+                names[x] = graph.create_node("get_attr", f"constant_{len(constants) - 1}")
+            return names[x] if isinstance(x, Node) else x
+
+        for node in self.nodes:
+            args, kwargs = _replaced(node.args, named), _replaced(node.kwargs, named)
+            names[node] = graph.call_function(node.op, args, kwargs)
+        graph.output(_replaced(self.results, named))
+        return fx.GraphModule(constants, graph)
+
+    def constants(self) -> list[Tensor]:
+        """Returns the tensors that it holds."""
+        read = [*(x for node in self.nodes for x in node.sources), *self.results]
+        return [x.tensor for x in dict.fromkeys(read) if isinstance(x, Node) and x.tensor is not None]
 
     def random_devices(self) -> set[torch.device]:
         """Returns the devices that random numbers are drawn on."""
-        return {node.meta["device"] for node in self.graph.nodes if is_random(node.target) and "device" in node.meta}
+        return {node.device for node in self.nodes if is_random(node.op) and node.device is not None}
 
 
 def record(function: Callable[[], list], inputs: list[Tensor]) -> tuple[Recording, list]:
-    """Runs a function; returns a graph of the operations that it dispatched, with those of its gradients; its result.
+    """Runs a function; returns the operations that it dispatched, with those of its gradients; its result.
 
-    The graph gives the same bits as the function, in fewer operations: without what no result needs, what is computed
-    twice, what is the same in every run, and views and products that change nothing. Random draws and changes of memory
-    stay, in their order.
+    They give the same bits as the function, and are fewer: without what no result needs, what is computed twice, what
+    is the same in every run, and views and products that change nothing. Random draws and changes of memory stay, in
+    their order.
 
     Args:
-        function: returns a list of tensors and other leaves, which the graph returns.
-        inputs: tensors that the graph takes. Other tensors that the function reads become further inputs.
+        function: returns a list of tensors and other leaves.
+        inputs: tensors that the operations take. Other tensors that the function reads become further inputs. Those
+            that no operation reads are left out.
 
     Raises:
         FetchesValueError: when the function fetches a value that may be another in the next run.
         Untraceable: when the size of a tensor depends on values.
     """
     recorder = _Recorder(inputs)
-    with torch_internals.DispatchMode(recorder.dispatch):
-        results = function()
-    recorder.graph.output([recorder.node_of(x) if isinstance(x, Tensor) else x for x in results])
-    recorder.simplify()
-    changes_inputs = any(root.op == "placeholder" for root in recorder.changed)
-    return Recording(recorder.graph, recorder.inputs, recorder.constants, changes_inputs), results
+    try:
+        with torch_internals.DispatchMode(recorder.dispatch):
+            results = function()
+        nodes = [recorder.node_of(x) if isinstance(x, Tensor) else x for x in results]
+    finally:
+        for t in recorder.inputs:
+            delattr(t, _NODE)
+    return recorder.simplified(nodes), results
 
 
 class _Recorder:
-    """Builds the graph while a function runs.
-
-    Nodes hold in `meta`: "root", the node that made the memory of theirs; "geometry", what tells views of one memory
-    apart; "value", the result, where it is the same in every run.
-    """
+    """Collects nodes while a function runs."""
 
     def __init__(self, inputs: list[Tensor]):
-        self.graph = fx.Graph()
+        self.nodes: list[Node] = []
         self.inputs: list[Tensor] = []
-        self.constants: dict[str, Tensor] = {}
-        self.nodes = torch_internals.TensorDictionary()  # of the tensors that are alive
-        self.sharing: dict[fx.Node, list[fx.Node]] = defaultdict(list)  # the nodes that have a root
-        self.changed: set[fx.Node] = set()  # roots whose memory an operation changes
-        self.last_placeholder: fx.Node | None = None
+        self.placeholders: list[Node] = []
+        self.changed: set[Node] = set()  # roots whose memory an operation changes
         for t in inputs:
             self._add_input(t)
 
     def dispatch(self, op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Runs an operation and adds it to the graph."""
-        if op in _FROM_NUMBERS and args[0] not in self.nodes:
+        """Runs an operation and adds it to the nodes."""
+        if op in _FROM_NUMBERS and self._find(args[0]) is None:
             return self._add_numbers(args[0], op(*args))
-        tensors = list(_tensors((args, kwargs)))
-        nodes = list(map(self.node_of, tensors))
+        traits = _traits(op)
+        sources: list[Node] = []
+        tensors: list[Tensor] = []
+
+        def node_of(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            node = self.node_of(x)
+            sources.append(node)
+            tensors.append(x)
+            return node
+
+        arguments, named = _replaced(args, node_of), _replaced(kwargs, node_of) if kwargs else None
         # Found before the operation runs, because some return their argument.
-        fixed = all("value" in node.meta for node in nodes) or op._opname in _SHAPE_ONLY
-        fixed = fixed and not is_random(op) and "empty" not in op._opname
+        fixed = traits.may_be_fixed and (traits.shape_only or all(source.value is not None for source in sources))
         if not fixed:
-            _check_values(op, args)
-        arguments, named = self._with_nodes(args), self._with_nodes(kwargs)
+            _check_values(op, traits, args)
         result = op(*args, **kwargs)
-        if not any(isinstance(t, Tensor) for t in (result if isinstance(result, (tuple, list)) else [result])):
+        several = isinstance(result, (tuple, list))
+        if not several and not isinstance(result, Tensor):
             return result  # a number or a flag that is the same in every run
-        node = self.graph.call_function(op, arguments, named)
-        for t in _changed_by(op, args, kwargs):
-            root = self.node_of(t).meta["root"]
-            self.changed.add(root)
-            for other in self.sharing[root]:
-                other.meta.pop("value", None)
-            fixed = False
-        if isinstance(result, Tensor):
-            self._add(node, result, tensors, fixed)
+        node = Node(op, arguments, named, sources)
+        self.nodes.append(node)
+        if traits.changes:
+            for t in _changed_by(op, args, kwargs):
+                root = self.node_of(t).root
+                assert root is not None
+                self.changed.add(root)
+                for view in root.views:
+                    view.value = None
+                fixed = False
+        if not several:
+            self._add(node, result, sources, tensors, fixed)
             return result
         for i, t in enumerate(result):
             if isinstance(t, Tensor):
-                self._add(self.graph.call_function(operator.getitem, (node, i)), t, tensors, fixed)
+                item = Node(operator.getitem, (node, i), None, [node])
+                self.nodes.append(item)
+                self._add(item, t, sources, tensors, fixed)
         return result
 
-    def node_of(self, t: Tensor) -> fx.Node:
-        """Returns the node of a tensor, which becomes an input if no operation made it."""
-        node = self.nodes.get(t)
-        return self._add_input(t) if node is None else node
+    def _find(self, t: Tensor) -> Node | None:
+        node = vars(t).get(_NODE)
+        return node if node is not None and node.recorder is self else None
 
-    def _add_input(self, t: Tensor) -> fx.Node:
-        with self.graph.inserting_after(self.last_placeholder):
-            node = self.graph.placeholder(f"input_{len(self.inputs)}")
+    def node_of(self, t: Tensor) -> Node:
+        """Returns the node of a tensor, which becomes an input if no operation made it."""
+        return self._find(t) or self._add_input(t)
+
+    def _add_input(self, t: Tensor) -> Node:
+        node = Node()
         self.inputs.append(t)
-        self.last_placeholder = node
+        self.placeholders.append(node)
         return self._add(node, t)
 
     def _add_numbers(self, t: Tensor, result: Tensor) -> Tensor:
-        fixed = _num_bytes(t) <= _MAX_NUMBERS_BYTES
-        self._add(self._constant(t.clone() if fixed else t), result, fixed=fixed)
+        fixed = t.untyped_storage().nbytes() <= _MAX_NUMBERS_BYTES
+        node = Node(tensor=t.clone() if fixed else t)
+        self.nodes.append(node)
+        self._add(node, result, fixed=fixed)
         return result
 
-    def _constant(self, t: Tensor) -> fx.Node:
-        name = f"constant_{len(self.constants)}"
-        self.constants[name] = t
-        return self.graph.create_node("get_attr", name)
-
-    def _add(self, node: fx.Node, t: Tensor, sources: list[Tensor] = [], fixed: bool = False) -> fx.Node:  # noqa: B006
-        storage = _storage(t)
-        shared = next((s for s in sources if _storage(s) == storage), None)
-        root = node if shared is None else self.node_of(shared).meta["root"]
-        node.meta.update(root=root, geometry=_geometry(t), device=t.device)
-        if fixed and _num_bytes(t) <= _MAX_CONSTANT_BYTES:
-            node.meta["value"] = t
-        self.sharing[root].append(node)
-        self.nodes[t] = node
+    def _add(self, node: Node, t: Tensor, sources: Any = (), tensors: Any = (), fixed: bool = False) -> Node:
+        storage = t.untyped_storage()
+        node.root = node
+        for source, other in zip(sources, tensors, strict=True):
+            if other is t or other.untyped_storage()._cdata == storage._cdata:
+                node.root = source.root
+                break
+        assert node.root is not None
+        node.root.views.append(node)
+        node.recorder, node.device = self, t.device
+        node.geometry = (t.storage_offset(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg())
+        if fixed and storage.nbytes() <= _MAX_CONSTANT_BYTES:
+            node.value = t
+        setattr(t, _NODE, node)
         return node
 
-    def _with_nodes(self, x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return self.node_of(x)
-        if isinstance(x, (tuple, list)):
-            return type(x)(map(self._with_nodes, x))
-        if isinstance(x, dict):
-            return {key: self._with_nodes(value) for key, value in x.items()}
-        return x
+    def simplified(self, results: list) -> Recording:
+        """Returns the recording, with nodes replaced by earlier ones that hold the same bits, and what is needed."""
+        seen: dict[Any, Node] = {}
+        for node in self.placeholders:
+            seen[node.root, node.geometry] = node
+        for node in self.nodes:
+            if any(source.same is not None for source in node.sources):
+                node.args, node.kwargs = _replaced(node.args, _kept), _replaced(node.kwargs, _kept)
+                node.sources = [_kept(source) for source in node.sources]
+            if node.op is None:
+                if node.root in self.changed:  # which the function makes anew from numbers, and changes
+                    constant = Node(tensor=node.tensor)
+                    node.op, node.args, node.sources, node.tensor = _aten.clone.default, (constant,), [constant], None
+            elif node.value is None:
+                node.same = self._earlier(node, seen)
+                if node.same is not None:
+                    _share_memory(node, node.same)
+        results = _replaced(results, _kept)
+        for result in results:
+            if isinstance(result, Node):
+                _use(result)
+        nodes = [node for node in reversed(self.nodes) if _is_needed(node)][::-1]
+        read = [(x, t) for x, t in zip(self.placeholders, self.inputs, strict=True) if x.used]
+        changes_inputs = any(root.op is None and root.tensor is None for root in self.changed)
+        return Recording(nodes, [x for x, _ in read], [t for _, t in read], results, changes_inputs)
 
-    def simplify(self) -> None:
-        """Replaces nodes by earlier ones that hold the same bits, and drops what no result needs."""
-        seen: dict[Any, fx.Node] = {}
-        for node in [*self.graph.nodes]:
-            if node.op == "output":
-                continue
-            meta = node.meta
-            if meta.get("root") in self.changed and node.op == "get_attr":
-                # The function changes a tensor that each run makes anew from numbers.
-                with self.graph.inserting_after(node):
-                    copy = self.graph.call_function(_aten.clone.default, (node,))
-                copy.meta.update(meta)
-                node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
-                node, meta = copy, copy.meta
-            if "value" in meta and node.op == "call_function":
-                if all("value" in user.meta for user in node.users):
-                    continue  # nothing but constants is made of it
-                with self.graph.inserting_before(node):
-                    constant = self._constant(meta["value"])
-                constant.meta.update(meta)
-                node.replace_all_uses_with(constant)
-                continue
-            same = self._earlier(node, seen)
-            if same is not None:
-                node.replace_all_uses_with(same)
-                self._share_memory(node, same)
-        self._drop_unused()
-
-    def _share_memory(self, node: fx.Node, same: fx.Node) -> None:
-        """Makes the views of a node's memory views of that of another, which takes its place."""
-        if node.meta.get("root") is not node:
-            return
-        root, moved = same.meta["root"], same.meta["geometry"][0] - node.meta["geometry"][0]
-        for view in self.sharing[node]:
-            offset, *others = view.meta["geometry"]
-            view.meta.update(root=root, geometry=(offset + moved, *others))
-        self.sharing[root] += self.sharing.pop(node)
-
-    def _earlier(self, node: fx.Node, seen: dict[Any, fx.Node]) -> fx.Node | None:
+    def _earlier(self, node: Node, seen: dict[Any, Node]) -> Node | None:
         """Returns an earlier node with the same bits, or None; notes the node for later ones."""
-        if node.op != "call_function":
-            if "root" in node.meta:
-                seen.setdefault((node.meta["root"], node.meta["geometry"]), node)
+        if has_effect(node.op):
             return None
-        if has_effect(node.target):
-            return None
-        root = node.meta.get("root")  # None for an operation with several results
-        if root is not None:
-            place = (root, node.meta["geometry"])
+        if node.root is not None:
+            place = (node.root, node.geometry)
             if place in seen:  # a view of the same elements
                 return seen[place]
             seen[place] = node
-        touched = {root, *(n.meta.get("root") for n in node.all_input_nodes)}
-        if touched & self.changed:
+        if self.changed and (node.root in self.changed or any(source.root in self.changed for source in node.sources)):
             return None
-        if node.target in _NEUTRAL and not node.kwargs:
+        if node.op in _NEUTRAL and not node.kwargs:
             x, number = node.args
-            is_neutral = isinstance(number, (int, float)) and number == _NEUTRAL[node.target]
-            if is_neutral and isinstance(x, fx.Node) and x.meta["geometry"][1:] == node.meta["geometry"][1:]:
+            is_neutral = isinstance(number, (int, float)) and number == _NEUTRAL[node.op]
+            if is_neutral and isinstance(x, Node) and x.geometry[1:] == node.geometry[1:]:
                 return x
-        same = seen.setdefault(_key((node.target, node.args, dict(node.kwargs))), node)
+        same = seen.setdefault((node.op, _key(node.args), _key(node.kwargs)), node)
         return None if same is node else same
 
-    def _drop_unused(self) -> None:
-        for node in reversed(self.graph.nodes):
-            if not node.users and node.op in ("call_function", "get_attr") and not has_effect(node.target):
-                self.graph.erase_node(node)
-        used = {node.target for node in self.graph.find_nodes(op="get_attr")}
-        self.constants = {name: t for name, t in self.constants.items() if name in used}
+
+def _kept(x: Any) -> Any:
+    """Returns the node that takes the place of a node; anything else as it is."""
+    return x.same if isinstance(x, Node) and x.same is not None else x
+
+
+def _share_memory(node: Node, same: Node) -> None:
+    """Makes the views of a node's memory views of that of another, which takes its place."""
+    if node.root is not node:
+        return
+    assert same.root is not None
+    moved = same.geometry[0] - node.geometry[0]
+    for view in node.views:
+        view.root, view.geometry = same.root, (view.geometry[0] + moved, *view.geometry[1:])
+    same.root.views += node.views
+
+
+def _use(node: Node) -> None:
+    """Notes that a node is needed. What is the same in every run becomes a constant."""
+    if not node.used and node.value is not None and node.op is not None:
+        node.op, node.args, node.kwargs, node.sources, node.tensor = None, (), {}, (), node.value
+    node.used = True
+
+
+def _is_needed(node: Node) -> bool:
+    """Returns whether an operation is needed; notes then that what it reads is needed."""
+    if node.op is None or not node.used and not has_effect(node.op):
+        return False
+    for source in node.sources:
+        _use(source)
+    return True
+
+
+class _Traits(NamedTuple):
+    """What is known of an operation.
+
+    Args:
+        may_be_fixed: whether it gives the same result for the same arguments.
+        shape_only: whether its result depends on the shape of its argument only.
+        changes: whether it changes an argument in place.
+        has_effect: whether it does more than to return a result.
+        is_random: whether it draws random numbers.
+        fetches: whether it returns a value that depends on values.
+        sizes: whether the size of its result depends on values.
+    """
+
+    may_be_fixed: bool
+    shape_only: bool
+    changes: bool
+    has_effect: bool
+    is_random: bool
+    fetches: bool
+    sizes: bool
+
+
+@cache
+def _traits(op: Any) -> _Traits:
+    tags, name = getattr(op, "tags", ()), getattr(op, "_opname", "")
+    random = torch.Tag.nondeterministic_seeded in tags
+    changes = _changes_statistics(op) or (hasattr(op, "_schema") and op._schema.is_mutable)
+    return _Traits(
+        may_be_fixed=not random and "empty" not in name,
+        shape_only=name in _SHAPE_ONLY,
+        changes=changes,
+        has_effect=changes or random,
+        is_random=random,
+        fetches=torch.Tag.data_dependent_output in tags,
+        sizes=torch.Tag.dynamic_output_shape in tags,
+    )
 
 
 def is_random(op: Any) -> bool:
     """Returns whether an operation draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
+    return _traits(op).is_random
 
 
 def has_effect(op: Any) -> bool:
     """Returns whether an operation does more than to return a result: draws random numbers or changes a tensor."""
-    schema = getattr(op, "_schema", None)
-    return schema is not None and (schema.is_mutable or is_random(op) or _changes_statistics(op))
+    return _traits(op).has_effect
 
 
 def _changes_statistics(op: Any) -> bool:
-    return op._opname.endswith("batch_norm")  # the running mean and variance, which its schema does not say
+    # The running mean and variance, which its schema does not say.
+    return getattr(op, "_opname", "").endswith("batch_norm")
 
 
 def _changed_by(op: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[Tensor]:
     """Yields the tensors that an operation changes in place."""
-    if not op._schema.is_mutable and not _changes_statistics(op):
-        return
     for i, argument in enumerate(op._schema.arguments):
         value = args[i] if i < len(args) else kwargs.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
         if written or _changes_statistics(op) and argument.name.startswith("running"):
-            yield from _tensors(value)
+            yield from (t for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, Tensor))
 
 
-def _check_values(op: Any, args: tuple) -> None:
+def _check_values(op: Any, traits: _Traits, args: tuple) -> None:
     """Raises if a result of an operation that is not a tensor, or the size of one, depends on values."""
-    if torch.Tag.data_dependent_output in op.tags:
+    if traits.fetches:
         raise FetchesValueError(str(op))
-    if torch.Tag.dynamic_output_shape in op.tags:
-        masks = [t for t in _tensors(args[1:]) if t.dtype in (torch.bool, torch.uint8)]
-        if op is not _aten.index.Tensor or masks:
+    if traits.sizes:
+        indices = args[1] if op is _aten.index.Tensor else []
+        if not indices or any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in indices):
             raise Untraceable("the size of a tensor depends on values, as in x[x > 0]: use torch.where or poutine.mask")
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, (tuple, list)):
-        for item in x:
-            yield from _tensors(item)
-    elif isinstance(x, dict):
-        yield from _tensors(tuple(x.values()))
-
-
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
-
-
-def _num_bytes(t: Tensor) -> int:
-    return t.untyped_storage().nbytes()
-
-
-def _geometry(t: Tensor) -> tuple:
-    return t.storage_offset(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg()
+def _replaced(x: Any, function: Callable[[Any], Any]) -> Any:
+    """Returns nested lists, tuples and dicts with each leaf replaced by what a function returns."""
+    if isinstance(x, (tuple, list)):
+        return type(x)([_replaced(item, function) for item in x])
+    if isinstance(x, dict):
+        return {key: _replaced(value, function) for key, value in x.items()}
+    return function(x)
 
 
 def _key(x: Any) -> Any:
     """Returns a hashable key, different for arguments of different types such as 1, 1.0 and True."""
+    if isinstance(x, Node):
+        return x
     if isinstance(x, (tuple, list)):
         return type(x), tuple(map(_key, x))
     if isinstance(x, dict):

@@ -11,7 +11,6 @@ import torch
 
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.weak import WeakTensorKeyDictionary
 
     class DispatchMode(TorchDispatchMode):
         """A context in which a function runs every operation that torch dispatches, those of autograd too.
@@ -24,10 +23,11 @@ try:
             super().__init__()
             self.dispatch = dispatch
 
-        def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-            return self.dispatch(op, args, kwargs or {})
+    def _dispatch(self: DispatchMode, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        return self.dispatch(op, args, kwargs or {})
 
-    TensorDictionary = WeakTensorKeyDictionary
+    # Set after the class is made, which would wrap it for torch.compile: that takes longer than most operations.
+    DispatchMode.__torch_dispatch__ = _dispatch  # type: ignore[method-assign,assignment]
     copy_tensors = torch._foreach_copy_
     function_owners = (torch._C._VariableFunctions, torch._C._nn, torch._C.TensorBase)
     below_autograd = torch._C._AutoDispatchBelowAutograd

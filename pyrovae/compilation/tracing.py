@@ -1,5 +1,6 @@
 """Tracing of a function into a graph of tensor operations, and runs of a function that leave no effects behind."""
 
+import gc
 import io
 import logging
 import operator
@@ -81,6 +82,7 @@ def trace(function: Callable[[list[Tensor]], Any], inputs: list[Tensor], guards:
         The graph, and the result of the function.
     """
     structures: list[Any] = []
+    known = set(map(id, inputs))
 
     def flat() -> list:
         leaves, structure = tree_flatten(function(guards.leaves))
@@ -90,17 +92,25 @@ def trace(function: Callable[[list[Tensor]], Any], inputs: list[Tensor], guards:
     def run() -> tuple[Recording, list]:
         return run_and_restore(guards, lambda: record(flat, inputs))[0]
 
+    def found_by(recording: Recording) -> list[Tensor]:  # tensors that the search for the state did not find
+        return [t for t in recording.inputs if id(t) not in known]
+
     before = _other_random_states()
     printed = io.StringIO()
+    collects = gc.isenabled()
+    gc.disable()  # it would look through hundreds of thousands of new nodes many times
     try:
         with without_warnings(), _without_host_reads(), _RefuseValues(), redirect_stdout(printed):
             recording, leaves = run()
-            found = recording.inputs[len(inputs) :]  # tensors that the search for the state did not find
-            again = run()[0].inputs[len(inputs) :] if found else []
+            found = found_by(recording)
+            again = found_by(run()[0]) if found else []
     except Untraceable:
         raise
     except Exception as error:
         raise Untraceable(describe_error(error)) from error
+    finally:
+        if collects:
+            gc.enable()
     if not all_unchanged(found, again):
         raise Untraceable("it reads a tensor that each run makes anew in a way that no graph can follow")
     if printed.getvalue():
