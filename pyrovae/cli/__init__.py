@@ -8,6 +8,7 @@ from pyrovae.cli.comparison import compare
 from pyrovae.cli.description import describe
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
+from pyrovae.cli.listing import parts
 from pyrovae.cli.parser import main
 from pyrovae.cli.repairing import repair
 from pyrovae.cli.rows import encode, impute, score
@@ -22,6 +23,7 @@ __all__ = [
     "evaluate",
     "impute",
     "main",
+    "parts",
     "reconstruct",
     "repair",
     "sample",

@@ -24,6 +24,7 @@ from pyrovae.cli.defaults import LIKELIHOOD, table_defaults
 from pyrovae.cli.description import describe
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
+from pyrovae.cli.listing import Parser, parts
 from pyrovae.cli.pixels import options_for
 from pyrovae.cli.repairing import repair
 from pyrovae.cli.rows import encode, impute, score
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": score,
     "impute": impute,
     "encode": encode,
+    "parts": parts,
 }
 
 
@@ -129,7 +131,7 @@ def make_parser(trust: bool = False) -> ArgumentParser:
     Args:
         trust: whether files may name code outside pyrovae, torch and Pyro.
     """
-    parser = ArgumentParser(prog="pyrovae", description=pyrovae.__doc__, version=pyrovae.__version__)
+    parser = Parser(prog="pyrovae", description=pyrovae.__doc__, version=pyrovae.__version__)
     commands = parser.add_subcommands()
     for name, function in COMMANDS.items():
         commands.add_subcommand(name, command_parser(name, trust), help=_summary(function))
@@ -140,7 +142,7 @@ def command_parser(name: str, trust: bool = False) -> ArgumentParser:
     """Returns the parser of one command, from the signature and docstring of its function."""
     function = COMMANDS[name]
     epilog = f"Data sets: {', '.join(datasets.descriptions())}." if name == "train" else None
-    parser = ArgumentParser(description=_summary(function), epilog=epilog)
+    parser = Parser(description=_summary(function), epilog=epilog)
     if name == "train":
         action = TrustedFile if trust else CheckedFile
         parser.add_argument("--config", action=action, help="a file with arguments, such as the config.yaml of a run")

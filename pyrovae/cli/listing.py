@@ -1,0 +1,104 @@
+"""``pyrovae parts``, and the names that a misspelt one may mean."""
+
+import difflib
+import inspect
+import re
+import shutil
+import sys
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from torch import optim
+from torch.optim import lr_scheduler
+
+from pyrovae import bounds, encoders, estimators, likelihoods, nn, priors, regularizers
+from pyrovae.complaints import explain
+
+# Packages of parts, with the options that take them.
+PARTS: dict[str, tuple[str, ModuleType]] = {
+    "priors": ("--prior", priors),
+    "likelihoods": ("--likelihood", likelihoods),
+    "encoders": ("--encoder", encoders),
+    "networks": ("--likelihood.network, --encoder.network", nn),
+    "bounds": ("--loss", bounds),
+    "regularizers": ("--loss.regularizers+", regularizers),
+    "estimators": ("--method, of evaluate", estimators),
+}
+
+
+def classes_of(module: ModuleType) -> dict[str, str]:
+    """Returns the public classes of a package that can be built, with the first line of the docstring of each."""
+    found = {name: getattr(module, name) for name in module.__all__}
+    return {
+        name: (cls.__doc__ or "").partition("\n")[0]
+        for name, cls in found.items()
+        if isinstance(cls, type) and not inspect.isabstract(cls)
+    }
+
+
+def parts() -> None:
+    """Lists every prior, likelihood, encoder, network, bound, regularizer and estimator, with a line each."""
+    width = min(120, shutil.get_terminal_size().columns)
+    for title, (option, module) in PARTS.items():
+        print(f"{title} ({option})")
+        for name, line in classes_of(module).items():
+            text = f"  {name:<26} {line}"
+            print(text if len(text) <= width else f"{text[: width - 4]} ...")
+        print()
+    print("the arguments of a class: pyrovae train --likelihood.help Normal")
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are two lines: what is wrong, and the nearest names or where to look."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        sys.stderr.write(f"pyrovae: error: {_plain(message)}\n{_advice(message, parser)}\n")
+        self.exit(2)
+
+
+def _plain(message: str) -> str:
+    text = explain(message)
+    text = re.sub(
+        r"(?:\[.* Errors: .*)?Expected a dot import path string: (\S+?)\.?(?: - .*)?$", r"there is no class \1.", text
+    )
+    text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
+    return re.sub(r"Option '(.*?)' is not accepted", r"it has no argument '\1'", text)
+
+
+def _advice(message: str, parser: Any) -> str:
+    """Returns a line with the names nearest to the one that is wrong, or the command that lists all."""
+    unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message)
+    command = re.search(r"invalid choice: '(.*?)' \(choose from (.*?)\)", message)
+    cls = re.search(r"Expected a dot import path string: (\S+?)\.?(?:\s|$)", message)
+    argument = re.search(r"Option '(.*?)' is not accepted", message)
+    nearest: list[str] = []
+    if unknown:
+        options = [o for action in parser._actions for o in action.option_strings if o.startswith("--")]
+        nearest = _nearest(f"--{unknown[1]}", options)
+    elif command:
+        nearest = _nearest(command[1], re.findall(r"[\w-]+", command[2]))
+    elif cls:
+        nearest = _nearest(cls[1], _names_of_classes())
+    elif argument:
+        named = re.search(r"class_path='([\w.]+)'", message[argument.end() :])
+        module, _, name = named[1].rpartition(".") if named else ("", "", "")
+        owner = getattr(sys.modules.get(module), name, None)
+        nearest = _nearest(argument[1], inspect.signature(owner).parameters if callable(owner) else [])
+    if nearest:
+        return f"Nearest: {', '.join(nearest)}."
+    return "All options: pyrovae COMMAND --help. All classes: pyrovae parts."
+
+
+def _nearest(word: str, words: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(word, list(words), n=3, cutoff=0.6)
+
+
+def _names_of_classes() -> list[str]:
+    ours = [name for _, module in PARTS.values() for name in classes_of(module)]
+    theirs = [n for m in (optim, lr_scheduler) for n, x in vars(m).items() if isinstance(x, type) and n[0] != "_"]
+    return [*ours, *theirs]
