@@ -39,6 +39,7 @@ class Categorical(Prior):
 
     def __init__(self, latent_dim: int, num_classes: int, network: Network = MLP, context_dim: int = 0):
         check_classes(num_classes)
+        latent_dim = check_count(latent_dim, "latent_dim")
         super().__init__(latent_dim, network, context_dim, start=torch.zeros(latent_dim * num_classes))
         self.num_classes, self.support = num_classes, distributions.integers(num_classes)
 
