@@ -23,6 +23,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from spaces import Space, line, product, simplex
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyrovae import VAE, Estimate, encoders, likelihoods, log_marginal, priors, structures
 from pyrovae.bounds import ELBO, IWAE, StickingTheLanding
@@ -666,3 +667,32 @@ def test_latents_on_a_sphere_are_sent_to_annealing():
     estimate = log_marginal(vae.model, vae.guide, torch.randn(5, 20), num_samples=100, progress=False)
     assert not estimate.trusted.all()
     assert estimate.remedy == "Score them by method=UntilTrusted()."
+
+
+@each(
+    "method",
+    [None, CUBO(), AnnealedImportanceSampling(), Quadrature(), Enumeration(), UntilTrusted(), ImportanceSampling(9)],
+)
+@pytest.mark.parametrize("loaded", [False, True], ids=["tensor", "loader"])
+def test_a_model_without_latents_has_its_exact_value(method, loaded):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    x = torch.randn(6)
+    data = DataLoader(TensorDataset(x), batch_size=4) if loaded else x
+    found = log_marginal(model, lambda x: None, data, method=method, progress=False)
+    torch.testing.assert_close(found.value, dist.Normal(0.0, 1.0).log_prob(x), rtol=0, atol=0)
+    assert found.trusted.all()
+    assert found.standard_error.tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_that_quadrature_states_include_rounding(dtype):
+    known = truth(1, 5)
+    vae, x = vae_of(known), known.marginal().sample((20,))
+    vae, x = vae.to(dtype), x.to(dtype)
+    found = log_marginal(vae.model, None, x, method=Quadrature(1001), progress=False)
+    error = (found.value.double() - known.marginal().log_prob(x.double())).abs()
+    assert (error <= found.standard_error).all(), error / found.standard_error
+    assert (found.standard_error < 1e4 * torch.finfo(dtype).eps).all()

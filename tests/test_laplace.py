@@ -254,6 +254,33 @@ def toss(x):
         pyro.sample("side", dist.Bernoulli(torch.full((len(x),), 0.5)))
 
 
+def heavy_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Cauchy(torch.zeros(len(x)).double(), 1.0))
+        pyro.sample("x", dist.StudentT(3.0, z, 1.0), obs=x)
+
+
+def heavy_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 2.0))
+
+
+def test_modes_far_out_are_found_under_heavy_tails():
+    """One mode at zero and one at x, of equal heights, and nearly no mass between them."""
+    x = torch.tensor([100.0, -1000.0, 3.0, 0.0]).double()
+    t = torch.linspace(-17, 17, 200_001).double()  # z = sinh(t), to 12 million
+    log_f = dist.Cauchy(0.0, 1.0).log_prob(t.sinh()) + dist.StudentT(3.0, t.sinh().unsqueeze(-1), 1.0).log_prob(x).T
+    exact = (log_f + t.cosh().log()).logsumexp(-1) + math.log(t[1] - t[0])
+    guide = score(heavy_model, heavy_guide, x, Guide())
+    assert (guide.value - exact)[0] < -4  # its draws miss the mode at 100
+    # Weights of a normal under heavy tails have infinite variance: those of Cauchy's tails are bounded.
+    found = score(heavy_model, heavy_guide, x, Laplace(degrees=1.0), 20_000)
+    error = (found.value - exact).abs()
+    assert found.trusted.all()
+    assert (error < ERRORS * found.standard_error).all(), error / found.standard_error
+    assert (found.standard_error < 0.05).all()
+
+
 def test_discrete_latents_are_refused():
     x = torch.zeros(2)
     assert score(coin, toss, x, method=Enumeration()).value.isfinite().all()

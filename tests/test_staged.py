@@ -56,7 +56,7 @@ def test_laplace_serves_where_the_guide_is_far_off():
     assert (error < ERRORS * found.standard_error + ROUNDING).all()
     assert (found.diagnostics["stage"] == 3).all()
     assert found.trusted.all()
-    assert "ImportanceSampling from Laplace 9\nnot to be trusted: 0 of 9 data" in str(found)
+    assert "ImportanceSampling from Laplace (4,000 samples) 9\nnot to be trusted: 0 of 9 data" in str(found)
 
 
 class Sorts:

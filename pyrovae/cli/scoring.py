@@ -53,7 +53,8 @@ def evaluate(
         method: the class of another estimator, one of pyrovae.estimators; UntilTrusted by default.
         num_samples: importance samples of the guide per datum, instead of stages. For other methods use
             --method.num_samples.
-        seconds: budget of time of the stages; null for no limit. Data for which it does not suffice are not trusted.
+        seconds: budget of time of the stages, to which the second estimates and the usual number add theirs; null for
+            no limit. Data for which it does not suffice are not trusted.
         check: number of data, drawn at random, to estimate a second time by long annealing from the prior.
         num_data: score only this many data, the first of the split; all by default.
         output: a .csv file for the results of each datum: estimate, standard error, effective sample size, k-hat,

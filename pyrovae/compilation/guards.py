@@ -121,9 +121,7 @@ class Guards:
     @property
     def fingerprint(self) -> tuple:
         """Hashable value, equal for two snapshots that differ only in their tensors."""
-        return tuple(
-            (slot.where, *(x if isinstance(x, ATOMS) else type(x) for x in slot.saved)) for slot in self._slots
-        )
+        return tuple((slot.where, *map(_key, slot.saved)) for slot in self._slots)
 
     # The search: one method for each kind of object; _VISITORS below says which.
 
@@ -248,6 +246,13 @@ class Guards:
         for name, value in zip(slot.names, slot.saved, strict=True):
             if not isinstance(value, ATOMS):
                 self._visit(slot.place(name), value)
+
+
+def _key(x: Any) -> Any:
+    """Returns a hashable value for an atom, and the class of any other object."""
+    if isinstance(x, slice):  # without a hash before Python 3.12
+        return slice, _key(x.start), _key(x.stop), _key(x.step)
+    return x if isinstance(x, ATOMS) else type(x)
 
 
 # The first row whose class an object is an instance of decides.

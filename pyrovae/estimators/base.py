@@ -40,7 +40,7 @@ class Estimate:
     >>> method, remedy = ImportanceSampling(50), "Take more samples."
     >>> print(Estimate(torch.tensor([-1.0, -3.0]), half, one, one, 50, method, remedy=remedy))
     log p(x) = -2.000 nats a datum (standard error: 0.354 from 50 samples a datum, 1.000 from 2 data)
-    Pareto k-hat above 0.7, not to be trusted: 2 of 2 data. Take more samples.
+    Pareto k-hat above 0.7, not to be trusted: 2 of 2 data; modes that the guide misses are not seen. Take more samples.
     """
 
     value: Tensor

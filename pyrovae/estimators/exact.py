@@ -20,6 +20,7 @@ from pyrovae.inference.structure import SiteStructure
 _DEPTH = 25.0  # nats below the maximum of an integrand, beyond which it is ignored: e^-25 is 1e-11
 _ROUNDS = 12  # grids fitted to each datum, at most
 _PRIOR_DRAWS = 1000
+_ROUNDINGS = 8  # steps of the precision of log p(x, u): those of its terms, which may be larger than their sum
 
 
 class _Deterministic(Estimator):
@@ -50,8 +51,9 @@ class Quadrature(_Deterministic):
     The grid starts as wide as draws of the prior, and shrinks to the region within 25 nats of the highest point. The
     error falls exponentially with the number of points for smooth integrands that vanish at both ends, and
     quadratically where a decoder has kinks (ReLU). The stated error is the change with half as many points in each
-    dimension, for smooth integrands far more than the true error. Constrained latents are integrated in the
-    unconstrained space. The guide is not used.
+    dimension, for smooth integrands far more than the true error; plus the share of the outermost points, and the
+    rounding of log p(x, u). It does not see a peak that is narrow beside the distance of two points. Constrained
+    latents are integrated in the unconstrained space. The guide is not used.
 
     Args:
         num_samples: points of the grid, at least 5 per dimension.
@@ -117,7 +119,7 @@ class Quadrature(_Deterministic):
             log_f = log_f.double().unflatten(0, shape)
             new_value = _log_integral(log_f, low, high, 1)
             new_error = (new_value - _log_integral(log_f, low, high, 2)).abs().nan_to_num(nan=math.inf)
-            new_error = new_error + _share_outside(log_f, low.shape[-1])
+            new_error = new_error + _share_outside(log_f, low.shape[-1]) + _rounding(log_f, low.dtype)
             # Keep the grid with the smallest error, not the last: a heavy tail can mislead the last ones.
             value = torch.where(new_error <= error, new_value, value)
             error = torch.minimum(new_error, error)
@@ -177,6 +179,11 @@ def _share_outside(log_f: Tensor, dim: int) -> Tensor:
     edge = max(1, len(log_f) // 20)
     inside = log_f[(slice(edge, -edge),) * dim].flatten(0, dim - 1).logsumexp(0)
     return (log_f.flatten(0, dim - 1).logsumexp(0) - inside).nan_to_num(nan=math.inf)
+
+
+def _rounding(log_f: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the rounding of the terms of log p(x, u), which the points of a grid may share, ``(batch,)``."""
+    return _ROUNDINGS * torch.finfo(dtype).eps * log_f.flatten(0, -2).amax(0).abs().clamp(min=1.0)
 
 
 def _log_integral(log_f: Tensor, low: Tensor, high: Tensor, stride: int) -> Tensor:

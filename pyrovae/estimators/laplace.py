@@ -9,7 +9,16 @@ from torch import Tensor
 
 from pyrovae.estimators.base import check_count, check_positive
 from pyrovae.estimators.memory import Allocations, clamp
-from pyrovae.estimators.newton import Curvature, Mode, climb, derivatives, gradient_graph, joint_of
+from pyrovae.estimators.newton import (
+    Curvature,
+    Mode,
+    climb,
+    derivatives,
+    far_starts,
+    gradient_graph,
+    heavy_columns,
+    joint_of,
+)
 from pyrovae.estimators.normal_guides import Components, NormalGuide, draw_pilots
 from pyrovae.estimators.proposals import Proposal, WeightedGuide
 from pyrovae.estimators.task import Task
@@ -18,6 +27,7 @@ MAX_DIM = 300  # of the latents of a datum, above which another proposal is bett
 _MEAN_DRAWS = 64  # of the guide, whose mean is the first start
 _LEAST_STARTS = 16  # from the prior, in all data of a part
 _MORE_STARTS = 12  # for all data of a part, if one of them has several modes
+_FAR_ROUNDS = 3  # each with twice as many lines as the one before, under heavy tails
 _FAINT = 5.0  # nats of mass below the largest, under which a mode is left out
 
 
@@ -32,6 +42,10 @@ class Laplace(Proposal):
     prior. Their second derivatives are exact, and enter by the absolute values of their eigenvalues. Mostly all starts
     of a datum end at one mode. Where one of some data has several, with a mass that is not negligible beside the
     largest, more starts are made for all of these data, and each mode that is found gets a component.
+
+    Under a prior with tails like a power, such as Cauchy's, a mode may be anywhere. Newton steps then start, too, from
+    the highest points of lines along these latents, to a million times the spread of the prior. Modes where more than
+    three latents are far from the others' may be missed.
 
     Pilot draws, which are not used again, then choose the centres :math:`\mu_m`, since the mean of a skewed posterior
     is a better one than the mode; the shares :math:`\alpha_m`; and the scale s: the widest of six whose weights have a
@@ -107,6 +121,9 @@ class Laplace(Proposal):
         u, log_joint = climb(task, u, self.num_steps)
         mode = Mode(u[0], derivatives(target, u)[1].of(0))
         first = 0 if self.num_starts == 1 else max(self.num_starts - 1, math.ceil(_LEAST_STARTS / task.size))
+        if first > 0:
+            far = self._far_modes(task, mode, at_once)
+            u, log_joint = (torch.cat(parts) for parts in zip((u, log_joint), *far, strict=True))
         for num_starts in (first, _MORE_STARTS):
             if num_starts == 0:
                 break
@@ -128,6 +145,20 @@ class Laplace(Proposal):
             return found._replace(scale_tril=self.scale * found.scale_tril)
         pilots = draw_pilots(target, found, self.num_pilots, at_once)
         return found.moved(pilots.u, pilots.log_w).scaled(pilots, self.degrees)
+
+    def _far_modes(self, task: Task, mode: Mode, at_once: int) -> list[tuple[Tensor, Tensor]]:
+        """Returns modes that draws of a prior with heavy tails seldom come near, and the log joint density there.
+
+        Latents may each be near or far: lines go on from the modes that lines have found.
+        """
+        columns, found, bases = heavy_columns(task), [], [mode.u]
+        target = joint_of(task)
+        for _ in range(min(len(columns), _FAR_ROUNDS)):
+            starts = torch.cat([far_starts(target, base, columns, at_once) for base in bases])
+            ends = [climb(task, start, self.num_steps, known=mode) for start in starts.split(at_once)]
+            found += ends
+            bases = [base for end, _ in ends for base in end]
+        return found
 
 
 class Fitted(Proposal):

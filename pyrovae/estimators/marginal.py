@@ -17,6 +17,7 @@ from pyrovae.compilation.recording import Recording
 from pyrovae.compilation.tracing import inductor
 from pyrovae.distributed import World, init_process_group
 from pyrovae.estimators.base import Estimate, Estimator, join
+from pyrovae.estimators.exact import Enumeration
 from pyrovae.estimators.task import Task, open_task
 from pyrovae.estimators.weighted import ImportanceSampling
 
@@ -39,7 +40,10 @@ def log_marginal(
         z_k \sim q(z \mid x)
 
     Data and samples are processed in chunks that fit the memory budget, so that their number is not limited. Modules
-    run in evaluation mode and are restored afterwards.
+    run in evaluation mode and are restored afterwards. The value of a model without latents is exact by any method.
+
+    k-hat sees weights whose tail is too heavy. It does not see a mode that the guide never draws: with the guide on one
+    of two modes, weights can be nearly equal, and the value far too low. ``method=UntilTrusted()`` looks for modes.
 
     Args:
         model: a Pyro model, called with the same arguments as the guide.
@@ -104,6 +108,7 @@ def log_marginal(
         parts.append(part)
     if not parts:
         raise ValueError("there is no batch of data. Give at least one datum, and a DataLoader that does not drop it.")
+    method = parts[0].method if isinstance(parts[0].method, Enumeration) else method
     return replace(join(method, parts), remedy=next((part.remedy for part in parts if part.remedy), ""))
 
 
@@ -128,6 +133,8 @@ def _score(
                 graphs.refused = lambda line: None  # nobody asked for them, and they change nothing but the time
             graphs.refuse_packed(task.args, task.kwargs)
             task = replace(task, graphs=graphs)
+        if not task.structure.latents:  # a sum over the only way to draw nothing
+            method = Enumeration()
         estimate = method.estimate(task) if world.size == 1 else _score_in_shards(method, task, world)
         return replace(estimate, remedy="" if bool(estimate.trusted.all()) else method.remedy(task.structure))
 

@@ -1,8 +1,10 @@
 r"""Newton's method for the modes of :math:`\log p(x, u)`, for all data at once."""
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -14,6 +16,13 @@ _TOLERANCE = 1e-3  # nats: half the Newton decrement at which a mode counts as f
 _FLOOR = 1e-6  # smallest curvature, relative to the largest of a datum
 _NEAR = 3.0  # standard deviations from a mode
 _TRIALS = 4  # step lengths a Newton step
+
+# Modes far out, under a prior with heavy tails.
+_FAR = (1e3, 1e4)  # spreads of the prior, between which its tails are compared
+_HEAVY = 30.0  # nats that a heavy tail loses there at most: 4.6 for Cauchy's, 25 for Student's with 10 degrees
+_RATIO, _NUM_DISTANCES = 1.5, 36  # distances from a spread to some million spreads
+_BEST = 2  # points that are kept
+_PRIOR_DRAWS = 64  # for its center and spread
 
 
 class Curvature(NamedTuple):
@@ -133,3 +142,62 @@ def climb(task: Task, u: Tensor, num_steps: int, known: Mode | None = None) -> t
         u[:, rows], log_joint[:, rows], damping[:, rows] = at, value, damped
         is_done[:, rows] |= is_near if known is None else is_near | known.rows(rows).is_near(at)
     return u, log_joint.nan_to_num(nan=-torch.inf)
+
+
+@torch.no_grad()
+def heavy_columns(task: Task) -> list[int]:
+    """Returns the latents whose prior has tails like a power: modes may then be anywhere.
+
+    A light tail costs a mode that is far out more nats than a likelihood that is nearly normal can give.
+    """
+    target = joint_of(task.rows(slice(0, 2)))
+    center, spread = _center_and_spread(target)
+    columns = []
+    for column in range(target.dim):
+        near, far = (center.repeat(2, 1, 1) for _ in _FAR)
+        for points, distance in zip((near, far), _FAR, strict=True):
+            points[0, :, column] += distance * spread[:, column]
+            points[1, :, column] -= distance * spread[:, column]
+        loss = target.values(near)[0] - target.values(far)[0]
+        if bool((loss < _HEAVY).any()):  # false for NaN
+            columns.append(column)
+    return columns
+
+
+@torch.no_grad()
+def far_starts(target: Target, u: Tensor, columns: list[int], at_once: int) -> Tensor:
+    """Returns the best local maxima of the joint density on lines through a point of each datum.
+
+    Args:
+        target: the joint density.
+        u: a point of each datum, ``(batch, dim)``.
+        columns: the latents along which the lines go.
+        at_once: points a datum to score at once.
+
+    Returns:
+        Points, ``(2, batch, dim)``; u itself where a line has no other maximum.
+    """
+    _, spread = _center_and_spread(target)
+    distances = _RATIO ** torch.arange(_NUM_DISTANCES, dtype=u.dtype, device=u.device)
+    heights, points = [torch.full_like(u[None, :, 0], -math.inf).expand(_BEST, -1)], [u.expand(_BEST, *u.shape)]
+    for column in columns:
+        for sign in (-1.0, 1.0):
+            line = u.repeat(_NUM_DISTANCES, 1, 1)
+            line[..., column] += sign * distances.unsqueeze(-1) * spread[:, column]
+            log_joint = torch.cat([target.log_joint(part) for part in line.split(at_once)])
+            log_joint = log_joint.nan_to_num(nan=-math.inf, posinf=-math.inf)
+            is_top = (log_joint[1:-1] > log_joint[:-2]) & (log_joint[1:-1] >= log_joint[2:])
+            heights.append(torch.where(is_top, log_joint[1:-1], -math.inf))
+            points.append(line[1:-1])
+    height, point = torch.cat(heights), torch.cat(points)
+    best = height.topk(_BEST, dim=0)
+    chosen = point.gather(0, best.indices.unsqueeze(-1).expand(-1, -1, u.shape[-1]))
+    return torch.where(best.values.unsqueeze(-1) > -math.inf, chosen, u)
+
+
+def _center_and_spread(target: Target) -> tuple[Tensor, Tensor]:
+    """Returns the median of the prior's draws, and their median distance from it, ``(batch, dim)`` each."""
+    with pyro.validation_enabled(False):
+        u = target.draw(_PRIOR_DRAWS)
+    center = u.median(0).values
+    return center, (u - center).abs().median(0).values.clamp(min=torch.finfo(u.dtype).tiny)

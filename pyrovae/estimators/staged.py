@@ -466,9 +466,10 @@ def _disagreement(estimate: Estimate) -> tuple[float, float, int]:
 
 
 def _name(stage: Estimator) -> str:
-    """Returns a stage's name in a summary, with its proposal."""
+    """Returns a stage's name in a summary, with its proposal and number of draws."""
     proposal = getattr(stage, "proposal", getattr(stage, "start", None))
-    return type(stage).__name__ + ("" if proposal is None else f" from {type(proposal).__name__}")
+    name = type(stage).__name__ + ("" if proposal is None else f" from {type(proposal).__name__}")
+    return f"{name} ({stage.num_samples:,} {stage.unit})" if stage.is_random else name
 
 
 def _check_stages(stages: Sequence[Estimator]) -> None:

@@ -92,7 +92,8 @@ class _Weighted(Estimator):
                 f"{biased}latents are discrete, where k-hat does not see values that were never drawn: which data to "
                 "trust is unknown"
             )
-        return biased + super().describe(estimate)
+        unseen = "; modes that the guide misses are not seen" if isinstance(self.proposal, Guide) else ""
+        return biased + super().describe(estimate) + unseen
 
 
 class ImportanceSampling(_Weighted):
