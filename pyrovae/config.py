@@ -1,7 +1,6 @@
 """Configurations of runs: from names of classes and their arguments, as in a run's ``config.yaml``, to a VAE."""
 
 import difflib
-import inspect
 import reprlib
 import sys
 from collections.abc import Callable
@@ -17,11 +16,12 @@ from pyrovae.encoders import Encoder
 from pyrovae.likelihoods import Likelihood, Tabular
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior
-from pyrovae.structures import MissingDataVAE, TableFeatures
-from pyrovae.vae import VAE
+from pyrovae.structures import MissingDataVAE, Structure, TableFeatures
+from pyrovae.structures.assembly import class_of, make_prior
+from pyrovae.vae import VAE, Registered
 
 # The entries of a configuration that name classes, and arguments of these.
-PARTS = ("prior", "likelihood", "encoder", "loss", "optimizer", "scheduler")
+PARTS = ("prior", "likelihood", "encoder", "structure", "loss", "optimizer", "scheduler")
 # The other entries that training takes, with the types of their values.
 SETTINGS: dict[str, tuple[type, ...]] = {
     "data": (str,),
@@ -38,7 +38,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "device": (str,),
 }
 _OPTIONS: dict[str, tuple[type, ...]] = {"run": (str, type(None)), "compile": (bool, str)}  # kept by no run
-_OF_MODEL = ("latent_dim", "prior", "likelihood", "encoder")  # what weights belong to
+_OF_MODEL = ("latent_dim", "prior", "likelihood", "encoder", "structure")  # what weights belong to
 RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
 # Entries that the configuration of a run on a VAE of a script has beside those of its data.
 _BUILT = {"built": (bool,)}
@@ -51,7 +51,7 @@ _RENAMED_PACKAGES = {"pyrovae.latents": "pyrovae.distributions", "pyrovae.graphs
 _TRUSTED_PACKAGES = ("pyrovae.priors", "pyrovae.bounds", "pyrovae.regularizers")
 # Classes of these packages are trusted if they have one of these bases.
 _TRUSTED_BASES: dict[str, tuple[type, ...]] = {
-    "pyrovae": (nn.Module, pyro.infer.ELBO),
+    "pyrovae": (nn.Module, pyro.infer.ELBO, Structure),
     "torch.nn": (nn.Module,),
     "torch.optim": (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
     "pyro.infer": (pyro.infer.ELBO,),
@@ -66,7 +66,8 @@ def make_vae(
     prior: Callable[[int], Prior],
     likelihood: Callable[[int, Shape], Likelihood],
     encoder: Callable[[Shape, int], Encoder],
-) -> VAE:
+    structure: Structure | None = None,
+) -> Registered:
     """Returns the VAE of these parts, with new weights.
 
     Args:
@@ -76,9 +77,12 @@ def make_vae(
             VampPrior.
         likelihood: called with `latent_dim` and `x_shape`.
         encoder: called with `x_shape` and `latent_dim`.
+        structure: how the parts are put together, and with what else; None for a :class:`pyrovae.VAE`.
     """
+    if structure is not None:
+        return structure.build(x_shape, latent_dim, prior, likelihood, encoder)
     p, q = likelihood(latent_dim, x_shape), encoder(x_shape, latent_dim)
-    return VAE(_make_prior(prior, latent_dim, q), p, q)
+    return VAE(make_prior(prior, latent_dim, q), p, q)
 
 
 def make_table_vae(
@@ -99,10 +103,10 @@ def make_table_vae(
     """
     features = TableFeatures(schema.modelled)
     p, q = likelihood(latent_dim, schema.modelled), encoder(features.num_features, latent_dim)
-    return MissingDataVAE(_make_prior(prior, latent_dim, q), p, q, features)
+    return MissingDataVAE(make_prior(prior, latent_dim, q), p, q, features)
 
 
-def build_vae(config: dict[str, Any], x_shape: tuple[int, ...], schema: Schema | None = None) -> VAE | MissingDataVAE:
+def build_vae(config: dict[str, Any], x_shape: tuple[int, ...], schema: Schema | None = None) -> Registered:
     """Returns the VAE that a configuration describes, with new weights; see :func:`make_vae`.
 
     Args:
@@ -112,12 +116,12 @@ def build_vae(config: dict[str, Any], x_shape: tuple[int, ...], schema: Schema |
     """
     from jsonargparse import ArgumentParser  # slow to import
 
-    names = ("latent_dim", "prior", "likelihood", "encoder")
+    names = ("latent_dim", "prior", "likelihood", "encoder", "structure")
     parser = ArgumentParser(exit_on_error=False, default_env=False)
     parser.add_function_arguments(make_vae, skip={"x_shape"})
-    made = parser.instantiate(parser.parse_object({name: config[name] for name in names}))
-    parts = {name: made[name] for name in names}
-    return make_vae(x_shape, **parts) if schema is None else make_table_vae(schema, **parts)
+    made = parser.instantiate(parser.parse_object({name: config[name] for name in names})).as_dict()
+    structure = made.pop("structure")
+    return make_vae(x_shape, **made, structure=structure) if schema is None else make_table_vae(schema, **made)
 
 
 class SizeLimit(TorchFunctionMode):
@@ -145,18 +149,8 @@ class SizeLimit(TorchFunctionMode):
 
 def is_tabular(likelihood: Any) -> bool:
     """Returns whether a likelihood, or a callable that builds one, is that of the rows of a table."""
-    cls = _class_of(likelihood)
+    cls = class_of(likelihood)
     return isinstance(cls, type) and issubclass(cls, Tabular)
-
-
-def _class_of(part: Any) -> Any:
-    # jsonargparse gives a partial of a function of its own, which has the class among its arguments.
-    return next((a for a in getattr(part, "args", ()) if isinstance(a, type)), getattr(part, "func", part))
-
-
-def _make_prior(prior: Callable[..., Prior], latent_dim: int, encoder: Encoder) -> Prior:
-    first = next(iter(inspect.signature(_class_of(prior)).parameters))
-    return prior(encoder if first == "encoder" else latent_dim)
 
 
 def with_current_names(config: Any) -> Any:
@@ -245,7 +239,7 @@ def check_run(config: Any, trust: bool = False) -> dict[str, Any]:
 
 def of_model(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the entries that weights belong to."""
-    return {name: config[name] for name in _OF_MODEL if name in config}
+    return {name: config[name] for name in _OF_MODEL if config.get(name) is not None}  # some runs have no structure
 
 
 def of_training(config: dict[str, Any]) -> dict[str, Any]:

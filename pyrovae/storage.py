@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import safetensors
@@ -21,8 +21,8 @@ from pyrovae._version import __version__
 from pyrovae.complaints import explain
 from pyrovae.data import Schema
 from pyrovae.documents import read_yaml
-from pyrovae.structures import MissingDataVAE
-from pyrovae.vae import VAE
+from pyrovae.likelihoods import Tabular
+from pyrovae.vae import Registered
 
 __all__ = ["load", "load_run", "read_checkpoint", "save", "save_run", "write_atomically", "write_checkpoint"]
 
@@ -187,9 +187,9 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[Any, dict[str,
         trust: allow the configuration to name classes outside pyrovae, torch and Pyro, which are then imported and run.
 
     Returns:
-        The :class:`pyrovae.VAE`, in evaluation mode, and the configuration; of a table a
-        :class:`~pyrovae.structures.MissingDataVAE`, and the :class:`pyrovae.data.Schema` as the entry "table". Names
-        of classes that have moved since the run was written are the present ones.
+        The :class:`pyrovae.VAE`, or the one that its structure builds, in evaluation mode, and the configuration; of a
+        table a :class:`~pyrovae.structures.MissingDataVAE`, and the :class:`pyrovae.data.Schema` as the entry "table".
+        Names of classes that have moved since the run was written are the present ones.
 
     Raises:
         FileNotFoundError: when the directory is not a run, or has no weights yet.
@@ -200,7 +200,7 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[Any, dict[str,
     config = read_config(directory, trust)
     weights = directory / "weights.safetensors"
     if config.get("built"):
-        return cast(VAE, load(weights, trust=trust)).eval(), config
+        return load(weights, trust=trust).eval(), config
     if not weights.exists():
         raise FileNotFoundError(
             f"{directory} has no weights yet. Finish the run with: pyrovae train --run {directory} --resume"
@@ -212,7 +212,7 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[Any, dict[str,
     most = max(_MAX_NUMBERS, 4 * sum(t.numel() for t in tensors.values()))
     try:
         with configs.SizeLimit(most):
-            vae: VAE | MissingDataVAE = configs.build_vae(config, config["x_shape"], config.get("table"))
+            vae = configs.build_vae(config, config["x_shape"], config.get("table"))
     except Exception as error:  # of jsonargparse, or of a constructor, whose arguments may have changed since
         raise ValueError(
             f"the VAE of {directory} cannot be built from its config.yaml and run.json: {explain(str(error))}"
@@ -222,7 +222,7 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[Any, dict[str,
 
 
 def save_run(
-    vae: VAE,
+    vae: Registered,
     directory: str | Path,
     *,
     data: str | Path,
@@ -232,7 +232,8 @@ def save_run(
     """Writes a VAE of a script as a run directory, which ``pyrovae evaluate``, ``diagnose`` and ``sample`` take.
 
     Args:
-        vae: the VAE, of parts that can be described, see :func:`save`.
+        vae: a :class:`pyrovae.VAE`, or one of :mod:`pyrovae.structures`, of parts that can be described, see
+            :func:`save`; not one of a table.
         directory: a new or empty directory.
         data: the name of the data set, a file or a folder, as for :func:`pyrovae.data.load`, on which commands work.
         data_root: the folder of the data sets.
@@ -244,7 +245,7 @@ def save_run(
         ValueError: when it cannot be described; nothing is written.
 
     >>> import tempfile
-    >>> from pyrovae import encoders, likelihoods, priors
+    >>> from pyrovae import VAE, encoders, likelihoods, priors
     >>> x_shape = (1, 8, 8)
     >>> vae = VAE(priors.StandardNormal(2), likelihoods.Bernoulli(2, x_shape), encoders.DiagonalNormal(x_shape, 2))
     >>> run = Path(tempfile.mkdtemp()) / "run"
@@ -253,8 +254,10 @@ def save_run(
     2
     """
     directory = Path(directory)
-    if not isinstance(vae, VAE):
-        raise TypeError(f"vae must be a pyrovae.VAE, got {type(vae).__name__}.")
+    if not isinstance(vae, Registered):
+        raise TypeError(f"vae must be a pyrovae.VAE or one of pyrovae.structures, got {type(vae).__name__}.")
+    if isinstance(vae.likelihood, Tabular):
+        raise ValueError("a VAE of a table needs its schema. Keep it by pyrovae.save, or train it by pyrovae train.")
     if preprocessing not in ("grey", "static", "dynamic"):
         raise ValueError(f"preprocessing must be grey, static or dynamic, got {preprocessing!r}.")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -335,7 +338,7 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
         )
     try:
         config = configs.with_current_names(read_yaml(file.read_text(encoding="utf-8")))
-        config = dict(configs.check_run(config, trust))
+        config = {"structure": None} | configs.check_run(config, trust)  # that of 0.1 has none
     except ValueError as error:
         raise ValueError(f"{file} is corrupt or not to be trusted: {error}") from None
     try:

@@ -121,8 +121,14 @@ class OneLatent(Registered):
         Returns:
             Shape ``(num_samples, *x_shape)``, or ``(num_samples, batch, *x_shape)`` with a context.
         """
+        return self.decode_from_prior(num_samples, context).sample()
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def decode_from_prior(self, num_samples: int, context: Tensor | None = None) -> dist.TorchDistribution:
+        r"""Returns :math:`p(x \mid z)` at draws of z from the prior: as :meth:`sample`, before x is drawn."""
         check_vectors(context, self.prior, self.likelihood)
-        return self.decode(sample_prior(self.prior, num_samples, context), context).sample()
+        return self.decode(sample_prior(self.prior, num_samples, context), context)
 
     def check_context(self, context: Tensor | None, x: Tensor) -> None:
         """Raises a ValueError if a context is not one vector a datum, or no part takes it."""

@@ -14,10 +14,10 @@ from torch import Tensor
 from pyrovae import data as datasets
 from pyrovae import storage
 from pyrovae.arguments import as_device
+from pyrovae.cli.labels import to_draw
 from pyrovae.data.arrays import ARRAYS
-from pyrovae.distributions import Blocks, Multinomial, center
+from pyrovae.distributions import Blocks, Multinomial
 from pyrovae.estimators import Estimator, ImportanceSampling
-from pyrovae.vae import VAE
 
 Preprocessing = Literal["grey", "static", "dynamic"]
 
@@ -141,15 +141,26 @@ def load_splits(data: str, data_root: str, preprocessing: Preprocessing) -> tupl
     return splits, f"{data}: {sizes} of shape {tuple(splits.train.x.shape[1:])}\npreprocessing: {words}"
 
 
-def data_to_score(splits: datasets.Splits, split: SplitName, preprocessing: Preprocessing) -> Tensor:
-    """Returns the data of a split for scoring: binarised once, where training binarises each batch."""
-    x = getattr(splits, split).x
-    return datasets.static_binarization(x, 0) if preprocessing == "dynamic" and split == "train" else x
+def data_to_score(
+    splits: datasets.Splits,
+    split: SplitName,
+    preprocessing: Preprocessing,
+    num_data: int | None = None,
+    device: str = "cpu",
+) -> datasets.Split:
+    """Returns the first data of a split for scoring: binarised once, where training binarises each batch.
 
-
-def arguments_of(x: Tensor, schema: datasets.Schema | None) -> tuple[Tensor, ...]:
-    """Returns what model and guide take: x, and for a table which of its cells are observed."""
-    return (x,) if schema is None else datasets.split_missing(x)
+    Args:
+        splits: the data.
+        split: the split.
+        preprocessing: that of the run.
+        num_data: how many; all if None.
+        device: where x is to be.
+    """
+    part = getattr(splits, split)
+    x = datasets.static_binarization(part.x, 0) if preprocessing == "dynamic" and split == "train" else part.x
+    labels = None if part.labels is None else part.labels[:num_data]
+    return replace(part, x=x[:num_data].to(device), labels=labels)
 
 
 def chosen_method(method: Estimator | None, num_samples: int | None, default: Estimator) -> Estimator:
@@ -162,25 +173,30 @@ def chosen_method(method: Estimator | None, num_samples: int | None, default: Es
 
 
 @torch.no_grad()
-def is_discrete(vae: VAE) -> bool | None:
+def is_discrete(vae: Any) -> bool | None:
     """Returns whether the data of the likelihood are discrete; None if only some of their columns are."""
-    p = vae.decode(vae.prior().sample((1,)))
-    blocks: list[Any] = list(p.blocks) if isinstance(p, Blocks) else [p]
-    kinds = {block.support.is_discrete for block in blocks}
+    kinds = {block.support.is_discrete for block in _blocks(vae)}
     return kinds.pop() if len(kinds) == 1 else None
 
 
 @torch.no_grad()
-def measure_of(vae: VAE) -> tuple[str, ...]:
+def measure_of(vae: Any) -> tuple[str, ...]:
     """Returns for each column, or for all of a datum, whether the likelihood is a probability or a density.
 
     Only values of one kind can be compared: a density on a simplex or on a sphere has another unit than one of as many
     real numbers.
     """
-    p = vae.decode(vae.prior().sample((1,)))
-    if isinstance(p, Blocks):
-        return tuple(_measure(block) for block in p.blocks for _ in range(block.event_shape[0]))
+    blocks = _blocks(vae)
+    if len(blocks) > 1:
+        return tuple(_measure(block) for block in blocks for _ in range(block.event_shape[0]))
+    [p] = blocks
     return (_measure(p),) * (p.event_shape[0] if len(p.event_shape) == 1 else 1)
+
+
+def _blocks(vae: Any) -> list[Any]:
+    """Returns the distributions of p(x | z), one for each kind of elements."""
+    p = vae.decode_from_prior(*to_draw(vae, 1, None))
+    return list(p.blocks) if isinstance(p, Blocks) else [p]
 
 
 def _measure(p: Any) -> str:
@@ -193,11 +209,6 @@ def _measure(p: Any) -> str:
         return "probability"
     on_surface = support.event_dim and support is not constraints.real_vector
     return f"density on {support}" if on_surface else "density"
-
-
-@torch.no_grad()
-def prior_means(vae: VAE, num_samples: int) -> Tensor:
-    return center(vae.decode(vae.prior().sample((num_samples,))))
 
 
 def check_device(device: str) -> None:

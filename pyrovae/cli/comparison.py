@@ -1,5 +1,6 @@
 """``pyrovae compare``."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,6 @@ from torch import Tensor
 from pyrovae import estimators, storage
 from pyrovae.cli.common import (
     SplitName,
-    arguments_of,
     check_device,
     chosen_method,
     data_to_score,
@@ -20,10 +20,10 @@ from pyrovae.cli.common import (
     new_file,
     write_columns,
 )
-from pyrovae.data import Schema
+from pyrovae.cli.labels import arguments_of, scored
+from pyrovae.data import Schema, Split
 from pyrovae.data.columns import Continuous, Count, Discrete, Modelled, Time
 from pyrovae.estimators import Estimator, UntilTrusted, log_marginal
-from pyrovae.vae import VAE
 
 
 def compare(
@@ -77,7 +77,7 @@ def compare(
         raise ValueError(f"{method} is an upper bound of log p(x): a difference says nothing. Take another method.")
     check_device(device)
     loaded = {run: storage.load_run(run, trust=trust) for run in runs}
-    rows = {run: x[:num_data] for run, x in _common_data(loaded, split, data, data_root).items()}
+    parts = {run: _first(part, num_data, device) for run, part in _common_data(loaded, split, data, data_root).items()}
     table = None if output is None else new_file(output, (".csv",))
     names = "-".join(path.name for path in paths[1:])
     drawn = Path(runs[0]) / f"comparison-{split}-{names}.png" if picture is None else Path(picture)
@@ -87,17 +87,17 @@ def compare(
         raise FileExistsError(f"{drawn} already exists. Give another file with --picture.")
 
     found = {}
-    for i, (run, (vae, config)) in enumerate(loaded.items()):
+    for i, (run, (vae, _)) in enumerate(loaded.items()):
         pyro.set_rng_seed((seed + i) % 2**32)  # the errors of a difference are those of independent draws
         vae.to(device)
-        args = arguments_of(rows[run].to(device), config.get("table"))
+        args = arguments_of(vae, parts[run])
         found[run] = log_marginal(vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile)
         print(f"{run}, {split}: {found[run]}\n")
     ranking = estimators.compare_all(found)
     print(ranking)
     print("\n" + "\n".join(pair.verdict for pair in ranking.pairs))
     if table is not None:
-        columns: dict[str, Tensor] = {"datum": torch.arange(len(rows[runs[0]]))}
+        columns: dict[str, Tensor] = {"datum": torch.arange(len(parts[runs[0]].x))}
         for i, estimate in enumerate(found.values()):
             for name in ("value", "standard_error", "trusted"):
                 columns[f"{name}_{i + 1}"] = getattr(estimate, name)
@@ -109,14 +109,14 @@ def compare(
 
 
 def _common_data(
-    loaded: dict[str, tuple[VAE, dict[str, Any]]], split: SplitName, data: str | None, data_root: str | None
-) -> dict[str, Tensor]:
+    loaded: dict[str, tuple[Any, dict[str, Any]]], split: SplitName, data: str | None, data_root: str | None
+) -> dict[str, Split]:
     """Returns the data that all runs are scored on, for each run as it takes them.
 
     Raises:
         ValueError: when log p(x) of the runs cannot be compared.
     """
-    parts: dict[tuple, Tensor] = {}
+    parts: dict[tuple, Split] = {}
     (name, (vae, config)), *others = loaded.items()
     schema = config.get("table")
     for other, (_, its_config) in others:
@@ -136,8 +136,13 @@ def _common_data(
                 f"{name} has data of shape {config['x_shape']} and {other} of {its_config['x_shape']}: log p(x) of "
                 "different data cannot be compared."
             )
-        x = found[other] = _part(parts, its_config, split, data, data_root)
-        if not _are_equal(found[name], schema, x, its_config.get("table")):
+        if scored(vae) != scored(its_vae):
+            raise ValueError(
+                f"{name} gives {scored(vae)} and {other} {scored(its_vae)}: these cannot be compared. Train both on "
+                "the same labels, or both without."
+            )
+        found[other] = _part(parts, its_config, split, data, data_root)
+        if not _are_equal(found[name].x, schema, found[other].x, its_config.get("table")):
             changed = [key for key in ("data", "preprocessing", "data_root") if config.get(key) != its_config.get(key)]
             why = "; ".join(f"{key} is {config.get(key)} and {its_config.get(key)}" for key in changed)
             why = f" ({why})" if why or schema is None else ""
@@ -153,9 +158,14 @@ def _common_data(
     return found
 
 
+def _first(part: Split, num_data: int | None, device: str) -> Split:
+    labels = None if part.labels is None else part.labels[:num_data]
+    return replace(part, x=part.x[:num_data].to(device), labels=labels)
+
+
 def _part(
-    parts: dict[tuple, Tensor], config: dict[str, Any], split: SplitName, data: str | None, data_root: str | None
-) -> Tensor:
+    parts: dict[tuple, Split], config: dict[str, Any], split: SplitName, data: str | None, data_root: str | None
+) -> Split:
     """Returns a split of a run's data as it is scored, which is loaded once."""
     preprocessing, schema = config["preprocessing"], config.get("table")
     how = (data_root or config["data_root"], preprocessing) if schema is None else schema.to_yaml()

@@ -2,17 +2,17 @@
 
 import json
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pyro
-import torch
 from torch import Tensor
 
 from pyrovae import diagnostics, storage
 from pyrovae.cli.common import SplitName, check_device, data_to_score, load_data_of
+from pyrovae.cli.labels import check_label, context_size, of_x_alone, with_label
 from pyrovae.data import Splits
 from pyrovae.estimators import Estimator
+from pyrovae.structures import MissingDataVAE, SemiSupervisedVAE
 
 
 def diagnose(
@@ -22,6 +22,7 @@ def diagnose(
     method: Estimator | None = None,
     nuts_samples: int = 1000,
     other: str | None = None,
+    label: int | None = None,
     output: str | None = None,
     data: str | None = None,
     data_root: str | None = None,
@@ -41,6 +42,7 @@ def diagnose(
             steps: the slowest part. At least 100, or 0 to leave it out.
         other: a second data set of the same shape to compare with the first; without it, the most unusual data are
             listed.
+        label: look at data of this class alone; needed for runs that take labels as a context.
         output: a directory for the results; by default diagnosis-<split> in the run directory.
         data: another data set of the same shape; by default the run's own.
         data_root: where the images are; by default as in training.
@@ -58,28 +60,31 @@ def diagnose(
     check_device(device)
     vae, config = storage.load_run(run, trust=trust)
     preprocessing, schema = config["preprocessing"], config.get("table")
+    check_label(vae, label)
+    if label is None and context_size(vae) and not isinstance(vae, SemiSupervisedVAE):
+        raise ValueError("the run takes labels as a context, and a diagnosis is of data of one class. Give --label.")
 
-    def first(splits: Splits, split: SplitName) -> Tensor:
-        x = data_to_score(splits, split, preprocessing)
-        if schema is not None:
-            complete = ~x.isnan().any(dim=1)
-            print(f"{split}: rows with missing cells are left out, {int((~complete).sum()):,} of {len(x):,}")
-            x = x[complete]
+    def first(splits: Splits, split: SplitName, label: int | None) -> tuple[Tensor, Tensor | None]:
+        part = data_to_score(splits, split, preprocessing)
+        x, labels = part if label is None else with_label(part, label)
+        assert x is not None
+        if isinstance(vae, MissingDataVAE):
+            complete = ~x.flatten(1).isnan().any(dim=1)
+            print(f"{split}: data with missing elements are left out, {int((~complete).sum()):,} of {len(x):,}")
+            x, labels = x[complete], None if labels is None else labels[complete]
             if len(x) < 30:
-                raise ValueError(f"a diagnosis needs 30 rows without missing cells, and {split} has {len(x)}.")
-        return x[:num_data].to(device)
+                raise ValueError(f"a diagnosis needs 30 data without missing elements, and {split} has {len(x)}.")
+        return x[:num_data].to(device), None if labels is None else labels[:num_data].to(device)
 
     splits = load_data_of(config, data, data_root)
     vae.to(device)
-    part = getattr(splits, split)
-    x, train = first(splits, split), first(splits, "train")
-    labels = None if part.labels is None else part.labels[: len(x)].to(device)
-    strange = None if other is None else first(load_data_of(config, other, data_root), "test")
+    (x, labels), (train, _) = first(splits, split, label), first(splits, "train", label)
+    strange = None if other is None else first(load_data_of(config, other, data_root), "test", None)[0]
     if strange is not None and strange.shape[1:] != x.shape[1:]:
         raise ValueError(f"other has data of shape {tuple(strange.shape[1:])}, the run of {tuple(x.shape[1:])}.")
 
     pyro.set_rng_seed(seed)
-    model, guide = (vae.model, vae.guide) if schema is None else map(_of_complete_rows, (vae.model, vae.guide))
+    model, guide = (of_x_alone(vae, program, label) for program in (vae.model, vae.guide))
     inputs = diagnostics.ReportInputs(
         model,
         guide,
@@ -117,11 +122,6 @@ def diagnose(
     for verdict in verdicts:
         print(textwrap.fill(verdict, 80, subsequent_indent="  "))
     print(f"\npictures and numbers: {out}")
-
-
-def _of_complete_rows(program: Callable) -> Callable:
-    """Returns a model or a guide of x alone, for rows without missing cells."""
-    return lambda x: program(x, torch.ones_like(x, dtype=torch.bool))
 
 
 def _draw_collapse(metrics: Path, path: Path) -> None:

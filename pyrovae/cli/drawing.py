@@ -7,7 +7,16 @@ import pyro
 import torch
 
 from pyrovae import storage
-from pyrovae.cli.common import MEANS, SplitName, load_run_and_data, load_table, new_file, prior_means, write_array
+from pyrovae.cli.common import (
+    MEANS,
+    SplitName,
+    data_to_score,
+    load_run_and_data,
+    load_table,
+    new_file,
+    write_array,
+)
+from pyrovae.cli.labels import arguments_of, draw
 from pyrovae.cli.rows import draw_given
 from pyrovae.data import Schema
 from pyrovae.structures import MissingDataVAE
@@ -20,6 +29,7 @@ def sample(
     mean: bool = False,
     given: str | None = None,
     missing: bool = False,
+    label: int | None = None,
     seed: int = 0,
     trust: bool = False,
 ) -> None:
@@ -37,6 +47,8 @@ def sample(
         given: cells of a table that all rows shall have, as 'sex=Female, age=40.5'; with double quotes around a cell
             that has a comma.
         missing: leave cells of a table empty where those of random rows of the training data are missing.
+        label: the class of all samples, for runs that take labels. By default a run with a context has all classes in
+            turn, and a semi-supervised run draws them.
         seed: seed of the samples.
         trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
             code.
@@ -46,6 +58,8 @@ def sample(
     vae, config = storage.load_run(run, trust=trust)
     schema = config.get("table")
     if schema is not None:
+        if label is not None:
+            raise ValueError("label is not for tables. Leave it out; --given has cells that all rows shall have.")
         if mean:
             raise ValueError("mean is not for tables, whose classes have none. Leave it out.")
         _sample_rows(
@@ -56,7 +70,7 @@ def sample(
         raise ValueError("given and missing are for tables, and this run is on other data. Leave them out.")
     out = new_file(output or Path(run) / f"samples-{seed}.png", (".png", ".npy", ".csv"))
     pyro.set_rng_seed(seed)
-    x = prior_means(vae, num_samples) if mean else vae.sample(num_samples)
+    x = draw(vae, num_samples, label, mean=mean)
     if out.suffix == ".png":
         from pyrovae import plots
 
@@ -118,12 +132,15 @@ def reconstruct(
     if num_data < 1:
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
     out = new_file(output or Path(run) / f"reconstructions-{split}.png", (".png", ".npy", ".csv"))
-    vae, splits, _ = load_run_and_data(run, data, data_root, trust)
+    vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
     if splits.schema is not None:
         raise ValueError("reconstruct is not for tables. pyrovae score says which cells a row should not have.")
     pyro.set_rng_seed(seed)
-    x = getattr(splits, split).x[:num_data]
-    reconstructed = vae.reconstruct(x)
+    if not hasattr(vae, "reconstruct"):
+        raise ValueError(f"reconstruct is not for a {type(vae).__name__}. pyrovae sample draws from it.")
+    part = data_to_score(splits, split, preprocessing, num_data)
+    x = part.x
+    reconstructed = vae.reconstruct(*arguments_of(vae, part))
     if out.suffix == ".png":
         from pyrovae import plots
 

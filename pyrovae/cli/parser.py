@@ -25,7 +25,7 @@ from pyrovae.cli.description import describe
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
 from pyrovae.cli.listing import Parser, parts
-from pyrovae.cli.pixels import options_for
+from pyrovae.cli.pixels import has_missing, options_for
 from pyrovae.cli.repairing import repair
 from pyrovae.cli.rows import encode, impute, score
 from pyrovae.cli.scoring import evaluate
@@ -187,7 +187,21 @@ def _with_defaults(parser: ArgumentParser, argv: list[str], settings: Any) -> An
     """Returns the settings of a training run with what fits its data, where the command line does not give it."""
     if is_table(settings.train.data):
         return _for_table(parser, argv, settings)
-    return _for_images(parser, argv, settings)
+    return _for_images(parser, *_for_missing(parser, argv, settings))
+
+
+def _for_missing(parser: ArgumentParser, argv: list[str], settings: Any) -> tuple[list[str], Any]:
+    """Returns a command line and its settings with what data with NaN need, where it does not say anything else."""
+    train = settings.train
+    if train.structure is not None or not has_missing(train.data, train.data_root):
+        return argv, settings
+    options = ["--structure", "Incomplete"]
+    if not any(arg.partition("=")[0] == "--preprocessing" for arg in argv):
+        options += ["--preprocessing", "grey"]
+    if init_process_group().is_rank0:
+        print(f"NaN: elements are missing, so {' '.join(options)}")
+    argv = [*argv, *options]
+    return argv, parser.parse_args(argv)
 
 
 def _for_images(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:

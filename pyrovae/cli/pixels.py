@@ -1,5 +1,6 @@
 """What fits the pixels of a file or a folder: the options of ``pyrovae train`` that were not given."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae.cli.common import load_data
+from pyrovae.data.arrays import ARRAYS
 
 _KINDS = {
     "two values": ("Bernoulli", "grey"),
@@ -60,11 +62,25 @@ def options_for(data: str, data_root: str, argv: list[str]) -> tuple[list[str], 
     return options, f"pixels: {kind}, so {' '.join(options)}" if options else ""
 
 
+def has_missing(data: str, data_root: str) -> bool:
+    """Returns whether a file of arrays has NaN, which stands for missing elements."""
+    if data in datasets.DATA_SETS or Path(data).suffix not in ARRAYS:
+        return False
+    return any(bool(chunk.isnan().any()) for split in load_data(data, data_root) for chunk in _chunks(split.x))
+
+
+def _chunks(x: Any) -> Iterator[Tensor]:
+    return iter([x]) if isinstance(x, Tensor) else (chunk for _, chunk in x.chunks())
+
+
 def _kind(parts: list[Any]) -> str:
     is_binary = is_grid = is_whole = True
     low = high = 0.0
     for x in parts:
-        for chunk in [x] if isinstance(x, Tensor) else (chunk for _, chunk in x.chunks()):
+        for chunk in _chunks(x):
+            chunk = chunk[~chunk.isnan()]
+            if not len(chunk):
+                continue
             low, high = min(low, chunk.min().item()), max(high, chunk.max().item())
             is_binary = is_binary and bool(((chunk == 0) | (chunk == 1)).all())
             is_whole = is_whole and bool((chunk == chunk.round()).all())

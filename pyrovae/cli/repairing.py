@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.cli.common import SplitName, check_device, data_to_score, load_run_and_data, new_file
+from pyrovae.cli.labels import given
 from pyrovae.data.arrays import load_mask
 from pyrovae.structures import repair as repaired_by
 
@@ -53,9 +54,10 @@ def repair(
     check_device(device)
     vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
     pyro.set_rng_seed(seed)
-    x = data_to_score(splits, split, preprocessing)[:num_data].to(device)
+    part = data_to_score(splits, split, preprocessing, num_data, device)
+    x, *context = part.x, *given(vae, part.labels, part.x.device)
     seen = _mask(mask, tuple(x.shape[1:])).to(device)
-    found = repaired_by(vae.to(device), x, seen, num_draws=num_draws, num_steps=num_steps)
+    found = repaired_by(vae.to(device), x, seen, *context, num_draws=num_draws, num_steps=num_steps)
     hidden = ~seen.expand(x.shape)
     if out.suffix == ".png":
         from pyrovae import plots

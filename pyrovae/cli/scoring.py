@@ -1,7 +1,7 @@
 """``pyrovae evaluate``."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pyrovae.cli.common import (
     SplitName,
-    arguments_of,
     check_device,
     chosen_method,
     data_to_score,
@@ -18,10 +17,11 @@ from pyrovae.cli.common import (
     new_file,
     write_columns,
 )
+from pyrovae.cli.labels import arguments_of, note_on
 from pyrovae.distributed import init_process_group
 from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, UntilTrusted, log_marginal
 from pyrovae.likelihoods import bits_per_dim
-from pyrovae.vae import VAE
+from pyrovae.structures import SemiSupervisedVAE
 
 _NUM_USUAL = 200  # data on which the usual number is computed
 
@@ -81,22 +81,25 @@ def evaluate(
     vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
     pyro.set_rng_seed(seed)
     vae.to(device)
-    x = data_to_score(splits, split, preprocessing)[:num_data].to(device)
-    args = arguments_of(x, splits.schema)
+    part = data_to_score(splits, split, preprocessing, num_data, device)
+    args = arguments_of(vae, part)
     estimate = log_marginal(vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile)
     if out is not None and world.is_rank0:
         names = ("value", "standard_error", "ess", "khat", "trusted")
-        columns = {"datum": torch.arange(len(x)), **{name: getattr(estimate, name) for name in names}}
+        columns = {"datum": torch.arange(len(part.x)), **{name: getattr(estimate, name) for name in names}}
         write_columns(columns | estimate.diagnostics, out)
         print(f"per datum: {out}")
-    print(f"{split}: {estimate}")
+    print(f"{split}: {estimate}{note_on(vae)}")
     if is_default:
         print(_usual_number(vae, args, estimate, max_memory))
-    if is_discrete(vae) and method.relation == "=":
-        print(f"{bits_per_dim(estimate.value, x.shape[1:]).mean().item():.4f} bits per dimension, of {x[0].numel():,}")
+    # A row has columns of different kinds, and a joint log p(x, label) is of more than the dimensions of x.
+    is_of_x = splits.schema is None and not isinstance(vae, SemiSupervisedVAE)
+    if is_of_x and is_discrete(vae) and method.relation == "=":
+        bits = bits_per_dim(estimate.value, part.x.shape[1:]).mean().item()
+        print(f"{bits:.4f} bits per dimension, of {part.x[0].numel():,}")
 
 
-def _usual_number(vae: VAE, args: tuple[Tensor, ...], estimate: Estimate, max_memory: float) -> str:
+def _usual_number(vae: Any, args: tuple[Tensor, ...], estimate: Estimate, max_memory: float) -> str:
     """Returns a line with what most papers report, on some of the data, and how far it is off."""
     n = len(estimate.value)
     rows = torch.linspace(0, n - 1, min(_NUM_USUAL, n), device=args[0].device).round().long()

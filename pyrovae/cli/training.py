@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import pyro
 import torch
 import yaml
+from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,17 +21,17 @@ from pyrovae import diagnostics, storage
 from pyrovae.cli.common import (
     MEANS,
     Preprocessing,
-    arguments_of,
     check_device,
     chosen_method,
+    data_to_score,
     default_run,
     is_discrete,
     is_table,
     load_splits,
     load_table,
-    prior_means,
     read_schema,
 )
+from pyrovae.cli.labels import arguments_of, draw, note_on
 from pyrovae.cli.signals import StopOnSignal
 from pyrovae.config import is_tabular, make_table_vae, make_vae
 from pyrovae.distributed import init_process_group
@@ -45,7 +46,13 @@ from pyrovae.likelihoods import Bernoulli, Likelihood
 from pyrovae.locks import DirectoryLock, is_empty
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior, StandardNormal
-from pyrovae.structures import fit_independent_columns, log_prob_of_cells
+from pyrovae.structures import (
+    MissingDataVAE,
+    SemiSupervisedVAE,
+    Structure,
+    fit_independent_columns,
+    log_prob_of_cells,
+)
 from pyrovae.training import Callback, History, MetricsFile, fit
 
 _LEAST_SECONDS = 60.0  # to score the test data
@@ -62,6 +69,7 @@ def train(
     prior: Callable[[int], Prior] = StandardNormal,
     likelihood: Callable[[int, Shape], Likelihood] = Bernoulli,
     encoder: Callable[[Shape, int], Encoder] = DiagonalNormal,
+    structure: Structure | None = None,
     loss: ELBO | None = None,
     optimizer: Callable[[Iterable], Optimizer] = lambda params: torch.optim.Adam(params, lr=1e-3, fused=True),
     scheduler: Callable[[Optimizer], LRScheduler] | None = None,
@@ -93,6 +101,9 @@ def train(
         prior: the class of p(z).
         likelihood: the class of p(x | z).
         encoder: the class of q(z | x).
+        structure: the class of what the parts are put together to, beyond a VAE: Hierarchy, Ladder, Incomplete (missing
+            elements; chosen by itself for data with NaN) or SemiSupervised. With --likelihood.context_dim and others, a
+            VAE takes the labels of the data as a context.
         loss: the class of the training objective, such as one of pyrovae.bounds; Pyro's Trace_ELBO by default.
         optimizer: the class of the optimizer.
         scheduler: the class of a learning-rate schedule, which steps once per epoch.
@@ -126,6 +137,8 @@ def train(
             raise ValueError(f"a table takes preprocessing grey, its cells as they are, got {preprocessing}.")
         stored = directory / "schema.yaml"  # of the run to be resumed
         splits, description = load_table(data, read_schema(str(stored) if resume and stored.exists() else schema))
+        if structure is not None:
+            raise ValueError("structure is not for a table with the likelihood Tabular. Leave one of them out.")
         columns = cast(datasets.Schema, splits.schema)
         vae = make_table_vae(columns, latent_dim, prior, likelihood, encoder)
         vae.likelihood.start_at(splits.train.x)
@@ -134,14 +147,15 @@ def train(
         if schema is not None:
             raise ValueError("schema is for a table with the likelihood Tabular. Leave one of them out.")
         splits, description = load_splits(data, data_root, preprocessing)
-        vae = make_vae(tuple(splits.train.x.shape[1:]), latent_dim, prior, likelihood, encoder)
+        vae = make_vae(tuple(splits.train.x.shape[1:]), latent_dim, prior, likelihood, encoder, structure)
+        loss = structure.loss(vae, splits.train.labels) if structure is not None and loss is None else loss
     vae.to(device)
     x_shape = tuple(splits.train.x.shape[1:])
     print(f"{description}\n{vae}\nrun directory: {directory}")
 
     metrics = MetricsFile(directory / "metrics.jsonl")
     callbacks: list[Callback] = []
-    monitored = arguments_of(splits.validation.x[:_NUM_MONITORED].to(device), splits.schema)
+    monitored = arguments_of(vae, data_to_score(splits, "validation", "grey", _NUM_MONITORED, device))
     if len(monitored[0]) > 1:
         monitor = diagnostics.CollapseMonitor(vae.model, vae.guide, *monitored, every=max(1, epochs // 50))
         callbacks.append(_WherePossible(monitor))
@@ -162,7 +176,7 @@ def train(
                 history = fit(
                     vae.model,
                     vae.guide,
-                    arguments_of(splits.train.x, splits.schema),
+                    arguments_of(vae, splits.train),
                     loss=loss,
                     epochs=epochs,
                     batch_size=batch_size,
@@ -170,7 +184,7 @@ def train(
                     scheduler=scheduler,
                     transform=transform,
                     clip_norm=clip_norm,
-                    validation=arguments_of(splits.validation.x, splits.schema),
+                    validation=arguments_of(vae, splits.validation),
                     patience=patience,
                     callbacks=callbacks,
                     checkpoint=directory / "checkpoint.safetensors",
@@ -189,7 +203,7 @@ def train(
             raise
 
         vae.eval()
-        test = arguments_of(splits.test.x.to(device), splits.schema)
+        test = arguments_of(vae, data_to_score(splits, "test", "grey", None, device))
         stages = UntilTrusted(seconds=max(_LEAST_SECONDS, (time.monotonic() - began) / 3))
         method = chosen_method(None, num_samples, stages)
         estimate = log_marginal(vae.model, vae.guide, *test, method=method, compile=compile)
@@ -252,12 +266,13 @@ def _report_training(
         "num_data": n,
         "num_samples": estimate.num_samples,
     }
-    scores = f"test: {estimate}"
+    scores = f"test: {estimate}{note_on(vae)}"
     name, baseline = "", None
     if splits.schema is not None:
         name, p = "independent columns", fit_independent_columns(vae.likelihood.cells, splits.train.x)
         baseline = log_prob_of_cells(p, splits.test.x).sum(-1)
-    elif isinstance(splits.train.x, Tensor):  # a file on the disk may be larger than the memory
+    # Not for a file on the disk, which may be larger than the memory.
+    elif isinstance(splits.train.x, Tensor) and not isinstance(vae, SemiSupervisedVAE | MissingDataVAE):
         is_binary = bool(((splits.test.x == 0) | (splits.test.x == 1)).all())
         if is_discrete(vae) == is_binary:  # the baseline is a probability for binary data, and a density for others
             name, baseline = independent_baseline(splits.train.x, splits.test.x)
@@ -304,24 +319,29 @@ def _choices(config: str) -> str:
     return "settings: " + ", ".join([*listed, *([f"learning rate {rate:g}"] if rate else [])])
 
 
+def _lowest_latents(vae: Any, part: datasets.Split) -> Tensor:
+    """Returns a draw of the latents next to the data, for each datum."""
+    sites = poutine.trace(vae.guide).get_trace(*arguments_of(vae, part)).nodes
+    return sites["z" if "z" in sites else "z1"]["value"].float()
+
+
 @torch.no_grad()
 def _draw(vae: Any, splits: datasets.Splits, history: History, directory: Path) -> None:
     from pyrovae import plots  # matplotlib is slow to import
 
     device = next(vae.parameters()).device
-    x = splits.test.x[:1000].to(device)
-    labels = splits.test.labels
-    args = arguments_of(x, splits.schema)
+    part, few = (data_to_score(splits, "test", "grey", size, device) for size in (1000, 10))
     pictures: dict[str, Callable[[Path], Any]] = {}
     if splits.schema is None:
-        pictures["samples.png"] = lambda path: plots.samples(prior_means(vae, 100), path, MEANS)
-        pictures["reconstructions.png"] = lambda path: plots.reconstructions(x[:10], vae.reconstruct(x[:10]), path)
-    pictures["latent_space.png"] = lambda path: plots.latent_space(
-        vae.encode(*args).sample().float(), None if labels is None else labels[:1000], path
-    )
+        pictures["samples.png"] = lambda path: plots.samples(draw(vae, 100, mean=True), path, MEANS)
+    if splits.schema is None and hasattr(vae, "reconstruct"):
+        pictures["reconstructions.png"] = lambda path: plots.reconstructions(
+            few.x, vae.reconstruct(*arguments_of(vae, few)), path
+        )
+    pictures["latent_space.png"] = lambda path: plots.latent_space(_lowest_latents(vae, part), part.labels, path)
     pictures["learning_curve.png"] = lambda path: plots.learning_curve(history, path)
-    for name, draw in pictures.items():
+    for name, draw_to in pictures.items():
         try:
-            draw(directory / name)
+            draw_to(directory / name)
         except Exception as error:  # a picture must not cost the others, nor the results
             print(f"{name} could not be drawn: {' '.join(str(error).split()) or type(error).__name__}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrovae.data.matrices import read_hdf5, read_npz
 from pyrovae.data.splits import Split, Splits, random_splits, split_by_tenths
-from pyrovae.inference.messages import check_finite, warn
+from pyrovae.inference.messages import check_finite, check_rows, warn
 from pyrovae.rows import Rows, is_sparse
 
 ARRAYS = (".npy", ".npz", ".h5", ".hdf5", ".h5ad")  # endings of the files that are read here
@@ -76,7 +76,7 @@ def as_rows(name: str, array: Any) -> Tensor | Rows:
         warn(f"{name} has shape {array.shape}: its last dimension is taken for the channels, and moved to the front.")
         array = np.moveaxis(array, -1, 1)
     rows = Rows(array, torch.float32, divisor=divisor)
-    check_finite(name, rows)
+    check_rows(name, rows, missing=True)
     return rows if rows.map is not None and array.nbytes > _IN_MEMORY else rows[:]
 
 

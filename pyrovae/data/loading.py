@@ -87,10 +87,10 @@ def load(
     ``splits.schema`` describes the columns of x, in own units, with NaN for missing cells, and ``split.rows`` are the
     numbers of the rows in the file.
 
-    A ``.npy`` or ``.npz`` file holds numbers, which are not scaled; an ``.npz`` file one array, with or without labels
-    ``y``, or arrays ``train``, ``validation`` and ``test``, which are then the splits. Bytes of shape ``(N, height,
-    width)``, or with three or four channels, first or last, are images: they become numbers from 0 to 1, with the
-    channels first. A ``.npy`` file of more than 64 MB stays on the disk.
+    A ``.npy`` or ``.npz`` file holds numbers, which are not scaled, with NaN where an element is missing; an ``.npz``
+    file one array, with or without labels ``y``, or arrays ``train``, ``validation`` and ``test``, which are then the
+    splits. Bytes of shape ``(N, height, width)``, or with three or four channels, first or last, are images: they
+    become numbers from 0 to 1, with the channels first. A ``.npy`` file of more than 64 MB stays on the disk.
 
     A sparse matrix stays sparse: that of an ``.npz`` file of ``scipy.sparse.save_npz``, or X of AnnData's ``.h5ad``.
     An ``.h5`` or ``.hdf5`` file is read into memory, as an ``.npz`` file with the same names of arrays. Both need

@@ -78,7 +78,7 @@ def check_finite(name: str, x: Tensor | Rows) -> None:
     type of the model are refused as well.
     """
     if isinstance(x, Rows):
-        _check_rows(name, x)
+        check_rows(name, x)
         return
     if not x.is_floating_point() or bool(torch.isfinite(x).all()):
         return
@@ -92,7 +92,8 @@ def check_finite(name: str, x: Tensor | Rows) -> None:
     )
 
 
-def _check_rows(name: str, rows: Rows) -> None:
+def check_rows(name: str, rows: Rows, *, missing: bool = False) -> None:
+    """Checks rows of an array as :func:`check_finite`; with `missing`, NaN is allowed, for missing elements."""
     if not rows.dtype.is_floating_point:
         return
     kind = str(rows.dtype).removeprefix("torch.")
@@ -109,11 +110,17 @@ def _check_rows(name: str, rows: Rows) -> None:
                 f"{name} holds integers of {largest:.0f} or more, which {kind} does not represent exactly. Scale them, "
                 "or convert the networks to double precision by .double()."
             )
-        if bool(torch.isfinite(x).all()):
+        is_good = torch.isfinite(x) | x.isnan() if missing else torch.isfinite(x)
+        if bool(is_good.all()):
             continue
-        here = (~torch.isfinite(x)).reshape(len(x), -1).any(dim=-1)
+        here = (~is_good).reshape(len(x), -1).any(dim=-1)
         bad += int(here.sum())
         first = start + int(here.nonzero()[0]) if first is None else first
+    if first is not None and missing:
+        raise ValueError(
+            f"{name} holds infinity, or numbers beyond {kind}, in {bad} of {len(rows)} rows, the first of them row "
+            f"{first}. Remove those rows, scale them, or write NaN where a value is missing."
+        )
     if first is not None:
         raise ValueError(
             f"{name} holds NaN or infinity, or numbers beyond {kind}, in {bad} of {len(rows)} rows, the first of them "

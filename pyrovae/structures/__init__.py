@@ -1,9 +1,10 @@
 r"""Models beyond one latent and complete data: hierarchies, missing values, labels for some of the data.
 
 Each has a ``.model`` and a ``.guide``, which are used as those of a :class:`pyrovae.VAE`. :func:`repair` draws hidden
-parts of data from a VAE that was trained on whole ones.
+parts of data from a VAE that was trained on whole ones. A :class:`Structure` is an option of ``pyrovae train``.
 """
 
+from pyrovae.structures.assembly import Hierarchy, Incomplete, Ladder, SemiSupervised, Structure
 from pyrovae.structures.completion import Repair, repair
 from pyrovae.structures.hierarchies import HierarchicalVAE, LadderVAE
 from pyrovae.structures.missing import MissingDataVAE
@@ -13,10 +14,15 @@ from pyrovae.structures.tables import TableFeatures, fit_independent_columns, lo
 __all__ = [
     "ClassifierELBO",
     "HierarchicalVAE",
+    "Hierarchy",
+    "Incomplete",
+    "Ladder",
     "LadderVAE",
     "MissingDataVAE",
     "Repair",
+    "SemiSupervised",
     "SemiSupervisedVAE",
+    "Structure",
     "TableFeatures",
     "fit_independent_columns",
     "log_prob_of_cells",

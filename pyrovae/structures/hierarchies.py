@@ -81,11 +81,17 @@ class _Hierarchy(Registered):
         Returns:
             Shape ``(num_samples, *x_shape)``, or ``(num_samples, batch, *x_shape)`` with a context.
         """
+        return self.decode_from_prior(num_samples, context).sample()
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def decode_from_prior(self, num_samples: int, context: Tensor | None = None) -> dist.TorchDistribution:
+        r"""Returns :math:`p(x \mid z_1)` at draws of all latents: as :meth:`sample`, before x is drawn."""
         check_vectors(context, self.prior, *self.conditionals, self.likelihood)
         z = sample_prior(self.prior, num_samples, context)
         for conditional in reversed(self.conditionals):
             z = call(conditional, z, context=context).sample()
-        return self.decode(z, context).sample()
+        return self.decode(z, context)
 
     @torch.no_grad()
     @in_evaluation_mode

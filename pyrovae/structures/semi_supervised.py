@@ -168,13 +168,19 @@ class SemiSupervisedVAE(Registered):
         Returns:
             Shape ``(num_samples, *x_shape)``, or ``(num_samples, batch, *x_shape)`` with classes.
         """
+        return self.decode_from_prior(num_samples, y).sample()
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def decode_from_prior(self, num_samples: int, y: Tensor | None = None) -> dist.TorchDistribution:
+        r"""Returns :math:`p(x \mid y, z)` at draws of z and of unknown classes: :meth:`sample` draws x from it."""
         drawn = dist.Categorical(self.class_probs).sample((num_samples,))
         if y is not None:
             known, y = self._classes(y, y)
             drawn = torch.where(known, y, dist.Categorical(self.class_probs).sample((num_samples, len(y))))
         context = self._context(drawn)
         prior = call(self.prior, context=context).expand(drawn.shape)
-        return likelihood_at(self.likelihood, prior.sample(), context).sample()
+        return likelihood_at(self.likelihood, prior.sample(), context)
 
     def _classes(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns a mask of known classes, and the classes with zero for unknown ones, both of shape ``(batch,)``."""

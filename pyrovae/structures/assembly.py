@@ -1,0 +1,235 @@
+"""Structures as an option of the command line: how a VAE is put together of parts that are given as callables."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyrovae.encoders import DiagonalNormal, Encoder
+from pyrovae.likelihoods import Likelihood
+from pyrovae.nn import MLP, Network, Shape
+from pyrovae.priors import Prior
+from pyrovae.structures.hierarchies import HierarchicalVAE, LadderVAE
+from pyrovae.structures.missing import MissingDataVAE
+from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
+from pyrovae.vae import Registered
+
+
+def class_of(part: Any) -> Any:
+    """Returns the class that a callable builds, or the callable itself where that is not known."""
+    # jsonargparse gives a partial of a function of its own, which has the class among its arguments.
+    return next((a for a in getattr(part, "args", ()) if isinstance(a, type)), getattr(part, "func", part))
+
+
+def make_prior(prior: Callable[..., Prior], latent_dim: int, encoder: Encoder) -> Prior:
+    """Returns the prior that a callable builds from `latent_dim`, or from `encoder` if its first argument is that."""
+    first = next(iter(inspect.signature(class_of(prior)).parameters))
+    return prior(encoder if first == "encoder" else latent_dim)
+
+
+class Structure(ABC):
+    """How a VAE other than :class:`pyrovae.VAE` is put together: ``pyrovae train --structure``.
+
+    A subclass has arguments of its own, and implements :meth:`build`.
+    """
+
+    @abstractmethod
+    def build(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        prior: Callable[..., Prior],
+        likelihood: Callable[..., Likelihood],
+        encoder: Callable[..., Encoder],
+    ) -> Registered:
+        """Returns the VAE, with new weights.
+
+        Args:
+            x_shape: shape of a datum.
+            latent_dim: number of latent dimensions.
+            prior: called with a number of latent dimensions, or with the encoder if its first argument has this name.
+            likelihood: called with a number of latent dimensions and a shape of data.
+            encoder: called with a shape and a number of latent dimensions.
+        """
+
+    def loss(self, vae: Any, labels: Tensor | None) -> ELBO | None:
+        """Returns the loss of a training run that names none; None for Pyro's ``Trace_ELBO``.
+
+        Args:
+            vae: what :meth:`build` returned.
+            labels: classes of the training data, -1 where they are unknown, or None.
+        """
+        return None
+
+
+class Incomplete(Structure):
+    """A :class:`MissingDataVAE`, for data with NaN where an element is missing.
+
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> vae = Incomplete().build((3,), 2, priors.StandardNormal, likelihoods.Normal, encoders.DiagonalNormal)
+    >>> vae.encoder.x_shape
+    (2, 3)
+    """
+
+    def build(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        prior: Callable[..., Prior],
+        likelihood: Callable[..., Likelihood],
+        encoder: Callable[..., Encoder],
+    ) -> MissingDataVAE:
+        shape = x_shape if isinstance(x_shape, tuple) else (x_shape,)
+        # Images keep their three dimensions, which networks of images need.
+        both = (2 * shape[0], *shape[1:]) if len(shape) == 3 else (2, *shape)
+        q = encoder(both, latent_dim)
+        return MissingDataVAE(make_prior(prior, latent_dim, q), likelihood(latent_dim, x_shape), q)
+
+
+class Hierarchy(Structure):
+    r"""A :class:`HierarchicalVAE`: further levels of latents above the first, which has `latent_dim` dimensions.
+
+    Args:
+        above: numbers of latent dimensions of the levels above the first, from the bottom to the top.
+        conditional: the class of :math:`p(z_l \mid z_{l+1})`, and of :math:`q(z_l \mid z_{l-1})` above the first level.
+
+    Raises:
+        ValueError: when there is no level above the first.
+
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> parts = priors.StandardNormal, likelihoods.Bernoulli, encoders.DiagonalNormal
+    >>> vae = Hierarchy([4, 2]).build((1, 8, 8), 16, *parts)
+    >>> [q.latent_dim for q in vae.encoders]
+    [16, 4, 2]
+    """
+
+    def __init__(self, above: Sequence[int], conditional: Callable[[int, int], Encoder] = DiagonalNormal):
+        self.above, self.conditional = _levels(above), conditional
+
+    def build(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        prior: Callable[..., Prior],
+        likelihood: Callable[..., Likelihood],
+        encoder: Callable[..., Encoder],
+    ) -> HierarchicalVAE:
+        dims = [latent_dim, *self.above]
+        pairs = list(pairwise(dims))
+        encoders = [encoder(x_shape, latent_dim), *(self.conditional(below, above) for below, above in pairs)]
+        conditionals = [self.conditional(above, below) for below, above in pairs]
+        return HierarchicalVAE(
+            make_prior(prior, dims[-1], encoders[-1]), conditionals, likelihood(latent_dim, x_shape), encoders
+        )
+
+
+class Ladder(Structure):
+    r"""A :class:`LadderVAE`: levels of latents as those of :class:`Hierarchy`, inferred from the top down.
+
+    The encoder is built once for each level, on the output of the network of that level.
+
+    Args:
+        above: numbers of latent dimensions of the levels above the first, from the bottom to the top.
+        widths: sizes of the outputs of the networks, one a level, from the bottom to the top.
+        network: the class of the networks, each of which takes the output of the one below.
+        conditional: the class of :math:`p(z_l \mid z_{l+1})`, a diagonal normal.
+
+    Raises:
+        ValueError: when there is no level above the first, or not one width a level.
+
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> parts = priors.StandardNormal, likelihoods.Bernoulli, encoders.DiagonalNormal
+    >>> vae = Ladder([4], widths=[64, 32]).build((1, 8, 8), 16, *parts)
+    >>> [q.x_shape for q in vae.encoders]
+    [(64,), (32,)]
+    """
+
+    def __init__(
+        self,
+        above: Sequence[int],
+        widths: Sequence[int],
+        network: Network = MLP,
+        conditional: Callable[[int, int], Encoder] = DiagonalNormal,
+    ):
+        self.above, self.network, self.conditional = _levels(above), network, conditional
+        self.widths = list(widths)
+        if len(self.widths) != len(self.above) + 1:
+            raise ValueError(
+                f"widths must be one number a level, {len(self.above) + 1} with the first, got {self.widths}."
+            )
+
+    def build(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        prior: Callable[..., Prior],
+        likelihood: Callable[..., Likelihood],
+        encoder: Callable[..., Encoder],
+    ) -> LadderVAE:
+        dims = [latent_dim, *self.above]
+        inputs: list[Shape] = [x_shape, *self.widths]
+        networks = [self.network(x, d) for x, d in zip(inputs, self.widths, strict=False)]
+        encoders = [encoder(width, dim) for width, dim in zip(self.widths, dims, strict=True)]
+        conditionals = [self.conditional(above, below) for below, above in pairwise(dims)]
+        p = make_prior(prior, dims[-1], encoders[-1])
+        return LadderVAE(p, conditionals, likelihood(latent_dim, x_shape), networks, encoders)
+
+
+class SemiSupervised(Structure):
+    r"""A :class:`SemiSupervisedVAE`, for data with labels, -1 where the class is unknown.
+
+    Likelihood and encoder are built with ``context_dim=num_classes``. Without another loss, the VAE is trained on its
+    :class:`ClassifierELBO`.
+
+    Args:
+        num_classes: number of classes.
+        classifier: the class of the network of :math:`q(y \mid x)`.
+        weight: weight of the cross entropy of the known classes; null for a tenth of the ratio of all training data to
+            those with a class, as in the paper. With few labels the best may be hundreds: choose it by validation.
+
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> parts = priors.StandardNormal, likelihoods.Bernoulli, encoders.DiagonalNormal
+    >>> vae = SemiSupervised(num_classes=10).build((1, 8, 8), 16, *parts)
+    >>> vae.likelihood.context_dim
+    10
+    """
+
+    def __init__(self, num_classes: int, classifier: Network = MLP, weight: float | None = None):
+        self.num_classes, self.classifier, self.weight = num_classes, classifier, weight
+
+    def build(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        prior: Callable[..., Prior],
+        likelihood: Callable[..., Likelihood],
+        encoder: Callable[..., Encoder],
+    ) -> SemiSupervisedVAE:
+        q = encoder(x_shape, latent_dim, context_dim=self.num_classes)
+        p = likelihood(latent_dim, x_shape, context_dim=self.num_classes)
+        made = make_prior(prior, latent_dim, q)
+        return SemiSupervisedVAE(made, p, q, self.classifier, num_classes=self.num_classes)
+
+    def loss(self, vae: SemiSupervisedVAE, labels: Tensor | None) -> ELBO:
+        """Returns the :class:`ClassifierELBO`.
+
+        Raises:
+            ValueError: when no class is known.
+        """
+        num_known = 0 if labels is None else int((labels >= 0).sum())
+        if labels is None or not num_known:
+            raise ValueError(
+                "SemiSupervised needs the classes of some training data. Give an .npz file with an array y of classes, "
+                "-1 where unknown, or a folder with a subfolder for each class."
+            )
+        return ClassifierELBO(vae.classify, 0.1 * len(labels) / num_known if self.weight is None else self.weight)
+
+
+def _levels(above: Sequence[int]) -> list[int]:
+    if not above or any(dim < 1 for dim in above):
+        raise ValueError(f"above must be one or more numbers of latent dimensions, each at least 1, got {list(above)}.")
+    return list(above)
