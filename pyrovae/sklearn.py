@@ -137,7 +137,8 @@ class VariationalAutoencoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
     @torch.no_grad()
     def transform(self, X: Any) -> np.ndarray:
         r"""Returns the means of :math:`q(z \mid x)`, shape ``(rows, n_components)``."""
-        return self.vae_.encode(self._scaled(X)).mean.numpy()
+        u = self._scaled(X)  # checks that it is fitted
+        return self.vae_.encode(u).mean.numpy()
 
     @torch.no_grad()
     def inverse_transform(self, X: Any) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 from cases import cases
 from torch import Tensor, nn
 
+import pyrovae
 from pyrovae import VAE, distributions, likelihoods, priors
 from pyrovae.distributions import mask_elements
 from pyrovae.distributions.counts import log_rising
@@ -924,3 +925,11 @@ def test_masked_likelihoods_train_in_pyro():
     torch.testing.assert_close(loss, -truth)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in part.parameters())
+
+
+def test_negative_counts_of_a_multinomial_are_refused_where_they_are():
+    parts = priors.StandardNormal(2), likelihoods.Multinomial(2, 4), DiagonalNormal(4, 2)
+    vae, x = VAE(*parts), torch.ones(20, 4)
+    x[7, 2] = -3
+    with pytest.raises(ValueError, match=r"Multinomial.*ranges from -3 to 1, and the first datum outside is row 7"):
+        pyrovae.fit(vae.model, vae.guide, x, epochs=1, batch_size=5, progress=False)

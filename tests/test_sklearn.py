@@ -7,6 +7,7 @@ import torch
 from scipy import integrate
 from sklearn.base import clone
 from sklearn.datasets import load_wine
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
@@ -98,3 +99,9 @@ def test_pipelines_and_searches_take_it():
 def test_parameters_out_of_range_are_named(name, value, rows):
     with pytest.raises(ValueError, match=name):
         VariationalAutoencoder(**{**FAST, name: value}).fit(rows)
+
+
+@pytest.mark.parametrize("method", ["transform", "inverse_transform", "score_samples", "score"])
+def test_an_estimator_that_is_not_fitted_says_so(method, rows):
+    with pytest.raises(NotFittedError, match="fit"):
+        getattr(VariationalAutoencoder(**FAST), method)(rows)

@@ -206,7 +206,9 @@ class Multinomial(dist.TorchDistribution):
 
     def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "Multinomial":
         logits = self.logits.expand(torch.Size(batch_shape) + self.event_shape)
-        return Multinomial(self.total_count, logits, len(self.event_shape), self.observed, False)
+        new = Multinomial(self.total_count, logits, len(self.event_shape), self.observed, False)
+        new._validate_args = self._validate_args
+        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
