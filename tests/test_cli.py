@@ -385,7 +385,7 @@ def test_damaged_and_foreign_runs_are_refused(run, tmp_path):
     assert "truncated" in damaged("weights.safetensors", weights[: len(weights) // 2])
     assert "corrupt" in damaged("weights.safetensors", weights[:-10] + b"0123456789")
     other = (run / "config.yaml").read_text().replace("latent_dim: 16", "latent_dim: 3").encode()
-    assert "another module" in damaged("config.yaml", other)
+    assert "was edited" in damaged("config.yaml", other)
     assert not (tmp_path / "new.npy").exists()
     assert "not a run directory" in error_of("sample", tmp_path / "nothing")
 
