@@ -42,7 +42,7 @@ import_of_python = builtins.__import__
 
 def without_internals(name, globals=None, locals=None, fromlist=(), level=0):
     """Imports as a torch does that has no private modules, for pyrovae only: torch itself needs them."""
-    if (globals or {}).get("__name__", "").startswith("pyrovae") and name == "torch.utils._python_dispatch":
+    if (globals or {}).get("__name__", "").startswith("pyrovae.compilation") and name == "torch.utils._python_dispatch":
         raise ImportError(f"No module named {name!r}")
     return import_of_python(name, globals, locals, fromlist, level)
 
