@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
         x,
         epochs=args.epochs,
         batch_size=args.batch * processes,
-        compile=args.compile,
+        compile=args.compile or "auto",
         callbacks=[lambda _: ends.append(time.perf_counter())],
         progress=False,
     )
