@@ -58,7 +58,7 @@ SEVERAL = ("runs",)  # positional, of one or more words
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; exits with a message and status 1 when the input is wrong."""
-    argv = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    argv = _with_values([_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)])
     trust = "--trust" in argv
     if (trust or _names_own_code(argv)) and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the last, so that no file here stands in for an installed module
@@ -181,6 +181,15 @@ def _config(settings: Any) -> str:
 def _with_underscores(arg: str) -> str:
     name, equals, value = arg.partition("=")
     return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
+
+
+def _with_values(argv: list[str]) -> list[str]:
+    """Returns a command line in which ``--compile`` alone says true."""
+    followed = zip(argv, [*argv[1:], ""], strict=True)
+    return [
+        "--compile=true" if arg == "--compile" and following not in ("auto", "true", "false") else arg
+        for arg, following in followed
+    ]
 
 
 def _with_defaults(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:

@@ -24,8 +24,6 @@ from pyrovae.inference.structure import named_plate
 _MAX_GRAPHS = 4
 # Eager calls before inputs of other shapes than the first get a compiled graph, which takes seconds.
 _WARMUP_CALLS = 32
-# Eager calls before inputs get a graph that is played back, which takes the time of a few calls.
-_WARMUP_PLAYBACK = 3
 
 
 class GraphCache:
@@ -42,6 +40,8 @@ class GraphCache:
         backend: makes a function of tensors from a recording: :func:`~pyrovae.compilation.tracing.inductor` or
             :func:`~pyrovae.compilation.playback.play_back`.
         report: called with a line of text before a compilation, and with an empty one after it.
+        warmup: for graphs that are played back, how often inputs come before they get one, which takes the time of a
+            few calls.
     """
 
     def __init__(
@@ -49,8 +49,9 @@ class GraphCache:
         name: str,
         backend: Callable[[Recording], Callable] = inductor,
         report: Callable[[str], Any] = lambda line: None,
+        warmup: int = 3,
     ):
-        self.name, self.backend, self.report = name, backend, report
+        self.name, self.backend, self.report, self.warmup = name, backend, report, warmup
         self.refused: Callable[[str], Any] = warn  # called with the reason why there are no graphs
         self.calls = 0
         self.reason: str | None = None  # why there are no graphs any more
@@ -149,7 +150,7 @@ class GraphCache:
                 )
             calls = self._resumed_calls.get(_shapes(metadata), 0)
             if self.backend is play_back:
-                warmup = _WARMUP_PLAYBACK
+                warmup = self.warmup
             else:
                 warmup = _WARMUP_CALLS if self._entries else 0
             entry = self._entries[key] = _Entry(calls, warmup)

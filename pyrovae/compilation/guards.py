@@ -2,12 +2,13 @@
 
 import gc
 import io
+import logging
 import operator
 import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from pyro.poutine import Trace
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
+from tqdm.std import tqdm
 
 from pyrovae.inference.messages import Untraceable
 
@@ -24,7 +26,7 @@ _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "pyro", "pyrovae", "n
 # Values that are compared, not entered.
 ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, range, slice)
 # Objects that are neither compared nor entered.
-_OPAQUE = (types.BuiltinFunctionType, types.CodeType, TraceMessenger, Trace, torch.Generator)
+_OPAQUE = (types.BuiltinFunctionType, types.CodeType, TraceMessenger, Trace, torch.Generator, tqdm, logging.Logger)
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"built_with"}  # which nothing computes with
 _MODULE_ENTRIES = operator.attrgetter("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks")
 _ENTRIES = ("parameters", "buffers", "modules", "pre-hooks", "hooks")
@@ -118,7 +120,7 @@ class Guards:
             return False
         return len(values) == len(self._saved) and all(map(operator.is_, values, self._saved))
 
-    @property
+    @cached_property
     def fingerprint(self) -> tuple:
         """Hashable value, equal for two snapshots that differ only in their tensors."""
         return tuple((slot.where, *map(_key, slot.saved)) for slot in self._slots)

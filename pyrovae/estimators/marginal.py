@@ -141,7 +141,8 @@ def _score(
 
 @lru_cache(maxsize=4)
 def _graphs_of(model: Callable, backend: Callable[[Recording], Callable]) -> GraphCache:
-    return GraphCache("log p(x, z)", backend)
+    # Stages and chunks have many shapes, most of which come a few times only.
+    return GraphCache("log p(x, z)", backend, warmup=16)
 
 
 def _score_in_shards(method: Estimator, task: Task, world: World) -> Estimate:

@@ -1,5 +1,6 @@
 r"""All latents of a datum as one vector of numbers with its log-densities, for gradients, grids and moves."""
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from pyrovae.distributions.bijections import bijection
 from pyrovae.estimators.proposals import WeightedGuide, log_density
 from pyrovae.estimators.supports import Classes, Counts, Sphere, discrete_support, sphere
 from pyrovae.estimators.task import Task, prior_of
+from pyrovae.inference.messages import Untraceable
 from pyrovae.inference.sites import is_sphere, sample_sites, unwrapped
 from pyrovae.inference.weights import SAMPLES, log_prob_of, per_datum
 
@@ -113,9 +115,12 @@ class Target:
         # The distribution of a single site depends on no other draw, so that its encoder need not run again.
         self._fixed = latents[0] if len(latents) == 1 else None
         self.template = trace
-        # What the density of the start reads, for a compiled graph that is valid for all chunks of data.
+        # What the density of the start reads, for a graph that is valid for all chunks of data; None without graphs.
         source = () if self.start.is_prior else (self.start.guide if self._fixed is None else self._fixed["fn"],)
-        self.reads = Guards(source) if task.graphs is not None else None
+        self.reads: Guards | None = None
+        if task.graphs is not None:
+            with suppress(Untraceable):
+                self.reads = Guards(source)
 
     def _layout(self, trace: poutine.Trace, prior: poutine.Trace, other: poutine.Trace) -> list[Site]:
         """Returns the latent sites of the start; their supports must be the same in two runs of the prior."""
