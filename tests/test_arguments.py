@@ -23,8 +23,10 @@ from pyrovae.arguments import Arguments, canonicalize, in_memory, take_rows
 from pyrovae.diagnostics import calibration, collapse, gaps, latent_map, quality, reliability, sharpness
 from pyrovae.encoders import DiagonalNormal
 from pyrovae.estimators import ImportanceSampling
+from pyrovae.inference.messages import check_finite, check_rows
 from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.priors import StandardNormal
+from pyrovae.rows import Rows as ArrayRows
 from pyrovae.structures import MissingDataVAE
 
 N = 40
@@ -471,3 +473,35 @@ def test_a_row_without_anything_observed_is_named(seed):
         train(v.model, v.guide, (x, m), epochs=1)
     with pytest.raises(ValueError, match="first in row 900 of the data"):
         log_marginal(v.model, v.guide, x, m, num_samples=5, max_memory=1e5, progress=False)
+
+
+def level(x):
+    """A plain model of numbers around 1e8, without parameters."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_tensor(1e8), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def level_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal((x + 1e8) / 2, 0.5**0.5))
+
+
+def test_numbers_that_single_precision_rounds_by_more_than_they_vary_are_told():
+    x = 1e8 + np.random.default_rng(0).normal(size=50)
+    with pytest.warns(UserWarning, match=r"varies by \d\.\d+ in element 0 .* float32 rounds to steps"):
+        log_marginal(level, level_guide, x, num_samples=10, progress=False)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(torch.from_numpy(x - 1e8))
+    found = log_marginal(level, level_guide, torch.from_numpy(x), num_samples=10, progress=False)
+    torch.testing.assert_close(found.value, exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("x", [np.full((5, 2), 1e8), 1.0 + np.arange(6.0).reshape(3, 2) / 1e3, np.zeros((1, 2))])
+def test_other_numbers_of_double_precision_are_taken_in_silence(x):
+    check_finite("x", ArrayRows(x, torch.float32))
+
+
+def test_rounding_is_found_beside_missing_elements():
+    x = np.array([[1e8, np.nan], [1e8 + 1, 0.5], [np.nan, 0.7]])
+    with pytest.warns(UserWarning, match="element 0"):
+        check_rows("x", ArrayRows(x, torch.float32), missing=True)

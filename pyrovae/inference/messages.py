@@ -9,6 +9,7 @@ from numbers import Integral
 from types import FunctionType
 from typing import Any, TypeGuard
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -24,6 +25,7 @@ from pyrovae.inference.sites import in_support, innermost, is_discrete, latents_
 from pyrovae.rows import Rows, is_sparse
 
 _LOST = 0.01  # nats a datum that rounding may take
+_COARSE = 0.01  # steps of rounding, in standard deviations of the data, that change a log-density by about as much
 
 
 # The end of errors about weights per datum.
@@ -103,6 +105,8 @@ def check_rows(name: str, rows: Rows, *, missing: bool = False) -> None:
         stored = rows.source.data
         if max(-float(stored.min(initial=0)), float(stored.max(initial=0))) < limit:  # not if there is NaN
             return
+    else:
+        _warn_of_rounding(name, rows)
     bad, first = 0, None
     for start, x in rows.chunks():
         if rows.holds_integers and x.numel() and x.abs().max().item() >= largest:
@@ -127,6 +131,27 @@ def check_rows(name: str, rows: Rows, *, missing: bool = False) -> None:
             f"row {first}. Remove those rows or fill the missing values; or train a MissingDataVAE, with the result of "
             "pyrovae.data.split_missing(x) as its data."
         )
+
+
+def _warn_of_rounding(name: str, rows: Rows) -> None:
+    """Warns where rows of double precision vary by little more than they are rounded by in the type of the model."""
+    if rows.source.dtype not in (torch.float64, np.float64) or rows.dtype == torch.float64:
+        return
+    _, x = next(rows.astype(torch.float64).chunks(), (0, torch.empty(0)))  # some megabytes tell
+    if len(x) < 2:
+        return
+    spread = (x - x.nanmean(dim=0)).nan_to_num(0, 0, 0).square().mean(dim=0).sqrt()
+    step = torch.finfo(rows.dtype).eps * x.nan_to_num(0, 0, 0).abs().amax(dim=0)
+    is_lost = ((step > _COARSE * spread) & (spread > 0)).flatten()
+    if not bool(is_lost.any()):
+        return
+    at = int(is_lost.nonzero()[0])
+    kind = str(rows.dtype).removeprefix("torch.")
+    warn(
+        f"{name} varies by {spread.flatten()[at]:.2g} in element {at} of a row, around numbers that {kind} rounds to "
+        f"steps of {step.flatten()[at]:.2g}: the model sees the rounded numbers, and log p(x) is theirs. Subtract the "
+        "mean of that element, or convert the model to double precision by .double(), or pass a tensor of float64."
+    )
 
 
 def check_all_observed(trace: poutine.Trace, without: frozenset[str] = frozenset()) -> None:
