@@ -234,10 +234,23 @@ STRUCTURES = {
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structures_compiled_are_the_same(name, traced):
     make, args = STRUCTURES[name]
-    fetched = name == "MissingDataVAE"
-    with refused("missing.py") if fetched else nullcontext():
-        same_compiled(lambda: BY_NAME["IWAE-DReG"].build(2), lambda: pair_of(make().double()), doubles(6, 4), *args)
-    assert traced.made == (not fetched)
+    same_compiled(lambda: BY_NAME["IWAE-DReG"].build(2), lambda: pair_of(make().double()), doubles(6, 4), *args)
+    assert traced.made == 1
+
+
+@pytest.mark.parametrize("mask", [doubles(6, 4) > 0, (doubles(6, 4) > 0).double()], ids=["booleans", "numbers"])
+def test_a_mask_is_checked_in_graphs_too(mask, traced):
+    vae, elbo = fresh(lambda: missing().double()), compiled(bounds.ELBO())
+    for wrong, message in ((None, ""), (0.0, "mask has no observed element in 1 of 6 rows, first in row 2")):
+        for _ in range(3):
+            given = mask.clone()
+            if wrong is None:
+                elbo.loss_and_grads(vae.model, vae.guide, doubles(6, 4), given)
+                continue
+            given[2] = wrong
+            with pytest.raises(ValueError, match=message):
+                elbo.loss_and_grads(vae.model, vae.guide, doubles(6, 4), given)
+    assert traced.made == 1
 
 
 def test_a_context_is_an_input(traced):

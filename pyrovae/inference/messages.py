@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import GammaPoisson, constraints
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
@@ -187,6 +188,18 @@ class ObservedChecked(Messenger):
     def inside(self) -> Tensor:
         """Returns a tensor: whether all data were in the support of their distributions."""
         return torch.stack(self._inside).all() if self._inside else torch.ones((), dtype=torch.bool)
+
+
+def check_later(is_right: Tensor) -> bool:
+    """Leaves a check to the :class:`ObservedChecked` around that checks later; returns whether there is one.
+
+    Where it finds an error, the model runs again, without it. The caller then raises an error that says what is wrong.
+    """
+    for handler in _PYRO_STACK:
+        if isinstance(handler, ObservedChecked) and handler.later:
+            handler._inside.append(is_right)
+            return True
+    return False
 
 
 def check_observed_by(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pyrovae.arguments import row_name
 from pyrovae.distributions import mask_elements
 from pyrovae.inference.imputation import Imputation, impute
+from pyrovae.inference.messages import check_later
 from pyrovae.parts import call, in_evaluation_mode
 from pyrovae.vae import OneLatent
 
@@ -116,11 +117,12 @@ def _fill(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if mask.shape != x.shape:
         raise ValueError(f"mask has shape {tuple(mask.shape)} but x has {tuple(x.shape)}: give one value an element.")
     if mask.dtype != torch.bool:
-        if not bool(((mask == 0) | (mask == 1)).all()):
+        is_binary = ((mask == 0) | (mask == 1)).all()
+        if not check_later(is_binary) and not bool(is_binary):
             raise ValueError("mask must be boolean, or 0 where x is missing and 1 where it is observed.")
         mask = mask.bool()
     empty = ~mask.flatten(1).any(dim=1)
-    if bool(empty.any()):
+    if not check_later(~empty.any()) and bool(empty.any()):
         raise ValueError(
             f"mask has no observed element in {int(empty.sum())} of {len(x)} rows, first in "
             f"{row_name(int(empty.nonzero()[0]))}. Remove those rows."
