@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from pyrovae.distributions import Classes, Numbers, Scales
 from pyrovae.encoders import DiagonalNormal, Encoder
@@ -65,8 +64,9 @@ class TableFeatures(nn.Module):
                 features.append(is_spike.flatten(1).to(x.dtype))
             features.append(torch.where(here, u, 0.0))
         for d, c in self.classes:
-            code = torch.where(mask[:, d], x[:, d], 0).long()
-            features.append(one_hot(code, c.num_classes).to(x.dtype) * mask[:, d : d + 1])
+            codes = torch.arange(c.num_classes, dtype=x.dtype, device=x.device)
+            # Unlike torch's one_hot, this reads no values back, which no graph can.
+            features.append(((x[:, d : d + 1] == codes) & mask[:, d : d + 1]).to(x.dtype))
             if c.is_ordered:
                 features.append(((2 * x[:, d] / (c.num_classes - 1) - 1) * mask[:, d]).unsqueeze(-1))
         for d, length, place in self.cyclic:
