@@ -1,5 +1,6 @@
 """No file makes pyrovae import or build code of others without ``--trust``, by any way in."""
 
+import inspect
 import json
 import shutil
 import sys
@@ -10,7 +11,7 @@ import yaml
 import pyrovae
 from pyrovae.cli import main
 from pyrovae.cli.parser import COMMANDS
-from pyrovae.config import check
+from pyrovae.config import check, check_options
 
 # Importing it leaves a file, so that also an import that ends in an error is seen.
 EVIL = """
@@ -218,3 +219,13 @@ def test_run_json_and_schema_are_checked_as_well(place):
         with pytest.raises(ValueError, match="x_shape must be a list of positive integers"):
             pyrovae.load_run("run")
     assert not (place / "imported").exists()
+
+
+OPTIONS = sorted({*inspect.signature(COMMANDS["train"]).parameters} - {"resume", "trust", "config"})
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_option_of_training_may_be_in_a_file(name):
+    with pytest.raises(ValueError, match=name) as error:
+        check_options({name: object})
+    assert "no setting" not in str(error.value)

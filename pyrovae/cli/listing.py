@@ -13,14 +13,15 @@ from jsonargparse import ArgumentParser
 from torch import optim
 from torch.optim import lr_scheduler
 
-from pyrovae import bounds, encoders, estimators, likelihoods, nn, priors, regularizers
+from pyrovae import bounds, encoders, estimators, likelihoods, nn, priors, regularizers, structures
 from pyrovae.complaints import explain
 
-# Packages of parts, with the options that take them.
+# Packages of parts, with the options that take them. Of structures, an option takes those that it can build.
 PARTS: dict[str, tuple[str, ModuleType]] = {
     "priors": ("--prior", priors),
     "likelihoods": ("--likelihood", likelihoods),
     "encoders": ("--encoder", encoders),
+    "structures": ("--structure", structures),
     "networks": ("--likelihood.network, --encoder.network", nn),
     "bounds": ("--loss", bounds),
     "regularizers": ("--loss.regularizers+", regularizers),
@@ -32,14 +33,16 @@ def classes_of(module: ModuleType) -> dict[str, str]:
     """Returns the public classes of a package that can be built, with the first line of the docstring of each."""
     found = {name: getattr(module, name) for name in module.__all__}
     return {
-        name: (cls.__doc__ or "").partition("\n")[0]
+        name: re.sub(r":\w+:`~?([\w.]+)`", r"\1", (cls.__doc__ or "").partition("\n")[0])
         for name, cls in found.items()
-        if isinstance(cls, type) and not inspect.isabstract(cls)
+        if isinstance(cls, type)
+        and not inspect.isabstract(cls)
+        and (module is not structures or issubclass(cls, structures.Structure))
     }
 
 
 def parts() -> None:
-    """Lists every prior, likelihood, encoder, network, bound, regularizer and estimator, with a line each."""
+    """Lists each prior, likelihood, encoder, structure, network, bound, regularizer and estimator, with a line each."""
     width = min(120, shutil.get_terminal_size().columns)
     for title, (option, module) in PARTS.items():
         print(f"{title} ({option})")
