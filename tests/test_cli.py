@@ -393,14 +393,14 @@ def test_damaged_and_foreign_runs_are_refused(run, tmp_path):
 def test_bad_data_leaves_nothing_behind(tmp_path):
     x = np.random.RandomState(0).rand(50, 6).astype(np.float32)
     np.save(tmp_path / "grey.npy", x)
-    x[7, 2] = np.nan
-    np.save(tmp_path / "nan.npy", x)
+    x[7, 2] = np.inf  # NaN is a missing value
+    np.save(tmp_path / "infinite.npy", x)
     runs = tmp_path / "runs"
 
     def message(*argv):
         return error_of("train", "--run", runs / "a", "--epochs", "2", "--batch-size", "10", *argv)
 
-    assert "row 7" in message("--data", tmp_path / "nan.npy")
+    assert "row 7" in message("--data", tmp_path / "infinite.npy")
     assert "--preprocessing" in message("--data", tmp_path / "grey.npy", "--preprocessing", "grey")
     assert "no data set 'mnits'" in message("--data", "mnits")
     assert "no file" in message("--data", tmp_path / "none.csv")
