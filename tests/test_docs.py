@@ -11,7 +11,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 import pyrovae
-from pyrovae.cli.parser import make_parser
+from pyrovae.cli.parser import make_parser, normalized
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -75,8 +75,7 @@ def test_the_commands_of_a_page_parse(page, parser):
         for line in re.findall(r"^(?:\$ )?pyrovae (.*)", block, re.MULTILINE):
             line = re.sub(r"--config \S+", "", line)  # the file is not there
             words = shlex.split(line, comments=True)
-            # As the command line does: dashes in the names of options are underscores.
-            parser.parse_args([f"--{word[2:].replace('-', '_')}" if word.startswith("--") else word for word in words])
+            parser.parse_args(normalized(words))
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)

@@ -58,7 +58,7 @@ SEVERAL = ("runs",)  # positional, of one or more words
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; exits with a message and status 1 when the input is wrong."""
-    argv = _with_values([_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)])
+    argv = normalized(sys.argv[1:] if argv is None else argv)
     trust = "--trust" in argv
     if (trust or _names_own_code(argv)) and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the last, so that no file here stands in for an installed module
@@ -178,17 +178,17 @@ def _config(settings: Any) -> str:
     return yaml.safe_dump({k: v for k, v in config.items() if k not in ("config", "run", *FLAGS)}, sort_keys=False)
 
 
-def _with_underscores(arg: str) -> str:
-    name, equals, value = arg.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
+def normalized(argv: list[str]) -> list[str]:
+    """Returns a command line with underscores in the names of options, in which ``--compile`` alone says true."""
 
+    def with_underscores(arg: str) -> str:
+        name, equals, value = arg.partition("=")
+        return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
 
-def _with_values(argv: list[str]) -> list[str]:
-    """Returns a command line in which ``--compile`` alone says true."""
-    followed = zip(argv, [*argv[1:], ""], strict=True)
+    argv = list(map(with_underscores, argv))
     return [
         "--compile=true" if arg == "--compile" and following not in ("auto", "true", "false") else arg
-        for arg, following in followed
+        for arg, following in zip(argv, [*argv[1:], ""], strict=True)
     ]
 
 
