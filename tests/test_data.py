@@ -292,7 +292,7 @@ BAD_ARRAYS = {
     "a number": lambda _: np.array(5.0),
     "no rows": lambda _: numbers(0),
     "no columns": lambda _: numbers(5, 0),
-    "NaN": lambda _: np.full((5, 2), np.nan),
+    "infinity": lambda _: np.full((5, 2), np.inf),
     "beyond float32": lambda _: np.full((5, 2), 1e300),
 }
 

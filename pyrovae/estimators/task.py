@@ -132,6 +132,7 @@ class Task:
         others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         if self.graphs.backend is play_back and sum(t.numel() for t in inputs) > _MOST_NUMBERS:
             return function()
+        static = (self.structure, *static)  # says how draws are made, which may change from chunk to chunk
         result = self.graphs(lambda leaves: function(), [*inputs, *tensors], (self.model, *others), static)
         return function() if result is None else result[0]
 
