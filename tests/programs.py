@@ -718,7 +718,7 @@ PROGRAMS = [
         scored=lda_given_topics,
         refused='"topic_weights".*outside',
         changed_for_scores="topics are given, the topic of a word is summed out, topics of a document have a density",
-        compiles=False,
+        quick=False,
         exact=estimators.Quadrature(),
         weighs=False,
     ),
