@@ -158,9 +158,15 @@ def data_to_score(
         device: where x is to be.
     """
     part = getattr(splits, split)
-    x = datasets.static_binarization(part.x, 0) if preprocessing == "dynamic" and split == "train" else part.x
+    if preprocessing == "dynamic" and split == "train":
+        part = replace(part, x=datasets.static_binarization(part.x, 0))
+    return first_of(part, num_data, device)
+
+
+def first_of(part: datasets.Split, num_data: int | None, device: str) -> datasets.Split:
+    """Returns the first data of a part, all if `num_data` is None, with x on a device."""
     labels = None if part.labels is None else part.labels[:num_data]
-    return replace(part, x=x[:num_data].to(device), labels=labels)
+    return replace(part, x=part.x[:num_data].to(device), labels=labels)
 
 
 def chosen_method(method: Estimator | None, num_samples: int | None, default: Estimator) -> Estimator:

@@ -1,6 +1,5 @@
 """``pyrovae compare``."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from pyrovae.cli.common import (
     check_device,
     chosen_method,
     data_to_score,
+    first_of,
     load_data_of,
     measure_of,
     new_file,
@@ -77,7 +77,9 @@ def compare(
         raise ValueError(f"{method} is an upper bound of log p(x): a difference says nothing. Take another method.")
     check_device(device)
     loaded = {run: storage.load_run(run, trust=trust) for run in runs}
-    parts = {run: _first(part, num_data, device) for run, part in _common_data(loaded, split, data, data_root).items()}
+    parts = {
+        run: first_of(part, num_data, device) for run, part in _common_data(loaded, split, data, data_root).items()
+    }
     table = None if output is None else new_file(output, (".csv",))
     names = "-".join(path.name for path in paths[1:])
     drawn = Path(runs[0]) / f"comparison-{split}-{names}.png" if picture is None else Path(picture)
@@ -156,11 +158,6 @@ def _common_data(
                 "be compared. Train both with likelihoods of one kind."
             )
     return found
-
-
-def _first(part: Split, num_data: int | None, device: str) -> Split:
-    labels = None if part.labels is None else part.labels[:num_data]
-    return replace(part, x=part.x[:num_data].to(device), labels=labels)
 
 
 def _part(

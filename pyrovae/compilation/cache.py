@@ -183,10 +183,17 @@ class _Entry:
         return None, change
 
 
-def check_compile(compile: Any) -> None:
-    """Raises an error unless an argument says how to compute: "auto", True or False."""
-    if not (isinstance(compile, bool) or isinstance(compile, str) and compile == "auto"):
-        raise ValueError(f'compile must be "auto", True or False, got {compile!r}.')
+def backend_of(compile: Any) -> Callable[[Recording], Callable] | None:
+    """Returns what makes functions of recordings for the argument `compile` of a user; None for False.
+
+    Raises:
+        ValueError: when it is not "auto", True or False.
+    """
+    if isinstance(compile, bool):
+        return inductor if compile else None
+    if isinstance(compile, str) and compile == "auto":
+        return play_back
+    raise ValueError(f'compile must be "auto", True or False, got {compile!r}.')
 
 
 def _shapes(metadata: tuple) -> tuple:

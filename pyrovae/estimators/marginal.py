@@ -11,10 +11,8 @@ import torch
 from tqdm.auto import tqdm
 
 from pyrovae import arguments
-from pyrovae.compilation.cache import GraphCache, check_compile
-from pyrovae.compilation.playback import play_back
+from pyrovae.compilation.cache import GraphCache, backend_of
 from pyrovae.compilation.recording import Recording
-from pyrovae.compilation.tracing import inductor
 from pyrovae.distributed import World, init_process_group
 from pyrovae.estimators.base import Estimate, Estimator, join
 from pyrovae.estimators.exact import Enumeration
@@ -89,7 +87,7 @@ def log_marginal(
         raise ValueError(
             f"num_samples={num_samples} and method={method} were both given. Give the method its own number."
         )
-    check_compile(compile)
+    backend_of(compile)
     loader = arguments.as_loader(args, kwargs)
     if loader is None:
         return _score(model, guide, method, args, kwargs, max_memory, compile, progress)
@@ -126,8 +124,9 @@ def _score(
     """Scores data in memory; `offset` is the index of the first among all data."""
     world = init_process_group(arguments.device_of(args, kwargs))
     with open_task(model, guide, method, args, kwargs, max_memory, progress and world.is_rank0, offset) as task:
-        if compile:
-            graphs = _graphs_of(model, play_back if compile == "auto" else inductor)
+        backend = backend_of(compile)
+        if backend is not None:
+            graphs = _graphs_of(model, backend)
             graphs.report = task.bar.set_description
             if compile == "auto":
                 graphs.refused = lambda line: None  # nobody asked for them, and they change nothing but the time

@@ -21,9 +21,7 @@ from tqdm.auto import tqdm
 from pyrovae.arguments import as_arguments, as_device, as_tensors, count_data, row_positions
 from pyrovae.bounds import Bound
 from pyrovae.compilation import api as graphs
-from pyrovae.compilation.cache import check_compile
-from pyrovae.compilation.playback import play_back
-from pyrovae.compilation.tracing import inductor
+from pyrovae.compilation.cache import backend_of
 from pyrovae.data.batches import Batches, as_batches
 from pyrovae.distributed import init_process_group
 from pyrovae.inference.messages import is_integer, warn
@@ -169,8 +167,9 @@ def fit(
         num_shuffled = batches.size if isinstance(batches, Batches) else len(data)
 
     loss = Trace_ELBO() if loss is None else loss
-    if compile and not isinstance(loss, graphs.Compiled):
-        loss = graphs.Compiled(loss, play_back if compile == "auto" else inductor)
+    backend = backend_of(compile)
+    if backend is not None and not isinstance(loss, graphs.Compiled):
+        loss = graphs.Compiled(loss, backend)
     with row_positions(getattr(batches, "rows", None)):
         trainer = Trainer(
             world,
@@ -292,7 +291,7 @@ def _check_arguments(
         )
     if not (isinstance(callbacks, Sequence) and all(map(callable, callbacks))):
         raise TypeError(f"callbacks must be a list of functions of the history, got {callbacks!r}.")
-    check_compile(compile)
+    backend_of(compile)
     if loss is not None and (isinstance(loss, type) or not callable(getattr(loss, "loss", None))):
         raise TypeError(f"loss must be an ELBO object, such as bounds.IWAE(16), got {loss!r}.")
 
