@@ -375,7 +375,7 @@ def test_a_registered_data_set_is_loaded_by_name_and_listed(tmp_path, no_new_dat
     assert torch.cat([split.x for split in splits]).equal(x[order])
     with pytest.raises(ValueError, match="no data set 'owl'.*cifar10, own; a file"):
         load("owl", tmp_path)
-    assert "cifar10, own." in " ".join(command_parser("train").format_help().split())
+    assert "cifar10, own." in " ".join(command_parser("train").format_help_all().split())
 
 
 def test_data_sets_without_a_new_name_or_a_description_are_refused(no_new_data_sets):

@@ -25,8 +25,8 @@ def describe(
     Args:
         file: a text file (.csv, .tsv, ...), a Parquet or an Excel file.
         output: a .yaml file for the schema, which can be edited and given to the other commands with --schema.
-        kinds: kinds of columns that are not to be found out, as '{"zip": "Category"}', or fields, as '{"date": {"kind":
-            "Time", "format": "%d/%m/%Y"}}'.
+        kinds: kinds of columns that are not to be found out; as '{"zip": "Category"}', or with fields, as '{"date":
+            {"kind": "Time", "format": "%d/%m/%Y"}}'.
         delimiter: what separates cells; found out by default.
         decimal: the decimal sign, '.' or ','.
         thousands: what separates thousands.

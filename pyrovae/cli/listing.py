@@ -14,6 +14,7 @@ from torch import optim
 from torch.optim import lr_scheduler
 
 from pyrovae import bounds, encoders, estimators, likelihoods, nn, priors, regularizers, structures
+from pyrovae.cli.helping import HelpAll, class_help, class_list, full_help, overview, short_help
 from pyrovae.complaints import explain
 
 # Packages of parts, with the options that take them. Of structures, an option takes those that it can build.
@@ -54,7 +55,52 @@ def parts() -> None:
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors are two lines: what is wrong, and the nearest names or where to look."""
+    """A parser whose help fits on a screen, and whose errors are two lines: what is wrong, and where to look.
+
+    Args:
+        command: the command, a key of ``helping.PAGES``; "" for the whole command line, or the arguments of a class.
+        groups: the commands by a title, each with a line, of the whole command line.
+        kwargs: arguments of ``ArgumentParser``.
+    """
+
+    def __init__(self, command: str = "", groups: dict[str, dict[str, str]] | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._command, self._groups = command, groups
+        if command:
+            self.add_argument("--help_all", action=HelpAll, help="Show all options and exit.")
+
+    def format_help(self, formatter: Any = None) -> str:
+        if self._command:
+            return short_help(self._command, self.description or "", self._actions)
+        if self._groups is not None:
+            return overview(self.description or "", self._groups)
+        return self._format_class()
+
+    def format_help_all(self) -> str:
+        """Returns the help of a command with the whole text of all options."""
+        notes = [self.epilog] if self.epilog else []
+        notes.append("classes: pyrovae parts. Arguments of a class: for example --prior.help VampPrior")
+        return full_help(
+            self._command, self.description or "", self._actions, notes[: None if _has_classes(self) else -1]
+        )
+
+    def _format_class(self) -> str:
+        """Returns the help of a class, for which jsonargparse makes a parser; of a base class, its subclasses."""
+        option, _, path = (self.description or "").removeprefix("Help for ").partition("=")
+        module, _, name = path.rpartition(".")
+        cls = getattr(sys.modules.get(module), name, None)
+        option = option.removesuffix(".help")
+        if isinstance(cls, type) and inspect.isabstract(cls):
+            found = {
+                n: line
+                for _, package in PARTS.values()
+                for n, line in classes_of(package).items()
+                if issubclass(getattr(package, n), cls)
+            }
+            return class_list(option, found)
+        given = f"{option}.optimizer".strip("-") if option == "--scheduler" else ""  # the one of the run
+        actions = [action for action in self._actions if action.dest != given]
+        return class_help(option, name, (cls.__doc__ or "").strip().partition("\n")[0], actions)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -62,6 +108,10 @@ class Parser(ArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         sys.stderr.write(f"pyrovae: error: {_plain(message)}\n{_advice(message, parser)}\n")
         self.exit(2)
+
+
+def _has_classes(parser: ArgumentParser) -> bool:
+    return any(action.dest.endswith(".help") for action in parser._actions)
 
 
 def _plain(message: str) -> str:

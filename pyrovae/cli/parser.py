@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,14 @@ from pyrovae.cli.training import train
 from pyrovae.distributed import init_process_group, single_process, was_restarted
 from pyrovae.documents import read_yaml
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "describe": describe,
-    "train": train,
-    "evaluate": evaluate,
-    "compare": compare,
-    "diagnose": diagnose,
-    "sample": sample,
-    "reconstruct": reconstruct,
-    "repair": repair,
-    "score": score,
-    "impute": impute,
-    "encode": encode,
-    "parts": parts,
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "data": {"describe": describe},
+    "train and score": {"train": train, "evaluate": evaluate, "compare": compare},
+    "look at a run": {"diagnose": diagnose, "sample": sample, "reconstruct": reconstruct, "repair": repair},
+    "rows of a table": {"score": score, "impute": impute, "encode": encode},
+    "look up": {"parts": parts},
 }
+COMMANDS = {name: function for group in GROUPS.values() for name, function in group.items()}
 
 
 FLAGS = ("resume", "trust", "mean", "missing", "compile")  # given without a value
@@ -58,7 +53,7 @@ SEVERAL = ("runs",)  # positional, of one or more words
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; exits with a message and status 1 when the input is wrong."""
-    argv = normalized(sys.argv[1:] if argv is None else argv)
+    argv = normalized(sys.argv[1:] if argv is None else argv) or ["--help"]
     trust = "--trust" in argv
     if (trust or _names_own_code(argv)) and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the last, so that no file here stands in for an installed module
@@ -131,7 +126,9 @@ def make_parser(trust: bool = False) -> ArgumentParser:
     Args:
         trust: whether files may name code outside pyrovae, torch and Pyro.
     """
-    parser = Parser(prog="pyrovae", description=pyrovae.__doc__, version=pyrovae.__version__)
+    groups = {title: {name: _summary(f) for name, f in group.items()} for title, group in GROUPS.items()}
+    summary = _summary(pyrovae)
+    parser = Parser(groups=groups, prog="pyrovae", description=summary, version=pyrovae.__version__)
     commands = parser.add_subcommands()
     for name, function in COMMANDS.items():
         commands.add_subcommand(name, command_parser(name, trust), help=_summary(function))
@@ -142,7 +139,7 @@ def command_parser(name: str, trust: bool = False) -> ArgumentParser:
     """Returns the parser of one command, from the signature and docstring of its function."""
     function = COMMANDS[name]
     epilog = f"Data sets: {', '.join(datasets.descriptions())}." if name == "train" else None
-    parser = Parser(description=_summary(function), epilog=epilog)
+    parser = Parser(name, description=_summary(function), epilog=epilog)
     if name == "train":
         action = TrustedFile if trust else CheckedFile
         parser.add_argument("--config", action=action, help="a file with arguments, such as the config.yaml of a run")
@@ -161,15 +158,15 @@ def command_parser(name: str, trust: bool = False) -> ArgumentParser:
 def _names_own_code(argv: list[str]) -> bool:
     """Returns whether an option names a class outside pyrovae, torch and Pyro, which may be in this directory."""
     names = []
-    for option, following in zip(argv, [*argv[1:], ""], strict=True):
+    for option, following in pairwise([*argv, ""]):
         name, equals, value = option.partition("=")
         if name.removeprefix("--").partition(".")[0].removesuffix("+") in (*configs.PARTS, "method"):
             names.append(value if equals else following)
     return any("." in name and not configs.is_trusted(name) for name in names)
 
 
-def _summary(function: Callable) -> str:
-    return (function.__doc__ or "").partition("\n")[0]
+def _summary(documented: Any) -> str:
+    return (documented.__doc__ or "").partition("\n")[0]
 
 
 def _config(settings: Any) -> str:
@@ -188,7 +185,7 @@ def normalized(argv: list[str]) -> list[str]:
     argv = list(map(with_underscores, argv))
     return [
         "--compile=true" if arg == "--compile" and following not in ("auto", "true", "false") else arg
-        for arg, following in zip(argv, [*argv[1:], ""], strict=True)
+        for arg, following in pairwise([*argv, ""])
     ]
 
 

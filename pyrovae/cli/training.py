@@ -89,8 +89,8 @@ def train(
     """Trains a VAE on a data set, scores it on the test split, and writes the results to a run directory.
 
     Args:
-        data: the name of a data set (listed at the end of this help), a .npy, .npz or .h5 file, a folder of pictures,
-            or a table (.csv, .tsv, .parquet, .xlsx, ...). For images in files and folders, and for tables, the settings
+        data: the name of a data set (--help-all lists them), a .npy, .npz or .h5 file, a folder of pictures, or a table
+            (.csv, .tsv, .parquet, .xlsx, ...). For images in files and folders, and for tables, the settings
             that are not given are those that fit the pixels, or the columns and rows.
         run: the run directory; runs/<data> by default. An existing directory is never overwritten.
         schema: the columns of a table, a file of pyrovae describe; found out from the data by default.
