@@ -12,7 +12,14 @@ from sklearn.datasets import load_digits
 import pyrovae
 from pyrovae import data, estimators
 from pyrovae.cli import main
-from pyrovae.structures import HierarchicalVAE, LadderVAE, MissingDataVAE, SemiSupervised, SemiSupervisedVAE
+from pyrovae.structures import (
+    DenseHierarchicalVAE,
+    HierarchicalVAE,
+    LadderVAE,
+    MissingDataVAE,
+    SemiSupervised,
+    SemiSupervisedVAE,
+)
 
 SHORT = [
     "--epochs",
@@ -27,6 +34,7 @@ SHORT = [
 OPTIONS = {
     "hierarchy": (["--structure", "Hierarchy", "--structure.above", "[4]"], HierarchicalVAE),
     "ladder": (["--structure", "Ladder", "--structure.above", "[4]", "--structure.widths", "[32, 16]"], LadderVAE),
+    "dense": (["--structure", "DenseHierarchy", "--structure.above", "[4]"], DenseHierarchicalVAE),
     "missing": (["--likelihood", "Normal"], MissingDataVAE),
     "labels": (["--structure", "SemiSupervised", "--structure.num_classes", "10"], SemiSupervisedVAE),
     "context": (["--likelihood.context_dim", "10", "--encoder.context_dim", "10"], pyrovae.VAE),

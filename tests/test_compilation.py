@@ -48,7 +48,14 @@ from pyrovae import VAE, bounds, encoders, fit, likelihoods, priors
 from pyrovae import compile as compiled
 from pyrovae.nn import MLP
 from pyrovae.regularizers import Adversarial, DensityRatio, MaximumMeanDiscrepancy, TotalCorrelation
-from pyrovae.structures import ClassifierELBO, HierarchicalVAE, LadderVAE, MissingDataVAE, SemiSupervisedVAE
+from pyrovae.structures import (
+    ClassifierELBO,
+    DenseHierarchicalVAE,
+    HierarchicalVAE,
+    LadderVAE,
+    MissingDataVAE,
+    SemiSupervisedVAE,
+)
 
 fit = partial(fit, progress=False)
 
@@ -218,6 +225,15 @@ def ladder() -> VAE:
     )
 
 
+def dense() -> VAE:
+    return DenseHierarchicalVAE(
+        priors.StandardNormal(2),
+        [likelihoods.Normal(2, 3, SMALL)],
+        likelihoods.Normal(5, 4, SMALL),
+        [encoders.DiagonalNormal(4, 3, SMALL, context_dim=2), encoders.DiagonalNormal(4, 2, SMALL)],
+    )
+
+
 def missing() -> VAE:
     return MissingDataVAE(
         priors.StandardNormal(2), likelihoods.Normal(2, 4, SMALL), encoders.DiagonalNormal((2, 4), 2, SMALL)
@@ -227,6 +243,7 @@ def missing() -> VAE:
 STRUCTURES = {
     "HierarchicalVAE": (hierarchical, ()),
     "LadderVAE": (ladder, ()),
+    "DenseHierarchicalVAE": (dense, ()),
     "MissingDataVAE": (missing, (doubles(6, 4) > 0,)),
 }
 

@@ -20,7 +20,7 @@ from pyrovae import VAE, bounds, encoders, likelihoods, priors
 from pyrovae.bounds import Coefficients, DoublyReparameterized
 from pyrovae.bounds.gradients import leave_one_out
 from pyrovae.nn import MLP, OneHotInput
-from pyrovae.structures import HierarchicalVAE, LadderVAE, SemiSupervisedVAE
+from pyrovae.structures import DenseHierarchicalVAE, HierarchicalVAE, LadderVAE, SemiSupervisedVAE
 
 EPS = torch.finfo(torch.float64).eps
 ROUNDING = 1e5 * EPS  # as in test_bounds.py
@@ -90,6 +90,12 @@ def ladder_vae() -> LadderVAE:
     return LadderVAE(**conditionals(), networks=networks, encoders=qs).double()
 
 
+def dense_vae() -> DenseHierarchicalVAE:
+    qs = [encoders.DiagonalNormal(3, 2, SMALL, context_dim=2), encoders.DiagonalNormal(3, 2, SMALL)]
+    likelihood = likelihoods.Normal(4, 3, SMALL)
+    return DenseHierarchicalVAE(**conditionals() | {"likelihood": likelihood}, encoders=qs).double()
+
+
 PAIRS = {
     "spline flow": partial(flow_vae, encoders.NeuralSplineFlow),
     "inverse autoregressive flow": partial(flow_vae, encoders.InverseAutoregressiveFlow),
@@ -98,6 +104,7 @@ PAIRS = {
     ).double(),
     "two levels, upwards": hierarchical_vae,
     "two levels, from the top": ladder_vae,
+    "two levels, both seen": dense_vae,
     "VampPrior": vamp_vae,
 }
 PLAIN = {"IWAE-DReG": bounds.IWAE(4), "ELBO-STL": bounds.ELBO(4, closed_form=False), "MIWAE-DReG": bounds.MIWAE(4, 2)}

@@ -12,11 +12,13 @@ from torch.nn.functional import one_hot
 from pyrovae.data import Rows, Split, split_missing
 from pyrovae.distributions import center
 from pyrovae.inference.messages import check_finite
-from pyrovae.structures import MissingDataVAE, SemiSupervisedVAE
+from pyrovae.structures import DenseHierarchicalVAE, MissingDataVAE, SemiSupervisedVAE
 
 
 def context_size(vae: Any) -> int:
     """Returns the number of classes that the parts of a VAE take as a context, 0 if they take none."""
+    if isinstance(vae, DenseHierarchicalVAE):  # encoders take the levels above them as a context
+        return vae.context_dim
     parts = [part for child in vae.children() for part in (child if isinstance(child, ModuleList) else (child,))]
     return max((getattr(part, "context_dim", 0) for part in parts), default=0)
 

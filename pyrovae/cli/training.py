@@ -101,9 +101,9 @@ def train(
         prior: the class of p(z).
         likelihood: the class of p(x | z).
         encoder: the class of q(z | x).
-        structure: the class of what the parts are put together to, beyond a VAE: Hierarchy, Ladder, Incomplete (missing
-            elements; chosen by itself for data with NaN) or SemiSupervised. With --likelihood.context_dim and others, a
-            VAE takes the labels of the data as a context.
+        structure: the class of what the parts are put together to, beyond a VAE: Hierarchy, Ladder, DenseHierarchy,
+            Incomplete (missing elements; chosen by itself for data with NaN) or SemiSupervised. With
+            --likelihood.context_dim and others, a VAE takes the labels of the data as a context.
         loss: the class of the training objective, such as one of pyrovae.bounds; Pyro's Trace_ELBO by default.
         optimizer: the class of the optimizer.
         scheduler: the class of a learning-rate schedule, which steps once per epoch.

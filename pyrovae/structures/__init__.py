@@ -4,15 +4,17 @@ Each has a ``.model`` and a ``.guide``, which are used as those of a :class:`pyr
 parts of data from a VAE that was trained on whole ones. A :class:`Structure` is an option of ``pyrovae train``.
 """
 
-from pyrovae.structures.assembly import Hierarchy, Incomplete, Ladder, SemiSupervised, Structure
+from pyrovae.structures.assembly import DenseHierarchy, Hierarchy, Incomplete, Ladder, SemiSupervised, Structure
 from pyrovae.structures.completion import Repair, repair
-from pyrovae.structures.hierarchies import HierarchicalVAE, LadderVAE
+from pyrovae.structures.hierarchies import DenseHierarchicalVAE, HierarchicalVAE, LadderVAE
 from pyrovae.structures.missing import MissingDataVAE
 from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
 from pyrovae.structures.tables import TableFeatures, fit_independent_columns, log_prob_of_cells, table_vae
 
 __all__ = [
     "ClassifierELBO",
+    "DenseHierarchicalVAE",
+    "DenseHierarchy",
     "HierarchicalVAE",
     "Hierarchy",
     "Incomplete",

@@ -13,7 +13,7 @@ from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.likelihoods import Likelihood
 from pyrovae.nn import MLP, Network, Shape
 from pyrovae.priors import Prior
-from pyrovae.structures.hierarchies import HierarchicalVAE, LadderVAE
+from pyrovae.structures.hierarchies import DenseHierarchicalVAE, HierarchicalVAE, LadderVAE
 from pyrovae.structures.missing import MissingDataVAE
 from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
 from pyrovae.vae import Registered
@@ -177,6 +177,48 @@ class Ladder(Structure):
         conditionals = [self.conditional(above, below) for below, above in pairwise(dims)]
         p = make_prior(prior, dims[-1], encoders[-1])
         return LadderVAE(p, conditionals, likelihood(latent_dim, x_shape), networks, encoders)
+
+
+class DenseHierarchy(Structure):
+    r"""A :class:`DenseHierarchicalVAE`: levels as those of :class:`Hierarchy`, of which every part sees all above it.
+
+    The encoder is built once for each level, on the data, below the top with the levels above as its context.
+
+    Args:
+        above: numbers of latent dimensions of the levels above the first, from the bottom to the top.
+        conditional: the class of :math:`p(z_l \mid z_{l+1}, \dots, z_L)`.
+
+    Raises:
+        ValueError: when there is no level above the first.
+
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> parts = priors.StandardNormal, likelihoods.Bernoulli, encoders.DiagonalNormal
+    >>> vae = DenseHierarchy([4, 2]).build((1, 8, 8), 16, *parts)
+    >>> vae.likelihood.latent_dim, [q.context_dim for q in vae.encoders]
+    (22, [6, 2, 0])
+    """
+
+    def __init__(self, above: Sequence[int], conditional: Callable[[int, int], Encoder] = DiagonalNormal):
+        self.above, self.conditional = _levels(above), conditional
+
+    def build(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        prior: Callable[..., Prior],
+        likelihood: Callable[..., Likelihood],
+        encoder: Callable[..., Encoder],
+    ) -> DenseHierarchicalVAE:
+        dims = [latent_dim, *self.above]
+        widths = [sum(dims[level:]) for level in range(len(dims) + 1)]  # of the levels from each to the top
+        top = encoder(x_shape, dims[-1])  # it shows whether the encoder is to take a context besides
+        encoders = [
+            encoder(x_shape, d, context_dim=n + top.context_dim) for d, n in zip(dims, widths[1:-1], strict=False)
+        ]
+        encoders.append(top)
+        conditionals = [self.conditional(seen, dim) for dim, seen in zip(dims[:-1], widths[1:-1], strict=True)]
+        p = make_prior(prior, dims[-1], encoders[-1])
+        return DenseHierarchicalVAE(p, conditionals, likelihood(widths[0], x_shape), encoders)
 
 
 class SemiSupervised(Structure):

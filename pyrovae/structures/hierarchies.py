@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pyro
 import torch
@@ -26,10 +27,7 @@ from pyrovae.vae import Registered
 
 
 class _Hierarchy(Registered):
-    r"""A generative model with any number of levels of latents; subclasses define the inference.
-
-    .. math:: p(x, z) = p(z_L) \prod_{l=1}^{L-1} p(z_l \mid z_{l+1})\; p(x \mid z_1)
-    """
+    """A generative model with any number of levels of latents; subclasses define what parts see, and the inference."""
 
     def __init__(
         self, prior: nn.Module, conditionals: Sequence[nn.Module], likelihood: nn.Module, encoders: Sequence[nn.Module]
@@ -52,10 +50,10 @@ class _Hierarchy(Registered):
         self.register()
         self._check_context(context, x)
         with pyro.plate("data", len(x)):
-            z = pyro.sample(f"z{len(self.encoders)}", call(self.prior, context=context))
+            above = [pyro.sample(f"z{len(self.encoders)}", call(self.prior, context=context))]
             for level, conditional in reversed(list(enumerate(self.conditionals, start=1))):
-                z = pyro.sample(f"z{level}", call(conditional, z, context=context))
-            pyro.sample("x", self.decode(z, context), obs=x)
+                above.insert(0, pyro.sample(f"z{level}", call(conditional, self._seen(above), context=context)))
+            pyro.sample("x", self.decode(self._seen(above), context), obs=x)
 
     def guide(self, x: Tensor, context: Tensor | None = None) -> None:
         """The amortised posterior of the latents, with one site a level."""
@@ -66,7 +64,8 @@ class _Hierarchy(Registered):
 
     @in_evaluation_mode
     def decode(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
-        r"""Returns :math:`p(x \mid z_1)` for latents of the first level, of shape ``(*leading, latent_dim)``."""
+        r"""Returns :math:`p(x \mid z)` for what the likelihood takes, of shape ``(*leading, likelihood.latent_dim)``:
+        the latents of the first level; in a :class:`DenseHierarchicalVAE` those of all levels, side by side."""
         return likelihood_at(self.likelihood, z, context)
 
     @torch.no_grad()
@@ -86,22 +85,43 @@ class _Hierarchy(Registered):
     @torch.no_grad()
     @in_evaluation_mode
     def decode_from_prior(self, num_samples: int, context: Tensor | None = None) -> dist.TorchDistribution:
-        r"""Returns :math:`p(x \mid z_1)` at draws of all latents: as :meth:`sample`, before x is drawn."""
+        r"""Returns :math:`p(x \mid z)` at draws of all latents: as :meth:`sample`, before x is drawn."""
         check_vectors(context, self.prior, *self.conditionals, self.likelihood)
-        z = sample_prior(self.prior, num_samples, context)
+        above = [sample_prior(self.prior, num_samples, context)]
         for conditional in reversed(self.conditionals):
-            z = call(conditional, z, context=context).sample()
-        return self.decode(z, context)
+            above.insert(0, call(conditional, self._seen(above), context=context).sample())
+        return self.decode(self._seen(above), context)
 
     @torch.no_grad()
     @in_evaluation_mode
     def reconstruct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Returns the centre of :math:`p(x' \mid z_1)` at one draw of all latents given x, shaped like x."""
+        r"""Returns the centre of :math:`p(x' \mid z)` at one draw of all latents given x, shaped like x."""
         return center(self.decode(self._infer(x, context), context))
 
     @abstractmethod
+    def _seen(self, above: Sequence[Tensor]) -> Tensor:
+        """Returns what the likelihood or a conditional takes, of the latents of all levels above it, nearest first."""
+
+    @abstractmethod
     def _infer(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Samples all latents given x, each at its site; returns those of the first level."""
+        """Samples all latents given x, each at its site; returns what the likelihood takes of them."""
+
+    @abstractmethod
+    def _inference_parts(self) -> list[nn.Module]:
+        """Returns the parts of the guide that may take the context."""
+
+    def _check_context(self, context: Tensor | None, x: Tensor) -> None:
+        check_context(context, x, self.prior, *self.conditionals, self.likelihood, *self._inference_parts())
+
+
+class _Markov(_Hierarchy):
+    r"""A hierarchy in which every level is given the next one alone.
+
+    .. math:: p(x, z) = p(z_L) \prod_{l=1}^{L-1} p(z_l \mid z_{l+1})\; p(x \mid z_1)
+    """
+
+    def _seen(self, above: Sequence[Tensor]) -> Tensor:
+        return above[0]
 
     def _generative_links(self) -> list[tuple[str, nn.Module, str, str]]:
         conditionals = enumerate(self.conditionals)
@@ -111,12 +131,8 @@ class _Hierarchy(Registered):
             ("prior", self.prior, "", f"z{len(self.encoders)}"),
         ]
 
-    def _check_context(self, context: Tensor | None, x: Tensor) -> None:
-        networks = [network for network in getattr(self, "networks", ()) if _network_takes_context(network)]
-        check_context(context, x, self.prior, *self.conditionals, self.likelihood, *self.encoders, *networks)
 
-
-class HierarchicalVAE(_Hierarchy):
+class HierarchicalVAE(_Markov):
     r"""A VAE with any number of levels of latents, inferred from the bottom up.
 
     .. math:: p(x, z) = p(z_L) \prod_{l=1}^{L-1} p(z_l \mid z_{l+1})\; p(x \mid z_1), \qquad
@@ -166,8 +182,11 @@ class HierarchicalVAE(_Hierarchy):
             values.append(pyro.sample(f"z{level}", call(encoder, values[-1], context=context)))
         return values[1]
 
+    def _inference_parts(self) -> list[nn.Module]:
+        return list(self.encoders)
 
-class LadderVAE(_Hierarchy):
+
+class LadderVAE(_Markov):
     r"""A VAE with any number of levels of latents, inferred from the top down, in the order of the generative model.
 
     .. math:: d_0 = x, \quad d_l = \mathrm{network}_l(d_{l-1}), \qquad
@@ -232,6 +251,124 @@ class LadderVAE(_Hierarchy):
             top_down = call(conditional, z, context=context)
             z = pyro.sample(f"z{level}", _product(level, bottom_up[level - 1], top_down))
         return z
+
+    def _inference_parts(self) -> list[nn.Module]:
+        return [*self.encoders, *(network for network in self.networks if _network_takes_context(network))]
+
+
+class DenseHierarchicalVAE(_Hierarchy):
+    r"""A VAE with any number of levels of latents, in which every part sees all levels above it.
+
+    .. math:: p(x, z) = p(z_L) \prod_{l=1}^{L-1} p(z_l \mid z_{l+1}, \dots, z_L)\; p(x \mid z_1, \dots, z_L), \qquad
+        q(z \mid x) = q(z_L \mid x) \prod_{l=1}^{L-1} q(z_l \mid x, z_{l+1}, \dots, z_L)
+
+    The latents are at the sites "z1" (next to the data) to "zL" (the top). All lists start at the data. A part takes
+    the levels that it sees side by side in one vector, the nearest level first: the likelihood and the conditionals as
+    their input, the encoders below the top as their context. Two gated layers for each of two levels, joined by a
+    third, as in the paper, are a special case of ``nn.GatedMLP`` with hidden layers of ``[600, 300]``, whose first
+    layer may take each level to units of its own.
+
+    Args:
+        prior: ``prior(context)`` returns :math:`p(z_L)`.
+        conditionals: ``conditionals[l - 1](z, context)`` returns :math:`p(z_l \mid z)` for
+            :math:`z = (z_{l+1}, \dots, z_L)`; one for each level except the top.
+        likelihood: ``likelihood(z, context)`` returns :math:`p(x \mid z)` for :math:`z = (z_1, \dots, z_L)`.
+        encoders: ``encoders[L - 1](x, context)`` returns :math:`q(z_L \mid x)`, ``encoders[l - 1](x, z)``
+            :math:`q(z_l \mid x, z)` for :math:`z = (z_{l+1}, \dots, z_L)`; one for each level. An encoder below the top
+            is built with a ``context_dim`` of the number of dimensions above it; if it takes the context too, which
+            is appended, with that number and the width of the context.
+
+    Raises:
+        ValueError: when the numbers of parts, the shapes of their inputs and outputs, or the spaces of the latents do
+            not fit; when a context is given that no part takes, or that does not have one row a datum.
+
+    References:
+        VAE with a VampPrior, J. M. Tomczak and M. Welling, 2018, https://arxiv.org/abs/1705.07120 (of two levels).
+
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> vae = DenseHierarchicalVAE(
+    ...     prior=priors.StandardNormal(2),
+    ...     conditionals=[encoders.DiagonalNormal(2, 5)],
+    ...     likelihood=likelihoods.Bernoulli(5 + 2, 64),
+    ...     encoders=[encoders.DiagonalNormal(64, 5, context_dim=2), encoders.DiagonalNormal(64, 2)],
+    ... )
+    >>> vae.sample(3).shape
+    torch.Size([3, 64])
+    """
+
+    def __init__(
+        self, prior: nn.Module, conditionals: Sequence[nn.Module], likelihood: nn.Module, encoders: Sequence[nn.Module]
+    ):
+        super().__init__(prior, conditionals, likelihood, encoders)
+        top = len(encoders)
+        links = [("likelihood", likelihood, _levels(1, top), "x"), ("prior", prior, "", f"z{top}")]
+        links += [(f"conditionals[{i}]", part, _levels(i + 2, top), f"z{i + 1}") for i, part in enumerate(conditionals)]
+        links += [(f"encoders[{i}]", part, "x", f"z{i + 1}") for i, part in enumerate(encoders)]
+        _check_shapes(links)
+        self._check_widths()
+
+    @property
+    def context_dim(self) -> int:
+        """Width of the context that parts take beside the latents above them, 0 for none."""
+        *others, top = self.encoders
+        dims = [getattr(part, "context_dim", 0) for part in (self.prior, *self.conditionals, self.likelihood, top)]
+        for level, part in enumerate(others, start=1):
+            dims.append(getattr(part, "context_dim", 0) - (self._width_from(level + 1) or 0))
+        return max(0, *dims)
+
+    def _check_widths(self) -> None:
+        """Raises a ValueError where the input of a part is not as wide as the levels that it sees."""
+        for first, part in enumerate([self.likelihood, *self.conditionals], start=1):
+            width, stated = self._width_from(first), _ends(part)[0]
+            if width is not None and stated is not None and stated != (width,):
+                name = "likelihood" if first == 1 else f"conditionals[{first - 2}]"
+                raise ValueError(
+                    f"{name} is built for {stated}, but takes the latents {_levels(first, len(self.encoders))} side by "
+                    f"side, which have {width} dimensions. Build it for {width}."
+                )
+        for i, encoder in enumerate(self.encoders[:-1]):
+            width, stated = self._width_from(i + 2), getattr(encoder, "context_dim", None)
+            if width is not None and stated is not None and stated < width:
+                raise ValueError(
+                    f"encoders[{i}] has context_dim={stated}, but takes the latents "
+                    f"{_levels(i + 2, len(self.encoders))} as its context, which have {width} dimensions. Build it "
+                    f"with context_dim={width}, or that and the width of the context."
+                )
+
+    def _width_from(self, first: int) -> int | None:
+        """Returns the number of dimensions of the levels from `first` to the top, None if one of them is unknown."""
+        levels: list[Any] = list(self.encoders[first - 1 :])  # a type checker takes attributes for modules
+        return sum(part.latent_dim for part in levels) if all(hasattr(part, "latent_dim") for part in levels) else None
+
+    def _seen(self, above: Sequence[Tensor]) -> Tensor:
+        return _side_by_side(above)
+
+    def _infer(self, x: Tensor, context: Tensor | None) -> Tensor:
+        *others, top = self.encoders
+        above = [pyro.sample(f"z{len(self.encoders)}", call(top, x, context=context))]
+        for level, encoder in reversed(list(enumerate(others, start=1))):
+            is_seen = context is not None and self._takes_context_too(level)
+            seen = _side_by_side([*above, cast(Tensor, context)] if is_seen else above)
+            above.insert(0, pyro.sample(f"z{level}", call(encoder, x, context=seen)))
+        return self._seen(above)
+
+    def _inference_parts(self) -> list[nn.Module]:
+        *others, top = self.encoders
+        return [*(part for level, part in enumerate(others, start=1) if self._takes_context_too(level)), top]
+
+    def _takes_context_too(self, level: int) -> bool:
+        """Returns whether the encoder of a level below the top takes the context besides the levels above."""
+        width, stated = self._width_from(level + 1), getattr(self.encoders[level - 1], "context_dim", None)
+        return width is None or stated is None or stated > width
+
+
+def _side_by_side(vectors: Sequence[Tensor]) -> Tensor:
+    leading = torch.broadcast_shapes(*(v.shape[:-1] for v in vectors))
+    return torch.cat([v.expand(*leading, -1) for v in vectors], dim=-1)
+
+
+def _levels(first: int, last: int) -> str:
+    return ", ".join(f"z{level}" for level in range(first, last + 1))
 
 
 def _product(level: int, q: dist.TorchDistribution, p: dist.TorchDistribution) -> dist.TorchDistribution:
