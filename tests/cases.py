@@ -20,7 +20,7 @@ from spaces import Space, compositions, enumeration, product, space_of
 from torch import Tensor, nn
 
 from pyrovae import encoders, likelihoods, priors
-from pyrovae.distributions import Classes, Numbers, import_zuko
+from pyrovae.distributions import Classes, Numbers, has_ended, import_zuko
 from pyrovae.encoders import DiagonalNormal, FullRankNormal
 from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import (
@@ -32,9 +32,12 @@ from pyrovae.nn import (
     GRUEncoder,
     LogInput,
     OneHotInput,
+    RecurrentDecoder,
     ResidualConvNet,
     ResidualDeconvNet,
     ResidualMLP,
+    TokenEncoder,
+    TransformerDecoder,
 )
 
 
@@ -49,7 +52,8 @@ class Case(NamedTuple):
         context_dim: the width of the context that the built part needs, 0 for none.
         step: the step size for spaces.py, smaller for a density with many kinks.
         accuracy: the largest difference of the sum over that space from one.
-        density: False for a distribution without a density (a point mass), which is then only sampled.
+        density: False for a distribution without a density (a point mass), which is then only sampled; and for a
+            network with parameters that only sequences reach, which it takes apart from its input.
         space: returns the space of its distribution, where the support does not determine it.
     """
 
@@ -83,6 +87,15 @@ def exemplars(encoder: nn.Module) -> Tensor:
 def small_flow(features: int, context: int) -> nn.Module:
     return import_zuko().flows.NSF(features, context, transforms=1, passes=2, hidden_features=(8,), bins=4)
 
+
+def sequences(num_classes: int, time: int, end: int | None = None) -> Space:
+    """Returns all sequences of classes; with `end`, those in which only the end follows the end."""
+    points = torch.cartesian_prod(*[torch.arange(num_classes)] * time)
+    return enumeration(points if end is None else points[~(has_ended(points, end) & (points != end)).any(-1)])
+
+
+RECURRENT = partial(RecurrentDecoder, width=8, embedding_width=4)
+TRANSFORMER = partial(TransformerDecoder, width=8, num_heads=2)
 
 TABLE = [Numbers(1.0, 1.0, step=1.0, low=0.0, high=3.0, spikes=(2.0,)), Classes(3), Classes(2)]
 LEVELS = enumeration(torch.arange(5) / 4)  # the grid of the discretised likelihoods here
@@ -359,6 +372,30 @@ CASES = [
         ),
         space=lambda p: product(*map(space_of, p.blocks)),
     ),
+    Case(
+        "Autoregressive",
+        "likelihood",
+        likelihoods.Autoregressive,
+        lambda z=Z, network=SMALL: likelihoods.Autoregressive(z, 3, RECURRENT, num_classes=3, end=0),
+        space=lambda p: sequences(3, 3, end=0),
+    ),
+    Case(
+        "Autoregressive-transformer",
+        "likelihood",
+        likelihoods.Autoregressive,
+        lambda: likelihoods.Autoregressive(Z, 4, partial(TRANSFORMER, skip=True), num_classes=3),
+        space=lambda p: sequences(3, 4),
+    ),
+    Case(
+        "Autoregressive-context",
+        "likelihood",
+        likelihoods.Autoregressive,
+        lambda: likelihoods.Autoregressive(
+            Z, (2, 2), partial(RECURRENT, skip=True), partial(Bernoulli, network=SMALL), context_dim=C
+        ),
+        C,
+        space=lambda p: enumeration(torch.cartesian_prod(*[torch.arange(2)] * 4).view(-1, 2, 2)),
+    ),
     Case("DiagonalNormal-vector", "encoder", DiagonalNormal, lambda x_shape=4: DiagonalNormal(x_shape, Z, SMALL)),
     Case("DiagonalNormal-image", "encoder", DiagonalNormal, lambda: DiagonalNormal((1, 7, 5), Z, CONV)),
     Case("DiagonalNormal-context", "encoder", DiagonalNormal, lambda: DiagonalNormal(4, Z, SMALL, context_dim=C), C),
@@ -566,6 +603,44 @@ CASES = [
     Case("GRUEncoder-context", "network", GRUEncoder, lambda: GRUEncoder((5, 3), 4, width=8, context_dim=C), C),
     Case("GRUDecoder-vector", "network", GRUDecoder, lambda: GRUDecoder(4, (5, 3), width=8)),
     Case("GRUDecoder-context", "network", GRUDecoder, lambda: GRUDecoder(4, (2, 5, 3), width=8, context_dim=C), C),
+    Case("RecurrentDecoder-values", "network", RecurrentDecoder, lambda: RECURRENT(4, (5, 3)), density=False),
+    Case(
+        "RecurrentDecoder-skip",
+        "network",
+        RecurrentDecoder,
+        lambda: RECURRENT(4, 5, num_classes=3, num_layers=2, cell=nn.LSTM, skip=True),
+        density=False,
+    ),
+    Case(
+        "RecurrentDecoder-context",
+        "network",
+        RecurrentDecoder,
+        lambda: RECURRENT(4, (5, 3), num_layers=2, context_dim=C),
+        C,
+        density=False,
+    ),
+    Case("TransformerDecoder-values", "network", TransformerDecoder, lambda: TRANSFORMER(4, (5, 3)), density=False),
+    Case(
+        "TransformerDecoder-context",
+        "network",
+        TransformerDecoder,
+        lambda: TRANSFORMER(4, 5, num_classes=3, skip=True, context_dim=C),
+        C,
+        density=False,
+    ),
+    Case(
+        "TokenEncoder",
+        "network",
+        TokenEncoder,
+        lambda: TokenEncoder(5, 4, num_classes=3, end=0, width=8, embedding_width=4),
+    ),
+    Case(
+        "TokenEncoder-context",
+        "network",
+        TokenEncoder,
+        lambda: TokenEncoder(5, 4, num_classes=3, width=8, embedding_width=4, context_dim=C),
+        C,
+    ),
     Case("LogInput-vector", "network", LogInput, lambda: LogInput(4, 3, network=SMALL)),
     Case("LogInput-context", "network", LogInput, lambda: LogInput(4, 3, network=SMALL, context_dim=C), C),
     Case("OneHotInput-vector", "network", OneHotInput, lambda: OneHotInput(4, 3, num_classes=5, network=SMALL)),
@@ -610,6 +685,6 @@ def inputs(case: Case, part: nn.Module, *leading: int) -> tuple[Tensor, ...]:
     if case.kind == "prior":
         return context
     shape = (*leading, *input_shape(case, part))
-    if isinstance(part, OneHotInput):
+    if isinstance(part, OneHotInput | TokenEncoder):
         return torch.randint(part.num_classes, shape).to(dtype), *context
     return torch.randn(shape, dtype=dtype), *context

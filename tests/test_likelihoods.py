@@ -670,7 +670,8 @@ def test_bits_per_dim_by_hand():
 
 # ------------------------------------------------------------------------------------------------------- masks
 
-FACTORISED = [case for case in cases("likelihood") if case.cls not in (likelihoods.Multinomial, Mixed)]
+DEPENDENT = (likelihoods.Autoregressive, likelihoods.Multinomial, Mixed)
+FACTORISED = [case for case in cases("likelihood") if case.cls not in DEPENDENT]
 
 
 def observed_part(case) -> tuple[nn.Module, dist.TorchDistribution, Tensor, Tensor]:

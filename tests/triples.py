@@ -7,7 +7,7 @@ from functools import partial
 from cases import SMALL, Case, cases
 from torch import nn
 
-from pyrovae import VAE, encoders, priors
+from pyrovae import VAE, encoders, likelihoods, priors
 from pyrovae.nn import OneHotInput
 
 
@@ -62,6 +62,13 @@ def vae_of(prior: Case, encoder: Case, likelihood: Case) -> VAE:
 
 
 PAIRS = list(itertools.product(representatives("prior"), representatives("encoder")))
-MEETING = [(p, e, x) for p, e in PAIRS if meet(p, e) for x in representatives("likelihood")]
+MEETING = [
+    (p, e, x)
+    for p, e in PAIRS
+    if meet(p, e)
+    for x in representatives("likelihood")
+    # Decoders of sequences take latents of real numbers alone, not class numbers.
+    if e.cls is not encoders.Categorical or x.cls is not likelihoods.Autoregressive
+]
 APART = [(p, e) for p, e in PAIRS if apart(p, e)]
 COVERING = covering(MEETING)

@@ -15,6 +15,7 @@ from pyrovae.distributions.elements import Blocks, MaskedElements, Stacked, cent
 from pyrovae.distributions.mixtures import Exemplars, NormalMixture, ReparameterizedMixture, StratifiedCategorical
 from pyrovae.distributions.normals import LowRankMultivariateNormal, MultivariateNormal
 from pyrovae.distributions.reshaped import Flattened, Flow, Resampled, import_zuko
+from pyrovae.distributions.sequences import Autoregressive, has_ended, sharpen
 from pyrovae.distributions.simplexes import LogisticNormal, RelaxedOneHotCategorical
 from pyrovae.distributions.spaces import (
     blocks_of,
@@ -32,6 +33,7 @@ from pyrovae.distributions.spaces import (
 from pyrovae.distributions.spheres import HypersphericalUniform, VonMisesFisher, log_0f1
 
 __all__ = [
+    "Autoregressive",
     "BatchScaleNormal",
     "Beta",
     "Blocks",
@@ -73,6 +75,7 @@ __all__ = [
     "check_temperature",
     "flattened",
     "grid",
+    "has_ended",
     "import_zuko",
     "integers",
     "log_0f1",
@@ -80,5 +83,6 @@ __all__ = [
     "one_hot_blocks",
     "open_unit_interval",
     "positive",
+    "sharpen",
     "tril_of",
 ]

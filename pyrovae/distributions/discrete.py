@@ -73,6 +73,9 @@ class Categorical(dist.Categorical):
 
     .. math:: p(x = k) = \mathrm{softmax}(l)_k, \qquad k = 0, \dots, K - 1
 
+    Draws from more than 256 classes, such as words, invert the distribution function at one random number, where torch
+    draws a random number for each class.
+
     Args:
         logits: :math:`l`, normalised or not, shape ``(*batch, K)``.
 
@@ -81,7 +84,15 @@ class Categorical(dist.Categorical):
     """
 
     def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
-        return super().sample(sample_shape).to(self.logits.dtype)
+        if self._num_events <= 256:
+            return super().sample(sample_shape).to(self.logits.dtype)
+        with torch.no_grad():
+            before, batch = torch.Size(sample_shape), self.batch_shape.numel()
+            cdf = self.probs.double().cumsum(-1).reshape(batch, self._num_events)
+            draws = torch.rand(batch, before.numel(), dtype=torch.double, device=cdf.device) * cdf[:, -1:]
+            # The first class above the number: none without probability.
+            classes = torch.searchsorted(cdf, draws, right=True).clamp(max=self._num_events - 1)
+            return classes.T.reshape(before + self.batch_shape).to(self.logits.dtype)
 
 
 class DiscretizedLogistic(dist.TorchDistribution):

@@ -19,9 +19,13 @@ from pyrovae.distributions.spaces import ShapeLike, support_of
 def center(p: dist.TorchDistribution) -> Tensor:
     """Returns the mean of a distribution, or its mode where it has no finite mean (classes, heavy tails).
 
+    Of sequences that are drawn step by step, which have neither, it returns the greedy sequence.
+
     >>> center(dist.Categorical(torch.tensor([0.1, 0.2, 0.7])))
     tensor(2.)
     """
+    if hasattr(p, "greedy"):
+        return p.greedy()
     mean = p.mean
     return mean if bool(torch.isfinite(mean).all()) else torch.where(torch.isfinite(mean), mean, p.mode.to(mean.dtype))
 

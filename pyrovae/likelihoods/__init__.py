@@ -26,9 +26,11 @@ from pyrovae.likelihoods.discrete import (
     ZeroInflatedNegativeBinomial,
 )
 from pyrovae.likelihoods.mixed import Mixed
+from pyrovae.likelihoods.sequences import Autoregressive
 from pyrovae.likelihoods.tabular import Tabular
 
 __all__ = [
+    "Autoregressive",
     "Bernoulli",
     "Beta",
     "Categorical",

@@ -17,6 +17,7 @@ References:
 """
 
 # What parts are written with; not listed in __all__, which holds the networks.
+from pyrovae.nn.autoregressive import RecurrentDecoder, SequenceDecoder, TokenEncoder, TransformerDecoder
 from pyrovae.nn.base import Network as Network
 from pyrovae.nn.base import Shape as Shape
 from pyrovae.nn.base import apply as apply
@@ -38,8 +39,12 @@ __all__ = [
     "LogInput",
     "MLP",
     "OneHotInput",
+    "RecurrentDecoder",
     "ResidualConvNet",
     "ResidualDeconvNet",
     "ResidualMLP",
+    "SequenceDecoder",
+    "TokenEncoder",
+    "TransformerDecoder",
     "set_output_bias",
 ]

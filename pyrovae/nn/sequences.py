@@ -1,6 +1,7 @@
 """Recurrent networks, from sequences to vectors and back."""
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +19,30 @@ def _sequence_shape(shape: Shape, name: str) -> tuple[int, ...]:
     return result
 
 
+_Recurrent = TypeVar("_Recurrent", bound=nn.RNNBase)
+
+
 @torch.no_grad()
-def _start_gru(gru: nn.GRU, time: int) -> nn.GRU:
+def start_recurrence(network: _Recurrent, time: int) -> _Recurrent:
     """Initialises input weights at unit gain, recurrent weights as rotations, and memories of 1 to `time` steps.
 
     Torch scales all weights by the width of the state, which makes a few input features weak, and gives all units a
     memory of two steps, through which no gradient reaches the far end of a long sequence.
     """
-    for name, parameter in gru.named_parameters():
-        for gate, chunk in zip(("reset", "update", "new"), parameter.chunk(3), strict=True):  # the order in nn.GRU
+    # The gates in torch's order; that which keeps the state is the update gate or the forget gate.
+    gates, keeping = (("r", "z", "n"), "z") if isinstance(network, nn.GRU) else (("i", "f", "g", "o"), "f")
+    for name, parameter in network.named_parameters():
+        for gate, chunk in zip(gates, parameter.chunk(len(gates)), strict=True):
             if name.startswith("weight_ih"):
                 nn.init.normal_(chunk, std=1 / math.sqrt(chunk.shape[1]))
             elif name.startswith("weight_hh"):
                 nn.init.orthogonal_(chunk)
-            elif name.startswith("bias_ih") and gate == "update":
+            elif name.startswith("bias_ih") and gate == keeping:
                 # A gate of sigmoid(log u) = u / (1 + u) keeps its state for about 1 + u steps.
                 chunk.uniform_(1, max(time - 1, 1)).log_()
             else:
                 nn.init.zeros_(chunk)
-    return gru
+    return network
 
 
 class GRUEncoder(ShapedNetwork):
@@ -82,7 +88,7 @@ class GRUEncoder(ShapedNetwork):
             )
         width = check_count(width, "width")
         time, features = self.in_shape[-2], math.prod(self.in_shape[:-2]) * self.in_shape[-1]
-        self.gru = _start_gru(nn.GRU(features, width, batch_first=True, bidirectional=True), time)
+        self.gru = start_recurrence(nn.GRU(features, width, batch_first=True, bidirectional=True), time)
         self.head = nn.Linear(2 * width + context_dim, math.prod(self.out_shape))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -136,7 +142,7 @@ class GRUDecoder(ShapedNetwork):
         width = check_count(width, "width")
         time, features = self.out_shape[-2], math.prod(self.out_shape[:-2]) * self.out_shape[-1]
         self.foot = start_layer(nn.Linear(math.prod(self.in_shape) + context_dim, width), 1.0)
-        self.gru = _start_gru(nn.GRU(self.foot.in_features, width, batch_first=True), time)
+        self.gru = start_recurrence(nn.GRU(self.foot.in_features, width, batch_first=True), time)
         self.head = nn.Linear(width, features)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
