@@ -18,10 +18,11 @@ from pyrovae.nn import Shape
 from pyrovae.priors import Prior
 from pyrovae.structures import MissingDataVAE, Structure, TableFeatures
 from pyrovae.structures.assembly import class_of, make_prior
+from pyrovae.trackers import Tracker
 from pyrovae.vae import VAE, Registered
 
 # The entries of a configuration that name classes, and arguments of these.
-PARTS = ("prior", "likelihood", "encoder", "structure", "loss", "optimizer", "scheduler")
+PARTS = ("prior", "likelihood", "encoder", "structure", "loss", "optimizer", "scheduler", "tracker")
 # The other entries that training takes, with the types of their values.
 SETTINGS: dict[str, tuple[type, ...]] = {
     "data": (str,),
@@ -39,6 +40,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
 }
 _OPTIONS: dict[str, tuple[type, ...]] = {"run": (str, type(None)), "compile": (bool, str)}  # kept by no run
 _OF_MODEL = ("latent_dim", "prior", "likelihood", "encoder", "structure")  # what weights belong to
+NOT_KEPT = (*_OPTIONS, "tracker")  # by runs
 RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
 # Entries that the configuration of a run on a VAE of a script has beside those of its data.
 _BUILT = {"built": (bool,)}
@@ -51,7 +53,7 @@ _RENAMED_PACKAGES = {"pyrovae.latents": "pyrovae.distributions", "pyrovae.graphs
 _TRUSTED_PACKAGES = ("pyrovae.priors", "pyrovae.bounds", "pyrovae.regularizers")
 # Classes of these packages are trusted if they have one of these bases.
 _TRUSTED_BASES: dict[str, tuple[type, ...]] = {
-    "pyrovae": (nn.Module, pyro.infer.ELBO, Structure),
+    "pyrovae": (nn.Module, pyro.infer.ELBO, Structure, Tracker),
     "torch.nn": (nn.Module,),
     "torch.optim": (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
     "pyro.infer": (pyro.infer.ELBO,),

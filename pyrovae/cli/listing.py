@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 from torch import optim
 from torch.optim import lr_scheduler
 
-from pyrovae import bounds, encoders, estimators, likelihoods, nn, priors, regularizers, structures
+from pyrovae import bounds, encoders, estimators, likelihoods, nn, priors, regularizers, structures, trackers
 from pyrovae.cli.helping import HelpAll, class_help, class_list, full_help, overview, short_help
 from pyrovae.complaints import explain
 
@@ -27,6 +27,7 @@ PARTS: dict[str, tuple[str, ModuleType]] = {
     "bounds": ("--loss", bounds),
     "regularizers": ("--loss.regularizers+", regularizers),
     "estimators": ("--method, of evaluate", estimators),
+    "trackers": ("--tracker", trackers),
 }
 
 
@@ -43,7 +44,7 @@ def classes_of(module: ModuleType) -> dict[str, str]:
 
 
 def parts() -> None:
-    """Lists each prior, likelihood, encoder, structure, network, bound, regularizer and estimator, with a line each."""
+    """Lists all parts, bounds, regularizers, estimators and trackers, with a line each."""
     width = min(120, shutil.get_terminal_size().columns)
     for title, (option, module) in PARTS.items():
         print(f"{title} ({option})")

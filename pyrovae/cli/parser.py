@@ -18,7 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 import pyrovae
 from pyrovae import config as configs
 from pyrovae import data as datasets
-from pyrovae import storage
+from pyrovae import storage, trackers
 from pyrovae.cli.common import default_run, is_table, load_data, load_table, names_tabular, read_schema
 from pyrovae.cli.comparison import compare
 from pyrovae.cli.defaults import LIKELIHOOD, table_defaults
@@ -172,17 +172,22 @@ def _summary(documented: Any) -> str:
 def _config(settings: Any) -> str:
     """Returns the configuration of a training run as YAML: all arguments but the run directory and the flags."""
     config = yaml.safe_load(command_parser("train").dump(settings, skip_unset=False))
-    return yaml.safe_dump({k: v for k, v in config.items() if k not in ("config", "run", *FLAGS)}, sort_keys=False)
+    return yaml.safe_dump(
+        {k: v for k, v in config.items() if k not in ("config", *configs.NOT_KEPT, *FLAGS)}, sort_keys=False
+    )
 
 
 def normalized(argv: list[str]) -> list[str]:
-    """Returns a command line with underscores in the names of options, in which ``--compile`` alone says true."""
+    """Returns a command line with underscores in names of options, and a value for ``--compile`` without one."""
 
     def with_underscores(arg: str) -> str:
         name, equals, value = arg.partition("=")
         return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
 
     argv = list(map(with_underscores, argv))
+    for i in range(1, len(argv)):
+        if argv[i - 1] == "--tracker":  # whose names are known in other cases
+            argv[i] = next((name for name in trackers.__all__ if name.lower() == argv[i].lower()), argv[i])
     return [
         "--compile=true" if arg == "--compile" and following not in ("auto", "true", "false") else arg
         for arg, following in pairwise([*argv, ""])
@@ -260,7 +265,9 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
         )
     storage.check_unedited(directory, stored)
     # As text, not as a file, because the names in it are the present ones.
-    text = yaml.safe_dump({name: value for name, value in stored.items() if name not in ("x_shape", "table")})
+    text = yaml.safe_dump(
+        {name: value for name, value in stored.items() if name not in ("x_shape", "table", *configs.NOT_KEPT)}
+    )
     at = argv.index("train") + 1
     resumed = parser.parse_args([*argv[:at], "--config", text, *argv[at:]])
     resumed.train.run = str(directory)

@@ -53,7 +53,8 @@ from pyrovae.structures import (
     fit_independent_columns,
     log_prob_of_cells,
 )
-from pyrovae.training import Callback, History, MetricsFile, fit
+from pyrovae.trackers import Tracker
+from pyrovae.training import Callback, History, MetricsFile, Tracking, fit, trackers_of
 
 _LEAST_SECONDS = 60.0  # to score the test data
 _NUM_MONITORED = 300  # validation data in which training measures whether the latents collapse
@@ -81,6 +82,7 @@ def train(
     seed: int = 0,
     device: str = "cpu",
     compile: bool | Literal["auto"] = "auto",
+    tracker: Tracker | None = None,
     resume: bool = False,
     trust: bool = False,
     *,
@@ -117,6 +119,9 @@ def train(
         device: cpu, cuda, cuda:1, ...; with cuda, each process of torchrun takes a GPU of its own.
         compile: train and score by code that a compiler makes, which takes some seconds and is faster in long runs.
             auto, the default, plays traced operations back, which gives the same bits as false, in less time.
+        tracker: the class of a tracker that numbers and pictures are sent to: TensorBoard, WandB, MLflow or
+            PythonLogging. An error of a tracker does not end training. Give the option again with --resume: runs do not keep
+            it.
         resume: continue the run in the run directory with its configuration, or start it if there is none. Only epochs
             (to a larger number), patience, num_samples, data_root and device may be changed.
         trust: allow the file of --config, or the configuration of a resumed run, to name classes outside pyrovae,
@@ -167,7 +172,13 @@ def train(
     if splits.schema is not None:
         transform = datasets.hide_cells
         print("a fifth of the rows have cells hidden at random in each epoch, so that the VAE learns to fill any holes")
-    with stop, lock:
+    tracking = None if tracker is None else Tracking(tracker, directory, yaml.safe_load(config))
+    if tracking is not None:
+        callbacks.append(tracking)
+    elif resume and trackers_of(directory):
+        names = trackers_of(directory)
+        print(f"not tracked any more: {', '.join(names)} followed this run. To go on there, add --tracker {names[-1]}")
+    with stop, lock, contextlib.nullcontext() if tracking is None or not world.is_rank0 else tracking:
         if world.is_rank0:
             storage.create_run(directory, config, x_shape, splits.schema)
         began = time.monotonic()
@@ -209,7 +220,11 @@ def train(
         estimate = log_marginal(vae.model, vae.guide, *test, method=method, compile=compile)
         if world.is_rank0:
             storage.save_trained(vae, directory)
-            _report_training(vae, splits, history, epochs, estimate, metrics, directory)
+            result = _report_training(vae, splits, history, epochs, estimate, metrics, directory)
+            if tracking is not None:
+                tracking.results({f"test/{name}": value for name, value in result.items()})
+                for path in sorted(directory.glob("*.png")):
+                    tracking.picture(path)
 
 
 def _check_place(directory: Path, resume: bool) -> bool:
@@ -250,8 +265,8 @@ def _report_training(
     estimate: Estimate,
     metrics: MetricsFile,
     directory: Path,
-) -> None:
-    """Writes the metrics and the pictures of a run, and prints its results and what can be done next."""
+) -> dict[str, Any]:
+    """Writes the metrics and the pictures of a run, and prints its results and what can be done next; returns them."""
     if len(history) < epochs:
         print(
             f"stopped after epoch {len(history)}: the validation loss had not improved since epoch "
@@ -289,6 +304,7 @@ def _report_training(
     _draw(vae, splits, history, directory)
     print(f"\npictures, weights and metrics: {directory}\nscore it again: pyrovae evaluate {directory}")
     print(f"what it learned, and where it loses nats: pyrovae diagnose {directory}")
+    return result
 
 
 class _WherePossible:

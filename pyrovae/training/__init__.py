@@ -3,5 +3,6 @@
 from pyrovae.training.callbacks import Callback, MetricsFile
 from pyrovae.training.history import History
 from pyrovae.training.loop import fit
+from pyrovae.training.tracking import Tracking, trackers_of
 
-__all__ = ["Callback", "History", "MetricsFile", "fit"]
+__all__ = ["Callback", "History", "MetricsFile", "Tracking", "fit", "trackers_of"]

@@ -1,7 +1,8 @@
 """Callbacks: functions that :func:`pyrovae.fit` calls with the history after every epoch."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +28,10 @@ class Callback(Protocol):
     * return True (a ``bool``, or one of NumPy or of torch without dimensions) to stop training. Any other value is
       ignored;
     * call ``eval()``, make Pyro parameters of its own, or change weights. The next epoch restores the training modes;
+    * have a method ``start(history)``, which is called before the first step; the history holds the epochs of before a
+      resume;
     * have a method ``after_step()``, which is called without arguments after every step;
+    * have a method ``end(is_complete)``, which is called once at the end, with False if an error ended training;
     * raise an error, which ends training. The checkpoint then keeps the state before this epoch.
 
     It must not draw random numbers from the global generators if the run is to have the same result with and without
@@ -47,6 +51,24 @@ def stop_requested(callbacks: Iterable[Callback], history: History) -> bool:
     """Calls all callbacks, in order; returns whether any of them returned True."""
     results = [callback(history) for callback in callbacks]
     return any(_is_true(result) for result in results)
+
+
+@contextmanager
+def running(callbacks: Iterable[Callback], history: History) -> Iterator[None]:
+    """Calls the methods ``start`` and ``end`` of callbacks around training."""
+    with ExitStack() as stack:
+        for callback in callbacks:
+            start, end = (getattr(callback, name, None) for name in ("start", "end"))
+            if callable(end):
+                stack.push(lambda kind, *_, end=end: end(kind is None) and None)
+            if callable(start):
+                start(history)
+        yield
+
+
+def listeners_of(callbacks: Iterable[Callback]) -> list[Callable[[], Any]]:
+    """Returns the methods ``after_step`` of the callbacks that have one."""
+    return [callback.after_step for callback in callbacks if hasattr(callback, "after_step")]
 
 
 def _is_true(x: Any) -> bool:

@@ -26,7 +26,7 @@ from pyrovae.data.batches import Batches, as_batches
 from pyrovae.distributed import init_process_group
 from pyrovae.inference.messages import is_integer, warn
 from pyrovae.rows import number_type
-from pyrovae.training.callbacks import Callback, stop_requested
+from pyrovae.training.callbacks import Callback, listeners_of, running, stop_requested
 from pyrovae.training.checkpoints import Checkpointer
 from pyrovae.training.history import History
 from pyrovae.training.rows import check_rows
@@ -218,19 +218,19 @@ def fit(
     def describe(line: str = "") -> None:
         bar.set_description(line or f"epoch {len(history) + 1}/{epochs}", refresh=bool(line))
 
-    listeners = [callback.after_step for callback in callbacks if hasattr(callback, "after_step")]
+    called = callbacks if world.is_rank0 else ()  # by the other processes none
+    listeners = listeners_of(called)
 
     def after_step() -> None:
         bar.update()
-        if world.is_rank0:
-            for listener in listeners:
-                listener()
+        for listener in listeners:
+            listener()
 
     if trainer.compiled is not None:
         trainer.compiled.graphs.report = describe  # with a line before a graph is compiled, without after
         if compile == "auto":
             trainer.compiled.graphs.refused = lambda line: None if bar.disable else bar.write(line, file=sys.stderr)
-    with trainer.state.modes_restored(), bar:
+    with trainer.state.modes_restored(), bar, running(called, history):
         while len(history) < epochs and not _is_out_of_patience(history, patience):
             epoch = len(history) + 1
             describe()
