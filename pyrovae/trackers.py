@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 __all__ = ["MLflow", "PythonLogging", "TensorBoard", "Tracker", "WandB"]
@@ -81,9 +82,10 @@ class TensorBoard(Tracker):
         self._writer.flush()
 
     def picture(self, name: str, path: Path, epoch: int) -> None:
-        from matplotlib.image import imread
+        from PIL import Image
 
-        self._writer.add_image(name, imread(path)[..., :3], epoch, dataformats="HWC")
+        with Image.open(path) as picture:
+            self._writer.add_image(name, np.array(picture.convert("RGB")), epoch, dataformats="HWC")
 
     def end(self, is_complete: bool) -> None:
         self._writer.close()

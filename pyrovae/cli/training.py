@@ -120,8 +120,8 @@ def train(
         compile: train and score by code that a compiler makes, which takes some seconds and is faster in long runs.
             auto, the default, plays traced operations back, which gives the same bits as false, in less time.
         tracker: the class of a tracker that numbers and pictures are sent to: TensorBoard, WandB, MLflow or
-            PythonLogging. An error of a tracker does not end training. Runs do not keep the option: with --resume, give it
-            again.
+            PythonLogging. An error of a tracker does not end training. Runs do not keep the option: give it again with
+            --resume.
         resume: continue the run in the run directory with its configuration, or start it if there is none. Only epochs
             (to a larger number), patience, num_samples, data_root and device may be changed.
         trust: allow the file of --config, or the configuration of a resumed run, to name classes outside pyrovae,
