@@ -27,6 +27,7 @@ from pyrovae.data.reading import Dialect
 from pyrovae.data.schema import Schema
 from pyrovae.data.splits import Split, Splits, random_splits
 from pyrovae.data.tables import Table
+from pyrovae.data.text import Vocabulary, is_text_file, load_text, read_lines, split_lines
 from pyrovae.rows import Rows
 
 __all__ = [
@@ -57,14 +58,19 @@ __all__ = [
     "Splits",
     "Table",
     "Time",
+    "Vocabulary",
     "descriptions",
     "dynamic_binarization",
     "hold_out_users",
     "hide_cells",
+    "is_text_file",
     "load",
     "load_ratings",
+    "load_text",
     "random_splits",
+    "read_lines",
     "register",
+    "split_lines",
     "split_missing",
     "static_binarization",
 ]

@@ -13,6 +13,7 @@ from pyrovae.rows import Rows
 
 if TYPE_CHECKING:
     from pyrovae.data.schema import Schema
+    from pyrovae.data.text import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +44,14 @@ class Splits:
         validation: the validation part.
         test: the test part.
         schema: the columns of a table, whose encoded rows are the data; None for other data.
+        vocabulary: the words of a text, whose lines are the data; None for other data.
     """
 
     train: Split
     validation: Split
     test: Split
     schema: "Schema | None" = field(default=None, kw_only=True)
+    vocabulary: "Vocabulary | None" = field(default=None, kw_only=True)
 
     def __iter__(self) -> Iterator[Split]:
         return iter((self.train, self.validation, self.test))
