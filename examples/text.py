@@ -151,7 +151,7 @@ def train(name, module, loss, splits, args):
     return {"epoch": best["epoch"], "validation": losses}
 
 
-def score(module, x, vocabulary, args):
+def score(name, module, x, vocabulary, args):
     """Returns the numbers of a row of the table, on held-out verses."""
     module.eval()
     words = vocabulary.count_steps(x).double()
@@ -161,6 +161,7 @@ def score(module, x, vocabulary, args):
             log_px = module.likelihood(x.new_zeros(len(x), args.latent_dim)).log_prob(x).double()
         return {"log_px": log_px.tolist(), "words": words.tolist()}
     estimate = pyrovae.log_marginal(module.model, module.guide, x, num_samples=args.num_samples, progress=False)
+    print(f"{name}: test {estimate}", flush=True)
     found = collapse(module.model, module.guide, x, progress=False)
     return {
         "log_px": estimate.value.tolist(),
@@ -238,7 +239,7 @@ def main(args):
         pyro.clear_param_store()
         pyro.set_rng_seed(args.seed)
         module, loss = build()
-        record = train(name, module, loss, splits, args) | score(module, splits.test.x, vocabulary, args)
+        record = train(name, module, loss, splits, args) | score(name, module, splits.test.x, vocabulary, args)
         if isinstance(module, pyrovae.VAE):
             record |= {"latent_dim": args.latent_dim, "lines": say(module, splits, args)}
         records[name] = record

@@ -11,6 +11,7 @@ from pyrovae.data.pictures import load_pictures
 from pyrovae.data.schema import Schema
 from pyrovae.data.splits import Splits
 from pyrovae.data.tables import load_numbers, load_table
+from pyrovae.data.text import is_text_file, load_text
 
 Loader = Callable[[Path], Splits]
 
@@ -87,6 +88,9 @@ def load(
     ``splits.schema`` describes the columns of x, in own units, with NaN for missing cells, and ``split.rows`` are the
     numbers of the rows in the file.
 
+    A ``.txt`` file (gzipped or not) that is no table holds text, a datum a line: ``splits.vocabulary`` has the words of
+    the training part; :func:`load_text` has options.
+
     A ``.npy`` or ``.npz`` file holds numbers, which are not scaled, with NaN where an element is missing; an ``.npz``
     file one array, with or without labels ``y``, or arrays ``train``, ``validation`` and ``test``, which are then the
     splits. Bytes of shape ``(N, height, width)``, or with three or four channels, first or last, are images: they
@@ -130,8 +134,10 @@ def load(
         return load_arrays(path)
     if numbers and path.suffix == ".csv":
         return load_numbers(path)
-    if numbers and path.is_file():
+    if numbers and path.is_file() and not is_text_file(path):
         raise ValueError(f"{path} must be a .npy, .npz, .h5, .h5ad or .csv file of numbers.")
+    if schema is None and not overrides and not options and is_text_file(path):
+        return load_text(path)
     if not numbers and (path.suffix or path.is_file()):
         return load_table(path, schema, overrides, **options)
     raise ValueError(

@@ -139,7 +139,7 @@ class Vocabulary:
         cut = sum(len(words) >= self.num_steps for words in split)
         return (
             f"{len(self.words):,} {kind}; {unknown:,} of {total:,} ({unknown / max(total, 1):.1%}) are not among them "
-            f"and become <unknown>; {cut:,} of {len(lines):,} lines are cut after {self.num_steps} {kind}"
+            f"and become <unknown>; {cut:,} of {len(lines):,} lines are cut, with no end within {self.num_steps} steps"
         )
 
     def to_dict(self) -> dict[str, Any]:
