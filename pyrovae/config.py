@@ -33,6 +33,8 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "epochs": (int,),
     "batch_size": (int,),
     "patience": (int, type(None)),
+    "schedule_every_step": (bool,),
+    "ema_decay": (float, type(None)),
     "clip_norm": (float, int, type(None)),
     "num_samples": (int, type(None)),
     "seed": (int,),
@@ -42,6 +44,8 @@ _OPTIONS: dict[str, tuple[type, ...]] = {"run": (str, type(None)), "compile": (b
 _OF_MODEL = ("latent_dim", "prior", "likelihood", "encoder", "structure")  # what weights belong to
 NOT_KEPT = (*_OPTIONS, "tracker")  # by runs
 RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
+# What settings mean that the configuration of an earlier version lacks, where that is not null.
+EARLIER = {"schedule_every_step": False}
 # Entries that the configuration of a run on a VAE of a script has beside those of its data.
 _BUILT = {"built": (bool,)}
 _OF_DATA = ("data", "data_root", "preprocessing")

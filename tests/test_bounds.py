@@ -1128,6 +1128,10 @@ def x_of(size: int = 5) -> Tensor:
         (lambda: bounds.ReweightedWakeSleep(4, wake=0.0), "wake and sleep are both 0"),
         (lambda: bounds.Linear(steps=0), "steps must be at least 1, got 0"),
         (lambda: bounds.Linear(steps=10, end=-1.0), "end must be at least 0"),
+        (lambda: bounds.Linear(epochs=0), "epochs must be at least 1, got 0"),
+        (lambda: bounds.Linear(), "give steps or epochs, one of them"),
+        (lambda: bounds.Linear(4, epochs=4), "give steps or epochs, one of them"),
+        (lambda: bounds.Linear(epochs=4)(3), r"Linear\(epochs=4\) counts epochs, .* give steps instead"),
         (lambda: bounds.Cyclical(period=0), "period must be at least 1, got 0"),
         (lambda: bounds.Cyclical(period=10, ramp=0.0), "ramp must be above 0"),
         (lambda: bounds.FreeBits(-0.1), "nats must be at least 0"),
@@ -1205,6 +1209,18 @@ def test_a_warm_up_that_training_cuts_short_is_warned_of():
     with pytest.warns(UserWarning, match=r"takes 6 steps, which are 3 epochs.*patience=2"):
         run(loss=bounds.ELBO(penalty=bounds.Capacity(bounds.Cyclical(6))), epochs=4, patience=2)
     run(loss=bounds.ELBO(beta=bounds.Linear(6)), epochs=3, patience=3)
+
+
+def test_a_warm_up_in_epochs_is_that_in_their_steps():
+    found = []
+    for beta in (bounds.Linear(6), bounds.Linear(epochs=3)):
+        pyro.set_rng_seed(0)
+        vae = VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3, SMALL), encoders.DiagonalNormal(3, 2, SMALL))
+        x, loss = torch.randn(20, 3), bounds.ELBO(beta=beta)
+        found.append(fit(vae.model, vae.guide, x, batch_size=10, loss=loss, epochs=4, progress=False)["loss"])
+    assert found[0] == found[1]
+    with pytest.warns(UserWarning, match=r"takes 6 steps, which are 3 epochs.*epochs=2"):
+        fit(vae.model, vae.guide, x, batch_size=10, loss=loss, epochs=2, progress=False)
 
 
 def test_every_run_starts_its_schedules_anew():

@@ -27,7 +27,14 @@ from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -41,6 +48,7 @@ from torch.utils.data import (
 from pyrovae import VAE, History, fit
 from pyrovae.data import dynamic_binarization
 from pyrovae.encoders import DiagonalNormal
+from pyrovae.inference.running import evaluation_mode
 from pyrovae.likelihoods import Bernoulli, Normal, OptimalNormal
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
@@ -1138,8 +1146,121 @@ STATES = {
     "Adam, StepLR": (loop.Adam, partial(StepLR, step_size=2, gamma=0.5)),
     "SGD, plateau": (partial(SGD, lr=0.05, momentum=0.9), partial(ReduceLROnPlateau, patience=1)),
     "AdamW, cosine": (partial(torch.optim.AdamW, lr=0.1, amsgrad=True), partial(CosineAnnealingLR, T_max=6)),
+    "SGD, one cycle": (partial(SGD, lr=0.05, momentum=0.9), partial(OneCycleLR, max_lr=0.1)),
     "RMSprop": (partial(torch.optim.RMSprop, lr=0.01, centered=True), None),
 }
+
+
+def in_order() -> DataLoader:
+    x = torch.rand(32, 16, generator=torch.Generator().manual_seed(5)).round()
+    return DataLoader(x, batch_size=16)
+
+
+def averaged_by_hand(ema_decay: float | None, scheduler, epochs: int) -> tuple[VAE, list[float]]:
+    """Trains without fit; averages weights and buffers, and steps a schedule, after every step; returns the rates."""
+    pyro.set_rng_seed(3)
+    vae, batches, elbo = stateful_vae(), in_order(), Trace_ELBO()
+    next(iter(batches))  # like fit, which looks at one batch first
+    optimizer = SGD(vae.parameters(), lr=0.05, momentum=0.9)
+    schedule, average, rates = scheduler and scheduler(optimizer), None, []
+    for _ in range(epochs):
+        for batch in batches:
+            optimizer.zero_grad()
+            (elbo.differentiable_loss(vae.model, vae.guide, batch) / 16).backward()
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+            state = {name: t.detach().clone() for name, t in vae.state_dict().items()}
+            average = average or state
+            average = {
+                name: torch.lerp(average[name], t, 1 - ema_decay) if ema_decay and t.is_floating_point() else t
+                for name, t in state.items()
+            }
+    vae.load_state_dict(average)
+    return vae, rates
+
+
+@pytest.mark.parametrize("compile", [False, "auto"])
+@pytest.mark.parametrize("ema_decay", [None, 0.7])
+@pytest.mark.parametrize(
+    "scheduler",
+    [None, partial(OneCycleLR, max_lr=0.2), partial(CosineAnnealingWarmRestarts, T_0=2)],
+    ids=["constant", "one cycle", "warm restarts"],
+)
+def test_averages_and_schedules_of_steps_are_those_of_a_loop_written_by_hand(compile, ema_decay, scheduler):
+    epochs, given = 5, scheduler
+    if scheduler is not None and scheduler.func is OneCycleLR:
+        given = partial(scheduler, total_steps=2 * epochs)  # that of the run, which fit gives it by itself
+    expected, rates = averaged_by_hand(ema_decay, given, epochs)
+    pyro.set_rng_seed(3)
+    vae, seen = stateful_vae(), []
+    optimizer = SGD(vae.parameters(), lr=0.05, momentum=0.9)
+    optimizer.register_step_pre_hook(lambda *_: seen.append(optimizer.param_groups[0]["lr"]))
+    train(
+        vae.model,
+        vae.guide,
+        in_order(),
+        epochs=epochs,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        schedule_every_step=scheduler is not None,
+        ema_decay=ema_decay,
+        compile=compile,
+    )
+    assert seen == rates
+    assert_same(dict(vae.state_dict()), dict(expected.state_dict()))
+
+
+def test_validation_callbacks_and_the_best_weights_are_those_of_the_average():
+    seen = []
+    vae, x = normal_vae(), torch.randn(40, 4)
+
+    def look(history: History) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            with evaluation_mode():
+                seen.append(Trace_ELBO().loss(vae.model, vae.guide, x) / len(x))
+
+    options = {"validation": x, "patience": 9, "ema_decay": 0.8, "batch_size": 10, "callbacks": [look]}
+    history = train(vae.model, vae.guide, x, epochs=4, **options)
+    assert seen == pytest.approx(history["validation"], rel=1e-6)
+    look(history)  # the weights at the end are those of the best epoch
+    assert seen[-1] == pytest.approx(min(history["validation"]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"schedule_every_step": True}, "schedule_every_step=True needs a scheduler that counts steps, got none"),
+        (
+            {"schedule_every_step": True, "scheduler": ReduceLROnPlateau},
+            "got ReduceLROnPlateau, which follows the loss of epochs",
+        ),
+        ({"ema_decay": 1.0}, "ema_decay must be between 0 and 1, such as 0.999"),
+        ({"ema_decay": "0.9"}, "ema_decay must be between 0 and 1"),
+        (
+            {"scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=3), "epochs": 4},
+            "OneCycleLR takes 3 epochs and cannot go on, but the run has 4",
+        ),
+    ],
+)
+def test_options_of_schedules_and_averages_that_do_not_fit_are_refused(options, message):
+    vae = normal_vae()
+    with pytest.raises(ValueError, match=message):
+        train(vae.model, vae.guide, torch.randn(20, 4), **{"batch_size": 10, "epochs": 2} | options)
+
+
+@pytest.mark.parametrize("by_step, unit, run", [(False, "epochs", 2), (True, "steps", 4)])
+@pytest.mark.parametrize(
+    "schedule",
+    [partial(CosineAnnealingLR, T_max=100), partial(ConstantLR, total_iters=100)],
+    ids=["cosine", "constant"],
+)
+def test_a_schedule_that_does_not_end_is_told(schedule, by_step, unit, run):
+    vae, options = normal_vae(), {"batch_size": 10, "epochs": 2, "schedule_every_step": by_step}
+    with pytest.warns(UserWarning, match=f"takes 100 {unit}, but the run has {run}: it does not come to its end"):
+        train(vae.model, vae.guide, torch.randn(20, 4), scheduler=schedule, **options)
 
 
 def test_the_same_seed_gives_the_same_result():
@@ -1153,11 +1274,16 @@ def test_the_same_seed_gives_the_same_result():
 
 @pytest.mark.parametrize("optimizer, scheduler", STATES.values(), ids=STATES)
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, optimizer, scheduler, at):
-    whole, history = stateful_run(3, 6, optimizer, scheduler, checkpoint=tmp_path / "whole")
-    stateful_run(3, at, optimizer, scheduler, checkpoint=tmp_path / "parts")
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, optimizer, scheduler, at, ema_decay):
+    # Schedules that follow no loss step after every step in one of two runs.
+    by_step = scheduler is not None and scheduler.func is not ReduceLROnPlateau and ema_decay is not None
+    run = partial(stateful_run, optimizer=optimizer, scheduler=scheduler, ema_decay=ema_decay)
+    run = partial(run, schedule_every_step=by_step, epochs=6)
+    whole, history = run(3, checkpoint=tmp_path / "whole")
+    run(3, checkpoint=tmp_path / "parts", callbacks=[lambda history: len(history) == at])
     # Other weights and other noise at the start: the checkpoint replaces both.
-    parts, resumed = stateful_run(99, 6, optimizer, scheduler, checkpoint=tmp_path / "parts", resume=True)
+    parts, resumed = run(99, checkpoint=tmp_path / "parts", resume=True)
     assert_same(dict(parts.state_dict()), dict(whole.state_dict()))
     assert without_seconds(resumed) == without_seconds(history)
     assert resumed["seconds"] == sorted(resumed["seconds"]), "the clock goes on"
@@ -1712,6 +1838,7 @@ OTHERS = {
     "fewer data": ({"size": 20}, "data and batch size"),
     "another batch size": ({"batch_size": 8}, "data and batch size"),
     "a schedule": ({"scheduler": partial(StepLR, step_size=2)}, "scheduler"),
+    "an average": ({"ema_decay": 0.9}, "ema_decay is 0.9, but the checkpoint was written with None"),
     "another optimizer": ({"optimizer": partial(SGD, lr=0.1, momentum=0.9)}, "optimizer"),
 }
 

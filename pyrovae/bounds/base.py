@@ -219,6 +219,11 @@ class Bound(PyroELBO, ABC):
         """The schedules that a bound has; none unless it says otherwise."""
         return []
 
+    def count_epochs(self, steps_per_epoch: int | None) -> None:
+        """Tells the schedules how many steps an epoch has, None where that is not known."""
+        for schedule in self.schedules:
+            schedule.steps_per_epoch = steps_per_epoch
+
     @property
     def span(self) -> int:
         """Training steps until all schedules finish, once; 0 without any."""

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from torch import Tensor
 
@@ -10,7 +10,12 @@ from pyrovae.inference.messages import Untraceable, described
 
 
 class Schedule(ABC):
-    """Base of numbers that change from one training step to the next; the bound counts the steps."""
+    """Base of numbers that change from one training step to the next; the bound counts the steps.
+
+    :func:`pyrovae.fit` sets `steps_per_epoch`, for schedules that count epochs.
+    """
+
+    steps_per_epoch: int | None = None
 
     @property
     @abstractmethod
@@ -34,9 +39,11 @@ class Linear(Schedule):
         steps: training steps :math:`T`, at least 1.
         start: the number at the first step, exactly.
         end: the number from step `steps` on.
+        epochs: in place of `steps`, the number of epochs that make :math:`T`, at least 1.
 
     Raises:
-        ValueError: when `steps` is below 1, or a number is negative or not finite.
+        ValueError: unless one of `steps` and `epochs` is given, when it is below 1, or a number is negative or not
+            finite; when it counts epochs outside of :func:`pyrovae.fit`, or those of data whose length is not known.
 
     References:
         Generating Sentences from a Continuous Space, S. R. Bowman, L. Vilnis, O. Vinyals, A. M. Dai, R. Jozefowicz and
@@ -48,19 +55,29 @@ class Linear(Schedule):
     (0.0, 0.5, 1.0)
     """
 
-    def __init__(self, steps: int, start: float = 0.0, end: float = 1.0):
-        if not steps >= 1:
-            raise ValueError(f"steps must be at least 1, got {steps}.")
-        self.steps = steps
+    def __init__(self, steps: int | None = None, start: float = 0.0, end: float = 1.0, epochs: int | None = None):
+        if (steps is None) == (epochs is None):
+            raise ValueError(f"give steps or epochs, one of them, got steps={steps} and epochs={epochs}.")
+        for name, value in (("steps", steps), ("epochs", epochs)):
+            if value is not None and not value >= 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        self.steps, self.epochs = steps, epochs
         self.start, self.end = check_weight("start", start), check_weight("end", end)
 
     def __call__(self, step: int | None) -> float:
-        share = 1.0 if step is None else min(step / self.steps, 1.0)
+        share = 1.0 if step is None else min(step / self.span, 1.0)
         return self.start + share * (self.end - self.start)
 
     @property
     def span(self) -> int:
-        return self.steps
+        if self.epochs is None:
+            return cast(int, self.steps)
+        if self.steps_per_epoch is None:
+            raise ValueError(
+                f"{self!r} counts epochs, and the number of steps of an epoch is not known here: give steps instead. "
+                "fit knows it for data that have a length."
+            )
+        return self.epochs * self.steps_per_epoch
 
 
 class Cyclical(Schedule):

@@ -6,7 +6,7 @@ NETWORK = {"class_path": "pyrovae.nn.GatedMLP", "init_args": {"hidden": [256, 25
 LIKELIHOOD: dict[str, Any] = {"class_path": "pyrovae.likelihoods.Tabular", "init_args": {"network": NETWORK}}
 
 
-def table_defaults(num_rows: int, num_columns: int) -> dict[str, Any]:
+def table_defaults(num_rows: int, num_columns: int, epochs: int | None = None) -> dict[str, Any]:
     """Returns settings of ``pyrovae train`` that suit a table of this size, as a configuration holds them.
 
     The prior, the networks and the number of steps were chosen by log p(x) and by classifiers on the test rows of the
@@ -15,8 +15,9 @@ def table_defaults(num_rows: int, num_columns: int) -> dict[str, Any]:
     Args:
         num_rows: rows to train on.
         num_columns: columns that are modelled.
+        epochs: passes over the data, over which the learning rate falls to 0; None for what suits the table.
     """
-    epochs = min(500, max(20, 1_500_000 // num_rows))
+    epochs = min(500, max(20, 1_500_000 // num_rows)) if epochs is None else epochs
     return {
         "preprocessing": "grey",
         "latent_dim": min(16, max(2, num_columns)),

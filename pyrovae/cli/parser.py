@@ -242,7 +242,8 @@ def _for_table(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     if not names_tabular(parse({"likelihood": LIKELIHOOD}).train.likelihood.class_path):
         return settings  # a file of numbers, with a likelihood of the user's choice
     splits, _ = load_table(settings.train.data, read_schema(settings.train.schema))
-    return parse(table_defaults(*splits.train.x.shape))
+    chosen = parse(table_defaults(*splits.train.x.shape))
+    return parse(table_defaults(*splits.train.x.shape, epochs=chosen.train.epochs))
 
 
 def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
@@ -273,7 +274,8 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     resumed.train.run = str(directory)
     # The checkpoint restores the optimizer and the random state: a change that it would undo must be an error.
     config = yaml.safe_load(_config(resumed.train))
-    changed = [name for name in config if config[name] != stored.get(name) and name not in configs.RENEWABLE]
+    before = configs.EARLIER | stored
+    changed = [name for name in config if config[name] != before.get(name) and name not in configs.RENEWABLE]
     if changed:
         raise ValueError(
             f"{', '.join(changed)} cannot change when a run is resumed. Leave this out, or start a new run with "

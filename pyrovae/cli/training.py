@@ -74,6 +74,8 @@ def train(
     loss: ELBO | None = None,
     optimizer: Callable[[Iterable], Optimizer] = lambda params: torch.optim.Adam(params, lr=1e-3, fused=True),
     scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    schedule_every_step: bool = False,
+    ema_decay: float | None = None,
     epochs: int = 500,
     batch_size: int = 128,
     patience: int | None = 50,
@@ -108,7 +110,11 @@ def train(
             --likelihood.context_dim and others, a VAE takes the labels of the data as a context.
         loss: the class of the training objective, such as one of pyrovae.bounds; Pyro's Trace_ELBO by default.
         optimizer: the class of the optimizer.
-        scheduler: the class of a learning-rate schedule, which steps once per epoch.
+        scheduler: the class of a learning-rate schedule, which steps once per epoch. OneCycleLR without a length spans
+            the run.
+        schedule_every_step: step the schedule after every step instead; its lengths are then numbers of steps.
+        ema_decay: score and keep an exponential moving average of the weights over the steps, of this decay, such as
+            0.999; null for the weights themselves.
         epochs: passes over the training data.
         batch_size: data per step.
         patience: stop when the validation loss has not improved for this many epochs; null to never stop early.
@@ -193,6 +199,8 @@ def train(
                     batch_size=batch_size,
                     optimizer=optimizer,
                     scheduler=scheduler,
+                    schedule_every_step=schedule_every_step,
+                    ema_decay=ema_decay,
                     transform=transform,
                     clip_norm=clip_norm,
                     validation=arguments_of(vae, splits.validation),

@@ -30,6 +30,7 @@ from pyrovae.training.callbacks import Callback, listeners_of, running, stop_req
 from pyrovae.training.checkpoints import Checkpointer
 from pyrovae.training.history import History
 from pyrovae.training.rows import check_rows
+from pyrovae.training.schedules import check_length
 from pyrovae.training.trainer import Trainer
 
 __all__ = ["fit"]
@@ -50,6 +51,8 @@ def fit(
     batch_size: int = 128,
     optimizer: Callable[[Iterable[Tensor]], Optimizer] | Optimizer = Adam,
     scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    schedule_every_step: bool = False,
+    ema_decay: float | None = None,
     transform: Callable | None = None,
     clip_norm: float | None = None,
     validation: Data | None = None,
@@ -89,7 +92,12 @@ def fit(
         batch_size: data per step, or all data if there are fewer. The last batch of an epoch may be smaller.
         optimizer: called with the parameters, such as ``functools.partial(torch.optim.Adam, lr=3e-4)``; or a torch
             optimizer that holds them.
-        scheduler: called with the optimizer to make a learning-rate schedule, which steps once per epoch.
+        scheduler: called with the optimizer to make a learning-rate schedule, which steps once per epoch. A
+            ``OneCycleLR`` that is given no length gets that of the run.
+        schedule_every_step: step the schedule after every step instead; its lengths are then numbers of steps.
+        ema_decay: validate, call callbacks and end with an exponential moving average of the weights over the steps, of
+            this decay, such as 0.999. Parameters with constraints are averaged without them. Buffers, such as the
+            statistics of batch norm, are averaged too.
         transform: called with every batch, its result used instead: ``transform(x)``, or ``transform(x, context)``.
             It applies to validation batches too.
         clip_norm: largest norm of the gradient of the loss per datum, over all parameters together.
@@ -117,9 +125,10 @@ def fit(
         The :class:`History`.
 
     Raises:
-        ValueError: when an argument is out of range; when the data are empty, hold NaN or infinity or are outside the
-            support of the likelihood; when model and guide do not fit each other; when parameters belong to rows of
-            data that come in several batches; or when the checkpoint is of another model.
+        ValueError: when an argument is out of range; when a schedule is shorter than the run and cannot go on; when the
+            data are empty, hold NaN or infinity or are outside the support of the likelihood; when model and guide do
+            not fit each other; when parameters belong to rows of data that come in several batches; or when the
+            checkpoint is of another model.
         TypeError: when `optimizer` is not and does not make a torch optimizer, `loss` is not an ELBO, or `scheduler` or
             a callback cannot be called.
         FileExistsError: when the checkpoint exists and `resume` is False.
@@ -135,7 +144,9 @@ def fit(
     >>> len(history)
     5
     """
-    _check_arguments(epochs, batch_size, patience, clip_norm, validation, scheduler, callbacks, loss, compile)
+    _check_arguments(
+        epochs, batch_size, patience, clip_norm, validation, scheduler, callbacks, loss, compile, ema_decay
+    )
     device = as_device(device)
     epochs, batch_size = int(epochs), int(batch_size)  # NumPy's integers are not accepted by all of torch
     world = init_process_group(device)
@@ -165,6 +176,14 @@ def fit(
         num_shuffled = 0
     else:
         num_shuffled = batches.size if isinstance(batches, Batches) else len(data)
+    try:
+        steps_per_epoch = len(batches)
+    except TypeError:  # an iterable data set has no length
+        steps_per_epoch = None
+    if not schedule_every_step:
+        schedule_length: int | None = epochs
+    else:
+        schedule_length = None if steps_per_epoch is None else epochs * steps_per_epoch
 
     loss = Trace_ELBO() if loss is None else loss
     backend = backend_of(compile)
@@ -180,6 +199,9 @@ def fit(
             num_shuffled=num_shuffled,
             optimizer=optimizer,
             scheduler=scheduler,
+            schedule_every_step=schedule_every_step,
+            schedule_length=schedule_length,
+            ema_decay=None if ema_decay is None else float(ema_decay),
             transform=transform,
             clip_norm=clip_norm,
             device=device,
@@ -192,10 +214,8 @@ def fit(
         raise ValueError(
             f"validation needs a loss, but {type(trainer.loss).__name__} has a gradient only. Leave validation out."
         )
-    try:
-        steps_per_epoch = len(batches)
-    except TypeError:  # an iterable data set has no length
-        steps_per_epoch = None
+    if isinstance(trainer.loss, Bound):
+        trainer.loss.count_epochs(steps_per_epoch)
     _warn_of_long_schedules(trainer.loss, steps_per_epoch, epochs, patience)
 
     history, best, checkpointer = History(), None, None  # best: the weights of the best epoch
@@ -207,6 +227,8 @@ def fit(
         if checkpoint_exists:
             history, best = checkpointer.load()
         checkpointer.save(history, best)  # if the file cannot be written, this raises now and not after an epoch
+    if trainer.scheduler is not None and schedule_length is not None:
+        check_length(trainer.scheduler, schedule_length, "steps" if schedule_every_step else "epochs")
     start = time.monotonic() - (history["seconds"][-1] if len(history) else 0.0)
     bar = tqdm(
         total=None if steps_per_epoch is None else steps_per_epoch * epochs,
@@ -270,6 +292,7 @@ def _check_arguments(
     callbacks: Any,
     loss: Any,
     compile: Any,
+    ema_decay: Any,
 ) -> None:
     """Raises an error that names the first argument that is out of range or of the wrong type."""
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
@@ -291,6 +314,8 @@ def _check_arguments(
         )
     if not (isinstance(callbacks, Sequence) and all(map(callable, callbacks))):
         raise TypeError(f"callbacks must be a list of functions of the history, got {callbacks!r}.")
+    if ema_decay is not None and not (isinstance(ema_decay, (float, int, np.number)) and 0 < ema_decay < 1):
+        raise ValueError(f"ema_decay must be between 0 and 1, such as 0.999, or None, got {ema_decay!r}.")
     backend_of(compile)
     if loss is not None and (isinstance(loss, type) or not callable(getattr(loss, "loss", None))):
         raise TypeError(f"loss must be an ELBO object, such as bounds.IWAE(16), got {loss!r}.")

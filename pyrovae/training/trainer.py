@@ -33,11 +33,15 @@ from pyrovae.inference.running import evaluation_mode, traced
 from pyrovae.inference.sites import latents_of_trace, sample_sites
 from pyrovae.inference.structure import inspect
 from pyrovae.rows import NumberType
+from pyrovae.training.averaging import Average
 from pyrovae.training.rows import parameters_of_rows
+from pyrovae.training.schedules import make_schedule
 from pyrovae.training.state import ModelState, display_name, find_state
 
 # Steps on a GPU between checks of values on it, because every check waits for the GPU.
 _CHECK_EVERY = 50
+# Arguments of a run that earlier versions did not have, and so did not write to checkpoints.
+_DEFAULTS = {"schedule_every_step": False, "ema_decay": None}
 
 
 class _LossCall(NamedTuple):
@@ -73,6 +77,9 @@ class Trainer:
             the names of the parameters that prevent it.
         optimizer: a torch optimizer, or called with the parameters to make one.
         scheduler: called with the optimizer to make a learning-rate schedule.
+        schedule_every_step: step the schedule after every step, not after every epoch.
+        schedule_length: how often the schedule steps in the run, None where that is not known.
+        ema_decay: decay of the average of the weights, None for none.
         transform: called with the arguments of every batch, its result used instead.
         clip_norm: the largest norm of the gradient.
         device: where to move each batch.
@@ -89,6 +96,9 @@ class Trainer:
         num_shuffled: int,
         optimizer: Callable | Optimizer,
         scheduler: Callable[[Optimizer], LRScheduler] | None,
+        schedule_every_step: bool,
+        schedule_length: int | None,
+        ema_decay: float | None,
         transform: Callable | None,
         clip_norm: float | None,
         device: torch.device | str | None,
@@ -127,8 +137,17 @@ class Trainer:
             keys = parameters_of_rows(model, guide, self.state.params, batch, total, num_shuffled)
             self.row_parameters = list(map(display_name, keys))
         self.optimizer = _make_optimizer(optimizer, self.state)
-        self.recordable = world.size == 1 and _make_recordable(self.optimizer)
-        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+        self.scheduler = None if scheduler is None else make_schedule(scheduler, self.optimizer, schedule_length)
+        self.every_step = schedule_every_step
+        if self.every_step and (self.scheduler is None or isinstance(self.scheduler, ReduceLROnPlateau)):
+            given = "none" if self.scheduler is None else "ReduceLROnPlateau, which follows the loss of epochs"
+            raise ValueError(
+                f"schedule_every_step=True needs a scheduler that counts steps, got {given}. Leave it out."
+            )
+        # A learning rate that differs from step to step is a constant of a CUDA graph.
+        self.recordable = world.size == 1 and not self.every_step and _make_recordable(self.optimizer)
+        self.ema_decay = ema_decay
+        self.average = None if ema_decay is None else Average(self.state, ema_decay)
 
         self.num_steps = 0
         self.latest_call = _LossCall(args, kwargs, torch.get_rng_state(), None, "on the first batch")
@@ -161,6 +180,8 @@ class Trainer:
     def train_epoch(self, batches: Iterable, epoch: int, after_step: Callable[[], Any]) -> dict[str, float]:
         """Takes a step on every batch; returns the mean loss per datum and its parts.
 
+        Before and after it, the weights are the averaged ones if there is an average.
+
         Args:
             batches: the batches.
             epoch: the number of the epoch, from 1.
@@ -169,6 +190,8 @@ class Trainer:
         self.state.set_modes()
         self.num_pyro_params = len(pyro.get_param_store())  # callbacks may have made parameters of their own
         self.synchronize()  # callbacks run on rank 0 only, and may have changed anything
+        if self.average is not None:
+            self.average.swap()
         self.has_gradient = []
         self.totals.zero_()
         self.is_valid.fill_(True)
@@ -189,6 +212,9 @@ class Trainer:
         means = dict(zip(self.names, (totals / count).tolist(), strict=True))
         # Buffers such as the statistics of batch norm are of the data of each process: all take those of rank 0.
         self.synchronize()
+        if self.average is not None:
+            self.average.swap()
+            self.synchronize()
         return means
 
     def step(self, batch: Arguments, rows: Tensor | int | None, epoch: int) -> int:
@@ -214,6 +240,10 @@ class Trainer:
                 self._update([*parts], values, is_valid, shard, size)
         except ValueError as error:
             self._explain(error)
+        if self.average is not None and self.num_steps == 1:
+            self.average.start()
+        if self.every_step:
+            self._step_schedule()
         if self.totals.is_cuda and self.num_steps % _CHECK_EVERY == 0:
             self._check_valid()
         torch.clear_autocast_cache()  # it holds the weights of before the step, under an autocast of the caller
@@ -299,6 +329,8 @@ class Trainer:
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.state.trained, self.clip_norm)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
 
     def _add_gradients_of_all(self) -> None:
         """Sums the gradients over the processes. A parameter without a gradient in any of them stays without."""
@@ -346,14 +378,19 @@ class Trainer:
         self._check_parameters(f"in epoch {record['epoch']}")
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(record.get("validation", record["loss"]))
-        elif self.scheduler is not None:
-            try:
-                self.scheduler.step()
-            except ZeroDivisionError as error:
-                raise ValueError(
-                    f"scheduler: {type(self.scheduler).__name__} divides by a number of epochs that is 0. Give it a "
-                    "positive one."
-                ) from error
+        elif not self.every_step:
+            self._step_schedule()
+
+    def _step_schedule(self) -> None:
+        if self.scheduler is None:
+            return
+        try:
+            self.scheduler.step()
+        except ZeroDivisionError as error:
+            raise ValueError(
+                f"scheduler: {type(self.scheduler).__name__} divides by a number of epochs that is 0. Give it a "
+                "positive one."
+            ) from error
 
     def _check_valid(self) -> None:
         """Raises if a loss of this epoch was not finite, or data were outside of their support."""
@@ -393,18 +430,19 @@ class Trainer:
         """Returns the state that :meth:`load_state_dict` needs to resume the run, in another process too."""
         return {
             **self.state.snapshot(),
-            "kinds": self._class_names(),
+            "kinds": self._kinds(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "loss": self.loss.state_dict() if isinstance(self.loss, Bound) else {},
             "graphs": {"calls": []} if self.compiled is None else self.compiled.graphs.state_dict(),
             "num_steps": self.num_steps,
+            "raw": None if self.average is None else self.average.kept,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned; raises a ValueError if it is of another model or optimizer."""
-        for argument, name in self._class_names().items():
-            saved = state["kinds"].get(argument, name)
+        for argument, name in self._kinds().items():
+            saved = state["kinds"].get(argument, _DEFAULTS.get(argument, name))
             if saved != name:
                 raise ValueError(
                     f"{argument} is {name}, but the checkpoint was written with {saved}. Resume with the same "
@@ -421,13 +459,16 @@ class Trainer:
             self.loss.load_state_dict(state["loss"])
         if self.compiled is not None and "graphs" in state:  # nor this
             self.compiled.graphs.load_state_dict(state["graphs"])
+        if self.average is not None:
+            self.average.load(state["raw"])
         self.num_steps = state["num_steps"]
 
-    def _class_names(self) -> dict[str, str | None]:
-        """Returns the arguments of the run whose state is of no use to an object of another class."""
+    def _kinds(self) -> dict[str, Any]:
+        """Returns the classes of the arguments whose state is of no use to another class, and the options of steps."""
         scheduler = None if self.scheduler is None else type(self.scheduler).__name__
         loss = repr(self.loss) if isinstance(self.loss, Bound) else type(self.loss).__name__
-        return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler, "loss": loss}
+        classes = {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler, "loss": loss}
+        return classes | {"schedule_every_step": self.every_step, "ema_decay": self.ema_decay}
 
 
 def _make_optimizer(optimizer: Callable | Optimizer, state: ModelState) -> Optimizer:
