@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pyro
 import pytest
 import torch
+import yaml
 
 import pyrovae
 from pyrovae import data, log_marginal
@@ -51,6 +52,11 @@ def run(tmp_path_factory):
         arguments = ["train", "--data", "people.csv", "--run", str(directory), "--epochs", "15", "--num-samples", "50"]
         main([*arguments, "--latent-dim", "3", *network])
     return directory
+
+
+def test_the_schedule_of_a_table_ends_with_the_run(run):
+    scheduler = yaml.safe_load((run / "config.yaml").read_text())["scheduler"]
+    assert scheduler["class_path"].endswith("CosineAnnealingLR") and scheduler["init_args"]["T_max"] == 15
 
 
 @pytest.fixture

@@ -242,8 +242,9 @@ def _for_table(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     if not names_tabular(parse({"likelihood": LIKELIHOOD}).train.likelihood.class_path):
         return settings  # a file of numbers, with a likelihood of the user's choice
     splits, _ = load_table(settings.train.data, read_schema(settings.train.schema))
-    chosen = parse(table_defaults(*splits.train.x.shape))
-    return parse(table_defaults(*splits.train.x.shape, epochs=chosen.train.epochs))
+    num_rows, num_columns = splits.train.x.shape
+    chosen = parse(table_defaults(num_rows, num_columns))
+    return parse(table_defaults(num_rows, num_columns, chosen.train.epochs))
 
 
 def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
