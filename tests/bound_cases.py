@@ -60,6 +60,9 @@ BOUNDS = [
     BoundCase("TVO", lambda k, **kw: bounds.TVO(k, 4, **kw)),
     BoundCase("TVO-DReG", lambda k, **kw: bounds.TVO(k, 4, gradient=DREG, **kw), reparameterized=True),
     BoundCase("TVO-covariance", lambda k, **kw: bounds.TVO(k, 4, gradient=Covariance(), **kw), unbiased=False),
+    # On models without steps; the tests of particle filters are its own.
+    BoundCase("FIVO", lambda k: bounds.FIVO(k), unbiased=False),
+    BoundCase("FIVO-unbiased", lambda k: bounds.FIVO(k, 1.0, bounds.multinomial, resampling_gradient=True)),
     BoundCase("ReweightedWakeSleep", lambda k, **kw: bounds.ReweightedWakeSleep(k, **kw), unbiased=False),
     BoundCase(
         "ReweightedWakeSleep-sleep", lambda k, **kw: bounds.ReweightedWakeSleep(k, 0.5, 0.5, **kw), unbiased=False

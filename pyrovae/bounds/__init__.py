@@ -2,6 +2,7 @@ r"""Bounds: training objectives for any Pyro model and guide, each a function of
 
 from pyrovae.bounds.base import Bound, ImportanceBound, Terms
 from pyrovae.bounds.elbo import ELBO
+from pyrovae.bounds.filtering import FIVO
 from pyrovae.bounds.gradients import (
     Coefficients,
     Covariance,
@@ -14,6 +15,7 @@ from pyrovae.bounds.penalties import Capacity, FreeBits, Penalty
 from pyrovae.bounds.reductions import Reduced, power_mean
 from pyrovae.bounds.schedules import Cyclical, Linear, Schedule
 from pyrovae.bounds.weighted import CIWAE, CUBO, IWAE, MIWAE, PIWAE, TVO, Renyi, ReweightedWakeSleep, VRMax
+from pyrovae.inference.filtering import multinomial, stratified, systematic
 
 __all__ = [
     "CIWAE",
@@ -25,6 +27,7 @@ __all__ = [
     "Cyclical",
     "DoublyReparameterized",
     "ELBO",
+    "FIVO",
     "FreeBits",
     "Gradient",
     "IWAE",
@@ -42,5 +45,8 @@ __all__ = [
     "TVO",
     "Terms",
     "VRMax",
+    "multinomial",
     "power_mean",
+    "stratified",
+    "systematic",
 ]

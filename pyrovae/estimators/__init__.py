@@ -7,6 +7,7 @@ from pyrovae.estimators.baseline import independent_baseline
 from pyrovae.estimators.comparison import Comparison, Ranking, compare, compare_all
 from pyrovae.estimators.conditional import log_conditional
 from pyrovae.estimators.exact import Enumeration, Quadrature
+from pyrovae.estimators.filtered import ParticleFilter
 from pyrovae.estimators.guides import as_guide
 from pyrovae.estimators.laplace import Laplace
 from pyrovae.estimators.marginal import log_marginal
@@ -31,6 +32,7 @@ __all__ = [
     "Linear",
     "Laplace",
     "Mixed",
+    "ParticleFilter",
     "Prior",
     "Proposal",
     "Quadrature",

@@ -1,0 +1,154 @@
+r"""The particle filter: log p(x) of sequences, by importance sampling that resamples between the steps of time."""
+
+import math
+from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyrovae.estimators.base import Estimate, Estimator, check_count, join
+from pyrovae.estimators.memory import PeakMemory, clamp, split_evenly
+from pyrovae.estimators.proposals import Guide, Proposal
+from pyrovae.estimators.task import Task
+from pyrovae.estimators.weighted import WeightSums, fit_tail
+from pyrovae.inference.filtering import Filtered, Resampling, check_followed, effective_size, run_filter, systematic
+from pyrovae.inference.messages import warn
+from pyrovae.inference.structure import SiteStructure
+
+
+class ParticleFilter(Estimator):
+    r"""A particle filter, for models and guides that draw their latents step by step.
+
+    .. math:: \hat p(x) = \frac{1}{R} \sum_{r=1}^R \prod_{t=1}^T \frac{1}{K} \sum_{k=1}^K w_{rt}^k, \qquad
+        w_{rt}^k = \frac{p(x_t, z_t^k \mid z_{<t}^{a_k}, x_{<t})}{q(z_t^k \mid z_{<t}^{a_k}, x)}
+
+    is unbiased, and its variance grows linearly with the number of steps, where that of importance sampling grows
+    exponentially. Which models it takes, and when it resamples, is as in :class:`pyrovae.bounds.FIVO`. The standard
+    error is that of R independent filters. The diagnostics of each datum: "least ess", the smallest effective sample
+    size of the particles over all steps; "khat of steps", the largest k-hat of the weights of a step, of all filters
+    together.
+
+    A datum is trusted where the effective sample size of the filters is a fifth of them and at least 4, and where no
+    step has a k-hat above 0.7.
+
+    Args:
+        num_samples: independent filters :math:`R` for each datum, at least 2 for a standard error.
+        num_particles: particles of each filter :math:`K`, at least 2.
+        proposal: the distribution of the draws; the guide by default. ``Prior()`` is the bootstrap filter.
+        threshold: share of the particles to which the effective sample size may fall.
+        resampling: draws the ancestors, such as :func:`pyrovae.bounds.systematic`.
+
+    References:
+        Novel Approach to Nonlinear/Non-Gaussian Bayesian State Estimation, N. J. Gordon, D. J. Salmond and
+        A. F. M. Smith, 1993, https://doi.org/10.1049/ip-f-2.1993.0015; An Introduction to Sequential Monte Carlo,
+        N. Chopin and O. Papaspiliopoulos, 2020, https://doi.org/10.1007/978-3-030-47845-2.
+
+    >>> ParticleFilter(num_particles=500).num_samples
+    32
+    """
+
+    unit = "filters"
+
+    def __init__(
+        self,
+        num_samples: int = 32,
+        num_particles: int = 100,
+        proposal: Proposal | None = None,
+        threshold: float = 0.5,
+        resampling: Resampling = systematic,
+    ):
+        super().__init__(num_samples)
+        check_count("num_particles", num_particles, least=2)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be between 0 and 1, got {threshold}.")
+        self.num_particles = int(num_particles)
+        self.threshold, self.resampling = threshold, resampling
+        self.proposal = Guide() if proposal is None else proposal
+        if not isinstance(self.proposal, Proposal):
+            raise TypeError(f"proposal must be a proposal such as estimators.Prior(), got {proposal!r}.")
+        self.needs_guide = self.proposal.needs_guide
+
+    def estimate(self, task: Task) -> Estimate:
+        if not task.structure.vectorized:
+            raise ValueError("ParticleFilter draws all particles at once, which this model or guide cannot do.")
+        few = task.rows(slice(0, 2))
+        guide = self._guide(few)
+        check = check_followed(few.model, guide, few.structure, self.num_particles, few.args, few.kwargs)
+        if not check.resampled and len(task.structure.latents) > 1:
+            warn(
+                "nothing is observed between two latents of this model, so that ParticleFilter resamples nothing and "
+                "is importance sampling. Observe each step of time in the loop that draws its latents."
+            )
+        with PeakMemory() as peak:
+            self._run(few, 1)
+        most = clamp(task.max_memory * few.size / max(peak.bytes, 1), task.size * self.num_samples)
+        task.start(task.size, "datum")
+        parts = [
+            self._score(part, clamp(most / part.size, self.num_samples))
+            for part in task.split(clamp(most / self.num_samples, task.size))
+        ]
+        return join(self, parts)
+
+    def fit(self, task: Task) -> Estimator:
+        fitted = copy(self)
+        fitted.proposal = self.proposal.fit(task)
+        return fitted
+
+    def trusts(self, estimate: Estimate) -> Tensor:
+        fails = estimate.diagnostics["khat of steps"] > 0.7
+        return (estimate.ess >= max(0.2 * self.num_samples, 4)) & ~fails
+
+    def describe(self, estimate: Estimate) -> str:
+        untrusted, n = int((~estimate.trusted).sum()), len(estimate.value)
+        least = estimate.diagnostics["least ess"].min().item()
+        return (
+            f"filters differ too much, or a step has k-hat above 0.7, not to be trusted: {untrusted:,} of {n:,} data; "
+            f"smallest effective sample size of the {self.num_particles:,} particles: {least:.1f}"
+        )
+
+    def remedy(self, structure: SiteStructure) -> str:
+        return f"Take more particles: method=ParticleFilter(num_particles={10 * self.num_particles})."
+
+    def _guide(self, task: Task) -> Callable:
+        return self.proposal.single(task, "ParticleFilter draws").guide
+
+    def _run(self, task: Task, num_runs: int) -> Filtered:
+        return run_filter(
+            task.model,
+            self._guide(task),
+            task.structure,
+            self.num_particles,
+            self.threshold,
+            self.resampling,
+            task.args,
+            task.kwargs,
+            num_runs,
+            keep=False,
+        )
+
+    def _score(self, task: Task, num_runs: int) -> Estimate:
+        """Scores some data, by so many filters at once."""
+        sums, least, khat = WeightSums(self.num_samples), [], []
+        for count in split_evenly(self.num_samples, num_runs):
+            run = self._run(task, count)
+            sums.add(run.log_z)
+            steps = [*(step.log_w for step in run.resampled), run.log_w]
+            least.append(torch.stack([effective_size(log_w).amin(0) for log_w in steps]).amin(0))
+            khat.append(torch.stack([_tail(log_w) for log_w in steps]).amax(0))
+            task.advance(task.size * count / self.num_samples)
+        diagnostics = {"least ess": torch.stack(least).amin(0), "khat of steps": torch.stack(khat).amax(0)}
+        estimate = sums.estimate(self)
+        return replace(estimate, diagnostics={name: t.to(estimate.value.dtype) for name, t in diagnostics.items()})
+
+
+def _tail(log_w: Tensor) -> Tensor:
+    """Returns k-hat of the weights of a step, ``(runs, particles, batch)``, relative to their mean in each run."""
+    total = log_w.logsumexp(1, keepdim=True)
+    relative = torch.where(total > -math.inf, log_w - total, -math.inf).flatten(0, 1).double()
+    n = len(relative)
+    size = math.ceil(min(0.2 * n, 3 * math.sqrt(n)))
+    largest = relative.topk(min(size + 1, n), dim=0).values
+    khat = fit_tail(largest, resolution=math.sqrt(torch.finfo(log_w.dtype).eps))[0]
+    return torch.where(khat.isnan(), -math.inf, khat)  # of too few particles, which show no tail
