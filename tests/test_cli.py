@@ -43,7 +43,7 @@ def error_of(*argv):
 def test_train_leaves_a_whole_run_and_beats_the_baseline(run):
     assert {p.name for p in run.iterdir()} == {
         "config.yaml", "run.json", "weights.safetensors", "checkpoint.safetensors", "metrics.jsonl", "samples.png",
-        "reconstructions.png", "latent_space.png", "learning_curve.png",
+        "reconstructions.png", "latent_space.png", "learning_curve.png", "report.html",
     }  # fmt: skip
     *epochs, result = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert [record["epoch"] for record in epochs] == list(range(1, 41))

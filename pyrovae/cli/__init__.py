@@ -11,6 +11,7 @@ from pyrovae.cli.drawing import reconstruct, sample
 from pyrovae.cli.listing import parts
 from pyrovae.cli.parser import main
 from pyrovae.cli.repairing import repair
+from pyrovae.cli.reporting import report
 from pyrovae.cli.rows import encode, impute, score
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.training import train
@@ -26,6 +27,7 @@ __all__ = [
     "parts",
     "reconstruct",
     "repair",
+    "report",
     "sample",
     "score",
     "train",

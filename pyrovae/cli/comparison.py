@@ -23,7 +23,7 @@ from pyrovae.cli.common import (
 from pyrovae.cli.labels import arguments_of, scored
 from pyrovae.data import Schema, Split
 from pyrovae.data.columns import Continuous, Count, Discrete, Modelled, Time
-from pyrovae.estimators import Estimator, UntilTrusted, log_marginal
+from pyrovae.estimators import Estimate, Estimator, UntilTrusted, log_marginal
 
 
 def compare(
@@ -76,10 +76,7 @@ def compare(
     if method.relation != "=":
         raise ValueError(f"{method} is an upper bound of log p(x): a difference says nothing. Take another method.")
     check_device(device)
-    loaded = {run: storage.load_run(run, trust=trust) for run in runs}
-    parts = {
-        run: first_of(part, num_data, device) for run, part in _common_data(loaded, split, data, data_root).items()
-    }
+    loaded = comparable_runs(runs, split, num_data, data, data_root, device, trust)
     table = None if output is None else new_file(output, (".csv",))
     names = "-".join(path.name for path in paths[1:])
     drawn = Path(runs[0]) / f"comparison-{split}-{names}.png" if picture is None else Path(picture)
@@ -88,18 +85,13 @@ def compare(
     if drawn.exists():
         raise FileExistsError(f"{drawn} already exists. Give another file with --picture.")
 
-    found = {}
-    for i, (run, (vae, _)) in enumerate(loaded.items()):
-        pyro.set_rng_seed((seed + i) % 2**32)  # the errors of a difference are those of independent draws
-        vae.to(device)
-        args = arguments_of(vae, parts[run])
-        found[run] = log_marginal(vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile)
-        print(f"{run}, {split}: {found[run]}\n")
+    print(f"{split} data\n")
+    found = scored_runs(loaded, method, seed, max_memory, compile)
     ranking = estimators.compare_all(found)
     print(ranking)
     print("\n" + "\n".join(pair.verdict for pair in ranking.pairs))
     if table is not None:
-        columns: dict[str, Tensor] = {"datum": torch.arange(len(parts[runs[0]].x))}
+        columns: dict[str, Tensor] = {"datum": torch.arange(len(found[runs[0]].value))}
         for i, estimate in enumerate(found.values()):
             for name in ("value", "standard_error", "trusted"):
                 columns[f"{name}_{i + 1}"] = getattr(estimate, name)
@@ -108,6 +100,42 @@ def compare(
     drawn.parent.mkdir(parents=True, exist_ok=True)
     ranking.plot(drawn)
     print(f"picture: {drawn}")
+
+
+def comparable_runs(
+    runs: list[str],
+    split: SplitName,
+    num_data: int | None,
+    data: str | None,
+    data_root: str | None,
+    device: str,
+    trust: bool,
+) -> dict[str, tuple[Any, Split]]:
+    """Returns the VAE of each run, and the data that all are to be scored on; arguments as of :func:`compare`.
+
+    Raises:
+        ValueError: when log p(x) of the runs cannot be compared.
+    """
+    loaded = {run: storage.load_run(run, trust=trust) for run in runs}
+    parts = _common_data(loaded, split, data, data_root)
+    return {run: (vae.to(device), first_of(parts[run], num_data, device)) for run, (vae, _) in loaded.items()}
+
+
+def scored_runs(
+    loaded: dict[str, tuple[Any, Split]],
+    method: Estimator,
+    seed: int = 0,
+    max_memory: float = 64e6,
+    compile: bool | Literal["auto"] = "auto",
+) -> dict[str, Estimate]:
+    """Returns estimates of log p(x) for runs, and prints each; `loaded` is what :func:`comparable_runs` returned."""
+    found = {}
+    for i, (run, (vae, part)) in enumerate(loaded.items()):
+        pyro.set_rng_seed((seed + i) % 2**32)  # the errors of a difference are those of independent draws
+        args = arguments_of(vae, part)
+        found[run] = log_marginal(vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile)
+        print(f"{run}: {found[run]}\n")
+    return found
 
 
 def _common_data(

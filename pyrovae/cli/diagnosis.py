@@ -114,7 +114,7 @@ def diagnose(
             print(result)
             out.mkdir(parents=True, exist_ok=True)
             result.plot(out / f"{name}.png")
-            results[name] = result.summary()
+            results[name] = {"question": kind.question, "verdict": result.verdict, **result.summary()}
             verdicts.append(f"{kind.question} {result.verdict}")
         storage.write_atomically(out / "diagnosis.json", (json.dumps(results, indent=1) + "\n").encode())
     _draw_collapse(Path(run) / "metrics.jsonl", out / "collapse_history.png")

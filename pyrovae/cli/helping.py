@@ -53,6 +53,10 @@ PAGES: dict[str, Page] = {
         ("pyrovae diagnose runs/mnist", "pyrovae diagnose runs/mnist --nuts-samples 0"),
         {"common": ("run", "split", "num_data", "nuts_samples", "other", "output")},
     ),
+    "report": Page(
+        ("pyrovae report runs/mnist", "pyrovae report runs/a runs/b --output ab.html"),
+        {"common": ("runs", "output", "num_data", "seconds")},
+    ),
     "sample": Page(
         ("pyrovae sample runs/mnist", "pyrovae sample runs/adult --given 'sex=Female' --output rows.csv"),
         {"common": ("run", "num_samples", "output", "mean", "given", "label", "seed")},

@@ -28,6 +28,7 @@ from pyrovae.cli.drawing import reconstruct, sample
 from pyrovae.cli.listing import Parser, parts
 from pyrovae.cli.pixels import has_missing, options_for
 from pyrovae.cli.repairing import repair
+from pyrovae.cli.reporting import report
 from pyrovae.cli.rows import encode, impute, score
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.signals import Terminated
@@ -38,7 +39,13 @@ from pyrovae.documents import read_yaml
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "data": {"describe": describe},
     "train and score": {"train": train, "evaluate": evaluate, "compare": compare},
-    "look at a run": {"diagnose": diagnose, "sample": sample, "reconstruct": reconstruct, "repair": repair},
+    "look at a run": {
+        "diagnose": diagnose,
+        "report": report,
+        "sample": sample,
+        "reconstruct": reconstruct,
+        "repair": repair,
+    },
     "rows of a table": {"score": score, "impute": impute, "encode": encode},
     "look up": {"parts": parts},
 }

@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 import pyro
 import torch
 import yaml
-from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,7 +18,6 @@ from tqdm.auto import tqdm
 from pyrovae import data as datasets
 from pyrovae import diagnostics, storage
 from pyrovae.cli.common import (
-    MEANS,
     Preprocessing,
     check_device,
     chosen_method,
@@ -31,7 +29,9 @@ from pyrovae.cli.common import (
     load_table,
     read_schema,
 )
-from pyrovae.cli.labels import arguments_of, draw, note_on
+from pyrovae.cli.labels import arguments_of, note_on
+from pyrovae.cli.pictures import pictures_of
+from pyrovae.cli.reporting import write_report
 from pyrovae.cli.signals import StopOnSignal
 from pyrovae.config import is_tabular, make_table_vae, make_vae
 from pyrovae.distributed import init_process_group
@@ -228,7 +228,8 @@ def train(
         estimate = log_marginal(vae.model, vae.guide, *test, method=method, compile=compile)
         if world.is_rank0:
             storage.save_trained(vae, directory)
-            result = _report_training(vae, splits, history, epochs, estimate, metrics, directory)
+            settings = yaml.safe_load(config) or {}
+            result = _report_training(vae, splits, history, epochs, estimate, metrics, directory, settings)
             if tracking is not None:
                 tracking.results({f"test/{name}": value for name, value in result.items()})
                 for path in sorted(directory.glob("*.png")):
@@ -273,6 +274,7 @@ def _report_training(
     estimate: Estimate,
     metrics: MetricsFile,
     directory: Path,
+    config: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes the metrics and the pictures of a run, and prints its results and what can be done next; returns them."""
     if len(history) < epochs:
@@ -309,8 +311,15 @@ def _report_training(
             )
     metrics.write([*history.records, result])
     print(f"\n{history}\n\n{scores}")
-    _draw(vae, splits, history, directory)
-    print(f"\npictures, weights and metrics: {directory}\nscore it again: pyrovae evaluate {directory}")
+    files = pictures_of(vae, splits, history)
+    files["report.html"] = lambda path: write_report(directory, vae, config, splits)
+    for name, write in files.items():
+        try:
+            write(directory / name)
+        except Exception as error:  # a picture must not cost the others, nor the results
+            print(f"{name} could not be drawn: {' '.join(str(error).split()) or type(error).__name__}")
+    print(f"\npictures, weights and metrics: {directory}\non one page: {directory / 'report.html'}")
+    print(f"score it again: pyrovae evaluate {directory}")
     print(f"what it learned, and where it loses nats: pyrovae diagnose {directory}")
     return result
 
@@ -341,31 +350,3 @@ def _choices(config: str) -> str:
             listed.append(f"{name} {settings[name]['class_path'].rpartition('.')[2]}")
     rate = ((settings.get("optimizer") or {}).get("init_args") or {}).get("lr") if settings else None
     return "settings: " + ", ".join([*listed, *([f"learning rate {rate:g}"] if rate else [])])
-
-
-def _lowest_latents(vae: Any, part: datasets.Split) -> Tensor:
-    """Returns a draw of the latents next to the data, for each datum."""
-    sites = poutine.trace(vae.guide).get_trace(*arguments_of(vae, part)).nodes
-    return sites["z" if "z" in sites else "z1"]["value"].float()
-
-
-@torch.no_grad()
-def _draw(vae: Any, splits: datasets.Splits, history: History, directory: Path) -> None:
-    from pyrovae import plots  # matplotlib is slow to import
-
-    device = next(vae.parameters()).device
-    part, few = (data_to_score(splits, "test", "grey", size, device) for size in (1000, 10))
-    pictures: dict[str, Callable[[Path], Any]] = {}
-    if splits.schema is None:
-        pictures["samples.png"] = lambda path: plots.samples(draw(vae, 100, mean=True), path, MEANS)
-    if splits.schema is None and hasattr(vae, "reconstruct"):
-        pictures["reconstructions.png"] = lambda path: plots.reconstructions(
-            few.x, vae.reconstruct(*arguments_of(vae, few)), path
-        )
-    pictures["latent_space.png"] = lambda path: plots.latent_space(_lowest_latents(vae, part), part.labels, path)
-    pictures["learning_curve.png"] = lambda path: plots.learning_curve(history, path)
-    for name, draw_to in pictures.items():
-        try:
-            draw_to(directory / name)
-        except Exception as error:  # a picture must not cost the others, nor the results
-            print(f"{name} could not be drawn: {' '.join(str(error).split()) or type(error).__name__}")
