@@ -8,6 +8,7 @@ from pyrovae.distributions.cells import (
     RoundedLogisticCells,
     Scales,
 )
+from pyrovae.distributions.chains import MarkovChain
 from pyrovae.distributions.continuous import BatchScaleNormal, Beta, ContinuousBernoulli, Gamma, StudentT
 from pyrovae.distributions.counts import Multinomial, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pyrovae.distributions.discrete import Categorical, DiscretizedLogistic, IndependentBernoulli
@@ -51,6 +52,7 @@ __all__ = [
     "LogisticCells",
     "LogisticNormal",
     "LowRankMultivariateNormal",
+    "MarkovChain",
     "MaskedElements",
     "Multinomial",
     "MultivariateNormal",

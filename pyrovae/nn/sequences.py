@@ -152,3 +152,99 @@ class GRUDecoder(ShapedNetwork):
         states, _ = self.gru(h.unsqueeze(1).expand(-1, self.out_shape[-2], -1), self.foot(h).tanh().unsqueeze(0))
         out = self.head(states).unflatten(-1, (-1, self.out_shape[-1])).transpose(-3, -2)
         return out.reshape(*leading, *self.out_shape)
+
+
+class BackwardGRU(ShapedNetwork):
+    r"""A gated recurrent network that reads sequences from their end, and gives a summary of the rest at every step.
+
+    .. math:: y_t = \mathrm{GRU}([x_t, m_t], y_{t+1}), \qquad y_{T+1} = 0
+
+    Sequences of any number of steps have shape ``(batch, time, *in_shape)``. Steps that were not observed
+    (:math:`m_t = 0`) are read as zeros, and those after the last observed one are not read at all, so that padding
+    changes nothing.
+
+    Args:
+        in_shape: shape of one step.
+        out_shape: units of the state.
+        memory: steps over which the longest memories last at the start of training.
+
+    Raises:
+        ValueError: when an input does not have the stated shape.
+        TypeError: when an input is not floating point.
+
+    References:
+        Learning Phrase Representations using RNN Encoder-Decoder, K. Cho et al., 2014,
+        https://arxiv.org/abs/1406.1078; Structured Inference Networks for Nonlinear State Space Models, R. G. Krishnan,
+        U. Shalit and D. Sontag, 2017, https://arxiv.org/abs/1609.09869.
+
+    >>> BackwardGRU(3, 16)(torch.zeros(7, 50, 3)).shape
+    torch.Size([7, 50, 16])
+    """
+
+    def __init__(self, in_shape: Shape, out_shape: Shape = 128, memory: int = 20):
+        super().__init__(as_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), 0)
+        width = math.prod(self.out_shape)
+        self.gru = start_recurrence(
+            nn.GRU(math.prod(self.in_shape) + 1, width, batch_first=True), check_count(memory, "memory")
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns the summaries, ``(batch, time, *out_shape)``, of sequences and the mask of their observed steps."""
+        self.check_input(x)
+        x = x.flatten(2)
+        mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+        steps = torch.cat([torch.where(mask.unsqueeze(-1), x, 0.0), mask.unsqueeze(-1).to(x.dtype)], dim=-1)
+        # The order of the steps from the last observed one to the first; the others stay where they are.
+        time = torch.arange(x.shape[1], device=x.device)
+        last = (mask * time).amax(-1, keepdim=True)
+        order = torch.where(time <= last, last - time, time).unsqueeze(-1)
+        states, _ = self.gru(steps.gather(1, order.expand_as(steps)))
+        return states.gather(1, order.expand_as(states)).unflatten(-1, self.out_shape)
+
+
+class GatedTransition(ShapedNetwork):
+    r"""A network between states of a sequence that starts as the identity, and learns where to leave it.
+
+    .. math:: g = \sigma(a(z)), \quad \mu = (1 - g) \odot (z + W z + b) + g \odot h(z), \quad
+        r = V\, \mathrm{relu}(h(z)) + d
+
+    a and h are perceptrons of one hidden layer, :math:`W` starts at zero. It returns :math:`\mu` and r, from which
+    ``encoders.DiagonalNormal`` makes a mean and a standard deviation.
+
+    Args:
+        in_shape: shape of a state, ``(dim,)``.
+        out_shape: twice as long.
+        width: units of the hidden layers.
+        context_dim: width of the context vector, 0 for none; a and h read it.
+
+    Raises:
+        ValueError: when `out_shape` is not twice as long as `in_shape`; as :class:`MLP`.
+
+    References:
+        Structured Inference Networks for Nonlinear State Space Models, R. G. Krishnan, U. Shalit and D. Sontag, 2017,
+        https://arxiv.org/abs/1609.09869.
+
+    >>> GatedTransition(3, 6)(torch.zeros(7, 3)).shape
+    torch.Size([7, 6])
+    """
+
+    def __init__(self, in_shape: Shape, out_shape: Shape, width: int = 200, context_dim: int = 0):
+        super().__init__(as_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), context_dim)
+        if len(self.in_shape) != 1 or self.out_shape != (2 * self.in_shape[0],):
+            raise ValueError(
+                f"out_shape must be twice as long as in_shape, a mean and a scale for each dimension; got {in_shape!r} "
+                f"and {out_shape!r}."
+            )
+        n, width = self.in_shape[0], check_count(width, "width")
+        self.gate = nn.Sequential(nn.Linear(n + context_dim, width), nn.ReLU(), nn.Linear(width, n))
+        self.proposal = nn.Sequential(nn.Linear(n + context_dim, width), nn.ReLU(), nn.Linear(width, n))
+        self.linear, self.scale = nn.Linear(n, n), nn.Linear(n, n)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        self.check_input(x)
+        h = self.append_context(x, context)
+        gate, proposal = self.gate(h).sigmoid(), self.proposal(h)
+        mean = (1 - gate) * (x + self.linear(x)) + gate * proposal
+        return torch.cat([mean, self.scale(proposal.relu())], dim=-1)

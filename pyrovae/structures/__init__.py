@@ -1,4 +1,5 @@
-r"""Models beyond one latent and complete data: hierarchies, missing values, labels for some of the data.
+r"""Models beyond one latent and complete data: hierarchies, missing values, labels for some of the data,
+sequences.
 
 Each has a ``.model`` and a ``.guide``, which are used as those of a :class:`pyrovae.VAE`. :func:`repair` draws hidden
 parts of data from a VAE that was trained on whole ones. A :class:`Structure` is an option of ``pyrovae train``.
@@ -9,6 +10,7 @@ from pyrovae.structures.completion import Repair, repair
 from pyrovae.structures.hierarchies import DenseHierarchicalVAE, HierarchicalVAE, LadderVAE
 from pyrovae.structures.missing import MissingDataVAE
 from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
+from pyrovae.structures.state_space import StateSpaceVAE
 from pyrovae.structures.tables import TableFeatures, fit_independent_columns, log_prob_of_cells, table_vae
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Repair",
     "SemiSupervised",
     "SemiSupervisedVAE",
+    "StateSpaceVAE",
     "Structure",
     "TableFeatures",
     "fit_independent_columns",

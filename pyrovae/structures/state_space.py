@@ -1,0 +1,282 @@
+"""State-space models: VAEs of sequences whose latents are a Markov chain."""
+
+from typing import Any
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyrovae.distributions import MarkovChain, center
+from pyrovae.inference.filtering import run_filter, systematic
+from pyrovae.inference.messages import check_later
+from pyrovae.inference.structure import inspect
+from pyrovae.nn.base import check_count
+from pyrovae.parts import (
+    call,
+    check_contexts,
+    check_equal,
+    check_roles,
+    check_spaces,
+    in_evaluation_mode,
+    likelihood_at,
+    takes_context,
+)
+from pyrovae.vae import Registered
+
+
+class StateSpaceVAE(Registered):
+    r"""A VAE of sequences: a Markov chain of latent states, and an observation of each.
+
+    .. math:: p(x, z) = p(z_1) \prod_{t=2}^T p(z_t \mid z_{t-1}) \prod_{t=1}^T p(x_t \mid z_t), \qquad
+        q(z \mid x) = \prod_{t=1}^T q(z_t \mid z_{t-1}, h_t), \quad h = \mathrm{network}(x)
+
+    ``vae.model`` and ``vae.guide`` take ``(x, mask=None, context=None)``, with x of shape ``(batch, time, *x_shape)``
+    and any number of steps. The mask, ``(batch, time)``, is True where a step was observed. A sequence ends at its last
+    observed step, so that sequences of different lengths are padded and stacked; values at other steps are ignored.
+    The latents of a datum are one site "z", with events of shape ``(time, latent_dim)``, and its data one site "x": all
+    steps are scored in one call. :meth:`model_by_step` and :meth:`guide_by_step` are the same densities with sites
+    "z1", "x1", "z2", ..., for :class:`pyrovae.bounds.FIVO` and :class:`pyrovae.estimators.ParticleFilter`.
+
+    Args:
+        prior: ``prior(context)`` returns :math:`p(z_1)`.
+        transition: ``transition(z, context)`` returns :math:`p(z_t \mid z_{t-1} = z)`, such as
+            ``encoders.DiagonalNormal(latent_dim, latent_dim, nn.GatedTransition)``.
+        likelihood: ``likelihood(z, context)`` returns :math:`p(x_t \mid z_t = z)`.
+        encoder: ``encoder(z, h)`` returns :math:`q(z_t \mid z_{t-1} = z, h_t = h)`: an encoder of the state before,
+            whose context is the summary (followed by the context of the step, if there is one). The state before the
+            first is zero.
+        network: ``network(x, mask)`` returns the summaries, ``(batch, time, width)``, such as ``nn.BackwardGRU``.
+
+    The context of a step, for parts that were built for one, has shape ``(batch, time, context_dim)``.
+
+    Raises:
+        ValueError: when the parts have different latent dimensions, spaces or contexts; when a mask does not have the
+            shape of the steps, or hides a whole sequence.
+
+    References:
+        Structured Inference Networks for Nonlinear State Space Models, R. G. Krishnan, U. Shalit and D. Sontag, 2017,
+        https://arxiv.org/abs/1609.09869.
+
+    >>> from pyrovae import encoders, likelihoods, nn, priors
+    >>> vae = StateSpaceVAE(
+    ...     priors.StandardNormal(2),
+    ...     encoders.DiagonalNormal(2, 2, nn.GatedTransition),
+    ...     likelihoods.Normal(2, 3),
+    ...     encoders.DiagonalNormal(2, 2, context_dim=16),
+    ...     nn.BackwardGRU(3, 16),
+    ... )
+    >>> vae.sample(5, num_steps=20).shape
+    torch.Size([5, 20, 3])
+    """
+
+    def __init__(
+        self, prior: nn.Module, transition: nn.Module, likelihood: nn.Module, encoder: nn.Module, network: nn.Module
+    ):
+        super().__init__()
+        check_roles(prior=prior, likelihood=likelihood, **{"conditionals[0]": transition, "encoder": encoder})
+        check_equal("latent_dim", prior=prior, transition=transition, likelihood=likelihood, encoder=encoder)
+        check_spaces(prior=prior, encoder=encoder)
+        check_spaces(transition=transition, encoder=encoder)
+        check_contexts(prior=prior, transition=transition, likelihood=likelihood)
+        self.prior, self.transition, self.likelihood = prior, transition, likelihood
+        self.encoder, self.network = encoder, network
+
+    def model(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
+        """The generative process, with all states at site "z" and all observed steps at site "x"."""
+        self.register()
+        mask = self._mask_of(x, mask, context)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self._chain(x.shape[1], _until_last(mask), context))
+            p = likelihood_at(self.likelihood, z, context)
+            pyro.sample("x", p.mask(mask).to_event(1), obs=x)
+
+    def guide(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
+        """The amortised posterior of all states at site "z"."""
+        self.register()
+        mask = self._mask_of(x, mask, context)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.encode(x, mask, context))
+
+    @in_evaluation_mode
+    def encode(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> MarkovChain:
+        r"""Returns :math:`q(z \mid x)`, with ``batch_shape == (batch,)`` and events ``(time, latent_dim)``."""
+        mask = self._mask_of(x, mask, context)
+        h = self._summaries(x, mask, context)
+        start = h.new_zeros(len(x), self.encoder.latent_dim)
+        return MarkovChain(
+            self.encoder(start, h[:, 0]),
+            lambda z, steps: self.encoder(z, h[:, steps]),
+            x.shape[1],
+            _until_last(mask),
+        )
+
+    def model_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
+        """The generative process with a site for each state and each observed step, in their order."""
+        self.register()
+        mask = self._mask_of(x, mask, context)
+        active, z = _until_last(mask), None
+        with pyro.plate("data", len(x)):
+            for t in range(x.shape[1]):
+                here = None if context is None else context[:, t]
+                p = call(self.prior, context=here) if z is None else call(self.transition, z, context=here)
+                with poutine.mask(mask=active[:, t]):
+                    z = pyro.sample(f"z{t + 1}", p)
+                with poutine.mask(mask=mask[:, t]):
+                    pyro.sample(f"x{t + 1}", likelihood_at(self.likelihood, z, here), obs=x[:, t])
+
+    def guide_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
+        """The amortised posterior with a site for each state."""
+        self.register()
+        mask = self._mask_of(x, mask, context)
+        active, h = _until_last(mask), self._summaries(x, mask, context)
+        z = h.new_zeros(len(x), self.encoder.latent_dim)
+        with pyro.plate("data", len(x)):
+            for t in range(x.shape[1]):
+                with poutine.mask(mask=active[:, t]):
+                    z = pyro.sample(f"z{t + 1}", self.encoder(z, h[:, t]))
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def sample(self, num_samples: int, num_steps: int, context: Tensor | None = None) -> Tensor:
+        """Draws sequences from p(x), with the noise of the likelihood.
+
+        Args:
+            num_samples: number of draws; with a context, number for each of its rows.
+            num_steps: their length; with a context, that of the context.
+            context: shape ``(batch, num_steps, context_dim)``, or None.
+
+        Returns:
+            Shape ``(num_samples, num_steps, *x_shape)``, or ``(num_samples, batch, num_steps, *x_shape)``.
+        """
+        check_count(num_samples, "num_samples", 0)
+        check_count(num_steps, "num_steps")
+        if context is not None and (context.dim() != 3 or context.shape[1] != num_steps):
+            raise ValueError(f"context must have shape (batch, {num_steps}, context_dim), got {tuple(context.shape)}.")
+        z = self._chain(num_steps, None, context).sample((num_samples,))
+        return likelihood_at(self.likelihood, z, context).sample()
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def reconstruct(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        r"""Returns the centre of :math:`p(x' \mid z)` at one draw of :math:`z \sim q(z \mid x)`, shaped like x."""
+        return center(likelihood_at(self.likelihood, self.encode(x, mask, context).sample(), context))
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def forecast(
+        self,
+        x: Tensor,
+        num_steps: int,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        num_samples: int = 100,
+        num_particles: int = 100,
+    ) -> Tensor:
+        r"""Draws the steps after the end of sequences, :math:`p(x_{T+1}, \dots, x_{T+h} \mid x_1, \dots, x_T)`.
+
+        The last states are drawn by a particle filter, whose error falls with the number of particles.
+
+        Args:
+            x: sequences, ``(batch, time, *x_shape)``.
+            num_steps: the steps to draw, :math:`h`.
+            mask: their observed steps, ``(batch, time)``; a forecast starts after the last of them.
+            context: shape ``(batch, time + num_steps, context_dim)``, with the steps to come after `time`, or None;
+                needs a mask of None.
+            num_samples: draws for each sequence.
+            num_particles: particles of the filter.
+
+        Returns:
+            Shape ``(num_samples, batch, num_steps, *x_shape)``.
+        """
+        check_count(num_steps, "num_steps")
+        check_count(num_samples, "num_samples")
+        time, coming = x.shape[1], None
+        if context is not None:
+            if mask is not None or context.shape[1] != time + num_steps:
+                raise ValueError(
+                    f"context must have {time + num_steps} steps, the given ones and those to come, and no mask; got "
+                    f"shape {tuple(context.shape)} and mask={mask if mask is None else tuple(mask.shape)}."
+                )
+            context, coming = context[:, :time], context[:, time:]
+        z = self.last_states(x, mask, context, num_particles=max(num_particles, num_samples))[:num_samples]
+        first = None if coming is None else coming[:, 0]
+        chain = MarkovChain(
+            call(self.transition, z, context=first), self._transition(coming), num_steps, validate_args=False
+        )
+        return likelihood_at(self.likelihood, chain.sample(), coming).sample()
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def last_states(
+        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, *, num_particles: int = 100
+    ) -> Tensor:
+        r"""Draws the state at the end of sequences, :math:`p(z_T \mid x_1, \dots, x_T)`, by a particle filter.
+
+        Returns:
+            Shape ``(num_particles, batch, latent_dim)``, equally weighted and in random order.
+        """
+        mask = self._mask_of(x, mask, context)
+        args = (x, mask, context)
+        structure = inspect(self.model_by_step, self.guide_by_step, *args)
+        run = run_filter(self.model_by_step, self.guide_by_step, structure, num_particles, 0.5, systematic, args, {})
+        states = torch.stack([run.guide[f"z{t + 1}"]["value"] for t in range(x.shape[1])], dim=-2)
+        last = _until_last(mask).sum(1) - 1
+        z = states.gather(2, last.view(1, -1, 1, 1).expand(len(states), -1, 1, states.shape[-1])).squeeze(2)
+        chosen = systematic(run.log_w[0].softmax(0))
+        chosen = chosen.gather(0, torch.rand_like(run.log_w[0]).argsort(0))
+        return z.gather(0, chosen.unsqueeze(-1).expand_as(z))
+
+    def _chain(self, num_steps: int, active: Tensor | None, context: Tensor | None) -> MarkovChain:
+        """Returns p(z)."""
+        initial = call(self.prior, context=None if context is None else context[:, 0])
+        if active is not None or context is not None:
+            initial = initial.expand((active if context is None else context).shape[:1])
+        later = None if context is None else context[:, 1:]
+        return MarkovChain(initial, self._transition(later), num_steps, active)
+
+    def _transition(self, context: Tensor | None) -> Any:
+        """Returns the transition of a chain whose steps after the first have a context."""
+
+        def transition(z: Tensor, steps: slice) -> dist.TorchDistribution:
+            here = None if context is None else context[:, steps.start - 1 : steps.stop - 1]
+            return call(self.transition, z, context=here)
+
+        return transition
+
+    def _summaries(self, x: Tensor, mask: Tensor, context: Tensor | None) -> Tensor:
+        h = self.network(x, mask)
+        return h if context is None else torch.cat([h, context.to(h.dtype)], dim=-1)
+
+    def _mask_of(self, x: Tensor, mask: Tensor | None, context: Tensor | None) -> Tensor:
+        """Checks mask and context; returns the mask as booleans."""
+        if context is not None:
+            if not any(map(takes_context, (self.prior, self.transition, self.likelihood))):
+                raise ValueError("a context is given, but no part was built for one (context_dim).")
+            if context.dim() != 3 or context.shape[:2] != x.shape[:2]:
+                raise ValueError(
+                    f"context must have shape {(*x.shape[:2], 'context_dim')}, a vector for each step; got "
+                    f"{tuple(context.shape)}."
+                )
+        if mask is None:
+            return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}, but x has {tuple(x.shape[:2])} steps: give one value for each "
+                "step of each sequence."
+            )
+        mask = mask.bool()
+        some = mask.any(1)
+        if not check_later(some.all()) and not bool(some.all()):
+            raise ValueError(
+                f"mask has no observed step in {int((~some).sum())} of {len(x)} sequences, first in number "
+                f"{int((~some).nonzero()[0])}. Remove those sequences."
+            )
+        return mask
+
+
+def _until_last(mask: Tensor) -> Tensor:
+    """Returns which steps are not after the last observed one."""
+    return mask.flip(1).cummax(1).values.flip(1)
