@@ -15,11 +15,11 @@ README = Path(__file__).with_name("README.md")
 HEADING = "# Benchmarks\n\nEach section below is written by the script that it names.\n"
 
 
-def machine(device: str = "cpu") -> str:
+def machine(device: str = "cpu", packages: Sequence[str] = ("torch", "pyro-ppl", "pythae")) -> str:
     """Returns one line about the machine (with its GPU if that was measured), the versions and the date."""
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pyro-ppl", "pythae"))
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     processor = models[0] if models else platform.processor()
     return (
