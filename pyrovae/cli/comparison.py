@@ -85,8 +85,7 @@ def compare(
     if drawn.exists():
         raise FileExistsError(f"{drawn} already exists. Give another file with --picture.")
 
-    print(f"{split} data\n")
-    found = scored_runs(loaded, method, seed, max_memory, compile)
+    found = scored_runs(loaded, split, method, seed, max_memory, compile)
     ranking = estimators.compare_all(found)
     print(ranking)
     print("\n" + "\n".join(pair.verdict for pair in ranking.pairs))
@@ -123,6 +122,7 @@ def comparable_runs(
 
 def scored_runs(
     loaded: dict[str, tuple[Any, Split]],
+    split: SplitName,
     method: Estimator,
     seed: int = 0,
     max_memory: float = 64e6,
@@ -134,7 +134,7 @@ def scored_runs(
         pyro.set_rng_seed((seed + i) % 2**32)  # the errors of a difference are those of independent draws
         args = arguments_of(vae, part)
         found[run] = log_marginal(vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile)
-        print(f"{run}: {found[run]}\n")
+        print(f"{run}, {split}: {found[run]}\n")
     return found
 
 

@@ -48,7 +48,7 @@ pre { overflow-x: auto; padding: .7rem; border-radius: .5rem; background: var(--
 .chart { width: 100%; max-width: 50rem; height: auto; } .chart text { fill: var(--faint); font-size: 12px; }
 .chart .axis { stroke: var(--line); fill: none; } .chart polyline { fill: none; stroke-width: 1.8; }
 .chart circle:hover { stroke: var(--ink); stroke-width: 2; }
-@media (max-width: 30rem) { .chart text { font-size: 19px; } }
+@media (max-width: 30rem) { .chart text { font-size: 19px; } td, th { padding: .2rem .3rem; } }
 .key { display: inline-block; margin-right: 1rem; } .key i { display: inline-block; width: .8rem; height: .8rem;
   border-radius: 50%; margin-right: .3rem; vertical-align: -.1rem; }
 #tip { position: fixed; display: none; padding: .4rem .6rem; border-radius: .4rem; background: var(--ink);

@@ -62,7 +62,7 @@ def report(
     sections = []
     if len(runs) > 1:
         comparable = comparable_runs(runs, "test", num_data, None, data_root, device, trust)
-        ranking = estimators.compare_all(scored_runs(comparable, UntilTrusted(seconds=seconds), seed))
+        ranking = estimators.compare_all(scored_runs(comparable, "test", UntilTrusted(seconds=seconds), seed))
         sections.append(_comparison(ranking, num_data))
     for run, (vae, config) in loaded.items():
         pyro.set_rng_seed(seed)
@@ -190,7 +190,7 @@ def _latent_space(vae: Any, splits: datasets.Splits) -> str:
     if z.shape[1] > 2:
         _, sizes, axes = torch.linalg.svd(center, full_matrices=False)
         shares = (sizes.square() / sizes.square().sum().clamp_min(1e-300))[:2].tolist()
-        names = [f"principal component {i + 1}, {share:.0%} of the variance" for i, share in enumerate(shares)]
+        names = [f"component {i + 1}, {share:.0%} of the variance" for i, share in enumerate(shares)]
         z = center @ axes[:2].T
     else:
         z, names = torch.cat([z, z.new_zeros(len(z), 2 - z.shape[1])], dim=1), ["z 1", "z 2"]
@@ -220,13 +220,11 @@ def _diagnosis(directory: Path) -> str:
         for name, result in json.loads(path.read_text()).items():
             title = name.replace("_", " ")
             verdict = result.get("verdict") or f"skipped: {result.get('skipped', 'no verdict')}"
-            rows.append([title, result.get("question", ""), verdict])
+            rows.append([result.get("question", title), verdict])
             if path.with_name(f"{name}.png").exists():
                 drawn.append(page.details(title, page.picture(path.with_name(f"{name}.png"), title)))
         part = path.parent.name.removeprefix("diagnosis-")
-        sections.append(
-            f"<p>{page.text(part)} data</p>" + page.table(["", "question", "verdict"], rows) + "".join(drawn)
-        )
+        sections.append(f"<p>{page.text(part)} data</p>" + page.table(["question", "verdict"], rows) + "".join(drawn))
     return "".join(sections)
 
 
