@@ -82,6 +82,7 @@ class StateSpaceVAE(Registered):
         check_contexts(prior=prior, transition=transition, likelihood=likelihood)
         self.prior, self.transition, self.likelihood = prior, transition, likelihood
         self.encoder, self.network = encoder, network
+        self._latent_dim: int = next(p.latent_dim for p in (encoder, prior) if hasattr(p, "latent_dim"))
 
     def model(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The generative process, with all states at site "z" and all observed steps at site "x"."""
@@ -104,7 +105,7 @@ class StateSpaceVAE(Registered):
         r"""Returns :math:`q(z \mid x)`, with ``batch_shape == (batch,)`` and events ``(time, latent_dim)``."""
         mask = self._mask_of(x, mask, context)
         h = self._summaries(x, mask, context)
-        start = h.new_zeros(len(x), self.encoder.latent_dim)
+        start = h.new_zeros(len(x), self._latent_dim)
         return MarkovChain(
             self.encoder(start, h[:, 0]),
             lambda z, steps: self.encoder(z, h[:, steps]),
@@ -116,22 +117,25 @@ class StateSpaceVAE(Registered):
         """The generative process with a site for each state and each observed step, in their order."""
         self.register()
         mask = self._mask_of(x, mask, context)
-        active, z = _until_last(mask), None
+        observed: Any = mask  # Pyro's types of masks leave out tensors of any kind
+        active: Any = _until_last(mask)
+        z = None
         with pyro.plate("data", len(x)):
             for t in range(x.shape[1]):
                 here = None if context is None else context[:, t]
                 p = call(self.prior, context=here) if z is None else call(self.transition, z, context=here)
                 with poutine.mask(mask=active[:, t]):
                     z = pyro.sample(f"z{t + 1}", p)
-                with poutine.mask(mask=mask[:, t]):
+                with poutine.mask(mask=observed[:, t]):
                     pyro.sample(f"x{t + 1}", likelihood_at(self.likelihood, z, here), obs=x[:, t])
 
     def guide_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The amortised posterior with a site for each state."""
         self.register()
         mask = self._mask_of(x, mask, context)
-        active, h = _until_last(mask), self._summaries(x, mask, context)
-        z = h.new_zeros(len(x), self.encoder.latent_dim)
+        active: Any = _until_last(mask)
+        h = self._summaries(x, mask, context)
+        z = h.new_zeros(len(x), self._latent_dim)
         with pyro.plate("data", len(x)):
             for t in range(x.shape[1]):
                 with poutine.mask(mask=active[:, t]):
@@ -232,8 +236,9 @@ class StateSpaceVAE(Registered):
     def _chain(self, num_steps: int, active: Tensor | None, context: Tensor | None) -> MarkovChain:
         """Returns p(z)."""
         initial = call(self.prior, context=None if context is None else context[:, 0])
-        if active is not None or context is not None:
-            initial = initial.expand((active if context is None else context).shape[:1])
+        for t in (active, context):
+            if t is not None:
+                initial = initial.expand(t.shape[:1])
         later = None if context is None else context[:, 1:]
         return MarkovChain(initial, self._transition(later), num_steps, active)
 
