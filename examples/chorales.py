@@ -20,7 +20,7 @@ import torch
 
 import pyrovae
 from pyrovae import bounds, encoders, estimators, likelihoods, nn, priors
-from pyrovae.structures import StateSpaceVAE
+from pyrovae.structures import BackwardGRU, StateSpaceVAE
 
 KEYS, LOWEST = 88, 21
 RECORDS = Path(__file__).with_suffix(".json")
@@ -62,7 +62,7 @@ def build(latent_dim, width):
         encoders.DiagonalNormal(latent_dim, latent_dim, partial(nn.GatedTransition, width=width)),
         likelihoods.Bernoulli(latent_dim, KEYS, small),
         encoders.DiagonalNormal(latent_dim, latent_dim, small, context_dim=2 * width),
-        nn.BackwardGRU(KEYS, 2 * width),
+        BackwardGRU(KEYS, 2 * width),
     )
 
 

@@ -28,6 +28,7 @@ from pyrovae.nn import (
     ConvNet,
     DeconvNet,
     GatedMLP,
+    GatedTransition,
     GRUDecoder,
     GRUEncoder,
     LogInput,
@@ -603,6 +604,8 @@ CASES = [
     Case("GRUEncoder-context", "network", GRUEncoder, lambda: GRUEncoder((5, 3), 4, width=8, context_dim=C), C),
     Case("GRUDecoder-vector", "network", GRUDecoder, lambda: GRUDecoder(4, (5, 3), width=8)),
     Case("GRUDecoder-context", "network", GRUDecoder, lambda: GRUDecoder(4, (2, 5, 3), width=8, context_dim=C), C),
+    Case("GatedTransition", "network", GatedTransition, lambda: GatedTransition(3, 6, width=8)),
+    Case("GatedTransition-context", "network", GatedTransition, lambda: GatedTransition(3, 6, 8, context_dim=C), C),
     Case("RecurrentDecoder-values", "network", RecurrentDecoder, lambda: RECURRENT(4, (5, 3)), density=False),
     Case(
         "RecurrentDecoder-skip",

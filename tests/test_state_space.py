@@ -13,7 +13,7 @@ import pyrovae
 from pyrovae import bounds, encoders, likelihoods, nn, priors
 from pyrovae.distributions import MarkovChain
 from pyrovae.estimators import ParticleFilter
-from pyrovae.structures import StateSpaceVAE
+from pyrovae.structures import BackwardGRU, StateSpaceVAE
 
 AFFINE = partial(nn.MLP, hidden=())
 A = torch.tensor([[0.8, 0.3], [-0.2, 0.7]], dtype=torch.float64)
@@ -32,7 +32,7 @@ def state_space(context_dim: int = 0) -> StateSpaceVAE:
         encoders.DiagonalNormal(2, 2, nn.GatedTransition, context_dim=context_dim),
         likelihoods.Normal(2, 3, context_dim=context_dim),
         encoders.DiagonalNormal(2, 2, AFFINE, context_dim=8 + context_dim),
-        nn.BackwardGRU(3, 8),
+        BackwardGRU(3, 8),
     ).double()
 
 
@@ -43,7 +43,7 @@ def linear_gaussian() -> StateSpaceVAE:
         encoders.DiagonalNormal(2, 2, AFFINE),
         likelihoods.Normal(2, 3, AFFINE),
         encoders.DiagonalNormal(2, 2, AFFINE, context_dim=8),
-        nn.BackwardGRU(3, 8),
+        BackwardGRU(3, 8),
     ).double()
     with torch.no_grad():
         (layer,) = vae.transition.network.layers

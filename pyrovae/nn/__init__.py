@@ -28,10 +28,9 @@ from pyrovae.nn.dense import MLP, GatedMLP, ResidualMLP
 from pyrovae.nn.images import ConvNet, DeconvNet, ResidualConvNet, ResidualDeconvNet
 from pyrovae.nn.inputs import LogInput, OneHotInput
 from pyrovae.nn.output_bias import set_output_bias
-from pyrovae.nn.sequences import BackwardGRU, GatedTransition, GRUDecoder, GRUEncoder
+from pyrovae.nn.sequences import GatedTransition, GRUDecoder, GRUEncoder
 
 __all__ = [
-    "BackwardGRU",
     "ConvNet",
     "DeconvNet",
     "GRUDecoder",

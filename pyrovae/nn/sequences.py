@@ -154,54 +154,6 @@ class GRUDecoder(ShapedNetwork):
         return out.reshape(*leading, *self.out_shape)
 
 
-class BackwardGRU(ShapedNetwork):
-    r"""A gated recurrent network that reads sequences from their end, and gives a summary of the rest at every step.
-
-    .. math:: y_t = \mathrm{GRU}([x_t, m_t], y_{t+1}), \qquad y_{T+1} = 0
-
-    Sequences of any number of steps have shape ``(batch, time, *in_shape)``. Steps that were not observed
-    (:math:`m_t = 0`) are read as zeros, and those after the last observed one are not read at all, so that padding
-    changes nothing.
-
-    Args:
-        in_shape: shape of one step.
-        out_shape: units of the state.
-        memory: steps over which the longest memories last at the start of training.
-
-    Raises:
-        ValueError: when an input does not have the stated shape.
-        TypeError: when an input is not floating point.
-
-    References:
-        Learning Phrase Representations using RNN Encoder-Decoder, K. Cho et al., 2014,
-        https://arxiv.org/abs/1406.1078; Structured Inference Networks for Nonlinear State Space Models, R. G. Krishnan,
-        U. Shalit and D. Sontag, 2017, https://arxiv.org/abs/1609.09869.
-
-    >>> BackwardGRU(3, 16)(torch.zeros(7, 50, 3)).shape
-    torch.Size([7, 50, 16])
-    """
-
-    def __init__(self, in_shape: Shape, out_shape: Shape = 128, memory: int = 20):
-        super().__init__(as_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), 0)
-        width = math.prod(self.out_shape)
-        self.gru = start_recurrence(
-            nn.GRU(math.prod(self.in_shape) + 1, width, batch_first=True), check_count(memory, "memory")
-        )
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns the summaries, ``(batch, time, *out_shape)``, of sequences and the mask of their observed steps."""
-        self.check_input(x)
-        x = x.flatten(2)
-        mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
-        steps = torch.cat([torch.where(mask.unsqueeze(-1), x, 0.0), mask.unsqueeze(-1).to(x.dtype)], dim=-1)
-        # The order of the steps from the last observed one to the first; the others stay where they are.
-        time = torch.arange(x.shape[1], device=x.device)
-        last = (mask * time).amax(-1, keepdim=True)
-        order = torch.where(time <= last, last - time, time).unsqueeze(-1)
-        states, _ = self.gru(steps.gather(1, order.expand_as(steps)))
-        return states.gather(1, order.expand_as(states)).unflatten(-1, self.out_shape)
-
-
 class GatedTransition(ShapedNetwork):
     r"""A network between states of a sequence that starts as the identity, and learns where to leave it.
 

@@ -10,10 +10,11 @@ from pyrovae.structures.completion import Repair, repair
 from pyrovae.structures.hierarchies import DenseHierarchicalVAE, HierarchicalVAE, LadderVAE
 from pyrovae.structures.missing import MissingDataVAE
 from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
-from pyrovae.structures.state_space import StateSpaceVAE
+from pyrovae.structures.state_space import BackwardGRU, StateSpaceVAE
 from pyrovae.structures.tables import TableFeatures, fit_independent_columns, log_prob_of_cells, table_vae
 
 __all__ = [
+    "BackwardGRU",
     "ClassifierELBO",
     "DenseHierarchicalVAE",
     "DenseHierarchy",

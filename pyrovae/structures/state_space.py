@@ -1,5 +1,6 @@
 """State-space models: VAEs of sequences whose latents are a Markov chain."""
 
+import math
 from typing import Any
 
 import pyro
@@ -12,7 +13,8 @@ from pyrovae.distributions import MarkovChain, center
 from pyrovae.inference.filtering import run_filter, systematic
 from pyrovae.inference.messages import check_later
 from pyrovae.inference.structure import inspect
-from pyrovae.nn.base import check_count
+from pyrovae.nn.base import Shape, as_shape, check_count
+from pyrovae.nn.sequences import start_recurrence
 from pyrovae.parts import (
     call,
     check_contexts,
@@ -23,6 +25,7 @@ from pyrovae.parts import (
     likelihood_at,
     takes_context,
 )
+from pyrovae.recorded import Recorded
 from pyrovae.vae import Registered
 
 
@@ -47,7 +50,7 @@ class StateSpaceVAE(Registered):
         encoder: ``encoder(z, h)`` returns :math:`q(z_t \mid z_{t-1} = z, h_t = h)`: an encoder of the state before,
             whose context is the summary (followed by the context of the step, if there is one). The state before the
             first is zero.
-        network: ``network(x, mask)`` returns the summaries, ``(batch, time, width)``, such as ``nn.BackwardGRU``.
+        network: ``network(x, mask)`` returns the summaries, ``(batch, time, width)``, such as :class:`BackwardGRU`.
 
     The context of a step, for parts that were built for one, has shape ``(batch, time, context_dim)``.
 
@@ -65,7 +68,7 @@ class StateSpaceVAE(Registered):
     ...     encoders.DiagonalNormal(2, 2, nn.GatedTransition),
     ...     likelihoods.Normal(2, 3),
     ...     encoders.DiagonalNormal(2, 2, context_dim=16),
-    ...     nn.BackwardGRU(3, 16),
+    ...     BackwardGRU(3, 16),
     ... )
     >>> vae.sample(5, num_steps=20).shape
     torch.Size([5, 20, 3])
@@ -82,7 +85,10 @@ class StateSpaceVAE(Registered):
         check_contexts(prior=prior, transition=transition, likelihood=likelihood)
         self.prior, self.transition, self.likelihood = prior, transition, likelihood
         self.encoder, self.network = encoder, network
-        self._latent_dim: int = next(p.latent_dim for p in (encoder, prior) if hasattr(p, "latent_dim"))
+        stated: Any = [part.latent_dim for part in (encoder, prior) if hasattr(part, "latent_dim")]
+        if not stated:
+            raise ValueError("neither the encoder nor the prior states the latents' number: give one a latent_dim.")
+        self._latent_dim = int(stated[0])
 
     def model(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The generative process, with all states at site "z" and all observed steps at site "x"."""
@@ -280,6 +286,56 @@ class StateSpaceVAE(Registered):
                 f"{int((~some).nonzero()[0])}. Remove those sequences."
             )
         return mask
+
+
+class BackwardGRU(Recorded):
+    r"""A gated recurrent network that reads sequences from their end, and gives a summary of the rest at every step.
+
+    .. math:: y_t = \mathrm{GRU}([x_t, m_t], y_{t+1}), \qquad y_{T+1} = 0
+
+    Sequences of any number of steps have shape ``(batch, time, *x_shape)``. Steps that were not observed
+    (:math:`m_t = 0`) are read as zeros, and those after the last observed one are not read at all, so that padding
+    changes nothing.
+
+    Args:
+        x_shape: shape of one step.
+        width: units of the state, and of a summary.
+        memory: steps over which the longest memories last at the start of training.
+
+    Raises:
+        ValueError: when a sequence does not have the stated shape.
+
+    References:
+        Learning Phrase Representations using RNN Encoder-Decoder, K. Cho et al., 2014,
+        https://arxiv.org/abs/1406.1078; Structured Inference Networks for Nonlinear State Space Models, R. G. Krishnan,
+        U. Shalit and D. Sontag, 2017, https://arxiv.org/abs/1609.09869.
+
+    >>> BackwardGRU(3, 16)(torch.zeros(7, 50, 3)).shape
+    torch.Size([7, 50, 16])
+    """
+
+    def __init__(self, x_shape: Shape, width: int = 128, memory: int = 20):
+        super().__init__()
+        self.x_shape, self.width = as_shape(x_shape, "x_shape"), check_count(width, "width")
+        gru = nn.GRU(math.prod(self.x_shape) + 1, self.width, batch_first=True)
+        self.gru = start_recurrence(gru, check_count(memory, "memory"))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns the summaries, ``(batch, time, width)``, of sequences and the mask of their observed steps."""
+        if x.shape[2:] != self.x_shape:
+            raise ValueError(
+                f"BackwardGRU takes sequences of shape (batch, time, {', '.join(map(str, self.x_shape))}), got "
+                f"{tuple(x.shape)}."
+            )
+        x = x.flatten(2)
+        mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+        steps = torch.cat([torch.where(mask.unsqueeze(-1), x, 0.0), mask.unsqueeze(-1).to(x.dtype)], dim=-1)
+        # The order of the steps from the last observed one to the first; the others stay where they are.
+        time = torch.arange(x.shape[1], device=x.device)
+        last = (mask * time).amax(-1, keepdim=True)
+        order = torch.where(time <= last, last - time, time).unsqueeze(-1)
+        states, _ = self.gru(steps.gather(1, order.expand_as(steps)))
+        return states.gather(1, order.expand_as(states))
 
 
 def _until_last(mask: Tensor) -> Tensor:
