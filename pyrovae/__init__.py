@@ -17,6 +17,7 @@ from pyrovae._version import __version__
 from pyrovae.arguments import Arguments
 from pyrovae.compilation import compile
 from pyrovae.estimators import Estimate, log_marginal
+from pyrovae.ex_post import fit_prior
 from pyrovae.inference.imputation import Imputation, impute
 from pyrovae.inference.structure import data_plate
 from pyrovae.inference.weights import log_weights
@@ -40,6 +41,7 @@ __all__ = [
     "encoders",
     "estimators",
     "fit",
+    "fit_prior",
     "impute",
     "likelihoods",
     "load",
