@@ -21,6 +21,7 @@ from pyrovae._version import __version__
 from pyrovae.complaints import explain
 from pyrovae.data import Schema
 from pyrovae.documents import read_yaml
+from pyrovae.inference.messages import warn
 from pyrovae.likelihoods import Tabular
 from pyrovae.vae import Registered
 
@@ -192,7 +193,8 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[Any, dict[str,
         Names of classes that have moved since the run was written are the present ones.
 
     Raises:
-        FileNotFoundError: when the directory is not a run, or has no weights yet.
+        FileNotFoundError: when the directory is not a run, or none of its epochs has ended. Of a run that was
+            interrupted the weights of the checkpoint are taken, with a warning.
         ValueError: when a file is corrupt or of another format, or when the configuration names code outside pyrovae,
             torch and Pyro and `trust` is False.
     """
@@ -202,13 +204,18 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[Any, dict[str,
     if config.get("built"):
         return load(weights, trust=trust).eval(), config
     if not weights.exists():
-        raise FileNotFoundError(
-            f"{directory} has no weights yet. Finish the run with: pyrovae train --run {directory} --resume"
-        )
+        return _load_unfinished(directory, config), config
     tensors, state = _read(weights, kind="weights")
     trained = state.get("config") if isinstance(state, dict) else None
     if trained is not None:  # pyrovae 0.1 did not write it
         _check_unchanged(directory, trained, configs.of_model(config))
+    vae = _build(directory, config, tensors)
+    _with_weights(vae, tensors, weights)
+    return vae.eval(), config
+
+
+def _build(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """Returns the VAE of a run, with new weights; `tensors` are those that it is to hold."""
     most = max(_MAX_NUMBERS, 4 * sum(t.numel() for t in tensors.values()))
     try:
         with configs.SizeLimit(most):
@@ -217,8 +224,57 @@ def load_run(directory: str | Path, trust: bool = False) -> tuple[Any, dict[str,
         raise ValueError(
             f"the VAE of {directory} cannot be built from its config.yaml and run.json: {explain(str(error))}"
         ) from error
-    _with_weights(vae, tensors, weights)
-    return vae.eval(), config
+    return vae
+
+
+def _load_unfinished(directory: Path, config: dict[str, Any]) -> Any:
+    """Returns the VAE of a run whose training was interrupted, with the weights of its checkpoint, and warns of it.
+
+    These are the weights that the run would have if it ended there: those of the best epoch, if there is patience.
+    """
+    finish = f"pyrovae train --run {directory} --resume"
+    path = directory / "checkpoint.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} has no weights yet. Finish the run with: {finish}")
+    check_unedited(directory, config)
+    saved = read_checkpoint(path)
+    epoch = len(saved["history"])
+    if epoch == 0:
+        raise FileNotFoundError(f"{directory} has no weights yet: no epoch has ended. Finish the run with: {finish}")
+    snapshot = saved["best"] if config.get("patience") is not None and saved["best"] is not None else saved
+    found = {key.split(" ", 1)[1]: t for key, t in snapshot["params"].items()}
+    vae = _build(directory, config, found)
+    ours = {name.removesuffix("_unconstrained"): p for name, p in vae.named_parameters()}
+    buffers = _matched_buffers(vae, [(key.split(" ", 1)[1], t) for key, t in snapshot["buffers"].items()])
+    if buffers is None or {n: p.shape for n, p in ours.items()} != {n: t.shape for n, t in found.items()}:
+        raise ValueError(
+            f"the checkpoint of {directory} holds state that only training can restore. End the run after its {epoch} "
+            f"epochs with: {finish} --epochs {epoch}"
+        )
+    with torch.no_grad():
+        for tensor, value in [*((p, found[name]) for name, p in ours.items()), *buffers]:
+            tensor.copy_(value)
+    which = "of the best of" if snapshot is not saved else "after"
+    warn(f"{directory} is not finished: its weights are those {which} the {epoch} epochs of its checkpoint.")
+    return vae.eval()
+
+
+def _matched_buffers(vae: nn.Module, saved: list[tuple[str, Tensor]]) -> list[tuple[Tensor, Tensor]] | None:
+    """Returns each buffer with its value in a checkpoint, which knows only its name in its module.
+
+    None if the names and shapes do not say which is which.
+    """
+    ours: dict[tuple[str, torch.Size], list[Tensor]] = {}
+    theirs: dict[tuple[str, torch.Size], list[Tensor]] = {}
+    for name, buffer in vae.named_buffers():
+        ours.setdefault((name.rpartition(".")[2], buffer.shape), []).append(buffer)
+    for name, value in saved:
+        theirs.setdefault((name, value.shape), []).append(value)
+    if {key: len(group) for key, group in ours.items()} != {key: len(group) for key, group in theirs.items()}:
+        return None
+    if any(not torch.equal(value, group[0]) for group in theirs.values() for value in group):
+        return None
+    return [pair for key, group in ours.items() for pair in zip(group, theirs[key], strict=True)]
 
 
 def save_run(

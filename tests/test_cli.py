@@ -311,7 +311,6 @@ def test_a_killed_run_resumed_ends_with_the_same_weights(tmp_path, run):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (directory / "weights.safetensors").exists()
-    assert "no weights yet" in error_of("evaluate", directory)
 
     subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert digest(directory)["weights.safetensors"] == digest(run)["weights.safetensors"]

@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     except Terminated as ended:
         print(ended, file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        sys.exit("\npyrovae: interrupted. To continue a training run, use --resume.")
+    except KeyboardInterrupt as error:
+        sys.exit(f"\npyrovae: interrupted. {error}".rstrip())
 
 
 class CheckedFile(ActionConfigFile):
@@ -289,9 +289,11 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
             f"{', '.join(changed)} cannot change when a run is resumed. Leave this out, or start a new run with "
             f"--run DIRECTORY; what may change is {', '.join(configs.RENEWABLE)}."
         )
-    if config["epochs"] < stored["epochs"]:
+    checkpoint = directory / "checkpoint.safetensors"
+    done = len(storage.read_checkpoint(checkpoint)["history"]) if checkpoint.exists() else 0
+    if config["epochs"] < done:
         raise ValueError(
-            f"epochs is {config['epochs']}, but the run in {directory} was started with {stored['epochs']}. Give a "
-            "larger number."
+            f"epochs is {config['epochs']}, but {done} epochs of the run in {directory} are done. Give at least "
+            f"{done}, with which the run ends as it is."
         )
     return resumed

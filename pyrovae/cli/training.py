@@ -128,8 +128,8 @@ def train(
         tracker: the class of a tracker that numbers and pictures are sent to: TensorBoard, WandB, MLflow or
             PythonLogging. An error of a tracker does not end training. Runs do not keep the option: give it again with
             --resume.
-        resume: continue the run in the run directory with its configuration, or start it if there is none. Only epochs
-            (to a larger number), patience, num_samples, data_root and device may be changed.
+        resume: continue the run in the run directory with its configuration, or start it if there is none. Only epochs,
+            patience, num_samples, data_root and device may be changed; as many epochs as are done end the run as it is.
         trust: allow the file of --config, or the configuration of a resumed run, to name classes outside pyrovae,
             torch and Pyro, which runs their code. Classes that options name need no such leave.
         config: the configuration as YAML, to be kept in the run directory.
@@ -211,6 +211,12 @@ def train(
                     device=device,
                     compile=compile,
                 )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "The checkpoint holds the epochs that were written. Go on: "
+                f"pyrovae train --run {directory} --resume; end it there: the same with a smaller --epochs; use it as "
+                "it is: pyrovae evaluate, and all other commands."
+            ) from None
         except Exception:
             # Bad input leaves nothing behind.
             if world.is_rank0 and is_new and not (directory / "checkpoint.safetensors").exists():

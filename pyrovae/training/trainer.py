@@ -480,7 +480,8 @@ def _make_optimizer(optimizer: Callable | Optimizer, state: ModelState) -> Optim
     if not isinstance(made, Optimizer) or isinstance(made, (torch.optim.LBFGS, torch.optim.SparseAdam)):
         raise TypeError(
             "optimizer must be one of torch's other than LBFGS and SparseAdam, or make one when called with the "
-            f"parameters, such as functools.partial(torch.optim.Adam, lr=1e-3); got {optimizer!r}."
+            f"parameters, such as functools.partial(torch.optim.Adam, lr=1e-3); got "
+            f"{type(made).__name__ if isinstance(made, Optimizer) else repr(optimizer)}."
         )
     held = {id(p) for group in made.param_groups for p in group["params"]}
     missing = [display_name(key) for key, p in state.params.items() if id(p) not in held]
