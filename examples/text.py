@@ -122,14 +122,15 @@ def nats(module, x):
 def train(name, module, loss, splits, args):
     """Trains a row, and returns the history and the epoch whose weights were kept: the best for validation verses."""
     x, held_out = splits.train.x, splits.validation.x
-    best, losses = {"nats": math.inf}, []
+    best, losses, warm = {"nats": math.inf, "epoch": 0}, [], args.epochs // 3
 
     def keep_best(history):
         losses.append(nats(module, held_out))
         # Before a warm-up has ended, a collapsed model may have the better bound.
-        if losses[-1] < best["nats"] and len(history) > args.epochs // 3:
+        if losses[-1] < best["nats"] and len(history) > warm:
             weights = {key: value.clone() for key, value in module.state_dict().items()}
             best.update(nats=losses[-1], epoch=len(history), weights=weights)
+        return len(history) - max(best["epoch"], warm) >= args.patience
 
     callbacks, optimizer = [keep_best], partial(torch.optim.Adam, lr=args.lr)
     if name == "encoder first":
@@ -233,12 +234,13 @@ def main(args):
     vocabulary = splits.vocabulary
     print(f"{' + '.join(str(len(part.x)) for part in splits)} verses; {vocabulary.describe(verses)}", flush=True)
     records = json.loads(RECORDS.read_text()) if args.resume and RECORDS.exists() else {}
-    for name, build in rows(vocabulary, splits.train.x, args).items():
-        if name in records or args.only and name not in args.only:
+    makers = rows(vocabulary, splits.train.x, args)
+    for name in args.only or makers:
+        if name in records:
             continue
         pyro.clear_param_store()
         pyro.set_rng_seed(args.seed)
-        module, loss = build()
+        module, loss = makers[name]()
         record = train(name, module, loss, splits, args) | score(name, module, splits.test.x, vocabulary, args)
         if isinstance(module, pyrovae.VAE):
             record |= {"latent_dim": args.latent_dim, "lines": say(module, splits, args)}
@@ -263,6 +265,7 @@ if __name__ == "__main__":
     parser.add_argument("--free-nats", type=float, default=5.0, help="nats that free bits give")
     parser.add_argument("--encoder-steps", type=int, default=5, help="steps after which the decoder moves")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--patience", type=int, default=2, help="epochs without a better bound before the end")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--num-samples", type=int, default=100, help="importance samples a verse")

@@ -39,6 +39,9 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "num_samples": (int, type(None)),
     "seed": (int,),
     "device": (str,),
+    "characters": (bool, type(None)),
+    "max_words": (int, type(None)),
+    "max_steps": (int, type(None)),
 }
 _OPTIONS: dict[str, tuple[type, ...]] = {"run": (str, type(None)), "compile": (bool, str)}  # kept by no run
 _OF_MODEL = ("latent_dim", "prior", "likelihood", "encoder", "structure")  # what weights belong to

@@ -19,7 +19,7 @@ from pyrovae import blueprints
 from pyrovae import config as configs
 from pyrovae._version import __version__
 from pyrovae.complaints import explain
-from pyrovae.data import Schema
+from pyrovae.data import Schema, Vocabulary
 from pyrovae.documents import read_yaml
 from pyrovae.inference.messages import warn
 from pyrovae.likelihoods import Tabular
@@ -28,6 +28,7 @@ from pyrovae.vae import Registered
 __all__ = ["load", "load_run", "read_checkpoint", "save", "save_run", "write_atomically", "write_checkpoint"]
 
 _SCHEMA = "schema.yaml"  # in the directory of a run on a table
+_VOCABULARY = "vocabulary.json"  # in that of a run on text
 _MAX_NUMBERS = 10_000_000  # in a tensor of a new module, unless its weights are larger
 FORMAT = "1"  # of every file; to be raised when an older pyrovae would misread what a newer one writes
 
@@ -329,7 +330,13 @@ def save_run(
     create_run(directory, yaml.safe_dump(config, sort_keys=False), x_shape)
 
 
-def create_run(directory: str | Path, config: str, x_shape: tuple[int, ...], schema: Schema | None = None) -> None:
+def create_run(
+    directory: str | Path,
+    config: str,
+    x_shape: tuple[int, ...],
+    schema: Schema | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> None:
     """Writes the files that mark a directory as a run: its configuration, and the version and the shape of a datum.
 
     The configuration is written last: without it there is no run, and training starts afresh.
@@ -339,9 +346,13 @@ def create_run(directory: str | Path, config: str, x_shape: tuple[int, ...], sch
         config: the configuration, as YAML.
         x_shape: shape of a datum.
         schema: the columns of a table, which go into ``schema.yaml``; None for other data.
+        vocabulary: the words of a text, which go into ``vocabulary.json``; None for other data.
     """
     if schema is not None:
         write_atomically(Path(directory) / _SCHEMA, schema.to_yaml().encode())
+    if vocabulary is not None:
+        words = json.dumps(vocabulary.to_dict(), ensure_ascii=False, indent=0)
+        write_atomically(Path(directory) / _VOCABULARY, words.encode())
     about = {"pyrovae": __version__, "format": FORMAT, "x_shape": x_shape, "config": yaml.safe_load(config)}
     write_atomically(Path(directory) / "run.json", json.dumps(about).encode())
     write_atomically(Path(directory) / "config.yaml", config.encode())
@@ -370,7 +381,8 @@ def remove_leftovers(directory: str | Path) -> None:
 def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
     """Reads the configuration of a run, with the shape of a datum as its entry "x_shape".
 
-    That of a table has the :class:`pyrovae.data.Schema` as its entry "table".
+    That of a table has the :class:`pyrovae.data.Schema` as its entry "table", that of text the
+    :class:`pyrovae.data.Vocabulary` as its entry "vocabulary".
 
     Args:
         directory: the run directory.
@@ -403,7 +415,16 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
         raise ValueError(f"{about} is corrupt: {error}") from None
     if (Path(directory) / _SCHEMA).exists():
         config["table"] = Schema.from_yaml(Path(directory) / _SCHEMA)
+    if (Path(directory) / _VOCABULARY).exists():
+        config["vocabulary"] = _read_vocabulary(Path(directory) / _VOCABULARY)
     return config
+
+
+def _read_vocabulary(path: Path) -> Vocabulary:
+    try:
+        return Vocabulary.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is corrupt: {error}") from None
 
 
 def check_unedited(directory: str | Path, config: dict[str, Any]) -> None:

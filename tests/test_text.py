@@ -115,7 +115,7 @@ def test_other_encodings_are_told_or_refused_by_line(tmp_path):
         ("a.txt", "In the beginning, and then.\nIt was light.\n", True),
         ("a.txt", "a;b\n1;2\n3;4\n", False),
         ("a.txt", "a\tb\n1\t2\n", False),
-        ("a.txt", "one line, with a comma\n", True),
+        ("a.txt", "one line, with a comma\nand two, with one\n", True),
         ("a.txt", "", True),
         ("a.csv", "In the beginning.\n", False),
     ],

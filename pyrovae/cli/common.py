@@ -47,8 +47,10 @@ def load_run_and_data(
 
 def load_data_of(config: dict[str, Any], data: str | None, data_root: str | None) -> datasets.Splits:
     """Returns the data of a run, or another data set, as its configuration says; prints lines that describe them."""
-    source, schema = data or config["data"], config.get("table")
-    if schema is None:
+    source, schema, vocabulary = data or config["data"], config.get("table"), config.get("vocabulary")
+    if vocabulary is not None:
+        splits, description = load_text(source, vocabulary)
+    elif schema is None:
         splits, description = load_splits(source, data_root or config["data_root"], config["preprocessing"])
     else:
         splits, description = load_table(source, schema)
@@ -102,6 +104,34 @@ def load_table(data: str, schema: datasets.Schema | None) -> tuple[datasets.Spli
     if splits.schema is not None:
         lines += ["", splits.schema.describe()]
     return splits, "\n".join(lines)
+
+
+def is_text(data: str) -> bool:
+    """Returns whether data are a file of text, and no data set with a name."""
+    return data not in datasets.DATA_SETS and datasets.is_text_file(data)
+
+
+@lru_cache(maxsize=1)  # train reads the text for its defaults, then for itself
+def _load_text(data: str, vocabulary: datasets.Vocabulary | None, options: frozenset, stamp: tuple[int, int]) -> tuple:
+    splits = datasets.load_text(data, vocabulary, **dict(options))
+    assert splits.vocabulary is not None  # of text
+    return splits, splits.vocabulary.describe(datasets.read_lines(data)[0])
+
+
+def load_text(data: str, vocabulary: datasets.Vocabulary | None = None, **options: Any) -> tuple[datasets.Splits, str]:
+    """Returns the splits of a file of text, and lines that describe them.
+
+    Args:
+        data: the file.
+        vocabulary: its words; those of the training part if None.
+        **options: of :meth:`pyrovae.data.Vocabulary.of`; those that are None are left out.
+    """
+    file = Path(data).stat() if Path(data).is_file() else None  # a file that has changed is read again
+    stamp = (0, 0) if file is None else (file.st_mtime_ns, file.st_size)
+    given = frozenset((name, value) for name, value in options.items() if value is not None)
+    splits, description = _load_text(data, vocabulary, given, stamp)
+    sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in zip(_PARTS, splits, strict=True))
+    return splits, f"{data}: {sizes} lines\n{description}"
 
 
 def read_schema(path: str | None) -> datasets.Schema | None:

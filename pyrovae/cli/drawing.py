@@ -18,6 +18,7 @@ from pyrovae.cli.common import (
 )
 from pyrovae.cli.labels import arguments_of, draw
 from pyrovae.cli.rows import draw_given
+from pyrovae.cli.text import reconstruct_lines, sample_lines
 from pyrovae.data import Schema
 from pyrovae.structures import MissingDataVAE
 
@@ -30,10 +31,12 @@ def sample(
     given: str | None = None,
     missing: bool = False,
     label: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
     seed: int = 0,
     trust: bool = False,
 ) -> None:
-    """Draws samples from p(x) of a trained run, and writes them as a picture, an array or, of a table, rows.
+    """Draws samples from p(x) of a trained run, and writes them as a picture, an array, rows of a table, or text.
 
     Columns of a table that are left out are no part of p(x): identifiers are numbered from 1, or empty if they are
     names, and constants have their value in the training data.
@@ -42,13 +45,18 @@ def sample(
         run: the run directory.
         num_samples: number of samples.
         output: a .png, .npy or .csv file; samples-<seed>.png in the run directory by default. Of a table a .csv, .tsv
-            or .parquet file, written as the training data were; samples-<seed>.csv by default.
+            or .parquet file, written as the training data were; samples-<seed>.csv by default. Of text a .txt file;
+            samples-<seed>.txt by default.
         mean: write the mean of p(x | z) instead of a draw from it.
         given: cells of a table that all rows shall have, as 'sex=Female, age=40.5'; with double quotes around a cell
             that has a comma.
         missing: leave cells of a table empty where those of random rows of the training data are missing.
         label: the class of all samples, for runs that take labels. By default a run with a context has all classes in
             turn, and a semi-supervised run draws them.
+        temperature: of text; below 1 the most probable words become more frequent. Other values than 1 give no draws
+            from p(x).
+        top_p: of text, the share of the probability that is kept at each word, of the most probable ones. Below 1 it
+            gives no draws from p(x).
         seed: seed of the samples.
         trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
             code.
@@ -56,7 +64,16 @@ def sample(
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     vae, config = storage.load_run(run, trust=trust)
-    schema = config.get("table")
+    schema, vocabulary = config.get("table"), config.get("vocabulary")
+    if vocabulary is not None:
+        if mean or missing or given is not None or label is not None:
+            raise ValueError("mean, given, missing and label are not for text. Leave them out.")
+        sample_lines(
+            vae, vocabulary, num_samples, output or Path(run) / f"samples-{seed}.txt", temperature, top_p, seed
+        )
+        return
+    if temperature != 1 or top_p != 1:
+        raise ValueError("temperature and top_p are for text, and this run is on other data. Leave them out.")
     if schema is not None:
         if label is not None:
             raise ValueError("label is not for tables. Leave it out; --given has cells that all rows shall have.")
@@ -116,13 +133,14 @@ def reconstruct(
     seed: int = 0,
     trust: bool = False,
 ) -> None:
-    """Reconstructs the first data of a split by a trained run, and writes them as a picture or an array.
+    """Reconstructs the first data of a split by a trained run, and writes them as a picture, an array or text.
 
     Args:
         run: the run directory.
         split: the split of the data.
         num_data: number of data.
-        output: a .png, .npy or .csv file; reconstructions-<split>.png in the run directory by default.
+        output: a .png, .npy or .csv file; reconstructions-<split>.png in the run directory by default. Of text a .txt
+            file, each line before its reconstruction, with a tab between; reconstructions-<split>.txt by default.
         data: another data set of the same shape; that of the run by default.
         data_root: the directory of the images; that of the run by default.
         seed: seed of the latents.
@@ -131,6 +149,12 @@ def reconstruct(
     """
     if num_data < 1:
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
+    vocabulary = storage.read_config(run, trust=trust).get("vocabulary")
+    if vocabulary is not None:
+        vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
+        x = data_to_score(splits, split, preprocessing, num_data).x
+        reconstruct_lines(vae, vocabulary, x, output or Path(run) / f"reconstructions-{split}.txt", seed)
+        return
     out = new_file(output or Path(run) / f"reconstructions-{split}.png", (".png", ".npy", ".csv"))
     vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
     if splits.schema is not None:

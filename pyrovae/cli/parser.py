@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import docstring_parser
 import pyro
@@ -19,7 +19,16 @@ import pyrovae
 from pyrovae import config as configs
 from pyrovae import data as datasets
 from pyrovae import storage, trackers
-from pyrovae.cli.common import default_run, is_table, load_data, load_table, names_tabular, read_schema
+from pyrovae.cli.common import (
+    default_run,
+    is_table,
+    is_text,
+    load_data,
+    load_table,
+    load_text,
+    names_tabular,
+    read_schema,
+)
 from pyrovae.cli.comparison import compare
 from pyrovae.cli.defaults import LIKELIHOOD, table_defaults
 from pyrovae.cli.description import describe
@@ -32,6 +41,7 @@ from pyrovae.cli.reporting import report
 from pyrovae.cli.rows import encode, impute, score
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.signals import Terminated
+from pyrovae.cli.text import text_defaults, text_options
 from pyrovae.cli.training import train
 from pyrovae.distributed import init_process_group, single_process, was_restarted
 from pyrovae.documents import read_yaml
@@ -203,6 +213,8 @@ def normalized(argv: list[str]) -> list[str]:
 
 def _with_defaults(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     """Returns the settings of a training run with what fits its data, where the command line does not give it."""
+    if is_text(settings.train.data):
+        return _for_text(parser, argv, settings)
     if is_table(settings.train.data):
         return _for_table(parser, argv, settings)
     return _for_images(parser, *_for_missing(parser, argv, settings))
@@ -231,6 +243,14 @@ def _for_images(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
         print(line)
     at = argv.index("train") + 1
     return parser.parse_args([*argv[:at], *options, *argv[at:]])
+
+
+def _for_text(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
+    """Returns the settings of a training run on text: what the command line leaves open follows from its words."""
+    splits, _ = load_text(settings.train.data, **text_options(settings.train))
+    defaults = yaml.safe_dump(text_defaults(cast(datasets.Vocabulary, splits.vocabulary), len(splits.train.x)))
+    at = argv.index("train") + 1
+    return parser.parse_args([*argv[:at], "--config", defaults, *argv[at:]])
 
 
 def _for_table(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
@@ -274,9 +294,8 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
         )
     storage.check_unedited(directory, stored)
     # As text, not as a file, because the names in it are the present ones.
-    text = yaml.safe_dump(
-        {name: value for name, value in stored.items() if name not in ("x_shape", "table", *configs.NOT_KEPT)}
-    )
+    added = ("x_shape", "table", "vocabulary", *configs.NOT_KEPT)
+    text = yaml.safe_dump({name: value for name, value in stored.items() if name not in added})
     at = argv.index("train") + 1
     resumed = parser.parse_args([*argv[:at], "--config", text, *argv[at:]])
     resumed.train.run = str(directory)

@@ -27,9 +27,10 @@ def pictures_of(vae: Any, splits: datasets.Splits, history: History) -> dict[str
     device = next(vae.parameters()).device
     part, few = (data_to_score(splits, "test", "grey", size, device) for size in (1000, 10))
     pictures: dict[str, Callable[[Path], Any]] = {}
-    if splits.schema is None:
+    are_pictures = splits.schema is None and splits.vocabulary is None
+    if are_pictures:
         pictures["samples.png"] = lambda path: plots.samples(draw(vae, 100, mean=True), path, MEANS)
-    if splits.schema is None and hasattr(vae, "reconstruct"):
+    if are_pictures and hasattr(vae, "reconstruct"):
         pictures["reconstructions.png"] = lambda path: plots.reconstructions(
             few.x, vae.reconstruct(*arguments_of(vae, few)), path
         )

@@ -21,7 +21,7 @@ from pyrovae.estimators import UntilTrusted
 from pyrovae.training import History
 
 _NUM_POINTS = 500  # data in the picture of the latents
-_DATA_KEYS = ("x_shape", "table")  # of a loaded configuration, which no file holds
+_DATA_KEYS = ("x_shape", "table", "vocabulary")  # of a loaded configuration, which no file holds
 
 
 def report(
@@ -166,10 +166,13 @@ def _learning_curve(history: History) -> str:
 
 
 def _pictures(directory: Path, vae: Any, splits: datasets.Splits, history: History) -> str:
-    """Returns the pictures of a run, drawn if it has none; of a table, new rows."""
+    """Returns the pictures of a run, drawn if it has none; of a table, new rows, and of a text, new lines."""
     if splits.schema is not None:
         rows = splits.schema.decode(vae.sample(8)).to_pylist()
         return "<p>Rows that the model draws:</p>" + page.table(list(rows[0]), [[*row.values()] for row in rows])
+    if splits.vocabulary is not None:
+        lines = splits.vocabulary.decode(vae.sample(8))
+        return "<p>Lines that the model draws:</p>" + page.table(["line"], [[line] for line in lines])
     shown = []
     with tempfile.TemporaryDirectory() as temporary:
         for name, draw_to in pictures_of(vae, splits, history).items():
@@ -201,6 +204,8 @@ def _latent_space(vae: Any, splits: datasets.Splits) -> str:
     if splits.schema is not None:
         cells = splits.schema.decode(x).to_pylist()
         tips = [_of_row(tip, row) for tip, row in zip(tips, cells, strict=True)]
+    if splits.vocabulary is not None:
+        tips = [f"{tip}\n{line}" for tip, line in zip(tips, splits.vocabulary.decode(x), strict=True)]
     intro = f"<p class='faint'>A point for each of {len(x):,} test data, at its place in q(z | x). Point at one.</p>"
     return intro + page.scatter(z, labels, tips, tiles, names)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyrovae import data as datasets
 from pyrovae import storage
 from pyrovae.cli.common import check_device, chosen_method, load_table, new_file, write_columns
+from pyrovae.cli.text import score_lines
 from pyrovae.data.cells import is_number
 from pyrovae.data.columns import Discrete, Modelled
 from pyrovae.data.schema import holds_numbers
@@ -44,7 +45,7 @@ def score(
     device: str = "cpu",
     trust: bool = False,
 ) -> None:
-    """Writes log p(x) of each row of a file, in the order of the file, how unusual it is and by which cells.
+    """Writes log p(x) of each row of a table or line of a text, and of a row how unusual it is and by which cells.
 
     Columns of the result: row (counted from 1); log_p in nats with its standard_error; trusted (1 or 0) and khat, which
     say whether log_p can be relied on; rarer_than (the share of reference rows that are more probable); and for the
@@ -55,9 +56,12 @@ def score(
     hidden. rarer_than is empty where there are fewer than 10 of them, for patterns of missing cells beyond the 20 most
     frequent ones of the file, and for rows without any cell.
 
+    Of a text the columns are line (counted from 1, without empty ones); log_p, standard_error, trusted and khat; words,
+    with the end of the line; unknown, how many of them are not in the vocabulary; and nats_a_word.
+
     Args:
         run: the run directory.
-        file: a table with the columns of the training data.
+        file: a table with the columns of the training data, or a text.
         output: a .csv file; scores-<file>.csv in the run directory by default.
         num_samples: importance samples of the guide per row, instead of stages of estimators until a row can be
             trusted.
@@ -77,7 +81,15 @@ def score(
         raise ValueError("--seconds is a budget of the stages: leave out --num-samples.")
     method = chosen_method(None, num_samples, UntilTrusted(seconds=seconds))
     check_device(device)
-    out = new_file(output or Path(run) / f"scores-{Path(file).stem}.csv", (".csv",))
+    place = output or Path(run) / f"scores-{Path(file).stem}.csv"
+    vocabulary = storage.read_config(run, trust=trust).get("vocabulary")
+    if vocabulary is not None:
+        if reference is not None:
+            raise ValueError("reference is for tables, and this run is on text. Leave it out.")
+        vae, _ = storage.load_run(run, trust=trust)
+        score_lines(vae.to(device), vocabulary, file, place, method, max_memory, seed, device)
+        return
+    out = new_file(place, (".csv",))
     vae, table, rows = _load(run, file, trust, device)
     usual = tuple(t.to(device) for t in datasets.split_missing(_reference_rows(run, reference, table.schema)))
     _check_some(rows, file)

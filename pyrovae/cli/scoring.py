@@ -18,6 +18,7 @@ from pyrovae.cli.common import (
     write_columns,
 )
 from pyrovae.cli.labels import arguments_of, note_on
+from pyrovae.cli.text import per_word
 from pyrovae.distributed import init_process_group
 from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, UntilTrusted, log_marginal
 from pyrovae.likelihoods import bits_per_dim
@@ -92,6 +93,9 @@ def evaluate(
     print(f"{split}: {estimate}{note_on(vae)}")
     if is_default:
         print(_usual_number(vae, args, estimate, max_memory))
+    if splits.vocabulary is not None:
+        print(per_word(estimate.value.cpu(), part.x.cpu(), splits.vocabulary))
+        return
     # A row has columns of different kinds, and a joint log p(x, label) is of more than the dimensions of x.
     is_of_x = splits.schema is None and not isinstance(vae, SemiSupervisedVAE)
     if is_of_x and is_discrete(vae) and method.relation == "=":

@@ -25,14 +25,17 @@ from pyrovae.cli.common import (
     default_run,
     is_discrete,
     is_table,
+    is_text,
     load_splits,
     load_table,
+    load_text,
     read_schema,
 )
 from pyrovae.cli.labels import arguments_of, note_on
 from pyrovae.cli.pictures import pictures_of
 from pyrovae.cli.reporting import write_report
 from pyrovae.cli.signals import StopOnSignal
+from pyrovae.cli.text import per_word, score_by_frequency
 from pyrovae.config import is_tabular, make_table_vae, make_vae
 from pyrovae.distributed import init_process_group
 from pyrovae.encoders import DiagonalNormal, Encoder
@@ -42,7 +45,7 @@ from pyrovae.estimators import (
     independent_baseline,
     log_marginal,
 )
-from pyrovae.likelihoods import Bernoulli, Likelihood
+from pyrovae.likelihoods import Autoregressive, Bernoulli, Likelihood
 from pyrovae.locks import DirectoryLock, is_empty
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior, StandardNormal
@@ -83,6 +86,9 @@ def train(
     num_samples: int | None = None,
     seed: int = 0,
     device: str = "cpu",
+    characters: bool | None = None,
+    max_words: int | None = None,
+    max_steps: int | None = None,
     compile: bool | Literal["auto"] = "auto",
     tracker: Tracker | None = None,
     resume: bool = False,
@@ -93,9 +99,10 @@ def train(
     """Trains a VAE on a data set, scores it on the test split, and writes the results to a run directory.
 
     Args:
-        data: the name of a data set (--help-all lists them), a .npy, .npz or .h5 file, a folder of pictures, or a table
-            (.csv, .tsv, .parquet, .xlsx, ...). For images in files and folders, and for tables, the settings
-            that are not given are those that fit the pixels, or the columns and rows.
+        data: the name of a data set (--help-all lists them), a .npy, .npz or .h5 file, a folder of pictures, a table
+            (.csv, .tsv, .parquet, .xlsx, ...), or text, a datum a line (.txt, .txt.gz). For images in files and
+            folders, for tables and for text, the settings that are not given are those that fit the pixels, the columns
+            and rows, or the words and lines.
         run: the run directory; runs/<data> by default. An existing directory is never overwritten.
         schema: the columns of a table, a file of pyrovae describe; found out from the data by default.
         data_root: the directory of the images, which are downloaded to it if needed.
@@ -123,6 +130,11 @@ def train(
             until each datum can be trusted, in at most a third of the time that training took, or a minute.
         seed: seed of the weights, the batches and the noise.
         device: cpu, cuda, cuda:1, ...; with cuda, each process of torchrun takes a GPU of its own.
+        characters: of text, whether the steps are characters; words by default.
+        max_words: of text, how many of the most frequent words of the training lines are known; 5,000 by default. All
+            others become one word, <unknown>.
+        max_steps: of text, the longest line in words or characters, with its end; longer ones are cut. By default the
+            longest of the training lines, up to 64 words or 256 characters.
         compile: train and score by code that a compiler makes, which takes some seconds and is faster in long runs.
             auto, the default, plays traced operations back, which gives the same bits as false, in less time.
         tracker: the class of a tracker that numbers and pictures are sent to: TensorBoard, WandB, MLflow or
@@ -157,8 +169,18 @@ def train(
     else:
         if schema is not None:
             raise ValueError("schema is for a table with the likelihood Tabular. Leave one of them out.")
-        splits, description = load_splits(data, data_root, preprocessing)
+        words = {"characters": characters, "max_words": max_words, "num_steps": max_steps}
+        if is_text(data):
+            is_resumed = resume and storage.can_resume(directory)
+            known = storage.read_config(directory, trust=True).get("vocabulary") if is_resumed else None
+            splits, description = load_text(data, known, **({} if known else words))
+        elif any(value is not None for value in words.values()):
+            raise ValueError(f"characters, max_words and max_steps are for text, and {data} is none. Leave them out.")
+        else:
+            splits, description = load_splits(data, data_root, preprocessing)
         vae = make_vae(tuple(splits.train.x.shape[1:]), latent_dim, prior, likelihood, encoder, structure)
+        if isinstance(vae.likelihood, Autoregressive):
+            vae.likelihood.start_at(splits.train.x)
         loss = structure.loss(vae, splits.train.labels) if structure is not None and loss is None else loss
     vae.to(device)
     x_shape = tuple(splits.train.x.shape[1:])
@@ -186,7 +208,7 @@ def train(
         print(f"not tracked any more: {', '.join(names)} followed this run. To go on there, add --tracker {names[-1]}")
     with stop, lock, contextlib.nullcontext() if tracking is None or not world.is_rank0 else tracking:
         if world.is_rank0:
-            storage.create_run(directory, config, x_shape, splits.schema)
+            storage.create_run(directory, config, x_shape, splits.schema, splits.vocabulary)
         began = time.monotonic()
         try:
             with stop.after_the_step():
@@ -220,7 +242,7 @@ def train(
         except Exception:
             # Bad input leaves nothing behind.
             if world.is_rank0 and is_new and not (directory / "checkpoint.safetensors").exists():
-                for name in ("config.yaml", "run.json", "schema.yaml"):
+                for name in ("config.yaml", "run.json", "schema.yaml", "vocabulary.json"):
                     (directory / name).unlink(missing_ok=True)
                 lock.release()
                 with contextlib.suppress(OSError):  # of a directory that is not there, or not empty
@@ -302,6 +324,9 @@ def _report_training(
     if splits.schema is not None:
         name, p = "independent columns", fit_independent_columns(vae.likelihood.cells, splits.train.x)
         baseline = log_prob_of_cells(p, splits.test.x).sum(-1)
+    elif splits.vocabulary is not None:
+        scores += f"\n{per_word(estimate.value.cpu(), splits.test.x, splits.vocabulary)}"
+        name, baseline = score_by_frequency(splits.train.x, splits.test.x, splits.vocabulary)
     # Not for a file on the disk, which may be larger than the memory.
     elif isinstance(splits.train.x, Tensor) and not isinstance(vae, SemiSupervisedVAE | MissingDataVAE):
         is_binary = bool(((splits.test.x == 0) | (splits.test.x == 1)).all())

@@ -208,7 +208,8 @@ def read_lines(path: str | Path, encoding: str | None = None) -> tuple[list[str]
 def is_text_file(path: str | Path) -> bool:
     """Returns whether a file is text, a line a datum: .txt or .txt.gz, and not a table.
 
-    A table is told by its lines: all have the same number of tabs, semicolons, bars or commas, and at least one.
+    A table is told by its lines: all have the same number of tabs, semicolons, bars or commas without a space after
+    them, and at least one.
     """
     path = Path(path)
     if not path.name.removesuffix(".gz").endswith(".txt") or not path.is_file():
@@ -217,7 +218,7 @@ def is_text_file(path: str | Path) -> bool:
         lines = read_lines(path)[0][:_SAMPLE]
     except ValueError:
         return True  # and refused where it is read
-    counts = ({line.count(delimiter) for line in lines} for delimiter in DELIMITERS)
+    counts = ({len(re.findall(f"{re.escape(sign)}(?! )", line)) for line in lines} for sign in DELIMITERS)
     return len(lines) < 2 or not any(len(found) == 1 and found != {0} for found in counts)
 
 

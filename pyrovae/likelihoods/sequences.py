@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pyrovae import distributions
 from pyrovae.likelihoods.base import Likelihood
 from pyrovae.likelihoods.discrete import Categorical
-from pyrovae.nn import MLP, RecurrentDecoder, SequenceDecoder, Shape, as_shape
+from pyrovae.nn import MLP, Network, RecurrentDecoder, SequenceDecoder, Shape, as_shape
 from pyrovae.nn.base import check_count
 
 
@@ -61,8 +61,8 @@ class Autoregressive(Likelihood):
         self,
         latent_dim: int,
         x_shape: Shape,
-        network: Callable[..., nn.Module] = RecurrentDecoder,
-        output: Callable[..., Likelihood] | None = None,
+        network: Network = RecurrentDecoder,
+        output: Callable[[int, Shape], Likelihood] | None = None,
         num_classes: int | None = None,
         end: int | None = None,
         step_dropout: float = 0.0,
@@ -100,7 +100,7 @@ class Autoregressive(Likelihood):
                 f"the network must have num_classes={num_classes}, as the likelihood has, got {network.num_classes}."
             )
         self.network: SequenceDecoder = network
-        self.output: Likelihood = output(network.out_shape[1], self.x_shape[1:] or (1,), **classes)
+        self.output: Likelihood = output(network.out_shape[1], self.x_shape[1:] or (1,), **classes)  # type: ignore[arg-type]
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> distributions.Autoregressive:
         condition = self.network.condition(z, context)
