@@ -111,13 +111,14 @@ class StateSpaceVAE(Registered):
         r"""Returns :math:`q(z \mid x)`, with ``batch_shape == (batch,)`` and events ``(time, latent_dim)``."""
         mask = self._mask_of(x, mask, context)
         h = self._summaries(x, mask, context)
-        start = h.new_zeros(len(x), self._latent_dim)
-        return MarkovChain(
-            self.encoder(start, h[:, 0]),
-            lambda z, steps: self.encoder(z, h[:, steps]),
-            x.shape[1],
-            _until_last(mask),
-        )
+        # The gradient of a step that is cut out of h is as large as h, for each step; that of all at once is h's.
+        one_step = [step.unsqueeze(1) for step in h.unbind(1)]
+
+        def transition(z: Tensor, steps: slice) -> dist.TorchDistribution:
+            return self.encoder(z, one_step[steps.start] if steps.stop == steps.start + 1 else h[:, steps])
+
+        initial = self.encoder(h.new_zeros(len(x), self._latent_dim), h[:, 0])
+        return MarkovChain(initial, transition, x.shape[1], _until_last(mask))
 
     def model_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The generative process with a site for each state and each observed step, in their order."""
@@ -143,9 +144,9 @@ class StateSpaceVAE(Registered):
         h = self._summaries(x, mask, context)
         z = h.new_zeros(len(x), self._latent_dim)
         with pyro.plate("data", len(x)):
-            for t in range(x.shape[1]):
+            for t, step in enumerate(h.unbind(1)):
                 with poutine.mask(mask=active[:, t]):
-                    z = pyro.sample(f"z{t + 1}", self.encoder(z, h[:, t]))
+                    z = pyro.sample(f"z{t + 1}", self.encoder(z, step))
 
     @torch.no_grad()
     @in_evaluation_mode
