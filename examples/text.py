@@ -93,12 +93,15 @@ def rows(vocabulary, x, args):
         "no cure": lambda: (build(), bounds.ELBO()),
         "linear warm-up": lambda: (build(), bounds.ELBO(beta=linear)),
         "cyclical warm-up": lambda: (build(), bounds.ELBO(beta=bounds.Cyclical(steps // 4))),
-        "free bits": lambda: (build(), bounds.ELBO(penalty=bounds.FreeBits(args.free_nats))),
+        "free bits": lambda: (build(), bounds.ELBO(penalty=bounds.FreeBits(args.free_nats, group_size=None))),
         "word dropout": lambda: (build(step_dropout=0.3), bounds.ELBO(beta=linear)),
         "encoder first": lambda: (build(), bounds.ELBO()),
         "skip decoder": lambda: (build(skip=True), bounds.ELBO(beta=linear)),
         "von Mises-Fisher": lambda: (build(**sphere), bounds.ELBO()),
-        "skip and free bits": lambda: (build(skip=True), bounds.ELBO(penalty=bounds.FreeBits(args.free_nats))),
+        "skip and free bits": lambda: (
+            build(skip=True),
+            bounds.ELBO(penalty=bounds.FreeBits(args.free_nats, group_size=None)),
+        ),
     }
 
 

@@ -38,7 +38,7 @@ def text_defaults(vocabulary: Vocabulary, num_lines: int) -> dict[str, Any]:
     words = {"num_classes": vocabulary.num_classes, "end": vocabulary.end}
     decoder = {"class_path": "pyrovae.nn.RecurrentDecoder"}
     reader = {"class_path": "pyrovae.nn.TokenEncoder", "init_args": words}
-    free = {"class_path": "pyrovae.bounds.FreeBits", "init_args": {"nats": 5.0}}
+    free = {"class_path": "pyrovae.bounds.FreeBits", "init_args": {"nats": 5.0, "group_size": None}}
     return {
         "preprocessing": "grey",
         "latent_dim": 16,
