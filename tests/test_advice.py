@@ -28,6 +28,19 @@ def test_a_misspelt_word_is_answered_with_the_nearest_in_two_lines(argv, message
     assert second.startswith("Nearest: ") and nearest in second.removeprefix("Nearest: ").rstrip(".").split(", ")
 
 
+INCOMPLETE = [
+    (["--loss", "IWAE"], "loss: IWAE needs num_particles. Give --loss.num_particles VALUE."),
+    (["--encoder.network.hidden", "512"], "encoder.network.hidden: it is a list: give '[512]'."),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), INCOMPLETE)
+def test_what_is_missing_is_said_in_a_line(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", *argv])
+    assert capsys.readouterr().err.splitlines()[0] == f"pyrovae: error: {message}"
+
+
 def test_other_errors_say_where_to_look(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--epochs", "many"])

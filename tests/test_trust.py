@@ -221,7 +221,7 @@ def test_run_json_and_schema_are_checked_as_well(place):
     assert not (place / "imported").exists()
 
 
-OPTIONS = sorted({*inspect.signature(COMMANDS["train"]).parameters} - {"resume", "trust", "config"})
+OPTIONS = sorted({*inspect.signature(COMMANDS["train"]).parameters} - {"quiet", "resume", "trust", "config"})
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -76,6 +76,14 @@ def test_it_can_be_ended_early_with_the_weights_that_it_had(run):
         assert torch.equal(before, after)
 
 
+def test_quiet_prints_the_results_alone(run, capsys):
+    main(["train", "--run", str(run), "--resume", "--epochs", "5", "--quiet"])
+    captured = capsys.readouterr()
+    assert captured.err == "" and "test: log p(x)" in captured.out and "Linear(" not in captured.out
+    main(["evaluate", str(run), "--num-samples", "30", "--quiet"])
+    assert capsys.readouterr().err == ""
+
+
 def test_it_can_be_continued_but_not_to_fewer_epochs_than_are_done(run):
     with pytest.raises(SystemExit, match="epochs is 2, but 3 epochs .* are done. Give at least 3"):
         main(["train", "--run", str(run), "--resume", "--epochs", "2"])

@@ -66,6 +66,25 @@ def as_options(message: str) -> str:
     return _OPTION.sub(r"--\1 ", message)
 
 
+_ADVICE = (  # of results, in the words of Python
+    (re.compile(r"\bmethod=(?:estimators\.)?(\w+)\(\)"), r"--method \1"),
+    (re.compile(r"to score, estimators\.(\w+)\(\)"), r"to score, --method ImportanceSampling --method.proposal \1"),
+    (re.compile(r", most_unusual\(n\) lists more"), ""),
+    (re.compile(r"\bnum_rounds\b"), "data: --num-data"),
+)
+
+
+def advice_as_options(text: str) -> str:
+    """Returns a result's text with the calls that it advises written as options.
+
+    >>> advice_as_options("Score them by method=UntilTrusted().")
+    'Score them by --method UntilTrusted.'
+    """
+    for pattern, option in _ADVICE:
+        text = pattern.sub(option, text)
+    return text
+
+
 @lru_cache(maxsize=1)  # train reads the table for its defaults, then for itself
 def _load_table(data: str, schema: str | None, stamp: tuple[int, int]) -> datasets.Splits:
     return datasets.load(data, schema=None if schema is None else datasets.Schema.from_yaml(schema))

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrovae import estimators, storage
 from pyrovae.cli.common import (
     SplitName,
+    advice_as_options,
     check_device,
     chosen_method,
     data_to_score,
@@ -40,6 +41,7 @@ def compare(
     seed: int = 0,
     device: str = "cpu",
     compile: bool | Literal["auto"] = "auto",
+    quiet: bool = False,
     trust: bool = False,
 ) -> None:
     """Compares trained runs by log p(x) of the same data: paired differences, with errors and how sure they are.
@@ -61,6 +63,7 @@ def compare(
         device: cpu, cuda, cuda:1, ...
         compile: score by code that a compiler makes, which takes some seconds. auto, the default, plays traced
             operations back, which gives the same bits as false, in less time.
+        quiet: print the results alone, without progress bars.
         trust: allow the configurations of the runs to name classes outside pyrovae, torch and Pyro, which runs their
             code.
     """
@@ -85,7 +88,7 @@ def compare(
     if drawn.exists():
         raise FileExistsError(f"{drawn} already exists. Give another file with --picture.")
 
-    found = scored_runs(loaded, split, method, seed, max_memory, compile)
+    found = scored_runs(loaded, split, method, seed, max_memory, compile, quiet)
     ranking = estimators.compare_all(found)
     print(ranking)
     print("\n" + "\n".join(pair.verdict for pair in ranking.pairs))
@@ -127,14 +130,17 @@ def scored_runs(
     seed: int = 0,
     max_memory: float = 64e6,
     compile: bool | Literal["auto"] = "auto",
+    quiet: bool = False,
 ) -> dict[str, Estimate]:
     """Returns estimates of log p(x) for runs, and prints each; `loaded` is what :func:`comparable_runs` returned."""
     found = {}
     for i, (run, (vae, part)) in enumerate(loaded.items()):
         pyro.set_rng_seed((seed + i) % 2**32)  # the errors of a difference are those of independent draws
         args = arguments_of(vae, part)
-        found[run] = log_marginal(vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile)
-        print(f"{run}, {split}: {found[run]}\n")
+        found[run] = log_marginal(
+            vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile, progress=not quiet
+        )
+        print(advice_as_options(f"{run}, {split}: {found[run]}\n"))
     return found
 
 

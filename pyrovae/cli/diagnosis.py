@@ -8,7 +8,7 @@ import pyro
 from torch import Tensor
 
 from pyrovae import diagnostics, storage
-from pyrovae.cli.common import SplitName, check_device, data_to_score, load_data_of
+from pyrovae.cli.common import SplitName, advice_as_options, check_device, data_to_score, load_data_of
 from pyrovae.cli.labels import check_label, context_size, of_x_alone, with_label
 from pyrovae.data import Splits
 from pyrovae.estimators import Estimator
@@ -111,11 +111,11 @@ def diagnose(
             print(f"not for this model or these data: {reason}")
             results[name] = {"skipped": reason}
         else:
-            print(result)
+            print(advice_as_options(str(result)))
             out.mkdir(parents=True, exist_ok=True)
             result.plot(out / f"{name}.png")
-            results[name] = {"question": kind.question, "verdict": result.verdict, **result.summary()}
-            verdicts.append(f"{kind.question} {result.verdict}")
+            results[name] = {"question": kind.question, **result.summary()}
+            verdicts.append(advice_as_options(f"{kind.question} {result.verdict}"))
         storage.write_atomically(out / "diagnosis.json", (json.dumps(results, indent=1) + "\n").encode())
     _draw_collapse(Path(run) / "metrics.jsonl", out / "collapse_history.png")
     print("\n== in short")

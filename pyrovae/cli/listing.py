@@ -120,7 +120,13 @@ def _plain(message: str) -> str:
     text = re.sub(
         r"(?:\[.* Errors: .*)?Expected a dot import path string: (\S+?)\.?(?: - .*)?$", r"there is no class \1.", text
     )
+    key = re.search(r"^([\w.]+): ", text)
+    missing = re.search(r"class_path '[\w.]*?(\w+)': the following arguments are required: ([\w, ]+?) -", text)
+    if key and missing:
+        options = " and ".join(f"--{key[1]}.{name} VALUE" for name in missing[2].split(", "))
+        return f"{key[1]}: {missing[1]} needs {missing[2]}. Give {options}."
     text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
+    text = re.sub(r"Expected a (?:Sequence|list|List|tuple), got (.*?)\.$", r"it is a list: give '[\1]'.", text)
     return re.sub(r"Option '(.*?)' is not accepted", r"it has no argument '\1'", text)
 
 

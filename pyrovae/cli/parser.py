@@ -62,7 +62,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
 COMMANDS = {name: function for group in GROUPS.values() for name, function in group.items()}
 
 
-FLAGS = ("resume", "trust", "mean", "missing", "compile")  # given without a value
+FLAGS = ("quiet", "resume", "trust", "mean", "missing", "compile")  # given without a value
 
 
 SEVERAL = ("runs",)  # positional, of one or more words

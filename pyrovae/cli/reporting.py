@@ -13,7 +13,7 @@ import yaml
 from pyrovae import data as datasets
 from pyrovae import estimators, storage
 from pyrovae.cli import page
-from pyrovae.cli.common import check_device, data_to_score, first_of, load_data_of
+from pyrovae.cli.common import advice_as_options, check_device, data_to_score, first_of, load_data_of
 from pyrovae.cli.comparison import comparable_runs, scored_runs
 from pyrovae.cli.labels import scored
 from pyrovae.cli.pictures import latents_of, pictures_of
@@ -225,7 +225,7 @@ def _diagnosis(directory: Path) -> str:
         for name, result in json.loads(path.read_text()).items():
             title = name.replace("_", " ")
             verdict = result.get("verdict") or f"skipped: {result.get('skipped', 'no verdict')}"
-            rows.append([result.get("question", title), verdict])
+            rows.append([result.get("question", title), advice_as_options(verdict)])
             if path.with_name(f"{name}.png").exists():
                 drawn.append(page.details(title, page.picture(path.with_name(f"{name}.png"), title)))
         part = path.parent.name.removeprefix("diagnosis-")

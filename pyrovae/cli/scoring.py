@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyrovae.cli.common import (
     SplitName,
+    advice_as_options,
     check_device,
     chosen_method,
     data_to_score,
@@ -42,6 +43,7 @@ def evaluate(
     seed: int = 0,
     device: str = "cpu",
     compile: bool | Literal["auto"] = "auto",
+    quiet: bool = False,
     trust: bool = False,
 ) -> None:
     """Estimates log p(x) of each datum under a trained run, by stages of estimators until it can be trusted.
@@ -67,6 +69,7 @@ def evaluate(
         device: cpu, cuda, cuda:1, ...; with cuda, each process of torchrun takes a GPU of its own.
         compile: score by code that a compiler makes, which takes some seconds. auto, the default, plays traced
             operations back, which gives the same bits as false, in less time.
+        quiet: print the results alone, without progress bars.
         trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
             code.
     """
@@ -84,13 +87,15 @@ def evaluate(
     vae.to(device)
     part = data_to_score(splits, split, preprocessing, num_data, device)
     args = arguments_of(vae, part)
-    estimate = log_marginal(vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile)
+    estimate = log_marginal(
+        vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile, progress=not quiet
+    )
     if out is not None and world.is_rank0:
         names = ("value", "standard_error", "ess", "khat", "trusted")
         columns = {"datum": torch.arange(len(part.x)), **{name: getattr(estimate, name) for name in names}}
         write_columns(columns | estimate.diagnostics, out)
         print(f"per datum: {out}")
-    print(f"{split}: {estimate}{note_on(vae)}")
+    print(advice_as_options(f"{split}: {estimate}{note_on(vae)}"))
     if is_default:
         print(_usual_number(vae, args, estimate, max_memory))
     if splits.vocabulary is not None:

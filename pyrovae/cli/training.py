@@ -19,6 +19,7 @@ from pyrovae import data as datasets
 from pyrovae import diagnostics, storage
 from pyrovae.cli.common import (
     Preprocessing,
+    advice_as_options,
     check_device,
     chosen_method,
     data_to_score,
@@ -91,6 +92,7 @@ def train(
     max_steps: int | None = None,
     compile: bool | Literal["auto"] = "auto",
     tracker: Tracker | None = None,
+    quiet: bool = False,
     resume: bool = False,
     trust: bool = False,
     *,
@@ -140,6 +142,7 @@ def train(
         tracker: the class of a tracker that numbers and pictures are sent to: TensorBoard, WandB, MLflow or
             PythonLogging. An error of a tracker does not end training. Runs do not keep the option: give it again with
             --resume.
+        quiet: print the results alone, without progress bars.
         resume: continue the run in the run directory with its configuration, or start it if there is none. Only epochs,
             patience, num_samples, data_root and device may be changed; as many epochs as are done end the run as it is.
         trust: allow the file of --config, or the configuration of a resumed run, to name classes outside pyrovae,
@@ -184,7 +187,8 @@ def train(
         loss = structure.loss(vae, splits.train.labels) if structure is not None and loss is None else loss
     vae.to(device)
     x_shape = tuple(splits.train.x.shape[1:])
-    print(f"{description}\n{vae}\nrun directory: {directory}")
+    if not quiet:
+        print(f"{description}\n{vae}\nrun directory: {directory}")
 
     metrics = MetricsFile(directory / "metrics.jsonl")
     callbacks: list[Callback] = []
@@ -232,6 +236,7 @@ def train(
                     resume=resume,
                     device=device,
                     compile=compile,
+                    progress=not quiet,
                 )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -253,7 +258,7 @@ def train(
         test = arguments_of(vae, data_to_score(splits, "test", "grey", None, device))
         stages = UntilTrusted(seconds=max(_LEAST_SECONDS, (time.monotonic() - began) / 3))
         method = chosen_method(None, num_samples, stages)
-        estimate = log_marginal(vae.model, vae.guide, *test, method=method, compile=compile)
+        estimate = log_marginal(vae.model, vae.guide, *test, method=method, compile=compile, progress=not quiet)
         if world.is_rank0:
             storage.save_trained(vae, directory)
             settings = yaml.safe_load(config) or {}
@@ -310,6 +315,11 @@ def _report_training(
             f"stopped after epoch {len(history)}: the validation loss had not improved since epoch "
             f"{history.best_epoch}, whose weights are kept."
         )
+    elif history.best_epoch == epochs:
+        print(
+            f"the validation loss was the lowest in the last epoch, {epochs}: more may lower it. Go on with: "
+            f"pyrovae train --run {directory} --resume --epochs {2 * epochs}"
+        )
     n = len(estimate.value)
     result: dict[str, Any] = {
         "split": "test",
@@ -319,7 +329,7 @@ def _report_training(
         "num_data": n,
         "num_samples": estimate.num_samples,
     }
-    scores = f"test: {estimate}{note_on(vae)}"
+    scores = advice_as_options(f"test: {estimate}{note_on(vae)}")
     name, baseline = "", None
     if splits.schema is not None:
         name, p = "independent columns", fit_independent_columns(vae.likelihood.cells, splits.train.x)

@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae import arguments
+from pyrovae import arguments, notebooks
 from pyrovae.arguments import take_rows
 from pyrovae.data.columns import Modelled
 from pyrovae.distributions import center
@@ -112,6 +112,10 @@ class Diagnosis(ABC):
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Draws the result; returns a matplotlib figure, and writes it if a path is given."""
         return write(self.draw(), path)
+
+    def _repr_html_(self) -> str:
+        """Shows the table with the verdict, and the picture, in a notebook."""
+        return notebooks.preformatted(str(self)) + notebooks.picture(self.draw())
 
     def __str__(self) -> str:
         return "\n".join([*self.table(), textwrap.fill(self.verdict, TABLE_WIDTH)])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyrovae import notebooks
 from pyrovae.inference.messages import described, is_integer
 from pyrovae.inference.structure import SiteStructure
 
@@ -58,15 +59,29 @@ class Estimate:
         return self.method.trusts(self) & ~self.value.isnan() & (self.value < math.inf)
 
     def __str__(self) -> str:
+        mean, sampling, spread = self._summary()
+        return (
+            f"{self.method.quantity} {self.method.relation} {mean:.3f} nats a datum "
+            f"(standard error: {sampling:.3f} from {self.num_samples:,} {self.method.unit} a datum, "
+            f"{spread:.3f} from {len(self.value):,} data)\n{self._reliability()}"
+        )
+
+    def _repr_html_(self) -> str:
+        """Shows the mean, its errors and how far it can be trusted, in a notebook."""
+        mean, sampling, spread = self._summary()
+        names = [f"{self.method.quantity}, nats a datum", "standard error: samples", "data", "data trusted"]
+        trusted = f"{int(self.trusted.sum()):,} of {len(self.value):,}"
+        row = [f"{self.method.relation} {mean:.3f}", f"{sampling:.3f}", f"{spread:.3f}", trusted]
+        return notebooks.table(names, [row]) + notebooks.preformatted(self._reliability())
+
+    def _summary(self) -> tuple[float, float, float]:
+        """Returns the mean, its standard error by the samples, and that by the spread of the data."""
         n = len(self.value)
         sampling = self.standard_error.square().sum().sqrt().item() / n
-        spread = self.value.std().item() / math.sqrt(n) if n > 1 else math.nan
-        reliability = self.method.describe(self) + (f". {self.remedy}" if self.remedy else "")
-        return (
-            f"{self.method.quantity} {self.method.relation} {self.value.mean().item():.3f} nats a datum "
-            f"(standard error: {sampling:.3f} from {self.num_samples:,} {self.method.unit} a datum, "
-            f"{spread:.3f} from {n:,} data)\n{reliability}"
-        )
+        return self.value.mean().item(), sampling, self.value.std().item() / math.sqrt(n) if n > 1 else math.nan
+
+    def _reliability(self) -> str:
+        return self.method.describe(self) + (f". {self.remedy}" if self.remedy else "")
 
 
 class Estimator(ABC):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import StudentT
 
+from pyrovae import notebooks
 from pyrovae.estimators.base import Estimate
 from pyrovae.plots.comparisons import comparisons
 from pyrovae.plots.drawing import shortened
@@ -92,6 +93,10 @@ class Comparison(NamedTuple):
         """
         return comparisons([self], path)
 
+    def _repr_html_(self) -> str:
+        """Shows the text and the picture, in a notebook."""
+        return notebooks.preformatted(str(self)) + notebooks.picture(self.plot())
+
     def __str__(self) -> str:
         n = len(self.differences)
         higher = int((self.differences > 0).sum())
@@ -125,6 +130,10 @@ class Ranking(NamedTuple):
             A matplotlib figure.
         """
         return comparisons(self.pairs, path)
+
+    def _repr_html_(self) -> str:
+        """Shows the text and the picture, in a notebook."""
+        return notebooks.preformatted(str(self)) + notebooks.picture(self.plot())
 
     def __str__(self) -> str:
         number = {name: i + 1 for i, name in enumerate(self.estimates)}

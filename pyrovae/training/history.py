@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyrovae import notebooks
+
 __all__ = ["History"]
 
 
@@ -52,22 +54,44 @@ class History:
         return min(scored, key=lambda record: record["validation"])["epoch"] if scored else None
 
     def table(self, max_rows: int = 20) -> str:
-        """Returns a table of at most `max_rows` records, evenly spaced, including the first and the last.
+        """Returns a table of at most `max_rows` records, including the first and the last.
 
-        The table omits a constant learning rate, and entries that fewer than half of the records hold.
+        They are evenly spaced, or next to that where a record has more entries, such as those that a callback adds now
+        and then. The table omits a constant learning rate, and entries that fewer than half of its rows hold.
         """
-        count = min(max_rows, len(self))
-        shown = [self.records[round(i * (len(self) - 1) / max(count - 1, 1))] for i in range(count)]
+        cells = self._cells(max_rows)
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+
+    def _cells(self, max_rows: int) -> list[list[str]]:
+        """Returns the names of the entries that the table shows, and the rows below."""
+        shown = [self.records[i] for i in self._rows(max_rows)]
         names = list(dict.fromkeys(name for record in self.records for name in record))
         if "learning_rate" in names and len(set(self["learning_rate"])) == 1:
             names.remove("learning_rate")
-        names = [name for name in names if 2 * sum(name in record for record in self.records) >= len(self)]
-        cells = [names] + [[_cell(record.get(name)) for name in names] for record in shown]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-        return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+        names = [name for name in names if 2 * sum(name in record for record in shown) >= len(shown)]
+        return [names] + [[_cell(record.get(name)) for name in names] for record in shown]
+
+    def _rows(self, max_rows: int) -> list[int]:
+        """Returns the places of the records that the table shows."""
+        last, count = len(self) - 1, min(max_rows, len(self))
+        spacing = last / max(count - 1, 1)
+        reach = int((spacing - 1) / 2) if count > 2 else 0  # so that no record is shown twice
+        rows = []
+        for middle in (round(i * spacing) for i in range(count)):
+            near = range(middle - reach, middle + reach + 1) if 0 < middle < last else [middle]
+            rows.append(max(near, key=lambda i: (len(self.records[i]), -abs(i - middle))))
+        return rows
 
     def __str__(self) -> str:
         return self.table()
+
+    def _repr_html_(self) -> str:
+        """Shows the table and the losses by epoch, in a notebook."""
+        if not self.records:
+            return notebooks.preformatted("a history without epochs")
+        names, *rows = self._cells(max_rows=20)
+        return notebooks.table(names, rows) + notebooks.picture(self.plot())
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Plots the losses by epoch; returns the matplotlib figure, and writes it to `path` if given."""

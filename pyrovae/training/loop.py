@@ -233,7 +233,8 @@ def fit(
     bar = tqdm(
         total=None if steps_per_epoch is None else steps_per_epoch * epochs,
         initial=0 if steps_per_epoch is None else steps_per_epoch * min(len(history), epochs),
-        unit="step",
+        bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]" if steps_per_epoch else None,
+        dynamic_ncols=True,
         disable=not (progress and world.is_rank0),
     )
 
