@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import pyrovae
 from pyrovae import bounds
 from pyrovae.bounds import FIVO, IWAE, multinomial, stratified, systematic
-from pyrovae.estimators import ParticleFilter, Prior
+from pyrovae.estimators import ParticleFilter, Prior, log_predictive
 from pyrovae.inference.filtering import run_filter
 from pyrovae.inference.structure import inspect
 
@@ -458,6 +458,15 @@ def test_the_particle_filter_covers_the_truth(proposal):
     assert estimate.trusted.any()
     assert (estimate.diagnostics["least ess"] > 1).all()
     assert "filters a datum" in str(estimate)
+
+
+def test_log_densities_of_steps_are_those_of_the_kalman_filter():
+    x = series(n=3, steps=6)
+    found = log_predictive(model, guide, x, method=ParticleFilter(30, 200))
+    steps = torch.stack([kalman(x[:, : t + 1]) for t in range(6)], dim=-1)
+    expected = steps.diff(dim=-1, prepend=torch.zeros_like(steps[:, :1]))
+    assert ((found.value - expected).abs() < 5 * found.standard_error).all()
+    assert found.standard_error.max() < 0.2
 
 
 def test_a_hopeless_proposal_is_not_trusted():

@@ -7,7 +7,7 @@ from pyrovae.estimators.baseline import independent_baseline
 from pyrovae.estimators.comparison import Comparison, Ranking, compare, compare_all
 from pyrovae.estimators.conditional import log_conditional
 from pyrovae.estimators.exact import Enumeration, Quadrature
-from pyrovae.estimators.filtered import ParticleFilter
+from pyrovae.estimators.filtered import ParticleFilter, Predictive, log_predictive
 from pyrovae.estimators.guides import as_guide
 from pyrovae.estimators.laplace import Laplace
 from pyrovae.estimators.marginal import log_marginal
@@ -33,6 +33,7 @@ __all__ = [
     "Laplace",
     "Mixed",
     "ParticleFilter",
+    "Predictive",
     "Prior",
     "Proposal",
     "Quadrature",
@@ -51,5 +52,6 @@ __all__ = [
     "independent_baseline",
     "log_conditional",
     "log_marginal",
+    "log_predictive",
     "refine",
 ]

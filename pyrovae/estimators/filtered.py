@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from pyrovae.estimators.base import Estimate, Estimator, check_count, join
 from pyrovae.estimators.memory import PeakMemory, clamp, split_evenly
 from pyrovae.estimators.proposals import Guide, Proposal
-from pyrovae.estimators.task import Task
+from pyrovae.estimators.task import Task, open_task
 from pyrovae.estimators.weighted import WeightSums, fit_tail
 from pyrovae.inference.filtering import Filtered, Resampling, check_followed, effective_size, run_filter, systematic
 from pyrovae.inference.messages import warn
@@ -71,12 +72,8 @@ class ParticleFilter(Estimator):
         self.needs_guide = self.proposal.needs_guide
 
     def estimate(self, task: Task) -> Estimate:
-        if not task.structure.vectorized:
-            raise ValueError("ParticleFilter draws all particles at once, which this model or guide cannot do.")
         few = task.rows(slice(0, 2))
-        guide = self._guide(few)
-        check = check_followed(few.model, guide, few.structure, self.num_particles, few.args, few.kwargs)
-        if not check.resampled and len(task.structure.latents) > 1:
+        if not self._check_followed(few).resampled and len(task.structure.latents) > 1:
             warn(
                 "nothing is observed between two latents of this model, so that ParticleFilter resamples nothing and "
                 "is importance sampling. Observe each step of time in the loop that draws its latents."
@@ -111,6 +108,21 @@ class ParticleFilter(Estimator):
     def remedy(self, structure: SiteStructure) -> str:
         return f"Take more particles: method=ParticleFilter(num_particles={10 * self.num_particles})."
 
+    def run_checked(self, task: Task) -> Filtered:
+        """Returns a run of all filters on all data at once, after checking that the particles can be followed."""
+        if not self._check_followed(task).resampled:
+            raise ValueError(
+                "nothing is observed between two latents of this model, so that it has no steps. Observe each step of "
+                "time in the loop that draws its latents."
+            )
+        return self._run(task, self.num_samples)
+
+    def _check_followed(self, task: Task) -> Filtered:
+        if not task.structure.vectorized:
+            raise ValueError("ParticleFilter draws all particles at once, which this model or guide cannot do.")
+        guide = self._guide(task)
+        return check_followed(task.model, guide, task.structure, self.num_particles, task.args, task.kwargs)
+
     def _guide(self, task: Task) -> Callable:
         return self.proposal.single(task, "ParticleFilter draws").guide
 
@@ -141,6 +153,81 @@ class ParticleFilter(Estimator):
         diagnostics = {"least ess": torch.stack(least).amin(0), "khat of steps": torch.stack(khat).amax(0)}
         estimate = sums.estimate(self)
         return replace(estimate, diagnostics={name: t.to(estimate.value.dtype) for name, t in diagnostics.items()})
+
+
+class Predictive(NamedTuple):
+    r"""Log-densities of each step of sequences given the steps before.
+
+    Args:
+        value: :math:`\log \hat p(x_t \mid x_1, \dots, x_{t-1})` in nats, ``(batch, steps)``. Their sum is
+            :math:`\log \hat p(x)`.
+        standard_error: of `value`, from the spread of the filters.
+        least_ess: the smallest effective sample size of the particles at each step, over the filters.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+    least_ess: Tensor
+
+
+@torch.no_grad()
+def log_predictive(
+    model: Callable,
+    guide: Callable | None,
+    *args: Any,
+    method: ParticleFilter | None = None,
+    **kwargs: Any,
+) -> Predictive:
+    r"""Estimates the log-density of each step of sequences given the steps before: one-step-ahead forecasts, scored.
+
+    .. math:: \log p(x_t \mid x_1, \dots, x_{t-1}), \qquad t = 1, \dots, T
+
+    for a model that draws its latents step by step, each step with an observation, by filters that resample after every
+    step. A guide may look at all data: it is the proposal, and no part of the forecast.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide; None with the proposal ``Prior()``.
+        *args: what both are called with.
+        method: the number of filters and particles, and the proposal; ``ParticleFilter()`` by default. Its threshold is
+            not used.
+        **kwargs: what both are called with.
+
+    Returns:
+        A :class:`Predictive`.
+
+    Raises:
+        ValueError: when the model has no steps; when particles cannot be followed; as :func:`log_marginal`.
+
+    >>> import pyro
+    >>> from pyro import distributions as dist
+    >>> from pyrovae.estimators import Prior
+    >>> def model(x):
+    ...     z = torch.zeros(len(x))
+    ...     with pyro.plate("data", len(x)):
+    ...         for t in range(x.shape[1]):
+    ...             z = pyro.sample(f"z{t}", dist.Normal(0.9 * z, 1.0))
+    ...             pyro.sample(f"x{t}", dist.Normal(z, 0.5), obs=x[:, t])
+    >>> log_predictive(model, None, torch.zeros(3, 20), method=ParticleFilter(8, 50, Prior())).value.shape
+    torch.Size([3, 20])
+    """
+    method = ParticleFilter() if method is None else method
+    if not isinstance(method, ParticleFilter):
+        raise TypeError(f"method must be a ParticleFilter, got {method!r}.")
+    every_step = copy(method)
+    every_step.threshold = 1.0
+    with open_task(model, guide, every_step, args, kwargs, 64e6, progress=False) as task:
+        run = every_step.run_checked(task)
+    log_z = torch.stack([*(step.log_z for step in run.resampled), run.log_z], dim=-1).double()
+    total = log_z.logsumexp(0)
+    value = total.diff(dim=-1, prepend=torch.full_like(total[..., :1], math.log(len(log_z))))
+    # The delta method, for the ratio of the means of two steps.
+    ratios = (log_z - total).exp() * len(log_z)
+    change = ratios.diff(dim=-1, prepend=torch.ones_like(ratios[..., :1]))
+    error = change.std(0) / math.sqrt(len(log_z)) if len(log_z) > 1 else torch.full_like(value, math.nan)
+    ess = torch.stack([effective_size(log_w).amin(0) for log_w in [*(s.log_w for s in run.resampled), run.log_w]], -1)
+    dtype = run.log_z.dtype
+    return Predictive(value.to(dtype), error.to(dtype), ess.to(dtype))
 
 
 def _tail(log_w: Tensor) -> Tensor:
