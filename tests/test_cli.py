@@ -446,6 +446,20 @@ def test_resume_refuses_what_the_checkpoint_would_overrule_and_changes_nothing(o
     assert digest(run) == before
 
 
+def test_a_schedule_of_steps_and_an_average_train_and_a_longer_run_is_refused(tmp_path):
+    run = ["train", "--run", str(tmp_path / "run")]
+    schedule = ["--scheduler", "OneCycleLR", "--scheduler.max_lr", "0.003", "--schedule-every-step", "true"]
+    main([*run, *schedule, "--ema-decay", "0.9", "--epochs", "2", "--num-samples", "10"])
+    rates = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rates[0]["learning_rate"] > 1e-3 > 1e-4 > rates[1]["learning_rate"], "it ends with the run"
+    before = digest(tmp_path / "run")
+    assert "OneCycleLR takes 20 steps and cannot go on, but the run has 40" in error_of(
+        *run, "--resume", "--epochs", "4"
+    )
+    assert digest(tmp_path / "run") == before
+    main([*run, "--resume", "--epochs", "2"])
+
+
 def test_early_stopping_says_so(tmp_path, capsys):
     main(["train", "--run", str(tmp_path / "a"), "--epochs", "50", "--patience", "1", "--optimizer.lr", "0.03",
           "--num-samples", "10"])  # fmt: skip

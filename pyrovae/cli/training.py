@@ -61,6 +61,7 @@ from pyrovae.trackers import Tracker
 from pyrovae.training import Callback, History, MetricsFile, Tracking, fit, trackers_of
 
 _LEAST_SECONDS = 60.0  # to score the test data
+_ABOUT = ("config.yaml", "run.json", "schema.yaml", "vocabulary.json")  # what marks a directory as a run
 _NUM_MONITORED = 300  # validation data in which training measures whether the latents collapse
 
 
@@ -211,6 +212,9 @@ def train(
         names = trackers_of(directory)
         print(f"not tracked any more: {', '.join(names)} followed this run. To go on there, add --tracker {names[-1]}")
     with stop, lock, contextlib.nullcontext() if tracking is None or not world.is_rank0 else tracking:
+        checkpoint = directory / "checkpoint.safetensors"
+        saved_at = _time_of(checkpoint)
+        before = {name: (directory / name).read_bytes() for name in _ABOUT if (directory / name).exists()}
         if world.is_rank0:
             storage.create_run(directory, config, x_shape, splits.schema, splits.vocabulary)
         began = time.monotonic()
@@ -232,7 +236,7 @@ def train(
                     validation=arguments_of(vae, splits.validation),
                     patience=patience,
                     callbacks=callbacks,
-                    checkpoint=directory / "checkpoint.safetensors",
+                    checkpoint=checkpoint,
                     resume=resume,
                     device=device,
                     compile=compile,
@@ -245,13 +249,17 @@ def train(
                 "it is: pyrovae evaluate, and all other commands."
             ) from None
         except Exception:
-            # Bad input leaves nothing behind.
-            if world.is_rank0 and is_new and not (directory / "checkpoint.safetensors").exists():
-                for name in ("config.yaml", "run.json", "schema.yaml", "vocabulary.json"):
-                    (directory / name).unlink(missing_ok=True)
-                lock.release()
-                with contextlib.suppress(OSError):  # of a directory that is not there, or not empty
-                    directory.rmdir()
+            # Bad input leaves nothing behind, and a run that was there as it was.
+            if world.is_rank0 and _time_of(checkpoint) == saved_at:
+                for name in _ABOUT:
+                    if name in before:
+                        storage.write_atomically(directory / name, before[name])
+                    else:
+                        (directory / name).unlink(missing_ok=True)
+                if is_new:
+                    lock.release()
+                    with contextlib.suppress(OSError):  # of a directory that is not there, or not empty
+                        directory.rmdir()
             raise
 
         vae.eval()
@@ -267,6 +275,10 @@ def train(
                 tracking.results({f"test/{name}": value for name, value in result.items()})
                 for path in sorted(directory.glob("*.png")):
                     tracking.picture(path)
+
+
+def _time_of(file: Path) -> int | None:
+    return file.stat().st_mtime_ns if file.exists() else None
 
 
 def _check_place(directory: Path, resume: bool) -> bool:

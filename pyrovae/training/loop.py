@@ -226,9 +226,10 @@ def fit(
         checkpointer = Checkpointer(checkpoint, trainer, batches, fingerprint)
         if checkpoint_exists:
             history, best = checkpointer.load()
-        checkpointer.save(history, best)  # if the file cannot be written, this raises now and not after an epoch
     if trainer.scheduler is not None and schedule_length is not None:
         check_length(trainer.scheduler, schedule_length, "steps" if schedule_every_step else "epochs")
+    if checkpointer is not None:
+        checkpointer.save(history, best)  # if the file cannot be written, this raises now and not after an epoch
     start = time.monotonic() - (history["seconds"][-1] if len(history) else 0.0)
     bar = tqdm(
         total=None if steps_per_epoch is None else steps_per_epoch * epochs,
