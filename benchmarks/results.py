@@ -140,7 +140,7 @@ def run(name: str, runs: Path, options: Sequence[str], trusted_images: int, trus
     trained_with = yaml.safe_load((directory / "config.yaml").read_text())
     overridden = {option.removeprefix("--").replace("-", "_") for option in options[::2]}
     for entry, value in yaml.safe_load(config.read_text()).items():
-        if entry not in overridden and not _holds(with_current_names(trained_with.get(entry)), value):
+        if entry not in overridden and not holds(with_current_names(trained_with.get(entry)), value):
             raise ValueError(f"{directory} was trained with another {entry} than {config} says: train it anew.")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     epochs = [line for line in lines if "epoch" in line]
@@ -166,10 +166,10 @@ def _is_finished(directory: Path) -> bool:
     return metrics.exists() and '"split": "test"' in metrics.read_text()
 
 
-def _holds(whole: Any, part: Any) -> bool:
+def holds(whole: Any, part: Any) -> bool:
     """Returns whether a configuration has all entries of another one."""
     if isinstance(part, dict):
-        return isinstance(whole, dict) and all(key in whole and _holds(whole[key], part[key]) for key in part)
+        return isinstance(whole, dict) and all(key in whole and holds(whole[key], part[key]) for key in part)
     return bool(whole == part)
 
 

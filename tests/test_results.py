@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from pyrovae import config as configs
+from pyrovae.cli.parser import command_parser
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -28,6 +29,10 @@ def test_every_file_is_that_of_a_row_and_is_checked_as_the_command_line_does(res
     assert files and {path.stem for path in files} <= set(results.ROWS)
     for path in files:
         configs.check_options(yaml.safe_load(path.read_text()))
+        parser = command_parser("train")
+        parsed = yaml.safe_load(parser.dump(parser.parse_args(["--config", str(path)]), skip_unset=False))
+        for entry, value in yaml.safe_load(path.read_text()).items():
+            assert results.holds(parsed[entry], value), f"{path.name}: a run would hold {parsed[entry]} for {entry}"
     assert {path.stem for path in results.FOLDER.glob("*.json")} <= {path.stem for path in files}
 
 
