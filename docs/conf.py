@@ -59,7 +59,17 @@ nitpick_ignore = [
 ]
 
 # Examples that take more than a minute in full, or need a file: their pages show the shortest run.
-gallery_smoke = ["adult", "chorales", "compiled", "iwae", "marginal_likelihood", "recommend", "swap_parts", "text", "volatility"]
+gallery_smoke = [
+    "adult",
+    "chorales",
+    "compiled",
+    "iwae",
+    "marginal_likelihood",
+    "recommend",
+    "swap_parts",
+    "text",
+    "volatility",
+]
 
 # Pages of the reference, in docs/reference/. What is in two of them is described in the first.
 public_modules = [

@@ -341,12 +341,22 @@ def _strings(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
+def _all(package: str) -> list[str]:
+    return sys.modules[package].__all__
+
+
 def is_trusted(name: str) -> bool:
     """Returns whether a name is of a part, an optimizer, a schedule or an ELBO that is already imported."""
     module, _, attribute = name.rpartition(".")
-    if module in _TRUSTED_PACKAGES and attribute in sys.modules[module].__all__:
+    if module in _TRUSTED_PACKAGES and attribute in _all(module):
         return True
     cls = getattr(sys.modules.get(module), attribute, None)
+    # A function goes by the module that defines it, which may be another than the one that exports it.
+    exported = (
+        vars(sys.modules[package]).get(attribute) for package in _TRUSTED_PACKAGES if attribute in _all(package)
+    )
+    if cls is not None and any(cls is public for public in exported):
+        return True
     # Both the name and the module that defines the class: a module may import a class from elsewhere.
     return isinstance(cls, type) and any(
         issubclass(cls, bases) and all(f"{path}.".startswith(f"{package}.") for path in (module, cls.__module__))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import pyrovae
 from pyrovae import bounds
 from pyrovae.bounds import FIVO, IWAE, multinomial, stratified, systematic
+from pyrovae.cli import main
 from pyrovae.estimators import ParticleFilter, Prior, log_predictive
 from pyrovae.inference.filtering import run_filter
 from pyrovae.inference.structure import inspect
@@ -472,10 +473,18 @@ def test_log_densities_of_steps_are_those_of_the_kalman_filter():
 def test_a_hopeless_proposal_is_not_trusted():
     x = series(n=3) + 8
     estimate = pyrovae.log_marginal(
-        model, guide, x, method=ParticleFilter(8, 10, threshold=0.5, proposal=Prior()), progress=False
+        model, guide, x, method=ParticleFilter(20, 10, threshold=0.5, proposal=Prior()), progress=False
     )
     assert not estimate.trusted.any()
     assert "ParticleFilter(num_particles=100)" in estimate.remedy
+    assert "ParticleFilter(num_samples=32)" in ParticleFilter(8).remedy(inspect(model, guide, x))
+
+
+def test_a_run_that_was_trained_by_it_can_be_scored(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    main(["train", "--loss", "FIVO", "--loss.num_particles", "2", "--epochs", "1", "--num-samples", "5", "--run", run])
+    main(["evaluate", run, "--method", "ParticleFilter", "--method.num_samples", "4", "--method.num_particles", "3"])
+    assert "--method ParticleFilter --method.num_samples 32" in capsys.readouterr().out
 
 
 def test_particles_that_all_die_have_no_density():

@@ -68,6 +68,7 @@ def as_options(message: str) -> str:
 
 _ADVICE = (  # of results, in the words of Python
     (re.compile(r"\bmethod=(?:estimators\.)?(\w+)\(\)"), r"--method \1"),
+    (re.compile(r"\bmethod=(?:estimators\.)?(\w+)\((\w+)=(\d+)\)"), r"--method \1 --method.\2 \3"),
     (re.compile(r"to score, estimators\.(\w+)\(\)"), r"to score, --method ImportanceSampling --method.proposal \1"),
     (re.compile(r", most_unusual\(n\) lists more"), ""),
     (re.compile(r"\bnum_rounds\b"), "data: --num-data"),

@@ -106,6 +106,8 @@ class ParticleFilter(Estimator):
         )
 
     def remedy(self, structure: SiteStructure) -> str:
+        if self.num_samples < 20:  # of which few can tell how much they differ
+            return "Take more filters: method=ParticleFilter(num_samples=32)."
         return f"Take more particles: method=ParticleFilter(num_particles={10 * self.num_particles})."
 
     def run_checked(self, task: Task) -> Filtered:
