@@ -202,8 +202,8 @@ def page() -> str:
             "and `python benchmarks/results.py` trains what is not trained yet, and goes on where it was stopped."
         )
         + _paragraph(
-            f"Of {len(ROWS)} rows, {len(done)} {'has' if len(done) == 1 else 'have'} been run, one seed each. A row "
-            "without the name of a file has no configuration yet."
+            f"Rows: {len(ROWS)}. Run, with one seed each: {len(done)}. A row without the name of a file has no "
+            "configuration yet."
         )
         + _paragraph(
             "All numbers are log p(x) of the test data in nats a datum; higher is better. The papers estimate it by "
