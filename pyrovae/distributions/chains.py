@@ -46,6 +46,7 @@ class MarkovChain(dist.TorchDistribution):
     ):
         self.initial, self.transition, self.num_steps, self.active = initial, transition, num_steps, active
         self.has_rsample = initial.has_rsample
+        self._drawn: tuple[Tensor | None, list[dist.TorchDistribution]] = (None, [])
         super().__init__(
             initial.batch_shape, torch.Size((num_steps, *initial.event_shape)), validate_args=validate_args
         )
@@ -56,29 +57,38 @@ class MarkovChain(dist.TorchDistribution):
         return made
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        z = self.initial.rsample(sample_shape)
+        before, z, each = self.initial, self.initial.rsample(sample_shape), []
         # In place of the steps after the end. One call for all, so that their number does not matter.
-        noise = (
-            None
-            if self.active is None
-            else torch.randn_like(z.unsqueeze(-2).expand(self._extended_shape(sample_shape)))
-        )
+        shape = self._extended_shape(sample_shape)
+        noise = None if self.active is None else torch.randn(shape, dtype=z.dtype, device=z.device).unbind(-2)
         steps = []
         for t in range(self.num_steps):
             if t > 0:
-                z = self.transition(z.unsqueeze(-2), slice(t, t + 1)).rsample().squeeze(-2)
+                before = self.transition(z.unsqueeze(-2), slice(t, t + 1))
+                z = before.rsample().squeeze(-2)
+            each.append(before)
             if self.active is not None and noise is not None:
-                z = torch.where(self.active[..., t, None], z, noise[..., t, :])
+                z = torch.where(self.active[..., t, None], z, noise[t])
             steps.append(z)
-        return torch.stack(steps, dim=-2)
+        drawn = torch.stack(steps, dim=-2)
+        # The steps as they were drawn score this value without calling the transition again.
+        self._drawn = (drawn, each)
+        return drawn
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        steps = self.initial.log_prob(value[..., 0, :]).unsqueeze(-1)
-        if self.num_steps > 1:
-            later = self.transition(value[..., :-1, :], slice(1, self.num_steps)).log_prob(value[..., 1:, :])
-            steps = torch.cat([steps.expand(*later.shape[:-1], 1), later], dim=-1)
+        drawn, each = self._drawn
+        if value is drawn:
+            terms = [each[0].log_prob(value[..., 0, :])]
+            values = value.unsqueeze(-2).unbind(-3)
+            terms += [step.log_prob(z).squeeze(-1) for step, z in zip(each[1:], values[1:], strict=True)]
+            steps = torch.stack(torch.broadcast_tensors(*terms), dim=-1)
+        else:
+            steps = self.initial.log_prob(value[..., 0, :]).unsqueeze(-1)
+            if self.num_steps > 1:
+                later = self.transition(value[..., :-1, :], slice(1, self.num_steps)).log_prob(value[..., 1:, :])
+                steps = torch.cat([steps.expand(*later.shape[:-1], 1), later], dim=-1)
         if self.active is not None:
             ended = dist.Normal(torch.zeros_like(value), 1.0, validate_args=False).log_prob(value).sum(-1)
             steps = torch.where(self.active, steps, ended)
