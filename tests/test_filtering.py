@@ -1,7 +1,9 @@
 """Particle filters: bounds and scores of models that draw their latents step by step."""
 
+import gc
 import itertools
 import math
+import weakref
 from functools import partial
 
 import numpy as np
@@ -478,6 +480,34 @@ def test_a_hopeless_proposal_is_not_trusted():
     assert not estimate.trusted.any()
     assert "ParticleFilter(num_particles=100)" in estimate.remedy
     assert "ParticleFilter(num_samples=32)" in ParticleFilter(8).remedy(inspect(model, guide, x))
+
+
+def test_a_step_that_no_particle_explains_has_no_density():
+    def hard(x):
+        with pyro.plate("data", len(x)):
+            for t in range(x.shape[1]):
+                z = pyro.sample(f"z{t}", dist.Normal(x.new_zeros(len(x)), 1.0))
+                pyro.factor(f"x{t}", torch.where((z - x[:, t]).abs() < 1, 0.0, -math.inf))
+
+    x = torch.tensor([[0.0, 90.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    found = log_predictive(hard, None, x, method=ParticleFilter(10, 100, Prior()))
+    inside = math.log(math.erf(1 / math.sqrt(2)))
+    assert found.value[0, 1] == -math.inf
+    alive = found.value[[0, 1, 1, 1], [0, 0, 1, 2]]
+    assert ((alive - inside).abs() < 5 * found.standard_error[[0, 1, 1, 1], [0, 0, 1, 2]]).all()
+
+
+def test_nothing_holds_the_tensors_of_a_run_that_has_ended():
+    x, structure = series(), inspect(model, guide, series())
+    gc.collect()
+    gc.disable()
+    try:
+        run = run_filter(model, guide, structure, 8, 1.0, systematic, (x,), {})
+        left = weakref.ref(run.guide["z0"]["value"])
+        del run
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_a_run_that_was_trained_by_it_can_be_scored(tmp_path, capsys):

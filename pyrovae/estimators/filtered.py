@@ -220,7 +220,10 @@ def log_predictive(
     every_step.threshold = 1.0
     with open_task(model, guide, every_step, args, kwargs, 64e6, progress=False) as task:
         run = every_step.run_checked(task)
-    log_z = torch.stack([*(step.log_z for step in run.resampled), run.log_z], dim=-1).double()
+    # A filter whose particles have all died has no density from then on.
+    died = [step.log_w.logsumexp(1) == -math.inf for step in run.resampled]
+    so_far = [torch.where(dead, -math.inf, step.log_z) for dead, step in zip(died, run.resampled, strict=True)]
+    log_z = torch.stack([*so_far, run.log_z], dim=-1).double()
     total = log_z.logsumexp(0)
     value = total.diff(dim=-1, prepend=torch.full_like(total[..., :1], math.log(len(log_z))))
     # The delta method, for the ratio of the means of two steps.

@@ -175,6 +175,11 @@ class Particles(TorchFunctionMode):
         self._seen[key] = _Seen(weakref.ref(t, lambda _: self._seen.pop(key, None)), len(self._ancestors), None)
         return t
 
+    def forget(self) -> None:
+        """Lets go of all tensors."""
+        self._seen.clear()
+        self._composed.clear()
+
     def resample(self, chosen: Tensor) -> None:
         """Changes the order of the particles to that of their ancestors, ``(num_particles, batch)``."""
         if self.batch is not None:
@@ -381,11 +386,12 @@ class _Filter:
                 if not coroutine.has_ended:
                     with suppress(GreenletExit):
                         coroutine.resume(close=True)
+            del self.guide, self.model  # which hold this filter, and with it the tensors of all steps
         check_same_sites(self.structure.sites, self.p.keys() | self.q.keys())
         assert self.log_w is not None
         groups = self._groups(self.log_w)
         total = groups.logsumexp(1)
-        return Filtered(
+        found = Filtered(
             self.log_z + total - math.log(self.num_particles),
             groups.detach(),
             self.resampled,
@@ -393,6 +399,8 @@ class _Filter:
             {name: self._in_order(site) for name, site in self.p.items() if self.keep},
             {name: self._in_order(site) for name, site in self.q.items() if self.keep},
         )
+        self.particles.forget()
+        return found
 
     def _groups(self, t: Tensor) -> Tensor:
         return t.unflatten(0, (self.num_runs, self.num_particles))
@@ -470,7 +478,9 @@ class _Filter:
         self.particles.is_active = False
         groups, n = self._groups(self.log_w), self.num_particles
         total, ess = groups.logsumexp(1), effective_size(groups)
-        needed = (total > -math.inf) & (ess <= self.threshold * n)
+        needed = total > -math.inf
+        if self.threshold < 1:  # at 1 always: rounding may raise the size above the number of particles
+            needed = needed & (ess <= self.threshold * n)
         normalised = groups - total.unsqueeze(1)
         first = torch.arange(self.num_runs, device=ess.device).view(-1, 1, 1) * n
         unchanged = torch.arange(n, device=ess.device).view(1, -1, 1).expand_as(groups)
