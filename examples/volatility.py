@@ -78,6 +78,15 @@ class StochasticVolatility(torch.nn.Module):
                 h = pyro.sample(f"h{t}", dist.Normal(loc + scale * shift, scale * (1 + 0.5 * stretch.tanh())))
                 loc, scale = self.step(h, (x[:, t] - self.mu) * (-h / 2).exp())
 
+    def forecast(self, x):
+        """A guide that looks at the days before alone: its particles are those of the forecast."""
+        pyro.module("volatility", self)
+        with pyro.plate("windows", len(x)):
+            loc, scale = self.start(x)
+            for t in range(x.shape[1]):
+                h = pyro.sample(f"h{t}", dist.Normal(loc, scale))
+                loc, scale = self.step(h, (x[:, t] - self.mu) * (-h / 2).exp())
+
 
 def read(path):
     """Returns percent log returns."""
@@ -162,15 +171,15 @@ def main(args):
     risk = []
 
     def before(h):
-        # Particles of the prior, equally weighted since the last step: those of the forecast.
+        # Particles of the forecast, equally weighted since the last step.
         day = len(risk)
         z = (recent[0, day].item() - volatility.mu.item()) / (h / 2).exp().double().numpy()
         risk.append(scipy.stats.t.cdf(z, 2 + volatility.df.exp().item()).mean())
 
-    method = estimators.ParticleFilter(args.filters, args.forecast_particles, estimators.Prior())
+    method = estimators.ParticleFilter(args.filters, args.forecast_particles)
     # The filters are checked, and then run: the days of the last run count.
     volatility.before = lambda h: (risk.clear() if len(risk) == recent.shape[1] else None, before(h))
-    found = estimators.log_predictive(volatility.model, None, recent, method=method)
+    found = estimators.log_predictive(volatility.model, volatility.forecast, recent, method=method)
     volatility.before = None
     ours, below = found.value[0, -held_out:].numpy(), np.array(risk[-held_out:])
     error = found.standard_error[0, -held_out:].square().sum().sqrt().item() / held_out
@@ -207,7 +216,7 @@ if __name__ == "__main__":
     parser.add_argument("--held-out", type=int, default=1250)
     parser.add_argument("--burn-in", type=int, default=250, help="days before, from which the filter starts")
     parser.add_argument("--window", type=int, default=50)
-    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--num-particles", type=int, default=16)
     parser.add_argument("--filters", type=int, default=8)
     parser.add_argument("--forecast-particles", type=int, default=500)
