@@ -101,6 +101,7 @@ def main(args):
     value = estimate.value.sum().item() / steps
     error = estimate.standard_error.square().sum().sqrt().item() / steps
     print(f"best epoch {history.best_epoch} of {len(history)}, {history['seconds'][-1] / 60:.0f} minutes")
+    print(f"test log p(x) = {estimate.value.mean().item():.3f} nats a datum, by the particle filter")
     print(f"nats a step     ELBO, validation {-values[0]:.3f}   ELBO, test {-values[1]:.3f}")
     print(
         f"                log p(x) by the particle filter, test {-value:.3f} +- {error:.4f}, trusted: "

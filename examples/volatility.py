@@ -189,6 +189,7 @@ def main(args):
         rows["GJR-GARCH(1, 1), Student-t"] = garch(x, held_out, o=1)
     except ImportError:
         print("GARCH needs `pip install arch`")
+    print(f"test log p(x) = {ours.mean():.4f} nats a datum, a day given the days before (filter: +- {error:.4f})")
     record = {"filter error, nats a day": error}
     print(f"{'':28}{'nats a day':>11}{'stoch. vol. minus this':>25}   value at risk: share below, p-values")
     for name, (log_p, u) in rows.items():
