@@ -99,7 +99,8 @@ def test_help_of_a_class_shows_its_arguments_alone(option, package, name, capsys
 def test_help_of_a_class_does_not_list_all_networks(capsys):
     text = class_text("--likelihood", "Normal", capsys)
     assert "--likelihood.learn_scale true|false" in text and "torch." not in text
-    nested = class_text("--likelihood", "Normal", capsys, "--likelihood.network.help", "MLP")
+    # By its full name: other tests may define classes with the name MLP.
+    nested = class_text("--likelihood", "Normal", capsys, "--likelihood.network.help", "pyrovae.nn.MLP")
     assert nested.startswith("--likelihood.network MLP: ") and "--likelihood.network.hidden LIST" in nested
 
 

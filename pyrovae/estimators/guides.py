@@ -41,8 +41,10 @@ def as_guide(
         ValueError: when the proposal is a mixture; when the plate of the data is subsampled; when the proposal does not
             support the latents; when the guide that is returned is called with another number of data.
 
+    >>> import pyro
     >>> import pyrovae
     >>> from pyrovae import bounds, encoders, likelihoods, priors
+    >>> pyro.set_rng_seed(0)
     >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
     >>> x = torch.randn(5, 3)
     >>> fitted = as_guide(vae.model, vae.guide, x)
