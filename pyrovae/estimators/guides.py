@@ -45,7 +45,8 @@ def as_guide(
     >>> import pyrovae
     >>> from pyrovae import bounds, encoders, likelihoods, priors
     >>> pyro.set_rng_seed(0)
-    >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal(3, 2))
+    >>> likelihood = likelihoods.Normal(2, 3, scale=0.1)
+    >>> vae = pyrovae.VAE(priors.StandardNormal(2), likelihood, encoders.DiagonalNormal(3, 2))
     >>> x = torch.randn(5, 3)
     >>> fitted = as_guide(vae.model, vae.guide, x)
     >>> bounds.IWAE(50).loss(vae.model, fitted, x) < bounds.IWAE(50).loss(vae.model, vae.guide, x)
