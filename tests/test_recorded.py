@@ -596,8 +596,8 @@ def test_every_distribution_has_recorded_draws():
         if isinstance(getattr(module, name), type)
         and issubclass(getattr(module, name), torch.distributions.Distribution)
     }
-    # Stacked, Autoregressive and MarkovChain draw as their parts do; the cells of tables are newer than the records, see
-    # test_cells.py.
+    # Stacked, Autoregressive and MarkovChain draw as their parts do; the cells of tables are newer than the records
+    # (test_cells.py).
     others = {"Stacked", "Autoregressive", "MarkovChain", "Columns", "LogisticCells", "RoundedLogisticCells"}
     assert names - others == DISTRIBUTIONS.keys()
 
