@@ -28,6 +28,7 @@ from pyrovae.nn import (
     ConvNet,
     DeconvNet,
     GatedMLP,
+    GatedPixelCNN,
     GatedTransition,
     GRUDecoder,
     GRUEncoder,
@@ -95,8 +96,14 @@ def sequences(num_classes: int, time: int, end: int | None = None) -> Space:
     return enumeration(points if end is None else points[~(has_ended(points, end) & (points != end)).any(-1)])
 
 
+def images(num_classes: int, *shape: int) -> Space:
+    """Returns all images of classes of a shape."""
+    return enumeration(torch.cartesian_prod(*[torch.arange(num_classes)] * math.prod(shape)).view(-1, *shape))
+
+
 RECURRENT = partial(RecurrentDecoder, width=8, embedding_width=4)
 TRANSFORMER = partial(TransformerDecoder, width=8, num_heads=2)
+PIXELS = partial(GatedPixelCNN, width=8, num_layers=2, kernel_size=3, network=MLP)
 
 TABLE = [Numbers(1.0, 1.0, step=1.0, low=0.0, high=3.0, spikes=(2.0,)), Classes(3), Classes(2)]
 LEVELS = enumeration(torch.arange(5) / 4)  # the grid of the discretised likelihoods here
@@ -397,6 +404,28 @@ CASES = [
         C,
         space=lambda p: enumeration(torch.cartesian_prod(*[torch.arange(2)] * 4).view(-1, 2, 2)),
     ),
+    Case(
+        "PixelCNN",
+        "likelihood",
+        likelihoods.PixelCNN,
+        lambda z=Z, network=SMALL: likelihoods.PixelCNN(z, (1, 2, 2), PIXELS, num_classes=3),
+        space=lambda p: images(3, 1, 2, 2),
+    ),
+    Case(
+        "PixelCNN-channels",
+        "likelihood",
+        likelihoods.PixelCNN,
+        lambda: likelihoods.PixelCNN(Z, (2, 2, 2), PIXELS, partial(Bernoulli, network=SMALL)),
+        space=lambda p: images(2, 2, 2, 2),
+    ),
+    Case(
+        "PixelCNN-context",
+        "likelihood",
+        likelihoods.PixelCNN,
+        lambda: likelihoods.PixelCNN(Z, (1, 3, 2), PIXELS, partial(Bernoulli, network=SMALL), context_dim=C),
+        C,
+        space=lambda p: images(2, 1, 3, 2),
+    ),
     Case("DiagonalNormal-vector", "encoder", DiagonalNormal, lambda x_shape=4: DiagonalNormal(x_shape, Z, SMALL)),
     Case("DiagonalNormal-image", "encoder", DiagonalNormal, lambda: DiagonalNormal((1, 7, 5), Z, CONV)),
     Case("DiagonalNormal-context", "encoder", DiagonalNormal, lambda: DiagonalNormal(4, Z, SMALL, context_dim=C), C),
@@ -628,6 +657,15 @@ CASES = [
         "network",
         TransformerDecoder,
         lambda: TRANSFORMER(4, 5, num_classes=3, skip=True, context_dim=C),
+        C,
+        density=False,
+    ),
+    Case("GatedPixelCNN-values", "network", GatedPixelCNN, lambda: PIXELS(4, (2, 3, 5)), density=False),
+    Case(
+        "GatedPixelCNN-context",
+        "network",
+        GatedPixelCNN,
+        lambda: PIXELS(4, (1, 3, 2), num_classes=3, context_dim=C),
         C,
         density=False,
     ),

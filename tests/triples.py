@@ -68,7 +68,7 @@ MEETING = [
     if meet(p, e)
     for x in representatives("likelihood")
     # Decoders of sequences take latents of real numbers alone, not class numbers.
-    if e.cls is not encoders.Categorical or x.cls is not likelihoods.Autoregressive
+    if e.cls is not encoders.Categorical or not issubclass(x.cls, likelihoods.Autoregressive)
 ]
 APART = [(p, e) for p, e in PAIRS if apart(p, e)]
 COVERING = covering(MEETING)

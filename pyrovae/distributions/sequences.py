@@ -17,6 +17,12 @@ from pyrovae.distributions.spaces import ShapeLike, support_of
 class Decoder(Protocol):
     """What :class:`Autoregressive` needs of a network: one pass for scores, and single steps for draws."""
 
+    out_shape: tuple[int, ...]
+
+    def steps_of(self, x: Tensor) -> Tensor: ...
+
+    def data_of(self, steps: Tensor) -> Tensor: ...
+
     def score(self, condition: Tensor, x: Tensor | None, read: Tensor | None = None) -> Tensor: ...
 
     def start(self, condition: Tensor) -> Any: ...
@@ -25,13 +31,14 @@ class Decoder(Protocol):
 
 
 class Autoregressive(dist.TorchDistribution):
-    r"""Sequences, each step of which depends on the steps before.
+    r"""Sequences, each step of which depends on the steps before, or images, whose steps are pixels.
 
     .. math:: p(x) = \prod_{t=1}^T p(x_t \mid h_t), \qquad h_t = \mathrm{decoder}_t(c, x_1, \dots, x_{t-1})
 
     All steps are scored in one pass of the decoder. Draws are made step by step, from the state of the decoder. With
     `end`, the class that ends a sequence, every step after it is `end` too with probability one, so that sequences of
-    different lengths are padded with it, and the distribution over padded sequences is normalised.
+    different lengths are padded with it, and the distribution over padded sequences is normalised. The decoder says
+    which elements of a datum are a step, and in which order the steps come.
 
     It has neither mean nor mode that could be computed; :meth:`greedy` is what takes their place in reconstructions.
 
@@ -39,7 +46,7 @@ class Autoregressive(dist.TorchDistribution):
         decoder: the network, one of :class:`pyrovae.nn.SequenceDecoder`.
         output: returns the distribution of a step, events of shape ``step_shape``, of the features of the step.
         condition: c, shape ``(*batch, width)``.
-        event_shape: shape of a sequence, ``(T, *step_shape)``; ``(T,)`` for steps of shape ``(1,)``.
+        event_shape: shape of a datum; of a sequence ``(T, *step_shape)``, or ``(T,)`` for steps of shape ``(1,)``.
         end: the class that ends a sequence; None if all steps are free.
         dropout: probability that the decoder does not read a step when it scores.
 
@@ -73,9 +80,8 @@ class Autoregressive(dist.TorchDistribution):
     @property
     def support(self) -> constraints.Constraint:
         with torch.no_grad():
-            state = self.decoder.start(self.condition.new_zeros(1, self.condition.shape[-1]))
-            step = self.output(self.decoder.next_features(state, None)[0])
-        return _Sequences(support_of(step), step.event_shape, self.event_shape, self.end)
+            step = self.output(self.condition.new_zeros(1, self.decoder.out_shape[1]))
+        return _Sequences(support_of(step), self.decoder.steps_of, len(self.event_shape), self.end)
 
     def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "Autoregressive":
         new = self._get_checked_instance(Autoregressive, _instance)
@@ -93,13 +99,12 @@ class Autoregressive(dist.TorchDistribution):
 
     def log_prob_of_steps(self, value: Tensor) -> Tensor:
         r"""Returns :math:`\log p(x_t \mid x_1, \dots, x_{t-1})` of each step, ``(*batch, T)``, 0 after the end."""
-        event = len(self.event_shape)
         read = None
         if self.dropout:
-            leading = torch.broadcast_shapes(self.batch_shape, value.shape[: value.dim() - event])
-            read = torch.rand(*leading, self.event_shape[0], device=value.device) >= self.dropout
+            leading = torch.broadcast_shapes(self.batch_shape, value.shape[: value.dim() - len(self.event_shape)])
+            read = torch.rand(*leading, self.decoder.out_shape[0], device=value.device) >= self.dropout
         steps = self.output(self.decoder.score(self.condition, value, read))
-        log_prob = steps.log_prob(value.unsqueeze(-1) if event == 1 else value)
+        log_prob = steps.log_prob(self.decoder.steps_of(value))
         if self.end is None:
             return log_prob
         over = has_ended(value, self.end)
@@ -136,14 +141,14 @@ class Autoregressive(dist.TorchDistribution):
         condition = self.condition.expand(*shape, width).reshape(shape.numel(), width)
         state, previous, steps = self.decoder.start(condition), None, []
         over = torch.zeros(len(condition), 1, dtype=torch.bool, device=condition.device)
-        for _ in range(self.event_shape[0]):
+        for _ in range(self.decoder.out_shape[0]):
             features, state = self.decoder.next_features(state, previous)
             previous = choose(self.output(features))
             if self.end is not None:
                 previous = torch.where(over, self.end, previous)
                 over = over | (previous == self.end)
             steps.append(previous)
-        return torch.stack(steps, dim=1).reshape(shape + self.event_shape)
+        return self.decoder.data_of(torch.stack(steps, dim=1)).reshape(shape + self.event_shape)
 
 
 def has_ended(x: Tensor, end: int) -> Tensor:
@@ -155,14 +160,15 @@ def has_ended(x: Tensor, end: int) -> Tensor:
 class _Sequences(constraints.Constraint):
     """Sequences of steps in a support; nothing but the end follows the end."""
 
-    def __init__(self, step: constraints.Constraint, step_shape: torch.Size, event_shape: torch.Size, end: int | None):
+    def __init__(
+        self, step: constraints.Constraint, steps_of: Callable[[Tensor], Tensor], event_dim: int, end: int | None
+    ):
         super().__init__()
-        self.step, self.step_shape, self.end = step, step_shape, end
-        self.event_dim, self.is_discrete = len(event_shape), step.is_discrete
+        self.step, self.steps_of, self.end = step, steps_of, end
+        self.event_dim, self.is_discrete = event_dim, step.is_discrete
 
     def check(self, value: Tensor) -> Tensor:
-        inside = self.step.check(value.unsqueeze(-1) if self.event_dim == 1 else value)
-        inside = inside.reshape(*value.shape[: value.dim() - self.event_dim], -1).all(-1)
+        inside = self.step.check(self.steps_of(value)).all(-1)
         if self.end is None:
             return inside
         return inside & ~(has_ended(value, self.end) & (value != self.end)).any(-1)

@@ -26,7 +26,7 @@ from pyrovae.likelihoods.discrete import (
     ZeroInflatedNegativeBinomial,
 )
 from pyrovae.likelihoods.mixed import Mixed
-from pyrovae.likelihoods.sequences import Autoregressive
+from pyrovae.likelihoods.sequences import Autoregressive, PixelCNN
 from pyrovae.likelihoods.tabular import Tabular
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "NegativeBinomial",
     "Normal",
     "OptimalNormal",
+    "PixelCNN",
     "Poisson",
     "StudentT",
     "Tabular",

@@ -238,9 +238,9 @@ class Categorical(Likelihood):
         return distributions.Categorical(logits=logits).to_event(len(self.x_shape))
 
     def output_for(self, x: Tensor) -> Tensor:
-        classes = torch.arange(self.param_shape[0], device=x.device).view(-1, *(1,) * x.dim())
         # Half a datum is added to each class: the logarithm is finite for a class that does not occur.
-        return torch.log(((x == classes).float().sum(1) + 0.5) / (len(x) + 0.5 * len(classes)))
+        counts = torch.stack([(x == k).sum(0) for k in range(self.param_shape[0])]) + 0.5
+        return torch.log(counts / counts.sum(0))
 
 
 class Multinomial(Likelihood):

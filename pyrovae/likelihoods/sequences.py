@@ -1,4 +1,4 @@
-"""Likelihoods of sequences whose steps depend on the steps before."""
+"""Likelihoods of sequences whose steps depend on the steps before, and of images as sequences of pixels."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pyrovae import distributions
 from pyrovae.likelihoods.base import Likelihood
 from pyrovae.likelihoods.discrete import Categorical
-from pyrovae.nn import MLP, Network, RecurrentDecoder, SequenceDecoder, Shape, as_shape
+from pyrovae.nn import MLP, GatedPixelCNN, Network, RecurrentDecoder, SequenceDecoder, Shape, as_shape
 from pyrovae.nn.base import check_count
 
 
@@ -100,7 +100,7 @@ class Autoregressive(Likelihood):
                 f"the network must have num_classes={num_classes}, as the likelihood has, got {network.num_classes}."
             )
         self.network: SequenceDecoder = network
-        self.output: Likelihood = output(network.out_shape[1], self.x_shape[1:] or (1,), **classes)  # type: ignore[arg-type]
+        self.output: Likelihood = output(network.out_shape[1], network.step_shape, **classes)  # type: ignore[arg-type]
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> distributions.Autoregressive:
         condition = self.network.condition(z, context)
@@ -117,8 +117,63 @@ class Autoregressive(Likelihood):
             The likelihood itself.
         """
         x = self._check_data(x)
-        steps = x.reshape(-1, *(self.x_shape[1:] or (1,)))
+        steps = self.network.steps_of(x).flatten(0, 1)
         if self.end is not None:
             steps = steps[~distributions.has_ended(x, self.end).flatten()]
         self.output.start_at(steps)
         return self
+
+
+class PixelCNN(Autoregressive):
+    r"""Images whose pixels depend on the latent and on the pixels above and to the left: sharp samples, and a density.
+
+    .. math:: p(x \mid z) = \prod_{t=1}^{H W} p(x_t \mid h_t), \qquad h_t = \mathrm{network}_t(z, x_1, \dots, x_{t-1})
+
+    Pixels are in rows, from left to right. The distribution of a pixel is any likelihood, whose latent is :math:`h_t`:
+    :class:`Bernoulli`, :class:`DiscretizedLogisticMixture` for grey levels, :class:`Categorical` by `num_classes`. All
+    pixels are scored in one pass, and drawn one after the other. The channels of a pixel are independent given
+    :math:`h_t`, unless its distribution is an :class:`Autoregressive` over channels.
+
+    Pixels beside each other are so alike that the network may ignore the latent ("posterior collapse"): see
+    :class:`pyrovae.nn.GatedPixelCNN`.
+
+    Args:
+        latent_dim: number of latent dimensions.
+        x_shape: shape of one image, ``(*channels, height, width)``.
+        network: the decoder, or a callable that builds one from ``(latent_dim, x_shape)``.
+        output: a callable that builds the likelihood of a pixel from ``(width, channels)``; it gets `num_classes`, if
+            that is given. None for :class:`Categorical` with an affine network.
+        num_classes: number of classes of the numbers of a pixel; None for numbers that are no classes.
+        step_dropout: probability that a pixel is not read in training; the loss is then no bound of log p(x).
+        context_dim: width of the context vector, 0 for none.
+
+    Raises:
+        ValueError: when `output` is None without `num_classes`; when `x_shape` is not that of an image; when
+            `step_dropout` is not from 0 to 1; when the network has other features than `output` takes.
+        TypeError: when the network is no :class:`pyrovae.nn.SequenceDecoder`.
+
+    References:
+        Conditional Image Generation with PixelCNN Decoders, A. van den Oord et al., 2016,
+        https://arxiv.org/abs/1606.05328.
+        PixelVAE: A Latent Variable Model for Natural Images, I. Gulrajani et al., 2017,
+        https://arxiv.org/abs/1611.05013.
+
+    >>> import torch
+    >>> from pyrovae.likelihoods import Bernoulli
+    >>> PixelCNN(2, (1, 8, 8), output=Bernoulli)(torch.zeros(5, 2)).sample().shape
+    torch.Size([5, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        x_shape: Shape,
+        network: Network = GatedPixelCNN,
+        output: Callable[[int, Shape], Likelihood] | None = None,
+        num_classes: int | None = None,
+        step_dropout: float = 0.0,
+        context_dim: int = 0,
+    ):
+        super().__init__(latent_dim, x_shape, network, output, num_classes, None, step_dropout, context_dim)
+        if not self.network.image:
+            raise ValueError(f"network must be one of images, such as GatedPixelCNN, got {type(network).__name__}.")

@@ -28,6 +28,7 @@ from pyrovae.nn.dense import MLP, GatedMLP, ResidualMLP
 from pyrovae.nn.images import ConvNet, DeconvNet, ResidualConvNet, ResidualDeconvNet
 from pyrovae.nn.inputs import LogInput, OneHotInput
 from pyrovae.nn.output_bias import set_output_bias
+from pyrovae.nn.pixels import GatedPixelCNN
 from pyrovae.nn.sequences import GatedTransition, GRUDecoder, GRUEncoder
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "GRUDecoder",
     "GRUEncoder",
     "GatedMLP",
+    "GatedPixelCNN",
     "GatedTransition",
     "LogInput",
     "MLP",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from pyrovae.nn.base import Shape, ShapedNetwork, as_shape, check_count, start_layer
+from pyrovae.nn.base import Shape, ShapedNetwork, as_shape, check_count, image_shape, start_layer
 from pyrovae.nn.sequences import start_recurrence
 
 
@@ -59,6 +59,7 @@ class SequenceDecoder(ShapedNetwork):
         embedding_width: width of the vectors of steps that are read.
         num_classes: number of classes, for steps of class numbers; None for other numbers.
         context_dim: width of the context vector, 0 for none.
+        image: whether x is an image, ``(*channels, height, width)``, whose steps are the pixels, row by row.
     """
 
     def __init__(
@@ -69,13 +70,33 @@ class SequenceDecoder(ShapedNetwork):
         embedding_width: int,
         num_classes: int | None,
         context_dim: int,
+        image: bool = False,
     ):
-        self_shape, x_shape = as_shape(in_shape, "in_shape"), as_shape(x_shape, "x_shape")
-        super().__init__(self_shape, (x_shape[0], check_count(width, "width")), context_dim)
-        self.x_shape, self.num_classes = x_shape, num_classes
+        self_shape = as_shape(in_shape, "in_shape")
+        x_shape = image_shape(x_shape, "x_shape") if image else as_shape(x_shape, "x_shape")
+        num_steps = math.prod(x_shape[-2:]) if image else x_shape[0]
+        super().__init__(self_shape, (num_steps, check_count(width, "width")), context_dim)
+        self.x_shape, self.num_classes, self.image = x_shape, num_classes, image
+        self.step_shape = x_shape[:-2] if image else x_shape[1:] or (1,)
         self.condition_width = math.prod(self_shape) + context_dim
-        self.embedding = StepInput(x_shape[1:] or (1,), check_count(embedding_width, "embedding_width"), num_classes)
+        self.embedding = StepInput(self.step_shape, check_count(embedding_width, "embedding_width"), num_classes)
         self.blank = nn.Parameter(torch.randn(embedding_width) / 10)
+
+    def steps_of(self, x: Tensor) -> Tensor:
+        """Returns the steps of data ``(*leading, *x_shape)`` in the order in which they are read.
+
+        Returns:
+            Shape ``(*leading, num_steps, *step_shape)``.
+        """
+        if not self.image:
+            return x.unsqueeze(-1) if len(self.x_shape) == 1 else x
+        return x.flatten(-2).movedim(-1, -len(self.x_shape) + 1)
+
+    def data_of(self, steps: Tensor) -> Tensor:
+        """Returns the data whose steps, ``(*leading, num_steps, *step_shape)``, these are."""
+        if not self.image:
+            return steps.squeeze(-1) if len(self.x_shape) == 1 else steps
+        return steps.movedim(-len(self.x_shape) + 1, -1).unflatten(-1, self.x_shape[-2:])
 
     def condition(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns z and the context as one vector, ``(*leading, condition_width)``."""
@@ -96,11 +117,11 @@ class SequenceDecoder(ShapedNetwork):
 
     def score(self, condition: Tensor, x: Tensor | None, read: Tensor | None = None) -> Tensor:
         """Returns what :meth:`forward` does, of the vectors that :meth:`condition` returns."""
-        time, event = self.x_shape[0], len(self.x_shape)
-        leading = condition.shape[:-1]
+        time, leading = self.out_shape[0], condition.shape[:-1]
         if x is not None:
-            leading = torch.broadcast_shapes(leading, x.shape[: x.dim() - event])
-            x = x.expand(*leading, *self.x_shape).reshape(math.prod(leading), time, self.embedding.size)
+            leading = torch.broadcast_shapes(leading, x.shape[: x.dim() - len(self.x_shape)])
+            x = self.steps_of(x.expand(*leading, *self.x_shape))
+            x = x.reshape(math.prod(leading), time, self.embedding.size)
         condition = condition.expand(*leading, condition.shape[-1]).reshape(math.prod(leading), condition.shape[-1])
         first = self.blank.expand(len(condition), 1, -1)
         if x is None:

@@ -37,6 +37,16 @@ def as_shape(shape: Shape, name: str) -> tuple[int, ...]:
     return tuple(map(int, result))
 
 
+def image_shape(shape: Shape, name: str) -> tuple[int, ...]:
+    """Returns the shape of an image, ``(*channels, height, width)``, with at least one dimension of channels."""
+    result = as_shape(shape, name)
+    if len(result) < 3:
+        raise ValueError(
+            f"{name} must be the shape of an image, (channels, height, width), got {shape!r}. Use MLP for vectors."
+        )
+    return result
+
+
 def check_count(value: int, name: str, least: int = 1) -> int:
     """Returns a number of units, blocks or dimensions as an int.
 

@@ -7,17 +7,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from pyrovae.nn.base import Shape, ShapedNetwork, as_shape, check_counts, start_layer
+from pyrovae.nn.base import Shape, ShapedNetwork, as_shape, check_counts, image_shape, start_layer
 from pyrovae.nn.residual import residual_block
-
-
-def _image_shape(shape: Shape, name: str) -> tuple[int, ...]:
-    result = as_shape(shape, name)
-    if len(result) < 3:
-        raise ValueError(
-            f"{name} must be the shape of an image, (channels, height, width), got {shape!r}. Use MLP for vectors."
-        )
-    return result
 
 
 def _halved(size: tuple[int, ...], times: int) -> list[tuple[int, ...]]:
@@ -96,7 +87,7 @@ class ConvNet(_ImageEncoder):
         activation: Callable[[], nn.Module] = nn.ReLU,
         context_dim: int = 0,
     ):
-        super().__init__(_image_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), context_dim)
+        super().__init__(image_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), context_dim)
         channels = check_counts(channels, "channels")
         widths = [math.prod(self.in_shape[:-2]), *channels]
         layers = []
@@ -136,7 +127,7 @@ class DeconvNet(_ImageDecoder):
         activation: Callable[[], nn.Module] = nn.ReLU,
         context_dim: int = 0,
     ):
-        super().__init__(as_shape(in_shape, "in_shape"), _image_shape(out_shape, "out_shape"), context_dim)
+        super().__init__(as_shape(in_shape, "in_shape"), image_shape(out_shape, "out_shape"), context_dim)
         channels = check_counts(channels, "channels")
         sizes = _halved(self.out_shape[-2:], len(channels))[::-1]
         widths = [*channels, math.prod(self.out_shape[:-2])]
@@ -189,7 +180,7 @@ class ResidualConvNet(_ImageEncoder):
         activation: Callable[[], nn.Module] = nn.ReLU,
         context_dim: int = 0,
     ):
-        super().__init__(_image_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), context_dim)
+        super().__init__(image_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), context_dim)
         channels = check_counts(channels, "channels")
         widths = [math.prod(self.in_shape[:-2]), *channels]
         layers = []
@@ -238,7 +229,7 @@ class ResidualDeconvNet(_ImageDecoder):
         activation: Callable[[], nn.Module] = nn.ReLU,
         context_dim: int = 0,
     ):
-        super().__init__(as_shape(in_shape, "in_shape"), _image_shape(out_shape, "out_shape"), context_dim)
+        super().__init__(as_shape(in_shape, "in_shape"), image_shape(out_shape, "out_shape"), context_dim)
         channels = check_counts(channels, "channels")
         sizes = _halved(self.out_shape[-2:], len(channels))[::-1]
         features = channels[0] * math.prod(sizes[0])
