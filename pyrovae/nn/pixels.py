@@ -1,6 +1,7 @@
 """Masked convolutions: a decoder of images that sees a latent and the pixels above and to the left."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -124,7 +125,8 @@ class GatedPixelCNN(SequenceDecoder):
         self.size = self.x_shape[-2:]
         self.network = build(network, self.condition_width, (width, *self.size), 0)
         depth = check_count(num_layers, "num_layers")
-        self.layers = nn.ModuleList(_Layer(width, kernel_size, depth) for _ in range(depth))
+        layers = nn.ModuleList(_Layer(width, kernel_size, depth) for _ in range(depth))
+        self.layers: Sequence[_Layer] = layers  # type: ignore[assignment]
         self.side = kernel_size // 2
 
     def features(self, condition: Tensor, previous: Tensor) -> Tensor:
