@@ -17,6 +17,8 @@ DENSITIES = {
     "positive": Numbers(3.0, 1.5, shift=0.0),
     "positive with zeros": Numbers(3.0, 0.5, shift=0.0, spikes=(0.0, 20.0)),
     "bounded": Numbers(2.0, 1.0, low=0.0, high=5.0),
+    "from zero": Numbers(1.5, 1.0, low=0.0),
+    "from one on": Numbers(2.0, 0.5, low=1.0, spikes=(-9.0,)),
     "bounded with ends": Numbers(2.0, 1.0, low=0.0, high=5.0, spikes=(0.0, 5.0)),
 }
 ROUNDED = {
@@ -26,6 +28,7 @@ ROUNDED = {
     "hours": Numbers(40.0, 5.0, step=1.0, spikes=(40.0, 60.5)),
     "price": Numbers(1.0, 0.8, shift=0.0, step=0.5, low=0.5),
     "gain": Numbers(3.0, 0.3, shift=0.0, step=1.0, low=1.0, spikes=(0.0, 999.0)),
+    "hours from zero": Numbers(20.0, 10.0, step=1.0, low=0.0, spikes=(40.0,)),
     "stars": Numbers(3.0, 1.0, step=0.5, low=0.0, high=5.0),
     "count": Numbers(1.5, 0.8, shift=1.0, step=1.0, low=0.0, high=2.0**24 - 1),
 }
@@ -154,7 +157,7 @@ def test_samples_have_the_mean_and_the_probabilities_that_are_stated(name):
     assert abs((x < cut).double().mean().item() - share) < 5 * math.sqrt(share * (1 - share) / n) + 2e-4
 
 
-@pytest.mark.parametrize("name", ["real", "positive with zeros", "bounded", "bounded with ends"])
+@pytest.mark.parametrize("name", ["real", "positive with zeros", "bounded", "from zero", "bounded with ends"])
 def test_means_are_those_of_the_density(name):
     column = DENSITIES[name]
     p = cells(column)
@@ -162,7 +165,7 @@ def test_means_are_those_of_the_density(name):
     torch.testing.assert_close(p.mean[:, 0].double(), expected, rtol=2e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["age", "cents around an origin", "stars"])
+@pytest.mark.parametrize("name", ["age", "cents around an origin", "hours from zero", "stars"])
 def test_means_of_rounded_numbers_are_within_half_a_step(name):
     column = ROUNDED[name]
     p, x = cells(column), grid(column, 4)
@@ -191,7 +194,9 @@ def test_values_outside_a_column_are_refused():
     for name, bad in (
         ("positive", 0.0),
         ("bounded", 5.01),
+        ("from zero", -0.01),
         ("age", 38.5),
+        ("hours from zero", -1.0),
         ("count", -1.0),
         ("gain", 0.5),
         ("stars", 5.5),

@@ -94,6 +94,19 @@ def test_a_run_records_its_training_and_draws_as_many_samples_as_asked(name, run
     assert np.load(tmp_path / "x.npy").shape == (12, 64)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_reconstructions_are_those_of_python(name, runs, tmp_path):
+    vae, config = pyrovae.load_run(runs / name)
+    part = data.load(config["data"]).test
+    argv = ["reconstruct", str(runs / name), "--num-data", "5", "--seed", "3", "--output"]
+    main([*argv, str(tmp_path / "r.npy")])
+    pyro.set_rng_seed(3)
+    expected = vae.reconstruct(*(t[:5] for t in arguments(name, part)))
+    assert np.array_equal(np.load(tmp_path / "r.npy"), expected.numpy())
+    main([*argv, str(tmp_path / "r.png")])
+    assert (tmp_path / "r.png").stat().st_size > 1000
+
+
 def test_the_class_of_samples_can_be_given_where_a_run_takes_labels(runs, tmp_path):
     for name in ("labels", "context"):
         vae, _ = pyrovae.load_run(runs / name)

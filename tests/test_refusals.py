@@ -11,7 +11,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceTailAdaptive_ELBO
 from pyro.optim import Adam
 from torch.optim import lr_scheduler
 
-from pyrovae import VAE, data, encoders, fit, likelihoods, log_marginal, priors
+from pyrovae import VAE, data, distributions, encoders, fit, likelihoods, log_marginal, priors
 from pyrovae.estimators import ImportanceSampling
 
 x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
@@ -114,3 +114,35 @@ def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatc
 def test_a_large_file_that_is_small_when_packed_is_read(tmp_path):
     np.savez_compressed(tmp_path / "zeros.npz", x=np.eye(1000, 50, dtype=np.float32))
     assert data.load(tmp_path / "zeros.npz").train.x.shape == (800, 50)
+
+
+VALUES_OUTSIDE = {
+    "Poisson": (distributions.Poisson(torch.zeros(2)), -1.0),
+    "NegativeBinomial": (distributions.NegativeBinomial(torch.ones(2), torch.zeros(2)), 0.5),
+    "ZeroInflatedNegativeBinomial": (
+        distributions.ZeroInflatedNegativeBinomial(torch.ones(2), torch.zeros(2), torch.zeros(2)),
+        -1.0,
+    ),
+    "DiscretizedLogistic": (distributions.DiscretizedLogistic(torch.zeros(2), torch.ones(2)), 1.5),
+    "BatchScaleNormal": (distributions.BatchScaleNormal(torch.zeros(2), torch.ones(()), print), math.nan),
+    "LogisticCells": (
+        distributions.LogisticCells(
+            *torch.zeros(3, 2, 1), distributions.Scales([distributions.Numbers(1, 1, low=0)] * 2)
+        ),
+        -1.0,
+    ),
+    "VonMisesFisher": (distributions.VonMisesFisher(torch.tensor([[1.0, 0.0]]), torch.ones(1)), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", VALUES_OUTSIDE)
+def test_an_expanded_distribution_refuses_what_the_distribution_refuses(name):
+    """A plate expands what stands in it: without its checks, a value outside the support had a density all the same."""
+    p, outside = VALUES_OUTSIDE[name]
+    value = torch.full(p.batch_shape + p.event_shape, outside)
+    expanded = p.expand((3, *p.batch_shape))
+    for q in (p, expanded, expanded.expand((4, *expanded.batch_shape))):
+        with pytest.raises(ValueError, match="support"):
+            q.log_prob(value)
+    p._validate_args = False
+    assert not p.expand((3, *p.batch_shape))._validate_args

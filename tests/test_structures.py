@@ -444,6 +444,15 @@ def test_what_stands_in_the_holes_changes_nothing_to_the_bit(garbage):
         assert torch.equal(ours, theirs)
 
 
+def test_a_reconstruction_with_holes_is_decoded_from_a_draw_given_what_was_observed():
+    vae, x, mask = random_missing_vae(), torch.randn(6, 4), torch.arange(24).reshape(6, 4) % 3 > 0
+    pyro.set_rng_seed(1)
+    z = vae.encode(x, mask).sample()
+    pyro.set_rng_seed(1)
+    reconstructed = vae.reconstruct(torch.where(mask, x, torch.nan), mask)
+    assert torch.equal(reconstructed, vae.decode(z).mean)
+
+
 def test_nothing_missing_is_a_vae():
     vae = random_missing_vae()
 
@@ -611,6 +620,18 @@ def test_samples_are_those_of_the_mixture():
     mean = p.mean + model.offsets @ torch.tensor(PROBS, dtype=torch.float64)
     for of_any in (x[:, 2], vae.sample(2000)):
         assert_mean(of_any, mean, FAILURE_RATE)
+
+
+def test_reconstructions_are_of_the_known_class_or_of_one_drawn_given_x():
+    vae, x = random_semi_supervised(), torch.zeros(3, 4)
+    means = torch.stack([vae.likelihood(torch.zeros(2), torch.eye(3)[k]).mean for k in range(3)])
+    point = pyro.distributions.Delta(torch.zeros(1, 2), event_dim=1)  # the mean is then that of the class
+    vae.encoder.forward = lambda x, context=None: point.expand([len(x)])
+    assert torch.allclose(vae.reconstruct(x, torch.arange(3)), means, atol=1e-6)
+    drawn = vae.reconstruct(x[:1].expand(4000, 4))
+    is_class = (drawn.unsqueeze(1) - means).abs().amax(2) < 1e-6
+    assert bool((is_class.sum(1) == 1).all())
+    assert_mean(is_class.double(), vae.classify(x[:1]).probs[0].double(), FAILURE_RATE)
 
 
 def random_semi_supervised() -> SemiSupervisedVAE:
@@ -856,9 +877,11 @@ VERBS = {
     "a hierarchy's reconstruct": (moody_hierarchy, lambda vae: vae.reconstruct(X)),
     "a ladder's reconstruct": (moody_ladder, lambda vae: vae.reconstruct(X)),
     "encode with holes": (moody_missing, lambda vae: vae.encode(X, 0.0 * X[:, :1] - 2 < X).mean),
+    "reconstruct with holes": (moody_missing, lambda vae: vae.reconstruct(X, 0.0 * X[:, :1] - 2 < X)),
     "sample of data with holes": (moody_missing, lambda vae: vae.sample(10)),
     "classify": (moody_semi_supervised, lambda vae: vae.classify(X).probs),
     "accuracy": (moody_semi_supervised, lambda vae: torch.tensor(vae.accuracy(X, torch.arange(10) % 3))),
+    "reconstruct of a class": (moody_semi_supervised, lambda vae: vae.reconstruct(X, partly(torch.arange(10) % 3))),
     "sample of a class": (moody_semi_supervised, lambda vae: vae.sample(10)),
 }
 

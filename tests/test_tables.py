@@ -22,28 +22,30 @@ TABLES = Path(__file__).parent / "tables"
 KINDS = {
     "adult.data": "Positive Category Positive Category Ordered Category Category Category Category Binary Positive "
     "Positive Positive Category Binary",
-    "bank.tsv": "Real Category Real Binary Binary Positive Binary",
+    "bank.tsv": "Bounded Category Real Binary Binary Positive Binary",
     "cities.csv": "Identifier Positive Positive",
     "constant.csv": "Constant Constant Constant Real",
     "flags.csv": "Binary Binary Bounded",
     "genes.csv": "Positive Real Bounded Binary",
     "houses.csv": "Identifier Category Positive Positive Ordered Real Binary",
-    "iris.data": "Real Real Real Real Category",
+    "iris.data": "Bounded Bounded Bounded Bounded Category",
     "latin-1.csv": "Category Real",
     "near-a-million.csv": "Real Binary",
-    "pandas-index.csv": "Identifier Real Real",
+    "pandas-index.csv": "Identifier Real Bounded",
     "ratings.csv": "Ordered Ordered Real",
     "sensors.csv": "Time Category Real Positive Category",
     "shares.csv": "Bounded Bounded Category",
     "stock.csv": "Time Real Real Positive",
     "survey.csv": "Ordered Ordered Category Identifier",
-    "titanic.csv": "Identifier Binary Ordered Identifier Binary Real Ordered Identifier Positive Identifier Category",
-    "trial.xlsx": "Identifier Time Real Binary",
-    "umsatz.csv": "Time Category Positive Real",
-    "utf-16.csv": "Category Real",
+    "titanic.csv": "Identifier Binary Ordered Identifier Binary Bounded Ordered Identifier Positive Identifier "
+    "Category",
+    "trial.xlsx": "Identifier Time Bounded Binary",
+    "umsatz.csv": "Time Category Positive Bounded",
+    "utf-16.csv": "Category Bounded",
     "visits.csv": "Count Ordered Category",
     "weather.csv": "Time Real Category Positive",
-    "wine.csv": "Ordered Real Positive Real Real Positive Real Real Real Real Positive Real Real Positive",
+    "wine.csv": "Ordered Real Positive Bounded Bounded Positive Bounded Bounded Bounded Bounded Positive Bounded "
+    "Bounded Positive",
 }
 # Columns whose cells are written in another way: numbers with more digits than float32 has, with exponents or with
 # separators of thousands.
@@ -129,17 +131,21 @@ def test_location_scale_and_spikes_are_those_of_the_training_rows():
     assert category.levels == ("a", "b"), "levels are those of all rows"
 
 
-def test_skewed_numbers_are_positive_and_others_real():
+def test_skewed_numbers_are_positive_and_others_real_unless_none_is_negative():
     rng = np.random.default_rng(1)
     frame = {
         "lognormal": np.exp(rng.normal(2, 1, 1000)),
-        "normal": rng.normal(50, 5, 1000),
+        "normal": rng.normal(60, 5, 1000),
+        "near zero": rng.normal(20, 6, 1000).clip(0.5),
+        "never negative": rng.normal(10, 6, 1000).clip(0),
         "mixed": np.concatenate([np.exp(rng.normal(2, 1, 999)), [-1]]),
         "many zeros": np.where(rng.random(1000) < 0.3, 0, np.exp(rng.normal(2, 1, 1000))),
     }
     schema = Schema.infer(frame)
-    assert [column.kind for column in schema.columns] == ["Positive", "Real", "Real", "Positive"]
-    assert schema.columns[3].spikes == (0,)
+    kinds = ["Positive", "Real", "Bounded", "Bounded", "Real", "Positive"]
+    assert [column.kind for column in schema.columns] == kinds
+    assert all((column.low, column.high) == (0, None) for column in schema.columns[2:4])
+    assert schema.columns[3].spikes == schema.columns[5].spikes == (0,)
     # Standard errors 1 / sqrt(1000) and 1 / sqrt(2000).
     assert abs(schema.columns[0].loc - 2) < 5 / 1000**0.5 and abs(schema.columns[0].scale - 1) < 5 / 2000**0.5
     assert all(column.step is None for column in schema.columns)
@@ -207,7 +213,7 @@ def test_the_same_table_from_all_sources(tmp_path):
     if pl := pytest.importorskip("polars"):
         sources.append(pl.from_arrow(arrow))
     expected = Table(arrow)
-    assert [column.kind for column in expected.schema.columns] == ["Real", "Positive", "Category", "Time"]
+    assert [column.kind for column in expected.schema.columns] == ["Bounded", "Positive", "Category", "Time"]
     assert [int(v) for v in expected.x.isnan().sum(0)] == [0, 23, 29, 0]
     for source in sources:
         table = Table(source)
@@ -416,11 +422,30 @@ def test_numbers_that_float32_does_not_hold_are_refused():
 
 def test_a_column_that_was_constant_and_is_no_more_is_said():
     schema = Schema.infer({"a": [1.5, 2.5, 3.75], "c": [7, 7, 7], "d": ["x", None, "x"], "e": [None, None, None]})
-    assert [column.kind for column in schema.columns] == ["Real", "Constant", "Constant", "Constant"]
+    assert [column.kind for column in schema.columns] == ["Bounded", "Constant", "Constant", "Constant"]
     new = {"a": [1.0, 2.0], "c": [7, 8], "d": ["x", "y"], "e": [None, "z"]}
     notes = Table(new, schema).notes
     assert [note.split("'")[1] for note in notes] == ["c", "d", "e"] and all("1 rows do not hold" in n for n in notes)
     assert Table({**new, "c": [7, 7], "d": ["x", None], "e": [None, None]}, schema).notes == []
+
+
+def test_ordered_categories_keep_their_order_and_all_their_levels(tmp_path):
+    pd = pytest.importorskip("pandas")
+    size = pd.Categorical(["L", "S", None] * 20, categories=["S", " M ", "L"], ordered=True)
+    stars = pd.Categorical([1, 3, 2] * 20, categories=[3, 2, 1], ordered=True)
+    days = pd.Categorical(pd.to_datetime(["2020-01-01", "2020-01-02", "2020-01-05"] * 20), ordered=True)
+    frame = pd.DataFrame({"size": size, "stars": stars, "day": days, "plain": pd.Categorical(list("ba") * 30)})
+    frame.to_parquet(tmp_path / "t.parquet")
+    for source in (frame, tmp_path / "t.parquet"):
+        table = Table(source)
+        assert [column.kind for column in table.schema.columns] == ["Ordered", "Ordered", "Time", "Binary"]
+        assert [column.levels for column in table.schema.columns[:2]] == [("S", "M", "L"), (3, 2, 1)]
+        assert table.x[:3, 0].nan_to_num(-1).tolist() == [2, 0, -1] and table.x[:3, 1].tolist() == [2, 0, 1]
+    assert Schema.infer(frame, {"size": "Category"}).columns[0].levels == ("L", "S")
+    # Parts of a table that do not agree about the order say none.
+    parts = [frame.head(9), frame.assign(size=frame["size"].cat.reorder_categories(["L", "S", " M "])).head(9)]
+    mixed = pa.concat_tables([pa.Table.from_pandas(part, preserve_index=False) for part in parts])
+    assert Table(mixed).schema.columns[0].kind == "Binary"
 
 
 def test_rows_that_are_no_row_numbers_are_refused():
@@ -454,7 +479,8 @@ def test_other_types_of_pandas_and_polars():
         }
     )
     table = Table(frame)
-    assert [column.kind for column in table.schema.columns] == ["Category", "Category", "Real"]
+    assert [column.kind for column in table.schema.columns] == ["Category", "Ordered", "Bounded"]
+    assert table.schema.columns[1].levels == ("z", "x", "y")
     assert table.schema.decode(table.x).to_pylist() == [{**row, "d": float(row["d"])} for row in frame.to_dicts()]
 
 

@@ -160,8 +160,6 @@ def reconstruct(
     if splits.schema is not None:
         raise ValueError("reconstruct is not for tables. pyrovae score says which cells a row should not have.")
     pyro.set_rng_seed(seed)
-    if not hasattr(vae, "reconstruct"):
-        raise ValueError(f"reconstruct is not for a {type(vae).__name__}. pyrovae sample draws from it.")
     part = data_to_score(splits, split, preprocessing, num_data)
     x = part.x
     reconstructed = vae.reconstruct(*arguments_of(vae, part))

@@ -321,41 +321,46 @@ class Positive(Continuous):
 
 @dataclass(frozen=True)
 class Bounded(Continuous):
-    """Numbers from low to high, such as shares. The origin is low, whatever is given.
+    """Numbers from low to high, such as shares, or from low on. The origin is low, whatever is given.
 
     Values equal to low or high are possible, as those next to them; many of them are a spike.
+
+    Args:
+        low: the lowest possible value.
+        high: the highest possible value; None for no end.
     """
 
     likelihood = "as Real, with all values in the range"
 
     low: float = 0.0
-    high: float = 1.0
+    high: float | None = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "origin", self.low)
         super().__post_init__()
-        _check_numbers(self, "low", "high")
-        if not self.low < self.high:
+        _check_numbers(self, "low", *(["high"] if self.high is not None else []))
+        if self.high is not None and not self.low < self.high:
             raise ValueError(f"column {self.name!r}: low must be below high, got {self.low} and {self.high}.")
 
     @property
     def cells(self) -> Numbers:
-        low, high, offset = self.low, self.high, 0.0
+        low, high, offset = self.low, math.inf if self.high is None else self.high, 0.0
         if self.step is not None:  # the outermost points of the grid
-            low, high = math.ceil(low / self.step - 1e-9) * self.step, math.floor(high / self.step + 1e-9) * self.step
+            low = math.ceil(low / self.step - 1e-9) * self.step
+            high = high if self.high is None else math.floor(high / self.step + 1e-9) * self.step
             offset = low - self.low
         ends = (low - self.low, high - self.low)
         return Numbers(self.encoded_loc, self.scale, None, self.step, offset, *ends, spikes=self.encoded_spikes)
 
     def is_inside(self, values: np.ndarray) -> np.ndarray:
-        return (values >= self.low) & (values <= self.high)
+        return (values >= self.low) & (values <= (math.inf if self.high is None else self.high))
 
     @property
     def range_text(self) -> str:
-        return f"{self.low:g} to {self.high:g}"
+        return f"{self.low:g} or more" if self.high is None else f"{self.low:g} to {self.high:g}"
 
     def describe(self) -> str:
-        return f"{self.low:g} to {self.high:g}, {super().describe()}"
+        return f"{self.range_text}, {super().describe()}"
 
 
 @dataclass(frozen=True)

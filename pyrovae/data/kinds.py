@@ -38,6 +38,7 @@ Override = str | Mapping[str, Any] | Column
 _FEW = 20  # different numbers that are levels of their own, if there are ten cells for each
 _CELLS_PER_LEVEL = 10
 _SCALE = 11  # levels from 0 that a scale has, 0 to 10; more of them that thin out are a count
+_FAR = 10  # standard deviations from 0 within which a bound at 0 matters
 _GAPS = 3  # levels of their own that are possible, for each that occurs
 _MAX_LEVELS = 1000
 _MAX_SPIKES = 64
@@ -94,6 +95,8 @@ def column_of(summary: Summary, override: Override | None = None) -> tuple[Colum
         column = Constant(name, value=_levels(summary)[0] if _has_numbers(summary) else _plain(value))
         if summary.absent:
             notes.append(f"is {value!r} or missing: left out; fill the empty cells with another value to model it")
+    elif 2 <= len(summary.order) <= _MAX_LEVELS:
+        column = Ordered(name, summary.order)
     elif _has_numbers(summary):
         column = _number(summary)
     elif summary.type is not None and ("date" in str(summary.type) or "timestamp" in str(summary.type)):
@@ -167,7 +170,7 @@ def _of_kind(cls: type[Column], summary: Summary, given: dict[str, Any]) -> Colu
             return cls(name, tuple(given["levels"]))
         if counts is None:
             raise ValueError(f"column {name!r} cannot be {cls.__name__}: it has too many different values.")
-        return cls(name, _levels(summary))
+        return cls(name, summary.order if cls is Ordered and summary.order else _levels(summary))
     if cls is Constant:
         return Constant(name, value=given.get("value", _plain(next(iter(counts))) if counts else None))
     return Identifier(name, numbers=summary.numeric and summary.present > 0)
@@ -230,13 +233,16 @@ def _continuous(kind: type[Continuous] | None, summary: Summary, given: dict[str
     spikes = tuple(given.get("spikes", _spikes(sample, step)))
     rest = sample[~np.isin(sample, spikes)]
     rest = rest if len(rest) else sample
+    ends = given
     if kind is None:
         kind = _continuous_kind(summary, rest, set(spikes))
+        if kind is Real and _lowest(summary, set(spikes)) >= 0 and rest.mean() < _FAR * max(rest.std(), 1e-300):
+            kind, ends = Bounded, {"low": 0.0, "high": None}  # so that no negative number is drawn
     fields: dict[str, Any] = {"spikes": spikes, "step": step}
     if kind is Bounded:
-        low = float(given.get("low", min(0.0, summary.low)))
-        high = float(given.get("high", next((b for a, b in _RANGES if a == low and b >= summary.high), summary.high)))
-        fields |= {"low": low, "high": high}
+        low = float(ends.get("low", min(0.0, summary.low)))
+        high = ends.get("high", next((b for a, b in _RANGES if a == low and b >= summary.high), summary.high))
+        fields |= {"low": low, "high": None if high is None else float(high)}
     if kind is Positive:
         if not (rest > 0).all():
             raise ValueError(f"column {summary.name!r} cannot be Positive: it holds {float(rest.min()):g}.")
@@ -276,8 +282,7 @@ def _continuous_kind(summary: Summary, rest: np.ndarray, spikes: set[float]) -> 
             return Bounded
         if a == 0 <= low and high == b and b in spikes:  # a share that often is all
             return Bounded
-    lowest = min((v for v in (summary.counts or ()) if float(v) not in spikes), key=float, default=low)
-    if len(rest) < 20 or not rest.min() > 0 or not (float(lowest) > 0 or spikes):
+    if len(rest) < 20 or not rest.min() > 0 or not (_lowest(summary, spikes) > 0 or spikes):
         return Real
     if any(float(v) <= 0 and float(v) not in spikes for v in summary.counts or ()) or (
         summary.counts is None and low <= 0 and low not in spikes
@@ -289,6 +294,11 @@ def _continuous_kind(summary: Summary, rest: np.ndarray, spikes: set[float]) -> 
     # The gain of a lognormal over a normal distribution, in nats per value.
     gain = math.log(max(float(rest.std()), 1e-300)) - math.log(max(float(logs.std()), 1e-300)) - float(logs.mean())
     return Positive if gain > 0.05 and float((z**3).mean()) > 0.5 else Real
+
+
+def _lowest(summary: Summary, spikes: set[float]) -> float:
+    """Returns the lowest of all values that are no spikes; where they were not counted, of all values."""
+    return min((v for v in map(float, summary.counts or ()) if v not in spikes), default=summary.low)
 
 
 def _spikes(values: np.ndarray, step: float | None) -> tuple[float, ...]:

@@ -105,6 +105,7 @@ class Source(ABC):
     def __init__(self, where: str, names: Sequence[str], dialect: Dialect, notes: Sequence[str] = ()):
         self.where, self.names, self.dialect, self.notes = where, list(names), dialect, list(notes)
         self.missing_seen: Counter[str] = Counter()
+        self.orders: dict[str, list[Any]] = {}  # the levels of ordered categories, once they were read
         if not self.names:
             raise ValueError(f"{where} has no columns.")
         twice = [name for name, times in Counter(self.names).items() if times > 1]
@@ -134,7 +135,13 @@ class Source(ABC):
 
         tokens = list(dict.fromkeys(["", *self.dialect.missing]))
         columns = []
-        for column in batch.columns:
+        for name, column in zip(self.names, batch.columns, strict=True):
+            if pa.types.is_dictionary(column.type) and column.type.ordered:
+                levels = [v.strip() if isinstance(v, str) else v for v in column.dictionary.to_pylist()]
+                levels = [v for v in levels if v not in tokens]
+                # Without an order where parts of a file differ, or levels are neither words nor numbers.
+                plain = len(levels) > 1 and len({type(v) for v in levels}) == 1 and type(levels[0]) in (str, int, float)
+                self.orders[name] = levels if plain and self.orders.get(name, levels) == levels else []
             column = to_arrow(column)
             if is_text(column.type):
                 column = pc.utf8_trim_whitespace(column)

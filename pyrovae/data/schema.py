@@ -106,7 +106,7 @@ class Schema:
         >>> print(schema.describe())
         column  kind      missing  values
         size    Category           3 levels: L, M, S
-        price   Real         25 %  3.4967 +- 0.408, in steps of 0.01
+        price   Bounded      25 %  0 or more, 3.4967 +- 0.408, in steps of 0.01
         """
         source = open_source(source, **options)
         overrides = dict(overrides or {})
@@ -455,6 +455,7 @@ def _summarize(source: Source, rows: np.ndarray | Tensor | None) -> list[Summary
             part = np.pad(part, (0, batch.num_rows - len(part)))
         for summary, cells in zip(summaries, batch.columns, strict=True):
             summary.update(cells, part)
+            summary.order = tuple(source.orders.get(summary.name, ()))
         start += batch.num_rows
     if training is not None and len(training) > start:
         raise ValueError(f"rows names row {len(training) - 1:,}, but there are {start:,} rows, counted from 0.")

@@ -42,6 +42,7 @@ class Summary:
         self.decimals: int | None = 0  # of the values
         self.text_decimals: tuple[int, int] | None = None  # fewest and most that are written
         self.divisor: int | None = None  # greatest common, of the numbers in units of the last decimal
+        self.order: tuple[Any, ...] = ()  # of all levels, where the table says it
         self.increasing = True
         self.consecutive = True
         self._last: float | None = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad, softplus
 
 from pyrovae.distributions.elements import center
-from pyrovae.distributions.spaces import ShapeLike, support_of
+from pyrovae.distributions.spaces import ShapeLike, keep_checks, support_of
 
 # Of log s, relative to the column. A density cannot run away on a few repeated values.
 _MIN_LOG_SCALE, _MAX_LOG_SCALE = -7.0, 2.0
@@ -45,7 +45,7 @@ class Numbers:
         step: the data are rounded to a grid of this step, and have probabilities; None for data with a density.
         offset: a point of the grid.
         low: the lowest value, a point of the grid if there is one; minus infinity for none. A logarithm has its own.
-        high: the highest value, a point of the grid if there is one; infinity for none.
+        high: the highest value, likewise; infinity for none. Without a lowest value only numbers with a step have one.
         spikes: single values that have probabilities of their own.
         cycles: length, and place of 0 in it, of each period (such as a week) that an encoder should see.
     """
@@ -63,8 +63,8 @@ class Numbers:
     def __post_init__(self) -> None:
         if not (0 < self.scale < math.inf and self.low < self.high and (self.step is None or self.step > 0)):
             raise ValueError(f"scale and step must be positive, and low below high, got {self}.")
-        if self.step is None and math.isfinite(self.low) != math.isfinite(self.high):
-            raise ValueError(f"low and high must both be finite, or neither, for numbers without a step; got {self}.")
+        if self.step is None and math.isfinite(self.high) and not math.isfinite(self.low):
+            raise ValueError(f"low must be finite where high is, for numbers without a step; got {self}.")
 
 
 class Scales(nn.Module):
@@ -112,12 +112,12 @@ class Scales(nn.Module):
         keep("is_log", [c.shift is not None for c in columns], torch.bool)
         spikes = [c.spikes + (math.nan,) * (self.num_spikes - len(c.spikes)) for c in columns]  # NaN equals no value
         keep("spikes", spikes, torch.float32)
-        # Components between finite bounds are at most as far out as these; then a bound never cuts off nearly all.
-        bounded = [c.shift is None and math.isfinite(c.low) and math.isfinite(c.high) for c in columns]
+        # Components are at most as far out as the bounds; then a bound never cuts off nearly all.
+        bounded = [c.shift is None and math.isfinite(c.low) for c in columns]
         keep("is_bounded", bounded, torch.bool)
         self.has_bounds = any(bounded)
         ends = [
-            ((c.low - c.loc) / c.scale, (c.high - c.loc) / c.scale) if is_bounded else (-1e4, 1e4)
+            ((c.low - c.loc) / c.scale, min((c.high - c.loc) / c.scale, 1e4)) if is_bounded else (-1e4, 1e4)
             for c, is_bounded in zip(columns, bounded, strict=True)
         ]
         keep("low_loc", [low for low, _ in ends], torch.float32)
@@ -193,7 +193,7 @@ class _Cells(dist.TorchDistribution, ABC):
 
     def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "_Cells":
         logits, loc, log_scale = (t.expand(*batch_shape, t.shape[-1]) for t in (self.logits, self.loc, self.log_scale))
-        return type(self)(logits, loc, log_scale, self.scales, False)
+        return keep_checks(self, type(self)(logits, loc, log_scale, self.scales, False))
 
     @constraints.dependent_property(event_dim=0)
     def support(self) -> constraints.Constraint:
@@ -265,7 +265,7 @@ class _Cells(dist.TorchDistribution, ABC):
         return torch.where(c.is_log.unsqueeze(-1), mean.maximum(c.low.unsqueeze(-1)), loc)
 
     def _ends(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns finite bounds relative to the components, (bound - loc) / s, and a mask of the bounded columns."""
+        """Returns bounds relative to the components, (bound - loc) / s, and a mask of the bounded columns."""
         c, s = self.scales, self.log_scale.exp()
         bounded = c.is_bounded.unsqueeze(-1)
         # Where there is no bound, any number, so that gradients stay finite.
@@ -281,7 +281,7 @@ class LogisticCells(_Cells):
         + \sum_{j} \pi_{M+j}\, [x = a_j], \qquad h(y) = \sigma(y)\, \sigma(-y)
 
     The density is in the units of the data, with the Jacobian of their scale; it is of all numbers but the spikes
-    :math:`a_j`, which alone have probabilities. Between finite bounds the components are truncated.
+    :math:`a_j`, which alone have probabilities. At bounds the components are truncated.
 
     Args:
         logits: of the weights of the M components, then of the spikes, shape ``(*batch, M + num_spikes)``; the last
@@ -382,9 +382,9 @@ class RoundedLogisticCells(_Cells):
     def _means(self) -> Tensor:
         if not self.scales.has_bounds:
             return super()._means()
-        # The mean of what is clamped to the bounds is b less the integral of F from a to b.
+        # The mean of what is clamped to the bounds is a and the integral of 1 - F from a to b.
         a, b, bounded = (t.double() if t.is_floating_point() else t for t in self._ends())
-        u = self.scales.high_loc.unsqueeze(-1) - self.log_scale.double().exp() * (softplus(b) - softplus(a))
+        u = self.scales.low_loc.unsqueeze(-1) + self.log_scale.double().exp() * (softplus(-a) - softplus(-b))
         return torch.where(
             bounded, u * self.scales.scale.unsqueeze(-1) + self.scales.loc.unsqueeze(-1), super()._means()
         )
@@ -441,7 +441,7 @@ class Columns(dist.TorchDistribution):
     def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "Columns":
         leading = torch.Size(batch_shape)[:-1]
         parts = [p.expand(leading + p.batch_shape[-1:]) for p in self.parts]
-        return Columns(parts, self.index, self.inverse, False)
+        return keep_checks(self, Columns(parts, self.index, self.inverse, False))
 
     @constraints.dependent_property(event_dim=0)
     def support(self) -> constraints.Constraint:

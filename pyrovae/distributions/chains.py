@@ -8,6 +8,8 @@ from pyro import distributions as dist
 from pyro.distributions import constraints
 from torch import Tensor
 
+from pyrovae.distributions.spaces import keep_checks
+
 Transition = Callable[[Tensor, slice], dist.TorchDistribution]
 
 
@@ -52,9 +54,8 @@ class MarkovChain(dist.TorchDistribution):
         )
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "MarkovChain":
-        made = MarkovChain(self.initial.expand(batch_shape), self.transition, self.num_steps, self.active, False)
-        made._validate_args = self._validate_args
-        return made
+        initial = self.initial.expand(batch_shape)
+        return keep_checks(self, MarkovChain(initial, self.transition, self.num_steps, self.active, False))
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         before, z, each = self.initial, self.initial.rsample(sample_shape), []

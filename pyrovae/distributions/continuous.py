@@ -10,7 +10,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyrovae.distributions.counts import log_rising
-from pyrovae.distributions.spaces import ShapeLike, open_unit_interval
+from pyrovae.distributions.spaces import ShapeLike, keep_checks, open_unit_interval
 
 
 class ContinuousBernoulli(dist.ContinuousBernoulli):
@@ -181,9 +181,8 @@ class BatchScaleNormal(dist.Normal):
         super().__init__(loc, scale, validate_args=validate_args)
 
     def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "BatchScaleNormal":
-        return BatchScaleNormal(
-            self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.learn, self.observed, False
-        )
+        loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
+        return keep_checks(self, BatchScaleNormal(loc, scale, self.learn, self.observed, False))
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self.learn is None:

@@ -8,7 +8,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyrovae.distributions.spaces import ShapeLike
+from pyrovae.distributions.spaces import ShapeLike, keep_checks
 
 
 class Poisson(dist.Poisson):
@@ -30,7 +30,7 @@ class Poisson(dist.Poisson):
         super().__init__(log_rate.exp(), validate_args=validate_args)
 
     def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "Poisson":
-        return Poisson(self.log_rate.expand(batch_shape), False)
+        return keep_checks(self, Poisson(self.log_rate.expand(batch_shape), False))
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -81,9 +81,9 @@ class NegativeBinomial(dist.NegativeBinomial):
         super().__init__(total_count, logits=logits, validate_args=validate_args)
 
     def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "NegativeBinomial":
-        if self.log_mean is not None:
-            return NegativeBinomial(self._theta, log_mean=self.log_mean.expand(batch_shape), validate_args=False)
-        return NegativeBinomial(self._theta, self.logits.expand(batch_shape), validate_args=False)
+        name, value = ("logits", self.logits) if self.log_mean is None else ("log_mean", self.log_mean)
+        new = NegativeBinomial(self._theta, **{name: value.expand(batch_shape)}, validate_args=False)
+        return keep_checks(self, new)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -206,9 +206,7 @@ class Multinomial(dist.TorchDistribution):
 
     def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "Multinomial":
         logits = self.logits.expand(torch.Size(batch_shape) + self.event_shape)
-        new = Multinomial(self.total_count, logits, len(self.event_shape), self.observed, False)
-        new._validate_args = self._validate_args
-        return new
+        return keep_checks(self, Multinomial(self.total_count, logits, len(self.event_shape), self.observed, False))
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyrovae.distributions.provenance import apply_function
-from pyrovae.distributions.spaces import ShapeLike, grid
+from pyrovae.distributions.spaces import ShapeLike, grid, keep_checks
 
 
 class IndependentBernoulli(dist.Independent):
@@ -130,7 +130,8 @@ class DiscretizedLogistic(dist.TorchDistribution):
         return grid(self.levels)
 
     def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "DiscretizedLogistic":
-        return DiscretizedLogistic(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels, False)
+        loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
+        return keep_checks(self, DiscretizedLogistic(loc, scale, self.levels, False))
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:

@@ -8,7 +8,7 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor
 
-from pyrovae.distributions.spaces import ShapeLike
+from pyrovae.distributions.spaces import ShapeLike, keep_checks
 
 
 class _Remembered(torch.distributions.Distribution):
@@ -121,8 +121,7 @@ class LowRankMultivariateNormal(_Remembered, dist.LowRankMultivariateNormal):
     def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "LowRankMultivariateNormal":
         loc = self.loc.expand(*batch_shape, -1)
         new = LowRankMultivariateNormal(loc, self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag, False)
-        new._validate_args = self._validate_args
-        return new
+        return keep_checks(self, new)
 
     @cached_property
     def _qr(self) -> tuple[Tensor, Tensor]:

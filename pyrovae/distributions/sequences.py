@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrovae.distributions.discrete import Categorical
 from pyrovae.distributions.elements import center
-from pyrovae.distributions.spaces import ShapeLike, support_of
+from pyrovae.distributions.spaces import ShapeLike, keep_checks, support_of
 
 
 class Decoder(Protocol):
@@ -89,8 +89,7 @@ class Autoregressive(dist.TorchDistribution):
         Autoregressive.__init__(
             new, self.decoder, self.output, condition, self.event_shape, self.end, self.dropout, validate_args=False
         )
-        new._validate_args = self._validate_args
-        return new
+        return keep_checks(self, new)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:

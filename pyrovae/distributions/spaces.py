@@ -1,6 +1,7 @@
 """Spaces of latents and data as constraints, and maps from real numbers into them."""
 
 import math
+from typing import TypeVar
 
 import torch
 from pyro import distributions as dist
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 ShapeLike = torch.Size | list[int] | tuple[int, ...]  # what torch's distributions take as a shape
+Distribution = TypeVar("Distribution", bound=dist.TorchDistribution)
 
 _ONE = math.log(math.e - 1)  # softplus(_ONE) = 1
 _FLOOR = 1e-6  # float32 would round a smaller scale away, relative to a prior of scale one
@@ -52,6 +54,12 @@ def tril_of(raw: Tensor) -> Tensor:
 def integers(num_classes: int) -> constraints.Constraint:
     """Returns the support of vectors of class numbers."""
     return constraints.independent(constraints.integer_interval(0, num_classes - 1), 1)
+
+
+def keep_checks(old: dist.TorchDistribution, new: Distribution) -> Distribution:
+    """Returns an expanded distribution, which checks values if the one that it was expanded from does."""
+    new._validate_args = old._validate_args
+    return new
 
 
 def support_of(p: dist.TorchDistribution) -> constraints.Constraint:

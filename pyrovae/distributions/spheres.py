@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import register_kl
 from torch.nn.functional import normalize
 
-from pyrovae.distributions.spaces import ShapeLike
+from pyrovae.distributions.spaces import ShapeLike, keep_checks
 
 
 class HypersphericalUniform(dist.TorchDistribution):
@@ -92,7 +92,7 @@ class VonMisesFisher(dist.TorchDistribution):
     def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "VonMisesFisher":
         batch_shape = torch.Size(batch_shape)
         loc, concentration = self.loc.expand(batch_shape + self.event_shape), self.concentration.expand(batch_shape)
-        return VonMisesFisher(loc, concentration, validate_args=False)
+        return keep_checks(self, VonMisesFisher(loc, concentration, validate_args=False))
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:

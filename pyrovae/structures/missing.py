@@ -6,7 +6,7 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from pyrovae.arguments import row_name
-from pyrovae.distributions import mask_elements
+from pyrovae.distributions import center, mask_elements
 from pyrovae.inference.imputation import Imputation, impute
 from pyrovae.inference.messages import check_later
 from pyrovae.parts import call, in_evaluation_mode
@@ -85,6 +85,15 @@ class MissingDataVAE(OneLatent):
         both = torch.stack([x, mask.to(x.dtype)], dim=1)
         both = both.reshape(len(x), *getattr(self.encoder, "x_shape", both.shape[1:]))
         return call(self.encoder, both, context=context)
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def reconstruct(self, x: Tensor, mask: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Returns the centre of :math:`p(x' \mid z)` at one draw of :math:`z \sim q(z \mid x_{\mathrm{obs}})`.
+
+        All elements are reconstructed, observed or not; :meth:`impute` keeps the observed ones.
+        """
+        return center(self.decode(self.encode(x, mask, context).sample(), context))
 
     def impute(
         self,

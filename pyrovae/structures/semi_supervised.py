@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from pyrovae.arguments import row_name
+from pyrovae.distributions import center
 from pyrovae.nn import MLP, Network, apply, build
 from pyrovae.parts import (
     call,
@@ -181,6 +182,19 @@ class SemiSupervisedVAE(Registered):
         context = self._context(drawn)
         prior = call(self.prior, context=context).expand(drawn.shape)
         return likelihood_at(self.likelihood, prior.sample(), context)
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        r"""Returns the centre of :math:`p(x' \mid y, z)` at one draw of z and of unknown classes given x.
+
+        Args:
+            x: data, shape ``(batch, *x_shape)``.
+            y: their classes, shape ``(batch,)``, -1 where unknown; None if all are.
+        """
+        known, y = self._classes(x, y)
+        context = self._context(torch.where(known, y, self.classify(x).sample()))
+        return center(likelihood_at(self.likelihood, call(self.encoder, x, context=context).sample(), context))
 
     def _classes(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns a mask of known classes, and the classes with zero for unknown ones, both of shape ``(batch,)``."""
