@@ -41,12 +41,16 @@ def quartiles(values: Sequence[float], digits: int) -> str:
     return f"{middle} ({low} to {high})"
 
 
-def write(name: str, text: str) -> None:
-    """Puts a text between the README's markers ``<!-- name -->`` and ``<!-- /name -->``, or at its end."""
-    readme = README.read_text() if README.exists() else HEADING
+def put(name: str, text: str, page: str) -> str:
+    """Returns a page with a text between its markers ``<!-- name -->`` and ``<!-- /name -->``, or at its end."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if start not in readme:
-        readme = f"{readme.rstrip()}\n\n{start}\n{end}\n"
-    before, rest = readme.split(start, 1)
+    if start not in page:
+        page = f"{page.rstrip()}\n\n{start}\n{end}\n"
+    before, rest = page.split(start, 1)
     after = rest.split(end, 1)[1]
-    README.write_text(f"{before}{start}\n{text.strip()}\n{end}{after}")
+    return f"{before}{start}\n{text.strip()}\n{end}{after}"
+
+
+def write(name: str, text: str) -> None:
+    """Puts a text into the README."""
+    README.write_text(put(name, text, README.read_text() if README.exists() else HEADING))

@@ -29,6 +29,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "schema": (str, type(None)),
     "data_root": (str,),
     "preprocessing": (str,),
+    "shift": (int,),
     "latent_dim": (int,),
     "epochs": (int,),
     "batch_size": (int,),
@@ -48,7 +49,7 @@ _OF_MODEL = ("latent_dim", "prior", "likelihood", "encoder", "structure")  # wha
 NOT_KEPT = (*_OPTIONS, "tracker")  # by runs
 RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
 # What settings mean that the configuration of an earlier version lacks, where that is not null.
-EARLIER = {"schedule_every_step": False}
+EARLIER = {"schedule_every_step": False, "shift": 0}
 # Entries that the configuration of a run on a VAE of a script has beside those of its data.
 _BUILT = {"built": (bool,)}
 _OF_DATA = ("data", "data_root", "preprocessing")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import pyrovae
 from pyrovae import data
@@ -459,6 +460,22 @@ def test_a_schedule_of_steps_and_an_average_train_and_a_longer_run_is_refused(tm
     )
     assert digest(tmp_path / "run") == before
     main([*run, "--resume", "--epochs", "2"])
+
+
+def test_moved_images_train_and_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    options = ["train", "--shift", "1", "--num-samples", "10", "--run"]
+    main([*options, str(tmp_path / "whole"), "--epochs", "2"])
+    main([*options, str(tmp_path / "parts"), "--epochs", "1"])
+    main(["train", "--run", str(tmp_path / "parts"), "--resume", "--epochs", "2"])
+    main(["train", "--run", str(tmp_path / "still"), "--num-samples", "10", "--epochs", "2"])
+    weights = {name: load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts", "still")}
+    assert all(torch.equal(t, weights["parts"][name]) for name, t in weights["whole"].items())
+    assert not all(torch.equal(t, weights["still"][name]) for name, t in weights["whole"].items())
+    assert "shift must be at least 0, got -1" in error_of(*options, str(tmp_path / "a"), "--shift", "-1")
+    np.save(tmp_path / "vectors.npy", np.zeros((30, 4), np.float32))
+    message = error_of(*options, str(tmp_path / "b"), "--data", str(tmp_path / "vectors.npy"))
+    assert "shift moves images, but a datum" in message
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
 def test_early_stopping_says_so(tmp_path, capsys):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import chisquare
 from torch import Tensor
 
 from pyrovae.cli.parser import command_parser
@@ -23,6 +24,7 @@ from pyrovae.data import (
     dynamic_binarization,
     images,
     load,
+    random_shift,
     random_splits,
     register,
     static_binarization,
@@ -117,6 +119,50 @@ def test_dynamic_binarization_follows_the_random_state():
     (first,) = dynamic_binarization(grey)
     torch.manual_seed(3)
     assert dynamic_binarization(grey)[0].equal(first)
+
+
+def moved_by(x: Tensor, down: int, right: int) -> Tensor:
+    """Returns images moved by some pixels, with zeros where nothing was, the slow way."""
+    result, (height, width) = torch.zeros_like(x), x.shape[-2:]
+    for i in range(height):
+        for j in range(width):
+            if 0 <= i - down < height and 0 <= j - right < width:
+                result[..., i, j] = x[..., i - down, j - right]
+    return result
+
+
+def test_images_are_moved_by_all_steps_alike_each_on_its_own():
+    one, copies = torch.rand(2, 3, 4, 5) + 0.1, 4500
+    x, labels = one[0].expand(copies, -1, -1, -1), torch.arange(copies)
+    moved, same = random_shift(x, labels)
+    assert same is labels and moved.shape == x.shape
+    steps = [moved_by(one[0], down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    counts = torch.stack([(moved == step).flatten(1).all(1).sum() for step in steps])
+    assert counts.sum() == copies, "each is one of the nine, all channels alike"
+    assert chisquare(counts.numpy()).pvalue > 1e-5
+    both = random_shift(one.repeat_interleave(1000, 0), pixels=2)[0].unflatten(0, (2, 1000))
+    for image, results in zip(one, both, strict=True):
+        steps = [moved_by(image, down, right) for down in range(-2, 3) for right in range(-2, 3)]
+        assert all(any(torch.equal(result, step) for step in steps) for result in results[:50])
+    assert random_shift(one, pixels=0)[0].equal(one)
+
+
+def test_moved_images_follow_the_random_state():
+    x = torch.rand(50, 4, 4)
+    torch.manual_seed(3)
+    (first,) = random_shift(x)
+    assert not random_shift(x)[0].equal(first)
+    torch.manual_seed(3)
+    assert random_shift(x)[0].equal(first)
+
+
+def test_only_images_are_moved_and_nothing_that_belongs_to_them_stays():
+    with pytest.raises(ValueError, match="only images can be moved"):
+        random_shift(torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="pixels must be at least 0, got -1"):
+        random_shift(torch.zeros(5, 4, 4), pixels=-1)
+    with pytest.raises(ValueError, match="such as a mask"):
+        random_shift(torch.zeros(5, 1, 4, 4), torch.ones(5, 1, 4, 4, dtype=torch.bool))
 
 
 def test_static_binarization_is_one_draw():

@@ -65,12 +65,23 @@ _ABOUT = ("config.yaml", "run.json", "schema.yaml", "vocabulary.json")  # what m
 _NUM_MONITORED = 300  # validation data in which training measures whether the latents collapse
 
 
+def _moved(pixels: int, then: Callable | None) -> Callable:
+    """Returns a transform of batches that moves images, before another."""
+
+    def transform(*batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        moved = datasets.random_shift(*batch, pixels=pixels)
+        return moved if then is None else then(*moved)
+
+    return transform
+
+
 def train(
     data: str = "digits",
     run: str | None = None,
     schema: str | None = None,
     data_root: str = "data",
     preprocessing: Preprocessing = "dynamic",
+    shift: int = 0,
     latent_dim: int = 16,
     prior: Callable[[int], Prior] = StandardNormal,
     likelihood: Callable[[int, Shape], Likelihood] = Bernoulli,
@@ -111,6 +122,7 @@ def train(
         data_root: the directory of the images, which are downloaded to it if needed.
         preprocessing: what to do with values between 0 and 1. grey: nothing (also for tables); static: binarise all
             data once; dynamic: binarise the training data again for each batch, and the other splits once.
+        shift: pixels by which training images are moved in each direction, at most; at random, again for each batch.
         latent_dim: number of latent dimensions.
         prior: the class of p(z).
         likelihood: the class of p(x | z).
@@ -188,6 +200,10 @@ def train(
         loss = structure.loss(vae, splits.train.labels) if structure is not None and loss is None else loss
     vae.to(device)
     x_shape = tuple(splits.train.x.shape[1:])
+    if shift < 0:
+        raise ValueError(f"shift must be at least 0, got {shift}.")
+    if shift and (splits.schema is not None or len(x_shape) < 2):
+        raise ValueError(f"shift moves images, but a datum of {data} has shape {x_shape}. Leave it out.")
     if not quiet:
         print(f"{description}\n{vae}\nrun directory: {directory}")
 
@@ -202,6 +218,8 @@ def train(
     world.broadcast_from_rank0(lambda: _take(lock, resume))
     callbacks[:0] = [stop, _InPlace(lock)]
     transform: Callable | None = datasets.dynamic_binarization if preprocessing == "dynamic" else None
+    if shift:
+        transform = _moved(shift, transform)
     if splits.schema is not None:
         transform = datasets.hide_cells
         print("a fifth of the rows have cells hidden at random in each epoch, so that the VAE learns to fill any holes")

@@ -21,7 +21,13 @@ from pyrovae.data.columns import (
     Time,
 )
 from pyrovae.data.loading import DATA_SETS, descriptions, load, register
-from pyrovae.data.preprocessing import dynamic_binarization, hide_cells, split_missing, static_binarization
+from pyrovae.data.preprocessing import (
+    dynamic_binarization,
+    hide_cells,
+    random_shift,
+    split_missing,
+    static_binarization,
+)
 from pyrovae.data.ratings import HeldOutUsers, Ratings, RatingSplits, hold_out_users, load_ratings
 from pyrovae.data.reading import Dialect
 from pyrovae.data.schema import Schema
@@ -67,6 +73,7 @@ __all__ = [
     "load",
     "load_ratings",
     "load_text",
+    "random_shift",
     "random_splits",
     "read_lines",
     "register",

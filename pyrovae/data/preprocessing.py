@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pyrovae.rows import Rows
 
@@ -102,6 +103,43 @@ def hide_cells(x: Tensor, mask: Tensor, *rest: Tensor, share: float = 0.2) -> tu
     fewer = mask & (torch.rand(x.shape, device=x.device) >= fraction)
     some = fewer.flatten(1).any(1).view(one)
     return x, torch.where(some, fewer, mask), *rest
+
+
+def random_shift(x: Tensor, *rest: Tensor, pixels: int = 1) -> tuple[Tensor, ...]:
+    r"""Moves each image by up to some pixels in each direction, again at each call; for ``fit(..., transform=...)``.
+
+    .. math:: x'_{i, j} = x_{i - a, j - b}, \qquad a, b \sim \mathrm{Uniform}\{-k, \dots, k\}
+
+    and 0, the background, where that is outside the image. Of training batches alone: moved test images are other data.
+    With binary pixels: ``transform=lambda x: data.dynamic_binarization(*data.random_shift(x))``.
+
+    Args:
+        x: images, ``(batch, *channels, height, width)``.
+        *rest: the other tensors of the batch, returned unchanged.
+        pixels: :math:`k`.
+
+    Raises:
+        ValueError: when `pixels` is negative, x is not of images, or another tensor has pixels too, such as a mask, and
+            would not be moved.
+
+    >>> x = torch.zeros(1, 1, 3, 3)
+    >>> x[0, 0, 1, 1] = 1
+    >>> (moved,) = random_shift(x)
+    >>> moved.sum()
+    tensor(1.)
+    """
+    if pixels < 0:
+        raise ValueError(f"pixels must be at least 0, got {pixels}.")
+    if x.dim() < 3:
+        raise ValueError(f"only images can be moved, (batch, ..., height, width), got {tuple(x.shape)}.")
+    if any(t.shape[-2:] == x.shape[-2:] and t.dim() > 2 for t in rest):
+        raise ValueError("a tensor beside x has pixels too, such as a mask, and would not be moved with x. Move both.")
+    size, (height, width) = len(x), x.shape[-2:]
+    padded = pad(x.reshape(size, -1, height, width), (pixels,) * 4)
+    first = torch.randint(2 * pixels + 1, (2, size, 1), device=x.device)
+    rows, columns = (start + torch.arange(n, device=x.device) for start, n in zip(first, (height, width), strict=True))
+    datum = torch.arange(size, device=x.device).view(-1, 1, 1)
+    return padded.movedim(1, -1)[datum, rows.unsqueeze(-1), columns.unsqueeze(1)].movedim(-1, 1).reshape(x.shape), *rest
 
 
 def _check_grey(x: Tensor) -> None:
