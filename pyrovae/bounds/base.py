@@ -1,7 +1,7 @@
 r"""What all bounds share: log weights of particles, a function of them, and an estimate of its gradient."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -18,7 +18,15 @@ from pyrovae.bounds.scoring import ModelTerms, SiteScorer, SiteTerms, same_scale
 from pyrovae.inference.messages import PER_DATUM, described, is_integer
 from pyrovae.inference.sites import layers, sample_sites
 from pyrovae.inference.structure import SiteStructure, inspect, named_plate
-from pyrovae.inference.weights import check_draws, check_same_sites, log_prob_of, per_datum, trace_guide, trace_model
+from pyrovae.inference.weights import (
+    as_single_datum,
+    check_draws,
+    log_prob_of,
+    per_datum,
+    structure_of_run,
+    trace_guide,
+    trace_model,
+)
 from pyrovae.regularizers import Cost, Regularizer, Run
 
 
@@ -81,7 +89,7 @@ class Bound(PyroELBO, ABC):
     the data; the N/B of a subsampled data plate multiplies f, masks act inside of it.
 
     To add a bound, derive from :class:`ImportanceBound` and write ``reduce``: f with its first two derivatives, as
-    a :class:`Reduced` over the first dimension of the log weights. Three class attributes describe f: `smooth` is False
+    a :class:`Reduced` over the first dimension of the log weights. Class attributes describe f: `smooth` is False
     if f has a kink, which its second derivative leaves out; `linear` is True if f is a mean; `is_upper` is True if
     training is to lower it.
 
@@ -94,6 +102,7 @@ class Bound(PyroELBO, ABC):
     """
 
     linear = False
+    by_datum = False
     smooth = True
     is_upper = False
 
@@ -127,8 +136,8 @@ class Bound(PyroELBO, ABC):
         self.score_functions = self.gradient.score_functions and not has_own_gradient
         self.through_draws = self.gradient.reparameterized or self.gradient.single_backward and not has_own_gradient
         self.scorer = SiteScorer()
-        # What the model, guide and arguments of the last call were, and their structure.
-        self._inspected: tuple[tuple, SiteStructure] | None = None
+        # What the model, guide and arguments of the last call were, these in a plate, and structures by their sites.
+        self._inspected: tuple[tuple, tuple[Callable, Callable], dict[frozenset[str], SiteStructure]] | None = None
         self.gradient.check(self)
 
     @abstractmethod
@@ -173,7 +182,10 @@ class Bound(PyroELBO, ABC):
         """
         inspected = (model, guide, _kinds(args, kwargs), named_plate.get())
         if self._inspected is not None and self._inspected[0] == inspected:
-            return self._estimate(model, guide, self._inspected[1], args, kwargs)
+            _, (model, guide), structures = self._inspected
+            return self._estimate(model, guide, next(iter(structures.values())), args, kwargs)
+        if self.by_datum:
+            model, guide = as_single_datum(model, guide, *args, **kwargs) or (model, guide)
         structure = inspect(model, guide, *args, **kwargs)
         if structure.guide_observed:
             names = ", ".join(f'"{name}"' for name in sorted(structure.guide_observed))
@@ -183,9 +195,21 @@ class Bound(PyroELBO, ABC):
             )
         self._check_structure(structure)
         structure = check_draws(structure, model, guide, *args, **kwargs)
+        self._inspected = None
         terms = self._estimate(model, guide, structure, args, kwargs)
-        self._inspected = inspected, structure
+        self._inspected = inspected, (model, guide), {structure.sites: structure}
         return terms
+
+    def _check_sites(
+        self, structure: SiteStructure, sites: Set[str], model: Callable, guide: Callable, args: tuple, kwargs: dict
+    ) -> None:
+        """Raises a ValueError if the sites of a run change at random, or if the bound is not defined for them."""
+        known = {structure.sites: structure} if self._inspected is None else self._inspected[2]
+        sites = frozenset(sites)
+        if sites not in known:
+            found = structure_of_run(structure, sites, model, guide, args, kwargs)
+            self._check_structure(found)
+            known[found.sites] = found
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Returns an estimate of the loss; schedules have their final values, so that epochs can be compared."""
@@ -295,7 +319,8 @@ class Bound(PyroELBO, ABC):
         With `trace_again` the guide runs again, because distributions for all draws do not fit a chunk of them.
         """
         model_trace = trace_model(model, draws, structure, size, *args, **kwargs)
-        check_same_sites(structure.sites, sample_sites(draws).keys() | sample_sites(model_trace).keys())
+        sites = sample_sites(draws).keys() | sample_sites(model_trace).keys()
+        self._check_sites(structure, sites, model, guide, args, kwargs)
         if trace_again:
             draws = trace_model(guide, draws, structure, size, *args, **kwargs)
         return Run(model_trace, draws, model, guide, args, kwargs), self.scorer.model_terms(model_trace, draws)
@@ -396,6 +421,8 @@ class Bound(PyroELBO, ABC):
 
 class ImportanceBound(Bound):
     """Base of the bounds that are functions of importance weights per datum; a subclass writes ``reduce``."""
+
+    by_datum = True
 
     def _check_structure(self, structure: SiteStructure) -> None:
         outside = [

@@ -94,10 +94,11 @@ class FIVO(IWAE):
     def _estimate(self, model: Callable, guide: Callable, structure: SiteStructure, args: tuple, kwargs: dict) -> Terms:
         self._check_followed(model, guide, structure, args, kwargs)
         run = run_filter(model, guide, structure, self.num_particles, self.threshold, self.resampling, args, kwargs)
+        self._check_sites(structure, run.sites, model, guide, args, kwargs)
         value = run.log_z[0]
         terms = SiteTerms(
-            observed={name: site["term"] for name, site in run.model.items() if name in structure.observed},
-            model={name: site["term"] for name, site in run.model.items() if name in structure.latents},
+            observed={name: site["term"] for name, site in run.model.items() if site["is_observed"]},
+            model={name: site["term"] for name, site in run.model.items() if not site["is_observed"]},
             guide={name: site["term"] for name, site in run.guide.items()},
             model_scales={name: site["scale"] for name, site in run.model.items()},
             guide_scales={name: site["scale"] for name, site in run.guide.items()},

@@ -60,11 +60,11 @@ class Estimate:
 
     def __str__(self) -> str:
         mean, sampling, spread = self._summary()
-        return (
-            f"{self.method.quantity} {self.method.relation} {mean:.3f} nats a datum "
-            f"(standard error: {sampling:.3f} from {self.num_samples:,} {self.method.unit} a datum, "
-            f"{spread:.3f} from {len(self.value):,} data)\n{self._reliability()}"
-        )
+        value = f"{self.method.quantity} {self.method.relation} {mean:.3f} nats"
+        error = f"standard error: {sampling:.3f} from {self.num_samples:,} {self.method.unit}"
+        if len(self.value) > 1:
+            value, error = f"{value} a datum", f"{error} a datum, {spread:.3f} from {len(self.value):,} data"
+        return f"{value} ({error})\n{self._reliability()}"
 
     def _repr_html_(self) -> str:
         """Shows the mean, its errors and how far it can be trusted, in a notebook."""

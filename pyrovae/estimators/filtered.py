@@ -17,6 +17,7 @@ from pyrovae.estimators.weighted import WeightSums, fit_tail
 from pyrovae.inference.filtering import Filtered, Resampling, check_followed, effective_size, run_filter, systematic
 from pyrovae.inference.messages import warn
 from pyrovae.inference.structure import SiteStructure
+from pyrovae.inference.weights import check_weights, structure_of_run
 
 
 class ParticleFilter(Estimator):
@@ -129,9 +130,10 @@ class ParticleFilter(Estimator):
         return self.proposal.single(task, "ParticleFilter draws").guide
 
     def _run(self, task: Task, num_runs: int) -> Filtered:
-        return run_filter(
+        guide = self._guide(task)
+        run = run_filter(
             task.model,
-            self._guide(task),
+            guide,
             task.structure,
             self.num_particles,
             self.threshold,
@@ -141,6 +143,8 @@ class ParticleFilter(Estimator):
             num_runs,
             keep=False,
         )
+        check_weights(structure_of_run(task.structure, run.sites, task.model, guide, task.args, task.kwargs))
+        return run
 
     def _score(self, task: Task, num_runs: int) -> Estimate:
         """Scores some data, by so many filters at once."""

@@ -23,8 +23,16 @@ from pyrovae.estimators.memory import split_evenly
 from pyrovae.inference.messages import check_all_observed, check_finite, check_mass
 from pyrovae.inference.running import evaluation_mode
 from pyrovae.inference.sites import sample_sites
-from pyrovae.inference.structure import SiteStructure
-from pyrovae.inference.weights import check_draws, draw, inspect_weights, log_prob_of, per_datum, trace_model
+from pyrovae.inference.structure import SiteStructure, inspect
+from pyrovae.inference.weights import (
+    as_single_datum,
+    check_draws,
+    draw,
+    inspect_weights,
+    log_prob_of,
+    per_datum,
+    trace_model,
+)
 from pyrovae.rows import NumberType, number_type
 
 _FIRST_ROWS = 7  # data on which a model and a guide are inspected first
@@ -193,13 +201,22 @@ def open_task(
         )
     args, kwargs, size = checked(args, kwargs, number_type(model, guide))
     # Fewer rows than all, to see whether some of the data can be scored alone.
-    head, named = take_rows(slice(0, min(_FIRST_ROWS, max(size - 1, 1))), args, kwargs)
+    few = min(_FIRST_ROWS, max(size - 1, 1))
+    head, named = take_rows(slice(0, few), args, kwargs)
     # The bar shows itself only after a delay: by then the method has set its total.
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
     with evaluation_mode(), bar, arguments.row_positions(offset):
-        divisible = True
+        single = as_single_datum(model, guide, *head, **named)
+        if single is not None:
+            model, guide = single
+            size, (head, named) = 1, take_rows(slice(None), args, kwargs)
+        divisible = single is None
         try:
             structure = inspect_weights(model, guide, *head, num_samples=1, **named)
+            if single is None and size > 1:
+                # The last rows too: of sequences that are sorted by length they are the shortest.
+                tail, named = take_rows(slice(size - few, size), args, kwargs)
+                inspect(model, guide, *tail, **named)
         except Exception:  # parameters of a guide that belong to rows, for example
             divisible = False
             args, kwargs = take_rows(slice(None), args, kwargs)  # arrays as tensors

@@ -30,7 +30,6 @@ from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import (
     SAMPLES,
     annotate_plates,
-    check_same_sites,
     log_prob_of,
     per_datum,
     trace_model,
@@ -124,6 +123,7 @@ class Filtered(NamedTuple):
         log_w: the last log weights, since the last resampling, ``(runs, particles, batch)``.
         resampled: the steps between which particles were resampled, in order.
         draws: the latents without rsample.
+        sites: names of the sites of model and guide.
         model: the model's sites, in the order of the last particles, each with "term": its contribution to the log
             weights, ``(particles, batch)``; none unless they were kept.
         guide: the guide's sites, likewise.
@@ -133,6 +133,7 @@ class Filtered(NamedTuple):
     log_w: Tensor
     resampled: list[Resampled]
     draws: list[Draw]
+    sites: frozenset[str]
     model: dict[str, dict]
     guide: dict[str, dict]
 
@@ -387,7 +388,6 @@ class _Filter:
                     with suppress(GreenletExit):
                         coroutine.resume(close=True)
             del self.guide, self.model  # which hold this filter, and with it the tensors of all steps
-        check_same_sites(self.structure.sites, self.p.keys() | self.q.keys())
         assert self.log_w is not None
         groups = self._groups(self.log_w)
         total = groups.logsumexp(1)
@@ -396,6 +396,7 @@ class _Filter:
             groups.detach(),
             self.resampled,
             self.draws,
+            frozenset(self.p.keys() | self.q.keys()),
             {name: self._in_order(site) for name, site in self.p.items() if self.keep},
             {name: self._in_order(site) for name, site in self.q.items() if self.keep},
         )

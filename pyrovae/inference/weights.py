@@ -69,19 +69,51 @@ def log_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, 
     return log_joint(model, trace, structure, num_samples, *args, **kwargs) - log_q
 
 
+def as_single_datum(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> tuple[Callable, Callable] | None:
+    """Returns a model and a guide that have no plates, such as those of a time series, in a plate of one datum.
+
+    None if they have plates, or do not run.
+    """
+    try:
+        structure = inspect(model, guide, *args, **kwargs)
+    except Exception:  # it is raised again where they are inspected to be scored
+        return None
+    if structure.max_plate_nesting or not structure.observed:
+        return None
+    warn(
+        "model and guide have no plate, so that all that they are given is one datum, such as a time series. If the "
+        'rows of the data are independent, put the sites of a datum in pyro.plate("data", len(x)), in both; if not, a '
+        'plate of one, pyro.plate("data", 1), says so.'
+    )
+
+    def in_plate(function: Callable) -> Callable:
+        def single(*args: Any, **kwargs: Any) -> Any:
+            with pyro.plate("data", 1):
+                return function(*args, **kwargs)
+
+        return single
+
+    return in_plate(model), in_plate(guide)
+
+
 def inspect_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, **kwargs: Any) -> SiteStructure:
     """Returns the structure of a model and a guide; raises a ValueError if weights per datum are undefined."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     structure = inspect(model, guide, *args, **kwargs)
+    check_weights(structure)
+    if structure.out_of_support:  # allowed in training, but such data have no density to score
+        check_observed_by(model, guide, *args, **kwargs)
+    return check_draws(structure, model, guide, *args, **kwargs)
+
+
+def check_weights(structure: SiteStructure) -> None:
+    """Raises a ValueError if importance weights per datum are undefined."""
     if structure.problems:
         raise ValueError(
             f"Importance weights per datum are undefined: {'; '.join(structure.problems)}. {PER_DATUM}; give "
             "a latent that all data share a value, by poutine.condition of the model and of the guide."
         )
-    if structure.out_of_support:  # allowed in training, but such data have no density to score
-        check_observed_by(model, guide, *args, **kwargs)
-    return check_draws(structure, model, guide, *args, **kwargs)
 
 
 def inspect_samples(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> SiteStructure:
@@ -288,12 +320,48 @@ def _stacked(traces: list[poutine.Trace], structure: SiteStructure) -> poutine.T
     return annotate_plates(whole, structure)
 
 
+def structure_of_run(
+    structure: SiteStructure, sites: Set[str], model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]
+) -> SiteStructure:
+    """Returns the structure of a run, whose sites may be others than those of the batch that was inspected.
+
+    A loop over time that ends with the longest sequence of a batch has as many sites as that sequence has steps. The
+    sites of a batch must be the same in each run.
+
+    Args:
+        structure: that of the batch that was inspected.
+        sites: names of the sites of the run.
+        model: a Pyro model.
+        guide: a Pyro guide.
+        args: what both were called with in the run.
+        kwargs: what both were called with in the run.
+
+    Raises:
+        ValueError: when the sites change from run to run; when the plates are others than in the batch that was
+            inspected. The message names the sites.
+    """
+    if sites == structure.sites:
+        return structure
+    with isolated(tensors_of(args, kwargs)):
+        for _ in range(3):  # sites that come and go at random may agree by chance
+            found = inspect(model, guide, *args, **kwargs)
+            check_same_sites(found.sites, sites)
+            torch.rand(())  # an inspection restores the random state
+    if (found.max_plate_nesting, found.data) != (structure.max_plate_nesting, structure.data):
+        raise ValueError(
+            f"the plate over the data is {structure.data or 'missing'} in one batch, {found.data or 'missing'} in "
+            "another, or other plates differ. Put the sites in the same plates for every batch."
+        )
+    return found._replace(vectorized=structure.vectorized)
+
+
 def check_same_sites(before: Set[str], now: Set[str]) -> None:
     """Raises a ValueError that names the sites that are in only one of two runs of a model and guide."""
     if before != now:
-        changed = ", ".join(f'"{name}"' for name in sorted(before ^ now))
+        changed = sorted(before ^ now)
+        listed = ", ".join(f'"{name}"' for name in changed[:4]) + (f" and {len(changed) - 4} more" * bool(changed[4:]))
         raise ValueError(
-            f"the sites of the model and the guide change from run to run ({changed}), so that the latents have no "
+            f"the sites of the model and the guide change from run to run ({listed}), so that the latents have no "
             "density. Draw all sites in every run, and mask those without a part in it with poutine.mask."
         )
 

@@ -12,6 +12,7 @@ from pyrovae.arguments import Arguments, canonicalize, cuda_devices, take_rows, 
 from pyrovae.inference.messages import warn
 from pyrovae.inference.running import evaluation_mode, traced
 from pyrovae.inference.sites import sample_sites, unwrapped
+from pyrovae.inference.structure import SiteStructure, inspect
 
 
 def parameters_of_rows(
@@ -108,6 +109,32 @@ def _elements_used_by_row(
         if not (site["is_observed"] or site["infer"].get("is_auxiliary") or isinstance(unwrapped(site["fn"]), Delta)):
             drawn.add_node(name, **{**site, "value": site["value"].detach()})
     return [gradient != 0 for gradient in gradients], drawn
+
+
+def check_rows_are_data(model: Callable, guide: Callable, structure: SiteStructure, args: tuple, kwargs: dict) -> None:
+    """Raises a ValueError if a model without plates has a site for each row: these are steps of one series, not data.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        structure: that of a batch.
+        args: the batch.
+        kwargs: the batch.
+    """
+    if structure.max_plate_nesting:
+        return
+    args, kwargs, size = canonicalize(args, kwargs)
+    args, kwargs = take_rows(slice(0, size // 2), args, kwargs)
+    try:
+        sites = inspect(model, guide, *args, **kwargs).sites
+    except Exception:  # it does not run on fewer rows
+        return
+    if sites != structure.sites:
+        raise ValueError(
+            "the model has a site for each row of the data and no plate, so that the rows are steps of one series. fit "
+            "would cut it into batches and shuffle them: pass batch_size=len(x), or put several series, the rows of "
+            'x, in pyro.plate("data", len(x)).'
+        )
 
 
 def check_rows(names: list[str], batch_size: int, num_batches: int) -> None:

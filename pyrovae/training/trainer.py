@@ -34,7 +34,7 @@ from pyrovae.inference.sites import latents_of_trace, sample_sites
 from pyrovae.inference.structure import inspect
 from pyrovae.rows import NumberType
 from pyrovae.training.averaging import Average
-from pyrovae.training.rows import parameters_of_rows
+from pyrovae.training.rows import check_rows_are_data, parameters_of_rows
 from pyrovae.training.schedules import make_schedule
 from pyrovae.training.state import ModelState, display_name, find_state
 
@@ -119,6 +119,8 @@ class Trainer:
         args, kwargs = shard.rows(batch.args, batch.kwargs)
         if shard.count < total:
             structure = inspect(model, guide, *args, **kwargs)
+        if 1 < total < num_shuffled:
+            check_rows_are_data(model, guide, structure, args, kwargs)
         for name in structure.out_of_support:
             warn(
                 f'data at site "{name}" are outside the support of its distribution, which was built with '
@@ -151,10 +153,9 @@ class Trainer:
 
         self.num_steps = 0
         self.latest_call = _LossCall(args, kwargs, torch.get_rng_state(), None, "on the first batch")
-        # The sums over an epoch are changed in place, because a CUDA graph adds to them. The first step gives them
-        # their shapes and device.
-        self.names: list[str] = []  # of the loss and its parts
-        self.totals = torch.zeros(0)  # the sums of these
+        # The sums over an epoch of the loss and its parts, by the names of these: a loop over time may have fewer sites
+        # in some batches than in others. They are changed in place, because a CUDA graph adds to them.
+        self.totals: dict[tuple[str, ...], Tensor] = {}
         self.is_valid = torch.tensor(True)  # whether all losses were finite, and all data in their support
         self.has_gradient: list[bool] = []  # for each parameter, whether any process has a gradient for it
         self.num_pyro_params = 0  # in Pyro's parameter store
@@ -193,7 +194,8 @@ class Trainer:
         if self.average is not None:
             self.average.swap()
         self.has_gradient = []
-        self.totals.zero_()
+        for totals in self.totals.values():
+            totals.zero_()
         self.is_valid.fill_(True)
         count = 0.0
         # Pyro's validation takes a tenth of the time of a step. The first batch has passed it. What may change later is
@@ -208,8 +210,7 @@ class Trainer:
                 f"data gave no batch in epoch {epoch}. Give a data set that can be iterated again in every epoch."
             )
         self._check_valid()
-        (totals,) = self.world.all_reduce([self.totals])
-        means = dict(zip(self.names, (totals / count).tolist(), strict=True))
+        means = {name: total / count for name, total in self._sums().items()}
         # Buffers such as the statistics of batch norm are of the data of each process: all take those of rank 0.
         self.synchronize()
         if self.average is not None:
@@ -244,7 +245,7 @@ class Trainer:
             self.average.start()
         if self.every_step:
             self._step_schedule()
-        if self.totals.is_cuda and self.num_steps % _CHECK_EVERY == 0:
+        if self.is_valid.is_cuda and self.num_steps % _CHECK_EVERY == 0:
             self._check_valid()
         torch.clear_autocast_cache()  # it holds the weights of before the step, under an autocast of the caller
         if len(pyro.get_param_store()) != self.num_pyro_params:
@@ -318,9 +319,12 @@ class Trainer:
 
     def _update(self, names: list[str], values: Tensor, is_valid: Tensor, shard: Shard, size: int) -> None:
         """Adds the loss and its parts to the sums of the epoch, and takes a step of the optimizer."""
-        if not self.names:
-            self.names, self.totals, self.is_valid = names, torch.zeros_like(values), torch.ones_like(is_valid)
-        self.totals.add_(values, alpha=shard.weight * shard.total / size)
+        if not self.totals:
+            self.is_valid = torch.ones_like(is_valid)
+        key = tuple(names)
+        if key not in self.totals:
+            self.totals[key] = torch.zeros_like(values)
+        self.totals[key].add_(values, alpha=shard.weight * shard.total / size)
         self.is_valid.logical_and_(is_valid)
         if not values.is_cuda:  # on a GPU this would wait for it
             self._check_valid()
@@ -332,6 +336,16 @@ class Trainer:
         if self.average is not None:
             self.average.update()
 
+    def _sums(self) -> dict[str, float]:
+        """Returns the sums over an epoch and all processes, by name; those of sites that were in none are left out."""
+        sums: dict[str, float] = {}
+        of_process = {names: totals.tolist() for names, totals in self.totals.items()}
+        for part in self.world.all_gather(of_process):
+            for names, totals in part.items():
+                for name, total in zip(names, totals, strict=True) if any(totals) or len(part) == 1 else ():
+                    sums[name] = sums.get(name, 0.0) + total
+        return sums
+
     def _add_gradients_of_all(self) -> None:
         """Sums the gradients over the processes. A parameter without a gradient in any of them stays without."""
         params = self.state.trained
@@ -339,7 +353,7 @@ class Trainer:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         *gradients, has = self.world.all_reduce([*gradients, has])
         # On a GPU, the first step of an epoch decides for the next ones: to read a value would wait for the GPU.
-        if not self.totals.is_cuda or not self.has_gradient or self.num_steps % _CHECK_EVERY == 0:
+        if not self.is_valid.is_cuda or not self.has_gradient or self.num_steps % _CHECK_EVERY == 0:
             self.has_gradient = (has > 0).tolist()
         for p, gradient, has_gradient in zip(params, gradients, self.has_gradient, strict=True):
             p.grad = gradient if has_gradient else None
