@@ -239,14 +239,6 @@ def global_latent_guide(x):
     good_guide(x)
 
 
-def no_plate_model(x):
-    pyro.sample("x", dist.Normal(pyro.sample("z", standard(x).expand(x.shape).to_event(1)), 1.0).to_event(1), obs=x)
-
-
-def no_plate_guide(x):
-    pyro.sample("z", standard(x).expand(x.shape).to_event(1))
-
-
 def undeclared_guide(x):
     pyro.sample("z", standard(x).expand(x.shape))
 
@@ -279,7 +271,6 @@ def short_plate_model(x):
 
 PAIRS = {
     "latent outside the plate": (global_latent_model, global_latent_guide, '"centre".*outside the plate "data"'),
-    "no plate at all": (no_plate_model, no_plate_guide, '"z".*outside the plate "data"'),
     "undeclared batch": (good_model, undeclared_guide, '"z"'),
     "guide misses a site": (good_model, empty_guide, 'guide misses the latent site "z"'),
     "guide has a site too many": (good_model, extra_guide, 'guide samples "surplus"'),

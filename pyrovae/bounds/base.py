@@ -19,8 +19,8 @@ from pyrovae.inference.messages import PER_DATUM, described, is_integer
 from pyrovae.inference.sites import layers, sample_sites
 from pyrovae.inference.structure import SiteStructure, inspect, named_plate
 from pyrovae.inference.weights import (
-    as_single_datum,
     check_draws,
+    in_plate_of_one,
     log_prob_of,
     per_datum,
     structure_of_run,
@@ -184,9 +184,10 @@ class Bound(PyroELBO, ABC):
         if self._inspected is not None and self._inspected[0] == inspected:
             _, (model, guide), structures = self._inspected
             return self._estimate(model, guide, next(iter(structures.values())), args, kwargs)
-        if self.by_datum:
-            model, guide = as_single_datum(model, guide, *args, **kwargs) or (model, guide)
         structure = inspect(model, guide, *args, **kwargs)
+        if self.by_datum and not structure.has_plates:
+            model, guide = in_plate_of_one(model, guide)
+            structure = inspect(model, guide, *args, **kwargs)
         if structure.guide_observed:
             names = ", ".join(f'"{name}"' for name in sorted(structure.guide_observed))
             raise ValueError(

@@ -25,9 +25,9 @@ from pyrovae.inference.running import evaluation_mode
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure, inspect
 from pyrovae.inference.weights import (
-    as_single_datum,
     check_draws,
     draw,
+    in_plate_of_one,
     inspect_weights,
     log_prob_of,
     per_datum,
@@ -206,20 +206,18 @@ def open_task(
     # The bar shows itself only after a delay: by then the method has set its total.
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
     with evaluation_mode(), bar, arguments.row_positions(offset):
-        single = as_single_datum(model, guide, *head, **named)
-        if single is not None:
-            model, guide = single
-            size, (head, named) = 1, take_rows(slice(None), args, kwargs)
-        divisible = single is None
+        divisible = True
         try:
             structure = inspect_weights(model, guide, *head, num_samples=1, **named)
-            if single is None and size > 1:
-                # The last rows too: of sequences that are sorted by length they are the shortest.
+            if arguments.holds_packed(args, kwargs):
+                # The last rows too: they are the shortest, and may not fit what was cut to the longest.
                 tail, named = take_rows(slice(size - few, size), args, kwargs)
                 inspect(model, guide, *tail, **named)
         except Exception:  # parameters of a guide that belong to rows, for example
             divisible = False
             args, kwargs = take_rows(slice(None), args, kwargs)  # arrays as tensors
+            if not inspect(model, guide, *args, **kwargs).has_plates:
+                (model, guide), size = in_plate_of_one(model, guide), 1
             structure = inspect_weights(model, guide, *args, num_samples=1, **kwargs)
         if not structure.observed:
             raise ValueError(

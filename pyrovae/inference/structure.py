@@ -97,6 +97,11 @@ class SiteStructure(NamedTuple):
     vectorized: bool = True
 
     @property
+    def has_plates(self) -> bool:
+        """Whether any site is in a plate; without any, all data are one datum, such as a series."""
+        return self.max_plate_nesting > 0
+
+    @property
     def data_index(self) -> int:
         """The dimension of the data in a value of shape ``(num_samples, *plates, *event)``."""
         return self.max_plate_nesting + 1 + (-1 if self.data is None else self.data.dim)

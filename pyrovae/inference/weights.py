@@ -69,17 +69,8 @@ def log_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, 
     return log_joint(model, trace, structure, num_samples, *args, **kwargs) - log_q
 
 
-def as_single_datum(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> tuple[Callable, Callable] | None:
-    """Returns a model and a guide that have no plates, such as those of a time series, in a plate of one datum.
-
-    None if they have plates, or do not run.
-    """
-    try:
-        structure = inspect(model, guide, *args, **kwargs)
-    except Exception:  # it is raised again where they are inspected to be scored
-        return None
-    if structure.max_plate_nesting or not structure.observed:
-        return None
+def in_plate_of_one(model: Callable, guide: Callable) -> tuple[Callable, Callable]:
+    """Returns a model and a guide that have no plates, such as those of a time series, in a plate of one datum."""
     warn(
         "model and guide have no plate, so that all that they are given is one datum, such as a time series. If the "
         'rows of the data are independent, put the sites of a datum in pyro.plate("data", len(x)), in both; if not, a '
@@ -112,7 +103,8 @@ def check_weights(structure: SiteStructure) -> None:
     if structure.problems:
         raise ValueError(
             f"Importance weights per datum are undefined: {'; '.join(structure.problems)}. {PER_DATUM}; give "
-            "a latent that all data share a value, by poutine.condition of the model and of the guide."
+            "a latent that all data share a value, by poutine.condition of the model and of the guide; put a single "
+            'series, whose rows are its steps, in pyro.plate("data", 1).'
         )
 
 

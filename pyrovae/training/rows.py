@@ -121,7 +121,7 @@ def check_rows_are_data(model: Callable, guide: Callable, structure: SiteStructu
         args: the batch.
         kwargs: the batch.
     """
-    if structure.max_plate_nesting:
+    if structure.has_plates:
         return
     args, kwargs, size = canonicalize(args, kwargs)
     args, kwargs = take_rows(slice(0, size // 2), args, kwargs)
