@@ -22,7 +22,9 @@ class Tracker(ABC):
     """A place that numbers, pictures and the configuration of a run are sent to.
 
     A subclass opens a run in :meth:`start`, sends the numbers of an epoch in :meth:`epoch` and a picture in
-    :meth:`picture`, and closes the run in :meth:`end`. It may raise any error: training goes on without it.
+    :meth:`picture`, and closes the run in :meth:`end`. All are called in one thread, which is not that of training. A
+    tracker may raise any error, or hang: training goes on without it. It must not draw random numbers from torch's
+    generators, for which it is left, nor from those of Python and NumPy if what is trained draws from them.
     """
 
     @abstractmethod
@@ -38,7 +40,10 @@ class Tracker(ABC):
         """
 
     def step(self, number: int) -> None:  # noqa: B027
-        """Is called after every step with the number of steps in this process. By default it does nothing."""
+        """Is called after a step with the number of steps in this process; not after all where it is slower than them.
+
+        By default it does nothing.
+        """
 
     @abstractmethod
     def epoch(self, number: int, numbers: Mapping[str, float]) -> None:

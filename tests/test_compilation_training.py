@@ -1,6 +1,8 @@
 """Training and scoring by compiled graphs give the eager results; and the compiler itself does."""
 
+import gc
 import inspect
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -291,3 +293,16 @@ def test_a_unit_at_a_kink_is_no_error_of_a_graph():
         loss.loss_and_grads(vae.model, vae.guide, x)
         for entry in loss.graphs._entries.values():
             entry.graphs[0].calls = 1  # the next call is compared with the ELBO itself
+
+
+@pytest.mark.parametrize("loss", [lambda: None, lambda: bounds.IWAE(num_particles=2)])
+def test_a_vae_that_was_trained_is_let_go(loss):
+    pyro.clear_param_store()
+    vae = VAE(priors.StandardNormal(2), likelihoods.Bernoulli(2, 3), encoders.DiagonalNormal(3, 2))
+    x = torch.rand(80, 3).round()
+    fit(vae.model, vae.guide, x, loss=loss(), epochs=3, batch_size=10)  # traced after three steps
+    network = weakref.ref(vae.encoder.network)
+    del vae
+    pyro.clear_param_store()
+    gc.collect()
+    assert network() is None

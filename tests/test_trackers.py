@@ -2,6 +2,8 @@
 
 import logging
 import random
+import threading
+import time
 
 import numpy as np
 import pyro
@@ -46,10 +48,24 @@ class Recorder(trackers.Tracker):
 
 
 class Restless(Recorder):
-    """A tracker that draws from all global random generators."""
+    """A tracker that draws from a generator of its own, and then from all global ones."""
 
     def step(self, number):
+        self.calls.append(torch.rand(1, generator=torch.Generator()))
         random.random(), np.random.rand(), torch.rand(1)
+
+
+class Hanging(Recorder):
+    """A tracker that never returns."""
+
+    def __init__(self, hangs_at):
+        super().__init__()
+        self.hangs_at = hangs_at
+
+    def note(self, name, *args):
+        if name == self.hangs_at:
+            threading.Event().wait()
+        self.calls.append(name)
 
 
 def train(callbacks, epochs=2, **kwargs):
@@ -83,8 +99,9 @@ def test_a_tracker_gets_start_steps_epochs_and_end(tmp_path):
 
 def test_entries_that_are_no_numbers_are_left_out(tmp_path):
     tracker = Recorder()
-    Tracking(tracker, tmp_path)(History([RECORD]))
-    assert tracker.calls == [("epoch", 1, {"loss": 3.0, "kl": 0.5})]
+    with Tracking(tracker, tmp_path) as tracking:
+        tracking(History([RECORD]))
+    assert tracker.calls == [("epoch", 1, {"loss": 3.0, "kl": 0.5}), ("end", True)]
 
 
 def test_a_resumed_run_goes_on_in_the_same_place(tmp_path):
@@ -102,13 +119,39 @@ def test_a_tracker_that_fails_does_not_end_a_run(where, tmp_path, caplog):
     with Tracking(tracker, tmp_path) as tracking:
         assert len(train([tracking])) == 2
         tracking.picture(tmp_path / "samples.png")
-    assert [record.getMessage() for record in caplog.records] == ["training goes on without Recorder: no connection"]
+    assert [record.getMessage() for record in caplog.records] == ["the run goes on without Recorder: no connection"]
     assert where not in [call[0] for call in tracker.calls]
 
 
-def test_a_tracker_does_not_change_the_run(tmp_path):
-    alone = train([])
-    assert train([Tracking(Restless(), tmp_path)])["loss"] == alone["loss"]
+def test_a_tracker_does_not_change_the_run(tmp_path, caplog):
+    alone, tracker = train([]), Restless()
+    assert train([Tracking(tracker, tmp_path)])["loss"] == alone["loss"]
+    assert len(tracker.calls) == 2 and "rand.default draws torch's random numbers" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["start", "step", "epoch", "end"])
+def test_a_tracker_that_hangs_neither_ends_nor_delays_a_run(where, tmp_path, caplog):
+    tracking = Tracking(Hanging(where), tmp_path, seconds=0.2)
+    ended = []
+    history = train([tracking, lambda history: ended.append(time.monotonic())], epochs=3)
+    assert time.monotonic() - ended[-1] < 5
+    assert len(history) == 3
+    [message] = [record.getMessage() for record in caplog.records]
+    waiting = {"start": 11, "step": 10, "epoch": 8, "end": 1}[where]
+    assert message == f"the run goes on without Hanging: it did not end within 0.2 s, with {waiting} calls to come"
+
+
+def test_calls_that_wait_for_a_tracker_have_a_limit(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("pyrovae.training.tracking._MOST", 3)
+    assert len(train([Tracking(Hanging("start"), tmp_path, seconds=0.1)], epochs=3)) == 3
+    assert "the run goes on without Hanging: it is 3 calls behind" in caplog.text
+
+
+def test_steps_are_left_out_when_a_tracker_is_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyrovae.training.tracking._MOST_BEFORE_A_STEP", 0)
+    tracker = Recorder()
+    train([Tracking(tracker, tmp_path)])
+    assert [call[0] for call in tracker.calls] == ["start", "epoch", "epoch", "end"]
 
 
 def test_a_run_that_fails_ends_as_one_that_failed(tmp_path):
@@ -169,8 +212,8 @@ def interrupted_twice(make, directory):
         path = directory / "samples.png"
         pyrovae.plots.samples(torch.rand(4, 1, 8, 8), path)
         tracking.picture(path)
-        assert tracking.tracker is not None
         tracking.end(True)
+        assert tracking.tracker is not None
     return losses
 
 

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,11 @@ _NEUTRAL = {
     _aten.sub.Tensor: 0,
     _aten.pow.Tensor_Scalar: 1,
 }
-_NODE = "_pyrovae_node"  # the attribute of a tensor that holds its node while a function is recorded
+# The attribute of a tensor that says which node it is of: the numbers of the recording and of the node, and the id of
+# the tensor, which a copy of it does not have. It is not the node itself, from which other tensors could be reached:
+# Python's collector finds no cycles through autograd.
+_NODE = "_pyrovae_node"
+_numbers = count()
 
 
 class FetchesValueError(Exception):
@@ -51,13 +56,12 @@ class Node:
     """
 
     __slots__ = (  # a deep model has some hundred thousand
-        *("args", "device", "geometry", "kwargs", "op", "recorder", "root"),
-        *("same", "sources", "tensor", "used", "value", "views"),
+        *("args", "device", "geometry", "kwargs", "op", "root", "same"),
+        *("sources", "tensor", "used", "value", "views"),
     )
 
     def __init__(self, op: Any = None, args: tuple = (), kwargs: Any = None, sources: Any = (), tensor: Any = None):
         self.op, self.args, self.kwargs, self.sources, self.tensor = op, args, kwargs or {}, sources, tensor
-        self.recorder: Any = None
         self.root: Node | None = None  # the node that made its memory; None for an operation with several results
         self.views: list[Node] = []  # all nodes whose root it is
         self.geometry: tuple = ()  # what tells views of one memory apart
@@ -143,6 +147,8 @@ class _Recorder:
     """Collects nodes while a function runs."""
 
     def __init__(self, inputs: list[Tensor]):
+        self.number = next(_numbers)
+        self.found: list[Node] = []  # of tensors
         self.nodes: list[Node] = []
         self.inputs: list[Tensor] = []
         self.placeholders: list[Node] = []
@@ -196,8 +202,8 @@ class _Recorder:
         return result
 
     def _find(self, t: Tensor) -> Node | None:
-        node = vars(t).get(_NODE)
-        return node if node is not None and node.recorder is self else None
+        number, i, tensor_id = vars(t).get(_NODE, (None, 0, 0))
+        return self.found[i] if number == self.number and tensor_id == id(t) else None
 
     def node_of(self, t: Tensor) -> Node:
         """Returns the node of a tensor, which becomes an input if no operation made it."""
@@ -225,11 +231,12 @@ class _Recorder:
                 break
         assert node.root is not None
         node.root.views.append(node)
-        node.recorder, node.device = self, t.device
+        node.device = t.device
         node.geometry = (t.storage_offset(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg())
         if fixed and storage.nbytes() <= _MAX_CONSTANT_BYTES:
             node.value = t
-        setattr(t, _NODE, node)
+        setattr(t, _NODE, (self.number, len(self.found), id(t)))
+        self.found.append(node)
         return node
 
     def simplified(self, results: list) -> Recording:

@@ -2,15 +2,16 @@
 
 import json
 import logging
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrovae import storage
 from pyrovae.trackers import Tracker
@@ -19,13 +20,16 @@ from pyrovae.training.history import History
 __all__ = ["Tracking"]
 
 _FILE = "tracker.json"
+_MOST = 10_000  # calls that may wait for a tracker
+_MOST_BEFORE_A_STEP = 100
 
 
 class Tracking:
     """A callback that sends each epoch to a tracker, such as :class:`pyrovae.trackers.TensorBoard`.
 
-    An error of the tracker never ends training: it is logged as a warning of the logger "pyrovae", and training goes on
-    without the tracker. What a tracker draws from the global random generators does not change the run.
+    The tracker works in a thread of its own, so that one that is slow, or hangs, does not delay training. An error of
+    the tracker never ends training: it is logged as a warning of the logger "pyrovae", and training goes on without the
+    tracker. So it does without one that draws torch's random numbers, which would change the run.
 
     A resumed run goes on in the same place, by a file in the directory. The tracker is closed at the end of training
     or, in a ``with`` block, at the end of the block; until then :meth:`results` and :meth:`picture` can send more.
@@ -35,6 +39,7 @@ class Tracking:
         directory: of the run, where a file with the key of the tracker's run is kept.
         config: the settings of the run, to be sent.
         name: of the run; that of the directory if None.
+        seconds: how long the end waits for a tracker that is behind. It is then left, with a warning.
 
     >>> import tempfile
     >>> from pyrovae.trackers import PythonLogging
@@ -44,13 +49,20 @@ class Tracking:
     """
 
     def __init__(
-        self, tracker: Tracker, directory: str | Path, config: Mapping[str, Any] | None = None, name: str | None = None
+        self,
+        tracker: Tracker,
+        directory: str | Path,
+        config: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        seconds: float = 30.0,
     ):
         self.tracker: Tracker | None = tracker
         self.directory, self.config = Path(directory), config or {}
-        self.name = name or self.directory.resolve().name
-        self._is_held = self._is_started = False
+        self.name, self.seconds = name or self.directory.resolve().name, seconds
+        self._is_held = False
         self._num_steps = self._epoch = 0
+        self._calls: Queue[Callable[[Tracker], None] | None] = Queue(_MOST)
+        self._thread: Thread | None = None  # while the run is open at the tracker
 
     def __enter__(self) -> "Tracking":
         self._is_held = True
@@ -62,24 +74,25 @@ class Tracking:
 
     def start(self, history: History) -> None:
         """Opens the run at the tracker, or opens it again."""
-        self._epoch = len(history)
+        self._epoch = num_epochs = len(history)
+        self.directory.mkdir(parents=True, exist_ok=True)
 
         def open_run(tracker: Tracker) -> None:
             file, name = self.directory / _FILE, type(tracker).__name__
             keys = json.loads(file.read_text()) if file.exists() else {}
             key = tracker.start(
-                self.name, self.directory, self.config, keys.get(name) if history else None, len(history)
+                self.name, self.directory, self.config, keys.get(name) if num_epochs else None, num_epochs
             )
-            self.directory.mkdir(parents=True, exist_ok=True)
             storage.write_atomically(file, (json.dumps(keys | {name: key}) + "\n").encode())
 
-        self._is_started = True
         self._attempt(open_run)
 
     def after_step(self) -> None:
         self._num_steps += 1
-        if self.tracker is not None and type(self.tracker).step is not Tracker.step:
-            self._attempt(lambda tracker: tracker.step(self._num_steps))
+        is_wanted = self.tracker is not None and type(self.tracker).step is not Tracker.step
+        if is_wanted and self._calls.qsize() < _MOST_BEFORE_A_STEP:
+            number = self._num_steps
+            self._attempt(lambda tracker: tracker.step(number))
 
     def __call__(self, history: History) -> None:
         self._epoch = history.records[-1]["epoch"]
@@ -88,30 +101,59 @@ class Tracking:
     def results(self, record: Mapping[str, Any]) -> None:
         """Sends the numbers of a record at the epoch that ended last."""
         numbers = {name: float(x) for name, x in record.items() if name != "epoch" and _is_number(x)}
-        self._attempt(lambda tracker: tracker.epoch(self._epoch, numbers))
+        epoch = self._epoch
+        self._attempt(lambda tracker: tracker.epoch(epoch, numbers))
 
     def picture(self, path: Path) -> None:
         """Sends a picture, a .png file."""
-        self._attempt(lambda tracker: tracker.picture(path.stem, path, self._epoch))
+        epoch = self._epoch
+        self._attempt(lambda tracker: tracker.picture(path.stem, path, epoch))
 
     def end(self, is_complete: bool) -> None:
         """Closes the run at the tracker, unless this is in a ``with`` block."""
-        if self._is_started and not self._is_held:
-            self._attempt(lambda tracker: tracker.end(is_complete))
-            self._is_started = False
-
-    def _attempt(self, action: Callable[[Tracker], None]) -> None:
-        """Does something with the tracker, which is dropped at an error."""
-        if self.tracker is None:
+        if self._thread is None or self._is_held:
             return
+        self._attempt(lambda tracker: tracker.end(is_complete))
+        self._attempt(None)  # the end of the thread
+        self._thread.join(self.seconds)
+        if self._thread.is_alive():
+            self._leave(f"it did not end within {self.seconds:g} s, with {self._calls.qsize()} calls to come")
+        self._thread = None
+
+    def _attempt(self, call: Callable[[Tracker], None] | None) -> None:
+        """Lets the thread call the tracker, or end."""
+        if self._thread is None:
+            self._thread = Thread(target=self._work, name="tracker", daemon=True)
+            self._thread.start()
         try:
-            with _random_state_kept():
-                action(self.tracker)
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            name = type(self.tracker).__name__
-            logging.getLogger("pyrovae").warning("training goes on without %s: %s", name, reason)
-            self.tracker = None
+            self._calls.put_nowait(call)
+        except Full:
+            self._leave(f"it is {_MOST:,} calls behind")
+
+    def _work(self) -> None:
+        """Calls the tracker, in the thread, until it raises an error or all is done."""
+        while (call := self._calls.get()) is not None:
+            if self.tracker is not None:
+                try:
+                    with _NoDraws():
+                        call(self.tracker)
+                except BaseException as error:  # SystemExit too, which packages raise where they want an answer
+                    self._leave(" ".join(str(error).split()) or type(error).__name__)
+
+    def _leave(self, reason: str) -> None:
+        if self.tracker is not None:
+            name, self.tracker = type(self.tracker).__name__, None
+            logging.getLogger("pyrovae").warning("the run goes on without %s: %s", name, reason)
+
+
+class _NoDraws(TorchDispatchMode):
+    """Refuses to draw from torch's generators, in this thread: training draws from them at the same time."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in function.tags and kwargs.get("generator") is None:
+            raise RuntimeError(f"{function} draws torch's random numbers; a tracker needs a torch.Generator of its own")
+        return function(*args, **kwargs)
 
 
 def trackers_of(directory: Path) -> list[str]:
@@ -121,18 +163,6 @@ def trackers_of(directory: Path) -> list[str]:
         return list(json.loads(file.read_text()))
     except (OSError, ValueError):
         return []
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Keeps the random states of Python, NumPy and torch."""
-    of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-        torch.set_rng_state(of_torch)
 
 
 def _is_number(x: Any) -> bool:
