@@ -16,6 +16,7 @@ from pyrovae.distributions import center
 from pyrovae.inference.messages import described
 from pyrovae.inference.sites import independent_elements, sample_sites
 from pyrovae.nn import register
+from pyrovae.recorded import NumbersChecked
 
 __all__ = [
     "Adversarial",
@@ -72,7 +73,7 @@ class Cost(NamedTuple):
     aside: Tensor | float = 0.0
 
 
-class Regularizer(ABC):
+class Regularizer(NumbersChecked, ABC):
     r"""Base of the regularizers, which can be added to any bound: ``bounds.ELBO(regularizers=[...])``.
 
     To add one, derive from it and return a :class:`Cost` from the sites of a :class:`Run`:

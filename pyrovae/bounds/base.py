@@ -27,6 +27,7 @@ from pyrovae.inference.weights import (
     trace_guide,
     trace_model,
 )
+from pyrovae.recorded import NumbersChecked
 from pyrovae.regularizers import Cost, Regularizer, Run
 
 
@@ -78,7 +79,7 @@ class LossParts(NamedTuple):
     bound: Tensor
 
 
-class Bound(PyroELBO, ABC):
+class Bound(NumbersChecked, PyroELBO, ABC):
     r"""Base of the bounds: a training objective for any Pyro model and guide.
 
     .. math:: \mathcal{L} = \mathrm{E}_{z_1, \dots, z_K \sim q(z \mid x)}\, f(\ell_1, \dots, \ell_K), \qquad

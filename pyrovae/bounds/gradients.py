@@ -15,6 +15,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from pyrovae.recorded import NumbersChecked
+
 if TYPE_CHECKING:
     from pyrovae.bounds.base import Bound
 
@@ -35,7 +37,7 @@ class Coefficients(NamedTuple):
     path: Tensor | None = None
 
 
-class Gradient(ABC):
+class Gradient(NumbersChecked, ABC):
     r"""Base of the estimators of a bound's gradient.
 
     Args:
@@ -58,7 +60,7 @@ class Gradient(ABC):
             log_w: log weights, detached.
         """
 
-    def check(self, bound: "Bound") -> None:  # noqa: B027 (an estimator for all bounds needs no check)
+    def check(self, bound: "Bound") -> None:
         """Raises a ValueError if this estimator is not valid for a bound."""
 
     def __repr__(self) -> str:

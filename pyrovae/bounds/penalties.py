@@ -6,9 +6,10 @@ from torch import Tensor
 
 from pyrovae.bounds.schedules import Schedule, check_weight, value_at
 from pyrovae.inference.messages import described
+from pyrovae.recorded import NumbersChecked
 
 
-class Penalty(ABC):
+class Penalty(NumbersChecked, ABC):
     """Base of functions of KL divergences that replace the divergences in the ELBO's loss.
 
     Args:

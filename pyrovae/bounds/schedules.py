@@ -7,9 +7,10 @@ from typing import Any, NoReturn, cast
 from torch import Tensor
 
 from pyrovae.inference.messages import Untraceable, described
+from pyrovae.recorded import NumbersChecked
 
 
-class Schedule(ABC):
+class Schedule(NumbersChecked, ABC):
     """Base of numbers that change from one training step to the next; the bound counts the steps.
 
     :func:`pyrovae.fit` sets `steps_per_epoch`, for schedules that count epochs.

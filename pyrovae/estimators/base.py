@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrovae import notebooks
 from pyrovae.inference.messages import described, is_integer
 from pyrovae.inference.structure import SiteStructure
+from pyrovae.recorded import NumbersChecked
 
 if TYPE_CHECKING:
     from pyrovae.estimators.task import Task
@@ -84,7 +85,7 @@ class Estimate:
         return self.method.describe(self) + (f". {self.remedy}" if self.remedy else "")
 
 
-class Estimator(ABC):
+class Estimator(NumbersChecked, ABC):
     r"""Base of the estimators of :math:`\log p(x)`; :func:`log_marginal` takes any of them.
 
     To add one, write :meth:`estimate`, which scores the data of a :class:`Task`, and :meth:`trusts` and

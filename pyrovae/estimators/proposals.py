@@ -23,6 +23,7 @@ from pyrovae.estimators.task import Task, prior_of
 from pyrovae.inference.messages import described
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import inspect_samples, log_q_of, trace_model
+from pyrovae.recorded import NumbersChecked
 
 
 class WeightedGuide(NamedTuple):
@@ -39,7 +40,7 @@ class WeightedGuide(NamedTuple):
     is_prior: bool = False
 
 
-class Proposal(ABC):
+class Proposal(NumbersChecked, ABC):
     r"""Base of the proposals: the distribution from which an estimator draws the latents of a datum.
 
     To add one, write :meth:`guides`, which returns Pyro guides for all data of a :class:`Task`, with their shares of

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyrovae.estimators.base import check_positive
 from pyrovae.inference.messages import described
+from pyrovae.recorded import NumbersChecked
 
 
 class TemperingPath(NamedTuple):
@@ -36,7 +37,7 @@ class TemperingPath(NamedTuple):
         return at(self.step_sizes, share[0]), at(self.scales, share[0].unsqueeze(-1))
 
 
-class Schedule(ABC):
+class Schedule(NumbersChecked, ABC):
     r"""Base of the schedules of temperatures, :math:`0 = \beta_0 < \dots < \beta_T = 1`.
 
     To add one, write :meth:`betas`.

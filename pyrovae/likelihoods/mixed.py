@@ -54,7 +54,7 @@ class Mixed(Likelihood):
                 )
         self.latent_dim, self.x_shape, self.context_dim = latent_dim, as_shape(x_shape, "x_shape"), context_dim
         self.sizes = [size for _, size in blocks]
-        if not blocks or self.x_shape != (sum(self.sizes),):
+        if len(blocks) == 0 or self.x_shape != (sum(self.sizes),):
             raise ValueError(
                 f"x_shape must be ({sum(self.sizes)},), the sum of the columns of the blocks {self.sizes}, got "
                 f"{x_shape!r}."
