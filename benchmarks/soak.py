@@ -3,12 +3,13 @@
     python benchmarks/soak.py --minutes 60
 
 Every round makes a new VAE of another prior and bound, so that graphs, parameters and results of earlier rounds have to
-be let go. Resident memory (Linux's VmRSS) is read after each round, without a collection of garbage. The first tenth of
-the time is a warm-up: allocators and caches fill. Fails when the highest later round is over 20 MB above the highest of
-the warm-up.
+be let go. Resident memory (Linux's VmRSS) is read after each round and a collection of garbage. The first tenth of the
+time is a warm-up: allocators and caches fill. Fails when the highest later round is over 20 MB above the highest of the
+warm-up.
 """
 
 import argparse
+import gc
 import re
 import tempfile
 import time
@@ -66,6 +67,7 @@ def main(args: argparse.Namespace) -> None:
     while time.monotonic() - began < 60 * args.minutes:
         with tempfile.TemporaryDirectory() as folder:
             work(len(measured), splits, Path(folder))
+        gc.collect()
         measured.append(((time.monotonic() - began) / 60, resident()))
         if measured[-1][0] - last >= args.minutes / 30:
             last = measured[-1][0]
