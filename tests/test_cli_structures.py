@@ -147,6 +147,17 @@ def encoder(x_shape, latent_dim, context_dim=0):
     return pyrovae.encoders.DiagonalNormal(x_shape, latent_dim, context_dim=context_dim)
 
 
+@pytest.mark.parametrize("part", ["encoder", "likelihood"])
+def test_another_context_than_the_classes_is_refused_by_name(part, files, tmp_path):
+    classes = ["--structure", "SemiSupervised", "--structure.num_classes", "10", *SHORT]
+    argv = ["train", "--data", str(files / "labels.npz"), "--run", str(tmp_path / "run"), *classes]
+    with pytest.raises(
+        SystemExit, match=f"{part}.context_dim is 7, but SemiSupervised gives the {part} the 10 classes"
+    ):
+        main([*argv, f"--{part}.context_dim", "7"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_diagnose_looks_at_complete_data_or_at_one_class(runs, tmp_path):
     main(
         [

@@ -39,8 +39,12 @@ class FreeBits(Penalty):
     over groups of dimensions, with the mean over the data of the batch, as in the paper. Groups need a prior and a
     posterior with independent dimensions.
 
+    By default each dimension is a group of its own: ``FreeBits(5.0)`` with 16 latents leaves 16 * 5 = 80 nats free,
+    more than most models use, and then no divergence is penalised. For 5 nats over all dimensions together, say
+    ``FreeBits(5.0, group_size=None)``.
+
     Args:
-        nats: threshold :math:`\lambda` for each group, in nats (a bit is 0.693), at least 0.
+        nats: threshold :math:`\lambda` for each group, by default each dimension, in nats (a bit is 0.693), at least 0.
         group_size: dimensions per group, where the last group may be smaller; None for one group of all dimensions.
 
     Raises:
@@ -53,6 +57,8 @@ class FreeBits(Penalty):
     >>> import torch
     >>> FreeBits(0.5)(torch.tensor([[0.1, 2.0], [0.3, 4.0]]), step=0)
     tensor([3.5000, 3.5000])
+    >>> FreeBits(0.5, group_size=None)(torch.tensor([2.1, 4.3]), step=0)
+    tensor([3.2000, 3.2000])
     """
 
     def __init__(self, nats: float, group_size: int | None = 1):

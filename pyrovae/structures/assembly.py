@@ -233,6 +233,9 @@ class SemiSupervised(Structure):
         weight: weight of the cross entropy of the known classes; null for a tenth of the ratio of all training data to
             those with a class, as in the paper. With few labels the best may be hundreds: choose it by validation.
 
+    Raises:
+        ValueError: when likelihood or encoder is given another ``context_dim``.
+
     >>> from pyrovae import encoders, likelihoods, priors
     >>> parts = priors.StandardNormal, likelihoods.Bernoulli, encoders.DiagonalNormal
     >>> vae = SemiSupervised(num_classes=10).build((1, 8, 8), 16, *parts)
@@ -251,6 +254,13 @@ class SemiSupervised(Structure):
         likelihood: Callable[..., Likelihood],
         encoder: Callable[..., Encoder],
     ) -> SemiSupervisedVAE:
+        for name, part in (("likelihood", likelihood), ("encoder", encoder)):
+            given = getattr(part, "keywords", {}).get("context_dim", 0)  # of a partial, which the command line gives
+            if given not in (0, self.num_classes):
+                raise ValueError(
+                    f"{name}.context_dim is {given}, but SemiSupervised gives the {name} the {self.num_classes} "
+                    "classes as its context. Leave it out."
+                )
         q = encoder(x_shape, latent_dim, context_dim=self.num_classes)
         p = likelihood(latent_dim, x_shape, context_dim=self.num_classes)
         made = make_prior(prior, latent_dim, q)
