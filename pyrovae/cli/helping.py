@@ -49,6 +49,10 @@ PAGES: dict[str, Page] = {
         ("pyrovae compare runs/a runs/b",),
         {"common": ("runs", "split", "num_data", "output", "picture", "data")},
     ),
+    "sweep": Page(
+        ("pyrovae sweep sweep.yaml", "pyrovae sweep sweep.yaml --trials 50"),
+        {"common": ("file", "trials", "directory", "seed")},
+    ),
     "diagnose": Page(
         ("pyrovae diagnose runs/mnist", "pyrovae diagnose runs/mnist --nuts-samples 0"),
         {"common": ("run", "split", "num_data", "nuts_samples", "other", "output")},

@@ -41,6 +41,7 @@ from pyrovae.cli.reporting import report
 from pyrovae.cli.rows import encode, impute, score
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.signals import Terminated
+from pyrovae.cli.sweeping import sweep
 from pyrovae.cli.text import text_defaults, text_options
 from pyrovae.cli.training import train
 from pyrovae.distributed import init_process_group, single_process, was_restarted
@@ -48,7 +49,7 @@ from pyrovae.documents import read_yaml
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "data": {"describe": describe},
-    "train and score": {"train": train, "evaluate": evaluate, "compare": compare},
+    "train and score": {"train": train, "evaluate": evaluate, "compare": compare, "sweep": sweep},
     "look at a run": {
         "diagnose": diagnose,
         "report": report,
