@@ -22,6 +22,7 @@ extensions = [
     "equations",
     "gallery",
     "public",
+    "tutorials",
 ]
 exclude_patterns = ["_build", "_ext"]
 

@@ -14,11 +14,10 @@ import pyrovae
 from pyrovae.cli.parser import make_parser, normalized
 
 ROOT = Path(__file__).parents[1]
+MADE = ("_build", "gallery", "tutorials")  # when the site is built
 PAGES = [
     ROOT / "README.md",
-    *sorted(
-        path for path in (ROOT / "docs").rglob("*.md") if path.relative_to(ROOT).parts[1] not in ("_build", "gallery")
-    ),
+    *sorted(path for path in (ROOT / "docs").rglob("*.md") if path.relative_to(ROOT).parts[1] not in MADE),
 ]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

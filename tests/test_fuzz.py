@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 import pyrovae
 from pyrovae import bounds, encoders, estimators, likelihoods, nn, priors
 from pyrovae.cli import main
-from pyrovae.cli.parser import COMMANDS
+from pyrovae.cli.parser import COMMANDS, FLAGS
 
 TIMES = int(os.environ.get("PYROVAE_FUZZ", "10"))
 ORDINARY = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -48,6 +48,28 @@ def run(tmp_path_factory):
     np.save(data, np.random.default_rng(0).random((120, 1, 8, 8), dtype=np.float32))
     options = ["--data", str(data), "--likelihood.network.activation", "torch.nn.LeakyReLU"]
     main(["train", "--run", str(directory), *TRAINING, *options])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run_and_table(run):
+    """A run, beside which is one on a small table."""
+    rng, file = np.random.default_rng(0), run.parent / "table.csv"
+    rows = [f"{rng.normal():.3f},{rng.integers(5)},{rng.choice(['a', 'b', ''])}" for _ in range(120)]
+    file.write_text("\n".join(["size,count,kind", *rows]) + "\n")
+    options = ["--data", str(file), "--latent_dim", "2", "--epochs", "2", "--num_samples", "10"]
+    main(["train", "--run", str(run.parent / "table"), *options])
+    return run
+
+
+@pytest.fixture(scope="module")
+def table(run):
+    """A run on a small table, which stands beside the other."""
+    rng, directory = np.random.default_rng(0), run.parent / "table"
+    rows = [f"{rng.normal():.3f},{rng.integers(5)},{rng.choice(['a', 'b', ''])}" for _ in range(120)]
+    (run.parent / "table.csv").write_text("\n".join(["size,count,kind", *rows]) + "\n")
+    options = ["--data", str(run.parent / "table.csv"), "--latent_dim", "2", "--epochs", "2", "--num_samples", "10"]
+    main(["train", "--run", str(directory), *options])
     return directory
 
 
@@ -161,15 +183,10 @@ ALWAYS = {
     "compare": ["--num_samples", "5"],
     "diagnose": ["--nuts_samples", "0", "--num_data", "30", "--method", "ImportanceSampling"],
 }
-DEEP = [
-    "likelihood.network",
-    "encoder.network.hidden",
-    "loss.num_particles",
-    "optimizer.lr",
-    "config",
-    "nonsense",
-    "help",
-]
+DEEP = ["likelihood.network", "encoder.network.hidden", "loss.num_particles", "optimizer.lr", "config", "none", "help"]
+PLACES = {"RUN": "sound", "TABLE": "table", "DATA": "data.npy", "CSV": "table.csv"}
+RUNS = [["RUN"], ["RUN"], ["TABLE"], ["TABLE"], [], ["nothing"], ["RUN", "RUN"]]
+OTHERS = {"train": [[]], "parts": [[]], "describe": [["DATA"], ["CSV"], ["CSV"], ["RUN"]]}
 
 
 def fitting(command, option):
@@ -181,6 +198,7 @@ def fitting(command, option):
         return VALUES
     kinds = typing.get_args(parameter.annotation) or (parameter.annotation,)
     words = [kind for kind in kinds if isinstance(kind, str)]
+    words += {"data": ["DATA", "CSV"], "other": ["DATA"], "output": ["new.csv", "new", "new.npy"]}.get(option, [])
     if bool in kinds:
         words += ["true", "false"]
     if int in kinds or float in kinds:
@@ -195,26 +213,24 @@ def command_lines(draw):
     command = draw(st.sampled_from([*COMMANDS, "train", "evaluate", "tarin"]))
     if command == "tarin":
         return [command]
+    parameters = [name for name in inspect.signature(COMMANDS[command]).parameters if name not in ("run", "runs")]
     words = []
-    for option in draw(
-        st.lists(st.sampled_from([*inspect.signature(COMMANDS[command]).parameters, *DEEP]), max_size=4)
-    ):
+    for option in draw(st.lists(st.sampled_from([*parameters, *parameters, *DEEP]), max_size=4)):
+        if option in FLAGS and draw(st.integers(0, 3)):
+            words.append(f"--{option}")
+            continue
         is_fitting = option in QUICK or draw(st.integers(0, 3)) > 0
         value = draw(st.sampled_from(fitting(command, option) if is_fitting else VALUES))
         words += draw(st.sampled_from([[f"--{option}", value], [f"--{option}={value}"]]))
-    runs = (
-        []
-        if command == "train"
-        else draw(st.sampled_from([["RUN"], ["RUN"], ["RUN"], [], ["nothing"], ["RUN", "RUN"]]))
-    )
-    return [command, *runs, *ALWAYS.get(command, []), *words]
+    return [command, *draw(st.sampled_from(OTHERS.get(command, RUNS))), *ALWAYS.get(command, []), *words]
 
 
 def check_command_line(run, place, argv):
     """Returns whether a command line worked."""
     shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(run, place / "sound")
-    argv = [{"RUN": "sound", "DATA": str(run.parent / "data.npy")}.get(word, word) for word in argv]
+    shutil.copytree(run.parent, place)
+    (place / "run").rename(place / "sound")
+    argv = ["=".join(PLACES.get(part, part) for part in word.split("=")) for word in argv]
     if argv[0] == "train" and "--run" not in " ".join(argv):
         argv += ["--run", "new"]
     out, err = io.StringIO(), io.StringIO()
@@ -246,14 +262,14 @@ def check_command_lines(run, place, times):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="contextlib.chdir")
-def test_a_command_line_works_or_ends_in_a_line(run, tmp_path):
-    check_command_lines(run, tmp_path / "here", 8)
+def test_a_command_line_works_or_ends_in_a_line(run_and_table, tmp_path):
+    check_command_lines(run_and_table, tmp_path / "here", 8)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="contextlib.chdir")
-def test_many_command_lines(run, tmp_path):
-    check_command_lines(run, tmp_path / "here", 50 * TIMES)
+def test_many_command_lines(run_and_table, tmp_path):
+    check_command_lines(run_and_table, tmp_path / "here", 50 * TIMES)
 
 
 # ---------------------------------------------------------------------------------------------------------------- calls
@@ -290,6 +306,7 @@ def calls(draw):
 
 
 def check_call(call):
+    """Returns whether a call built something."""
     function, arguments = call
     try:
         with warnings.catch_warnings():
@@ -297,23 +314,34 @@ def check_call(call):
             made = function(**arguments)
     except (ValueError, TypeError, NotImplementedError) as error:
         assert str(error), (function, arguments)
-        return
+        return False
     except Exception:
         raise AssertionError(f"{function.__name__}({arguments}) ended in\n{traceback.format_exc()}") from None
     assert not isinstance(made, torch.nn.Module) or all(p.isfinite().all() for p in made.parameters()), (
         function,
         arguments,
     )
+    return True
+
+
+def check_calls(times):
+    found = Counter()
+
+    def check(call):
+        found["tried"] += 1
+        found["built"] += check_call(call)
+
+    settings(ORDINARY, max_examples=times)(given(call=calls())(check))()
+    print(f"\ncalls: {dict(found)}")
 
 
 def test_a_call_works_or_says_what_is_wrong():
-    settings(ORDINARY, max_examples=300)(given(call=calls())(check_call))()
+    check_calls(300)
 
 
 @pytest.mark.slow
 def test_many_calls():
-    settings(ORDINARY, max_examples=250 * TIMES)(given(call=calls())(check_call))()
-    print(f"\ncalls: {250 * TIMES}")
+    check_calls(250 * TIMES)
 
 
 BUILT = [f for f in CALLABLES if f.__name__ not in ("Comparison", "Estimate", "Task")]  # results, and inputs of methods
@@ -389,7 +417,7 @@ def check_kills(directory, seed, warm, compiled=False):
     """Kills a run some times and resumes it to the end; returns how often it was killed, and how often at a write."""
     rng, found = random.Random(seed), Counter()
     expected, seconds = warm.expected(compiled)
-    for _ in range(rng.choice([1, 2, 3])):
+    for _ in range(rng.choice([2, 3, 4, 5])):
         if rng.random() < 0.4:
             order = {"write": rng.randrange(1, WRITES), "where": rng.choice(["before", "after", "half"])}
         else:
@@ -399,6 +427,7 @@ def check_kills(directory, seed, warm, compiled=False):
         assert status in (0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM), (seed, order)
         found["killed"] += status != 0
         found["at a write"] += status != 0 and "write" in order
+        found["by SIGTERM"] += status in (-signal.SIGTERM, 128 + signal.SIGTERM)
     assert warm.run(directory, compiled)[0] == 0, seed
     assert (directory / "weights.safetensors").read_bytes() == expected, seed
     return found

@@ -1,6 +1,9 @@
-"""What results show in a notebook, and the table of a long history."""
+"""What results show in a notebook, the table of a long history, and the notebooks of the tutorials."""
 
+import json
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,12 @@ from pyrovae.diagnostics import DIAGNOSES
 from pyrovae.diagnostics.base import Diagnosis
 from pyrovae.estimators import Estimate, ImportanceSampling, compare_all
 from pyrovae.training import History
+
+sys.path.append(str(Path(__file__).parents[1] / "docs" / "_ext"))
+import tutorials
+
+TUTORIALS = sorted(tutorials.FOLDER.glob("*.ipynb"))
+every_tutorial = pytest.mark.parametrize("notebook", TUTORIALS, ids=lambda path: path.stem)
 
 
 class Cells(HTMLParser):
@@ -71,3 +80,25 @@ def test_entries_of_now_and_then_are_columns_whatever_the_length(epochs):
     shown = [int(row.split()[0]) for row in rows]
     assert shown[0] == 1 and shown[-1] == epochs and len(set(shown)) == 20 and shown == sorted(shown)
     assert sum(len(row.split()) == 3 for row in rows) >= 19 - (every > 1)
+
+
+@every_tutorial
+def test_a_tutorial_runs_and_shows_pictures_and_numbers(notebook):
+    shown = [Cells(output) for kind, _, output in tutorials.run(notebook) if kind == "code"]
+    assert sum(cells.pictures for cells in shown) >= 3
+    assert any("log p(x)" in text for cells in shown for text in cells.cells)
+
+
+@every_tutorial
+def test_a_tutorial_is_a_notebook_without_output(notebook):
+    content = json.loads(notebook.read_text())
+    assert content["nbformat"] == 4 and content["cells"][0]["source"][0].startswith("# ")
+    ids = [cell["id"] for cell in content["cells"]]
+    assert len(ids) == len(set(ids))
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+
+
+def test_there_are_two_tutorials():
+    assert len(TUTORIALS) == 2

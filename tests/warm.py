@@ -15,6 +15,7 @@ import io
 import json
 import os
 import signal
+import stat
 import sys
 import time
 
@@ -39,7 +40,7 @@ def kill_at_write(when, where):
             die()
 
     def counted_fsync(file):
-        if count + 1 == when and where == "half":
+        if count + 1 == when and where == "half" and stat.S_ISREG(os.fstat(file).st_mode):  # not a directory
             os.ftruncate(file, os.fstat(file).st_size // 2)
             die()
         fsync(file)
