@@ -1,4 +1,4 @@
-"""Time, memory and accuracy of the estimators of log p(x), in four parts.
+"""Time, memory and accuracy of the estimators of log p(x), in five parts.
 
 Importance sampling: `pyrovae.log_marginal` and pythae's `VAE.get_nll`. The model is the MLP VAE 784-400-20-400-784 with
 Bernoulli pixels, trained for a few epochs; pythae's is built around the same networks. Both take the same number of
@@ -22,6 +22,8 @@ datum.
 
 MNIST: how far the usual protocol is off on models of real images (see images.py).
 
+Trust: whether `UntilTrusted` is right, on a trained run (see trust.py).
+
     python benchmarks/estimators.py
     python benchmarks/estimators.py --only accuracy
 """
@@ -32,6 +34,7 @@ import multiprocessing
 import random
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,6 +44,7 @@ import images
 import pyro
 import report
 import torch
+import trust
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -497,6 +501,7 @@ PARTS = {
     "annealing": ("ANNEALING", annealing),
     "accuracy": ("ACCURACY", accuracy),
     "mnist": ("MNIST", images.trusted_scores),
+    "trust": ("TRUST", trust.trust),
 }
 
 
@@ -528,16 +533,24 @@ if __name__ == "__main__":
     parser.add_argument("--data-sets", nargs="+", choices=sets, default=sets, help="of real images")
     parser.add_argument("--models", nargs="+", choices=kinds, default=kinds, help="of real images")
     parser.add_argument("--checked", type=int, default=20, help="those that long annealing scores too")
+    parser.add_argument("--run", default="runs/mnist-gated", help="a run on MNIST, for the part on trust")
+    parser.add_argument("--run-images", type=int, default=10_000, help="its test images that are scored")
+    parser.add_argument("--long-images", type=int, default=200, help="those that long annealing scores too")
+    parser.add_argument("--simulated-images", type=int, default=100, help="data drawn from the model")
+    parser.add_argument("--results", default="runs/trust", help="where results are saved, from which it goes on")
     parser.add_argument("--data", type=int, default=60, help="test images for the accuracy")
     parser.add_argument("--repeats", type=int, default=2, help="calls of each estimator for the accuracy")
     parser.add_argument("--smoke", action="store_true", help="a few short rounds, nothing written")
     args = parser.parse_args()
     args.digits_epochs, args.reference = 500, (100, 1000, 3)
+    args.long, args.bidirectional = (100, 2000), (32, 400)
     args.samples, args.steps, args.particles = (100, 1000, 10_000, 30_000), (10, 40, 160, 640), (4, 8, 16, 32)
     if args.smoke:
         args.rounds, args.images, args.num_samples, args.batch_sizes = 2, 5, 1000, [100, 1000]
         args.epochs, args.memory_images, args.temperatures = 1, 100, 5
         args.data, args.repeats, args.digits_epochs, args.reference = 10, 1, 5, (20, 50, 2)
+        args.run_images, args.long_images, args.simulated_images = 20, 2, 2
+        args.long, args.bidirectional, args.results = (20, 50), (20, 50), tempfile.mkdtemp()
         args.samples, args.steps, args.particles = (100, 1000), (5, 20), (4, 8)
     if any(args.num_samples % b for b in args.batch_sizes):
         parser.error("pythae draws a whole number of batches: make --num-samples a multiple of each of --batch-sizes")

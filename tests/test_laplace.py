@@ -1,6 +1,7 @@
 """Laplace's approximation as a proposal: exact where posteriors are normal, right where quadrature tells."""
 
 import math
+from functools import partial
 
 import pyro
 import pytest
@@ -17,7 +18,10 @@ from pyrovae.estimators import (
     Laplace,
     Mixed,
     Quadrature,
+    newton,
 )
+from pyrovae.estimators.task import open_task
+from pyrovae.nn import MLP
 
 ROUNDING = 1e-6  # of sums of tens of terms in double precision, under a Newton step from afar
 QUADRATURE = 1e-3  # nats: four times the change of the quadrature from 10,000 points to 40,000
@@ -87,6 +91,77 @@ def test_scores_are_right_under_every_proposal(proposal):
     found = score(pair.model, pair.guide, pair.x, proposal)
     assert ((found.value - pair.truth()).abs() < ERRORS * found.standard_error).all()
     assert found.trusted.all()
+
+
+class Wide:
+    """More latents than an exact curvature is computed for, of unequal spread, and few numbers in a datum."""
+
+    def __init__(self, latents=500, numbers=30, data=6):
+        self.w = torch.randn(latents, numbers).double() / 5
+        self.spread = 0.5 + torch.rand(latents).double()
+        z = self.spread * torch.randn(data, latents).double()
+        self.x = z @ self.w + 0.5 * torch.randn(data, numbers).double()
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), len(self.w)).double(), self.spread).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.w, 0.5).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), len(self.w)).double(), 1.0).to_event(1))
+
+    def truth(self):
+        covariance = (self.w.T * self.spread.square()) @ self.w + 0.25 * torch.eye(len(self.w.T)).double()
+        return dist.MultivariateNormal(torch.zeros(len(covariance)).double(), covariance).log_prob(self.x)
+
+
+def test_many_latents_have_a_curvature_of_low_rank(monkeypatch):
+    pair, exact = Wide(), newton._positive
+    with monkeypatch.context() as patch:
+        patch.setattr(newton, "_positive", None)  # all second derivatives are never computed
+        found = score(pair.model, pair.guide, pair.x, Laplace(scale=1.0), num_samples=50)
+        torch.testing.assert_close(found.value, pair.truth(), rtol=0, atol=ROUNDING)
+        assert found.standard_error.max() < ROUNDING
+        found = score(pair.model, pair.guide, pair.x)
+        assert ((found.value - pair.truth()).abs() < ERRORS * found.standard_error).all()
+        assert found.trusted.all()
+    # As many numbers as latents: the rank is not low.
+    pair, used = Wide(310, 310, 2), []
+    monkeypatch.setattr(newton, "_positive", lambda hessian: used.append(len(hessian)) or exact(hessian))
+    found = score(pair.model, pair.guide, pair.x, Laplace(scale=1.0, num_starts=1), num_samples=50)
+    torch.testing.assert_close(found.value, pair.truth(), rtol=0, atol=ROUNDING)
+    assert used
+
+
+def test_second_derivatives_are_few(monkeypatch):
+    smooth = partial(MLP, hidden=(20,), activation=nn.Tanh)
+    likelihood = likelihoods.Bernoulli(4, 30, smooth)
+    vae = VAE(priors.StandardNormal(4), likelihood, encoders.DiagonalNormal(30, 4)).double()
+    for p in vae.likelihood.parameters():
+        nn.init.normal_(p, std=0.7)
+    x, starts = vae.sample(20), 3
+    with open_task(vae.model, vae.guide, ImportanceSampling(1), (x,), {}, 64e6, progress=False) as task:
+        u = torch.randn(starts, 20, 4).double()
+        counts = []
+        exact = newton.derivatives
+        monkeypatch.setattr(newton, "derivatives", lambda target, u: counts.append(u.shape[1]) or exact(target, u))
+        ends = newton.climb(task, u, 50)
+        gradient, curvature = exact(newton.joint_of(task), ends.u)
+    assert (gradient * curvature.solve(gradient, torch.zeros(starts, 20).double())).sum(-1).max() < 1e-5
+    assert sum(counts) <= 4 * 20  # of the data, for all starts; by damped Newton steps alone, ten and more
+
+
+def test_quasi_newton_updates_satisfy_the_secant_equation():
+    a = torch.randn(5, 3, 3).double()
+    inverse = a @ a.mT + torch.eye(3)
+    step, change = torch.randn(2, 5, 3).double()
+    change[::2] = change[::2] * (step * change).sum(-1, keepdim=True).sign()[::2]
+    is_concave = (step * change).sum(-1) > 0
+    found = newton._corrected(inverse, step, change)
+    torch.testing.assert_close((found @ change.unsqueeze(-1)).squeeze(-1)[is_concave], step[is_concave])
+    assert (torch.linalg.eigvalsh(found) > 0).all()
+    torch.testing.assert_close(found[~is_concave], inverse[~is_concave], rtol=0, atol=0)
 
 
 def test_annealing_starts_from_it():

@@ -40,7 +40,7 @@ class Cells(HTMLParser):
 
 def an_estimate(shift=0.0):
     zeros = torch.zeros(20)
-    return Estimate(torch.arange(20) / 10 + shift, zeros, zeros, zeros, 50, ImportanceSampling(50))
+    return Estimate(torch.arange(20) / 10 + shift, zeros, zeros + 50, zeros, 50, ImportanceSampling(50))
 
 
 def test_a_history_shows_its_table_and_its_curve():

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pyrovae.estimators.task import Task
 
 
+_LEAST_ESS = 10.0  # below which a few weights are the sum, and their tail cannot be fitted
+
+
 @dataclass(frozen=True)
 class Estimate:
     r"""Estimates of :math:`\log p(x)` with their errors and diagnostics; every tensor has shape ``(batch,)``.
@@ -121,15 +124,17 @@ class Estimator(NumbersChecked, ABC):
         return self
 
     def trusts(self, estimate: Estimate) -> Tensor:
-        """Returns whether each datum's value and error are to be trusted, ``(batch,)``; here by k-hat."""
-        return estimate.khat <= 0.7
+        """Returns whether each datum's value and error are to be trusted, ``(batch,)``; here by k-hat and ESS."""
+        return (estimate.khat <= 0.7) & ~(estimate.ess < _LEAST_ESS)
 
     def describe(self, estimate: Estimate) -> str:
         """Returns the line on reliability that an estimate prints."""
         if self.num_samples < 21:
             return "Pareto k-hat, which shows unreliable data, is unknown below 21 samples a datum"
         untrusted = int((~estimate.trusted).sum())
-        return f"Pareto k-hat above 0.7, not to be trusted: {untrusted:,} of {len(estimate.value):,} data"
+        few = bool((~estimate.trusted & (estimate.khat <= 0.7) & (estimate.ess < _LEAST_ESS)).any())
+        reason = f"Pareto k-hat above 0.7{f', or ESS below {_LEAST_ESS:g}' if few else ''}"
+        return f"{reason}, not to be trusted: {untrusted:,} of {len(estimate.value):,} data"
 
     def remedy(self, structure: SiteStructure) -> str:
         """Returns what to use for data with an unreliable estimate, which depends on the kind of the latents."""

@@ -228,8 +228,8 @@ class _CommonDraws(_Conditional):
             second,
             value.to(first.value.dtype),
             error.to(first.value.dtype),
-            first.khat <= 0.7,
-            second.khat <= 0.7,
+            Estimator.trusts(self, first),
+            Estimator.trusts(self, second),
         )
 
 

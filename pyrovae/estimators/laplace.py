@@ -10,10 +10,9 @@ from torch import Tensor
 from pyrovae.estimators.base import check_count, check_positive
 from pyrovae.estimators.memory import Allocations, clamp
 from pyrovae.estimators.newton import (
-    Curvature,
+    Ends,
     Mode,
     climb,
-    derivatives,
     far_starts,
     gradient_graph,
     heavy_columns,
@@ -23,7 +22,7 @@ from pyrovae.estimators.normal_guides import Components, NormalGuide, draw_pilot
 from pyrovae.estimators.proposals import Proposal, WeightedGuide
 from pyrovae.estimators.task import Task
 
-MAX_DIM = 300  # of the latents of a datum, above which another proposal is better: the time rises with the square
+MAX_DIM = 2000  # of the latents of a datum, above which another proposal is better: the time rises with the square
 _MEAN_DRAWS = 64  # of the guide, whose mean is the first start
 _LEAST_STARTS = 16  # from the prior, in all data of a part
 _MORE_STARTS = 12  # for all data of a part, if one of them has several modes
@@ -38,10 +37,13 @@ class Laplace(Proposal):
         H_m = -\nabla^2 \log p(x, u_m)
 
     with all latents of a datum as one vector u of real numbers: a latent with another support is mapped to them, and
-    its Jacobian counts. Damped Newton steps climb to a mode :math:`u_m` from the guide's mean and from draws of the
-    prior. Their second derivatives are exact, and enter by the absolute values of their eigenvalues. Mostly all starts
-    of a datum end at one mode. Where one of some data has several, with a mass that is not negligible beside the
-    largest, more starts are made for all of these data, and each mode that is found gets a component.
+    its Jacobian counts. Damped Newton steps, and quasi-Newton steps between them, climb to a mode :math:`u_m` from the
+    guide's mean and from draws of the prior. Second derivatives are exact, and enter by the absolute values of their
+    eigenvalues. With more than 300 latents they are a diagonal, that of the prior, and a matrix of low rank, as long as
+    what is left out is small.
+
+    Mostly all starts of a datum end at one mode. Where one of some data has several, with a mass that is not negligible
+    beside the largest, more starts are made for all of these data, and each mode that is found gets a component.
 
     Under a prior with tails like a power, such as Cauchy's, a mode may be anywhere. Newton steps then start, too, from
     the highest points of lines along these latents, to a million times the spread of the prior. Modes where more than
@@ -66,7 +68,9 @@ class Laplace(Proposal):
         https://doi.org/10.1080/01621459.1986.10478240; Identifying and attacking the saddle point problem in
         high-dimensional non-convex optimization, Y. N. Dauphin et al., 2014, https://arxiv.org/abs/1406.2572 (absolute
         eigenvalues); Adaptive Importance Sampling in General Mixture Classes, O. Cappe, R. Douc, A. Guillin, J.-M.
-        Marin and C. P. Robert, 2008, https://arxiv.org/abs/0710.4242 (centres and shares by weighted draws).
+        Marin and C. P. Robert, 2008, https://arxiv.org/abs/0710.4242 (centres and shares by weighted draws);
+        Numerical Optimization, section 6.1, J. Nocedal and S. J. Wright, 2006 (BFGS); Finding Structure with
+        Randomness, N. Halko, P. G. Martinsson and J. A. Tropp, 2011, https://arxiv.org/abs/0909.4061 (low rank).
 
     >>> Laplace(num_starts=4)
     Laplace(num_starts=4)
@@ -118,36 +122,33 @@ class Laplace(Proposal):
         target, at_once = joint_of(task), max(1, int(task.max_memory / (per_datum * task.size)))
         with torch.no_grad():
             u = target.pack(task.draw(_MEAN_DRAWS)[0]).mean(0, keepdim=True)
-        u, log_joint = climb(task, u, self.num_steps)
-        mode = Mode(u[0], derivatives(target, u)[1].of(0))
+        best = climb(task, u, self.num_steps)
+        mode, ends = Mode(best.u[0], best.curvature.of(0)), [best]
         first = 0 if self.num_starts == 1 else max(self.num_starts - 1, math.ceil(_LEAST_STARTS / task.size))
         if first > 0:
-            far = self._far_modes(task, mode, at_once)
-            u, log_joint = (torch.cat(parts) for parts in zip((u, log_joint), *far, strict=True))
+            ends += self._far_modes(task, mode, at_once)
         for num_starts in (first, _MORE_STARTS):
             if num_starts == 0:
                 break
             with pyro.validation_enabled(False):  # a scale may round to zero, far out
                 starts = target.draw(num_starts).split(at_once)
-            ends = [climb(task, start, self.num_steps, known=mode) for start in starts]
-            u, log_joint = (torch.cat(parts) for parts in zip((u, log_joint), *ends, strict=True))
-            # The others' curvature is not known yet: their mass is taken as enough unless their height is far lower.
-            is_high = log_joint > log_joint[0] - 4 * _FAINT
-            if not bool((is_high & ~mode.is_near(u)).any()):
-                u = u[:1]
+            ends += [climb(task, start, self.num_steps, known=mode) for start in starts]
+            # Not worth more starts if their height is far lower.
+            is_other = [(end.log_joint > best.log_joint - 4 * _FAINT) & ~mode.is_near(end.u) for end in ends]
+            if not any(bool(other.any()) for other in is_other):
+                ends = [best]
                 break
-        if len(u) == 1:
+        if len(ends) == 1:
             found = Components.single(mode.u, torch.linalg.cholesky(mode.curvature.inverse()).to(u.dtype))
         else:
-            curvatures = [derivatives(target, part)[1] for part in u.split(at_once)]
-            found = _separate(u, log_joint, Curvature(*(torch.cat(parts) for parts in zip(*curvatures, strict=True))))
+            found = _separate(Ends.cat(ends))
         if self.scale is not None:
             return found._replace(scale_tril=self.scale * found.scale_tril)
         pilots = draw_pilots(target, found, self.num_pilots, at_once)
         return found.moved(pilots.u, pilots.log_w).scaled(pilots, self.degrees)
 
-    def _far_modes(self, task: Task, mode: Mode, at_once: int) -> list[tuple[Tensor, Tensor]]:
-        """Returns modes that draws of a prior with heavy tails seldom come near, and the log joint density there.
+    def _far_modes(self, task: Task, mode: Mode, at_once: int) -> list[Ends]:
+        """Returns modes that draws of a prior with heavy tails seldom come near.
 
         Latents may each be near or far: lines go on from the modes that lines have found.
         """
@@ -157,7 +158,7 @@ class Laplace(Proposal):
             starts = torch.cat([far_starts(target, base, columns, at_once) for base in bases])
             ends = [climb(task, start, self.num_steps, known=mode) for start in starts.split(at_once)]
             found += ends
-            bases = [base for end, _ in ends for base in end]
+            bases = [base for end in ends for base in end.u]
         return found
 
 
@@ -186,13 +187,53 @@ class Fitted(Proposal):
         return [WeightedGuide(NormalGuide(joint_of(task), self.components.rows(rows), self.degrees))]
 
 
+class Shared(Proposal):
+    """A proposal whose fit to a datum serves for all later runs on that datum.
+
+    Args:
+        proposal: the proposal, which :class:`Fitted` ones come from.
+    """
+
+    def __init__(self, proposal: Proposal):
+        self.proposal, self.needs_guide = proposal, proposal.needs_guide
+        self.parts: list[Fitted] = []
+
+    def guides(self, task: Task) -> list[WeightedGuide]:
+        return self.fit(task).guides(task)
+
+    def fit(self, task: Task) -> Proposal:
+        rows = _indices(task.offset, task.size)
+        known = [_indices(part.offset, len(part.components.mean)) for part in self.parts]
+        if known and bool(torch.isin(rows, torch.cat(known)).all()):
+            at = torch.cat(known)
+            order = at.argsort()
+            chosen = order[torch.searchsorted(at[order], rows)]
+            components = Components.cat([part.components for part in self.parts]).rows(chosen)
+            return Fitted(components, self.parts[0].degrees, task.offset)
+        fitted = self.proposal.fit(task)
+        if isinstance(fitted, Fitted):
+            self.parts.append(fitted)
+        return fitted
+
+    def keep(self, offset: int | Tensor) -> None:
+        """Forgets the fits to all data but those at some positions in the whole data set."""
+        parts = []
+        for part in self.parts:
+            known = _indices(part.offset, len(part.components.mean))
+            kept = torch.isin(known, torch.as_tensor(offset))
+            if kept.any():
+                parts.append(Fitted(part.components.rows(kept), part.degrees, known[kept]))
+        self.parts = parts
+
+
 def _indices(offset: int | Tensor, size: int) -> Tensor:
     return offset if isinstance(offset, Tensor) else offset + torch.arange(size)
 
 
-def _separate(u: Tensor, log_joint: Tensor, curvature: Curvature) -> Components:
-    """Returns a component for each of the separate modes of a datum with enough mass; u is ``(starts, batch, dim)``."""
-    log_mass = log_joint.double() - 0.5 * curvature.values.log().sum(-1)
+def _separate(ends: Ends) -> Components:
+    """Returns a component for each of the separate modes of a datum with enough mass."""
+    u, log_joint, curvature = ends
+    log_mass = log_joint.double() - 0.5 * curvature.log_det()
     log_mass = torch.where(log_mass > log_mass.amax(0) - _FAINT, log_mass, -math.inf)
     columns = torch.arange(u.shape[1], device=u.device)
     is_kept = torch.zeros_like(log_mass, dtype=torch.bool)

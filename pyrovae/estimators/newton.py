@@ -1,6 +1,7 @@
 r"""Newton's method for the modes of :math:`\log p(x, u)`, for all data at once."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +16,13 @@ from pyrovae.estimators.task import Task, prior_of
 _TOLERANCE = 1e-3  # nats: half the Newton decrement at which a mode counts as found
 _FLOOR = 1e-6  # smallest curvature, relative to the largest of a datum
 _NEAR = 3.0  # standard deviations from a mode
+MAX_DENSE = 300  # dimensions, above which a diagonal and a matrix of low rank are tried for the curvature
+_RANK = 64  # of the latter, at first
+_NEGLIGIBLE = 0.05  # eigenvalue of what is left out, relative to the diagonal
+_PROBES = 4  # random vectors for the diagonal
 _TRIALS = 4  # step lengths a Newton step
+_NUM_GRADIENTS = 20  # of the quasi-Newton method, after a Newton step
+_FIRST_GRADIENTS = 30  # the same, before the first Newton step, where a curvature is known
 
 # Modes far out, under a prior with heavy tails.
 _FAR = (1e3, 1e4)  # spreads of the prior, between which its tails are compared
@@ -26,23 +33,26 @@ _PRIOR_DRAWS = 64  # for its center and spread
 
 
 class Curvature(NamedTuple):
-    """Curvature with absolute eigenvalues, ``(..., dim)``, and its eigenvectors, ``(..., dim, dim)``."""
+    """Minus the second derivatives of the log joint density, made positive definite, ``(..., dim, dim)``."""
 
-    values: Tensor
-    vectors: Tensor
+    matrix: Tensor
 
     def inverse(self) -> Tensor:
-        return (self.vectors / self.values.unsqueeze(-2)) @ self.vectors.mT
+        return torch.cholesky_inverse(torch.linalg.cholesky(self.matrix))
+
+    def log_det(self) -> Tensor:
+        return 2 * torch.linalg.cholesky(self.matrix).diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     def solve(self, g: Tensor, damping: Tensor) -> Tensor:
         """Returns the Newton step for a gradient, with a multiple of the curvature's mean added to the curvature."""
-        values = self.values + damping.unsqueeze(-1) * self.values.mean(-1, keepdim=True)
-        rotated = (self.vectors.mT @ g.unsqueeze(-1)).squeeze(-1)
-        return (self.vectors @ (rotated / values).unsqueeze(-1)).squeeze(-1)
+        matrix = self.matrix.clone()
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        diagonal += damping.unsqueeze(-1) * diagonal.mean(-1, keepdim=True)
+        return torch.cholesky_solve(g.unsqueeze(-1), torch.linalg.cholesky(matrix)).squeeze(-1)
 
     def of(self, index: Any) -> "Curvature":
         """Returns the curvature of some of the points."""
-        return Curvature(self.values[index], self.vectors[index])
+        return Curvature(self.matrix[index])
 
 
 class Mode(NamedTuple):
@@ -53,9 +63,9 @@ class Mode(NamedTuple):
 
     def is_near(self, u: Tensor) -> Tensor:
         """Returns whether points, ``(..., batch, dim)``, are near the mode: Newton's method would not end elsewhere."""
-        offset = (u - self.u).to(self.curvature.vectors)
-        rotated = (self.curvature.vectors.mT @ offset.unsqueeze(-1)).squeeze(-1)
-        return (rotated.square() * self.curvature.values).sum(-1).sqrt() < _NEAR  # false for NaN
+        offset = (u - self.u).to(self.curvature.matrix)
+        square = (offset * (self.curvature.matrix @ offset.unsqueeze(-1)).squeeze(-1)).sum(-1)
+        return square < _NEAR**2  # false for NaN
 
     def rows(self, rows: Tensor) -> "Mode":
         return Mode(self.u[rows], self.curvature.of(rows))
@@ -73,16 +83,67 @@ def gradient_graph(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
 def derivatives(target: Target, u: Tensor) -> tuple[Tensor, Curvature]:
     """Returns the gradient of the log joint density, and minus its second derivatives made positive definite."""
     leaf, gradient = gradient_graph(target, u)
-    rows = [gradient_of(gradient[..., i], leaf, retain=True) for i in range(u.shape[-1])]
-    hessian = -torch.stack(rows, dim=-2).detach().double()
+    dim = u.shape[-1]
+    matrix = _low_rank(target, leaf, gradient) if dim > MAX_DENSE else None
+    if matrix is None:
+        rows = [gradient_of(gradient[..., i], leaf, retain=True) for i in range(dim)]
+        matrix = _positive(-torch.stack(rows, dim=-2).detach().double())
+    return gradient.detach().double(), Curvature(matrix)
+
+
+def _positive(hessian: Tensor) -> Tensor:
+    """Returns symmetric matrices with the absolute values of their eigenvalues; the identity if not finite."""
     hessian = (hessian + hessian.mT) / 2
-    is_finite = hessian.isfinite().flatten(-2).all(-1)[..., None, None]
-    hessian = torch.where(is_finite, hessian, torch.eye(u.shape[-1], dtype=hessian.dtype, device=u.device))
+    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    hessian = torch.where(hessian.isfinite().flatten(-2).all(-1)[..., None, None], hessian, identity)
     values, vectors = torch.linalg.eigh(hessian)
     values = values.abs()
     largest = values.amax(-1, keepdim=True)
     values = torch.where(largest > 0, values.clamp(min=_FLOOR * largest), 1.0)
-    return gradient.detach().double(), Curvature(values, vectors)
+    return (vectors * values.unsqueeze(-2)) @ vectors.mT
+
+
+@torch.enable_grad()
+def _low_rank(target: Target, leaf: Tensor, gradient: Tensor) -> Tensor | None:
+    r"""Returns minus the second derivatives as a diagonal, that of the prior, and a matrix of low rank.
+
+    .. math:: H \approx D^{1/2} (I + V \Lambda V^T) D^{1/2}
+
+    The largest eigenvalues of the scaled difference are found from products of H with random vectors.
+
+    Returns:
+        The matrices, ``(..., dim, dim)``, with absolute eigenvalues; None where the rank is not low.
+    """
+    prior = torch.autograd.grad(target.log_prior_graph(leaf).sum(), leaf, create_graph=True)[0]
+    signs = [torch.randint_like(leaf, 2) * 2 - 1 for _ in range(_PROBES)]
+    # The exact diagonal, for any signs, where dimensions are independent under the prior.
+    diagonal = torch.stack([v * gradient_of(prior * v, leaf, retain=True) for v in signs]).mean(0)
+    diagonal = diagonal.double().abs()
+    is_curved = (diagonal > _FLOOR * diagonal.amax(-1, keepdim=True)) & diagonal.isfinite()
+    diagonal = torch.where(is_curved, diagonal, 1.0)
+    scale = diagonal.sqrt().unsqueeze(-1)
+
+    def product(v: Tensor) -> Tensor:  # (..., dim, columns)
+        columns = (v / scale).to(leaf.dtype).unbind(-1)
+        found = [gradient_of(gradient * column, leaf, retain=True) for column in columns]
+        return -torch.stack(found, dim=-1).double() / scale - v
+
+    rank = 0
+    while rank < leaf.shape[-1] // 8:
+        rank = max(2 * rank, _RANK)
+        start = torch.randn(*leaf.shape, rank, dtype=torch.double, device=leaf.device)
+        basis = torch.linalg.qr(product(start)).Q
+        basis = torch.linalg.qr(product(basis)).Q
+        small = basis.mT @ product(basis)
+        if not bool(small.isfinite().all()):
+            return None
+        values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+        if bool((values.abs().amin(-1) < _NEGLIGIBLE).all()):
+            vectors = scale * (basis @ vectors)
+            # Eigenvalues of the sum in absolute value, as with all second derivatives.
+            added = (1 + values).abs().clamp(min=_FLOOR) - 1
+            return torch.diag_embed(diagonal) + (vectors * added.unsqueeze(-2)) @ vectors.mT
+    return None
 
 
 def joint_of(task: Task) -> Target:
@@ -99,22 +160,44 @@ def num_real_latents(task: Task) -> int:
     return joint_of(replace(task.rows(slice(0, 2)), graphs=None)).dim
 
 
-def climb(task: Task, u: Tensor, num_steps: int, known: Mode | None = None) -> tuple[Tensor, Tensor]:
-    """Climbs from some points to modes by damped Newton steps.
+class Ends(NamedTuple):
+    """Where climbs end: points, ``(starts, batch, dim)``, the log joint density and the curvature there."""
+
+    u: Tensor
+    log_joint: Tensor
+    curvature: Curvature
+
+    @classmethod
+    def cat(cls, parts: Sequence["Ends"]) -> "Ends":
+        us, log_joints, curvatures = zip(*parts, strict=True)
+        matrix = torch.cat([curvature.matrix for curvature in curvatures])
+        return cls(torch.cat(us), torch.cat(log_joints), Curvature(matrix))
+
+
+def climb(task: Task, u: Tensor, num_steps: int, known: Mode | None = None) -> Ends:
+    """Climbs from some points to modes by damped Newton steps, each followed by steps of a quasi-Newton method.
+
+    Second derivatives take as long as dozens of gradients.
 
     Args:
         task: the data.
         u: where to start, ``(starts, batch, dim)``.
-        num_steps: largest number of steps.
-        known: modes near which a climb need not go on.
+        num_steps: largest number of Newton steps.
+        known: modes near which a climb need not go on. Their curvature serves for its first steps.
 
     Returns:
-        The modes, ``(starts, batch, dim)``, and the log joint density there, ``(starts, batch)``.
+        The modes. Near a known one, the curvature is that of the known one.
     """
     target, rows = joint_of(task), torch.arange(task.size, device=u.device)
-    u, log_joint = u.clone(), target.log_joint(u)
+    if known is None:
+        u, log_joint = u.clone(), target.log_joint(u)
+        found = Curvature(torch.diag_embed(torch.ones_like(u, dtype=torch.double)))
+        is_done = torch.zeros_like(log_joint, dtype=torch.bool)
+    else:
+        found = Curvature(known.curvature.matrix.repeat(len(u), 1, 1, 1))
+        u, log_joint = _follow(target, u, found, _FIRST_GRADIENTS)
+        is_done = known.is_near(u)
     damping = torch.full(log_joint.shape, 1e-2, dtype=torch.double, device=u.device)
-    is_done = torch.zeros_like(log_joint, dtype=torch.bool)
     for _ in range(num_steps):
         left = (~is_done[:, rows]).any(0)
         if not bool(left.any()):
@@ -131,17 +214,71 @@ def climb(task: Task, u: Tensor, num_steps: int, known: Mode | None = None) -> t
         step = torch.where(is_near.unsqueeze(-1), curvature.solve(gradient, torch.zeros_like(damped)), step)
         for _ in range(_TRIALS):
             moved = (at + step).to(at.dtype)
-            found = target.log_joint(moved)
-            better = found >= value  # false for NaN
+            trial = target.log_joint(moved)
+            better = trial >= value  # false for NaN
             at = torch.where(better.unsqueeze(-1), moved, at)
-            value = torch.where(better, found, value)
+            value = torch.where(better, trial, value)
             damped = torch.where(better, damped / 4, damped * 8)
             if bool((better | is_near).all()):
                 break
             step = torch.where(better.unsqueeze(-1), 0.0, curvature.solve(gradient, damped))
+        if not bool(is_near.all()):
+            at, value = _follow(target, at, curvature, _NUM_GRADIENTS)
         u[:, rows], log_joint[:, rows], damping[:, rows] = at, value, damped
-        is_done[:, rows] |= is_near if known is None else is_near | known.rows(rows).is_near(at)
-    return u, log_joint.nan_to_num(nan=-torch.inf)
+        done = is_near if known is None else is_near | known.rows(rows).is_near(at)
+        found.matrix[:, rows] = curvature.matrix
+        is_done[:, rows] |= done
+    return Ends(u, log_joint.nan_to_num(nan=-torch.inf), found)
+
+
+def _follow(target: Target, u: Tensor, curvature: Curvature, num_gradients: int) -> tuple[Tensor, Tensor]:
+    """Goes on by a quasi-Newton method (BFGS), from a curvature that need not be that at u.
+
+    Args:
+        target: the joint density.
+        u: where to start, ``(starts, batch, dim)``.
+        curvature: of the first step.
+        num_gradients: largest number of gradients to take.
+
+    Returns:
+        Points that are at least as high, and the log joint density there, ``(starts, batch)``.
+    """
+    value, gradient = _value_and_gradient(target, u)
+    inverse = curvature.inverse()
+    length = torch.ones_like(gradient[..., :1])
+    for _ in range(num_gradients):
+        step = length * (inverse @ gradient.unsqueeze(-1)).squeeze(-1)
+        if not bool(((gradient * step).sum(-1) > _TOLERANCE).any()):
+            break
+        moved = (u + step).to(u.dtype)
+        trial, there = _value_and_gradient(target, moved)
+        inverse = _corrected(inverse, (moved - u).double(), gradient - there)
+        better = (trial >= value).unsqueeze(-1)  # false for NaN
+        u, gradient = torch.where(better, moved, u), torch.where(better, there, gradient)
+        value = torch.where(better.squeeze(-1), trial, value)
+        length = torch.where(better, (2 * length).clamp(max=1.0), length / 4)
+    return u, value
+
+
+def _corrected(inverse: Tensor, step: Tensor, change: Tensor) -> Tensor:
+    """Returns an inverse curvature that gives the change of the gradient along a step, by the formula of BFGS."""
+    product = (step * change).sum(-1, keepdim=True)
+    turned = (inverse @ change.unsqueeze(-1)).squeeze(-1)
+    # Elsewhere the density is not concave, or numbers are not finite.
+    is_good = product > 1e-8 * (step.square().sum(-1, keepdim=True) * change.square().sum(-1, keepdim=True)).sqrt()
+    along = step / product
+    factor = 1 + (change * turned).sum(-1, keepdim=True) / product
+    added = (factor * step).unsqueeze(-1) * along.unsqueeze(-2)
+    crossed = turned.unsqueeze(-1) * along.unsqueeze(-2)
+    return torch.where(is_good.unsqueeze(-1), inverse + added - crossed - crossed.mT, inverse)
+
+
+@torch.enable_grad()
+def _value_and_gradient(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the log joint density, and its gradient in double precision."""
+    u = u.detach().requires_grad_()
+    log_joint = target.log_joint_graph(u)
+    return log_joint.detach(), gradient_of(log_joint, u, retain=False).double()
 
 
 @torch.no_grad()

@@ -17,10 +17,11 @@ from pyrovae.distributions import MultivariateNormal
 from pyrovae.estimators.targets import Site, Target
 
 _LEAST_SHARE = 0.05  # of a component that pilot draws find empty
-_SHRINKAGE = 20.0  # effective draws at which half of a shift that pilot draws show is made
+_SHRINKAGE = 20.0  # effective draws at which half of a shift that pilot draws show is made; half the dimension if more
 _SCALES = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5)
 _SLACK = 0.9  # nats of the second moment that a wider proposal, whose weights have lighter tails, may cost
 _PILOT_SCALE, _PILOT_DEGREES = 1.2, 30.0
+_FEW = 40  # dimensions, up to which these serve; with more, as wide a proposal would lose more nats
 
 
 def density(mean: Tensor, scale_tril: Tensor, degrees: float | Tensor) -> dist.TorchDistribution:
@@ -115,13 +116,14 @@ class Components(NamedTuple):
 
     def scaled(self, pilots: "Pilots", degrees: float) -> "Components":
         """Returns the components with the scale at which the weights have a small second moment, by pilot draws."""
-        each = self.log_prob_of_each(pilots.u, pilots.u.new_tensor(_SCALES), degrees)
+        scales = 1 + (pilots.u.new_tensor(_SCALES) - 1) * _relative_width(pilots.u.shape[-1])
+        each = self.log_prob_of_each(pilots.u, scales, degrees)
         log_q = (self.log_share + each).logsumexp(-1)
         moments = (pilots.log_w + pilots.log_p - log_q.double()).logsumexp(1).nan_to_num(math.inf)
         # The widest that costs little: pilot draws seldom show what is lost in the tails of a narrow one.
         index = torch.arange(len(_SCALES), device=moments.device).unsqueeze(-1)
         best = torch.where(moments <= moments.amin(0) + _SLACK, index, 0).amax(0)
-        scale = self.mean.new_tensor(_SCALES)[best][:, None, None, None]
+        scale = scales[best][:, None, None, None]
         return self._replace(scale_tril=scale * self.scale_tril)
 
     def moved(self, u: Tensor, log_w: Tensor) -> "Components":
@@ -137,7 +139,7 @@ class Components(NamedTuple):
             weights = weights * (self.log_share + each).softmax(-1).nan_to_num(0.0)
         total = weights.sum(0)
         effective = total.square() / weights.square().sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
-        trust = effective / (effective + _SHRINKAGE)
+        trust = effective / (effective + max(_SHRINKAGE, u.shape[-1] / 2))
         sums = torch.stack([(weights[..., k : k + 1] * u).sum(0) for k in range(self.num_components)], dim=1)
         mean = sums / total.clamp(min=1e-30).unsqueeze(-1)
         mean = self.mean + trust.unsqueeze(-1) * (mean - self.mean)
@@ -146,6 +148,11 @@ class Components(NamedTuple):
         is_there = self.log_share > -math.inf
         share = torch.where(is_there, torch.lerp(self.log_share.exp(), total, trust).clamp(min=_LEAST_SHARE), 0)
         return self._replace(mean=mean, log_share=(share / share.sum(-1, keepdim=True)).log())
+
+
+def _relative_width(dim: int) -> float:
+    """Returns by how much less wide than in few dimensions a proposal may be, for the same loss."""
+    return math.sqrt(min(1.0, _FEW / dim))
 
 
 class Pilots(NamedTuple):
@@ -165,10 +172,12 @@ def draw_pilots(target: Target, components: Components, num_draws: int, num_scor
         num_draws: number of draws of each datum.
         num_scored: draws of each datum to score at once.
     """
-    wide = components._replace(scale_tril=_PILOT_SCALE * components.scale_tril)
-    u = wide.draw(num_draws, _PILOT_DEGREES)
+    width = _relative_width(components.mean.shape[-1])
+    wide = components._replace(scale_tril=(1 + (_PILOT_SCALE - 1) * width) * components.scale_tril)
+    degrees = _PILOT_DEGREES / width**2
+    u = wide.draw(num_draws, degrees)
     log_p = torch.cat([target.log_joint(part) for part in u.split(num_scored)])
-    return Pilots(u, log_p, (log_p - wide.log_prob(u, _PILOT_DEGREES)).double().nan_to_num(nan=-math.inf))
+    return Pilots(u, log_p, (log_p - wide.log_prob(u, degrees)).double().nan_to_num(nan=-math.inf))
 
 
 class NormalGuide:

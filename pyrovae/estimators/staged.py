@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 from pyrovae.estimators.annealed import AnnealedImportanceSampling
 from pyrovae.estimators.base import Estimate, Estimator, check_count, check_positive
 from pyrovae.estimators.exact import Enumeration
-from pyrovae.estimators.laplace import MAX_DIM, Laplace
+from pyrovae.estimators.laplace import MAX_DIM, Laplace, Shared
 from pyrovae.estimators.memory import clamp
-from pyrovae.estimators.newton import num_real_latents
+from pyrovae.estimators.newton import MAX_DENSE, joint_of
 from pyrovae.estimators.proposals import Guide, WeightedGuide
 from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task, prior_of
@@ -32,22 +32,26 @@ _NUM_TIMES = 6  # latest runs of a stage from which the time of the next is comp
 _LEAST_PILOT = 25  # draws of a pilot run: k-hat needs 21
 _PILOT_KHAT = 0.5  # largest k-hat of a pilot run: those that are good by chance are chosen, so that 0.7 is too much
 _DISAGREEMENT = 4.0  # standard errors between two estimates of a datum: one datum in 16,000 by chance
-_AGREEMENT = 3.0  # standard errors by which a pilot run may be above the value that counts
+_AGREEMENT = 3.0  # standard errors between means over data
+_MARGIN = 0.7  # of the target, that a pilot run has to foresee: a full run may draw a larger weight
+_MOST_ERROR = 4.0  # targets, up to which a standard error is trusted
 
 _COLUMNS = ("value", "standard_error", "ess", "khat")  # tensors of an estimate
 
-# From the cheapest; which of them serve depends on the latents.
-_ENUMERATION, _GUIDE, _MANY, _LAPLACE, _MORE_LAPLACE, _ANNEALING, _FROM_GUIDE, _FROM_PRIOR = range(8)
+# Which of them serve, and in which order, depends on the latents.
+_ENUMERATION, _GUIDE, _MANY, _LAPLACE, _MORE_LAPLACE, _ANNEALING, _FROM_GUIDE, _FROM_PRIOR, _HEAVY = range(9)
 _ENUMERATE = Enumeration(10_000)
+_FINE = Laplace(num_pilots=4000)
 _STAGES: list[Estimator] = [
     _ENUMERATE,
     ImportanceSampling(2000),
     ImportanceSampling(20_000),
     ImportanceSampling(4000, Laplace()),
-    ImportanceSampling(16_000, Laplace()),
-    AnnealedImportanceSampling(start=Laplace()),
+    ImportanceSampling(16_000, _FINE),
+    AnnealedImportanceSampling(num_temperatures=400, start=_FINE),
     AnnealedImportanceSampling(start=Guide()),
     AnnealedImportanceSampling(),
+    ImportanceSampling(8000, Laplace(degrees=4.0)),
 ]
 
 
@@ -58,20 +62,21 @@ class UntilTrusted(Estimator):
 
     .. math:: s_{\text{pilot}} \sqrt{K_{\text{pilot}} / K},
 
-    is at most `target`. k-hat of the pilot run must be at most 0.5, to leave room for that of the full run: trust ends
-    at 0.7. The draws of the pilot run are then thrown away, and a full run with new draws counts, whatever it gives:
-    the choice of the stage does not depend on the draws that count, so that the result is unbiased for p(x) where the
-    stages are. The last stage scores all data that are left.
+    is at most 0.7 times `target`, because the full run may draw a larger weight. k-hat of the pilot run must be at most
+    0.5, to leave room for that of the full run: trust ends at 0.7. The draws of the pilot run are then thrown away, and
+    a full run with new draws counts, whatever it gives: the choice of the stage does not depend on the draws that
+    count, so that the result is unbiased for p(x) where the stages are. The last stage scores all data that are left.
 
-    A datum is trusted if its full run is, and if no pilot run of any stage was higher by more than three standard
-    errors of the difference: since pilot runs are unbiased too, mass was missed otherwise. Mass that no stage finds is
-    not seen: `num_checked` is for that.
+    A datum is trusted if its full run is, if its standard error is at most four times `target`, and if no pilot run of
+    any stage was higher by more than four standard errors of the difference: since pilot runs are unbiased too, mass
+    was missed otherwise. Mass that no stage finds is not seen: `num_checked` is for that.
 
     The default stages depend on the latents:
 
     - discrete: :class:`Enumeration` of up to 10,000 combinations of values;
-    - continuous: importance sampling with :class:`Laplace`, with few draws and with many, and annealing from it;
-      above 300 dimensions, where :class:`Laplace` takes too long, annealing from the prior, and from the guide;
+    - continuous: importance sampling with :class:`Laplace`, first with heavy tails where latents are constrained, then
+      with few draws and with many; then annealing from it. Above 300 dimensions with few draws only, and annealing from
+      the prior, and from the guide; above 2,000, where :class:`Laplace` takes too long, annealing alone;
     - on a sphere, or discrete with more combinations, alone or with others: annealing from the prior, and from the
       guide;
     - in a space without moves: importance sampling with the guide, with few draws or with many.
@@ -84,9 +89,10 @@ class UntilTrusted(Estimator):
     does not serve are dropped.
 
     Args:
-        stages: the estimators, cheapest first; None for those above.
-        target: largest standard error that a stage may leave to a datum, in nats, as far as a pilot run can tell. The
-            last stage may leave a larger one.
+        stages: the estimators, cheapest first; None for those above. Stages with the same proposal, as an object,
+            share its fit to a datum.
+        target: largest standard error that a stage may leave to a datum, in nats, as far as a pilot run can tell. A
+            datum with an error above four times the target is not trusted.
         pilot_share: draws of a pilot run, as a share of those of the full run, at most 1.
         seconds: budget of time for all data; each of several processes has the same. Data for which it does not suffice
             are scored by the first stage, with the draws of another pilot run: they are not trusted, and counted. That
@@ -125,7 +131,7 @@ class UntilTrusted(Estimator):
         self,
         stages: Sequence[Estimator] | None = None,
         target: float = 0.05,
-        pilot_share: float = 0.25,
+        pilot_share: float = 0.125,
         seconds: float | None = None,
         num_checked: int = 0,
         check: Estimator | None = None,
@@ -177,7 +183,7 @@ class UntilTrusted(Estimator):
     def _estimate(self, task: Task) -> Estimate:
         plan = _choose_stages(task) if self.stages is None else _Plan(range(len(self.stages)), task.size)
         numbers, largest, compared = plan
-        stages = [_Stage(number, self._all_stages[number]) for number in numbers]
+        stages, fits = _share_fits([_Stage(number, self._all_stages[number]) for number in numbers])
         task.start(task.size, "datum")
         clock, result, left = _Clock(self.seconds, stages[0]), _Result(compared), torch.arange(task.size)
         for stage in stages:
@@ -189,9 +195,11 @@ class UntilTrusted(Estimator):
                 n = min(size, len(left)) if task.divisible else len(left)
                 block, left = left[:n], left[n:]
                 passed_on.append(self._serve(stage, stage is stages[-1], task, block, result, clock))
+                for fit in fits if task.divisible else []:
+                    fit.keep(task.rows(torch.cat(passed_on)).offset)
                 task.advance(n - len(passed_on[-1]))
             left = torch.cat(passed_on)
-        return result.estimate(self)
+        return result.estimate(self, _MOST_ERROR * self.target)
 
     def _serve(
         self, stage: "_Stage", is_last: bool, task: Task, rows: Tensor, result: "_Result", clock: "_Clock"
@@ -215,7 +223,7 @@ class UntilTrusted(Estimator):
         if stage.number in result.compared:
             return rows
         error = pilot.standard_error * math.sqrt(smaller.num_samples / estimator.num_samples)
-        good = (pilot.trusted & ~(pilot.khat > _PILOT_KHAT) & (error <= self.target)).cpu()
+        good = (pilot.trusted & ~(pilot.khat > _PILOT_KHAT) & (error <= _MARGIN * self.target)).cpu()
         if good.any():
             with clock.measure(stage, _Kind.FULL, rows[good]):
                 found = _run(estimator, task, rows[good])
@@ -235,7 +243,7 @@ class UntilTrusted(Estimator):
         for rows in left.split(_BLOCK if task.divisible else task.size):
             result.add(rows, _run(self._smaller(first.estimator), task, rows), -1)
             task.advance(len(rows))
-        return result.estimate(self)
+        return result.estimate(self, _MOST_ERROR * self.target)
 
     def trusts(self, estimate: Estimate) -> Tensor:
         return estimate.diagnostics["reliable"]
@@ -362,8 +370,8 @@ class _Result:
     def compare(self, rows: Tensor, pilot: Estimate) -> None:
         self.pilots.append((rows, pilot))
 
-    def estimate(self, method: Estimator) -> Estimate:
-        """Returns the estimates in the order of the data."""
+    def estimate(self, method: Estimator, largest_error: float) -> Estimate:
+        """Returns the estimates in the order of the data; none with a larger standard error is trusted."""
         order = torch.cat([rows for rows, _, _ in self.parts]).argsort()
 
         def in_order(values: list[Tensor]) -> Tensor:
@@ -372,11 +380,11 @@ class _Result:
 
         value, error, ess, khat = (in_order([getattr(part, name) for _, part, _ in self.parts]) for name in _COLUMNS)
         stage = in_order([torch.full_like(part.value, number, dtype=torch.long) for _, part, number in self.parts])
-        reliable = in_order([part.trusted for _, part, _ in self.parts]) & (stage >= 0)
+        reliable = in_order([part.trusted for _, part, _ in self.parts]) & (stage >= 0) & ~(error > largest_error)
         rounding = math.sqrt(torch.finfo(value.dtype).eps)
         for rows, pilot in self.pilots:
             rows = rows.to(value.device)
-            bound = _AGREEMENT * (pilot.standard_error.square() + error[rows].square()).sqrt() + rounding
+            bound = _DISAGREEMENT * (pilot.standard_error.square() + error[rows].square()).sqrt() + rounding
             reliable[rows] &= ~(pilot.value - value[rows] > bound)
         num_samples = max(part.num_samples for _, part, _ in self.parts)
         diagnostics = {"stage": stage, "reliable": reliable}
@@ -405,16 +413,36 @@ def _choose_stages(task: Task) -> _Plan:
         except ValueError:  # too many
             pass
     try:
-        dim = num_real_latents(task)
+        target = joint_of(replace(task.rows(slice(0, 2)), graphs=None))
     except ValueError:
         return _stages_without_gradients(task)
     guide = frozenset([_GUIDE])
-    if dim > MAX_DIM:
-        numbers = [_GUIDE, _FROM_PRIOR] if structure.auxiliary else [_GUIDE, _FROM_PRIOR, _FROM_GUIDE]
-        return _Plan(numbers, task.size, guide)
     # Laplace's approximation holds some matrices of double precision for each datum.
+    dim = target.dim
     largest = max(2, clamp(task.max_memory / (40 * dim**2), task.size))
-    return _Plan([_GUIDE, _LAPLACE, _MORE_LAPLACE, _ANNEALING], largest, guide)
+    if dim <= MAX_DENSE:
+        # Real numbers that stand for a simplex or an interval have tails like exponentials, heavier than normal ones.
+        heavy = [_HEAVY] if any(site.transform is not None for site in target.sites) else []
+        return _Plan([_GUIDE, *heavy, _LAPLACE, _MORE_LAPLACE, _ANNEALING], largest, guide)
+    annealing = [_FROM_PRIOR] if structure.auxiliary else [_FROM_PRIOR, _FROM_GUIDE]
+    if dim <= MAX_DIM:
+        return _Plan([_GUIDE, _LAPLACE, *annealing], largest, guide)
+    return _Plan([_GUIDE, *annealing], task.size, guide)
+
+
+def _share_fits(stages: list[_Stage]) -> tuple[list[_Stage], list[Shared]]:
+    """Returns stages among which those that have the same proposal share its fits, and these proposals."""
+    names = ["proposal" if hasattr(stage.estimator, "proposal") else "start" for stage in stages]
+    proposals = [getattr(stage.estimator, name, None) for stage, name in zip(stages, names, strict=True)]
+    shared: dict[int, Shared] = {}
+    result = []
+    for stage, name, proposal in zip(stages, names, proposals, strict=True):
+        if proposal is not None and sum(p is proposal for p in proposals) > 1:
+            estimator = copy(stage.estimator)
+            setattr(estimator, name, shared.setdefault(id(proposal), Shared(proposal)))
+            stage = stage._replace(estimator=estimator)
+        result.append(stage)
+    return result, [*shared.values()]
 
 
 def _part(task: Task, rows: Tensor) -> Task:

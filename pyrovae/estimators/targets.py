@@ -281,6 +281,10 @@ class Target:
         first, second = self._terms(u)
         return first + second if self.start.is_prior else second
 
+    def log_prior_graph(self, u: Tensor) -> Tensor:
+        r"""Returns :math:`\log p(u)`, ``(chains, batch)``, where q is the prior."""
+        return self._terms(u)[0]
+
     def values(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what :class:`Densities` names `start` and `rise`, without gradients."""
         if self.reads is None:
