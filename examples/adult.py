@@ -115,6 +115,54 @@ def imputation_errors(filled, truth, hidden, columns, train):
     return float(np.mean(numbers)), float(np.mean(classes))
 
 
+def train(x, validation, columns, latent_dim, epochs):
+    """Trains a VAE on rows, with cells hidden at random, so that the encoder learns to fill holes."""
+    network = partial(nn.GatedMLP, hidden=(256, 256))
+    vae = table_vae(
+        columns,
+        latent_dim,
+        prior=priors.GaussianMixture,
+        likelihood=partial(likelihoods.Tabular, network=network),
+        encoder=partial(encoders.DiagonalNormal, network=network),
+    )
+    vae.likelihood.start_at(x)
+    history = pyrovae.fit(
+        vae.model,
+        vae.guide,
+        data.split_missing(x),
+        validation=data.split_missing(validation),
+        epochs=epochs,
+        batch_size=256,
+        optimizer=partial(torch.optim.Adam, lr=2e-3),
+        transform=data.hide_cells,  # also for validation data
+        scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs),
+        clip_norm=10.0,
+    )
+    return vae, history
+
+
+def imputations(vae, x, test, columns, num_rows, num_samples):
+    """Hides a fifth of the cells of complete test rows; returns the errors of each method that fills them."""
+    complete = test[~test.isnan().any(1)][:num_rows]
+    hidden = torch.rand_like(complete) < 0.2
+    hidden[hidden.all(1), 0] = False
+    holes = torch.where(hidden, torch.nan, complete)
+    imputed = vae.impute(*data.split_missing(holes), num_samples=num_samples, num_draws=50)
+    is_class = torch.tensor([isinstance(column, Discrete) for column in columns])
+    known = x[:: max(1, len(x) // 3000)]
+    middle = torch.stack([v[~v.isnan()].mode().values if c else v.nanmedian() for v, c in zip(x.T, is_class)])
+    iterative = IterativeImputer(
+        Ridge(10.0), max_iter=5, min_value=-5, max_value=5, keep_empty_features=True, random_state=0
+    )
+    filled = {
+        "VAE": torch.where(is_class, imputed.draws.mode(0).values, imputed.draws.mean(0)),
+        "median and mode": torch.where(hidden, middle, complete),
+        "10 nearest neighbours": impute_by(KNNImputer(n_neighbors=10, keep_empty_features=True), known, holes, columns),
+        "IterativeImputer": impute_by(iterative, known, holes, columns),
+    }
+    return {name: imputation_errors(done.float(), complete, hidden, columns, x) for name, done in filled.items()}
+
+
 def main(args):
     pyro.set_rng_seed(0)
     started = time.perf_counter()
@@ -130,72 +178,28 @@ def main(args):
     columns = table.schema.modelled
     print(table.schema.describe())
     order = torch.randperm(len(table))
-    validation, train = table.x[order[: len(table) // 20]], table.x[order[len(table) // 20 :]]
-
-    network = partial(nn.GatedMLP, hidden=(256, 256))
-    vae = table_vae(
-        columns,
-        args.latent_dim,
-        prior=priors.GaussianMixture,
-        likelihood=partial(likelihoods.Tabular, network=network),
-        encoder=partial(encoders.DiagonalNormal, network=network),
-    )
-    vae.likelihood.start_at(train)
-    history = pyrovae.fit(
-        vae.model,
-        vae.guide,
-        data.split_missing(train),
-        validation=data.split_missing(validation),
-        epochs=args.epochs,
-        batch_size=256,
-        optimizer=partial(torch.optim.Adam, lr=2e-3),
-        transform=data.hide_cells,  # so that the encoder learns to fill holes; also for validation data
-        scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=args.epochs),
-        clip_norm=10.0,
-    )
+    validation, x = table.x[order[: len(table) // 20]], table.x[order[len(table) // 20 :]]
+    vae, history = train(x, validation, columns, args.latent_dim, args.epochs)
     print(history)
     print(f"trained in {time.perf_counter() - started:.0f} s")
 
     few = test[: args.num_test]
     print(f"test {pyrovae.log_marginal(vae.model, vae.guide, *data.split_missing(few), num_samples=args.num_samples)}")
-    baseline = log_prob_of_cells(fit_independent_columns(columns, train), few).sum(1).mean()
+    baseline = log_prob_of_cells(fit_independent_columns(columns, x), few).sum(1).mean()
     print(f"independent columns: {baseline:.3f} nats a datum")
 
     pyro.set_rng_seed(1)
-    generated = vae.sample(len(train))
+    generated = vae.sample(len(x))
     table.schema.write(generated, args.output)
     print(f"\n{len(generated):,} new rows in {args.output}; classifiers for {columns[-1].name!r}, on real test rows:")
-    scores = {"new rows": classify(generated, test, columns), "real rows": classify(train, test, columns)}
+    scores = {"new rows": classify(generated, test, columns), "real rows": classify(x, test, columns)}
     for name in CLASSIFIERS:
         listed = "   ".join(f"{kind}: F1 {s[name][0]:.3f}, AUROC {s[name][1]:.3f}" for kind, s in scores.items())
         print(f"  {name:20s} {listed}")
-    print(diagnostics.synthetic_rows(train, test, generated, columns))
+    print(diagnostics.synthetic_rows(x, test, generated, columns))
 
-    # Hide a fifth of the cells of complete test rows.
-    complete = test[~test.isnan().any(1)][: args.num_imputed]
-    hidden = torch.rand_like(complete) < 0.2
-    hidden[hidden.all(1), 0] = False
-    holes = torch.where(hidden, torch.nan, complete)
-    imputed = vae.impute(*data.split_missing(holes), num_samples=args.num_samples, num_draws=50)
-    is_class = torch.tensor([isinstance(column, Discrete) for column in columns])
-    known = train[:: max(1, len(train) // 3000)]
-    middle = torch.stack([x[~x.isnan()].mode().values if c else x.nanmedian() for x, c in zip(train.T, is_class)])
-    filled = {
-        "VAE": torch.where(is_class, imputed.draws.mode(0).values, imputed.draws.mean(0)),
-        "median and mode": torch.where(hidden, middle, complete),
-        "10 nearest neighbours": impute_by(KNNImputer(n_neighbors=10, keep_empty_features=True), known, holes, columns),
-        "IterativeImputer": impute_by(
-            IterativeImputer(
-                Ridge(10.0), max_iter=5, min_value=-5, max_value=5, keep_empty_features=True, random_state=0
-            ),
-            known,
-            holes,
-            columns,
-        ),
-    }
     print("\nhidden cells: error of numbers in standard deviations, share of wrong classes")
-    for name, completed in filled.items():
-        errors = imputation_errors(completed.float(), complete, hidden, columns, train)
+    for name, errors in imputations(vae, x, test, columns, args.num_imputed, args.num_samples).items():
         print(f"  {name:22s} {errors[0]:.3f}  {errors[1]:.3f}")
 
 
