@@ -62,6 +62,7 @@ nitpick_ignore = [
 # Examples that take more than a minute in full, or need a file: their pages show the shortest run.
 gallery_smoke = [
     "adult",
+    "anomalies",
     "chorales",
     "compiled",
     "iwae",
