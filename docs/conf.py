@@ -68,6 +68,7 @@ gallery_smoke = [
     "iwae",
     "marginal_likelihood",
     "recommend",
+    "repair",
     "swap_parts",
     "text",
     "volatility",
