@@ -73,8 +73,8 @@ def train(x, validation, levels, args):
         transform=halves,  # also for validation images
         loss=bounds.ELBO(beta=bounds.Linear(args.warm_up)),  # without it the latents are not used
         epochs=args.epochs,
-        patience=30,
-        batch_size=64,
+        batch_size=128,
+        scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=args.epochs),
         optimizer=partial(torch.optim.Adam, lr=args.learning_rate),
         progress=not args.smoke,
     )
@@ -204,8 +204,8 @@ if __name__ == "__main__":
     parser.add_argument("--data-root", default="data", help="folder of the data sets")
     parser.add_argument("--shape", type=int, nargs=2, help="height and width of the images of a file of rows of bytes")
     parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--warm-up", type=int, default=1000, help="steps until the KL divergence counts in full")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--warm-up", type=int, default=500, help="steps until the KL divergence counts in full")
     parser.add_argument("--latent-dim", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=300, help="units of each of two hidden layers")
     parser.add_argument("--num-samples", type=int, default=1000, help="importance samples an image")
