@@ -264,3 +264,36 @@ def test_training_does_not_shuffle_the_steps_of_a_series():
             pyrovae.fit(single.model, single.guide, x, loss=loss, batch_size=4, epochs=1, progress=False)
     history = pyrovae.fit(single.model, single.guide, x, batch_size=12, epochs=3, progress=False)
     assert len(history) == 3
+
+
+def test_a_picture_of_forecasts_shows_quantiles_of_the_draws(tmp_path):
+    x, draws = torch.randn(2, 8, 3), torch.randn(50, 2, 4, 3)
+    figure = pyrovae.plots.forecasts(x, draws, draws[0], shares=(0.8,), path=tmp_path / "fan.png")
+    assert len(figure.axes) == 6
+    assert (tmp_path / "fan.png").stat().st_size > 1000
+    ax = figure.axes[4]  # the second series, the second element
+    past, median, came = (torch.as_tensor(line.get_ydata()) for line in ax.lines)
+    torch.testing.assert_close(past, x[1, :, 1])
+    torch.testing.assert_close(came, draws[0, 1, :, 1])
+    torch.testing.assert_close(median, draws[:, 1, :, 1].double().median(0).values)
+    corners = torch.as_tensor(ax.collections[0].get_paths()[0].vertices)
+    for quantile in (0.1, 0.9):
+        for step, value in enumerate(draws[:, 1, :, 1].double().quantile(quantile, dim=0)):
+            assert (corners - torch.stack([torch.tensor(8.0 + step).double(), value])).norm(dim=1).min() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("x", "draws", "match"),
+    [
+        ((2, 8), (50, 3, 4), "x and draws must have shapes"),
+        ((2, 8), (50, 2, 4, 1), "x and draws must have shapes"),
+        ((2, 8, 3), (50, 2, 4, 2), "x and draws must have shapes"),
+    ],
+)
+def test_forecasts_of_other_shapes_are_refused(x, draws, match):
+    with pytest.raises(ValueError, match=match):
+        pyrovae.plots.forecasts(torch.randn(x), torch.randn(draws))
+    with pytest.raises(ValueError, match="actual must have the shape"):
+        pyrovae.plots.forecasts(torch.randn(2, 8), torch.randn(5, 2, 4), torch.randn(2, 3))
+    with pytest.raises(ValueError, match="shares must be between 0 and 1"):
+        pyrovae.plots.forecasts(torch.randn(2, 8), torch.randn(5, 2, 4), shares=(90,))

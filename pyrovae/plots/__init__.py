@@ -7,6 +7,7 @@ from pyrovae.plots.comparisons import comparisons
 from pyrovae.plots.histories import collapse_history, learning_curve
 from pyrovae.plots.pictures import latent_space, reconstructions, repairs, samples
 from pyrovae.plots.results import draw_result
+from pyrovae.plots.series import forecasts
 
 # The result of each diagnostic draws itself.
 anomalies = calibration = collapse = gaps = interpolations = latent_map = draw_result
@@ -18,6 +19,7 @@ __all__ = [
     "collapse",
     "collapse_history",
     "comparisons",
+    "forecasts",
     "gaps",
     "interpolations",
     "latent_map",
