@@ -171,7 +171,7 @@ def test_sites_that_come_at_random_are_refused(loss):
         walk.guide(x, length())
 
     bound = loss()
-    with pytest.raises(ValueError, match=r"the guide misses|change from run to run|The guide"):
+    with pytest.raises(ValueError, match="change from run to run|The guide"):
         for _ in range(20):
             bound.terms(model, guide, x[:2])
 

@@ -336,9 +336,10 @@ def structure_of_run(
         return structure
     with isolated(tensors_of(args, kwargs)):
         for _ in range(3):  # sites that come and go at random may agree by chance
-            found = inspect(model, guide, *args, **kwargs)
-            check_same_sites(found.sites, sites)
-            torch.rand(())  # an inspection restores the random state
+            drawn = traced(guide, None, *args, **kwargs)
+            scored = traced(model, latents_of_trace(drawn), *args, **kwargs)
+            check_same_sites(sample_sites(drawn).keys() | sample_sites(scored).keys(), sites)
+    found = inspect(model, guide, *args, **kwargs)
     if (found.max_plate_nesting, found.data) != (structure.max_plate_nesting, structure.data):
         raise ValueError(
             f"the plate over the data is {structure.data or 'missing'} in one batch, {found.data or 'missing'} in "
