@@ -69,6 +69,7 @@ gallery_smoke = [
     "marginal_likelihood",
     "recommend",
     "repair",
+    "speech",
     "swap_parts",
     "text",
     "volatility",
