@@ -19,6 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import adult
 
 RESULTS = Path(__file__).with_suffix(".json")
+NAMES = ("real rows", "pyrovae", "Gaussian copula", "TVAE", "CTGAN")
 EPOCHS = 300  # of ctgan
 Columns = tuple[Modelled, ...]
 
@@ -138,14 +140,10 @@ def main(args: argparse.Namespace) -> None:
         made.fit(x.double().numpy(), columns)
         return torch.from_numpy(made.sample(len(x))).float(), time.process_time() - start, 1
 
-    makers: dict[str, Callable[[], tuple[Tensor, float, int]]] = {
-        "real rows": lambda: (x, 0.0, 0),
-        "pyrovae": vae,
-        "Gaussian copula": copula,
-        "TVAE": lambda: by_ctgan("TVAE", x, schema, args.seconds),
-        "CTGAN": lambda: by_ctgan("CTGAN", x, schema, args.seconds),
-    }
-    for name in args.methods or makers:
+    gans = [partial(by_ctgan, name, x, schema, args.seconds) for name in NAMES[3:]]
+    makers: dict[str, Callable[[], tuple[Tensor, float, int]]]
+    makers = dict(zip(NAMES, (lambda: (x, 0.0, 0), vae, copula, *gans), strict=True))
+    for name in args.methods or NAMES:
         rows, spent, epochs = makers[name]()
         classified = adult.classify(rows, test, columns)
         found = diagnostics.synthetic_rows(x, test, rows, columns)
@@ -168,7 +166,11 @@ def write(results: dict) -> None:
     """Writes the section of the README."""
     header = ["Rows from", "F1", "AUROC", "Columns", "Pairs", "Nearer to training rows", "Epochs", "CPU seconds"]
     lines = []
-    for name, r in results["rows"].items():
+    for name in NAMES:
+        r = results["rows"].get(name)
+        if r is None:
+            lines.append([name, "not run", *[""] * (len(header) - 2)])
+            continue
         numbers = [f"{r[key]:.3f}" for key in ("F1", "AUROC", "columns", "pairs")]
         trained = [str(r["epochs"]), f"{r['CPU seconds']:.0f}"] if r["epochs"] else ["", ""]
         lines.append([name, *numbers, f"{r['copied']:.1%}" if r["epochs"] else "", *trained])
@@ -192,7 +194,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("train", type=Path, help="file of training rows")
     parser.add_argument("test", type=Path, help="file of test rows")
-    parser.add_argument("--methods", nargs="*", help="some of: real rows, pyrovae, Gaussian copula, TVAE, CTGAN")
+    parser.add_argument("--methods", nargs="*", choices=NAMES, help="some of them")
     parser.add_argument("--epochs", type=int, default=40, help="of the VAE of pyrovae")
     parser.add_argument("--seconds", type=float, default=1500, help="CPU seconds of TVAE and of CTGAN, at most")
     main(parser.parse_args())

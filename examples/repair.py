@@ -57,6 +57,18 @@ class Halves:
         return x, self.seen(x) | whole
 
 
+class Standardized(torch.nn.Module):
+    """What the encoder takes: the seen pixels less their mean, in standard deviations, and where they are."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.register_buffer("mean", x.mean(0))
+        self.register_buffer("scale", x.std(0).clamp_min(0.05))
+
+    def forward(self, x, mask):
+        return torch.stack([mask * (x - self.mean) / self.scale, mask.to(x.dtype)], dim=1)
+
+
 def train(x, validation, levels, args):
     shape, halves = tuple(x.shape[1:]), Halves(x.shape[-2])
     network = partial(nn.GatedMLP, hidden=(args.hidden, args.hidden))
@@ -64,6 +76,7 @@ def train(x, validation, levels, args):
         priors.GaussianMixture(args.latent_dim, num_components=20),
         likelihoods.DiscretizedLogistic(args.latent_dim, shape, network=network, levels=levels).start_at(x),
         encoders.DiagonalNormal((2, *shape), args.latent_dim, network=network),
+        features=Standardized(x),
     )
     history = pyrovae.fit(
         vae.model,
@@ -73,7 +86,8 @@ def train(x, validation, levels, args):
         transform=halves,  # also for validation images
         loss=bounds.ELBO(beta=bounds.Linear(args.warm_up)),  # without it the latents are not used
         epochs=args.epochs,
-        batch_size=128,
+        patience=15,
+        batch_size=64,
         scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=args.epochs),
         optimizer=partial(torch.optim.Adam, lr=args.learning_rate),
         progress=not args.smoke,
@@ -203,8 +217,8 @@ if __name__ == "__main__":
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, or a file of images")
     parser.add_argument("--data-root", default="data", help="folder of the data sets")
     parser.add_argument("--shape", type=int, nargs=2, help="height and width of the images of a file of rows of bytes")
-    parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--warm-up", type=int, default=500, help="steps until the KL divergence counts in full")
     parser.add_argument("--latent-dim", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=300, help="units of each of two hidden layers")
