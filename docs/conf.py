@@ -94,4 +94,7 @@ public_modules = [
     "pyrovae.storage",
     "pyrovae.cli",
     "pyrovae.sklearn",
+    "pyrovae.exporting",
+    "pyrovae.hub",
+    "pyrovae.trackers",
 ]
