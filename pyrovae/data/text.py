@@ -91,7 +91,7 @@ class Vocabulary:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes of a step: the words, the end and the unknown word."""
+        """The number of classes of a step, with those of the end and of the unknown word."""
         return len(self.words) + 2
 
     @cached_property
