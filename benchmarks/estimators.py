@@ -543,7 +543,7 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a few short rounds, nothing written")
     args = parser.parse_args()
     args.digits_epochs, args.reference = 500, (100, 1000, 3)
-    args.long, args.bidirectional = (100, 2000), (32, 400)
+    args.long, args.bidirectional = (100, 2000), (100, 2000)
     args.samples, args.steps, args.particles = (100, 1000, 10_000, 30_000), (10, 40, 160, 640), (4, 8, 16, 32)
     if args.smoke:
         args.rounds, args.images, args.num_samples, args.batch_sizes = 2, 5, 1000, [100, 1000]
