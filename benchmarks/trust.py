@@ -153,5 +153,6 @@ def trust(args: argparse.Namespace) -> str:
         + f"\n\nLong annealing: {args.long[0]} chains and {args.long[1]:,} temperatures. The bounds on log p(x) of "
         f"data drawn from the model are those of annealing forwards and backwards, {args.bidirectional[0]} chains and "
         f"{args.bidirectional[1]} temperatures, with three standard errors of the difference. Annealing forwards is "
-        "unbiased for p(x): intervals are those of the difference to it.\n\n" + report.machine()
+        "unbiased for p(x): intervals are those of the difference to it.\n\n"
+        + report.machine(packages=("torch", "pyro-ppl"))
     )
