@@ -121,6 +121,11 @@ def test_ticks_are_few_round_numbers_inside(low, high):
     assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
 
 
+def test_epochs_have_whole_ticks():
+    assert page._ticks(0.96, 2.04, least=1.0) == [1, 2]
+    assert ">1.2<" not in page.line_chart([1, 2], {"loss": [4.0, 2.0]}, "epoch", "nats")
+
+
 def test_curves_are_where_their_numbers_are():
     text = page.line_chart([1, 2, 3], {"loss": [4.0, float("nan"), 2.0]}, "epoch", "nats")
     [points] = re.findall('polyline points="(.*?)"', text)

@@ -155,7 +155,7 @@ def line_chart(x: Sequence[float], curves: Mapping[str, Sequence[float]], x_name
     left, top, width, height = _LEFT, 10, _WIDTH - _LEFT - 10, _HEIGHT - _BOTTOM - 10
     inside = f'x="{left}" y="{top}" width="{width}" height="{height}" viewBox="{left} {top} {width} {height}"'
     marks = [f"<svg {inside}>", *lines, *dots, "</svg>"]  # which shows nothing of what is outside of it
-    return _chart(at, "".join(marks), x_name, y_name, "") + _key(list(drawn))
+    return _chart(at, "".join(marks), x_name, y_name, "", is_counted=True) + _key(list(drawn))
 
 
 def scatter(
@@ -214,10 +214,10 @@ def _wider(low: float, high: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _chart(at: _Scale, marks: str, x_name: str, y_name: str, attributes: str) -> str:
+def _chart(at: _Scale, marks: str, x_name: str, y_name: str, attributes: str, is_counted: bool = False) -> str:
     right, bottom = _WIDTH - 10, _HEIGHT - _BOTTOM
     lines = [f'<path class="axis" d="M{_LEFT} 10V{bottom}H{right}"/>']
-    for tick in _ticks(*at.x_range):
+    for tick in _ticks(*at.x_range, least=1.0 if is_counted else 0.0):
         lines.append(f'<text x="{at.x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
     for tick in _ticks(*at.y_range):
         lines.append(f'<path class="axis" d="M{_LEFT} {at.y(tick):.1f}H{right}" stroke-dasharray="2 4"/>')
@@ -230,10 +230,11 @@ def _chart(at: _Scale, marks: str, x_name: str, y_name: str, attributes: str) ->
     return f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"{attributes}>{"".join(lines)}{marks}</svg>'
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Returns some four to eight round numbers in a range."""
+def _ticks(low: float, high: float, least: float = 0.0) -> list[float]:
+    """Returns some four to eight round numbers in a range; fewer where they would be closer than the least distance."""
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= next((factor for factor in (5, 2) if (high - low) / (step * factor) >= 4), 1)
+    step = max(step, least)
     first = math.ceil(low / step)
     return [round(i * step, 12) for i in range(first, math.floor(high / step) + 1)]
 

@@ -146,7 +146,8 @@ def _numbers(
     score = f"{result['log_marginal']:.3f} ± {result['standard_error']:.3f}"
     found = {f"{scored(vae)}, test, nats a datum": score, "of the test data can be trusted": f"{1 - untrusted / n:.1%}"}
     if "baseline" in result:
-        found["baseline of independent dimensions, nats"] = f"{result['baseline']:.3f}"
+        baseline = "independent dimensions" if splits.vocabulary is None else "words by their frequency"
+        found[f"baseline of {baseline}, nats"] = f"{result['baseline']:.3f}"
     return found | numbers
 
 
@@ -172,7 +173,7 @@ def _pictures(directory: Path, vae: Any, splits: datasets.Splits, history: Histo
         return "<p>Rows that the model draws:</p>" + page.table(list(rows[0]), [[*row.values()] for row in rows])
     if splits.vocabulary is not None:
         lines = splits.vocabulary.decode(vae.sample(8))
-        return "<p>Lines that the model draws:</p>" + page.table(["line"], [[line] for line in lines])
+        return "<p>Lines that the model draws:</p>" + page.table(["line"], [[line or "(empty)"] for line in lines])
     shown = []
     with tempfile.TemporaryDirectory() as temporary:
         for name, draw_to in pictures_of(vae, splits, history).items():
