@@ -22,7 +22,7 @@ def explain(message: str) -> str:
     cause = _TYPE.sub("", cause)
     value = cause.partition("Got value: ")[2].partition(". Got value: ")[0].rstrip(".")
     cause = _VALUE.sub("", cause).rstrip(".")
-    if value and value not in cause and not _NAMESPACE.search(value):
+    if value and not re.search(rf"(?<!\w){re.escape(value)}(?!\w)", cause) and not _NAMESPACE.search(value):
         cause += f", got {value}"
     return f"{'.'.join(keys)}: {cause}."[:_LONGEST]
 

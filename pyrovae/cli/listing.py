@@ -115,6 +115,9 @@ def _has_classes(parser: ArgumentParser) -> bool:
     return any(action.dest.endswith(".help") for action in parser._actions)
 
 
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
 def _plain(message: str) -> str:
     text = explain(message)
     text = re.sub(
@@ -125,7 +128,13 @@ def _plain(message: str) -> str:
     if key and missing:
         options = " and ".join(f"--{key[1]}.{name} VALUE" for name in missing[2].split(", "))
         return f"{key[1]}: {missing[1]} needs {missing[2]}. Give {options}."
+    needed = re.fullmatch(r"the following arguments are required: (\w+)\.(\w+)", text)
+    if needed:  # positional ones
+        return f"{needed[1]} needs {needed[2]}. Give it after the command: pyrovae {needed[1]} {needed[2].upper()}."
+    text = re.sub(r"argument subcommand: invalid choice: '(.*?)' \(choose from .*", r"there is no command \1.", text)
     text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
+    text = re.sub(r"Expected a typing.Literal\[(.*?)\]", r"must be one of \1", text)
+    text = re.sub(r"Expected a (int|float|bool)\b", lambda m: f"must be {_KINDS[m[1]]}", text)
     text = re.sub(r"Expected a (?:Sequence|list|List|tuple), got (.*?)\.$", r"it is a list: give '[\1]'.", text)
     return re.sub(r"Option '(.*?)' is not accepted", r"it has no argument '\1'", text)
 
