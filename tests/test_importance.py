@@ -759,7 +759,7 @@ def test_an_estimate_prints_its_errors_and_what_is_not_to_be_trusted():
     estimate = Estimate(
         torch.tensor([-1.0, -3.0]),
         torch.tensor([0.3, 0.4]),
-        torch.ones(2),
+        torch.full((2,), 20.0),
         torch.tensor([0.1, 0.9]),
         50,
         ImportanceSampling(50),
