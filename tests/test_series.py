@@ -282,6 +282,14 @@ def test_a_picture_of_forecasts_shows_quantiles_of_the_draws(tmp_path):
             assert (corners - torch.stack([torch.tensor(8.0 + step).double(), value])).norm(dim=1).min() < 1e-6
 
 
+def test_series_of_numbers_have_a_panel_each():
+    x, draws = torch.randn(3, 8), torch.randn(50, 3, 4)
+    axes = pyrovae.plots.forecasts(x, draws).axes
+    assert len(axes) == 3
+    torch.testing.assert_close(torch.as_tensor(axes[2].lines[0].get_ydata()), x[2])
+    assert len(axes[2].lines) == 2  # nothing came yet
+
+
 @pytest.mark.parametrize(
     ("x", "draws", "match"),
     [

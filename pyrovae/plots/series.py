@@ -52,7 +52,7 @@ def forecasts(
         raise ValueError(f"actual must have the shape of a draw, {tuple(draws.shape[1:])}, got {tuple(actual.shape)}.")
     if not shares or not all(0 < share < 1 for share in shares):
         raise ValueError(f"shares must be between 0 and 1, got {list(shares)}.")
-    past = x.detach().cpu().flatten(2).reshape(*x.shape[:2], -1)
+    past = x.detach().cpu().reshape(*x.shape[:2], -1)
     coming = draws.detach().cpu().double().reshape(*draws.shape[:3], -1)
     came = None if actual is None else actual.detach().cpu().reshape(*actual.shape[:2], -1)
     panels = [(i, d) for i in range(past.shape[0]) for d in range(past.shape[2])][:_MOST_PANELS]
