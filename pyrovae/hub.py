@@ -1,7 +1,6 @@
 """Runs on the Hugging Face Hub, with a card that is written from the run."""
 
 import importlib
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -10,6 +9,7 @@ from typing import Any
 
 from pyrovae import storage
 from pyrovae._version import __version__
+from pyrovae.extras import check_installed
 
 __all__ = ["load_from_hub", "push_to_hub"]
 
@@ -127,6 +127,5 @@ def _score(metrics: Path) -> str:
 
 
 def _package() -> Any:
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise ImportError("huggingface-hub is not installed. Install it: pip install 'pyrovae[hub]'")
+    check_installed("huggingface_hub", "hub")
     return importlib.import_module("huggingface_hub")

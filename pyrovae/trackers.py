@@ -3,7 +3,6 @@
 :class:`pyrovae.training.Tracking` makes a callback of a tracker, ``pyrovae train --tracker TensorBoard`` uses one.
 """
 
-import importlib.util
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import yaml
+
+from pyrovae.extras import check_installed
 
 __all__ = ["MLflow", "PythonLogging", "TensorBoard", "Tracker", "WandB"]
 
@@ -68,7 +69,7 @@ class TensorBoard(Tracker):
     """
 
     def __init__(self, directory: str | None = None):
-        _check_installed("tensorboard")
+        check_installed("tensorboard", "tensorboard")
         self.directory = directory
 
     def start(self, name: str, directory: Path, config: Mapping[str, Any], key: str | None, epoch: int) -> str:
@@ -110,7 +111,7 @@ class WandB(Tracker):
     """
 
     def __init__(self, project: str = "pyrovae", entity: str | None = None, mode: str | None = None):
-        _check_installed("wandb")
+        check_installed("wandb", "wandb")
         self.project, self.entity, self.mode = project, entity, mode
 
     def start(self, name: str, directory: Path, config: Mapping[str, Any], key: str | None, epoch: int) -> str:
@@ -152,7 +153,7 @@ class MLflow(Tracker):
     """
 
     def __init__(self, uri: str | None = None, experiment: str = "pyrovae"):
-        _check_installed("mlflow")
+        check_installed("mlflow", "mlflow")
         self.uri, self.experiment = uri, experiment
 
     def start(self, name: str, directory: Path, config: Mapping[str, Any], key: str | None, epoch: int) -> str:
@@ -209,11 +210,6 @@ class PythonLogging(Tracker):
 
     def _say(self, message: str, *args: Any) -> None:
         logging.getLogger(self.logger).log(self.level, message, *args)
-
-
-def _check_installed(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{package} is not installed. Install it: pip install 'pyrovae[{package}]'")
 
 
 def _as_code(config: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import importlib.util
 import json
 import math
 import subprocess
@@ -14,6 +13,7 @@ import yaml
 
 from pyrovae import config as configs
 from pyrovae.documents import read_yaml
+from pyrovae.extras import check_installed
 from pyrovae.locks import DirectoryLock
 
 _RANGE = {"low", "high", "log"}
@@ -157,6 +157,5 @@ def _report(study: Any, names: list[str], place: Path) -> None:
 
 
 def _package() -> Any:
-    if importlib.util.find_spec("optuna") is None:
-        raise ImportError("optuna is not installed. Install it: pip install 'pyrovae[sweep]'")
+    check_installed("optuna", "sweep")
     return importlib.import_module("optuna")
