@@ -1,7 +1,7 @@
 r"""What all bounds share: log weights of particles, a function of them, and an estimate of its gradient."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -79,6 +79,24 @@ class LossParts(NamedTuple):
     bound: Tensor
 
 
+class _Inspected(NamedTuple):
+    """What a bound found when it was last called with another pair, or other kinds of arguments.
+
+    Args:
+        call: the model, the guide, and the kinds of their arguments.
+        model: the model; in a plate of one datum if it had no plate.
+        guide: the guide, likewise.
+        structure: the sites of both.
+        known: sets of sites that batches had.
+    """
+
+    call: tuple
+    model: Callable
+    guide: Callable
+    structure: SiteStructure
+    known: set[frozenset[str]]
+
+
 class Bound(NumbersChecked, PyroELBO, ABC):
     r"""Base of the bounds: a training objective for any Pyro model and guide.
 
@@ -90,7 +108,7 @@ class Bound(NumbersChecked, PyroELBO, ABC):
     the data; the N/B of a subsampled data plate multiplies f, masks act inside of it.
 
     To add a bound, derive from :class:`ImportanceBound` and write ``reduce``: f with its first two derivatives, as
-    a :class:`Reduced` over the first dimension of the log weights. Class attributes describe f: `smooth` is False
+    a :class:`Reduced` over the first dimension of the log weights. Three class attributes describe f: `smooth` is False
     if f has a kink, which its second derivative leaves out; `linear` is True if f is a mean; `is_upper` is True if
     training is to lower it.
 
@@ -103,9 +121,9 @@ class Bound(NumbersChecked, PyroELBO, ABC):
     """
 
     linear = False
-    by_datum = False
     smooth = True
     is_upper = False
+    by_datum = False  # whether it needs weights per datum
 
     def __init__(
         self,
@@ -137,8 +155,7 @@ class Bound(NumbersChecked, PyroELBO, ABC):
         self.score_functions = self.gradient.score_functions and not has_own_gradient
         self.through_draws = self.gradient.reparameterized or self.gradient.single_backward and not has_own_gradient
         self.scorer = SiteScorer()
-        # What the model, guide and arguments of the last call were, these in a plate, and structures by their sites.
-        self._inspected: tuple[tuple, tuple[Callable, Callable], dict[frozenset[str], SiteStructure]] | None = None
+        self._inspected: _Inspected | None = None
         self.gradient.check(self)
 
     @abstractmethod
@@ -182,9 +199,9 @@ class Bound(NumbersChecked, PyroELBO, ABC):
             ValueError: when model and guide do not fit each other, the data or the bound; the message names the site.
         """
         inspected = (model, guide, _kinds(args, kwargs), named_plate.get())
-        if self._inspected is not None and self._inspected[0] == inspected:
-            _, (model, guide), structures = self._inspected
-            return self._estimate(model, guide, next(iter(structures.values())), args, kwargs)
+        if self._inspected is not None and self._inspected.call == inspected:
+            found = self._inspected
+            return self._estimate(found.model, found.guide, found.structure, args, kwargs)
         structure = inspect(model, guide, *args, **kwargs)
         if self.by_datum and not structure.has_plates:
             model, guide = in_plate_of_one(model, guide)
@@ -199,19 +216,23 @@ class Bound(NumbersChecked, PyroELBO, ABC):
         structure = check_draws(structure, model, guide, *args, **kwargs)
         self._inspected = None
         terms = self._estimate(model, guide, structure, args, kwargs)
-        self._inspected = inspected, (model, guide), {structure.sites: structure}
+        self._inspected = _Inspected(inspected, model, guide, structure, {structure.sites})
         return terms
 
     def _check_sites(
-        self, structure: SiteStructure, sites: Set[str], model: Callable, guide: Callable, args: tuple, kwargs: dict
+        self,
+        structure: SiteStructure,
+        sites: frozenset[str],
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: dict,
     ) -> None:
         """Raises a ValueError if the sites of a run change at random, or if the bound is not defined for them."""
-        known = {structure.sites: structure} if self._inspected is None else self._inspected[2]
-        sites = frozenset(sites)
+        known = {structure.sites} if self._inspected is None else self._inspected.known
         if sites not in known:
-            found = structure_of_run(structure, sites, model, guide, args, kwargs)
-            self._check_structure(found)
-            known[found.sites] = found
+            self._check_structure(structure_of_run(structure, sites, model, guide, args, kwargs))
+            known.add(sites)
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Returns an estimate of the loss; schedules have their final values, so that epochs can be compared."""
@@ -321,7 +342,7 @@ class Bound(NumbersChecked, PyroELBO, ABC):
         With `trace_again` the guide runs again, because distributions for all draws do not fit a chunk of them.
         """
         model_trace = trace_model(model, draws, structure, size, *args, **kwargs)
-        sites = sample_sites(draws).keys() | sample_sites(model_trace).keys()
+        sites = frozenset(sample_sites(draws).keys() | sample_sites(model_trace).keys())
         self._check_sites(structure, sites, model, guide, args, kwargs)
         if trace_again:
             draws = trace_model(guide, draws, structure, size, *args, **kwargs)
