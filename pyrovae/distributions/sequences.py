@@ -31,7 +31,7 @@ class Decoder(Protocol):
 
 
 class Autoregressive(dist.TorchDistribution):
-    r"""Sequences, each step of which depends on the steps before, or images, whose steps are pixels.
+    r"""Sequences whose steps depend on the steps before, or images, whose steps are pixels.
 
     .. math:: p(x) = \prod_{t=1}^T p(x_t \mid h_t), \qquad h_t = \mathrm{decoder}_t(c, x_1, \dots, x_{t-1})
 

@@ -23,7 +23,7 @@ class _Layer(nn.Module):
 
     Args:
         width: number of channels.
-        kernel_size: pixels on a side of the square of which the kernels see a half.
+        kernel_size: side of the square kernel, in pixels, before a half of it is masked.
         depth: number of layers of the network.
     """
 
@@ -88,7 +88,7 @@ class GatedPixelCNN(SequenceDecoder):
         num_classes: number of classes, for pixels of class numbers, which are embedded; None for other numbers.
         width: number of channels of the layers, and width of the features.
         num_layers: number of layers.
-        kernel_size: pixels on a side of the square of which the kernels see a half; odd.
+        kernel_size: side of the square kernel, in pixels, before a half of it is masked; odd.
         network: a module, or a callable that builds one, from the latent to the map m, ``(width, height, width of x)``.
         context_dim: width of the context vector, 0 for none.
 
@@ -162,7 +162,7 @@ class GatedPixelCNN(SequenceDecoder):
         return h.flatten(1), state._replace(place=state.place + 1, left=tuple(left))
 
     def _begin_row(self, state: _Drawing, v: Tensor, y: int) -> _Drawing:
-        """Returns the state with what the rows above give to row y, of which the last has the vectors v."""
+        """Returns the state with what the rows above give to row y; v holds the vectors of the row just above."""
         above, given = [], []
         for layer, latent, before in zip(self.layers, state.latents, state.above, strict=True):
             seen = torch.cat([before, v], dim=1)
