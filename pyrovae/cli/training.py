@@ -13,7 +13,6 @@ from pyro.infer import ELBO
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm.auto import tqdm
 
 from pyrovae import data as datasets
 from pyrovae import diagnostics, storage
@@ -50,6 +49,7 @@ from pyrovae.likelihoods import Autoregressive, Bernoulli, Likelihood
 from pyrovae.locks import DirectoryLock, is_empty
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior, StandardNormal
+from pyrovae.progress import tqdm
 from pyrovae.structures import (
     MissingDataVAE,
     SemiSupervisedVAE,

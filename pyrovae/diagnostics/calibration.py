@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyrovae.arguments import elements_per_datum, take_rows
 from pyrovae.diagnostics.base import (
@@ -28,6 +27,7 @@ from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import log_joint, simulate, trace_guide
 from pyrovae.plots.drawing import new_figure
+from pyrovae.progress import tqdm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

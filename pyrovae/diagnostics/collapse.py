@@ -13,7 +13,6 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyrovae.arguments import take_rows
 from pyrovae.bounds.kl import conditioned_alike, kl_in_closed_form
@@ -36,6 +35,7 @@ from pyrovae.inference.sites import is_masked, layers, sample_sites
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import check_draws, log_prob_of, per_datum, trace_guide, trace_model
 from pyrovae.plots.drawing import integer_ticks, new_figure
+from pyrovae.progress import tqdm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

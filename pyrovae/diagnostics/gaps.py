@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyrovae import bounds
 from pyrovae.arguments import take_rows
@@ -24,6 +23,7 @@ from pyrovae.estimators import (
 from pyrovae.inference.running import evaluation_mode
 from pyrovae.inference.weights import log_weights
 from pyrovae.plots.drawing import new_figure
+from pyrovae.progress import tqdm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

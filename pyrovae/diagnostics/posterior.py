@@ -14,7 +14,6 @@ from pyro.infer import NUTS
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 from torch.distributions import Transform, biject_to
-from tqdm.auto import tqdm
 
 from pyrovae.arguments import take_rows
 from pyrovae.diagnostics.base import (
@@ -33,6 +32,7 @@ from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import log_joint, trace_guide, trace_model
 from pyrovae.plots.drawing import new_figure
+from pyrovae.progress import tqdm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from tqdm.auto import tqdm
 
 from pyrovae import arguments
 from pyrovae.compilation.cache import GraphCache, backend_of
@@ -18,6 +17,7 @@ from pyrovae.estimators.base import Estimate, Estimator, join
 from pyrovae.estimators.exact import Enumeration
 from pyrovae.estimators.task import Task, open_task
 from pyrovae.estimators.weighted import ImportanceSampling
+from pyrovae.progress import tqdm
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyrovae.estimators.annealed import AnnealedImportanceSampling
 from pyrovae.estimators.base import Estimate, Estimator, check_count, check_positive
@@ -25,6 +24,7 @@ from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task, prior_of
 from pyrovae.estimators.weighted import ImportanceSampling
 from pyrovae.inference.structure import SiteStructure
+from pyrovae.progress import tqdm
 
 _BLOCK = 200  # data that a stage takes at once, at most
 _FIRST_BLOCKS = (4, 12)  # under a budget of time: two sizes, from which the time of more data follows

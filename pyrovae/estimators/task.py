@@ -12,7 +12,6 @@ import torch
 from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from tqdm.auto import tqdm
 
 from pyrovae import arguments
 from pyrovae.arguments import take_rows
@@ -33,6 +32,7 @@ from pyrovae.inference.weights import (
     per_datum,
     trace_model,
 )
+from pyrovae.progress import tqdm
 from pyrovae.rows import NumberType, number_type
 
 _FIRST_ROWS = 7  # data on which a model and a guide are inspected first

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
-from tqdm.auto import tqdm
 
 from pyrovae.arguments import as_arguments, as_device, as_tensors, count_data, row_positions
 from pyrovae.bounds import Bound
@@ -25,6 +24,7 @@ from pyrovae.compilation.cache import backend_of
 from pyrovae.data.batches import Batches, as_batches
 from pyrovae.distributed import init_process_group
 from pyrovae.inference.messages import is_integer, warn
+from pyrovae.progress import tqdm
 from pyrovae.rows import number_type
 from pyrovae.training.callbacks import Callback, listeners_of, running, stop_requested
 from pyrovae.training.checkpoints import Checkpointer
