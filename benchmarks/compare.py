@@ -19,7 +19,8 @@ scored on the same data with the same noise, which shows that they trained the s
 Importance sampling (`importance`): log p(x) of the trained MLP VAE, by `log_marginal` and by pythae's `get_nll` at its
 default batch size and at others, and the arithmetic rate of the networks relative to that of a matrix product.
 
-Precision (`precision`): the same VAE scored in float32 and under bfloat16 autocast, with the same noise.
+Precision (`precision`): training steps of `fit` in float32 and with `precision="bf16"`; log p(x) of the test digits
+after training in both, in float32; and a VAE scored in float32 and under bfloat16 autocast, with the same noise.
 
 Memory (`memory`): a loss with its gradients, each in a fresh process: the largest amount that torch holds above what it
 held before, and the peak of the process (VmHWM) after two calls, compilation included.
@@ -77,6 +78,7 @@ EPOCH_SECONDS, MOST_DATA, ROUNDS = 0.25, 2**16, (6, 40)  # of hand-written PyTor
 SCORED = 500
 PRODUCTS = 5  # matrix products a round
 FIRST_STEPS = 5  # the fourth of which fit traces
+PRECISIONS = (None, "bf16")  # of fit
 BUDGET = {"cpu": 64e6, "cuda": 2e9}  # memory for log_marginal, in bytes: the default, and more where that is faster
 STOCK_GOALS = {32: 2.0, 128: 1.5}  # by batch size
 TARGETS = {1: -23.5, 50: -23.5}  # nats a datum, by particles
@@ -187,7 +189,9 @@ def pyrovae_elbo(particles: int, compiled: bool) -> ELBO:
     return pyrovae.compile(loss) if compiled else loss
 
 
-def pyrovae_fit(vae: VAE, x: Tensor, batch: int, particles: int, compile: bool | str = "auto") -> Train:
+def pyrovae_fit(
+    vae: VAE, x: Tensor, batch: int, particles: int, compile: bool | str = "auto", precision: str | None = None
+) -> Train:
     """``pyrovae.fit`` with its defaults, except the loss and the progress bar."""
     loss = pyrovae_elbo(particles, compile is True)  # kept from call to call, with its graphs
     if compile == "auto":
@@ -195,8 +199,8 @@ def pyrovae_fit(vae: VAE, x: Tensor, batch: int, particles: int, compile: bool |
 
     def train(epochs: int, mark: Callable[[], bool | None]) -> None:
         callbacks = [lambda _: mark()]
-        options = {"epochs": epochs, "batch_size": batch, "callbacks": callbacks, "compile": compile}
-        pyrovae.fit(vae.model, vae.guide, x, loss=loss, progress=False, **options)
+        options = {"epochs": epochs, "batch_size": batch, "callbacks": callbacks, "precision": precision}
+        pyrovae.fit(vae.model, vae.guide, x, loss=loss, compile=compile, progress=False, **options)
 
     return train
 
@@ -447,6 +451,9 @@ def measure_precision(args: argparse.Namespace) -> Measured:
     exact = results["float32"][-1]
     apart = {"bfloat16": results["bfloat16"][-1] - exact, "float32, other noise": score(1, False) - exact}
     return {
+        "training": [steps_in_both(*case, args) for case in ((1, 128), (1, 2048), (args.particles, 128))],
+        "digits": [digits_in_both(seed, args) for seed in tqdm(range(args.digits_runs), "digits")],
+        "digits epochs": args.digits_epochs,
         "images": len(x),
         "samples": args.num_samples,
         "seconds": times,
@@ -460,6 +467,38 @@ def measure_precision(args: argparse.Namespace) -> Measured:
             for name, d in apart.items()
         },
     }
+
+
+def steps_in_both(particles: int, batch: int, args: argparse.Namespace) -> Measured:
+    """Returns milliseconds a step of ``fit`` in every round, by precision."""
+    pyro.set_rng_seed(0)
+    steps = max(1, 4096 // batch)
+    x = binary_images(steps * batch).to(args.device)
+    trains = {
+        name: pyrovae_fit(pyrovae_vae().to(args.device), x, batch, particles, precision=name) for name in PRECISIONS
+    }
+    ms: dict[str, list[float]] = {str(name): [] for name in trains}
+    for i in range(-1, args.rounds):
+        for name in PRECISIONS if i % 2 else PRECISIONS[::-1]:
+            took = ms_a_step(trains[name], args.epochs, steps, args.device)
+            if i >= 0:  # the first round warms up
+                ms[str(name)].append(took)
+    return {"particles": particles, "batch": batch, "ms": ms}
+
+
+def digits_in_both(seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """Returns the mean log p(x) of the test digits after training in each precision, scored in float32."""
+    train_set, _, test_set = data.load("digits")
+    x, held_out = (data.static_binarization(split.x).flatten(1).to(args.device) for split in (train_set, test_set))
+    found = {}
+    for name in PRECISIONS:
+        pyro.set_rng_seed(seed)
+        vae = pyrovae_vae(x.shape[1], 16).to(args.device)
+        pyrovae_fit(vae, x, 128, 1, precision=name)(args.digits_epochs, lambda: None)
+        torch.manual_seed(0)
+        scored = pyrovae.log_marginal(vae.model, vae.guide, held_out, num_samples=1000, progress=False)
+        found[str(name)] = scored.value.mean().item()
+    return found
 
 
 def has_bfloat16(device: str) -> bool:
@@ -482,9 +521,25 @@ def precision_section(measured: Measured) -> str:
         [name, f"{d['mean']:+.4f}", f"{d['standard error']:.4f}", f"{d['largest']:.3f}"]
         for name, d in measured["difference"].items()
     ]
+    training = [
+        [
+            objective(case["particles"]),
+            str(case["batch"]),
+            *(report.quartiles(ms, 1) for ms in case["ms"].values()),
+            report.quartiles(ratios(case["ms"]["bf16"], case["ms"]["None"]), 2),
+        ]
+        for case in measured["training"]
+    ]
+    digits = [run["bf16"] - run["None"] for run in measured["digits"]]
+    error = statistics.stdev(digits) / len(digits) ** 0.5 if len(digits) > 1 else float("nan")
     return (
-        f"### Precision\n\nThe same VAE scored under `torch.autocast` in bfloat16 and in float32, {n} images, "
-        f"{measured['samples']:,} samples each, the same noise, both compiled. Differences of log p(x), in nats. A "
+        '### Precision\n\nTraining steps of `fit`, in float32 and with `precision="bf16"`, taking turns.\n\n'
+        + report.table(["objective", "batch", "float32, ms", "bf16, ms", "ratio"], training)
+        + f"\n\nTest digits after {measured['digits epochs']} epochs, log p(x) in float32 by 1,000 samples: trained "
+        f"with bf16 less trained in float32, the mean of {len(digits)} seeds: {statistics.mean(digits):+.3f} ± "
+        f"{error:.3f} nats. Single seeds: {', '.join(f'{d:+.2f}' for d in digits)}.\n\nThe same VAE scored under "
+        f"`torch.autocast` in bfloat16 and in float32, {n} images, {measured['samples']:,} samples each, the same "
+        "noise, both compiled. Differences of log p(x), in nats. A "
         f"second run in float32, with other noise, shows the effect of noise. bfloat16 took {relative} times as long. "
         f"{units}\n\n" + report.table(["minus float32", "mean", "standard error", "largest of a datum"], rows)
     )
@@ -907,6 +962,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=8, help="timed rounds of importance sampling and precision")
     parser.add_argument("--images", type=int, default=20, help="images a round of importance sampling")
     parser.add_argument("--precision-images", type=int, default=100, help="images scored in two precisions")
+    parser.add_argument("--digits-runs", type=int, default=5, help="seeds of digits trained in two precisions")
+    parser.add_argument("--digits-epochs", type=int, default=300, help="their epochs")
     parser.add_argument("--num-samples", type=int, default=5000, help="samples an image, a multiple of each batch size")
     parser.add_argument("--pythae-batches", type=int, nargs="+", default=[100, 1000], help="of get_nll, 100 by default")
     parser.add_argument("--train-epochs", type=int, default=10, help="epochs of training before importance sampling")
@@ -921,7 +978,7 @@ if __name__ == "__main__":
     if args.smoke:
         args.batches, args.iwae_batches, args.particles, args.epochs = [32, 128], [8], 5, 2
         args.rounds, args.images, args.num_samples, args.pythae_batches = 2, 5, 1000, [100, 1000]
-        args.process_batches = [128]
+        args.process_batches, args.digits_runs, args.digits_epochs = [128], 2, 3
         args.precision_images, args.train_epochs, args.repeats, args.runs, args.most_epochs = 10, 1, 2, 1, 5
     if any(args.num_samples % b for b in args.pythae_batches):
         parser.error("pythae draws whole batches: make --num-samples a multiple of --pythae-batches")

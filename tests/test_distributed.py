@@ -192,6 +192,11 @@ def all_data_in_a_batch():
 
 
 @scenario
+def micro_batches():
+    return train(normal_vae(), data(35), loss=bounds.ELBO(beta=bounds.Linear(5)), micro_batch_size=5)
+
+
+@scenario
 def discrete_latents():
     return train(discrete(), data(), loss=Trace_ELBO())
 

@@ -96,6 +96,8 @@ def train(
     batch_size: int = 128,
     patience: int | None = 50,
     clip_norm: float | None = None,
+    micro_batch_size: int | None = None,
+    precision: Literal["bf16"] | None = None,
     num_samples: int | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -141,6 +143,10 @@ def train(
         batch_size: data per step.
         patience: stop when the validation loss has not improved for this many epochs; null to never stop early.
         clip_norm: largest norm of the gradient over all parameters; null for no limit.
+        micro_batch_size: data that the model runs on at once; the gradients of a batch are added up, so that large
+            batches fit into memory. null for whole batches.
+        precision: bf16 for matrix products in bfloat16 during training, which is faster on some processors; null for
+            float32. The score at the end is computed in float32.
         num_samples: importance samples of the guide per datum for the test log p(x); null for stages of estimators,
             until each datum can be trusted, in at most a third of the time that training took, or a minute.
         seed: seed of the weights, the batches and the noise.
@@ -251,6 +257,8 @@ def train(
                     ema_decay=ema_decay,
                     transform=transform,
                     clip_norm=clip_norm,
+                    micro_batch_size=micro_batch_size,
+                    precision=precision,
                     validation=arguments_of(vae, splits.validation),
                     patience=patience,
                     callbacks=callbacks,

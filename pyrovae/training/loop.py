@@ -55,6 +55,8 @@ def fit(
     ema_decay: float | None = None,
     transform: Callable | None = None,
     clip_norm: float | None = None,
+    micro_batch_size: int | None = None,
+    precision: Literal["bf16"] | None = None,
     validation: Data | None = None,
     patience: int | None = None,
     callbacks: Sequence[Callback] = (),
@@ -101,6 +103,12 @@ def fit(
         transform: called with every batch, its result used instead: ``transform(x)``, or ``transform(x, context)``.
             It applies to validation batches too.
         clip_norm: largest norm of the gradient of the loss per datum, over all parameters together.
+        micro_batch_size: run model and guide on at most so many data of a batch at once, and add up the gradients, so
+            that large batches fit into memory. The step is that of the whole batch with other noise; what a loss makes
+            of a batch as a whole (free bits, batch norm) is that of a micro-batch.
+        precision: "bf16" computes matrix products and convolutions of the networks in bfloat16, by ``torch.autocast``,
+            in training and validation; densities, log weights and sums keep the type of the parameters, which must be
+            float32. It is faster on processors that have such products. None computes all in that type.
         validation: data in any of the forms above. Their loss is computed after every epoch, in evaluation mode and
             with the same noise each time.
         patience: stop when the validation loss has not improved for this many epochs, and restore the weights of the
@@ -147,6 +155,7 @@ def fit(
     _check_arguments(
         epochs, batch_size, patience, clip_norm, validation, scheduler, callbacks, loss, compile, ema_decay
     )
+    _check_steps(micro_batch_size, precision)
     device = as_device(device)
     epochs, batch_size = int(epochs), int(batch_size)  # NumPy's integers are not accepted by all of torch
     world = init_process_group(device)
@@ -204,10 +213,17 @@ def fit(
             ema_decay=None if ema_decay is None else float(ema_decay),
             transform=transform,
             clip_norm=clip_norm,
+            micro_batch_size=None if micro_batch_size is None else int(micro_batch_size),
+            precision=precision,
             device=device,
             numbers=numbers,
         )
     if trainer.row_parameters:
+        if micro_batch_size is not None:
+            raise ValueError(
+                f"micro_batch_size cuts batches, but parameter {trainer.row_parameters[0]!r} belongs to rows of the "
+                "data, which must come in one batch. Leave it out."
+            )
         check_rows(trainer.row_parameters, batch_size, len(batches))
         batches = as_given("data", data, batch_size, shuffle=False)
     if held_out is not None and not trainer.state.has_loss:
@@ -321,6 +337,14 @@ def _check_arguments(
     backend_of(compile)
     if loss is not None and (isinstance(loss, type) or not callable(getattr(loss, "loss", None))):
         raise TypeError(f"loss must be an ELBO object, such as bounds.IWAE(16), got {loss!r}.")
+
+
+def _check_steps(micro_batch_size: Any, precision: Any) -> None:
+    """Raises a ValueError that names an option of the steps that is out of range."""
+    if micro_batch_size is not None and not (is_integer(micro_batch_size) and micro_batch_size >= 1):
+        raise ValueError(f"micro_batch_size must be an integer of at least 1, or None, got {micro_batch_size!r}.")
+    if precision not in (None, "bf16"):
+        raise ValueError(f'precision must be "bf16" or None, got {precision!r}.')
 
 
 def _warn_of_long_schedules(loss: ELBO, steps_per_epoch: int | None, epochs: int, patience: int | None) -> None:

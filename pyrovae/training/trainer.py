@@ -1,7 +1,8 @@
 """The steps of training: loss, gradient and optimizer; validation; the cause of a loss that is not finite."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, NoReturn
 
 import pyro
@@ -41,7 +42,7 @@ from pyrovae.training.state import ModelState, display_name, find_state
 # Steps on a GPU between checks of values on it, because every check waits for the GPU.
 _CHECK_EVERY = 50
 # Arguments of a run that earlier versions did not have, and so did not write to checkpoints.
-_DEFAULTS = {"schedule_every_step": False, "ema_decay": None}
+_DEFAULTS = {"schedule_every_step": False, "ema_decay": None, "micro_batch_size": None, "precision": None}
 
 
 class _LossCall(NamedTuple):
@@ -60,6 +61,22 @@ class _LossCall(NamedTuple):
     rng_state: Tensor
     rows: Tensor | int | None
     where: str
+
+
+class _MicroBatch(NamedTuple):
+    """A part of a batch.
+
+    Args:
+        batch: arguments of model and guide.
+        start: the place of its first datum in the batch.
+        count: number of data.
+        weight: of their mean in the mean over the batch.
+    """
+
+    batch: Arguments
+    start: int
+    count: int  # type: ignore[assignment]  # hides the count of tuples
+    weight: float
 
 
 class Trainer:
@@ -82,6 +99,8 @@ class Trainer:
         ema_decay: decay of the average of the weights, None for none.
         transform: called with the arguments of every batch, its result used instead.
         clip_norm: the largest norm of the gradient.
+        micro_batch_size: the largest number of data that model and guide run on at once, None for a whole batch.
+        precision: "bf16" for matrix products in it, None for the type of the parameters.
         device: where to move each batch.
         numbers: the type of the numbers that model and guide take.
     """
@@ -101,18 +120,21 @@ class Trainer:
         ema_decay: float | None,
         transform: Callable | None,
         clip_norm: float | None,
+        micro_batch_size: int | None,
+        precision: str | None,
         device: torch.device | str | None,
         numbers: NumberType,
     ):
         self.world, self.model, self.guide = world, model, guide
         self.transform, self.clip_norm, self.device, self.numbers = transform, clip_norm, device, numbers
+        self.micro_batch_size, self.precision = micro_batch_size, precision
         self.compiled = loss if isinstance(loss, graphs.Compiled) else None
         # Pyro's base class of the ELBOs does not declare their methods, and not all have the same.
         self.loss: Any = loss if self.compiled is None else self.compiled.elbo
         if isinstance(self.loss, Bound):
             self.loss.load_state_dict({"steps": 0})  # schedules start with the run
 
-        batch = self.prepare("data", first_batch, check=True)
+        batch = next(self._micro_batches(self.prepare("data", first_batch, check=True))).batch
         total = count_data(batch.args, batch.kwargs)
         structure = inspect(model, guide, *batch.args, **batch.kwargs)
         shard = world.shard(total)
@@ -134,6 +156,12 @@ class Trainer:
         self.data_size = structure.data_size if structure.data_size != shard.count else None
 
         self.state = find_state(self.loss, model, guide, args, kwargs)
+        other = next((key for key, p in self.state.params.items() if p.dtype != torch.float32), None)
+        if precision is not None and other is not None:
+            raise ValueError(
+                f"precision={precision!r} is for parameters of float32, but {display_name(other)!r} is "
+                f"{str(self.state.params[other].dtype).removeprefix('torch.')}. Leave precision out."
+            )
         self.row_parameters: list[str] = []
         if num_shuffled:
             keys = parameters_of_rows(model, guide, self.state.params, batch, total, num_shuffled)
@@ -147,7 +175,8 @@ class Trainer:
                 f"schedule_every_step=True needs a scheduler that counts steps, got {given}. Leave it out."
             )
         # A learning rate that differs from step to step is a constant of a CUDA graph.
-        self.recordable = world.size == 1 and not self.every_step and _make_recordable(self.optimizer)
+        one_call = world.size == 1 and micro_batch_size is None and not self.every_step
+        self.recordable = one_call and _make_recordable(self.optimizer)
         self.ema_decay = ema_decay
         self.average = None if ema_decay is None else Average(self.state, ema_decay)
 
@@ -200,7 +229,7 @@ class Trainer:
         count = 0.0
         # Pyro's validation takes a tenth of the time of a step. The first batch has passed it. What may change later is
         # checked in every step: the data at each observed site, and whether the loss is finite.
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(False), self._autocast():
             for batch in self.world.check_same_batches(batches):
                 batch = self.prepare("data", batch, check=not isinstance(batches, Batches))
                 count += self.step(batch, getattr(batches, "rows", None), epoch)
@@ -227,20 +256,22 @@ class Trainer:
             epoch: the number of the epoch, for messages.
         """
         self.num_steps += 1
-        shard = self.world.shard(count_data(batch.args, batch.kwargs))
-        args, kwargs = self._start_call(batch, shard, rows, f"at step {self.num_steps} (epoch {epoch})")
-        size = self.data_size or shard.count
-        scale = shard.weight / size  # of the loss of the shard in the mean over the batch
-        try:
-            compiled = self.compiled if self.state.has_loss else None
-            if compiled is None or not self._compiled_step(compiled, args, kwargs, shard, scale, size):
-                self.optimizer.zero_grad()
-                parts, is_inside = self._loss_and_grads(args, kwargs, shard, scale)
-                values = torch.stack([*parts.values()]).double()
-                is_valid = values[0].isfinite() & is_inside if self.state.has_loss else is_inside
-                self._update([*parts], values, is_valid, shard, size)
-        except ValueError as error:
-            self._explain(error)
+        where = f"at step {self.num_steps} (epoch {epoch})"
+        micro_batches = list(self._micro_batches(batch))
+        schedules_at = self.loss.steps if isinstance(self.loss, Bound) else 0
+        sums: list[Tensor | None] = [None] * len(self.state.trained)  # of gradients, over micro-batches
+        for micro in micro_batches:
+            if isinstance(self.loss, Bound):
+                self.loss.steps = schedules_at
+            self._micro_step(micro, rows, where, is_whole=len(micro_batches) == 1)
+            if len(micro_batches) > 1:
+                for i, (p, total) in enumerate(zip(self.state.trained, sums, strict=True)):
+                    if p.grad is not None:
+                        sums[i] = p.grad.clone() if total is None else total.add_(p.grad)
+        if len(micro_batches) > 1:
+            for p, gradient in zip(self.state.trained, sums, strict=True):
+                p.grad = gradient
+            self._update()
         if self.average is not None and self.num_steps == 1:
             self.average.start()
         if self.every_step:
@@ -253,22 +284,67 @@ class Trainer:
                 f"model or guide made a new parameter at step {self.num_steps}, which the optimizer does not hold: "
                 f"{list(pyro.get_param_store().keys())[-1]!r}. Make all parameters in the first call."
             )
-        return shard.total
+        return sum(micro.count for micro in micro_batches)
+
+    def _micro_batches(self, batch: Arguments) -> Iterator["_MicroBatch"]:
+        """Yields the parts of a batch that model and guide run on at once, of sizes that differ by one at most."""
+        total = count_data(batch.args, batch.kwargs)
+        parts = 1 if self.micro_batch_size is None else -(-total // self.micro_batch_size)
+        for i in range(parts):
+            start, end = i * total // parts, (i + 1) * total // parts
+            args, kwargs = Shard(start, end - start, total, 1.0).rows(batch.args, batch.kwargs)
+            yield _MicroBatch(Arguments(*args, **kwargs), start, end - start, (end - start) / total)
+
+    def _micro_step(self, micro: "_MicroBatch", rows: Tensor | int | None, where: str, is_whole: bool) -> None:
+        """Computes the gradient of a micro-batch; if it is the whole batch, takes a step of the optimizer too."""
+        shard = self.world.shard(micro.count)
+        args, kwargs = self._start_call(micro.batch, shard, rows, where, micro.start)
+        size = self.data_size or shard.count
+        scale = micro.weight * shard.weight / size  # of the loss of the shard in the mean over the batch
+        compiled = self.compiled if self.state.has_loss else None
+        try:
+            if compiled is None or not self._compiled_step(compiled, args, kwargs, shard, scale, size, is_whole):
+                self.optimizer.zero_grad()
+                parts, is_inside = self._loss_and_grads(args, kwargs, shard, scale)
+                values = torch.stack([*parts.values()]).double()
+                is_valid = values[0].isfinite() & is_inside if self.state.has_loss else is_inside
+                self._add_to_totals([*parts], values, is_valid, shard, size)
+                if is_whole:
+                    self._update()
+        except ValueError as error:
+            self._explain(error)
+
+    def _autocast(self) -> AbstractContextManager:
+        """Returns the context in which model and guide run."""
+        if self.precision is None:
+            return nullcontext()
+        return torch.autocast(self.state.trained[0].device.type, torch.bfloat16)
 
     def _start_call(
-        self, batch: Arguments, shard: Shard, rows: Tensor | int | None, where: str
+        self, batch: Arguments, shard: Shard, rows: Tensor | int | None, where: str, first: int = 0
     ) -> tuple[tuple, dict[str, Any]]:
-        """Returns the arguments for a shard of a batch, and keeps the call for the case that it fails."""
+        """Returns the arguments for a shard of a batch, and keeps the call for the case that it fails.
+
+        `rows` are the places of the data in all data, and `first` is the place of the batch among them.
+        """
         args, kwargs = shard.rows(batch.args, batch.kwargs)
         if rows is not None:
-            rows = rows[shard.start :] if isinstance(rows, Tensor) else rows + shard.start
+            start = first + shard.start
+            rows = rows[start:] if isinstance(rows, Tensor) else rows + start
         self.latest_call = _LossCall(args, kwargs, torch.get_rng_state(), rows, where)
         return args, kwargs
 
     def _compiled_step(
-        self, compiled: graphs.Compiled, args: tuple, kwargs: dict[str, Any], shard: Shard, scale: float, size: int
+        self,
+        compiled: graphs.Compiled,
+        args: tuple,
+        kwargs: dict[str, Any],
+        shard: Shard,
+        scale: float,
+        size: int,
+        is_whole: bool,
     ) -> bool:
-        """Takes a step by a compiled graph; returns False if nothing was done, because there can be no graph."""
+        """Does the same by a compiled graph; returns False if nothing was done, because there can be no graph."""
 
         def update(step: graphs.Step, state: Guards) -> None:
             for group in self.optimizer.param_groups:  # faster than zero_grad
@@ -277,7 +353,9 @@ class Trainer:
             for p, gradient in zip(state.leaves, step.gradients, strict=True):
                 p.grad = gradient
             names = ["loss"] if step.terms is None else [*step.terms.named]
-            self._update(names, step.numbers, step.fine, shard, size)
+            self._add_to_totals(names, step.numbers, step.fine, shard, size)
+            if is_whole:
+                self._update()
 
         post_step = PostStep(update, self._launch_key if self.recordable else None)
         return compiled.step(self.model, self.guide, args, kwargs, scale, shard, post_step) is not None
@@ -317,8 +395,8 @@ class Trainer:
                         p.grad *= scale
         return parts, data.inside()
 
-    def _update(self, names: list[str], values: Tensor, is_valid: Tensor, shard: Shard, size: int) -> None:
-        """Adds the loss and its parts to the sums of the epoch, and takes a step of the optimizer."""
+    def _add_to_totals(self, names: list[str], values: Tensor, is_valid: Tensor, shard: Shard, size: int) -> None:
+        """Adds the loss and its parts to the sums of the epoch."""
         if not self.totals:
             self.is_valid = torch.ones_like(is_valid)
         key = tuple(names)
@@ -328,6 +406,9 @@ class Trainer:
         self.is_valid.logical_and_(is_valid)
         if not values.is_cuda:  # on a GPU this would wait for it
             self._check_valid()
+
+    def _update(self) -> None:
+        """Takes a step of the optimizer."""
         if self.world.size > 1:
             self._add_gradients_of_all()
         if self.clip_norm is not None:
@@ -363,7 +444,7 @@ class Trainer:
         """Returns the validation loss per datum, with the same noise in every epoch so that epochs can be compared."""
         total, count = 0.0, 0
         devices = cuda_devices(self.state.trained)
-        with evaluation_mode(), torch.random.fork_rng(devices):
+        with evaluation_mode(), torch.random.fork_rng(devices), self._autocast():
             torch.manual_seed(0)
             for batch in batches:
                 batch = self.prepare("validation", batch, check=not isinstance(batches, Batches))
@@ -425,7 +506,7 @@ class Trainer:
         args, kwargs, rng_state, rows, where = self.latest_call
         torch.set_rng_state(rng_state)
         self._check_parameters(where)
-        with torch.no_grad(), pyro.validation_enabled(False), row_positions(rows):
+        with torch.no_grad(), pyro.validation_enabled(False), row_positions(rows), self._autocast():
             guide = traced(self.guide, None, *args, **kwargs)
             model = traced(self.model, latents_of_trace(guide), *args, **kwargs)
             check_all_observed(model, self.unvalidated)
@@ -482,7 +563,8 @@ class Trainer:
         scheduler = None if self.scheduler is None else type(self.scheduler).__name__
         loss = repr(self.loss) if isinstance(self.loss, Bound) else type(self.loss).__name__
         classes = {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler, "loss": loss}
-        return classes | {"schedule_every_step": self.every_step, "ema_decay": self.ema_decay}
+        options = {"micro_batch_size": self.micro_batch_size, "precision": self.precision}
+        return classes | {"schedule_every_step": self.every_step, "ema_decay": self.ema_decay} | options
 
 
 def _make_optimizer(optimizer: Callable | Optimizer, state: ModelState) -> Optimizer:
