@@ -305,3 +305,28 @@ def test_forecasts_of_other_shapes_are_refused(x, draws, match):
         pyrovae.plots.forecasts(torch.randn(2, 8), torch.randn(5, 2, 4), torch.randn(2, 3))
     with pytest.raises(ValueError, match="shares must be between 0 and 1"):
         pyrovae.plots.forecasts(torch.randn(2, 8), torch.randn(5, 2, 4), shares=(90,))
+
+
+def test_a_picture_of_gaps_shows_quantiles_between_observed_steps(tmp_path):
+    x, draws = torch.randn(2, 8, 3), torch.randn(50, 2, 8, 3)
+    mask = torch.ones(2, 8).bool()
+    mask[1, 3:5] = False
+    figure = pyrovae.plots.imputations(x, mask, draws, x, shares=(0.8,), path=tmp_path / "gap.png")
+    assert (tmp_path / "gap.png").stat().st_size > 1000
+    assert len(figure.axes) == 6
+    seen, median, hidden = (torch.as_tensor(line.get_ydata()) for line in figure.axes[4].lines)
+    assert torch.equal(seen.isnan(), ~mask[1])
+    torch.testing.assert_close(seen[mask[1]], x[1, mask[1], 1].double())
+    inside = torch.arange(8).ge(2) & torch.arange(8).le(5)
+    assert torch.equal(median.isnan(), ~inside)
+    torch.testing.assert_close(median[[2, 5]], x[1, [2, 5], 1].double())
+    torch.testing.assert_close(median[3:5], draws[:, 1, 3:5, 1].double().median(0).values)
+    torch.testing.assert_close(hidden[inside], x[1, inside, 1].double())
+    corners = torch.as_tensor(figure.axes[4].collections[0].get_paths()[0].vertices)
+    for quantile in (0.1, 0.9):
+        for step, value in enumerate(draws[:, 1, 3:5, 1].double().quantile(quantile, dim=0)):
+            assert (corners - torch.stack([torch.tensor(3.0 + step).double(), value])).norm(dim=1).min() < 1e-6
+    with pytest.raises(ValueError, match="x, mask and draws must have shapes"):
+        pyrovae.plots.imputations(x, mask[:, :4], draws)
+    with pytest.raises(ValueError, match="actual must have the shape of x"):
+        pyrovae.plots.imputations(x, mask, draws, x[:, :4])

@@ -57,6 +57,17 @@ def linear_gaussian() -> StateSpaceVAE:
     return vae
 
 
+def following() -> StateSpaceVAE:
+    """The linear-Gaussian model with a guide that draws from a wider transition, whatever the data."""
+    vae = linear_gaussian()
+    with torch.no_grad():
+        (layer,) = vae.encoder.network.layers
+        layer.weight.zero_()
+        layer.weight[:2, :2] = A
+        layer.bias.copy_(torch.tensor([0.0, 0.0, raw(1.2), raw(1.2)]))
+    return vae
+
+
 def covariance_of_states(steps: int) -> Tensor:
     """Returns the covariance of all states, by brute force."""
     covariance, variance = torch.zeros(2 * steps, 2 * steps, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
@@ -81,6 +92,12 @@ def joint(steps: int, observed: Tensor) -> tuple[MultivariateNormal, Tensor]:
 
 def marginal(x: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([joint(len(m), m)[0].log_prob(row[m].flatten()) for row, m in zip(x, mask, strict=True)])
+
+
+@pytest.fixture
+def near(data) -> tuple[Tensor, Tensor]:
+    """Sequences that are nearer to zero, so that the guide of `following` leaves many particles."""
+    return data[0] / 2, data[1]
 
 
 @pytest.fixture
@@ -186,6 +203,92 @@ def test_last_states_and_forecasts_are_those_of_the_normal(data):
     assert ((variance - expected.diagonal()).abs() < 4.5 * expected.diagonal() * math.sqrt(20 / n)).all()
 
 
+def smoothed_normal(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns mean and covariance of all states of a sequence given its observed steps, as the Kalman smoother does."""
+    normal, cross = joint(len(mask), mask)
+    gain = cross @ normal.precision_matrix
+    return gain @ x[mask].flatten(), covariance_of_states(len(mask)) - gain @ cross.T
+
+
+def test_smoothed_states_are_those_of_the_normal(near):
+    """Means and covariances, also between steps and after the end, by the spread of independent smoothers."""
+    x, mask = near
+    vae, runs, n = following(), 20, 150
+    smoothed = vae.smooth(x.repeat(runs, 1, 1), mask.repeat(runs, 1), num_samples=n, num_particles=3 * n)
+    assert smoothed.states.shape == (n, 3 * runs, 4, 2)
+    states = smoothed.states.flatten(2).unflatten(1, (runs, 3))
+    for i in range(3):
+        mean, covariance = smoothed_normal(x[i], mask[i])
+        away = states[:, :, i] - mean
+        for found, expected in (
+            (away.mean(0), torch.zeros_like(mean)),
+            (torch.einsum("nri,nrj->rij", away, away) / n, covariance),
+        ):
+            # The bias is of the order of 1 / (3 n), the error that of 20 n draws, which is larger.
+            error = found.std(0) / math.sqrt(runs)
+            assert ((found.mean(0) - expected).abs() < 4.5 * error).all()
+
+
+def test_effective_particles_are_those_that_hold_the_states(near):
+    """They are at most all, and few where a bad guide leaves few, which a warning tells."""
+    x, mask = near
+    vae = following()
+    ess = vae.smooth(x, mask, num_particles=500).ess
+    assert ess.shape == (3, 4)
+    assert ((ess > 10) & (ess <= 500)).all()
+    torch.testing.assert_close(ess[1, 3], ess[1, 2])  # after the end
+    with pytest.warns(UserWarning, match="fewer than 10 effective particles.*num_particles=150"):
+        few = vae.smooth(10 * x, mask, num_particles=15)
+    assert (few.ess <= 15 * (1 + 1e-9)).all()
+    assert few.states.shape == (100, 3, 4, 2)
+
+
+def test_a_gap_is_filled_from_both_sides(near):
+    x, mask = near
+    vae, runs, n = following(), 20, 150
+    holes = torch.where(mask.unsqueeze(-1), x, torch.nan)
+    filled = vae.impute(holes.repeat(runs, 1, 1), mask.repeat(runs, 1), num_draws=n, num_particles=3 * n)
+    assert filled.ess.shape == (3 * runs,)
+    assert ((filled.ess > 10) & (filled.ess <= 3 * n)).all()
+    draws = filled.draws.unflatten(1, (runs, 3))
+    means = filled.mean.unflatten(0, (runs, 3))
+    for i in range(3):
+        assert (draws[:, :, i, mask[i]] == x[i, mask[i]]).all()
+        assert (means[:, i, mask[i]] == x[i, mask[i]]).all()
+        mean, covariance = smoothed_normal(x[i], mask[i])
+        for t in (~mask[i]).nonzero().flatten():
+            here = slice(2 * int(t), 2 * int(t) + 2)
+            expected = C @ mean[here]
+            variance = (C @ covariance[here, here] @ C.T).diagonal() + R**2
+            found = means[:, i, t]
+            assert ((found.mean(0) - expected).abs() < 4.5 * found.std(0) / math.sqrt(runs)).all()
+            squares = (draws[:, :, i, t] - expected).square().mean(0)
+            assert ((squares.mean(0) - variance).abs() < 4.5 * squares.std(0) / math.sqrt(runs)).all()
+
+
+def test_smoothing_draws_the_same_with_other_padding_and_hidden_values(near):
+    x, mask = near
+    vae, runs, n = following(), 15, 100
+    means = []
+    for order, values, more in (([0, 1, 2], 50.0, 0), ([2, 0, 1], -7.0, 3)):
+        filled = torch.where(mask.unsqueeze(-1), x, values)[order]
+        filled = torch.nn.functional.pad(filled, (0, 0, 0, more), value=3.0)
+        seen = torch.nn.functional.pad(mask[order], (0, more))
+        states = vae.smooth(filled.repeat(runs, 1, 1), seen.repeat(runs, 1), num_samples=n, num_particles=3 * n).states
+        found = states.mean(0).unflatten(0, (runs, 3))[:, torch.tensor(order).argsort(), :4]
+        means.append((found.mean(0), found.std(0) / math.sqrt(runs)))
+    (first, error), (second, other) = means
+    assert ((first - second).abs() < 4.5 * (error.square() + other.square()).sqrt()).all()
+
+
+def test_particles_that_all_die_are_refused():
+    vae, x = state_space().float(), torch.zeros(2, 4, 3)
+    x[1, 2] = 1e25  # the log-density is minus infinity whatever the state
+    for verb in (vae.smooth, vae.last_states):
+        with pytest.raises(ValueError, match="particles of 1 of 2 sequences have weight zero, first of number 1"):
+            verb(x)
+
+
 def test_training_raises_the_bound_and_graphs_keep_the_bits(data):
     x, mask = data
     found = []
@@ -221,6 +324,7 @@ def test_contexts_enter_every_step():
     by_step = bounds.FIVO(4).differentiable_loss(vae.model_by_step, vae.guide_by_step, x, None, context)
     assert by_step.isfinite()
     assert vae.sample(2, 5, context).shape == (2, 3, 5, 3)
+    assert vae.smooth(x, None, context, num_samples=7).states.shape == (7, 3, 5, 2)
     assert vae.forecast(x[:, :3], 2, context=context, num_samples=7).shape == (7, 3, 2, 3)
 
 
@@ -230,6 +334,8 @@ def test_contexts_enter_every_step():
         (lambda vae: vae.encode(torch.zeros(2, 4, 3), torch.ones(2, 3)), r"mask has shape \(2, 3\).*\(2, 4\) steps"),
         (lambda vae: vae.encode(torch.zeros(2, 4, 3), torch.tensor([[1] * 4, [0] * 4])), "no observed step in 1 of 2"),
         (lambda vae: vae.model(torch.zeros(2, 4, 3), None, torch.zeros(2, 1)), "no part was built for one"),
+        (lambda vae: vae.smooth(torch.zeros(2, 4, 3), num_samples=0), "num_samples must be at least 1, got 0"),
+        (lambda vae: vae.smooth(torch.zeros(2, 4, 3), num_particles=0), "num_particles must be at least 1, got 0"),
         (lambda vae: vae.sample(2, 0), "num_steps must be at least 1, got 0"),
         (lambda vae: vae.forecast(torch.zeros(2, 4, 3), 1, context=torch.zeros(2, 4, 1)), "context must have 5 steps"),
     ],

@@ -125,7 +125,8 @@ class Filtered(NamedTuple):
         draws: the latents without rsample.
         sites: names of the sites of model and guide.
         model: the model's sites, in the order of the last particles, each with "term": its contribution to the log
-            weights, ``(particles, batch)``; none unless they were kept.
+            weights, ``(particles, batch)``, and "drawn": its value in the order of the particles of its own step; none
+            unless they were kept.
         guide: the guide's sites, likewise.
     """
 
@@ -407,7 +408,7 @@ class _Filter:
         return t.unflatten(0, (self.num_runs, self.num_particles))
 
     def _in_order(self, site: dict) -> dict:
-        return site | {key: self.particles.present(site[key]) for key in ("value", "term")}
+        return site | {key: self.particles.present(site[key]) for key in ("value", "term")} | {"drawn": site["value"]}
 
     def _drawn(self, msg: Any) -> None:
         """The guide has drawn a latent, or the subsample of a plate."""

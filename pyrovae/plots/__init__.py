@@ -7,7 +7,7 @@ from pyrovae.plots.comparisons import comparisons
 from pyrovae.plots.histories import collapse_history, learning_curve
 from pyrovae.plots.pictures import latent_space, reconstructions, repairs, samples
 from pyrovae.plots.results import draw_result
-from pyrovae.plots.series import forecasts
+from pyrovae.plots.series import forecasts, imputations
 
 # The result of each diagnostic draws itself.
 anomalies = calibration = collapse = gaps = interpolations = latent_map = draw_result
@@ -21,6 +21,7 @@ __all__ = [
     "comparisons",
     "forecasts",
     "gaps",
+    "imputations",
     "interpolations",
     "latent_map",
     "latent_space",

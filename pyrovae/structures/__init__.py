@@ -10,6 +10,7 @@ from pyrovae.structures.completion import Repair, repair
 from pyrovae.structures.hierarchies import DenseHierarchicalVAE, HierarchicalVAE, LadderVAE
 from pyrovae.structures.missing import MissingDataVAE
 from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
+from pyrovae.structures.smoothing import Smoothed
 from pyrovae.structures.state_space import BackwardGRU, StateSpaceVAE
 from pyrovae.structures.tables import TableFeatures, fit_independent_columns, log_prob_of_cells, table_vae
 
@@ -27,6 +28,7 @@ __all__ = [
     "Repair",
     "SemiSupervised",
     "SemiSupervisedVAE",
+    "Smoothed",
     "StateSpaceVAE",
     "Structure",
     "TableFeatures",

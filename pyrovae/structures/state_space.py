@@ -10,7 +10,8 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyrovae.distributions import MarkovChain, center
-from pyrovae.inference.filtering import run_filter, systematic
+from pyrovae.inference.filtering import Filtered, run_filter, systematic
+from pyrovae.inference.imputation import Imputation
 from pyrovae.inference.messages import check_later
 from pyrovae.inference.structure import inspect
 from pyrovae.nn.base import Shape, as_shape, check_count
@@ -26,6 +27,7 @@ from pyrovae.parts import (
     takes_context,
 )
 from pyrovae.recorded import Recorded
+from pyrovae.structures.smoothing import Smoothed, draw_backward
 from pyrovae.vae import Registered
 
 
@@ -221,6 +223,109 @@ class StateSpaceVAE(Registered):
 
     @torch.no_grad()
     @in_evaluation_mode
+    def smooth(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        num_samples: int = 100,
+        num_particles: int = 200,
+    ) -> Smoothed:
+        r"""Draws the states of all steps given whole sequences, :math:`p(z_1, \dots, z_T \mid x_1, \dots, x_T)`.
+
+        .. math:: z_T \sim \sum_i w_T^i\, \delta_{z_T^i}, \qquad
+            z_t \mid z_{t+1} \sim \sum_i \bar w_t^i\, \delta_{z_t^i}, \quad
+            \bar w_t^i \propto w_t^i\, p(z_{t+1} \mid z_t^i)
+
+        A particle filter goes forward, with the guide as its proposal, and paths are drawn backward through its
+        particles :math:`z_t^i`, with weights :math:`w_t^i`. The error falls with the number of particles. The states
+        after the last observed step are draws of the transition.
+
+        Args:
+            x: sequences, ``(batch, time, *x_shape)``; any values, NaN too, at the steps that were not observed.
+            mask: their observed steps, ``(batch, time)``; None for all.
+            context: shape ``(batch, time, context_dim)``, or None.
+            num_samples: paths for each sequence.
+            num_particles: particles of the filter.
+
+        Returns:
+            A :class:`Smoothed`. A warning tells where fewer than 10 particles hold the states of a step.
+
+        Raises:
+            ValueError: when all particles of a sequence die.
+
+        References:
+            Monte Carlo Smoothing for Nonlinear Time Series, S. J. Godsill, A. Doucet and M. West, 2004,
+            https://doi.org/10.1198/016214504000000151.
+        """
+        check_count(num_samples, "num_samples")
+        mask = self._mask_of(x, mask, context)
+        active = _until_last(mask)
+        run = self._filter(x, mask, context, num_particles)
+
+        def transition(z: Tensor, t: int) -> dist.TorchDistribution:
+            return call(self.transition, z, context=None if context is None else context[:, t])
+
+        smoothed = draw_backward(
+            [run.guide[f"z{t + 1}"]["drawn"] for t in range(x.shape[1])],
+            [step.log_w[0] for step in run.resampled] + [run.log_w[0]],
+            transition,
+            active,
+            max(num_samples, 50),  # of fewer, the effective size says little
+        )
+        smoothed.warn_of_few(num_particles)
+        return smoothed._replace(states=smoothed.states[:num_samples])
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def impute(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        context: Tensor | None = None,
+        *,
+        num_draws: int = 100,
+        num_particles: int = 200,
+    ) -> Imputation:
+        r"""Draws the steps that were not observed, given those before and after them.
+
+        The states are those of :meth:`smooth`; steps after the last observed one are forecasts.
+
+        Args:
+            x: sequences, ``(batch, time, *x_shape)``; any values, NaN too, at the steps that were not observed.
+            mask: their observed steps, ``(batch, time)``.
+            context: shape ``(batch, time, context_dim)``, or None.
+            num_draws: draws for each sequence.
+            num_particles: particles of the filter.
+
+        Returns:
+            An :class:`~pyrovae.Imputation` whose observed steps are those of x. Its `ess` is the smallest number of
+            effective particles at a step that was not observed.
+
+        >>> from pyrovae import encoders, likelihoods, nn, priors
+        >>> vae = StateSpaceVAE(
+        ...     priors.StandardNormal(2),
+        ...     encoders.DiagonalNormal(2, 2, nn.GatedTransition),
+        ...     likelihoods.Normal(2, 3),
+        ...     encoders.DiagonalNormal(2, 2, context_dim=16),
+        ...     BackwardGRU(3, 16),
+        ... )
+        >>> mask = torch.tensor([True, True, False, False, True]).expand(4, 5)
+        >>> vae.impute(torch.zeros(4, 5, 3), mask, num_draws=20).draws.shape
+        torch.Size([20, 4, 5, 3])
+        """
+        states, ess = self.smooth(x, mask, context, num_samples=num_draws, num_particles=num_particles)
+        p = likelihood_at(self.likelihood, states, context)
+        seen = mask.bool().view(*mask.shape, *(1,) * (x.dim() - 2))
+        centers = center(p)
+        mean = centers.double().mean(0)
+        mean = mean.to(centers.dtype) if centers.is_floating_point() else mean
+        least = torch.where(mask.bool(), float(num_particles), ess).amin(1)
+        return Imputation(torch.where(seen, x, mean), torch.where(seen, x, p.sample()), least)
+
+    @torch.no_grad()
+    @in_evaluation_mode
     def last_states(
         self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, *, num_particles: int = 100
     ) -> Tensor:
@@ -230,15 +335,34 @@ class StateSpaceVAE(Registered):
             Shape ``(num_particles, batch, latent_dim)``, equally weighted and in random order.
         """
         mask = self._mask_of(x, mask, context)
-        args = (x, mask, context)
-        structure = inspect(self.model_by_step, self.guide_by_step, *args)
-        run = run_filter(self.model_by_step, self.guide_by_step, structure, num_particles, 0.5, systematic, args, {})
+        run = self._filter(x, mask, context, num_particles)
         states = torch.stack([run.guide[f"z{t + 1}"]["value"] for t in range(x.shape[1])], dim=-2)
         last = _until_last(mask).sum(1) - 1
         z = states.gather(2, last.view(1, -1, 1, 1).expand(len(states), -1, 1, states.shape[-1])).squeeze(2)
         chosen = systematic(run.log_w[0].softmax(0))
         chosen = chosen.gather(0, torch.rand_like(run.log_w[0]).argsort(0))
         return z.gather(0, chosen.unsqueeze(-1).expand_as(z))
+
+    def _filter(self, x: Tensor, mask: Tensor, context: Tensor | None, num_particles: int) -> Filtered:
+        """Runs a particle filter, for a mask that was checked.
+
+        Raises:
+            ValueError: when all particles of a sequence die.
+        """
+        check_count(num_particles, "num_particles")
+        # In place of hidden values, which may be NaN: a step that the likelihood takes.
+        seen = mask.view(*mask.shape, *(1,) * (x.dim() - 2))
+        args = (torch.where(seen, x, x[mask][0]), mask, context)
+        structure = inspect(self.model_by_step, self.guide_by_step, *args)
+        run = run_filter(self.model_by_step, self.guide_by_step, structure, num_particles, 0.5, systematic, args, {})
+        died = ~(run.log_z[0] > -math.inf)
+        if bool(died.any()):
+            raise ValueError(
+                f"all {num_particles:,} particles of {int(died.sum())} of {len(x)} sequences have weight zero, first "
+                f"of number {int(died.nonzero()[0])}: no state that was drawn explains the data. Train the guide, or "
+                "take more particles."
+            )
+        return run
 
     def _chain(self, num_steps: int, active: Tensor | None, context: Tensor | None) -> MarkovChain:
         """Returns p(z)."""
