@@ -13,7 +13,7 @@ import pyrovae
 from pyrovae import bounds, encoders, likelihoods, nn, priors
 from pyrovae.distributions import MarkovChain
 from pyrovae.estimators import ParticleFilter
-from pyrovae.structures import BackwardGRU, StateSpaceVAE
+from pyrovae.structures import BackwardGRU, Smoothed, StateSpaceVAE
 
 AFFINE = partial(nn.MLP, hidden=())
 A = torch.tensor([[0.8, 0.3], [-0.2, 0.7]], dtype=torch.float64)
@@ -215,6 +215,7 @@ def test_smoothed_states_are_those_of_the_normal(near):
     x, mask = near
     vae, runs, n = following(), 20, 150
     smoothed = vae.smooth(x.repeat(runs, 1, 1), mask.repeat(runs, 1), num_samples=n, num_particles=3 * n)
+    assert isinstance(smoothed, Smoothed)
     assert smoothed.states.shape == (n, 3 * runs, 4, 2)
     states = smoothed.states.flatten(2).unflatten(1, (runs, 3))
     for i in range(3):
