@@ -34,3 +34,13 @@ try:
     MISSING = ""
 except (ImportError, AttributeError) as error:
     MISSING = str(error)
+
+
+def has_vector_instructions() -> bool:
+    """Returns whether torch's own kernels use the processor's vector instructions in this process.
+
+    Inductor then need not compile and load programs that test them, which takes half the time of a first compilation.
+    """
+    from torch._inductor import config  # takes long to import
+
+    return hasattr(config.cpp, "vec_isa_ok") and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyrovae.arguments import cuda_devices
 from pyrovae.bounds import Bound
+from pyrovae.compilation import torch_internals
 from pyrovae.compilation.guards import Guards, all_unchanged
 from pyrovae.compilation.recording import FetchesValueError, Recording, record
 from pyrovae.inference.messages import Untraceable
@@ -129,6 +130,8 @@ def compile_module(module: torch.fx.GraphModule) -> Callable:
     """Compiles a graph; it draws random numbers as it would eagerly."""
     # Random numbers as in eager mode, so that a compiled run gives the same results. No guards of torch's: ours decide.
     options: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
+    if torch_internals.has_vector_instructions():
+        options["cpp.vec_isa_ok"] = True
     return torch.compile(module.forward, fullgraph=True, dynamic=False, options=options)
 
 
