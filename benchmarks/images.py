@@ -59,7 +59,7 @@ def _two_level(x: Tensor) -> HierarchicalVAE:
 # The model, built from the training images, and options of fit.
 MODELS: dict[str, tuple[Callable[[Tensor], nn.Module], dict[str, Any]]] = {
     "vae": (_standard, {}),
-    "vae, bf16": (_standard, {"precision": "bf16"}),
+    "vae-bf16": (_standard, {"precision": "bf16"}),
     "vamp": (_vamp, {}),
     "iwae": (_standard, {"loss": bounds.IWAE(5)}),
     "two-level": (_two_level, {}),
