@@ -8,7 +8,7 @@ from pyrovae.distributions.cells import (
     RoundedLogisticCells,
     Scales,
 )
-from pyrovae.distributions.chains import MarkovChain
+from pyrovae.distributions.chains import MarkovChain, RecurrentChain
 from pyrovae.distributions.continuous import BatchScaleNormal, Beta, ContinuousBernoulli, Gamma, StudentT
 from pyrovae.distributions.counts import Multinomial, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pyrovae.distributions.discrete import Categorical, DiscretizedLogistic, IndependentBernoulli
@@ -53,6 +53,7 @@ __all__ = [
     "LogisticNormal",
     "LowRankMultivariateNormal",
     "MarkovChain",
+    "RecurrentChain",
     "MaskedElements",
     "Multinomial",
     "MultivariateNormal",

@@ -9,6 +9,7 @@ from pyrovae.structures.assembly import DenseHierarchy, Hierarchy, Incomplete, L
 from pyrovae.structures.completion import Repair, repair
 from pyrovae.structures.hierarchies import DenseHierarchicalVAE, HierarchicalVAE, LadderVAE
 from pyrovae.structures.missing import MissingDataVAE
+from pyrovae.structures.recurrent import ForwardGRU, RecurrentVAE
 from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
 from pyrovae.structures.smoothing import Smoothed
 from pyrovae.structures.state_space import BackwardGRU, StateSpaceVAE
@@ -19,12 +20,14 @@ __all__ = [
     "ClassifierELBO",
     "DenseHierarchicalVAE",
     "DenseHierarchy",
+    "ForwardGRU",
     "HierarchicalVAE",
     "Hierarchy",
     "Incomplete",
     "Ladder",
     "LadderVAE",
     "MissingDataVAE",
+    "RecurrentVAE",
     "Repair",
     "SemiSupervised",
     "SemiSupervisedVAE",

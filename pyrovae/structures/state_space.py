@@ -10,10 +10,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyrovae.distributions import MarkovChain, center
-from pyrovae.inference.filtering import Filtered, run_filter, systematic
 from pyrovae.inference.imputation import Imputation
-from pyrovae.inference.messages import check_later
-from pyrovae.inference.structure import inspect
 from pyrovae.nn.base import Shape, as_shape, check_count
 from pyrovae.nn.sequences import start_recurrence
 from pyrovae.parts import (
@@ -27,11 +24,11 @@ from pyrovae.parts import (
     takes_context,
 )
 from pyrovae.recorded import Recorded
+from pyrovae.structures.sequences import SequenceVAE, check_generated, split_context, until_last
 from pyrovae.structures.smoothing import Smoothed, draw_backward
-from pyrovae.vae import Registered
 
 
-class StateSpaceVAE(Registered):
+class StateSpaceVAE(SequenceVAE):
     r"""A VAE of sequences: a Markov chain of latent states, and an observation of each.
 
     .. math:: p(x, z) = p(z_1) \prod_{t=2}^T p(z_t \mid z_{t-1}) \prod_{t=1}^T p(x_t \mid z_t), \qquad
@@ -95,23 +92,23 @@ class StateSpaceVAE(Registered):
     def model(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The generative process, with all states at site "z" and all observed steps at site "x"."""
         self.register()
-        mask = self._mask_of(x, mask, context)
+        mask = self.mask_of(x, mask, context)
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self._chain(x.shape[1], _until_last(mask), context))
+            z = pyro.sample("z", self._chain(x.shape[1], until_last(mask), context))
             p = likelihood_at(self.likelihood, z, context)
             pyro.sample("x", p.mask(mask).to_event(1), obs=x)
 
     def guide(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The amortised posterior of all states at site "z"."""
         self.register()
-        mask = self._mask_of(x, mask, context)
+        mask = self.mask_of(x, mask, context)
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.encode(x, mask, context))
 
     @in_evaluation_mode
     def encode(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> MarkovChain:
         r"""Returns :math:`q(z \mid x)`, with ``batch_shape == (batch,)`` and events ``(time, latent_dim)``."""
-        mask = self._mask_of(x, mask, context)
+        mask = self.mask_of(x, mask, context)
         h = self._summaries(x, mask, context)
         # The gradient of a step that is cut out of h is as large as h, for each step; that of all at once is h's.
         one_step = [step.unsqueeze(1) for step in h.unbind(1)]
@@ -120,14 +117,14 @@ class StateSpaceVAE(Registered):
             return self.encoder(z, one_step[steps.start] if steps.stop == steps.start + 1 else h[:, steps])
 
         initial = self.encoder(h.new_zeros(len(x), self._latent_dim), h[:, 0])
-        return MarkovChain(initial, transition, x.shape[1], _until_last(mask))
+        return MarkovChain(initial, transition, x.shape[1], until_last(mask))
 
     def model_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The generative process with a site for each state and each observed step, in their order."""
         self.register()
-        mask = self._mask_of(x, mask, context)
+        mask = self.mask_of(x, mask, context)
         observed: Any = mask  # Pyro's types of masks leave out tensors of any kind
-        active: Any = _until_last(mask)
+        active: Any = until_last(mask)
         z = None
         with pyro.plate("data", len(x)):
             for t in range(x.shape[1]):
@@ -141,8 +138,8 @@ class StateSpaceVAE(Registered):
     def guide_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The amortised posterior with a site for each state."""
         self.register()
-        mask = self._mask_of(x, mask, context)
-        active: Any = _until_last(mask)
+        mask = self.mask_of(x, mask, context)
+        active: Any = until_last(mask)
         h = self._summaries(x, mask, context)
         z = h.new_zeros(len(x), self._latent_dim)
         with pyro.plate("data", len(x)):
@@ -163,10 +160,7 @@ class StateSpaceVAE(Registered):
         Returns:
             Shape ``(num_samples, num_steps, *x_shape)``, or ``(num_samples, batch, num_steps, *x_shape)``.
         """
-        check_count(num_samples, "num_samples", 0)
-        check_count(num_steps, "num_steps")
-        if context is not None and (context.dim() != 3 or context.shape[1] != num_steps):
-            raise ValueError(f"context must have shape (batch, {num_steps}, context_dim), got {tuple(context.shape)}.")
+        check_generated(num_samples, num_steps, context)
         z = self._chain(num_steps, None, context).sample((num_samples,))
         return likelihood_at(self.likelihood, z, context).sample()
 
@@ -206,14 +200,7 @@ class StateSpaceVAE(Registered):
         """
         check_count(num_steps, "num_steps")
         check_count(num_samples, "num_samples")
-        time, coming = x.shape[1], None
-        if context is not None:
-            if mask is not None or context.shape[1] != time + num_steps:
-                raise ValueError(
-                    f"context must have {time + num_steps} steps, the given ones and those to come, and no mask; got "
-                    f"shape {tuple(context.shape)} and mask={mask if mask is None else tuple(mask.shape)}."
-                )
-            context, coming = context[:, :time], context[:, time:]
+        context, coming = split_context(context, mask, x.shape[1], num_steps)
         z = self.last_states(x, mask, context, num_particles=max(num_particles, num_samples))[:num_samples]
         first = None if coming is None else coming[:, 0]
         chain = MarkovChain(
@@ -260,9 +247,9 @@ class StateSpaceVAE(Registered):
             https://doi.org/10.1198/016214504000000151.
         """
         check_count(num_samples, "num_samples")
-        mask = self._mask_of(x, mask, context)
-        active = _until_last(mask)
-        run = self._filter(x, mask, context, num_particles)
+        mask = self.mask_of(x, mask, context)
+        active = until_last(mask)
+        run = self.filter_states(x, mask, context, num_particles)
 
         def transition(z: Tensor, t: int) -> dist.TorchDistribution:
             return call(self.transition, z, context=None if context is None else context[:, t])
@@ -334,35 +321,14 @@ class StateSpaceVAE(Registered):
         Returns:
             Shape ``(num_particles, batch, latent_dim)``, equally weighted and in random order.
         """
-        mask = self._mask_of(x, mask, context)
-        run = self._filter(x, mask, context, num_particles)
-        states = torch.stack([run.guide[f"z{t + 1}"]["value"] for t in range(x.shape[1])], dim=-2)
-        last = _until_last(mask).sum(1) - 1
-        z = states.gather(2, last.view(1, -1, 1, 1).expand(len(states), -1, 1, states.shape[-1])).squeeze(2)
-        chosen = systematic(run.log_w[0].softmax(0))
-        chosen = chosen.gather(0, torch.rand_like(run.log_w[0]).argsort(0))
-        return z.gather(0, chosen.unsqueeze(-1).expand_as(z))
+        mask = self.mask_of(x, mask, context)
+        last = until_last(mask).sum(1) - 1
+        states = self.draw_paths(x, mask, context, num_particles)
+        return states.gather(2, last.view(1, -1, 1, 1).expand(len(states), -1, 1, states.shape[-1])).squeeze(2)
 
-    def _filter(self, x: Tensor, mask: Tensor, context: Tensor | None, num_particles: int) -> Filtered:
-        """Runs a particle filter, for a mask that was checked.
-
-        Raises:
-            ValueError: when all particles of a sequence die.
-        """
-        check_count(num_particles, "num_particles")
-        # In place of hidden values, which may be NaN: a step that the likelihood takes.
-        seen = mask.view(*mask.shape, *(1,) * (x.dim() - 2))
-        args = (torch.where(seen, x, x[mask][0]), mask, context)
-        structure = inspect(self.model_by_step, self.guide_by_step, *args)
-        run = run_filter(self.model_by_step, self.guide_by_step, structure, num_particles, 0.5, systematic, args, {})
-        died = ~(run.log_z[0] > -math.inf)
-        if bool(died.any()):
-            raise ValueError(
-                f"all {num_particles:,} particles of {int(died.sum())} of {len(x)} sequences have weight zero, first "
-                f"of number {int(died.nonzero()[0])}: no state that was drawn explains the data. Train the guide, or "
-                "take more particles."
-            )
-        return run
+    def check_vector(self, context: Tensor | None) -> None:
+        if context is not None and not any(map(takes_context, (self.prior, self.transition, self.likelihood))):
+            raise ValueError("a context is given, but no part was built for one (context_dim).")
 
     def _chain(self, num_steps: int, active: Tensor | None, context: Tensor | None) -> MarkovChain:
         """Returns p(z)."""
@@ -385,32 +351,6 @@ class StateSpaceVAE(Registered):
     def _summaries(self, x: Tensor, mask: Tensor, context: Tensor | None) -> Tensor:
         h = self.network(x, mask)
         return h if context is None else torch.cat([h, context.to(h.dtype)], dim=-1)
-
-    def _mask_of(self, x: Tensor, mask: Tensor | None, context: Tensor | None) -> Tensor:
-        """Checks mask and context; returns the mask as booleans."""
-        if context is not None:
-            if not any(map(takes_context, (self.prior, self.transition, self.likelihood))):
-                raise ValueError("a context is given, but no part was built for one (context_dim).")
-            if context.dim() != 3 or context.shape[:2] != x.shape[:2]:
-                raise ValueError(
-                    f"context must have shape {(*x.shape[:2], 'context_dim')}, a vector for each step; got "
-                    f"{tuple(context.shape)}."
-                )
-        if mask is None:
-            return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        if mask.shape != x.shape[:2]:
-            raise ValueError(
-                f"mask has shape {tuple(mask.shape)}, but x has {tuple(x.shape[:2])} steps: give one value for each "
-                "step of each sequence."
-            )
-        mask = mask.bool()
-        some = mask.any(1)
-        if not check_later(some.all()) and not bool(some.all()):
-            raise ValueError(
-                f"mask has no observed step in {int((~some).sum())} of {len(x)} sequences, first in number "
-                f"{int((~some).nonzero()[0])}. Remove those sequences."
-            )
-        return mask
 
 
 class BackwardGRU(Recorded):
@@ -461,8 +401,3 @@ class BackwardGRU(Recorded):
         order = torch.where(time <= last, last - time, time).unsqueeze(-1)
         states, _ = self.gru(steps.gather(1, order.expand_as(steps)))
         return states.gather(1, order.expand_as(states))
-
-
-def _until_last(mask: Tensor) -> Tensor:
-    """Returns which steps are not after the last observed one."""
-    return mask.flip(1).cummax(1).values.flip(1)

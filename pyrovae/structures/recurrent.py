@@ -1,0 +1,334 @@
+"""Recurrent VAEs: VAEs of sequences whose steps depend on all steps before, latents and data."""
+
+import math
+from typing import Any
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyrovae.distributions import RecurrentChain, center
+from pyrovae.nn.base import Shape, as_shape, check_count
+from pyrovae.nn.sequences import start_recurrence
+from pyrovae.parts import (
+    call,
+    check_contexts,
+    check_equal,
+    check_module,
+    check_roles,
+    check_spaces,
+    in_evaluation_mode,
+    likelihood_at,
+    takes_context,
+)
+from pyrovae.recorded import Recorded
+from pyrovae.structures.sequences import SequenceVAE, check_generated, split_context, until_last
+
+
+class RecurrentVAE(SequenceVAE):
+    r"""A VAE at each step of a sequence, whose parts have a memory of all steps before as their context.
+
+    .. math:: p(x, z) = \prod_{t=1}^T p(z_t \mid h_{t-1})\, p(x_t \mid z_t, h_{t-1}), \qquad
+        q(z \mid x) = \prod_{t=1}^T q(z_t \mid x_t, h_{t-1}), \qquad h_t = f(h_{t-1}, x_t, z_t), \quad h_0 = 0
+
+    ``vae.model`` and ``vae.guide`` take ``(x, mask=None, context=None)``, as those of :class:`StateSpaceVAE`, with the
+    same sites, "z" for the latents of all steps and "x" for the data. The likelihood scores all steps in one call.
+    :meth:`model_by_step` and :meth:`guide_by_step` are the same densities with sites "z1", "x1", "z2", ..., for
+    :class:`pyrovae.bounds.FIVO`, :class:`pyrovae.estimators.ParticleFilter` and
+    :func:`pyrovae.estimators.log_predictive`.
+
+    At a step that was not observed, the recurrence sees that it was not, and its latent, and the guide is the prior.
+    So the model of sequences with gaps is one of its own, learned from sequences with gaps; it is not the model of
+    whole sequences with some of their steps integrated out. A sequence ends at its last observed step; padding changes
+    nothing.
+
+    Args:
+        prior: ``prior(h)`` returns :math:`p(z_t \mid h_{t-1} = h)`: a prior whose context is the memory.
+        likelihood: ``likelihood(z, h)`` returns :math:`p(x_t \mid z_t = z, h_{t-1} = h)`.
+        encoder: ``encoder(x, h)`` returns :math:`q(z_t \mid x_t = x, h_{t-1} = h)`.
+        recurrence: ``recurrence(h, x, mask, z)`` returns the memories after each of some steps, such as
+            :class:`ForwardGRU`; its attribute `width` is that of a memory.
+
+    The context of a step, for parts that were built for one, has shape ``(batch, time, context_dim)`` and follows the
+    memory in the context of the parts, which then have width + context_dim of them. A part that was built without any
+    context does not see the memory.
+
+    Raises:
+        ValueError: when the parts have different latent dimensions, spaces, data or contexts, or no part takes the
+            memory; when a mask does not have the shape of the steps, or hides a whole sequence.
+
+    References:
+        A Recurrent Latent Variable Model for Sequential Data, J. Chung, K. Kastner, L. Dinh, K. Goel, A. Courville and
+        Y. Bengio, 2015, https://arxiv.org/abs/1506.02216.
+
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> vae = RecurrentVAE(
+    ...     priors.DiagonalNormal(2, context_dim=16),
+    ...     likelihoods.Normal(2, 3, context_dim=16),
+    ...     encoders.DiagonalNormal(3, 2, context_dim=16),
+    ...     ForwardGRU(3, 2, width=16),
+    ... )
+    >>> vae.sample(5, num_steps=20).shape
+    torch.Size([5, 20, 3])
+    """
+
+    def __init__(self, prior: nn.Module, likelihood: nn.Module, encoder: nn.Module, recurrence: nn.Module):
+        super().__init__()
+        check_roles(prior=prior, likelihood=likelihood, encoder=encoder)
+        check_module("recurrence", recurrence)
+        check_equal("latent_dim", prior=prior, likelihood=likelihood, encoder=encoder, recurrence=recurrence)
+        check_equal("x_shape", likelihood=likelihood, encoder=encoder, recurrence=recurrence)
+        check_spaces(prior=prior, encoder=encoder)
+        check_contexts(prior=prior, likelihood=likelihood, encoder=encoder)
+        self.prior, self.likelihood, self.encoder, self.recurrence = prior, likelihood, encoder, recurrence
+        if not hasattr(recurrence, "width"):
+            raise ValueError(f"{type(recurrence).__name__} does not state the width of its memory: give it a `width`.")
+        self.width = int(recurrence.width)  # type: ignore[arg-type]
+        stated: set[Any] = {part.context_dim for part in self._parts if getattr(part, "context_dim", 0)}
+        if not any(map(takes_context, self._parts)) or stated and min(stated) < self.width:
+            raise ValueError(
+                f"the parts have context_dim={min(stated, default=0)}, but the memory of {type(recurrence).__name__} "
+                f"has {self.width} units. Build the prior, the likelihood and the encoder with "
+                f"context_dim={self.width}, or more where steps have a context of their own."
+            )
+        self._context_dim = min(stated) - self.width if stated else None  # of a step; None where parts take any
+
+    @property
+    def _parts(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.prior, self.likelihood, self.encoder
+
+    def model(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
+        """The generative process, with the latents of all steps at site "z" and all observed steps at site "x"."""
+        self.register()
+        seen = self.mask_of(x, mask, context)
+
+        def conditional(h: Tensor, steps: slice) -> dist.TorchDistribution:
+            return self._prior(_with(h, context, steps))
+
+        with pyro.plate("data", len(x)):
+            chain = self._chain(x, seen, conditional)
+            z = pyro.sample("z", chain)
+            p = likelihood_at(self.likelihood, z, _with(chain.memories(z), context, slice(None)))
+            pyro.sample("x", p.mask(seen).to_event(1), obs=x)
+
+    def guide(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
+        """The amortised posterior of the latents of all steps at site "z"."""
+        self.register()
+        self.mask_of(x, mask, context)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.encode(x, mask, context))
+
+    @in_evaluation_mode
+    def encode(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> RecurrentChain:
+        r"""Returns :math:`q(z \mid x)`, with ``batch_shape == (batch,)`` and events ``(time, latent_dim)``."""
+        seen = self.mask_of(x, mask, context)
+
+        def conditional(h: Tensor, steps: slice) -> dist.TorchDistribution:
+            return self._posterior(x[:, steps], None if mask is None else seen[:, steps], _with(h, context, steps))
+
+        return self._chain(x, seen, conditional)
+
+    def model_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
+        """The generative process with a site for each latent and each observed step, in their order."""
+        self.register()
+        seen: Any = self.mask_of(x, mask, context)  # Pyro's types of masks leave out tensors of any kind
+        active: Any = until_last(seen)
+        h = self._start(x)
+        with pyro.plate("data", len(x)):
+            for t in range(x.shape[1]):
+                here = _with(h, context, t)
+                with poutine.mask(mask=active[:, t]):
+                    z = pyro.sample(f"z{t + 1}", self._prior(here))
+                with poutine.mask(mask=seen[:, t]):
+                    pyro.sample(f"x{t + 1}", likelihood_at(self.likelihood, z, here), obs=x[:, t])
+                h = self._advance(h, x, seen, z, t)
+
+    def guide_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
+        """The amortised posterior with a site for each latent."""
+        self.register()
+        seen: Any = self.mask_of(x, mask, context)
+        active: Any = until_last(seen)
+        h = self._start(x)
+        with pyro.plate("data", len(x)):
+            for t in range(x.shape[1]):
+                q = self._posterior(x[:, t], None if mask is None else seen[:, t], _with(h, context, t))
+                with poutine.mask(mask=active[:, t]):
+                    z = pyro.sample(f"z{t + 1}", q)
+                h = self._advance(h, x, seen, z, t)
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def sample(self, num_samples: int, num_steps: int, context: Tensor | None = None) -> Tensor:
+        """Draws sequences from p(x), with the noise of the likelihood.
+
+        Args:
+            num_samples: number of draws; with a context, number for each of its rows.
+            num_steps: their length; with a context, that of the context.
+            context: shape ``(batch, num_steps, context_dim)``, or None.
+
+        Returns:
+            Shape ``(num_samples, num_steps, *x_shape)``, or ``(num_samples, batch, num_steps, *x_shape)``.
+        """
+        check_generated(num_samples, num_steps, context)
+        self.check_vector(context)
+        leading = (num_samples,) if context is None else (num_samples, len(context))
+        parameter = next(self.recurrence.parameters())
+        return self._generate(parameter.new_zeros(*leading, self.width), num_steps, context)
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def reconstruct(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        r"""Returns the centre of :math:`p(x'_t \mid z_t, h_{t-1})` at one draw from the guide, shaped like x."""
+        q = self.encode(x, mask, context)
+        z = q.sample()
+        return center(likelihood_at(self.likelihood, z, _with(q.memories(z), context, slice(None))))
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def forecast(
+        self,
+        x: Tensor,
+        num_steps: int,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        num_samples: int = 100,
+        num_particles: int = 100,
+    ) -> Tensor:
+        r"""Draws the steps after the end of sequences, :math:`p(x_{T+1}, \dots, x_{T+h} \mid x_1, \dots, x_T)`.
+
+        The latents of the sequences are drawn by a particle filter, whose error falls with the number of particles. The
+        recurrence then sees the steps that are drawn.
+
+        Args:
+            x: sequences, ``(batch, time, *x_shape)``.
+            num_steps: the steps to draw, :math:`h`.
+            mask: their observed steps, ``(batch, time)``; a forecast starts after the last of them.
+            context: shape ``(batch, time + num_steps, context_dim)``, with the steps to come after `time`, or None;
+                needs a mask of None.
+            num_samples: draws for each sequence.
+            num_particles: particles of the filter.
+
+        Returns:
+            Shape ``(num_samples, batch, num_steps, *x_shape)``.
+
+        Raises:
+            ValueError: when all particles of a sequence die.
+        """
+        check_count(num_steps, "num_steps")
+        check_count(num_samples, "num_samples")
+        context, coming = split_context(context, mask, x.shape[1], num_steps)
+        seen = self.mask_of(x, mask, context)
+        z = self.draw_paths(x, seen, context, max(num_particles, num_samples))[:num_samples]
+        h, active = self._start(x).expand(*z.shape[:2], -1), until_last(seen)
+        for t in range(x.shape[1]):
+            h = torch.where(active[:, t, None], self._advance(h, x, seen, z[..., t, :], t), h)
+        return self._generate(h, num_steps, coming)
+
+    def check_vector(self, context: Tensor | None) -> None:
+        given = 0 if context is None else context.shape[-1]
+        if self._context_dim is not None and given != self._context_dim:
+            raise ValueError(
+                f"the context of a step has {given} numbers, but the parts were built for {self._context_dim}, after "
+                f"{self.width} of the memory. Build them with context_dim={self.width + given}."
+            )
+
+    def _start(self, x: Tensor) -> Tensor:
+        """Returns the memory before the first step."""
+        return next(self.recurrence.parameters()).new_zeros(len(x), self.width)
+
+    def _prior(self, here: Tensor) -> dist.TorchDistribution:
+        return call(self.prior, context=here).expand(here.shape[:-1])
+
+    def _posterior(self, x: Tensor, seen: Tensor | None, here: Tensor) -> dist.TorchDistribution:
+        """Returns q of steps, which is the prior where they were not observed."""
+        q = call(self.encoder, x, context=here)
+        return q if seen is None else dist.MaskedMixture(seen, self._prior(here), q)
+
+    def _chain(self, x: Tensor, seen: Tensor, conditional: Any) -> RecurrentChain:
+        """Returns the latents of all steps, for their distributions given the memories."""
+
+        def advance(h: Tensor, z: Tensor, steps: slice) -> Tensor:
+            return self.recurrence(h, x[:, steps], seen[:, steps], z)
+
+        return RecurrentChain(self._start(x), conditional, advance, x.shape[1], until_last(seen))
+
+    def _advance(self, h: Tensor, x: Tensor, seen: Tensor, z: Tensor, t: int) -> Tensor:
+        """Returns the memory after step t."""
+        here = slice(t, t + 1)
+        return self.recurrence(h, x[:, here], seen[:, here], z.unsqueeze(-2)).squeeze(-2)
+
+    def _generate(self, h: Tensor, num_steps: int, context: Tensor | None) -> Tensor:
+        """Draws steps of x that follow memories of shape ``(*leading, width)``."""
+        seen, steps = torch.ones_like(h[..., :1], dtype=torch.bool), []
+        for t in range(num_steps):
+            here = _with(h, context, t).unsqueeze(-2)
+            z = self._prior(here).sample()
+            steps.append(likelihood_at(self.likelihood, z, here).sample())
+            h = self.recurrence(h, steps[-1], seen, z).squeeze(-2)
+        return torch.cat(steps, dim=h.dim() - 1)
+
+
+class ForwardGRU(Recorded):
+    r"""A gated recurrent unit whose state is the memory of a :class:`RecurrentVAE`.
+
+    .. math:: h_t = \mathrm{GRU}([m_t x_t, m_t, z_t], h_{t-1})
+
+    Steps that were not observed (:math:`m_t = 0`) are read as zeros.
+
+    Args:
+        x_shape: shape of one step.
+        latent_dim: number of latent dimensions.
+        width: units of the state.
+        memory: steps over which the longest memories last at the start of training.
+
+    Raises:
+        ValueError: when a sequence does not have the stated shape.
+
+    References:
+        Learning Phrase Representations using RNN Encoder-Decoder, K. Cho et al., 2014,
+        https://arxiv.org/abs/1406.1078.
+
+    >>> ForwardGRU(3, 2, 16)(torch.zeros(7, 16), torch.zeros(7, 50, 3), None, torch.zeros(7, 50, 2)).shape
+    torch.Size([7, 50, 16])
+    """
+
+    def __init__(self, x_shape: Shape, latent_dim: int, width: int = 128, memory: int = 20):
+        super().__init__()
+        self.x_shape, self.width = as_shape(x_shape, "x_shape"), check_count(width, "width")
+        self.latent_dim = check_count(latent_dim, "latent_dim")
+        gru = nn.GRU(math.prod(self.x_shape) + 1 + self.latent_dim, self.width, batch_first=True)
+        self.gru = start_recurrence(gru, check_count(memory, "memory"))
+
+    def forward(self, h: Tensor, x: Tensor, mask: Tensor | None, z: Tensor) -> Tensor:
+        """Returns the states after each of some steps, ``(*leading, steps, width)``.
+
+        Args:
+            h: the state before the first of them, ``(*leading, width)``.
+            x: their data, ``(*leading, steps, *x_shape)``; leading dimensions are broadcast.
+            mask: whether they were observed, ``(*leading, steps)``; None for all.
+            z: their latents, ``(*leading, steps, latent_dim)``.
+        """
+        leading = torch.broadcast_shapes(h.shape[:-1], z.shape[:-2])
+        if x.shape[x.dim() - len(self.x_shape) :] != self.x_shape or x.dim() <= len(self.x_shape):
+            raise ValueError(
+                f"ForwardGRU takes sequences of shape (batch, time, {', '.join(map(str, self.x_shape))}), got "
+                f"{tuple(x.shape)}."
+            )
+        x = x.flatten(x.dim() - len(self.x_shape)).to(z.dtype)
+        seen = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+        x = torch.where(seen.unsqueeze(-1), x, 0.0)
+        parts = [part.expand(*leading, z.shape[-2], -1) for part in (x, seen.unsqueeze(-1).to(z.dtype), z)]
+        steps = torch.cat(parts, dim=-1).flatten(0, -3)
+        states, _ = self.gru(steps, h.expand(*leading, -1).reshape(1, -1, self.width))
+        return states.reshape(*leading, z.shape[-2], self.width)
+
+
+def _with(h: Tensor, context: Tensor | None, steps: slice | int) -> Tensor:
+    """Returns the memories before some steps, followed by the contexts of these steps."""
+    if context is None:
+        return h
+    here = context[:, steps].to(h.dtype)
+    return torch.cat([h, here.expand(*h.shape[:-1], -1)], dim=-1)
