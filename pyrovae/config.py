@@ -16,7 +16,7 @@ from pyrovae.encoders import Encoder
 from pyrovae.likelihoods import Likelihood, Tabular
 from pyrovae.nn import Shape
 from pyrovae.priors import Prior
-from pyrovae.structures import MissingDataVAE, Structure, TableFeatures
+from pyrovae.structures import MissingDataVAE, Structure, table_vae
 from pyrovae.structures.assembly import class_of, make_prior
 from pyrovae.trackers import Tracker
 from pyrovae.vae import VAE, Registered
@@ -27,6 +27,7 @@ PARTS = ("prior", "likelihood", "encoder", "structure", "loss", "optimizer", "sc
 SETTINGS: dict[str, tuple[type, ...]] = {
     "data": (str,),
     "schema": (str, type(None)),
+    "context": (str, list, type(None)),
     "data_root": (str,),
     "preprocessing": (str,),
     "shift": (int,),
@@ -45,7 +46,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "max_steps": (int, type(None)),
 }
 _OPTIONS: dict[str, tuple[type, ...]] = {"run": (str, type(None)), "compile": (bool, str)}  # kept by no run
-_OF_MODEL = ("latent_dim", "prior", "likelihood", "encoder", "structure")  # what weights belong to
+_OF_MODEL = ("latent_dim", "context", "prior", "likelihood", "encoder", "structure")  # what weights belong to
 NOT_KEPT = (*_OPTIONS, "tracker")  # by runs
 RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
 # What settings mean that the configuration of an earlier version lacks, where that is not null.
@@ -105,15 +106,14 @@ def make_table_vae(
     """Returns the VAE of the rows of a table, with new weights; see :func:`make_vae` and :func:`structures.table_vae`.
 
     Args:
-        schema: the columns.
+        schema: the columns, with those that it conditions on.
         latent_dim: number of latent dimensions.
         prior: as for :func:`make_vae`.
         likelihood: called with `latent_dim` and the modelled columns.
         encoder: called with the number of features of a row and `latent_dim`.
     """
-    features = TableFeatures(schema.modelled)
-    p, q = likelihood(latent_dim, schema.modelled), encoder(features.num_features, latent_dim)
-    return MissingDataVAE(make_prior(prior, latent_dim, q), p, q, features)
+    parts: dict[str, Any] = {"prior": prior, "likelihood": likelihood, "encoder": encoder}
+    return table_vae(schema.modelled, latent_dim, context=schema.context, **parts)
 
 
 def build_vae(config: dict[str, Any], x_shape: tuple[int, ...], schema: Schema | None = None) -> Registered:

@@ -87,21 +87,32 @@ def advice_as_options(text: str) -> str:
 
 
 @lru_cache(maxsize=1)  # train reads the table for its defaults, then for itself
-def _load_table(data: str, schema: str | None, stamp: tuple[int, int]) -> datasets.Splits:
-    return datasets.load(data, schema=None if schema is None else datasets.Schema.from_yaml(schema))
+def _load_table(data: str, schema: str | None, context: tuple[str, ...], stamp: tuple[int, int]) -> datasets.Splits:
+    return datasets.load(data, schema=None if schema is None else datasets.Schema.from_yaml(schema), context=context)
 
 
-def load_table(data: str, schema: datasets.Schema | None) -> tuple[datasets.Splits, str]:
+def context_names(context: list[str] | str | None) -> tuple[str, ...]:
+    """Returns the names of the columns that ``--context`` gives, as a list or with commas between.
+
+    >>> context_names("sex, age")
+    ('sex', 'age')
+    """
+    names = (context or "").split(",") if not isinstance(context, list) else context
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def load_table(data: str, schema: datasets.Schema | None, context: tuple[str, ...] = ()) -> tuple[datasets.Splits, str]:
     """Returns the splits of a table, without rows that have no cell, and lines that describe them.
 
     Args:
         data: the file.
         schema: its columns; found out if None.
+        context: names of columns to condition on; those of the schema if none.
     """
     file = Path(data).stat() if Path(data).is_file() else None  # a file that has changed is read again
     stamp = (0, 0) if file is None else (file.st_mtime_ns, file.st_size)
     try:
-        splits = _load_table(data, None if schema is None else schema.to_yaml(), stamp)
+        splits = _load_table(data, None if schema is None else schema.to_yaml(), context, stamp)
     except ValueError as error:
         text = str(error)
         if not (_OPTION.search(text) or any(advice in text for advice in ("--kinds", "the kind ", "other signs"))):
@@ -114,7 +125,8 @@ def load_table(data: str, schema: datasets.Schema | None) -> tuple[datasets.Spli
     for part in splits:
         some = ~part.x.isnan().all(dim=1)
         empty += int((~some).sum())
-        kept.append(replace(part, x=part.x[some], rows=None if part.rows is None else part.rows[some]))
+        others = {name: getattr(part, name) for name in ("rows", "context")}
+        kept.append(replace(part, x=part.x[some], **{n: None if t is None else t[some] for n, t in others.items()}))
     splits = replace(splits, train=kept[0], validation=kept[1], test=kept[2])
     sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in zip(_PARTS, kept, strict=True))
     share = sum(int(part.x.isnan().sum()) for part in kept) / max(1, sum(part.x.numel() for part in kept))
@@ -215,8 +227,9 @@ def data_to_score(
 
 def first_of(part: datasets.Split, num_data: int | None, device: str) -> datasets.Split:
     """Returns the first data of a part, all if `num_data` is None, with x on a device."""
-    labels = None if part.labels is None else part.labels[:num_data]
-    return replace(part, x=part.x[:num_data].to(device), labels=labels)
+    few = {name: getattr(part, name) for name in ("labels", "rows", "context")}
+    few = {name: None if t is None else t[:num_data] for name, t in few.items()}
+    return replace(part, x=part.x[:num_data].to(device), **few)
 
 
 def chosen_method(method: Estimator | None, num_samples: int | None, default: Estimator) -> Estimator:

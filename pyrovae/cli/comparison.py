@@ -1,5 +1,6 @@
 """``pyrovae compare``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,19 +113,24 @@ def comparable_runs(
     data_root: str | None,
     device: str,
     trust: bool,
-) -> dict[str, tuple[Any, Split]]:
-    """Returns the VAE of each run, and the data that all are to be scored on; arguments as of :func:`compare`.
+) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Returns the VAE of each run, and what it takes of the data that all are to be scored on.
+
+    Arguments are as of :func:`compare`.
 
     Raises:
         ValueError: when log p(x) of the runs cannot be compared.
     """
     loaded = {run: storage.load_run(run, trust=trust) for run in runs}
     parts = _common_data(loaded, split, data, data_root)
-    return {run: (vae.to(device), first_of(parts[run], num_data, device)) for run, (vae, _) in loaded.items()}
+    return {
+        run: (vae.to(device), arguments_of(vae, first_of(parts[run], num_data, device), config.get("table")))
+        for run, (vae, config) in loaded.items()
+    }
 
 
 def scored_runs(
-    loaded: dict[str, tuple[Any, Split]],
+    loaded: dict[str, tuple[Any, tuple[Any, ...]]],
     split: SplitName,
     method: Estimator,
     seed: int = 0,
@@ -134,9 +140,8 @@ def scored_runs(
 ) -> dict[str, Estimate]:
     """Returns estimates of log p(x) for runs, and prints each; `loaded` is what :func:`comparable_runs` returned."""
     found = {}
-    for i, (run, (vae, part)) in enumerate(loaded.items()):
+    for i, (run, (vae, args)) in enumerate(loaded.items()):
         pyro.set_rng_seed((seed + i) % 2**32)  # the errors of a difference are those of independent draws
-        args = arguments_of(vae, part)
         found[run] = log_marginal(
             vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile, progress=not quiet
         )
@@ -172,13 +177,13 @@ def _common_data(
                 f"{name} has data of shape {config['x_shape']} and {other} of {its_config['x_shape']}: log p(x) of "
                 "different data cannot be compared."
             )
-        if scored(vae) != scored(its_vae):
+        if scored(vae, schema) != scored(its_vae, its_config.get("table")):
             raise ValueError(
                 f"{name} gives {scored(vae)} and {other} {scored(its_vae)}: these cannot be compared. Train both on "
                 "the same labels, or both without."
             )
         found[other] = _part(parts, its_config, split, data, data_root)
-        if not _are_equal(found[name].x, schema, found[other].x, its_config.get("table")):
+        if not _are_equal(found[name], schema, found[other], its_config.get("table")):
             changed = [key for key in ("data", "preprocessing", "data_root") if config.get(key) != its_config.get(key)]
             why = "; ".join(f"{key} is {config.get(key)} and {its_config.get(key)}" for key in changed)
             why = f" ({why})" if why or schema is None else ""
@@ -215,6 +220,12 @@ def _check_units(name: str, schema: Schema, other: str, its_schema: Schema) -> N
             f"{name} and {other} model different columns ({which}): log p(x) of different data cannot be compared. "
             "Train both with one schema: --schema."
         )
+    if schema.context_names != its_schema.context_names:
+        given, its_given = (", ".join(s.context_names) or "no column" for s in (schema, its_schema))
+        raise ValueError(
+            f"{name} conditions on {given} and {other} on {its_given}: these cannot be compared. Train both with one "
+            "--context."
+        )
     for column, its_column in zip(schema.modelled, its_schema.modelled, strict=True):
         unit, its_unit = _unit(column), _unit(its_column)
         if unit != its_unit:
@@ -237,13 +248,23 @@ def _unit(column: Modelled) -> str:
     return "probability of a step of 1" if whole or isinstance(column, Count) else "probability of a level"
 
 
-def _are_equal(x: Tensor, schema: Schema | None, other: Tensor, its_schema: Schema | None) -> bool:
+def _are_equal(part: Split, schema: Schema | None, other: Split, its_schema: Schema | None) -> bool:
     """Returns whether data are the same, for tables the same cells, however they are encoded."""
+    if schema is None or its_schema is None:
+        return _are_same_cells(part.x, (), other.x, ())
+    of_context = part.context is None or _are_same_cells(
+        part.context, schema.context, other.context, its_schema.context
+    )
+    return of_context and _are_same_cells(part.x, schema.modelled, other.x, its_schema.modelled)
+
+
+def _are_same_cells(x: Tensor, columns: Sequence[Modelled], other: Any, its_columns: Sequence[Modelled]) -> bool:
+    """Returns whether tensors hold the same, however the cells of their columns are encoded; no columns for numbers."""
     if x.shape != other.shape or not torch.equal(x.isnan(), other.isnan()):
         return False
-    if schema is None or its_schema is None:
+    if not columns:
         return torch.equal(x.nan_to_num(), other.nan_to_num())
-    for d, (column, its_column) in enumerate(zip(schema.modelled, its_schema.modelled, strict=True)):
+    for d, (column, its_column) in enumerate(zip(columns, its_columns, strict=True)):
         if column == its_column and torch.equal(x[:, d].nan_to_num(), other[:, d].nan_to_num()):
             continue
         a, b = column.decode(x[:, d]).to_pylist(), its_column.decode(other[:, d]).to_pylist()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrovae import diagnostics, storage
 from pyrovae.cli.common import SplitName, advice_as_options, check_device, data_to_score, load_data_of
-from pyrovae.cli.labels import check_label, context_size, of_x_alone, with_label
+from pyrovae.cli.labels import check_label, context_of, context_size, note_on, of_x_alone, with_label
 from pyrovae.data import Splits
 from pyrovae.estimators import Estimator, UntilTrusted
 from pyrovae.structures import MissingDataVAE, SemiSupervisedVAE
@@ -69,31 +69,46 @@ def diagnose(
             print("posteriors by NUTS take long on text, and are left out. Add them with --nuts-samples 1000")
     num_data = 300 if num_data is None else num_data
     nuts_samples = 1000 if nuts_samples is None else nuts_samples
-    check_label(vae, label)
-    if label is None and context_size(vae) and not isinstance(vae, SemiSupervisedVAE):
+    if schema is None:
+        check_label(vae, label)
+    elif label is not None:
+        raise ValueError("label is not for tables. Leave it out.")
+    if label is None and schema is None and context_size(vae) and not isinstance(vae, SemiSupervisedVAE):
         raise ValueError("the run takes labels as a context, and a diagnosis is of data of one class. Give --label.")
 
-    def first(splits: Splits, split: SplitName, label: int | None) -> tuple[Tensor, Tensor | None]:
+    def first(splits: Splits, split: SplitName, label: int | None) -> tuple[Tensor | None, ...]:
         part = data_to_score(splits, split, preprocessing)
-        x, labels = part if label is None else with_label(part, label)
+        part = part if label is None else with_label(part, label)
+        x, labels = part
         assert x is not None
+        context = next(iter(() if schema is None else context_of(schema, part.context)), None)
+        found: tuple[Tensor | None, ...] = (x, labels, context)
         if isinstance(vae, MissingDataVAE):
             complete = ~x.flatten(1).isnan().any(dim=1)
             print(f"{split}: data with missing elements are left out, {int((~complete).sum()):,} of {len(x):,}")
-            x, labels = x[complete], None if labels is None else labels[complete]
-            if len(x) < 30:
-                raise ValueError(f"a diagnosis needs 30 data without missing elements, and {split} has {len(x)}.")
-        return x[:num_data].to(device), None if labels is None else labels[:num_data].to(device)
+            found = tuple(None if t is None else t[complete] for t in found)
+            if complete.sum() < 30:
+                raise ValueError(
+                    f"a diagnosis needs 30 data without missing elements, and {split} has {int(complete.sum())}."
+                )
+        return tuple(None if t is None else t[:num_data].to(device) for t in found)
 
     splits = load_data_of(config, data, data_root)
     vae.to(device)
-    (x, labels), (train, _) = first(splits, split, label), first(splits, "train", label)
-    strange = None if other is None else first(load_data_of(config, other, data_root), "test", None)[0]
+    (x, labels, context), (train, _, train_context) = first(splits, split, label), first(splits, "train", label)
+    strange, strange_context = None, None
+    if other is not None:
+        strange, _, strange_context = first(load_data_of(config, other, data_root), "test", None)
+    assert x is not None and train is not None
     if strange is not None and strange.shape[1:] != x.shape[1:]:
         raise ValueError(f"other has data of shape {tuple(strange.shape[1:])}, the run of {tuple(x.shape[1:])}.")
 
     pyro.set_rng_seed(seed)
     model, guide = (of_x_alone(vae, program, label) for program in (vae.model, vae.guide))
+    generated = None
+    if schema is not None:
+        generated = vae.sample(max(30, len(x))) if context is None else vae.sample(1, context)[0]
+        print(note_on(vae, schema).lstrip())
     inputs = diagnostics.ReportInputs(
         model,
         guide,
@@ -105,7 +120,10 @@ def diagnose(
         method=method,
         nuts_samples=nuts_samples,
         columns=None if schema is None else schema.modelled,
-        generated=None if schema is None else vae.sample(max(30, len(x))),
+        generated=generated,
+        context=context,
+        train_context=train_context,
+        other_context=strange_context,
     )
     results, verdicts = {}, []
     for name, kind in diagnostics.DIAGNOSES.items():

@@ -17,7 +17,7 @@ from pyrovae.cli.common import (
     write_array,
 )
 from pyrovae.cli.labels import arguments_of, draw
-from pyrovae.cli.rows import draw_given
+from pyrovae.cli.rows import draw_given, draw_rows, given_context, read_given
 from pyrovae.cli.text import reconstruct_lines, sample_lines
 from pyrovae.data import Schema
 from pyrovae.structures import MissingDataVAE
@@ -49,7 +49,8 @@ def sample(
             samples-<seed>.txt by default.
         mean: write the mean of p(x | z) instead of a draw from it.
         given: cells of a table that all rows shall have, as 'sex=Female, age=40.5'; with double quotes around a cell
-            that has a comma.
+            that has a comma. Draws are exact for columns that the model conditions on, by importance weights for
+            others. Columns that the model conditions on and that are not given have cells of random training rows.
         missing: leave cells of a table empty where those of random rows of the training data are missing.
         label: the class of all samples, for runs that take labels. By default a run with a context has all classes in
             turn, and a semi-supervised run draws them.
@@ -110,16 +111,28 @@ def _sample_rows(
     """Draws rows of a table, and writes them with its columns, types and formats."""
     out = new_file(output, (".csv", ".tsv", ".parquet", ".pq"))
     pyro.set_rng_seed(seed)
-    if given is None:
-        x = torch.cat([vae.sample(min(4096, num_samples - at)) for at in range(0, num_samples, 4096)])
-    else:
+    cells = {} if given is None else read_given(schema, given)
+    open_names = [name for name in schema.context_names if name not in cells]
+    is_weighted = any(name in cells for name in schema.names)
+    if open_names and is_weighted:
+        raise ValueError(
+            f"given has cells of columns that the model draws: give cells of all that it conditions on too, here of "
+            f"{', '.join(open_names)}."
+        )
+    train = load_table(config["data"], schema)[0].train if missing or open_names else None
+    context = None
+    if schema.context:
+        context, line = given_context(schema, cells, train if open_names else None, num_samples)
+        print(line)
+    if is_weighted and given is not None:
         x, ess = draw_given(vae, schema, given, num_samples)
         print(f"given {given}: effective sample size {ess:,.0f}")
-    if missing:
-        train = load_table(config["data"], schema)[0].train.x
-        holes = train[torch.randint(len(train), (num_samples,))].isnan()
+    else:
+        x = draw_rows(vae, schema, num_samples, context)
+    if missing and train is not None:
+        holes = train.x[torch.randint(len(train.x), (num_samples,))].isnan()
         x = torch.where(holes, torch.nan, x)
-    schema.write(x, out)
+    schema.write(x, out, context)
     print(f"{num_samples:,} rows: {out}")
 
 

@@ -1,4 +1,4 @@
-"""Labels of data in the command line: what a model and a guide take beside x, and what their log p then is of."""
+"""Labels and contexts of data in the command line: what a model and a guide take beside x, and what log p is of."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,41 +9,60 @@ from torch import Tensor
 from torch.nn import ModuleList
 from torch.nn.functional import one_hot
 
-from pyrovae.data import Rows, Split, split_missing
+from pyrovae.data import Rows, Schema, Split, split_missing
 from pyrovae.distributions import center
 from pyrovae.inference.messages import check_finite
-from pyrovae.structures import DenseHierarchicalVAE, MissingDataVAE, SemiSupervisedVAE
+from pyrovae.structures import DenseHierarchicalVAE, MissingDataVAE, SemiSupervisedVAE, TableFeatures
+
+_NUM_NAMED = 4  # columns of a context that are named
 
 
 def context_size(vae: Any) -> int:
-    """Returns the number of classes that the parts of a VAE take as a context, 0 if they take none."""
+    """Returns the number of classes, or of features, that the parts of a VAE take as a context, 0 if they take none."""
     if isinstance(vae, DenseHierarchicalVAE):  # encoders take the levels above them as a context
         return vae.context_dim
     parts = [part for child in vae.children() for part in (child if isinstance(child, ModuleList) else (child,))]
     return max((getattr(part, "context_dim", 0) for part in parts), default=0)
 
 
-def scored(vae: Any) -> str:
+def scored(vae: Any, schema: Schema | None = None) -> str:
     """Returns in words what log p of a VAE is of, given :func:`arguments_of`."""
+    if schema is not None:
+        names = schema.context_names
+        more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+        return f"log p(x | {', '.join(names[:_NUM_NAMED])}{more})" if names else "log p(x)"
     if isinstance(vae, SemiSupervisedVAE):
         return "log p(x, label), and log p(x) where the label is unknown"
     return "log p(x | label)" if context_size(vae) else "log p(x)"
 
 
-def note_on(vae: Any) -> str:
+def note_on(vae: Any, schema: Schema | None = None) -> str:
     """Returns a line to be printed after an estimate of log p(x), where it is of something else."""
-    return "" if scored(vae) == "log p(x)" else f"\nhere log p(x) stands for {scored(vae)}"
+    what = scored(vae, schema)
+    return "" if what == "log p(x)" else f"\nhere log p(x) stands for {what}"
 
 
-def arguments_of(vae: Any, part: Split) -> tuple[Any, ...]:
+def context_of(schema: Schema, cells: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns the context of rows as the model of a table takes it, or nothing if it takes none.
+
+    Args:
+        schema: the columns.
+        cells: the encoded cells of the context, ``(rows, len(schema.context))``, NaN where missing; None if it is none.
+    """
+    return () if cells is None else (TableFeatures(schema.context)(*split_missing(cells)),)
+
+
+def arguments_of(vae: Any, part: Split, schema: Schema | None = None) -> tuple[Any, ...]:
     """Returns what the model and the guide of a VAE take, for a part of its data.
 
-    That is x, and of a :class:`MissingDataVAE` which elements are observed; then labels as one-hot vectors, if its
-    parts take a context. A :class:`SemiSupervisedVAE` takes x and the labels themselves.
+    That is x, and of a :class:`MissingDataVAE` which elements are observed; then, if its parts take a context, labels
+    as one-hot vectors, or of a table the features of the columns that it conditions on. A :class:`SemiSupervisedVAE`
+    takes x and the labels themselves.
 
     Args:
         vae: the VAE.
         part: the data, with labels if the VAE takes them.
+        schema: the columns of a table; None for other data.
 
     Raises:
         ValueError: when a context is needed and the labels do not give one.
@@ -58,6 +77,8 @@ def arguments_of(vae: Any, part: Split) -> tuple[Any, ...]:
     if isinstance(x, Tensor) and not isinstance(vae, MissingDataVAE):
         check_finite("the data", x)
     args = split_missing(x) if isinstance(vae, MissingDataVAE) else (x,)
+    if schema is not None:
+        return (*args, *(c.to(_device_of(x)) for c in context_of(schema, part.context)))
     return (*args, *given(vae, labels, _device_of(x)))
 
 
@@ -148,12 +169,15 @@ def with_label(part: Split, label: int) -> Split:
 
 
 def of_x_alone(vae: Any, program: Callable, label: int | None) -> Callable:
-    """Returns the model or the guide of a VAE as a program of whole x, all of one class if `label` is given."""
+    """Returns the model or the guide of a VAE as a program of whole x, all of one class if `label` is given.
 
-    def run(x: Tensor) -> Any:
+    That of a table which takes a context is a program of x and the context.
+    """
+
+    def run(x: Tensor, *context: Tensor) -> Any:
         mask = (torch.ones_like(x, dtype=torch.bool),) if isinstance(vae, MissingDataVAE) else ()
         labels = None if label is None else torch.full((len(x),), label)
-        return program(x, *mask, *given(vae, labels, x.device))
+        return program(x, *mask, *(context or given(vae, labels, x.device)))
 
     return run
 

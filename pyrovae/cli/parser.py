@@ -20,6 +20,7 @@ from pyrovae import config as configs
 from pyrovae import data as datasets
 from pyrovae import storage, trackers
 from pyrovae.cli.common import (
+    context_names,
     default_run,
     is_table,
     is_text,
@@ -269,7 +270,8 @@ def _for_table(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
 
     if not names_tabular(parse({"likelihood": LIKELIHOOD}).train.likelihood.class_path):
         return settings  # a file of numbers, with a likelihood of the user's choice
-    splits, _ = load_table(settings.train.data, read_schema(settings.train.schema))
+    names = context_names(settings.train.context)
+    splits, _ = load_table(settings.train.data, read_schema(settings.train.schema), names)
     num_rows, num_columns = splits.train.x.shape
     chosen = parse(table_defaults(num_rows, num_columns))
     return parse(table_defaults(num_rows, num_columns, chosen.train.epochs))

@@ -34,21 +34,24 @@ def pictures_of(vae: Any, splits: datasets.Splits, history: History) -> dict[str
         pictures["reconstructions.png"] = lambda path: plots.reconstructions(
             few.x, vae.reconstruct(*arguments_of(vae, few)), path
         )
-    pictures["latent_space.png"] = lambda path: plots.latent_space(latents_of(vae, part), part.labels, path)
+    pictures["latent_space.png"] = lambda path: plots.latent_space(
+        latents_of(vae, part, splits.schema), part.labels, path
+    )
     pictures["learning_curve.png"] = lambda path: plots.learning_curve(history, path)
     return {name: torch.no_grad()(draw_to) for name, draw_to in pictures.items()}
 
 
 @torch.no_grad()
-def latents_of(vae: Any, part: datasets.Split, mean: bool = False) -> Tensor:
+def latents_of(vae: Any, part: datasets.Split, schema: datasets.Schema | None = None, mean: bool = False) -> Tensor:
     """Returns the latents next to the data, one for each datum, shape ``(n, latent_dim)``.
 
     Args:
         vae: the VAE.
         part: the data.
+        schema: the columns of a table; None for other data.
         mean: take the mean of q(z | x), where it has one, in place of a draw.
     """
-    sites = poutine.trace(vae.guide).get_trace(*arguments_of(vae, part)).nodes
+    sites = poutine.trace(vae.guide).get_trace(*arguments_of(vae, part, schema)).nodes
     site = sites["z" if "z" in sites else "z1"]
     if mean:
         try:

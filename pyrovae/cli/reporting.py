@@ -17,6 +17,7 @@ from pyrovae.cli.common import advice_as_options, check_device, data_to_score, f
 from pyrovae.cli.comparison import comparable_runs, scored_runs
 from pyrovae.cli.labels import scored
 from pyrovae.cli.pictures import latents_of, pictures_of
+from pyrovae.cli.rows import draw_rows
 from pyrovae.estimators import UntilTrusted
 from pyrovae.training import History
 
@@ -144,7 +145,10 @@ def _numbers(
         return numbers | {"score: pyrovae evaluate gives one": "none yet"}
     n, untrusted = result["num_data"], result["not_trusted"]
     score = f"{result['log_marginal']:.3f} ± {result['standard_error']:.3f}"
-    found = {f"{scored(vae)}, test, nats a datum": score, "of the test data can be trusted": f"{1 - untrusted / n:.1%}"}
+    found = {
+        f"{scored(vae, splits.schema)}, test, nats a datum": score,
+        "of the test data can be trusted": f"{1 - untrusted / n:.1%}",
+    }
     if "baseline" in result:
         baseline = "independent dimensions" if splits.vocabulary is None else "words by their frequency"
         found[f"baseline of {baseline}, nats"] = f"{result['baseline']:.3f}"
@@ -169,8 +173,13 @@ def _learning_curve(history: History) -> str:
 def _pictures(directory: Path, vae: Any, splits: datasets.Splits, history: History) -> str:
     """Returns the pictures of a run, drawn if it has none; of a table, new rows, and of a text, new lines."""
     if splits.schema is not None:
-        rows = splits.schema.decode(vae.sample(8)).to_pylist()
-        return "<p>Rows that the model draws:</p>" + page.table(list(rows[0]), [[*row.values()] for row in rows])
+        cells = None if splits.test.context is None else splits.test.context[:8]
+        drawn = draw_rows(vae, splits.schema, 8 if cells is None else len(cells), cells)
+        rows = splits.schema.decode(drawn, cells).to_pylist()
+        given = f", given {', '.join(splits.schema.context_names)} of test rows" if splits.schema.context else ""
+        return f"<p>Rows that the model draws{page.text(given)}:</p>" + page.table(
+            list(rows[0]), [[*row.values()] for row in rows]
+        )
     if splits.vocabulary is not None:
         lines = splits.vocabulary.decode(vae.sample(8))
         return "<p>Lines that the model draws:</p>" + page.table(["line"], [[line or "(empty)"] for line in lines])
@@ -189,7 +198,7 @@ def _pictures(directory: Path, vae: Any, splits: datasets.Splits, history: Histo
 def _latent_space(vae: Any, splits: datasets.Splits) -> str:
     """Returns the means of q(z | x) of test data in the plane of their leading principal components."""
     part = first_of(data_to_score(splits, "test", "grey"), _NUM_POINTS, str(next(vae.parameters()).device))
-    z = latents_of(vae, part, mean=True).detach().cpu().flatten(1).double()
+    z = latents_of(vae, part, splits.schema, mean=True).detach().cpu().flatten(1).double()
     center = z - z.mean(0)
     if z.shape[1] > 2:
         _, sizes, axes = torch.linalg.svd(center, full_matrices=False)
@@ -203,7 +212,7 @@ def _latent_space(vae: Any, splits: datasets.Splits) -> str:
     tiles = x.nan_to_num(0.5) if x.dim() == 4 and x.shape[1] in (1, 3) else None
     tips = [f"test datum {i}" + ("" if labels is None else f", label {labels[i]}") for i in range(len(x))]
     if splits.schema is not None:
-        cells = splits.schema.decode(x).to_pylist()
+        cells = splits.schema.decode(x, part.context).to_pylist()
         tips = [_of_row(tip, row) for tip, row in zip(tips, cells, strict=True)]
     if splits.vocabulary is not None:
         tips = [f"{tip}\n{line}" for tip, line in zip(tips, splits.vocabulary.decode(x), strict=True)]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import storage
-from pyrovae.cli.common import check_device, chosen_method, load_table, new_file, write_columns
+from pyrovae.cli.common import check_device, chosen_method, first_of, load_table, new_file, write_columns
+from pyrovae.cli.labels import arguments_of, context_of, note_on, scored
 from pyrovae.cli.text import score_lines
 from pyrovae.data.cells import is_number
 from pyrovae.data.columns import Discrete, Modelled
@@ -46,6 +47,8 @@ def score(
     trust: bool = False,
 ) -> None:
     """Writes log p(x) of each row of a table or line of a text, and of a row how unusual it is and by which cells.
+
+    Of a run with a context, log p is conditional on its cells, which are compared with nothing.
 
     Columns of the result: row (counted from 1); log_p in nats with its standard_error; trusted (1 or 0) and khat, which
     say whether log_p can be relied on; rarer_than (the share of reference rows that are more probable); and for the
@@ -91,21 +94,21 @@ def score(
         return
     out = new_file(place, (".csv",))
     vae, table, rows = _load(run, file, trust, device)
-    usual = tuple(t.to(device) for t in datasets.split_missing(_reference_rows(run, reference, table.schema)))
+    usual = arguments_of(vae, first_of(_reference_rows(run, reference, table.schema), _NUM_READ, device), table.schema)
     _check_some(rows, file)
-    x, mask = (t.to(device) for t in datasets.split_missing(table.x[rows]))
+    args = _arguments(vae, table, rows, device)
     pyro.set_rng_seed(seed)
-    estimate = log_marginal(vae.model, vae.guide, x, mask, method=method, max_memory=max_memory)
+    estimate = log_marginal(vae.model, vae.guide, *args, method=method, max_memory=max_memory)
     value, trusted = estimate.value.cpu(), estimate.trusted.cpu()
-    print(f"{file}: {estimate}")
-    rarer, below = _compare(vae, value, mask, usual, method, max_memory)
+    print(f"{file}: {estimate}{note_on(vae, table.schema)}")
+    rarer, below = _compare(vae, value, args[1], usual, method, max_memory)
     # The most unusual first; rows that cannot be compared come last, the least probable first.
     order = sorted(range(len(rows)), key=lambda i: (bool(below[i].isnan()), -float(below[i]), float(value[i])))
     unusual = torch.tensor(order[:num_explained], dtype=torch.long)
     listed = {i: [""] * 3 for i in unusual.tolist()}
     if len(unusual):
         few = tuple(t[:_NUM_USUAL] for t in usual)
-        cells = explain(vae, (x[unusual], mask[unusual]), few, num_samples or _NUM_SAMPLES, seed)
+        cells = explain(vae, tuple(t[unusual] for t in args), few, num_samples or _NUM_SAMPLES, seed)
         for i, surprise in zip(unusual.tolist(), cells, strict=True):
             best = surprise.nan_to_num(-np.inf).argsort(descending=True)[:3].tolist()
             listed[i] = [f"{table.names[d]} ({surprise[d]:.2f})" if surprise[d] >= 0.005 else "" for d in best]
@@ -136,7 +139,7 @@ def score(
             print("leave out --num-samples to score each row until it can be trusted")
     for i in unusual[:5].tolist():
         surprising = ", ".join(filter(None, listed[i])) or "no cell"
-        print(f"row {int(rows[i]) + 1}: log p(x) = {value[i]:.2f}; surprising: {surprising}")
+        print(f"row {int(rows[i]) + 1}: {scored(vae, table.schema)} = {value[i]:.2f}; surprising: {surprising}")
     print(f"per row: {out}")
 
 
@@ -153,7 +156,7 @@ def _compare(
         vae: the VAE.
         value: log p of the rows.
         mask: which of their cells are observed, ``(size, columns)``.
-        usual: the usual rows and which of their cells are observed.
+        usual: the usual rows, which of their cells are observed, and their context, if the model takes one.
         method: the estimator of log p of the usual rows.
         max_memory: memory for intermediate results, in bytes.
 
@@ -169,14 +172,14 @@ def _compare(
         fit = (usual[1] | ~seen).all(1).nonzero().flatten()[:most]
         if len(fit) >= _LEAST_COMPARED:
             groups.append((number, len(fit)))
-            found.append((usual[0][fit], seen.expand(len(fit), -1)))
+            found.append((usual[0][fit], seen.expand(len(fit), -1), *(t[fit] for t in usual[2:])))
     rarer, below = torch.full_like(value, torch.nan), torch.full_like(value, torch.nan)
     if not found:
         return rarer, below
-    x, seen = (torch.cat(parts) for parts in zip(*found, strict=True))
+    x, seen, *context = (torch.cat(parts) for parts in zip(*found, strict=True))
     x = torch.where(seen, x, torch.zeros_like(x))
     print(f"{len(x):,} reference rows are scored to compare with")
-    scores = log_marginal(vae.model, vae.guide, x, seen, method=method, max_memory=max_memory)
+    scores = log_marginal(vae.model, vae.guide, x, seen, *context, method=method, max_memory=max_memory)
     for (number, size), compared in zip(groups, scores.value.cpu().split([n for _, n in groups]), strict=True):
         rows = (which == number).nonzero().flatten().cpu()
         ordered = compared.sort().values
@@ -185,11 +188,11 @@ def _compare(
     return rarer, below
 
 
-def _reference_rows(run: str, reference: str | None, schema: datasets.Schema) -> Tensor:
+def _reference_rows(run: str, reference: str | None, schema: datasets.Schema) -> datasets.Split:
     """Returns usual rows to compare with, those of a file or of the test part of the data of a run."""
     if reference is not None:
-        x = datasets.Table(Path(reference), schema).x
-        x = x[~x.isnan().all(1)]
+        table = datasets.Table(Path(reference), schema)
+        part = _part(table, _with_cells(table))
     else:
         source = storage.read_config(run, trust=True)["data"]  # which builds nothing
         if not Path(source).is_file():
@@ -197,14 +200,15 @@ def _reference_rows(run: str, reference: str | None, schema: datasets.Schema) ->
                 f"{source}, the data of the run, is not there, and rows are compared with its test part. Give a table "
                 "of usual rows with --reference."
             )
-        x = load_table(source, schema)[0].test.x
-    if len(x) < 30:
-        raise ValueError(f"there are {len(x)} rows to compare with, and must be at least 30. Give more: --reference.")
-    return x[:_NUM_READ]
+        part = load_table(source, schema)[0].test
+    size = len(part.x)
+    if size < 30:
+        raise ValueError(f"there are {size} rows to compare with, and must be at least 30. Give more: --reference.")
+    return part
 
 
 def explain(
-    vae: MissingDataVAE, rows: tuple[Tensor, Tensor], usual: tuple[Tensor, ...], num_samples: int, seed: int
+    vae: MissingDataVAE, rows: tuple[Tensor, ...], usual: tuple[Tensor, ...], num_samples: int, seed: int
 ) -> Tensor:
     r"""Returns how surprising each cell is given all others, in nats against the mean of its column.
 
@@ -214,7 +218,8 @@ def explain(
 
     Args:
         vae: the VAE.
-        rows: the rows to explain and which of their cells are observed, each ``(size, columns)``.
+        rows: the rows to explain and which of their cells are observed, each ``(size, columns)``; and their context,
+            if the model takes one.
         usual: the rows that give the mean of each column, likewise.
         num_samples: importance samples per row and cell.
         seed: seed of the samples.
@@ -223,15 +228,21 @@ def explain(
         Shape ``(size, columns)``, NaN for missing cells. The only cell of a row is compared by its log p, with that of
         the cells of its column when all others are hidden.
     """
-    x, mask = (torch.cat([a, b]) for a, b in zip(rows, usual, strict=True))
+    x, mask, *context = (torch.cat([a, b]) for a, b in zip(rows, usual, strict=True))
+
+    def log_p(x: Tensor, mask: Tensor, which: Tensor | slice) -> Tensor:
+        pyro.set_rng_seed(seed)
+        args = (x, mask, *(c[which] for c in context))
+        return log_marginal(vae.model, vae.guide, *args, num_samples=num_samples, progress=False).value.cpu()
+
     surprise = torch.full(x.shape, torch.nan)
-    whole = _log_p(vae, x, mask, num_samples, seed)
+    whole = log_p(x, mask, slice(None))
     for d in range(x.shape[1]):
         rest = mask.clone()
         rest[:, d] = False
         some = (mask[:, d] & rest.any(1)).nonzero().flatten()
         if len(some):
-            without = _log_p(vae, x[some], rest[some], num_samples, seed)
+            without = log_p(x[some], rest[some], some)
             surprise[some.cpu(), d] = without - whole[some.cpu()]
     size = len(rows[0])
     result = surprise[:size] - surprise[size:].nanmean(0)
@@ -242,13 +253,8 @@ def explain(
         if len(some):
             only = torch.zeros_like(mask[some])
             only[:, d] = True
-            result[alone, d] = _log_p(vae, x[some], only, num_samples, seed).mean() - whole[alone]
+            result[alone, d] = log_p(x[some], only, some).mean() - whole[alone]
     return result
-
-
-def _log_p(vae: MissingDataVAE, x: Tensor, mask: Tensor, num_samples: int, seed: int) -> Tensor:
-    pyro.set_rng_seed(seed)
-    return log_marginal(vae.model, vae.guide, x, mask, num_samples=num_samples, progress=False).value.cpu()
 
 
 def impute(
@@ -264,7 +270,8 @@ def impute(
 ) -> None:
     """Fills the missing cells of a file, and writes how sure each is.
 
-    Cells that are not missing, and columns that are left out, stay as they are in the file.
+    Cells that are not missing, and columns that are left out, stay as they are in the file; so do the cells that the
+    model conditions on, missing or not.
 
     Numbers are filled with the median of draws from p(missing cells | observed cells), classes with the most probable
     one. A second file has a line for each filled cell: the 5 % and 95 % points of the draws of numbers, probabilities
@@ -300,8 +307,8 @@ def impute(
     completed = [table.x.clone() for _ in others]
     lines, unsure = [], 0
     for part in incomplete.split(256) if len(incomplete) else ():  # split gives one empty part of none
-        x, mask = (t.to(device) for t in datasets.split_missing(table.x[part]))
-        imputed = vae.impute(x, mask, num_samples=num_samples, num_draws=num_draws)
+        args = _arguments(vae, table, part, device)
+        imputed = vae.impute(*args, num_samples=num_samples, num_draws=num_draws)
         draws, ess = imputed.draws.cpu(), imputed.ess.cpu()
         unsure += int((ess < _LEAST_ESS).sum())
         for each, one in zip(completed, draws, strict=False):
@@ -313,6 +320,9 @@ def impute(
                 lines.append((int(part[i]) + 1, column, value, *details, float(ess[i])))
     for path, each in zip([out, *others], [filled, *completed], strict=True):
         table.schema.write_filled(each, table.x, table.source, path)
+    if table.context is not None and table.context.isnan().any():
+        names = ", ".join(table.schema.context_names)
+        print(f"the model conditions on {names}: {int(table.context.isnan().sum()):,} empty cells there stay empty")
     lines.sort(key=lambda line: line[0])
     with open(cells_out, "w", newline="", encoding="utf-8") as content:
         writer = csv.writer(content, lineterminator="\n")
@@ -340,7 +350,7 @@ def _summary(column: Modelled, draws: Tensor) -> tuple[float, tuple[float | None
     return points[0], (points[1], points[2], "")
 
 
-def _text(column: Modelled, value: float | None) -> str:
+def _text(column: Modelled, value: Tensor | float | None) -> str:
     return "" if value is None else column.text(column.decode([value]))[0] or ""
 
 
@@ -371,7 +381,7 @@ def encode(
     parts = []
     with torch.no_grad():
         for part in rows.split(4096):
-            q = vae.encode(*(t.to(device) for t in datasets.split_missing(table.x[part])))
+            q = vae.encode(*_arguments(vae, table, part, device))
             parts.append(torch.cat([q.mean, q.stddev], dim=-1).cpu())
     encoded = torch.full((len(table), parts[0].shape[1]), torch.nan)
     encoded[rows] = torch.cat(parts)
@@ -384,21 +394,30 @@ def encode(
     print(f"{len(rows):,} rows in {encoded.shape[1] // 2} dimensions: {out}")
 
 
-def draw_given(vae: MissingDataVAE, schema: datasets.Schema, given: str, num_samples: int) -> tuple[Tensor, float]:
-    """Returns rows with given cells, drawn by sampling-importance-resampling, and the effective sample size.
+def draw_rows(vae: MissingDataVAE, schema: datasets.Schema, num_samples: int, cells: Tensor | None) -> Tensor:
+    """Returns rows drawn from p(x), or from p(x | c), one for each row of encoded cells c."""
+    device, parts = next(vae.parameters()).device, []
+    for start in range(0, num_samples, 4096):
+        if cells is None:
+            parts.append(vae.sample(min(4096, num_samples - start)))
+        else:
+            parts.append(vae.sample(1, *(c.to(device) for c in context_of(schema, cells[start : start + 4096])))[0])
+    return torch.cat(parts).cpu()
+
+
+def read_given(schema: datasets.Schema, given: str) -> dict[str, list[Any]]:
+    """Returns cells by the names of their columns, each in a list.
 
     Args:
-        vae: the VAE.
-        schema: its columns.
+        schema: the columns.
         given: the cells, as ``"sex=Female, age=40.5"``: numbers with a decimal point, or, between double quotes, cells
             as the file has them.
-        num_samples: number of rows.
 
     Raises:
-        ValueError: when a column or value is unknown, or too few of the samples are near the given cells.
+        ValueError: when it is something else, or a column is unknown.
     """
     cells: dict[str, list[Any]] = {}
-    columns, start = {column.name: column for column in schema.modelled}, 0
+    columns, start = {column.name: column for column in (*schema.context, *schema.modelled)}, 0
     while start < len(given):
         pair = _PAIR.match(given, start)
         if pair is None:
@@ -408,15 +427,32 @@ def draw_given(vae: MissingDataVAE, schema: datasets.Schema, given: str, num_sam
             )
         name, quoted, plain = pair.groups()
         if name not in columns:
-            raise ValueError(f"given names {name!r}, but the columns are {', '.join(schema.names)}.")
+            raise ValueError(f"given names {name!r}, but the columns are {', '.join(columns)}.")
         cells[name] = [quoted if quoted is not None else plain]
         if plain is not None and is_number(plain) and holds_numbers(columns[name]):
             cells[name] = [float(plain)]  # with a decimal point, however the file is written
         start = pair.end()
-    x = schema.encode(cells | {name: [None] for name in schema.names if name not in cells})
-    x, mask = datasets.split_missing(x)
+    return cells
+
+
+def draw_given(vae: MissingDataVAE, schema: datasets.Schema, given: str, num_samples: int) -> tuple[Tensor, float]:
+    """Returns rows with given cells, drawn by sampling-importance-resampling, and the effective sample size.
+
+    Args:
+        vae: the VAE.
+        schema: its columns; of those that the model conditions on, each must have a cell.
+        given: the cells, as for :func:`read_given`.
+        num_samples: number of rows.
+
+    Raises:
+        ValueError: when a column or value is unknown, or too few of the samples are near the given cells.
+    """
+    cells = read_given(schema, given)
+    every = {column.name: [None] for column in (*schema.context, *schema.modelled)} | cells
+    x, mask = datasets.split_missing(schema.encode(every))
+    context = context_of(schema, schema.encode_context(every) if schema.context else None)
     candidates = max(20_000, 10 * num_samples)
-    imputed = impute_rows(vae.model, vae.guide, x, mask, num_samples=candidates, num_draws=num_samples)
+    imputed = impute_rows(vae.model, vae.guide, x, mask, *context, num_samples=candidates, num_draws=num_samples)
     ess = float(imputed.ess[0])
     if ess < min(100, candidates / 10):
         raise ValueError(
@@ -424,6 +460,53 @@ def draw_given(vae: MissingDataVAE, schema: datasets.Schema, given: str, num_sam
             "rare for this model. Give fewer cells, or values that occur in the training data."
         )
     return torch.where(mask, x, imputed.draws[:, 0]), ess
+
+
+def given_context(
+    schema: datasets.Schema, cells: dict[str, list[Any]], train: datasets.Split | None, num_samples: int
+) -> tuple[Tensor, str]:
+    """Returns the encoded cells that rows are to be drawn given, one row each, and a line that says what they are.
+
+    Args:
+        schema: the columns, with a context.
+        cells: given cells, as :func:`read_given` returns them.
+        train: training rows, of which random ones give the cells of the context that are not given; None if all are.
+        num_samples: number of rows.
+
+    Raises:
+        ValueError: when a value is unknown, or no training row has the given cells of the context.
+    """
+    names = schema.context_names
+    asked = schema.encode_context({name: cells.get(name, [None]) for name in names})[0]
+    said = ", ".join(f"{c.name}={_text(c, v)}" for c, v in zip(schema.context, asked, strict=True) if c.name in cells)
+    if train is None:
+        return asked.expand(num_samples, -1), f"given {said}: draws are exact, the model conditions on these columns"
+    assert train.context is not None
+    there = torch.tensor([name in cells for name in names])
+    same = (train.context == asked) | (train.context.isnan() & asked.isnan()) | ~there
+    rows = same.all(1).nonzero().flatten()
+    if not len(rows):
+        raise ValueError(
+            f"no training row has {said}, to take {', '.join(n for n in names if n not in cells)} from. Give a cell of "
+            f"each column that the model conditions on: {', '.join(names)}."
+        )
+    others = ", ".join(name for name in names if name not in cells)
+    which = f"{len(rows):,} training rows with {said}" if said else "random training rows"
+    return train.context[rows[torch.randint(len(rows), (num_samples,))]], f"given {others} of {which}"
+
+
+def _with_cells(table: datasets.Table) -> Tensor:
+    """Returns the rows that have a cell to model."""
+    return (~table.x.isnan().all(1)).nonzero().flatten()
+
+
+def _part(table: datasets.Table, rows: Tensor) -> datasets.Split:
+    return datasets.Split(table.x[rows], None, rows + 1, None if table.context is None else table.context[rows])
+
+
+def _arguments(vae: MissingDataVAE, table: datasets.Table, rows: Tensor, device: str) -> tuple[Tensor, ...]:
+    """Returns what the model and the guide take for rows of a table."""
+    return arguments_of(vae, first_of(_part(table, rows), None, device), table.schema)
 
 
 def _check_some(rows: Tensor, file: str) -> None:
@@ -440,4 +523,4 @@ def _load(run: str, file: str, trust: bool, device: str) -> tuple[MissingDataVAE
     if not Path(file).is_file():
         raise FileNotFoundError(f"there is no file {file}.")
     table = datasets.Table(Path(file), schema)
-    return vae.to(device), table, (~table.x.isnan().all(1)).nonzero().flatten()
+    return vae.to(device), table, _with_cells(table)

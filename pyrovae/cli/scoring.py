@@ -86,7 +86,7 @@ def evaluate(
     pyro.set_rng_seed(seed)
     vae.to(device)
     part = data_to_score(splits, split, preprocessing, num_data, device)
-    args = arguments_of(vae, part)
+    args = arguments_of(vae, part, splits.schema)
     estimate = log_marginal(
         vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile, progress=not quiet
     )
@@ -95,7 +95,7 @@ def evaluate(
         columns = {"datum": torch.arange(len(part.x)), **{name: getattr(estimate, name) for name in names}}
         write_columns(columns | estimate.diagnostics, out)
         print(f"per datum: {out}")
-    print(advice_as_options(f"{split}: {estimate}{note_on(vae)}"))
+    print(advice_as_options(f"{split}: {estimate}{note_on(vae, splits.schema)}"))
     if is_default:
         print(_usual_number(vae, args, estimate, max_memory))
     if splits.vocabulary is not None:

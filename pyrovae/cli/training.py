@@ -21,6 +21,7 @@ from pyrovae.cli.common import (
     advice_as_options,
     check_device,
     chosen_method,
+    context_names,
     data_to_score,
     default_run,
     is_discrete,
@@ -79,6 +80,7 @@ def train(
     data: str = "digits",
     run: str | None = None,
     schema: str | None = None,
+    context: list[str] | str | None = None,
     data_root: str = "data",
     preprocessing: Preprocessing = "dynamic",
     shift: int = 0,
@@ -121,6 +123,8 @@ def train(
             and rows, or the words and lines.
         run: the run directory; runs/<data> by default. An existing directory is never overwritten.
         schema: the columns of a table, a file of pyrovae describe; found out from the data by default.
+        context: columns of a table to condition on, as sex,age. The others are modelled given their cells, and log p
+            is conditional. By default those of the schema, or none.
         data_root: the directory of the images, which are downloaded to it if needed.
         preprocessing: what to do with values between 0 and 1. grey: nothing (also for tables); static: binarise all
             data once; dynamic: binarise the training data again for each batch, and the other splits once.
@@ -181,7 +185,8 @@ def train(
         if preprocessing != "grey":
             raise ValueError(f"a table takes preprocessing grey, its cells as they are, got {preprocessing}.")
         stored = directory / "schema.yaml"  # of the run to be resumed
-        splits, description = load_table(data, read_schema(str(stored) if resume and stored.exists() else schema))
+        known = read_schema(str(stored) if resume and stored.exists() else schema)
+        splits, description = load_table(data, known, context_names(context))
         if structure is not None:
             raise ValueError("structure is not for a table with the likelihood Tabular. Leave one of them out.")
         columns = cast(datasets.Schema, splits.schema)
@@ -191,11 +196,16 @@ def train(
     else:
         if schema is not None:
             raise ValueError("schema is for a table with the likelihood Tabular. Leave one of them out.")
+        if context is not None:
+            raise ValueError(
+                "context is for a table with the likelihood Tabular: it names columns. Labels of other data are a "
+                "context with --likelihood.context_dim and --encoder.context_dim, the number of classes."
+            )
         words = {"characters": characters, "max_words": max_words, "num_steps": max_steps}
         if is_text(data):
             is_resumed = resume and storage.can_resume(directory)
-            known = storage.read_config(directory, trust=True).get("vocabulary") if is_resumed else None
-            splits, description = load_text(data, known, **({} if known else words))
+            vocabulary = storage.read_config(directory, trust=True).get("vocabulary") if is_resumed else None
+            splits, description = load_text(data, vocabulary, **({} if vocabulary else words))
         elif any(value is not None for value in words.values()):
             raise ValueError(f"characters, max_words and max_steps are for text, and {data} is none. Leave them out.")
         else:
@@ -215,7 +225,8 @@ def train(
 
     metrics = MetricsFile(directory / "metrics.jsonl")
     callbacks: list[Callback] = []
-    monitored = arguments_of(vae, data_to_score(splits, "validation", "grey", _NUM_MONITORED, device))
+    few = data_to_score(splits, "validation", "grey", _NUM_MONITORED, device)
+    monitored = arguments_of(vae, few, splits.schema)
     if len(monitored[0]) > 1:
         monitor = diagnostics.CollapseMonitor(vae.model, vae.guide, *monitored, every=max(1, epochs // 50))
         callbacks.append(_WherePossible(monitor))
@@ -247,7 +258,7 @@ def train(
                 history = fit(
                     vae.model,
                     vae.guide,
-                    arguments_of(vae, splits.train),
+                    arguments_of(vae, splits.train, splits.schema),
                     loss=loss,
                     epochs=epochs,
                     batch_size=batch_size,
@@ -259,7 +270,7 @@ def train(
                     clip_norm=clip_norm,
                     micro_batch_size=micro_batch_size,
                     precision=precision,
-                    validation=arguments_of(vae, splits.validation),
+                    validation=arguments_of(vae, splits.validation, splits.schema),
                     patience=patience,
                     callbacks=callbacks,
                     checkpoint=checkpoint,
@@ -289,7 +300,7 @@ def train(
             raise
 
         vae.eval()
-        test = arguments_of(vae, data_to_score(splits, "test", "grey", None, device))
+        test = arguments_of(vae, data_to_score(splits, "test", "grey", None, device), splits.schema)
         stages = UntilTrusted(seconds=max(_LEAST_SECONDS, (time.monotonic() - began) / 3))
         method = chosen_method(None, num_samples, stages)
         estimate = log_marginal(vae.model, vae.guide, *test, method=method, compile=compile, progress=not quiet)
@@ -367,7 +378,7 @@ def _report_training(
         "num_data": n,
         "num_samples": estimate.num_samples,
     }
-    scores = advice_as_options(f"test: {estimate}{note_on(vae)}")
+    scores = advice_as_options(f"test: {estimate}{note_on(vae, splits.schema)}")
     name, baseline = "", None
     if splits.schema is not None:
         name, p = "independent columns", fit_independent_columns(vae.likelihood.cells, splits.train.x)

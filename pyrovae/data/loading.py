@@ -1,7 +1,7 @@
 """Loading data sets by name: a registry of functions, each of which returns the fixed splits of one data set."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def load(
     *,
     schema: Schema | None = None,
     overrides: Mapping[str, Override] | None = None,
+    context: Sequence[str] = (),
     numbers: bool = False,
     **options: Any,
 ) -> Splits:
@@ -111,6 +112,7 @@ def load(
             ``raw``, or in ``<name>/raw``), gzipped or not.
         schema: the schema of a table, such as that of the training data; found out if None.
         overrides: kinds of columns of a table, as for :meth:`Schema.infer`.
+        context: names of columns of a table that a model is to condition on, as for :class:`Table`.
         numbers: refuse tables, except for a ``.csv`` file of numbers alone, which is read without a schema: all columns
             as they are, and no missing cells.
         **options: fields of the :class:`Dialect` of a table.
@@ -139,7 +141,7 @@ def load(
     if schema is None and not overrides and not options and is_text_file(path):
         return load_text(path)
     if not numbers and (path.suffix or path.is_file()):
-        return load_table(path, schema, overrides, **options)
+        return load_table(path, schema, overrides, context, **options)
     raise ValueError(
         f"there is no data set {name!r}. Name one of {', '.join(DATA_SETS)}; a file: a table (.csv, .tsv, .parquet, "
         ".xlsx, ...), or arrays (.npy, .npz, .h5, .h5ad); or a folder of pictures; or add it with "

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +31,10 @@ class Schema:
         columns: all columns, in the order of the file.
         dialect: how the file is written.
         notes: what was found out about the file, one line each; not a part of the schema that is written.
+        context: names of columns that a model conditions on; it models the others given these.
 
     Raises:
-        ValueError: when no column can be modelled, or names occur twice.
+        ValueError: when no column can be modelled, names occur twice, or the context names a column that is left out.
 
     >>> from pyrovae.data.columns import Category, Constant, Real
     >>> schema = Schema([Real("age", 40, 10, step=1, decimals=0), Constant("year", value=1994),
@@ -49,7 +49,13 @@ class Schema:
     {'age': 39, 'year': 1994, 'city': 'Ulm'}
     """
 
-    def __init__(self, columns: Sequence[Column], dialect: Dialect | None = None, notes: Sequence[str] = ()):
+    def __init__(
+        self,
+        columns: Sequence[Column],
+        dialect: Dialect | None = None,
+        notes: Sequence[str] = (),
+        context: Sequence[str] = (),
+    ):
         self.columns, self.dialect, self.notes = tuple(columns), dialect or Dialect(), tuple(notes)
         for column in self.columns:
             if not isinstance(column, Column):
@@ -59,26 +65,59 @@ class Schema:
             if name in seen:
                 raise ValueError(f"columns: the name {name!r} occurs twice. Give each column a name of its own.")
             seen.add(name)
-        if not self.modelled:
+        known = [column for column in self.columns if isinstance(column, Modelled)]
+        if not known:
             raise ValueError("columns: none can be modelled, because all are constant or name the rows.")
+        for name in context:
+            if name not in [column.name for column in known]:
+                why = "is left out" if name in seen else "is not there"
+                others = _quoted([column.name for column in known], 12)
+                raise ValueError(f"context: column {name!r} {why}. Name some of {others}.")
+        if len({*context}) == len(known):
+            raise ValueError("context: all columns are in it, so that none is left to model. Name fewer.")
+        self.context = tuple(column for column in known if column.name in context)
+        self.modelled = tuple(column for column in known if column.name not in context)
 
     def __repr__(self) -> str:
-        return f"Schema({list(self.columns)!r})"
+        context = [column.name for column in self.context]
+        return f"Schema({list(self.columns)!r}{f', context={context!r}' if context else ''})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Schema) and (self.columns, self.dialect) == (other.columns, other.dialect)
+        return isinstance(other, Schema) and (self.columns, self.dialect, self.context) == (
+            other.columns,
+            other.dialect,
+            other.context,
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
-    @cached_property
-    def modelled(self) -> tuple[Modelled, ...]:
-        """The columns of the tensor, in its order, which is that of the file."""
-        return tuple(column for column in self.columns if isinstance(column, Modelled))
+    def given(self, context: Sequence[str]) -> "Schema":
+        """Returns the schema of models that condition on some columns.
+
+        Args:
+            context: names of these columns; others are modelled, also those that were in the context before.
+
+        Raises:
+            ValueError: when there is no such column, it is left out, or no other is left.
+
+        >>> schema = Schema.infer({"city": ["Ulm", "Bern", "Ulm"], "age": [39, 50, 41]}).given(["city"])
+        >>> schema.names
+        ['age']
+        >>> schema.encode_context({"city": ["Ulm", None]})
+        tensor([[1.],
+                [nan]])
+        """
+        return Schema(self.columns, self.dialect, self.notes, context)
 
     @property
     def names(self) -> list[str]:
         """The names of the columns of the tensor."""
         return [column.name for column in self.modelled]
+
+    @property
+    def context_names(self) -> list[str]:
+        """The names of the columns that models condition on."""
+        return [column.name for column in self.context]
 
     @staticmethod
     def infer(
@@ -154,33 +193,47 @@ class Schema:
             ValueError: when columns lack or are unknown, or when a cell is not one of its column; column and row are
                 named.
         """
+        return self._encoded(self.modelled, frame, first_row)
+
+    def encode_context(self, frame: Any, *, first_row: int = 1) -> Tensor:
+        """Returns the cells that models condition on, ``(rows, len(context))``, as :meth:`encode` does the others."""
+        return self._encoded(self.context, frame, first_row)
+
+    def _encoded(self, columns: Sequence[Modelled], frame: Any, first_row: int) -> Tensor:
         table = as_table(frame)
         source = open_source(table, missing=self.dialect.missing)
-        x = torch.empty(len(table), len(self.modelled))
-        self.encode_into(x, source, first_row=first_row)
+        self.check_names(source.names, source.where, [column.name for column in columns])
+        x = torch.empty(len(table), len(columns))
+        self._encode_into([(columns, x)], source, first_row)
         return x
 
-    def encode_into(self, x: Tensor, source: Source, *, first_row: int = 1) -> list[str]:
-        """Encodes all rows of a source into a float32 tensor, in chunks of rows; returns notes, one line each.
+    def encode_into(self, x: Tensor, source: Source, context: Tensor | None = None) -> list[str]:
+        """Encodes all rows of a source into float32 tensors, in chunks of rows; returns notes, one line each.
 
         Args:
             x: shape ``(rows, len(modelled))``.
             source: what ``pyrovae.data.reading.open_source`` returns.
-            first_row: the number of the first row, for messages.
+            context: for the cells that models condition on, ``(rows, len(context))``, or None.
         """
         self.check_names(source.names, source.where)
-        start, array = 0, x.numpy()
+        return self._encode_into([(self.modelled, x), *([] if context is None else [(self.context, context)])], source)
+
+    def _encode_into(
+        self, tensors: Sequence[tuple[Sequence[Modelled], Tensor]], source: Source, first_row: int = 1
+    ) -> list[str]:
+        start = 0
+        places = [(column, x.numpy()[:, i]) for columns, x in tensors for i, column in enumerate(columns)]
         constant = [c for c in self.columns if isinstance(c, Constant) and c.name in source.names]
         differs = dict.fromkeys((c.name for c in constant), 0)
         for batch in source.batches():
             for c in constant:
                 differs[c.name] += c.count_others(batch.column(source.names.index(c.name)))
-            for i, column in enumerate(self.modelled):
+            for column, place in places:
                 cells = batch.column(source.names.index(column.name))
                 try:
                     if is_text(cells.type) and holds_numbers(column):
                         cells = self.dialect.plain_numbers(cells)
-                    array[start : start + len(cells), i] = column.encode(cells)
+                    place[start : start + len(cells)] = column.encode(cells)
                 except CellError as error:
                     row = first_row + start + error.index
                     raise ValueError(f"{source.where}: column {column.name!r}, row {row:,}: {error.problem}.") from None
@@ -191,7 +244,7 @@ class Schema:
             if differs[c.name]
         ]
 
-    def decode(self, x: Tensor) -> "pa.Table":
+    def decode(self, x: Tensor, context: Tensor | None = None) -> "pa.Table":
         """Returns a pyarrow table with all columns of the file: numbers, text and times, null where x is NaN.
 
         ``.to_pandas()`` and ``polars.from_arrow`` turn it into other tables; :meth:`write` writes it as the file is
@@ -202,26 +255,34 @@ class Schema:
 
         Args:
             x: shape ``(rows, len(modelled))``.
+            context: the cells that the model conditions on, ``(rows, len(context))``; None where there are none.
         """
         import pyarrow as pa
 
         if x.dim() != 2 or x.shape[1] != len(self.modelled):
             raise ValueError(f"x must have shape (rows, {len(self.modelled)}), got {tuple(x.shape)}.")
-        at = {column.name: i for i, column in enumerate(self.modelled)}
+        given = () if context is None else tuple(context.shape)
+        if given != ((len(x), len(self.context)) if self.context else ()):
+            names = f"the encoded cells of {_quoted(self.context_names)}" if self.context else "left out"
+            raise ValueError(f"context must be {names}, one row for each of the {len(x)} of x, got shape {given}.")
+        encoded = dict(zip(self.names, x.T, strict=True))
+        if context is not None:
+            encoded |= dict(zip(self.context_names, context.T, strict=True))
         cells = []
         for column in self.columns:
             if isinstance(column, Modelled):
-                cells.append(column.decode(x[:, at[column.name]]))
+                cells.append(column.decode(encoded[column.name]))
             elif isinstance(column, LeftOut):
                 cells.append(column.fill(len(x)))
         return pa.table(cells, names=[column.name for column in self.columns])
 
-    def write(self, x: "Tensor | pa.Table", path: str | Path) -> None:
+    def write(self, x: "Tensor | pa.Table", path: str | Path, context: Tensor | None = None) -> None:
         """Writes rows to a text file as the file of the training data is written, or to a Parquet file.
 
         Args:
             x: encoded rows, or a decoded table.
             path: a file, replaced if it exists; with the suffix .parquet for Parquet, else text.
+            context: as for :meth:`decode`.
 
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "rows.csv"
@@ -230,7 +291,7 @@ class Schema:
         >>> path.read_text().splitlines()
         ['price', '3.00', '""', '2.25']
         """
-        table = self.decode(x) if isinstance(x, Tensor) else x
+        table = self.decode(x, context) if isinstance(x, Tensor) else x
         path = Path(path)
         if path.suffix.lower() in (".parquet", ".pq"):
             import pyarrow.parquet as pq
@@ -306,7 +367,7 @@ class Schema:
             part = []
             for name, cells in zip(source.names, batch.columns, strict=True):
                 column, values, holes = columns[name], None, np.zeros(batch.num_rows, dtype=bool)
-                if isinstance(column, Modelled):
+                if isinstance(column, Modelled) and name in at:
                     holes = (x[rows, at[name]].isnan() & ~filled[rows, at[name]].isnan()).cpu().numpy()
                     values = column.decode(filled[rows, at[name]])
                 part.append((column, to_arrow(cells), values, holes))
@@ -374,11 +435,21 @@ class Schema:
             missing = f"{100 * column.missing:.{3 if column.missing >= 0.01 else 2}g} %" if column.missing else ""
             line = f"{name:{width}}  {column.kind:10} {missing:>6}  {column.describe()}"
             lines.append(line if len(line) <= 80 else line[:79] + "…")
+        if self.context:
+            lines.append(f"context: {', '.join(self.context_names)}; the others are modelled given their cells")
         return "\n".join(lines)
 
-    def check_names(self, names: Sequence[str], where: str = "the table") -> None:
-        """Raises a ValueError unless these are the columns of the schema, in any order; those left out may lack."""
-        lacking = [name for name in self.names if name not in names]
+    def check_names(self, names: Sequence[str], where: str = "the table", needed: Sequence[str] | None = None) -> None:
+        """Raises a ValueError unless these are the columns of the schema, in any order.
+
+        Args:
+            names: names of columns.
+            where: what has them.
+            needed: those that may not lack; None for all that are not left out.
+        """
+        if needed is None:
+            needed = [column.name for column in self.columns if isinstance(column, Modelled)]
+        lacking = [name for name in needed if name not in names]
         known = {column.name for column in self.columns}
         unknown = [name for name in names if name not in known]
         if lacking or unknown:
@@ -386,7 +457,7 @@ class Schema:
             parts += [f"has {_quoted(unknown)}, which the training data did not have"] if unknown else []
             raise ValueError(
                 f"{where} {' and '.join(parts)}. Give the columns of the training data, in any order: "
-                f"{_quoted(self.names, 12)}."
+                f"{_quoted(needed, 12)}."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -395,7 +466,8 @@ class Schema:
         differs = {f.name: written[f.name] for f in dataclasses.fields(Dialect) if written[f.name] != f.default}
         dialect = {name: list(v) if isinstance(v, tuple) else v for name, v in differs.items()}
         columns = [column.to_dict() for column in self.columns]
-        return ({"dialect": dialect} if dialect else {}) | {"columns": columns}
+        context = {"context": self.context_names} if self.context else {}
+        return ({"dialect": dialect} if dialect else {}) | context | {"columns": columns}
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> "Schema":
@@ -407,7 +479,8 @@ class Schema:
         try:
             given = content.get("dialect", {}).items()
             dialect: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given}
-            return Schema([Column.from_dict(c) for c in content["columns"]], Dialect(**dialect))
+            columns = [Column.from_dict(c) for c in content["columns"]]
+            return Schema(columns, Dialect(**dialect), context=tuple(content.get("context", ())))
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"the schema must hold a list of columns, each with a name and a kind ({error})."

@@ -25,11 +25,14 @@ class Split:
             the disk.
         labels: their classes, ``(size,)``, int64, or None for data without labels.
         rows: their row numbers in the file, counted from 1, ``(size,)``, int64; None for data that are no rows.
+        context: of the rows of a table, the cells that a model conditions on, ``(size, len(schema.context))``, NaN
+            where missing; None where there are none.
     """
 
     x: Any  # a tensor or Rows
     labels: Tensor | None
     rows: Tensor | None = None
+    context: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor | None]:
         return iter((self.x, self.labels))

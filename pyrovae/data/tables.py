@@ -1,7 +1,7 @@
 """Tables: files of rows with columns of several kinds, and files of numbers alone."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Table:
         overrides: kinds of columns, as for :meth:`Schema.infer`.
         rows: the rows, counted from 0, from which locations, scales and spikes are found out; None for all.
         memory_map: a file in which the tensor is kept, for a tensor larger than the memory; it is replaced.
+        context: names of columns that a model is to condition on, as :meth:`Schema.given`; those of the schema if none.
         **options: fields of the :class:`Dialect` that are known: delimiter, decimal, thousands, encoding, header and
             missing; those of the schema, if one is given.
 
@@ -35,6 +36,8 @@ class Table:
         schema: the schema.
         x: the rows, ``(len(table), len(names))``, float32, NaN where a cell is missing.
         names: the names of the columns of x.
+        context: the cells that the model conditions on, ``(len(table), len(schema.context))``, as those of x; None
+            where there are none.
         notes: what was found out about the file, one line each.
 
     Raises:
@@ -57,6 +60,7 @@ class Table:
         overrides: Mapping[str, Override] | None = None,
         rows: np.ndarray | Tensor | None = None,
         memory_map: str | Path | None = None,
+        context: Sequence[str] = (),
         **options: Any,
     ):
         if schema is not None and (overrides or rows is not None):
@@ -68,12 +72,15 @@ class Table:
             self.notes = list(schema.notes)
         else:
             self.notes = list(self.source.notes)
+        if context:
+            schema = schema.given(context)
         self.schema, self.names = schema, schema.names
         size = self.source.num_rows
         if size == 0:
             raise ValueError(f"{self.source.where} has no rows.")
         self.x = _room(size, len(self.names), memory_map)
-        self.notes += schema.encode_into(self.x, self.source)
+        self.context = _room(size, len(schema.context), None) if schema.context else None
+        self.notes += schema.encode_into(self.x, self.source, self.context)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -120,7 +127,11 @@ def _room(size: int, columns: int, memory_map: str | Path | None) -> Tensor:
 
 
 def load_table(
-    path: Path, schema: Schema | None = None, overrides: Mapping[str, Override] | None = None, **options: Any
+    path: Path,
+    schema: Schema | None = None,
+    overrides: Mapping[str, Override] | None = None,
+    context: Sequence[str] = (),
+    **options: Any,
 ) -> Splits:
     """Loads the rows of a table as splits, as :func:`pyrovae.data.load` says."""
     source = open_source(path, **_options_of(schema, options, path))
@@ -129,8 +140,13 @@ def load_table(
         raise ValueError(f"{path} holds {size} data, too few to split into train, validation and test.")
     tenth = max(1, size // 10)
     parts = random_rows(size, validation=tenth, test=tenth)
-    table = Table(source, schema, overrides=overrides, rows=None if schema else parts[0], **options)
-    return Splits(*(Split(table.x[rows], None, rows + 1) for rows in parts), schema=table.schema)
+    training = None if schema else parts[0]
+    table = Table(source, schema, overrides=overrides, rows=training, context=context, **options)
+    cells = table.context
+    return Splits(
+        *(Split(table.x[rows], None, rows + 1, None if cells is None else cells[rows]) for rows in parts),
+        schema=table.schema,
+    )
 
 
 def load_numbers(path: Path) -> Splits:

@@ -202,7 +202,7 @@ class Anomalies(Diagnosis):
 
     @classmethod
     def for_report(cls, inputs: ReportInputs) -> "Anomalies":
-        return anomalies(inputs.model, inputs.guide, inputs.x, other=inputs.other, reference=inputs.train)
+        return anomalies(inputs.model, inputs.guide, *inputs.args, other=inputs.other_args, reference=inputs.train_args)
 
     def table(self) -> list[str]:
         size = f"{len(self.log_marginal):,} data"

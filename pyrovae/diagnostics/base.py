@@ -35,8 +35,8 @@ class ReportInputs:
     """A trained model with data, for a report by all diagnostics.
 
     Args:
-        model: a Pyro model of one tensor of data.
-        guide: a Pyro guide of the same tensor.
+        model: a Pyro model of one tensor of data, and of its context, if there is one.
+        guide: a Pyro guide of the same.
         x: the data to look at, ``(batch, *x_shape)``.
         train: training data, ``(size, *x_shape)``.
         held_out: whether `x` are other data than `train`.
@@ -46,6 +46,9 @@ class ReportInputs:
         nuts_samples: draws per NUTS chain.
         columns: for a table, the columns of the data, ``schema.modelled``, or None.
         generated: for a table, rows drawn from the model, as many as `x` or more, or None.
+        context: the context of `x`, ``(batch, context_dim)``, or None.
+        train_context: that of `train`.
+        other_context: that of `other`.
     """
 
     model: Callable
@@ -59,11 +62,33 @@ class ReportInputs:
     nuts_samples: int = 1000
     columns: Sequence[Modelled] | None = None
     generated: Tensor | None = None
+    context: Tensor | None = None
+    train_context: Tensor | None = None
+    other_context: Tensor | None = None
+
+    @property
+    def args(self) -> tuple[Tensor, ...]:
+        """What the model and the guide take for the data to look at."""
+        return _with_context(self.x, self.context)
+
+    @property
+    def train_args(self) -> tuple[Tensor, ...]:
+        """What they take for the training data."""
+        return _with_context(self.train, self.train_context)
+
+    @property
+    def other_args(self) -> tuple[Tensor, ...] | None:
+        """What they take for the second set of data; None if there is none."""
+        return None if self.other is None else _with_context(self.other, self.other_context)
 
     @property
     def few(self) -> int:
         """The number of data for a slow diagnostic, a third of them but at least 30."""
         return max(30, len(self.x) // 3)
+
+
+def _with_context(x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+    return (x,) if context is None else (x, context)
 
 
 class Diagnosis(ABC):

@@ -167,7 +167,7 @@ class Calibration(Diagnosis):
 
     @classmethod
     def for_report(cls, inputs: ReportInputs) -> "Calibration":
-        return calibration(inputs.model, inputs.guide, inputs.x, num_rounds=-(-300 // len(inputs.x)))
+        return calibration(inputs.model, inputs.guide, *inputs.args, num_rounds=-(-300 // len(inputs.x)))
 
 
 @torch.no_grad()

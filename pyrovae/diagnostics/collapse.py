@@ -238,7 +238,7 @@ class Collapse(Diagnosis):
 
     @classmethod
     def for_report(cls, inputs: ReportInputs) -> "Collapse":
-        return collapse(inputs.model, inputs.guide, inputs.x)
+        return collapse(inputs.model, inputs.guide, *inputs.args)
 
     def table(self) -> list[str]:
         width = max(7, *(len(name) for name in self.columns))

@@ -184,8 +184,10 @@ class Gaps(Diagnosis):
 
     @classmethod
     def for_report(cls, inputs: ReportInputs) -> "Gaps":
-        train = inputs.train[: inputs.few] if inputs.held_out else None
-        return gaps(inputs.model, inputs.guide, inputs.x[: inputs.few], train=train, method=inputs.method)
+        few = inputs.few
+        train = tuple(t[:few] for t in inputs.train_args) if inputs.held_out else None
+        args = (t[:few] for t in inputs.args)
+        return gaps(inputs.model, inputs.guide, *args, train=train, method=inputs.method)
 
 
 def _draw_bars(ax: "Axes", at: int, losses: Losses) -> None:

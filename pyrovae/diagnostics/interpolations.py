@@ -94,7 +94,7 @@ class Interpolations(Diagnosis):
 
     @classmethod
     def for_report(cls, inputs: ReportInputs) -> "Interpolations":
-        return interpolations(inputs.model, inputs.guide, inputs.x)
+        return interpolations(inputs.model, inputs.guide, *inputs.args)
 
     def table(self) -> list[str]:
         kind = "arcs" if self.spherical else "straight lines"

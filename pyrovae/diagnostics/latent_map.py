@@ -115,7 +115,7 @@ class LatentMap(Diagnosis):
 
     @classmethod
     def for_report(cls, inputs: ReportInputs) -> "LatentMap":
-        return latent_map(inputs.model, inputs.guide, inputs.x, labels=inputs.labels)
+        return latent_map(inputs.model, inputs.guide, *inputs.args, labels=inputs.labels)
 
     def table(self) -> list[str]:
         lines = [

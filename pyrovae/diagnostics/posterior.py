@@ -260,8 +260,8 @@ class PosteriorCheck(Diagnosis):
 
     @classmethod
     def for_report(cls, inputs: ReportInputs) -> "PosteriorCheck":
-        n = inputs.nuts_samples
-        return posterior_check(inputs.model, inputs.guide, inputs.x[:3], num_samples=n, warmup_steps=n // 2)
+        n, args = inputs.nuts_samples, (t[:3] for t in inputs.args)
+        return posterior_check(inputs.model, inputs.guide, *args, num_samples=n, warmup_steps=n // 2)
 
     def _faults(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns where the guide is too narrow, too wide and shifted, each of shape ``(batch, total)``."""

@@ -224,7 +224,7 @@ class Quality(Diagnosis):
 
     @classmethod
     def for_report(cls, inputs: ReportInputs) -> "Quality":
-        return quality(inputs.model, inputs.guide, inputs.x)
+        return quality(inputs.model, inputs.guide, *inputs.args)
 
     def table(self) -> list[str]:
         lines = [

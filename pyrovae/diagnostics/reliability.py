@@ -103,7 +103,7 @@ class Reliability(Diagnosis):
 
     @classmethod
     def for_report(cls, inputs: ReportInputs) -> "Reliability":
-        return reliability(inputs.model, inputs.guide, inputs.x)
+        return reliability(inputs.model, inputs.guide, *inputs.args)
 
     def _ess_quantiles(self) -> list[float]:
         return self.ess.double().quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]).to(self.ess).double()).tolist()

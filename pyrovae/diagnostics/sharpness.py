@@ -208,7 +208,7 @@ class Sharpness(Diagnosis):
 
     @classmethod
     def for_report(cls, inputs: ReportInputs) -> "Sharpness":
-        return sharpness(inputs.model, inputs.guide, inputs.x)
+        return sharpness(inputs.model, inputs.guide, *inputs.args)
 
     def table(self) -> list[str]:
         columns = zip(self.frequency, self.power, self.error, self.lost, self.excess, strict=True)

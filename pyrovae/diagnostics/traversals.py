@@ -93,7 +93,7 @@ class Traversals(Diagnosis):
 
     @classmethod
     def for_report(cls, inputs: ReportInputs) -> "Traversals":
-        return traversals(inputs.model, inputs.guide, inputs.x)
+        return traversals(inputs.model, inputs.guide, *inputs.args)
 
     def table(self) -> list[str]:
         width = max(9, *(len(name) for name in self.names))

@@ -1,7 +1,10 @@
 """VAEs of tables."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from pyrovae.likelihoods.tabular import HasCells, cells_of
 from pyrovae.nn import GatedMLP
 from pyrovae.nn.base import Shape
 from pyrovae.priors import Prior, StandardNormal
+from pyrovae.structures.assembly import class_of, make_prior
 from pyrovae.structures.missing import MissingDataVAE
 
 _FARTHEST = 10.0  # in scales of its column: outliers do not drown the other inputs
@@ -79,17 +83,33 @@ class TableFeatures(nn.Module):
         return f"num_columns={len(self.cells)}, num_features={self.num_features}"
 
 
-def _gated(x_shape: Shape, latent_dim: int) -> Encoder:
-    return DiagonalNormal(x_shape, latent_dim, GatedMLP)
+def _gated(x_shape: Shape, latent_dim: int, context_dim: int = 0) -> Encoder:
+    return DiagonalNormal(x_shape, latent_dim, GatedMLP, context_dim)
+
+
+def _taking(context_dim: int, part: Callable[..., Any], needed: bool = False) -> Callable[..., Any]:
+    """Returns a callable that builds a part for a context, where the part can take one."""
+    if not context_dim:
+        return part
+    before = getattr(part, "keywords", {}).get("context_dim", 0)
+    if before not in (0, context_dim):
+        raise ValueError(f"context_dim is {before}, but the context has {context_dim} features. Leave context_dim out.")
+    made = class_of(part)
+    if "context_dim" in inspect.signature(made).parameters:
+        return partial(part, context_dim=context_dim)
+    if needed:
+        raise ValueError(f"a likelihood given a context must take context_dim, and {made.__name__} does not.")
+    return part
 
 
 def table_vae(
     columns: Sequence[HasCells | Classes | Numbers],
     latent_dim: int = 16,
     *,
-    prior: Callable[[int], Prior] = StandardNormal,
+    context: Sequence[HasCells | Classes | Numbers] = (),
+    prior: Callable[..., Prior] = StandardNormal,
     likelihood: Callable[..., Likelihood] = Tabular,
-    encoder: Callable[[Shape, int], Encoder] = _gated,
+    encoder: Callable[..., Encoder] = _gated,
 ) -> MissingDataVAE:
     r"""Returns a VAE of the rows of a table, whose cells may be missing.
 
@@ -99,21 +119,34 @@ def table_vae(
     Cells are missing at random: what is missing adds nothing to log p, and the encoder sees which cells are missing.
     Train it on ``data.split_missing(schema.encode(frame))``.
 
+    Given other columns c of the rows, all three factors are conditional, and log p is that of x given c. Cells of c may
+    be missing too. The model and the guide then take x, the mask and the features of c, as in the example.
+
     Args:
         columns: the columns, those of a :class:`pyrovae.data.Schema` that are modelled, or their ``.cells``.
         latent_dim: number of latent dimensions.
-        prior: called with `latent_dim`.
+        context: columns to condition on, ``schema.context``.
+        prior: called with `latent_dim`, or with the encoder if its first argument has this name.
         likelihood: called with `latent_dim` and `columns`.
         encoder: called with the number of features of a row, as :class:`TableFeatures` makes them, and `latent_dim`.
+            With a context, all three are called with ``context_dim`` too; those without such an argument are not.
+
+    Raises:
+        ValueError: when there is a context, and the likelihood does not take one.
 
     >>> vae = table_vae([Numbers(40.0, 10.0), Classes(3)], latent_dim=2)
     >>> vae.sample(5).shape
     torch.Size([5, 2])
+    >>> sex = [Classes(2)]
+    >>> vae = table_vae([Numbers(40.0, 10.0), Classes(3)], latent_dim=2, context=sex)
+    >>> c, observed = torch.tensor([[1.0], [0.0]]), torch.tensor([[True], [False]])
+    >>> vae.sample(5, TableFeatures(sex)(c, observed)).shape
+    torch.Size([5, 2, 2])
     """
-    features = TableFeatures(columns)
-    return MissingDataVAE(
-        prior(latent_dim), likelihood(latent_dim, columns), encoder(features.num_features, latent_dim), features
-    )
+    features, context_dim = TableFeatures(columns), TableFeatures(context).num_features
+    p = _taking(context_dim, likelihood, needed=True)(latent_dim, columns)
+    q = _taking(context_dim, encoder)(features.num_features, latent_dim)
+    return MissingDataVAE(make_prior(_taking(context_dim, prior), latent_dim, q), p, q, features)
 
 
 class _Constant(nn.Module):
