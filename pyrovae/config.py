@@ -38,6 +38,8 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "schedule_every_step": (bool,),
     "ema_decay": (float, type(None)),
     "clip_norm": (float, int, type(None)),
+    "micro_batch_size": (int, type(None)),
+    "precision": (str, type(None)),
     "num_samples": (int, type(None)),
     "seed": (int,),
     "device": (str,),

@@ -1,6 +1,7 @@
 """Configurations: names of classes that have moved, names that are not trusted, and a VAE from its parts."""
 
 import importlib
+import inspect
 import shutil
 
 import pytest
@@ -8,7 +9,8 @@ import yaml
 
 from pyrovae import load_run, priors
 from pyrovae.cli import main
-from pyrovae.config import make_vae, untrusted_names, with_current_names
+from pyrovae.cli.training import train
+from pyrovae.config import NOT_KEPT, PARTS, SETTINGS, make_vae, untrusted_names, with_current_names
 from pyrovae.encoders import DiagonalNormal
 from pyrovae.likelihoods import Bernoulli
 from pyrovae.storage import read_config
@@ -22,6 +24,11 @@ RENAMED = {
     "pyrovae.priors.vamp.VampPrior": "pyrovae.priors.VampPrior",
     "pyrovae.regularizers.kernels.gaussian_kernel": "pyrovae.regularizers.gaussian_kernel",
 }
+
+
+def test_a_run_can_keep_every_option_of_training():
+    of_the_command = {"quiet", "resume", "trust", "config"}
+    assert {*SETTINGS, *PARTS, *NOT_KEPT} == {*inspect.signature(train).parameters} - of_the_command
 
 
 @pytest.mark.parametrize("old", RENAMED)
