@@ -24,7 +24,7 @@ from pyrovae.parts import (
     takes_context,
 )
 from pyrovae.recorded import Recorded
-from pyrovae.structures.sequences import SequenceVAE, check_generated, split_context, until_last
+from pyrovae.structures.sequences import SequenceVAE, until_last
 
 
 class RecurrentVAE(SequenceVAE):
@@ -51,9 +51,9 @@ class RecurrentVAE(SequenceVAE):
         recurrence: ``recurrence(h, x, mask, z)`` returns the memories after each of some steps, such as
             :class:`ForwardGRU`; its attribute `width` is that of a memory.
 
-    The context of a step, for parts that were built for one, has shape ``(batch, time, context_dim)`` and follows the
-    memory in the context of the parts, which then have width + context_dim of them. A part that was built without any
-    context does not see the memory.
+    The context of a step, for parts that were built for one, has shape ``(batch, time, context_dim)``. It follows the
+    memory in the context of the parts, which are then built with the sum of both widths. A part that was built without
+    any context does not see the memory.
 
     Raises:
         ValueError: when the parts have different latent dimensions, spaces, data or contexts, or no part takes the
@@ -160,71 +160,22 @@ class RecurrentVAE(SequenceVAE):
 
     @torch.no_grad()
     @in_evaluation_mode
-    def sample(self, num_samples: int, num_steps: int, context: Tensor | None = None) -> Tensor:
-        """Draws sequences from p(x), with the noise of the likelihood.
-
-        Args:
-            num_samples: number of draws; with a context, number for each of its rows.
-            num_steps: their length; with a context, that of the context.
-            context: shape ``(batch, num_steps, context_dim)``, or None.
-
-        Returns:
-            Shape ``(num_samples, num_steps, *x_shape)``, or ``(num_samples, batch, num_steps, *x_shape)``.
-        """
-        check_generated(num_samples, num_steps, context)
-        self.check_vector(context)
-        leading = (num_samples,) if context is None else (num_samples, len(context))
-        parameter = next(self.recurrence.parameters())
-        return self._generate(parameter.new_zeros(*leading, self.width), num_steps, context)
-
-    @torch.no_grad()
-    @in_evaluation_mode
     def reconstruct(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         r"""Returns the centre of :math:`p(x'_t \mid z_t, h_{t-1})` at one draw from the guide, shaped like x."""
         q = self.encode(x, mask, context)
         z = q.sample()
         return center(likelihood_at(self.likelihood, z, _with(q.memories(z), context, slice(None))))
 
-    @torch.no_grad()
-    @in_evaluation_mode
-    def forecast(
-        self,
-        x: Tensor,
-        num_steps: int,
-        mask: Tensor | None = None,
-        context: Tensor | None = None,
-        *,
-        num_samples: int = 100,
-        num_particles: int = 100,
+    def draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
+        leading = (num_samples,) if context is None else (num_samples, len(context))
+        return self._generate(next(self.recurrence.parameters()).new_zeros(*leading, self.width), num_steps, context)
+
+    def draw_next(
+        self, z: Tensor, x: Tensor, mask: Tensor, context: Tensor | None, coming: Tensor | None, num_steps: int
     ) -> Tensor:
-        r"""Draws the steps after the end of sequences, :math:`p(x_{T+1}, \dots, x_{T+h} \mid x_1, \dots, x_T)`.
-
-        The latents of the sequences are drawn by a particle filter, whose error falls with the number of particles. The
-        recurrence then sees the steps that are drawn.
-
-        Args:
-            x: sequences, ``(batch, time, *x_shape)``.
-            num_steps: the steps to draw, :math:`h`.
-            mask: their observed steps, ``(batch, time)``; a forecast starts after the last of them.
-            context: shape ``(batch, time + num_steps, context_dim)``, with the steps to come after `time`, or None;
-                needs a mask of None.
-            num_samples: draws for each sequence.
-            num_particles: particles of the filter.
-
-        Returns:
-            Shape ``(num_samples, batch, num_steps, *x_shape)``.
-
-        Raises:
-            ValueError: when all particles of a sequence die.
-        """
-        check_count(num_steps, "num_steps")
-        check_count(num_samples, "num_samples")
-        context, coming = split_context(context, mask, x.shape[1], num_steps)
-        seen = self.mask_of(x, mask, context)
-        z = self.draw_paths(x, seen, context, max(num_particles, num_samples))[:num_samples]
-        h, active = self._start(x).expand(*z.shape[:2], -1), until_last(seen)
+        h, active = self._start(x).expand(*z.shape[:2], -1), until_last(mask)
         for t in range(x.shape[1]):
-            h = torch.where(active[:, t, None], self._advance(h, x, seen, z[..., t, :], t), h)
+            h = torch.where(active[:, t, None], self._advance(h, x, mask, z[..., t, :], t), h)
         return self._generate(h, num_steps, coming)
 
     def check_vector(self, context: Tensor | None) -> None:

@@ -10,6 +10,7 @@ from pyrovae.inference.filtering import Filtered, run_filter, systematic
 from pyrovae.inference.messages import check_later
 from pyrovae.inference.structure import inspect
 from pyrovae.nn.base import check_count
+from pyrovae.parts import in_evaluation_mode
 from pyrovae.vae import Registered
 
 
@@ -30,6 +31,81 @@ class SequenceVAE(Registered):
     @abstractmethod
     def check_vector(self, context: Tensor | None) -> None:
         """Raises a ValueError if the parts do not take the context of a step."""
+
+    @abstractmethod
+    def draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
+        """Draws whole sequences."""
+
+    @abstractmethod
+    def draw_next(
+        self, z: Tensor, x: Tensor, mask: Tensor, context: Tensor | None, coming: Tensor | None, num_steps: int
+    ) -> Tensor:
+        """Draws the steps after the end of sequences, for paths of their latents, ``(num_paths, batch, time, dim)``."""
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def sample(self, num_samples: int, num_steps: int, context: Tensor | None = None) -> Tensor:
+        """Draws sequences from p(x), with the noise of the likelihood.
+
+        Args:
+            num_samples: number of draws; with a context, number for each of its rows.
+            num_steps: their length; with a context, that of the context.
+            context: shape ``(batch, num_steps, context_dim)``, or None.
+
+        Returns:
+            Shape ``(num_samples, num_steps, *x_shape)``, or ``(num_samples, batch, num_steps, *x_shape)``.
+        """
+        check_count(num_samples, "num_samples", 0)
+        check_count(num_steps, "num_steps")
+        if context is not None and (context.dim() != 3 or context.shape[1] != num_steps):
+            raise ValueError(f"context must have shape (batch, {num_steps}, context_dim), got {tuple(context.shape)}.")
+        self.check_vector(context)
+        return self.draw_first(num_samples, num_steps, context)
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def forecast(
+        self,
+        x: Tensor,
+        num_steps: int,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        num_samples: int = 100,
+        num_particles: int = 100,
+    ) -> Tensor:
+        r"""Draws the steps after the end of sequences, :math:`p(x_{T+1}, \dots, x_{T+h} \mid x_1, \dots, x_T)`.
+
+        The latents of the sequences are drawn by a particle filter, whose error falls with the number of particles.
+
+        Args:
+            x: sequences, ``(batch, time, *x_shape)``.
+            num_steps: the steps to draw, :math:`h`.
+            mask: their observed steps, ``(batch, time)``; a forecast starts after the last of them.
+            context: shape ``(batch, time + num_steps, context_dim)``, with the steps to come after `time`, or None;
+                needs a mask of None.
+            num_samples: draws for each sequence.
+            num_particles: particles of the filter.
+
+        Returns:
+            Shape ``(num_samples, batch, num_steps, *x_shape)``.
+
+        Raises:
+            ValueError: when all particles of a sequence die.
+        """
+        check_count(num_steps, "num_steps")
+        check_count(num_samples, "num_samples")
+        time, coming = x.shape[1], None
+        if context is not None:
+            if mask is not None or context.shape[1] != time + num_steps:
+                raise ValueError(
+                    f"context must have {time + num_steps} steps, the given ones and those to come, and no mask; got "
+                    f"shape {tuple(context.shape)} and mask={mask if mask is None else tuple(mask.shape)}."
+                )
+            context, coming = context[:, :time], context[:, time:]
+        mask = self.mask_of(x, mask, context)
+        z = self.draw_paths(x, mask, context, max(num_particles, num_samples))[:num_samples]
+        return self.draw_next(z, x, mask, context, coming, num_steps)
 
     def mask_of(self, x: Tensor, mask: Tensor | None, context: Tensor | None) -> Tensor:
         """Checks mask and context; returns the mask as booleans."""
@@ -91,25 +167,3 @@ class SequenceVAE(Registered):
 def until_last(mask: Tensor) -> Tensor:
     """Returns which steps are not after the last observed one."""
     return mask.flip(1).cummax(1).values.flip(1)
-
-
-def check_generated(num_samples: int, num_steps: int, context: Tensor | None) -> None:
-    """Raises a ValueError when numbers of draws and steps are out of range, or a context has other steps."""
-    check_count(num_samples, "num_samples", 0)
-    check_count(num_steps, "num_steps")
-    if context is not None and (context.dim() != 3 or context.shape[1] != num_steps):
-        raise ValueError(f"context must have shape (batch, {num_steps}, context_dim), got {tuple(context.shape)}.")
-
-
-def split_context(
-    context: Tensor | None, mask: Tensor | None, time: int, num_steps: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the context of the steps that are given and of those to forecast."""
-    if context is None:
-        return None, None
-    if mask is not None or context.shape[1] != time + num_steps:
-        raise ValueError(
-            f"context must have {time + num_steps} steps, the given ones and those to come, and no mask; got shape "
-            f"{tuple(context.shape)} and mask={mask if mask is None else tuple(mask.shape)}."
-        )
-    return context[:, :time], context[:, time:]

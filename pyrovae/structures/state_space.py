@@ -24,7 +24,7 @@ from pyrovae.parts import (
     takes_context,
 )
 from pyrovae.recorded import Recorded
-from pyrovae.structures.sequences import SequenceVAE, check_generated, split_context, until_last
+from pyrovae.structures.sequences import SequenceVAE, until_last
 from pyrovae.structures.smoothing import Smoothed, draw_backward
 
 
@@ -149,64 +149,9 @@ class StateSpaceVAE(SequenceVAE):
 
     @torch.no_grad()
     @in_evaluation_mode
-    def sample(self, num_samples: int, num_steps: int, context: Tensor | None = None) -> Tensor:
-        """Draws sequences from p(x), with the noise of the likelihood.
-
-        Args:
-            num_samples: number of draws; with a context, number for each of its rows.
-            num_steps: their length; with a context, that of the context.
-            context: shape ``(batch, num_steps, context_dim)``, or None.
-
-        Returns:
-            Shape ``(num_samples, num_steps, *x_shape)``, or ``(num_samples, batch, num_steps, *x_shape)``.
-        """
-        check_generated(num_samples, num_steps, context)
-        z = self._chain(num_steps, None, context).sample((num_samples,))
-        return likelihood_at(self.likelihood, z, context).sample()
-
-    @torch.no_grad()
-    @in_evaluation_mode
     def reconstruct(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         r"""Returns the centre of :math:`p(x' \mid z)` at one draw of :math:`z \sim q(z \mid x)`, shaped like x."""
         return center(likelihood_at(self.likelihood, self.encode(x, mask, context).sample(), context))
-
-    @torch.no_grad()
-    @in_evaluation_mode
-    def forecast(
-        self,
-        x: Tensor,
-        num_steps: int,
-        mask: Tensor | None = None,
-        context: Tensor | None = None,
-        *,
-        num_samples: int = 100,
-        num_particles: int = 100,
-    ) -> Tensor:
-        r"""Draws the steps after the end of sequences, :math:`p(x_{T+1}, \dots, x_{T+h} \mid x_1, \dots, x_T)`.
-
-        The last states are drawn by a particle filter, whose error falls with the number of particles.
-
-        Args:
-            x: sequences, ``(batch, time, *x_shape)``.
-            num_steps: the steps to draw, :math:`h`.
-            mask: their observed steps, ``(batch, time)``; a forecast starts after the last of them.
-            context: shape ``(batch, time + num_steps, context_dim)``, with the steps to come after `time`, or None;
-                needs a mask of None.
-            num_samples: draws for each sequence.
-            num_particles: particles of the filter.
-
-        Returns:
-            Shape ``(num_samples, batch, num_steps, *x_shape)``.
-        """
-        check_count(num_steps, "num_steps")
-        check_count(num_samples, "num_samples")
-        context, coming = split_context(context, mask, x.shape[1], num_steps)
-        z = self.last_states(x, mask, context, num_particles=max(num_particles, num_samples))[:num_samples]
-        first = None if coming is None else coming[:, 0]
-        chain = MarkovChain(
-            call(self.transition, z, context=first), self._transition(coming), num_steps, validate_args=False
-        )
-        return likelihood_at(self.likelihood, chain.sample(), coming).sample()
 
     @torch.no_grad()
     @in_evaluation_mode
@@ -322,9 +267,20 @@ class StateSpaceVAE(SequenceVAE):
             Shape ``(num_particles, batch, latent_dim)``, equally weighted and in random order.
         """
         mask = self.mask_of(x, mask, context)
-        last = until_last(mask).sum(1) - 1
-        states = self.draw_paths(x, mask, context, num_particles)
-        return states.gather(2, last.view(1, -1, 1, 1).expand(len(states), -1, 1, states.shape[-1])).squeeze(2)
+        return _last(self.draw_paths(x, mask, context, num_particles), mask)
+
+    def draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
+        z = self._chain(num_steps, None, context).sample((num_samples,))
+        return likelihood_at(self.likelihood, z, context).sample()
+
+    def draw_next(
+        self, z: Tensor, x: Tensor, mask: Tensor, context: Tensor | None, coming: Tensor | None, num_steps: int
+    ) -> Tensor:
+        first = None if coming is None else coming[:, 0]
+        chain = MarkovChain(
+            call(self.transition, _last(z, mask), context=first), self._transition(coming), num_steps, None, False
+        )
+        return likelihood_at(self.likelihood, chain.sample(), coming).sample()
 
     def check_vector(self, context: Tensor | None) -> None:
         if context is not None and not any(map(takes_context, (self.prior, self.transition, self.likelihood))):
@@ -351,6 +307,12 @@ class StateSpaceVAE(SequenceVAE):
     def _summaries(self, x: Tensor, mask: Tensor, context: Tensor | None) -> Tensor:
         h = self.network(x, mask)
         return h if context is None else torch.cat([h, context.to(h.dtype)], dim=-1)
+
+
+def _last(z: Tensor, mask: Tensor) -> Tensor:
+    """Returns the states, ``(num_paths, batch, latent_dim)``, at the last observed steps."""
+    last = until_last(mask).sum(1) - 1
+    return z.gather(2, last.view(1, -1, 1, 1).expand(len(z), -1, 1, z.shape[-1])).squeeze(2)
 
 
 class BackwardGRU(Recorded):
