@@ -1,5 +1,6 @@
 """Descriptions of modules as JSON: how they were built. Modules are built from them without running other code."""
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Callable
@@ -10,10 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.config import is_trusted, with_current_names
+from pyrovae.data.columns import Modelled
+from pyrovae.distributions import Classes, Numbers
 from pyrovae.recorded import BuiltWith
+from pyrovae.structures.assembly import class_of
 
 _ATOMS = (type(None), bool, int, float, str)
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.LayerNorm, nn.Flatten, nn.Unflatten)
+
+
+_CELLS = {"Classes": Classes, "Numbers": Numbers}  # columns of a table
 
 
 class Undescribed(Exception):
@@ -70,6 +77,13 @@ class _Describer:
             return {"dict": [[self.describe(where, k), self.describe(where, v)] for k, v in value.items()]}
         if isinstance(value, Tensor):
             return {"tensor": value.detach().cpu().tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+        if isinstance(value, Modelled):  # a model knows no more of it
+            value = value.cells
+        if isinstance(value, (Classes, Numbers)):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return {"cells": type(value).__name__, **self._arguments(where, (), fields)}
+        if isinstance(value, partial) and str(getattr(value.func, "__module__", "")).startswith("jsonargparse."):
+            value = partial(class_of(value), **value.keywords)  # an option of the command line
         if isinstance(value, partial):
             return {"partial": self.describe(where, value.func), **self._arguments(where, value.args, value.keywords)}
         if isinstance(value, nn.Module):
@@ -124,6 +138,8 @@ class _Builder:
             return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
         if "name" in value:
             return _imported(value["name"])
+        if "cells" in value:
+            return _CELLS[value["cells"]](**{k: self.build(v) for k, v in value["kwargs"].items()})
         args, kwargs = [self.build(x) for x in value["args"]], {k: self.build(v) for k, v in value["kwargs"].items()}
         if "partial" in value:
             return partial(self.build(value["partial"]), *args, **kwargs)

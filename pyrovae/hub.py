@@ -118,9 +118,9 @@ def _score(metrics: Path) -> str:
     result = next((record for record in reversed(records) if "log_marginal" in record), None)
     if result is None:
         return "The run was not scored."
-    n = result["num_data"]
+    n, what = result["num_data"], result.get("scored", "log p(x)")
     text = (
-        f"log p(x) = {result['log_marginal']:.3f} ± {result['standard_error']:.3f} nats a datum, on {n:,} test data, "
+        f"{what} = {result['log_marginal']:.3f} ± {result['standard_error']:.3f} nats a datum, on {n:,} test data, "
         f"of which {1 - result['not_trusted'] / n:.1%} can be trusted. The error is that of sampling."
     )
     return text + (f" Independent dimensions: {result['baseline']:.3f}." if "baseline" in result else "")

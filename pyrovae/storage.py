@@ -115,8 +115,10 @@ def _load_built(path: str | Path, trust: bool) -> nn.Module:
             f"{path} was saved by pyrovae {_version_of(path)}, and cannot be built by {__version__} ({error}). Build "
             "the module, and call load(module, path)."
         ) from error
-    dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
-    if len(dtypes) == 1:
+    ours, dtypes = (
+        {t.dtype for t in found.values() if t.is_floating_point()} for found in (module.state_dict(), tensors)
+    )
+    if len(dtypes) == 1 and ours != dtypes:  # scales of a table stay in double precision
         module.to(dtypes.pop())
     return _with_weights(module, tensors, path)
 

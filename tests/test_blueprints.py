@@ -12,11 +12,19 @@ import torch
 from torch import nn
 
 import pyrovae
-from pyrovae import VAE, encoders, likelihoods, load, load_run, priors, save, save_run, structures
+from pyrovae import VAE, data, encoders, likelihoods, load, load_run, priors, save, save_run, structures
 from pyrovae.cli import main
 from pyrovae.nn import MLP, ConvNet, DeconvNet, OneHotInput
 
 IMAGE = (1, 8, 8)
+TABLE = data.Table(
+    {
+        "day": ["2020-01-03", "2021-05-03", None],
+        "km": [1e6 + 0.5, 1e6 + 2.5, 1e6 + 1.25],
+        "city": ["Ulm", "Bern", "Ulm"],
+    },
+    context=["day"],
+)
 
 
 def shared() -> VAE:
@@ -45,6 +53,9 @@ BUILT = {
     "missing data": lambda: structures.MissingDataVAE(
         priors.StandardNormal(2), likelihoods.Normal(2, 3), encoders.DiagonalNormal((2, 3), 2)
     ),
+    "a table given a column": lambda: structures.table_vae(
+        TABLE.schema.modelled, 2, context=TABLE.schema.context, prior=partial(priors.GaussianMixture, num_components=2)
+    ),
     "classes": lambda: VAE(
         priors.Categorical(1, 5),
         likelihoods.Normal(1, 3, network=partial(OneHotInput, num_classes=5)),
@@ -65,7 +76,11 @@ def test_a_module_is_built_again_with_its_weights(name, tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(ours[key].equal(theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
     assert len({id(p) for p in found.parameters()}) == len({id(p) for p in vae.parameters()})  # what was shared is
-    if name != "missing data":
+    if name == "a table given a column":
+        x, mask = data.split_missing(TABLE.x)
+        c = structures.TableFeatures(TABLE.schema.context)(*data.split_missing(TABLE.context))
+        assert vae.encode(x, mask, c).mean.equal(found.encode(x, mask, c).mean)  # scales are in double precision
+    elif name != "missing data":
         torch.manual_seed(0)
         x = vae.sample(3)
         torch.manual_seed(0)

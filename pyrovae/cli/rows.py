@@ -48,7 +48,7 @@ def score(
 ) -> None:
     """Writes log p(x) of each row of a table or line of a text, and of a row how unusual it is and by which cells.
 
-    Of a run with a context, log p is conditional on its cells, which are compared with nothing.
+    Of a run with a context, log_p is conditional on the cells of the context, which are not explained.
 
     Columns of the result: row (counted from 1); log_p in nats with its standard_error; trusted (1 or 0) and khat, which
     say whether log_p can be relied on; rarer_than (the share of reference rows that are more probable); and for the

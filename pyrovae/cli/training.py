@@ -32,7 +32,7 @@ from pyrovae.cli.common import (
     load_text,
     read_schema,
 )
-from pyrovae.cli.labels import arguments_of, note_on
+from pyrovae.cli.labels import arguments_of, note_on, scored
 from pyrovae.cli.pictures import pictures_of
 from pyrovae.cli.reporting import write_report
 from pyrovae.cli.signals import StopOnSignal
@@ -372,6 +372,7 @@ def _report_training(
     n = len(estimate.value)
     result: dict[str, Any] = {
         "split": "test",
+        "scored": scored(vae, splits.schema),
         "log_marginal": estimate.value.mean().item(),
         "standard_error": estimate.standard_error.square().sum().sqrt().item() / n,
         "not_trusted": int((~estimate.trusted).sum()),

@@ -16,13 +16,14 @@ from pyrovae.likelihoods.tabular import HasCells, cells_of
 from pyrovae.nn import GatedMLP
 from pyrovae.nn.base import Shape
 from pyrovae.priors import Prior, StandardNormal
+from pyrovae.recorded import Recorded
 from pyrovae.structures.assembly import class_of, make_prior
 from pyrovae.structures.missing import MissingDataVAE
 
 _FARTHEST = 10.0  # in scales of its column: outliers do not drown the other inputs
 
 
-class TableFeatures(nn.Module):
+class TableFeatures(Recorded):
     r"""What an encoder sees of a row: for each column numbers of about unit size, and whether the cell is missing.
 
     Numbers are standardised, on the logarithmic scale if the column has one, and limited to ten scales; single values
