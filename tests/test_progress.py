@@ -1,6 +1,7 @@
 """Progress bars: in a terminal, and in the log of a job."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,7 @@ class Terminal(io.StringIO):
 @pytest.fixture(params=[Terminal, io.StringIO], ids=["terminal", "log"])
 def stderr(request, monkeypatch):
     file = request.param()
-    monkeypatch.setattr("sys.stderr", file)
+    monkeypatch.setattr("pyrovae.progress.sys", SimpleNamespace(stderr=file, modules={}))
     return file
 
 

@@ -280,10 +280,12 @@ def train(
                     progress=not quiet,
                 )
         except KeyboardInterrupt:
+            go_on = f"Go on: pyrovae train --run {directory} --resume"
+            if not (directory / "metrics.jsonl").exists():
+                raise KeyboardInterrupt(f"No epoch was done. {go_on}.") from None
             raise KeyboardInterrupt(
-                "The checkpoint holds the epochs that were written. Go on: "
-                f"pyrovae train --run {directory} --resume; end it there: the same with a smaller --epochs; use it as "
-                "it is: pyrovae evaluate, and all other commands."
+                f"The checkpoint holds the epochs that were written. {go_on}; end it there: the same with a smaller "
+                "--epochs; use it as it is: pyrovae evaluate, and all other commands."
             ) from None
         except Exception:
             # Bad input leaves nothing behind, and a run that was there as it was.
