@@ -1,6 +1,7 @@
 """Pictures of a run: samples, reconstructions, latents and the learning curve."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from pyrovae.cli.labels import arguments_of, draw
 from pyrovae.training import History
 
 
-def pictures_of(vae: Any, splits: datasets.Splits, history: History) -> dict[str, Callable[[Path], Any]]:
+def pictures_of(name: str, vae: Any, splits: datasets.Splits, history: History) -> dict[str, Callable[[Path], Any]]:
     """Returns functions that draw the pictures of a run to a path, by the names of the files.
 
     Args:
+        name: of the run, which each picture bears.
         vae: the trained VAE.
         splits: its data, whose test part is drawn.
         history: of its training.
@@ -26,36 +28,43 @@ def pictures_of(vae: Any, splits: datasets.Splits, history: History) -> dict[str
 
     device = next(vae.parameters()).device
     part, few = (data_to_score(splits, "test", "grey", size, device) for size in (1000, 10))
-    pictures: dict[str, Callable[[Path], Any]] = {}
-    are_pictures = splits.schema is None and splits.vocabulary is None
-    if are_pictures:
-        pictures["samples.png"] = lambda path: plots.samples(draw(vae, 100, mean=True), path, MEANS)
-    if are_pictures and hasattr(vae, "reconstruct"):
-        pictures["reconstructions.png"] = lambda path: plots.reconstructions(
-            few.x, vae.reconstruct(*arguments_of(vae, few)), path
-        )
-    pictures["latent_space.png"] = lambda path: plots.latent_space(
-        latents_of(vae, part, splits.schema), part.labels, path
-    )
-    pictures["learning_curve.png"] = lambda path: plots.learning_curve(history, path)
-    return {name: torch.no_grad()(draw_to) for name, draw_to in pictures.items()}
+    drawn: dict[str, Callable[[], Any]] = {}
+    if splits.schema is None and splits.vocabulary is None:
+        drawn["samples.png"] = lambda: plots.samples(draw(vae, 100, mean=True), title=MEANS)
+        if hasattr(vae, "reconstruct"):
+            title = f"test data 0 to {len(few.x) - 1} above, reconstructions below"
+            drawn["reconstructions.png"] = lambda: plots.reconstructions(
+                few.x, vae.reconstruct(*arguments_of(vae, few)), title=title
+            )
+
+    def latent_space() -> Any:
+        z, are_means = latents_of(vae, part, splits.schema)
+        return plots.latent_space(z, part.labels, title="means of q(z | x)" if are_means else "a draw of q(z | x) each")
+
+    drawn["latent_space.png"] = latent_space
+    drawn["learning_curve.png"] = lambda: plots.learning_curve(history)
+    return {file: partial(_draw, function, name) for file, function in drawn.items()}
 
 
 @torch.no_grad()
-def latents_of(vae: Any, part: datasets.Split, schema: datasets.Schema | None = None, mean: bool = False) -> Tensor:
-    """Returns the latents next to the data, one for each datum, shape ``(n, latent_dim)``.
+def _draw(function: Callable[[], Any], name: str, path: Path) -> None:
+    figure = function()
+    figure.supxlabel(name, x=0.99, ha="right", fontsize=7, color="grey")
+    figure.savefig(path, dpi=120)
+
+
+@torch.no_grad()
+def latents_of(vae: Any, part: datasets.Split, schema: datasets.Schema | None = None) -> tuple[Tensor, bool]:
+    """Returns the mean of q(z | x) for each datum, a draw where it has no mean, and whether it has one.
 
     Args:
-        vae: the VAE.
+        vae: the VAE, of whose latents those next to the data are taken.
         part: the data.
         schema: the columns of a table; None for other data.
-        mean: take the mean of q(z | x), where it has one, in place of a draw.
     """
     sites = poutine.trace(vae.guide).get_trace(*arguments_of(vae, part, schema)).nodes
     site = sites["z" if "z" in sites else "z1"]
-    if mean:
-        try:
-            return site["fn"].mean.float()
-        except (NotImplementedError, AttributeError):  # a flow, a class
-            pass
-    return site["value"].float()
+    try:
+        return site["fn"].mean.float(), True
+    except (NotImplementedError, AttributeError):  # a flow, a class
+        return site["value"].float(), False

@@ -185,7 +185,7 @@ def _pictures(directory: Path, vae: Any, splits: datasets.Splits, history: Histo
         return "<p>Lines that the model draws:</p>" + page.table(["line"], [[line or "(empty)"] for line in lines])
     shown = []
     with tempfile.TemporaryDirectory() as temporary:
-        for name, draw_to in pictures_of(vae, splits, history).items():
+        for name, draw_to in pictures_of(str(directory), vae, splits, history).items():
             if name in ("samples.png", "reconstructions.png"):
                 path = directory / name
                 if not path.exists():
@@ -198,7 +198,7 @@ def _pictures(directory: Path, vae: Any, splits: datasets.Splits, history: Histo
 def _latent_space(vae: Any, splits: datasets.Splits) -> str:
     """Returns the means of q(z | x) of test data in the plane of their leading principal components."""
     part = first_of(data_to_score(splits, "test", "grey"), _NUM_POINTS, str(next(vae.parameters()).device))
-    z = latents_of(vae, part, splits.schema, mean=True).detach().cpu().flatten(1).double()
+    z = latents_of(vae, part, splits.schema)[0].detach().cpu().flatten(1).double()
     center = z - z.mean(0)
     if z.shape[1] > 2:
         _, sizes, axes = torch.linalg.svd(center, full_matrices=False)

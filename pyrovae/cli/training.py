@@ -404,7 +404,7 @@ def _report_training(
             )
     metrics.write([*history.records, result])
     print(f"\n{history}\n\n{scores}")
-    files = pictures_of(vae, splits, history)
+    files = pictures_of(str(directory), vae, splits, history)
     files["report.html"] = lambda path: write_report(directory, vae, config, splits)
     for name, write in files.items():
         try:

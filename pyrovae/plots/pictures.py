@@ -40,20 +40,23 @@ def samples(x: Tensor, path: str | Path | None = None, title: str = "") -> "Figu
     return _picture(grid_of(x, math.ceil(math.sqrt(len(x)))), path, title)
 
 
-def reconstructions(x: Tensor, reconstructed: Tensor, path: str | Path | None = None) -> "Figure":
+def reconstructions(
+    x: Tensor, reconstructed: Tensor, path: str | Path | None = None, title: str = "data above, reconstructions below"
+) -> "Figure":
     """Draws data above their reconstructions, or as curves if they are not images.
 
     Args:
         x: data, shape ``(n, *x_shape)``.
         reconstructed: their reconstructions, of the same shape.
         path: where to write the picture.
+        title: above the picture.
 
     >>> reconstructions(torch.rand(5, 1, 8, 8), torch.rand(5, 1, 8, 8)).axes[0].get_images()[0].get_array().shape
     (19, 46)
     """
     if not are_images(x):
-        return _curves([(x, "data"), (reconstructed, "reconstruction")], path, "")
-    return _picture(grid_of(torch.cat([x, reconstructed]), len(x)), path, "data above, reconstructions below")
+        return _curves([(x, "data"), (reconstructed, "reconstruction")], path, title)
+    return _picture(grid_of(torch.cat([x, reconstructed]), len(x)), path, title)
 
 
 def repairs(
@@ -79,13 +82,16 @@ def repairs(
     return write(draw_rows_of_images([rows], labels, [], title), path)
 
 
-def latent_space(z: Tensor, labels: Tensor | None = None, path: str | Path | None = None) -> "Figure":
+def latent_space(
+    z: Tensor, labels: Tensor | None = None, path: str | Path | None = None, title: str = "a latent for each datum"
+) -> "Figure":
     """Draws latents in the plane of their two leading principal components, with circles of radius 1 and 2.
 
     Args:
         z: one latent per datum, shape ``(n, latent_dim)``.
         labels: classes to colour by, shape ``(n,)``.
         path: where to write the picture.
+        title: above the picture.
 
     >>> latent_space(torch.randn(50, 3)).axes[0].get_xlabel()
     'first principal component'
@@ -106,8 +112,7 @@ def latent_space(z: Tensor, labels: Tensor | None = None, path: str | Path | Non
     angle = np.linspace(0, 2 * math.pi, 200)
     for radius in (1, 2):
         ax.plot(radius * np.cos(angle), radius * np.sin(angle), color="grey", linewidth=0.5, linestyle="--")
-    title = "a draw of q(z | x) for each datum (circles: radius 1 and 2)"
-    ax.set(xlabel=names[0], ylabel=names[1], aspect="equal", title=title)
+    ax.set(xlabel=names[0], ylabel=names[1], aspect="equal", title=f"{title} (circles: radius 1 and 2)")
     return write(figure, path)
 
 
