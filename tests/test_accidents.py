@@ -227,7 +227,7 @@ def test_a_few_rows_get_their_score(num_rows, tmp_path, capsys):
 
 
 def test_a_picture_that_fails_costs_neither_the_score_nor_the_others(tmp_path, monkeypatch, capsys):
-    def fails(*args):
+    def fails(*args, **kwargs):
         raise IndexError("no such dimension")
 
     monkeypatch.setattr(plots, "latent_space", fails)
