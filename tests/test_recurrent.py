@@ -219,6 +219,20 @@ def test_draws_and_forecasts_are_those_of_the_normal(data):
             assert ((found.mean(0) - exact).abs() < 4.5 * error).all()
 
 
+def test_data_are_drawn_step_by_step_or_not_at_all():
+    """The model for all steps at once reads the data that it is given, so that draws from it would be wrong."""
+    vae, x = linear_gaussian(), torch.zeros(8000, 4, 3, **F64)
+    with pytest.raises(ValueError, match="data cannot be drawn.*call sample\\(\\), or draw from model_by_step"):
+        poutine.uncondition(vae.model)(x[:2])
+    with pytest.raises(ValueError, match="data cannot be drawn"):
+        pyrovae.diagnostics.calibration(vae.model, vae.guide, x[:60], num_draws=20)
+    drawn = poutine.trace(poutine.uncondition(vae.model_by_step)).get_trace(x)
+    values = torch.cat([drawn.nodes[f"x{t + 1}"]["value"] for t in range(4)], 1)
+    mean, covariance = joint(torch.ones(4).bool())
+    products = (values - mean).unsqueeze(-1) * (values - mean).unsqueeze(-2)
+    assert ((products.mean(0) - covariance).abs() < 5 * products.std(0) / math.sqrt(len(values))).all()
+
+
 def test_one_call_for_all_steps_is_the_sum_of_the_steps(data):
     """The whole forms, in which the recurrence reads given latents, and those with a site for each step."""
     x, mask = data

@@ -37,7 +37,8 @@ class RecurrentVAE(SequenceVAE):
     same sites, "z" for the latents of all steps and "x" for the data. The likelihood scores all steps in one call.
     :meth:`model_by_step` and :meth:`guide_by_step` are the same densities with sites "z1", "x1", "z2", ..., for
     :class:`pyrovae.bounds.FIVO`, :class:`pyrovae.estimators.ParticleFilter` and
-    :func:`pyrovae.estimators.log_predictive`.
+    :func:`pyrovae.estimators.log_predictive`. ``vae.model`` scores data and cannot draw them, so that what simulates
+    data from a model, such as ``calibration``, refuses it: draw by :meth:`sample`.
 
     At a step that was not observed, the recurrence sees that it was not, and its latent, and the guide is the prior.
     So the model of sequences with gaps is one of its own, learned from sequences with gaps; it is not the model of
@@ -111,7 +112,11 @@ class RecurrentVAE(SequenceVAE):
             chain = self._chain(x, seen, conditional)
             z = pyro.sample("z", chain)
             p = likelihood_at(self.likelihood, z, _with(chain.memories(z), context, slice(None)))
-            pyro.sample("x", p.mask(seen).to_event(1), obs=x)
+            if pyro.sample("x", p.mask(seen).to_event(1), obs=x) is not x:
+                raise ValueError(
+                    "data cannot be drawn from the model of a RecurrentVAE for all steps at once, because a step "
+                    "depends on those before it: call sample(), or draw from model_by_step."
+                )
 
     def guide(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The amortised posterior of the latents of all steps at site "z"."""
@@ -142,8 +147,8 @@ class RecurrentVAE(SequenceVAE):
                 with poutine.mask(mask=active[:, t]):
                     z = pyro.sample(f"z{t + 1}", self._prior(here))
                 with poutine.mask(mask=seen[:, t]):
-                    pyro.sample(f"x{t + 1}", likelihood_at(self.likelihood, z, here), obs=x[:, t])
-                h = self._advance(h, x, seen, z, t)
+                    step = pyro.sample(f"x{t + 1}", likelihood_at(self.likelihood, z, here), obs=x[:, t])
+                h = self._advance(h, step.unsqueeze(1 - x.dim()), seen[:, t], z)
 
     def guide_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The amortised posterior with a site for each latent."""
@@ -156,7 +161,7 @@ class RecurrentVAE(SequenceVAE):
                 q = self._posterior(x[:, t], None if mask is None else seen[:, t], _with(h, context, t))
                 with poutine.mask(mask=active[:, t]):
                     z = pyro.sample(f"z{t + 1}", q)
-                h = self._advance(h, x, seen, z, t)
+                h = self._advance(h, x[:, t : t + 1], seen[:, t], z)
 
     @torch.no_grad()
     @in_evaluation_mode
@@ -175,7 +180,7 @@ class RecurrentVAE(SequenceVAE):
     ) -> Tensor:
         h, active = self._start(x).expand(*z.shape[:2], -1), until_last(mask)
         for t in range(x.shape[1]):
-            h = torch.where(active[:, t, None], self._advance(h, x, mask, z[..., t, :], t), h)
+            h = torch.where(active[:, t, None], self._advance(h, x[:, t : t + 1], mask[:, t], z[..., t, :]), h)
         return self._generate(h, num_steps, coming)
 
     def check_vector(self, context: Tensor | None) -> None:
@@ -206,10 +211,9 @@ class RecurrentVAE(SequenceVAE):
 
         return RecurrentChain(self._start(x), conditional, advance, x.shape[1], until_last(seen))
 
-    def _advance(self, h: Tensor, x: Tensor, seen: Tensor, z: Tensor, t: int) -> Tensor:
-        """Returns the memory after step t."""
-        here = slice(t, t + 1)
-        return self.recurrence(h, x[:, here], seen[:, here], z.unsqueeze(-2)).squeeze(-2)
+    def _advance(self, h: Tensor, x: Tensor, seen: Tensor, z: Tensor) -> Tensor:
+        """Returns the memory after one step; x has a dimension for it, before the shape of a step."""
+        return self.recurrence(h, x, seen.unsqueeze(-1), z.unsqueeze(-2)).squeeze(-2)
 
     def _generate(self, h: Tensor, num_steps: int, context: Tensor | None) -> Tensor:
         """Draws steps of x that follow memories of shape ``(*leading, width)``."""
