@@ -174,6 +174,9 @@ def write(results: dict) -> None:
         numbers = [f"{r[key]:.3f}" for key in ("F1", "AUROC", "columns", "pairs")]
         trained = [str(r["epochs"]), f"{r['CPU seconds']:.0f}"] if r["epochs"] else ["", ""]
         lines.append([name, *numbers, f"{r['copied']:.1%}" if r["epochs"] else "", *trained])
+    short = [(name, results["rows"][name]["epochs"]) for name in NAMES[3:] if name in results["rows"]]
+    short = [f"{epochs} of {EPOCHS} epochs of {name}" for name, epochs in short if epochs < EPOCHS]
+    limits = f"Limited in time, and perhaps better with more: {', '.join(short)}. " if short else ""
     filled = [[name, *(f"{v:.3f}" for v in errors)] for name, errors in results["imputation"].items()]
     report.write(
         "tables",
@@ -183,6 +186,7 @@ def write(results: dict) -> None:
                 __doc__.partition("\n\n")[2].partition("\n\n")[2].strip(),
                 results["machine"],
                 report.table(header, lines),
+                f"{limits}Methods may have run in other processes; the machine had other work too.",
                 "A fifth of the cells of 1,000 complete test rows are hidden and filled:",
                 report.table(["Method", "RMSE of numbers, in standard deviations", "Share of wrong classes"], filled),
             ]
