@@ -67,6 +67,7 @@ gallery_smoke = [
     "compiled",
     "iwae",
     "marginal_likelihood",
+    "monthly",
     "recommend",
     "repair",
     "speech",
