@@ -454,9 +454,7 @@ def assert_is(estimate: Estimate, datum: int, expected: dict[str, float]) -> Non
     [(1, 64e6), (2, 64e6), (20, 1.0), (21, 64e6), (97, 1.0), (997, 3e3), (997, 2e4), (997, 2e5), (997, 64e6)],
 )
 def test_log_marginal_uses_exactly_the_draws_that_were_asked_for(num_samples, max_memory, monkeypatch):
-    monkeypatch.setattr(
-        "pyrovae.inference.weights._reason_not_vectorized", lambda *_: None
-    )  # whose draws are for comparison alone
+    draw_for_scores_alone(monkeypatch)
     pair, x = Recorded(), numbered(12)
     # With graphs, one draw is scored once more, to check the data.
     options = {"num_samples": num_samples, "max_memory": max_memory, "compile": False}
@@ -472,7 +470,7 @@ def test_log_marginal_uses_exactly_the_draws_that_were_asked_for(num_samples, ma
 
 
 def test_budgets_lead_to_different_chunks_and_to_the_same_answer(monkeypatch):
-    monkeypatch.setattr("pyrovae.inference.weights._reason_not_vectorized", lambda *_: None)
+    draw_for_scores_alone(monkeypatch)
     x = numbered(40)
     truth = dist.Normal(0.0, math.sqrt(1.25)).log_prob(x[:, 1])
     pieces = []
@@ -484,6 +482,13 @@ def test_budgets_lead_to_different_chunks_and_to_the_same_answer(monkeypatch):
         assert max(pair.sizes) * x.element_size() <= max_memory
         pieces.append(len(pair.drawn[39]))
     assert pieces[0] > pieces[1] == pieces[2] == 1  # several runs of the guide only where the draws do not fit
+
+
+def draw_for_scores_alone(monkeypatch) -> None:
+    """Leaves out the draws that are compared with others."""
+    for name in ("_reason_not_vectorized", "_reason_dependent"):
+        monkeypatch.setattr(f"pyrovae.inference.weights.{name}", lambda *_: None)
+    monkeypatch.setattr("pyrovae.estimators.task.check_rows_alone", lambda *_: None)
 
 
 class Seen:
@@ -500,15 +505,16 @@ class Seen:
 
 
 @pytest.mark.parametrize("max_memory", [2e5, 64e6])
-def test_the_encoder_sees_every_datum_once_and_twice_to_compare(max_memory):
+def test_the_encoder_sees_every_datum_once_and_three_times_to_compare(max_memory):
     vae = small_vae()
     x = torch.cat([torch.arange(50, dtype=torch.float64).unsqueeze(1), doubles(50, 2)], dim=1)
     seen = Seen(vae.encoder)
     log_marginal(vae.model, vae.guide, x, num_samples=500, max_memory=max_memory)
     counts = seen.counts(50)
-    assert counts[7:] == [1 + 2] * 43  # draws at once are compared with one alone
+    # Draws at once are compared with one alone, and one with another that differs in some rows.
+    assert counts[7:] == [1 + 3] * 43
     # To look and to plan, the first data are run through some times more.
-    assert all(3 < count < 20 for count in counts[:7])
+    assert all(4 < count < 20 for count in counts[:7])
 
 
 def test_data_keep_their_order_whatever_the_chunks():
@@ -738,7 +744,7 @@ def test_impossible_draws_count_as_weights_of_zero():
 
 def test_one_possible_draw_among_impossible_ones_is_not_to_be_trusted(monkeypatch):
     # This density is one of all draws together, which is noticed.
-    monkeypatch.setattr("pyrovae.inference.weights._reason_not_vectorized", lambda *_: None)
+    draw_for_scores_alone(monkeypatch)
     estimate, log_w = Made(lambda u: torch.where(u == u.amax(0), -1.0, -math.inf)).estimate(500)
     assert ((log_w > -math.inf).sum(0) == 1).all()
     torch.testing.assert_close(

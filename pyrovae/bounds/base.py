@@ -20,6 +20,7 @@ from pyrovae.inference.sites import layers, sample_sites
 from pyrovae.inference.structure import SiteStructure, inspect, named_plate
 from pyrovae.inference.weights import (
     check_draws,
+    check_independent,
     in_plate_of_one,
     log_prob_of,
     per_datum,
@@ -213,6 +214,8 @@ class Bound(NumbersChecked, PyroELBO, ABC):
                 "Hide it with poutine.block, move it to the model, or train with pyro.infer.Trace_ELBO."
             )
         self._check_structure(structure)
+        if self.by_datum:
+            check_independent(structure, model, guide, *args, **kwargs)
         structure = check_draws(structure, model, guide, *args, **kwargs)
         self._inspected = None
         terms = self._estimate(model, guide, structure, args, kwargs)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyrovae import arguments
-from pyrovae.arguments import take_rows
+from pyrovae.arguments import Arguments, take_rows
 from pyrovae.compilation.cache import GraphCache
 from pyrovae.compilation.playback import play_back
 from pyrovae.estimators.base import Estimator
@@ -25,6 +25,8 @@ from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure, inspect
 from pyrovae.inference.weights import (
     check_draws,
+    check_independent,
+    check_rows_alone,
     draw,
     in_plate_of_one,
     inspect_weights,
@@ -95,6 +97,7 @@ class Task:
         for start, end in pairwise(accumulate(sizes, initial=0)):
             part = self.rows(slice(start, end))
             # Checked on every chunk: on some rows a network that cannot take draws at once may still agree by chance.
+            check_independent(structure, self.model, self.guide, *part.args, **part.kwargs)
             structure = check_draws(structure, self.model, self.guide, *part.args, **part.kwargs)
             yield replace(part, structure=structure)
 
@@ -219,6 +222,9 @@ def open_task(
             if not inspect(model, guide, *args, **kwargs).has_plates:
                 (model, guide), size = in_plate_of_one(model, guide), 1
             structure = inspect_weights(model, guide, *args, num_samples=1, **kwargs)
+        if divisible and few > 1 and not arguments.holds_packed(args, kwargs):
+            first, of_first = take_rows(slice(0, few // 2), args, kwargs)
+            check_rows_alone(structure, model, guide, Arguments(*head, **named), Arguments(*first, **of_first))
         if not structure.observed:
             raise ValueError(
                 "the model observes nothing, so that there is no log p(x): give its data to a site, "

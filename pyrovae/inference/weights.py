@@ -11,15 +11,16 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.arguments import as_tensors, tensors_of, tree_map
+from pyrovae.arguments import Arguments, as_tensors, count_data, tensors_of, tree_map
 from pyrovae.distributions import Stacked
 from pyrovae.distributions.normals import LowRankMultivariateNormal, MultivariateNormal
 from pyrovae.inference.messages import PER_DATUM, check_observed_by, warn
 from pyrovae.inference.running import full_precision, isolated, traced
-from pyrovae.inference.sites import latents_of_trace, sample_sites, unwrapped
+from pyrovae.inference.sites import DataPlate, latents_of_trace, sample_sites, unwrapped
 from pyrovae.inference.structure import SiteStructure, inspect
 from pyrovae.rows import number_type
 
@@ -95,6 +96,7 @@ def inspect_weights(model: Callable, guide: Callable, *args: Any, num_samples: i
     check_weights(structure)
     if structure.out_of_support:  # allowed in training, but such data have no density to score
         check_observed_by(model, guide, *args, **kwargs)
+    check_independent(structure, model, guide, *args, **kwargs)
     return check_draws(structure, model, guide, *args, **kwargs)
 
 
@@ -106,6 +108,111 @@ def check_weights(structure: SiteStructure) -> None:
             "a latent that all data share a value, by poutine.condition of the model and of the guide; put a single "
             'series, whose rows are its steps, in pyro.plate("data", 1).'
         )
+
+
+def check_independent(structure: SiteStructure, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> None:
+    """Raises a ValueError if data depend on each other's latents, so that weights per datum are undefined."""
+    if structure.data is None:
+        return
+    with isolated(tensors_of(args, kwargs)):
+        reason = _reason_dependent(model, guide, structure.data, args, kwargs)
+    if reason is not None:
+        raise ValueError(
+            f"Importance weights per datum are undefined: {reason} data. Compute what belongs to a datum from its own "
+            "row: sum over the last dimension, as in x.sum(-1), and take no mean, sum or softmax over the rows. Data "
+            "that do depend on each other, as in a graph, have no scores of their own: train such a model with "
+            "bounds.ELBO or an ELBO of Pyro."
+        )
+
+
+def _reason_dependent(model: Callable, guide: Callable, plate: DataPlate, args: tuple, kwargs: dict) -> str | None:
+    """Returns which log-probability depends on the latents of several data; None if there is none.
+
+    Half of the rows take the latents of one of the others: the others must keep their log-probabilities, and so must
+    the observed sites outside of the data plate.
+    """
+    draw = latents_of_trace(traced(guide, None, *args, **kwargs))
+    before = sample_sites(traced(model, draw, *args, **kwargs))
+    size = max((frame.size for site in before.values() if (frame := plate.frame(site))), default=1)
+    changed, kept = torch.randperm(size).tensor_split([size // 2])
+    rows = torch.arange(size)
+    rows[changed] = kept[0]
+    moved = draw.copy()
+    for name, site in sample_sites(draw).items():
+        dim = plate.dim - len(site["fn"].event_shape)
+        if plate.frame(site):
+            moved.nodes[name] = {**site, "value": _take(site["value"], dim, rows)}
+    after = sample_sites(traced(model, moved, *args, **kwargs))
+    for name in [name for name in before if name in after]:
+        is_inside = plate.frame(before[name]) is not None
+        try:
+            log_probs = [log_prob_of(sites[name]) for sites in (before, after)]
+        except (KeyError, NotImplementedError, ValueError):  # raised where the data are scored
+            continue
+        if is_inside:
+            log_probs = [_take(log_prob, plate.dim, kept) for log_prob in log_probs]
+        if _differs(*log_probs) and not _is_random(model, draw, name, before, args, kwargs):
+            if is_inside:
+                return f'the log-probability at site "{name}" of the model depends on the latents of other'
+            return f'site "{name}" of the model is outside of the plate {plate}, and depends on the latents of several'
+    return None
+
+
+def _take(t: Tensor, dim: int, rows: Tensor) -> Tensor:
+    """Returns some rows of a tensor; the tensor, if it is the same for all rows."""
+    if t.dim() < -dim or t.shape[dim] == 1:
+        return t
+    return t.index_select(dim, rows.to(t.device))
+
+
+def _is_random(
+    model: Callable, draw: poutine.Trace, name: str, sites: dict[str, dict], args: tuple, kwargs: dict
+) -> bool:
+    """Whether the log-probability of a site changes from run to run at the same latents."""
+    again = sample_sites(traced(model, draw, *args, **kwargs))
+    return name not in again or _differs(log_prob_of(again[name]), log_prob_of(sites[name]))
+
+
+def check_rows_alone(
+    structure: SiteStructure, model: Callable, guide: Callable, batch: Arguments, part: Arguments
+) -> None:
+    """Raises a ValueError if the first data of a batch have other log-probabilities without the rest of the batch.
+
+    Args:
+        structure: the sites of both.
+        model: a Pyro model.
+        guide: a Pyro guide.
+        batch: their arguments for some data.
+        part: their arguments for the first of these data.
+    """
+    plate = structure.data
+    if plate is None:
+        return
+    rows = torch.arange(count_data(part.args, part.kwargs))
+    with isolated(tensors_of(batch.args, batch.kwargs)):
+        draw = latents_of_trace(traced(guide, None, *batch.args, **batch.kwargs))
+        together = sample_sites(traced(model, draw, *batch.args, **batch.kwargs))
+        few, latents, nodes = draw.copy(), sample_sites(draw), dict[str, Any](draw.nodes)
+        for name, site in nodes.items():
+            if name in latents and plate.frame(site):
+                dim = plate.dim - len(site["fn"].event_shape)
+                few.nodes[name] = {**site, "value": _take(site["value"], dim, rows)}
+            elif isinstance(site.get("fn"), _Subsample):
+                few.nodes[name] = {**site, "value": _take(site["value"], -1, rows)}
+        try:
+            alone = sample_sites(traced(model, few, *part.args, **part.kwargs))
+            log_probs = {name: (log_prob_of(alone[name]), log_prob_of(together[name])) for name in alone}
+        except Exception:  # the model does not run on so few data
+            return
+        for name, (actual, expected) in log_probs.items():
+            if plate.frame(together[name]) is None or not _differs(actual, _take(expected, plate.dim, rows)):
+                continue
+            if not _is_random(model, draw, name, together, batch.args, batch.kwargs):
+                raise ValueError(
+                    f'Log p(x) of a datum is undefined: the log-probability at site "{name}" of the model depends on '
+                    "which other data are scored with it. Compute statistics of the data, such as means over rows, "
+                    "once, of the training data, and keep them in the model, as BatchNorm does in evaluation mode."
+                )
 
 
 def inspect_samples(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> SiteStructure:
@@ -176,22 +283,25 @@ def _difference(several: dict[str, dict], alone: dict[str, dict], sample: int | 
             continue
         actual = actual if sample is None else actual[sample] if actual.dim() > expected.dim() else actual
         try:
-            actual, expected = torch.broadcast_tensors(actual, expected)
+            differs = _differs(actual, expected)
         except RuntimeError:
             return (
                 f'site "{name}" has log-probabilities of shape {tuple(actual.shape)} at once, {tuple(expected.shape)} '
                 "alone"
             )
-        finite = expected.isfinite() & actual.isfinite()
-        error = torch.where(
-            finite, (actual - expected).abs(), (actual != expected) & ~(actual.isnan() & expected.isnan())
-        )
-        size = torch.where(finite, expected.abs(), 0.0).amax() if expected.numel() else torch.zeros(())
-        precision = math.sqrt(torch.finfo(expected.dtype).eps) if expected.is_floating_point() else 0.0
-        differs = bool(error.numel()) and error.amax().item() > precision * (1 + size.item())
         if differs and not _is_rounding(several[name], site, sample):
             return f'the log-probability at site "{name}" differs when samples are drawn at once'
     return None
+
+
+def _differs(actual: Tensor, expected: Tensor) -> bool:
+    """Whether log-probabilities differ by more than rounding; a RuntimeError if their shapes do not fit."""
+    actual, expected = torch.broadcast_tensors(actual, expected)
+    finite = expected.isfinite() & actual.isfinite()
+    error = torch.where(finite, (actual - expected).abs(), (actual != expected) & ~(actual.isnan() & expected.isnan()))
+    size = torch.where(finite, expected.abs(), 0.0).amax() if expected.numel() else torch.zeros(())
+    precision = math.sqrt(torch.finfo(expected.dtype).eps) if expected.is_floating_point() else 0.0
+    return bool(error.numel()) and error.amax().item() > precision * (1 + size.item())
 
 
 def _is_rounding(several: dict, alone: dict, sample: int | None) -> bool:
