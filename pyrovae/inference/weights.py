@@ -197,7 +197,7 @@ def check_rows_alone(
             if name in latents and plate.frame(site):
                 dim = plate.dim - len(site["fn"].event_shape)
                 few.nodes[name] = {**site, "value": _take(site["value"], dim, rows)}
-            elif isinstance(site.get("fn"), _Subsample):
+            elif name in plate.names and isinstance(site.get("fn"), _Subsample):
                 few.nodes[name] = {**site, "value": _take(site["value"], -1, rows)}
         try:
             alone = sample_sites(traced(model, few, *part.args, **part.kwargs))
