@@ -10,9 +10,10 @@ from pyrovae.bounds.base import ImportanceBound
 from pyrovae.bounds.gradients import Coefficients, DoublyReparameterized, Gradient
 from pyrovae.bounds.reductions import Reduced, mean_of_groups, power_mean, tempered, thermodynamic_sum
 from pyrovae.inference.running import traced
+from pyrovae.inference.simulation import simulate
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure
-from pyrovae.inference.weights import annotate_plates, log_prob_of, per_datum, simulate
+from pyrovae.inference.weights import annotate_plates, log_prob_of, per_datum
 from pyrovae.regularizers import Regularizer, Run
 
 
@@ -426,7 +427,7 @@ class ReweightedWakeSleep(ImportanceBound):
     def extra_surrogate(self, run: Run, structure: SiteStructure, scale: float | Tensor) -> Tensor | float:
         if self.sleep == 0:
             return 0.0
-        drawn, args, kwargs = simulate(run.model, *run.args, **run.kwargs)
+        drawn, args, kwargs = simulate(run.model, structure, *run.args, **run.kwargs)
         sites = sample_sites(annotate_plates(traced(run.guide, drawn, *args, **kwargs), structure))
         log_q = torch.as_tensor(sum((per_datum(s, log_prob_of(s).unsqueeze(0)) for s in sites.values()), 0.0))
         return self.sleep * (log_q * scale).sum()

@@ -23,9 +23,10 @@ from pyrovae.diagnostics.base import (
     with_values,
 )
 from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.simulation import check_simulated, simulate
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure
-from pyrovae.inference.weights import log_joint, simulate, trace_guide
+from pyrovae.inference.weights import log_joint, trace_guide
 from pyrovae.plots.drawing import new_figure
 from pyrovae.progress import tqdm
 
@@ -265,7 +266,8 @@ def _ranks(
     model: Callable, guide: Callable, structure: SiteStructure, num_draws: int, args: tuple, kwargs: dict
 ) -> tuple[Latents, Tensor]:
     """Simulates latents and data; returns latents of the guide, the true ones last, and the ranks of the true ones."""
-    truth, args, kwargs = simulate(model, *args, **kwargs)
+    truth, args, kwargs = simulate(model, structure, *args, **kwargs)
+    check_simulated(model, truth, structure, args, kwargs)
     drawn = trace_guide(guide, structure, num_draws + 1, *args, **kwargs)
     # The truth replaces the last draw: scored separately, equal latents would differ by rounding.
     values = {}

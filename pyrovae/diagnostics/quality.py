@@ -15,9 +15,10 @@ from pyrovae.diagnostics.base import TABLE_WIDTH, Diagnosis, ReportInputs, check
 from pyrovae.distributions import center
 from pyrovae.inference.messages import check_finite
 from pyrovae.inference.running import evaluation_mode
+from pyrovae.inference.simulation import check_simulated, simulate
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import inspect
-from pyrovae.inference.weights import inspect_samples, simulate, trace_guide
+from pyrovae.inference.weights import inspect_samples, trace_guide
 from pyrovae.plots.drawing import are_images, grid_of, new_figure, show
 
 if TYPE_CHECKING:
@@ -289,8 +290,9 @@ def quality(
     with evaluation_mode():
         for start in range(0, size, chunk):
             part_args, part_kwargs = take_rows(slice(start, start + chunk), args, kwargs)
-            inspect(model, guide, *part_args, **part_kwargs)
-            _, drawn_args, drawn_kwargs = simulate(model, *part_args, **part_kwargs)
+            structure = inspect(model, guide, *part_args, **part_kwargs)
+            trace, drawn_args, drawn_kwargs = simulate(model, structure, *part_args, **part_kwargs)
+            check_simulated(model, trace, structure, drawn_args, drawn_kwargs)
             x, drawn = _observed((part_args, part_kwargs), (drawn_args, drawn_kwargs))
             if start == 0:
                 data, samples = x[:_NUM_EXAMPLES], drawn[:_NUM_EXAMPLES]

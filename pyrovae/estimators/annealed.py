@@ -18,8 +18,8 @@ from pyrovae.estimators.schedules import Adaptive, Schedule, TemperingPath
 from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task, open_task
 from pyrovae.estimators.weighted import WeightSums
+from pyrovae.inference.simulation import check_simulated, simulate
 from pyrovae.inference.structure import SiteStructure
-from pyrovae.inference.weights import simulate
 
 _PILOT_CHAINS = 32
 _LEAST_RENEWALS = 2.0  # of the discrete latent that is drawn anew least often
@@ -428,8 +428,9 @@ def bidirectional(
     method = AnnealedImportanceSampling() if method is None else method
     if not isinstance(method, AnnealedImportanceSampling):
         raise TypeError(f"method must be an AnnealedImportanceSampling, got {method!r}.")
-    with open_task(model, guide, method, args, kwargs, max_memory, progress=False):
-        latents, drawn, named = simulate(model, *args, **kwargs)
+    with open_task(model, guide, method, args, kwargs, max_memory, progress=False) as task:
+        latents, drawn, named = simulate(model, task.structure, *args, **kwargs)
+        check_simulated(model, latents, task.structure, drawn, named)
     with open_task(model, guide, method, drawn, named, max_memory, progress) as task:
         task.start(1.5 * task.size, "datum")
         lower, upper, done = [], [], 0

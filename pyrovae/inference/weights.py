@@ -15,7 +15,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.arguments import Arguments, as_tensors, count_data, tensors_of, tree_map
+from pyrovae.arguments import Arguments, as_tensors, count_data, tensors_of
 from pyrovae.distributions import Stacked
 from pyrovae.distributions.normals import LowRankMultivariateNormal, MultivariateNormal
 from pyrovae.inference.messages import PER_DATUM, check_observed_by, warn
@@ -151,7 +151,7 @@ def _reason_dependent(model: Callable, guide: Callable, plate: DataPlate, args: 
             continue
         if is_inside:
             log_probs = [_take(log_prob, plate.dim, kept) for log_prob in log_probs]
-        if _differs(*log_probs) and not _is_random(model, draw, name, before, args, kwargs):
+        if differs(*log_probs) and not _is_random(model, draw, name, before, args, kwargs):
             if is_inside:
                 return f'the log-probability at site "{name}" of the model depends on the latents of other'
             return f'site "{name}" of the model is outside of the plate {plate}, and depends on the latents of several'
@@ -170,7 +170,7 @@ def _is_random(
 ) -> bool:
     """Whether the log-probability of a site changes from run to run at the same latents."""
     again = sample_sites(traced(model, draw, *args, **kwargs))
-    return name not in again or _differs(log_prob_of(again[name]), log_prob_of(sites[name]))
+    return name not in again or differs(log_prob_of(again[name]), log_prob_of(sites[name]))
 
 
 def check_rows_alone(
@@ -205,7 +205,7 @@ def check_rows_alone(
         except Exception:  # the model does not run on so few data
             return
         for name, (actual, expected) in log_probs.items():
-            if plate.frame(together[name]) is None or not _differs(actual, _take(expected, plate.dim, rows)):
+            if plate.frame(together[name]) is None or not differs(actual, _take(expected, plate.dim, rows)):
                 continue
             if not _is_random(model, draw, name, together, batch.args, batch.kwargs):
                 raise ValueError(
@@ -283,18 +283,18 @@ def _difference(several: dict[str, dict], alone: dict[str, dict], sample: int | 
             continue
         actual = actual if sample is None else actual[sample] if actual.dim() > expected.dim() else actual
         try:
-            differs = _differs(actual, expected)
+            is_other = differs(actual, expected)
         except RuntimeError:
             return (
                 f'site "{name}" has log-probabilities of shape {tuple(actual.shape)} at once, {tuple(expected.shape)} '
                 "alone"
             )
-        if differs and not _is_rounding(several[name], site, sample):
+        if is_other and not _is_rounding(several[name], site, sample):
             return f'the log-probability at site "{name}" differs when samples are drawn at once'
     return None
 
 
-def _differs(actual: Tensor, expected: Tensor) -> bool:
+def differs(actual: Tensor, expected: Tensor) -> bool:
     """Whether log-probabilities differ by more than rounding; a RuntimeError if their shapes do not fit."""
     actual, expected = torch.broadcast_tensors(actual, expected)
     finite = expected.isfinite() & actual.isfinite()
@@ -508,35 +508,6 @@ def annotate_plates(trace: poutine.Trace, structure: SiteStructure) -> poutine.T
                 "not in: keep this order in what is computed from them, and sum over a plate with keepdim=True."
             )
     return trace
-
-
-def simulate(model: Callable, *args: Any, **kwargs: Any) -> tuple[poutine.Trace, tuple, dict]:
-    r"""Draws latents and data from a model; returns their trace, and the arguments with the drawn data in place.
-
-    .. math:: z, x \sim p(x, z)
-
-    Given the data, the latents are exact draws of :math:`p(z \mid x)`, the target of a guide. The drawn data replace
-    the arguments that the model observes, in the same number.
-
-    Raises:
-        ValueError: when the value that a site observes is not one of the arguments.
-    """
-    with torch.no_grad(), poutine.trace() as tracer, poutine.uncondition():
-        model(*args, **kwargs)
-    trace, sites = tracer.trace.copy(), sample_sites(tracer.trace)
-    for name in tracer.trace.nodes.keys() - sites.keys():
-        trace.remove_node(name)  # the subsample of a plate: the data are new
-    replacements, tensors = {}, tensors_of(args, kwargs)
-    for name, site in sites.items():
-        if site["infer"].get("was_observed"):
-            observed = site["infer"]["obs"]
-            if not any(observed is t for t in tensors):
-                raise ValueError(
-                    f'Data drawn from the model at site "{name}" cannot replace an argument: the value that the site '
-                    "observes is not one of the arguments as given. Observe the argument itself."
-                )
-            replacements[id(observed)] = site["value"]
-    return trace, *tree_map(lambda value: replacements.get(id(value), value), (args, kwargs))
 
 
 def log_prob_of(site: dict) -> Tensor:
