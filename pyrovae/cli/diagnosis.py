@@ -108,7 +108,8 @@ def diagnose(
     generated = None
     if schema is not None:
         generated = vae.sample(max(30, len(x))) if context is None else vae.sample(1, context)[0]
-        print(note_on(vae, schema).lstrip())
+        if schema.context:
+            print(note_on(vae, schema).lstrip())
     inputs = diagnostics.ReportInputs(
         model,
         guide,

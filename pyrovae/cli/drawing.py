@@ -123,7 +123,8 @@ def _sample_rows(
     context = None
     if schema.context:
         context, line = given_context(schema, cells, train if open_names else None, num_samples)
-        print(line)
+        if not is_weighted:
+            print(line)
     if is_weighted and given is not None:
         x, ess = draw_given(vae, schema, given, num_samples)
         print(f"given {given}: effective sample size {ess:,.0f}")
