@@ -325,6 +325,23 @@ def test_training_raises_the_bound_and_graphs_keep_the_bits(data):
     assert found[0][0][-1] < found[0][0][0]
 
 
+def test_gradients_are_right_where_model_and_guide_share_the_recurrence(data):
+    """Two unbiased estimators, of which one drops the score of the guide, also where the guide is the prior."""
+    vae, runs = linear_gaussian(), 40
+    x, mask = data[0].repeat(runs, 1, 1) / 2, data[1].repeat(runs, 1)
+    found = []
+    for gradient in (bounds.Reparameterized(), bounds.DoublyReparameterized()):
+        bound, drawn = bounds.IWAE(3, gradient), []
+        for _ in range(25):
+            loss = bound.differentiable_loss(vae.model, vae.guide, x, mask) / runs
+            grads = torch.autograd.grad(loss, list(vae.parameters()))
+            drawn.append(torch.cat([grad.flatten() for grad in grads]))
+        values = torch.stack(drawn)
+        found.append((values.mean(0), values.std(0) / math.sqrt(len(values))))
+    (plain, error), (doubly, other) = found
+    assert ((plain - doubly).abs() < 4.5 * (error.square() + other.square()).sqrt() + 1e-9).all()
+
+
 @pytest.mark.parametrize("loss", [bounds.ELBO, partial(bounds.IWAE, 4), partial(bounds.FIVO, 4)])
 def test_bounds_train_by_steps(data, loss):
     vae = recurrent()
