@@ -290,27 +290,47 @@ def test_masks_inside_of_distributions_hide_what_others_hide():
         torch.testing.assert_close(log_w, torch.where(mask, truth(x), 0.0).expand(2, -1), rtol=0, atol=ROUNDING)
 
 
-def test_a_flow_of_zukos_as_the_prior_can_be_annealed_from():
+@pytest.mark.filterwarnings("ignore:samples are drawn one by one")
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_flow_of_zukos_as_the_prior_can_be_annealed_from(alone):
     validation = torch.distributions.Distribution._validate_args
     import zuko  # which switches validation off
 
     torch.distributions.Distribution.set_default_validate_args(validation)
     flow = zuko.flows.NSF(2, transforms=1, hidden_features=(8,)).double()
 
-    def flowing(x):
+    def flowing(x, alone=False):
         pyro.module("flow", flow)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", ZukoToPyro(flow()))
-            pyro.sample("x", likelihood(z), obs=x)
+            pyro.sample("x", likelihood(z.reshape(len(x), 2) if alone else z), obs=x)
 
     x = data(3)
     right = log_marginal(flowing, None, x, method=estimators.Quadrature(10_000), progress=False)
     by_weights = log_marginal(flowing, guide, x, num_samples=20_000, progress=False)
     assert ((by_weights.value - right.value).abs() < 5 * by_weights.standard_error + right.standard_error).all()
-    annealed = log_marginal(
-        flowing, None, x, method=estimators.AnnealedImportanceSampling(4, num_temperatures=10), progress=False
-    )
-    assert annealed.value.isfinite().all()
+    method = estimators.AnnealedImportanceSampling(16, num_temperatures=10)
+    annealed = log_marginal(partial(flowing, alone=alone), None, x, method=method, progress=False)
+    assert ((annealed.value - right.value).abs() < 5 * annealed.standard_error + right.standard_error).all()
+
+
+def sized(x, size):
+    """A plate whose size is an argument, which stays the same when the data are cut."""
+    with pyro.plate("data", size):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(size, 2), 1.0).to_event(1))
+        pyro.sample("x", likelihood(z), obs=x)
+
+
+def sized_guide(x, size):
+    with pyro.plate("data", size):
+        pyro.sample("z", dist.Normal(x.new_zeros(size, 2), 1.0).to_event(1))
+
+
+def test_a_number_of_rows_that_is_an_argument_is_named_where_the_data_are_cut():
+    x = data(60)
+    log_marginal(sized, sized_guide, x, len(x), num_samples=10, progress=False)
+    with pytest.raises(ValueError, match=r"on some of them.*\(2, 3\).*size 60\).*from the data, len\(x\)"):
+        diagnostics.collapse(sized, sized_guide, x, len(x), progress=False)
 
 
 def by_rows(x):

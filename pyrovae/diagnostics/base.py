@@ -265,10 +265,11 @@ def inspect_part(model: Callable, guide: Callable, rows: slice, args: tuple, kwa
             inspect(model, guide, *whole, **named)
         except Exception:
             raise error from None
+        cause = str(error).partition("Trace Shapes")[0].strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            "model and guide run on all the data, but not on some of them, as a guide does whose parameters belong to "
-            "rows (AutoNormal over local latents): this diagnostic takes the data in parts. Give it a guide with an "
-            "encoder; log_marginal, reliability, sharpness and quality take such a guide."
+            "model and guide run on all the data, but not on some of them, as this diagnostic takes them: "
+            f"{cause[0].rstrip(' .')}. If parameters belong to rows, as in AutoNormal over local latents, give it a "
+            "guide with an encoder; log_marginal, reliability, sharpness and quality take all the data at once."
         ) from error
 
 

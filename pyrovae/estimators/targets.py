@@ -372,12 +372,13 @@ def _support(node: dict) -> constraints.Constraint:
     try:
         return fn.support
     except NotImplementedError:
-        flow: Any = getattr(fn, "dist", None)  # a flow of zuko's, wrapped for Pyro
+        inner = unwrapped(fn)
+        flow: Any = getattr(inner, "dist", None)  # a flow of zuko's, wrapped for Pyro
         if hasattr(flow, "transform") and _is_identity(bijection(flow.base.support)):
             return flow.transform.domain
         raise ValueError(
-            f'the {type(fn).__name__} of site "{node["name"]}" does not state the support of its latents. Give it one, '
-            "such as pyro.distributions.constraints.real_vector, or take ImportanceSampling()."
+            f'the {type(inner).__name__} of site "{node["name"]}" does not state the support of its latents. Give it '
+            "one, such as pyro.distributions.constraints.real_vector, or take ImportanceSampling()."
         ) from None
 
 

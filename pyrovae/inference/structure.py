@@ -140,6 +140,7 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Site
         _check_batch_shape(name, site)
     unvalidated = frozenset(name for name, site in observed.items() if _is_unvalidated(site["fn"]))
     for name, site in observed.items():
+        _check_rows(name, site)
         if name not in unvalidated:
             _check_data(name, site)
 
@@ -218,7 +219,7 @@ def _check_fit(model_sites: Sites, guide_sites: Sites) -> None:
         if name not in guide_sites and not site["infer"].get("enumerate"):
             raise ValueError(
                 f'The guide misses the latent site "{name}" of the model (it has {_names(guide_sites)}). '
-                f'Add pyro.sample("{name}", ...) to the guide.'
+                f'Add pyro.sample("{name}", ...) to the guide; or, if it is data, observe it, by obs= in the model.'
             )
     for name, site in guide_sites.items():
         if name not in latents and not site["infer"].get("is_auxiliary") and not site["is_observed"]:
@@ -245,6 +246,19 @@ def _check_fit(model_sites: Sites, guide_sites: Sites) -> None:
 def _is_unvalidated(fn: Any) -> bool:
     """Whether a distribution was built with ``validate_args=False`` where others are validated."""
     return torch.distributions.Distribution._validate_args and not getattr(unwrapped(fn), "_validate_args", True)
+
+
+def _check_rows(name: str, site: dict) -> None:
+    """Raises a ValueError if the data at a site do not fit its plates."""
+    value, fn = site["value"], site["fn"]
+    try:
+        torch.broadcast_shapes(value.shape[: value.dim() - len(fn.event_shape)], fn.batch_shape)
+    except RuntimeError:
+        raise ValueError(
+            f'The data at site "{name}" has shape {tuple(value.shape)}, which does not fit its '
+            f"{describe_plates(site)}. Take the size of a plate from the data, len(x), not from a number: the data are "
+            "cut into batches."
+        ) from None
 
 
 def _check_data(name: str, site: dict) -> None:
