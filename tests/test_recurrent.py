@@ -16,7 +16,7 @@ from pyrovae import bounds, encoders, likelihoods, priors
 from pyrovae.distributions import RecurrentChain
 from pyrovae.estimators import ParticleFilter, log_predictive
 from pyrovae.nn import MLP
-from pyrovae.structures import ForwardGRU, RecurrentVAE
+from pyrovae.structures import ForwardGRU, RecurrentVAE, SequenceVAE, StateSpaceVAE
 
 AFFINE = partial(MLP, hidden=())
 F64 = {"dtype": torch.float64}
@@ -389,6 +389,12 @@ def test_images_and_latents_without_a_memory():
     assert ((estimate.value - by_step.value).abs() < 4.5 * error).all()
     assert vae.sample(0, 5).shape == (0, 5, 1, 4, 4)
     assert vae.forecast(x, 2, mask, num_samples=7).shape == (7, 3, 2, 1, 4, 4)
+
+
+def test_models_of_sequences_have_the_same_verbs():
+    for name in ("sample", "forecast", "model_by_step", "guide_by_step"):
+        assert all(callable(getattr(model, name)) for model in (RecurrentVAE, StateSpaceVAE, SequenceVAE))
+    assert RecurrentVAE.forecast is StateSpaceVAE.forecast is SequenceVAE.forecast
 
 
 def test_it_is_saved_and_built_again(tmp_path, data):

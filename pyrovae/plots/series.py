@@ -32,7 +32,7 @@ def forecasts(
     Args:
         x: series, ``(batch, time)`` or ``(batch, time, elements)``.
         draws: of the steps after them, ``(num_samples, batch, steps)`` or ``(num_samples, batch, steps, elements)``,
-            such as those of :meth:`pyrovae.structures.StateSpaceVAE.forecast`.
+            such as those of :meth:`pyrovae.structures.SequenceVAE.forecast`.
         actual: what came, ``(batch, steps)`` or ``(batch, steps, elements)``.
         shares: the shares of the draws that the bands hold, between 0 and 1.
         path: where to write the picture.

@@ -11,6 +11,7 @@ from pyrovae.structures.hierarchies import DenseHierarchicalVAE, HierarchicalVAE
 from pyrovae.structures.missing import MissingDataVAE
 from pyrovae.structures.recurrent import ForwardGRU, RecurrentVAE
 from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
+from pyrovae.structures.sequences import SequenceVAE
 from pyrovae.structures.smoothing import Smoothed
 from pyrovae.structures.state_space import BackwardGRU, StateSpaceVAE
 from pyrovae.structures.tables import TableFeatures, fit_independent_columns, log_prob_of_cells, table_vae
@@ -31,6 +32,7 @@ __all__ = [
     "Repair",
     "SemiSupervised",
     "SemiSupervisedVAE",
+    "SequenceVAE",
     "Smoothed",
     "StateSpaceVAE",
     "Structure",

@@ -38,7 +38,7 @@ class RecurrentVAE(SequenceVAE):
     :meth:`model_by_step` and :meth:`guide_by_step` are the same densities with sites "z1", "x1", "z2", ..., for
     :class:`pyrovae.bounds.FIVO`, :class:`pyrovae.estimators.ParticleFilter` and
     :func:`pyrovae.estimators.log_predictive`. ``vae.model`` scores data and cannot draw them, so that what simulates
-    data from a model, such as ``calibration``, refuses it: draw by :meth:`sample`.
+    data from a model, such as ``calibration``, refuses it: draw by ``vae.sample``.
 
     At a step that was not observed, the recurrence sees that it was not, and its latent, and the guide is the prior.
     So the model of sequences with gaps is one of its own, learned from sequences with gaps; it is not the model of
@@ -103,7 +103,7 @@ class RecurrentVAE(SequenceVAE):
     def model(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The generative process, with the latents of all steps at site "z" and all observed steps at site "x"."""
         self.register()
-        seen = self.mask_of(x, mask, context)
+        seen = self._mask_of(x, mask, context)
 
         def conditional(h: Tensor, steps: slice) -> dist.TorchDistribution:
             return self._prior(_with(h, context, steps))
@@ -121,14 +121,14 @@ class RecurrentVAE(SequenceVAE):
     def guide(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The amortised posterior of the latents of all steps at site "z"."""
         self.register()
-        self.mask_of(x, mask, context)
+        self._mask_of(x, mask, context)
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.encode(x, mask, context))
 
     @in_evaluation_mode
     def encode(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> RecurrentChain:
         r"""Returns :math:`q(z \mid x)`, with ``batch_shape == (batch,)`` and events ``(time, latent_dim)``."""
-        seen = self.mask_of(x, mask, context)
+        seen = self._mask_of(x, mask, context)
 
         def conditional(h: Tensor, steps: slice) -> dist.TorchDistribution:
             return self._posterior(x[:, steps], None if mask is None else seen[:, steps], _with(h, context, steps))
@@ -138,7 +138,7 @@ class RecurrentVAE(SequenceVAE):
     def model_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The generative process with a site for each latent and each observed step, in their order."""
         self.register()
-        seen: Any = self.mask_of(x, mask, context)  # Pyro's types of masks leave out tensors of any kind
+        seen: Any = self._mask_of(x, mask, context)  # Pyro's types of masks leave out tensors of any kind
         active: Any = until_last(seen)
         h = self._start(x)
         with pyro.plate("data", len(x)):
@@ -153,7 +153,7 @@ class RecurrentVAE(SequenceVAE):
     def guide_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The amortised posterior with a site for each latent."""
         self.register()
-        seen: Any = self.mask_of(x, mask, context)
+        seen: Any = self._mask_of(x, mask, context)
         active: Any = until_last(seen)
         h = self._start(x)
         with pyro.plate("data", len(x)):
@@ -171,11 +171,11 @@ class RecurrentVAE(SequenceVAE):
         z = q.sample()
         return center(likelihood_at(self.likelihood, z, _with(q.memories(z), context, slice(None))))
 
-    def draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
+    def _draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
         leading = (num_samples,) if context is None else (num_samples, len(context))
         return self._generate(next(self.recurrence.parameters()).new_zeros(*leading, self.width), num_steps, context)
 
-    def draw_next(
+    def _draw_next(
         self, z: Tensor, x: Tensor, mask: Tensor, context: Tensor | None, coming: Tensor | None, num_steps: int
     ) -> Tensor:
         h, active = self._start(x).expand(*z.shape[:2], -1), until_last(mask)
@@ -183,7 +183,7 @@ class RecurrentVAE(SequenceVAE):
             h = torch.where(active[:, t, None], self._advance(h, x[:, t : t + 1], mask[:, t], z[..., t, :]), h)
         return self._generate(h, num_steps, coming)
 
-    def check_vector(self, context: Tensor | None) -> None:
+    def _check_vector(self, context: Tensor | None) -> None:
         given = 0 if context is None else context.shape[-1]
         if self._context_dim is not None and given != self._context_dim:
             raise ValueError(

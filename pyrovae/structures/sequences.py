@@ -17,7 +17,8 @@ from pyrovae.vae import Registered
 class SequenceVAE(Registered):
     """Base of the models of sequences, ``(batch, time, *x_shape)``, with masks of the observed steps.
 
-    Their latents are one site "z", or with :meth:`model_by_step` and :meth:`guide_by_step` sites "z1", "z2", ...
+    Their latents are one site "z", or with :meth:`model_by_step` and :meth:`guide_by_step` sites "z1", "z2", ... They
+    are :class:`StateSpaceVAE` and :class:`RecurrentVAE`.
     """
 
     @abstractmethod
@@ -29,15 +30,15 @@ class SequenceVAE(Registered):
         """The amortised posterior with a site for each state."""
 
     @abstractmethod
-    def check_vector(self, context: Tensor | None) -> None:
+    def _check_vector(self, context: Tensor | None) -> None:
         """Raises a ValueError if the parts do not take the context of a step."""
 
     @abstractmethod
-    def draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
+    def _draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
         """Draws whole sequences."""
 
     @abstractmethod
-    def draw_next(
+    def _draw_next(
         self, z: Tensor, x: Tensor, mask: Tensor, context: Tensor | None, coming: Tensor | None, num_steps: int
     ) -> Tensor:
         """Draws the steps after the end of sequences, for paths of their latents, ``(num_paths, batch, time, dim)``."""
@@ -59,8 +60,8 @@ class SequenceVAE(Registered):
         check_count(num_steps, "num_steps")
         if context is not None and (context.dim() != 3 or context.shape[1] != num_steps):
             raise ValueError(f"context must have shape (batch, {num_steps}, context_dim), got {tuple(context.shape)}.")
-        self.check_vector(context)
-        return self.draw_first(num_samples, num_steps, context)
+        self._check_vector(context)
+        return self._draw_first(num_samples, num_steps, context)
 
     @torch.no_grad()
     @in_evaluation_mode
@@ -103,13 +104,13 @@ class SequenceVAE(Registered):
                     f"shape {tuple(context.shape)} and mask={mask if mask is None else tuple(mask.shape)}."
                 )
             context, coming = context[:, :time], context[:, time:]
-        mask = self.mask_of(x, mask, context)
-        z = self.draw_paths(x, mask, context, max(num_particles, num_samples))[:num_samples]
-        return self.draw_next(z, x, mask, context, coming, num_steps)
+        mask = self._mask_of(x, mask, context)
+        z = self._draw_paths(x, mask, context, max(num_particles, num_samples))[:num_samples]
+        return self._draw_next(z, x, mask, context, coming, num_steps)
 
-    def mask_of(self, x: Tensor, mask: Tensor | None, context: Tensor | None) -> Tensor:
+    def _mask_of(self, x: Tensor, mask: Tensor | None, context: Tensor | None) -> Tensor:
         """Checks mask and context; returns the mask as booleans."""
-        self.check_vector(context)
+        self._check_vector(context)
         if context is not None and (context.dim() != 3 or context.shape[:2] != x.shape[:2]):
             raise ValueError(
                 f"context must have shape {(*x.shape[:2], 'context_dim')}, a vector for each step; got "
@@ -131,7 +132,7 @@ class SequenceVAE(Registered):
             )
         return mask
 
-    def filter_states(self, x: Tensor, mask: Tensor, context: Tensor | None, num_particles: int) -> Filtered:
+    def _filter_states(self, x: Tensor, mask: Tensor, context: Tensor | None, num_particles: int) -> Filtered:
         """Runs a particle filter, for a mask that was checked.
 
         Raises:
@@ -152,12 +153,12 @@ class SequenceVAE(Registered):
             )
         return run
 
-    def draw_paths(self, x: Tensor, mask: Tensor, context: Tensor | None, num_particles: int) -> Tensor:
+    def _draw_paths(self, x: Tensor, mask: Tensor, context: Tensor | None, num_particles: int) -> Tensor:
         """Returns the last particles of a filter with the states of their ancestors.
 
         Their shape is ``(num_particles, batch, time, latent_dim)``; they are equally weighted and in random order.
         """
-        run = self.filter_states(x, mask, context, num_particles)
+        run = self._filter_states(x, mask, context, num_particles)
         states = torch.stack([run.guide[f"z{t + 1}"]["value"] for t in range(x.shape[1])], dim=-2)
         chosen = systematic(run.log_w[0].softmax(0))
         chosen = chosen.gather(0, torch.rand_like(run.log_w[0]).argsort(0))

@@ -92,7 +92,7 @@ class StateSpaceVAE(SequenceVAE):
     def model(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The generative process, with all states at site "z" and all observed steps at site "x"."""
         self.register()
-        mask = self.mask_of(x, mask, context)
+        mask = self._mask_of(x, mask, context)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self._chain(x.shape[1], until_last(mask), context))
             p = likelihood_at(self.likelihood, z, context)
@@ -101,14 +101,14 @@ class StateSpaceVAE(SequenceVAE):
     def guide(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The amortised posterior of all states at site "z"."""
         self.register()
-        mask = self.mask_of(x, mask, context)
+        mask = self._mask_of(x, mask, context)
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.encode(x, mask, context))
 
     @in_evaluation_mode
     def encode(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> MarkovChain:
         r"""Returns :math:`q(z \mid x)`, with ``batch_shape == (batch,)`` and events ``(time, latent_dim)``."""
-        mask = self.mask_of(x, mask, context)
+        mask = self._mask_of(x, mask, context)
         h = self._summaries(x, mask, context)
         # The gradient of a step that is cut out of h is as large as h, for each step; that of all at once is h's.
         one_step = [step.unsqueeze(1) for step in h.unbind(1)]
@@ -122,7 +122,7 @@ class StateSpaceVAE(SequenceVAE):
     def model_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The generative process with a site for each state and each observed step, in their order."""
         self.register()
-        mask = self.mask_of(x, mask, context)
+        mask = self._mask_of(x, mask, context)
         observed: Any = mask  # Pyro's types of masks leave out tensors of any kind
         active: Any = until_last(mask)
         z = None
@@ -138,7 +138,7 @@ class StateSpaceVAE(SequenceVAE):
     def guide_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The amortised posterior with a site for each state."""
         self.register()
-        mask = self.mask_of(x, mask, context)
+        mask = self._mask_of(x, mask, context)
         active: Any = until_last(mask)
         h = self._summaries(x, mask, context)
         z = h.new_zeros(len(x), self._latent_dim)
@@ -192,9 +192,9 @@ class StateSpaceVAE(SequenceVAE):
             https://doi.org/10.1198/016214504000000151.
         """
         check_count(num_samples, "num_samples")
-        mask = self.mask_of(x, mask, context)
+        mask = self._mask_of(x, mask, context)
         active = until_last(mask)
-        run = self.filter_states(x, mask, context, num_particles)
+        run = self._filter_states(x, mask, context, num_particles)
 
         def transition(z: Tensor, t: int) -> dist.TorchDistribution:
             return call(self.transition, z, context=None if context is None else context[:, t])
@@ -266,14 +266,14 @@ class StateSpaceVAE(SequenceVAE):
         Returns:
             Shape ``(num_particles, batch, latent_dim)``, equally weighted and in random order.
         """
-        mask = self.mask_of(x, mask, context)
-        return _last(self.draw_paths(x, mask, context, num_particles), mask)
+        mask = self._mask_of(x, mask, context)
+        return _last(self._draw_paths(x, mask, context, num_particles), mask)
 
-    def draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
+    def _draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
         z = self._chain(num_steps, None, context).sample((num_samples,))
         return likelihood_at(self.likelihood, z, context).sample()
 
-    def draw_next(
+    def _draw_next(
         self, z: Tensor, x: Tensor, mask: Tensor, context: Tensor | None, coming: Tensor | None, num_steps: int
     ) -> Tensor:
         first = None if coming is None else coming[:, 0]
@@ -282,7 +282,7 @@ class StateSpaceVAE(SequenceVAE):
         )
         return likelihood_at(self.likelihood, chain.sample(), coming).sample()
 
-    def check_vector(self, context: Tensor | None) -> None:
+    def _check_vector(self, context: Tensor | None) -> None:
         if context is not None and not any(map(takes_context, (self.prior, self.transition, self.likelihood))):
             raise ValueError("a context is given, but no part was built for one (context_dim).")
 
