@@ -238,6 +238,7 @@ def _cells(row: Row) -> list[str]:
     if record is None:
         return [row.title, file, published, "not run", "", "", ""]
     test, trusted, same = record["test"], record["trusted"], record["same_images"]
+    ended = record["epochs"] == record["config"]["epochs"]  # by a limit, not by patience
     return [
         row.title,
         file,
@@ -246,8 +247,8 @@ def _cells(row: Row) -> list[str]:
         f"{trusted['log_marginal']:.2f} ± {trusted['standard_error']:.2f} ({trusted['num_data']} images, "
         f"{trusted['not_trusted']} not trusted)",
         f"{same['log_marginal']:.2f} ± {same['standard_error']:.2f}",
-        f"{record['epochs']} epochs, best {record['best_epoch']}, {record['hours']:.1f} hours, "
-        f"seed {record['config']['seed']}",
+        f"{record['epochs']} epochs{' (ended there)' if ended else ''}, best {record['best_epoch']}, "
+        f"{record['hours']:.1f} hours, seed {record['config']['seed']}",
     ]
 
 
@@ -258,6 +259,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", action="store_true", help="write docs/results.md, and run nothing")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories")
     parser.add_argument("--data-root", default="data", help="folder of the images")
+    parser.add_argument("--epochs", help="end training after so many, of which the record tells")
     parser.add_argument("--trusted-images", type=int, default=1000, help="images to be scored until they are trusted")
     parser.add_argument("--trusted-seconds", type=float, default=1800.0, help="budget of that")
     given = parser.parse_args(args)
@@ -274,7 +276,7 @@ def main(args: Sequence[str] | None = None) -> None:
     names = given.rows or [name for name in ROWS if configuration(name) and not record_of(name)]
     for name in [] if given.page else names:
         print(f"\n{name}: {ROWS[name].title}")
-        options = ["--data-root", given.data_root]
+        options = ["--data-root", given.data_root, *(["--epochs", given.epochs] if given.epochs else [])]
         record = run(name, given.runs, options, given.trusted_images, given.trusted_seconds)
         (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         PAGE.write_text(page())

@@ -385,7 +385,7 @@ def test_chains_that_diverge_are_counted_and_not_trusted():
     assert (diverged[:2] == 0).all() and diverged[2] > 0.9
     assert estimate.trusted.tolist() == [True, True, False]
     assert f"diverged: {diverged.mean().item():.1%} of moves, for 1 of 3 data" in str(estimate)
-    assert "moves fail): 1 of 3 data. Take more temperatures, or start=Refined()." in str(estimate)
+    assert "moves fail): 1 of 3 data. Take more temperatures, or UntilTrusted()." in str(estimate)
 
 
 @each("method", [AnnealedImportanceSampling(64, 40), SequentialMonteCarlo(64, 16)])

@@ -301,8 +301,8 @@ class Recurrent(nn.Module):
                 elif self.fault == "in place":
                     buffer[..., t, :] = z
                     mean = buffer.sum(-2)
-                elif self.fault == "mixed":
-                    mean = values[0].sort(0).values if t else mean
+                elif self.fault == "one particle":
+                    mean = values[0].view(len(x), -1) if t else mean
                 pyro.sample(f"x{t}", dist.Normal(mean @ C.T, R).to_event(1), obs=x[:, t])
 
     def guide(self, x: Tensor) -> None:
@@ -337,7 +337,7 @@ def test_a_model_whose_particles_cannot_be_followed_is_refused(fault, message):
 
 
 def test_a_model_that_takes_one_particle_at_a_time_is_refused():
-    vae, x = Recurrent("mixed"), series()
+    vae, x = Recurrent("one particle"), series()
     with (
         pytest.warns(UserWarning, match="drawn one by one"),
         pytest.raises(ValueError, match="FIVO draws all particles at once, which this model or guide cannot do"),

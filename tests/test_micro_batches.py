@@ -190,3 +190,24 @@ def test_bf16_is_for_parameters_of_float32():
     vae = small_vae().double()
     with pytest.raises(ValueError, match="precision='bf16' is for parameters of float32, but .* is float64"):
         train(vae.model, vae.guide, rows(8).double(), epochs=1, precision="bf16")
+
+
+def test_distributions_in_half_precision_are_refused():
+    encoder, decoder = nn.Linear(4, 4), nn.Linear(2, 4)
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor, cast: bool = False) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = (encoder(x).float() if cast else encoder(x)).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    message = 'site "z" in the guide has a distribution whose parameters are in half precision'
+    with pytest.raises(ValueError, match=message):
+        train(model, guide, rows(8), epochs=1, precision="bf16")
+    train(model, partial(guide, cast=True), rows(8), epochs=1, precision="bf16")

@@ -7,6 +7,7 @@ from pyro.distributions import constraints
 from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor
 from torch.distributions import Transform, biject_to, transforms
+from torch.distributions.mixture_same_family import MixtureSameFamilyConstraint
 
 from pyrovae.distributions.spaces import ShapeLike, flattened, open_unit_interval
 
@@ -29,6 +30,13 @@ def bijection(support: constraints.Constraint) -> Transform:
         return transforms.ComposeTransform(steps)
     if isinstance(support, type(constraints.independent(constraints.real, 1))):
         return transforms.IndependentTransform(bijection(support.base_constraint), support.reinterpreted_batch_ndims)
+    if isinstance(support, MixtureSameFamilyConstraint):
+        inner = support.base_constraint
+        while hasattr(inner, "base_constraint"):
+            inner = inner.base_constraint
+        if any(isinstance(x, Tensor) for x in vars(inner).values()):  # components with bounds of their own
+            raise NotImplementedError(f"no bijection to {support}")
+        return bijection(support.base_constraint)
     if isinstance(support, type(constraints.simplex)):
         return LogRatio()
     if isinstance(support, type(open_unit_interval)):

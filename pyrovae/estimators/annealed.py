@@ -202,7 +202,7 @@ class _Annealed(Estimator):
         return "; ".join(lines) + f"\n{reliability}" if lines else reliability
 
     def remedy(self, structure: SiteStructure) -> str:
-        return f"Take more temperatures, or start={'Guide' if structure.discrete else 'Refined'}()."
+        return "Take more temperatures, or UntilTrusted()."
 
 
 def _renewals(jumps: Tensor, scales: Tensor, moved: bool) -> Tensor:

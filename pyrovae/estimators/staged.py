@@ -19,7 +19,7 @@ from pyrovae.estimators.exact import Enumeration
 from pyrovae.estimators.laplace import MAX_DIM, Laplace, Shared
 from pyrovae.estimators.memory import clamp
 from pyrovae.estimators.newton import MAX_DENSE, joint_of
-from pyrovae.estimators.proposals import Guide, WeightedGuide
+from pyrovae.estimators.proposals import Guide, Prior, WeightedGuide
 from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task, prior_of
 from pyrovae.estimators.weighted import ImportanceSampling
@@ -33,6 +33,8 @@ _LEAST_PILOT = 25  # draws of a pilot run: k-hat needs 21
 _PILOT_KHAT = 0.5  # largest k-hat of a pilot run: those that are good by chance are chosen, so that 0.7 is too much
 _DISAGREEMENT = 4.0  # standard errors between two estimates of a datum: one datum in 16,000 by chance
 _AGREEMENT = 3.0  # standard errors between means over data
+_MISSED = 0.1  # of p(x), on average over data: what may be missed before no datum is trusted
+_TELLING = 20  # effective draws from the prior that say something of a datum
 _MARGIN = 0.7  # of the target, that a pilot run has to foresee: a full run may draw a larger weight
 _MOST_ERROR = 4.0  # targets, up to which a standard error is trusted
 
@@ -40,6 +42,7 @@ _COLUMNS = ("value", "standard_error", "ess", "khat")  # tensors of an estimate
 
 # Which of them serve, and in which order, depends on the latents.
 _ENUMERATION, _GUIDE, _MANY, _LAPLACE, _MORE_LAPLACE, _ANNEALING, _FROM_GUIDE, _FROM_PRIOR, _HEAVY = range(9)
+_PRIOR, _AGAIN = 9, 10
 _ENUMERATE = Enumeration(10_000)
 _FINE = Laplace(num_pilots=4000)
 _STAGES: list[Estimator] = [
@@ -52,6 +55,8 @@ _STAGES: list[Estimator] = [
     AnnealedImportanceSampling(start=Guide()),
     AnnealedImportanceSampling(),
     ImportanceSampling(8000, Laplace(degrees=4.0)),
+    ImportanceSampling(8000, Prior()),
+    ImportanceSampling(2000),
 ]
 
 
@@ -70,6 +75,10 @@ class UntilTrusted(Estimator):
     A datum is trusted if its full run is, if its standard error is at most four times `target`, and if no pilot run of
     any stage was higher by more than four standard errors of the difference: since pilot runs are unbiased too, mass
     was missed otherwise. Mass that no stage finds is not seen: `num_checked` is for that.
+
+    One of the pilot runs of the default stages draws from the prior, which knows of no mode. It says nothing where its
+    draws do not reach the data, as with many latents. Where it can be trusted, and is higher than the results by more
+    than a tenth of p(x) and four standard errors, on average over the data, no datum is trusted.
 
     The default stages depend on the latents:
 
@@ -103,9 +112,12 @@ class UntilTrusted(Estimator):
         check: the estimator of the second time; annealing from the prior with 100 chains and 1,000 temperatures by
             default, which shares neither guide nor modes with the stages.
 
-    The diagnostics are "stage", which is the number of the stage that scored a datum, in the order of the list (or of
-    the default list), and -1 where there was no time; "reliable", which is `trusted`; and, if some data are checked,
-    "check" and "check_error", the second estimates and their standard errors, NaN for the other data.
+    The diagnostics are "stage", which is the number of the stage that scored a datum, in the order of the list, and -1
+    where there was no time; "reliable", which is `trusted`; "missed", where a pilot run was higher; and, if some data
+    are checked, "check" and "check_error", the second estimates and their standard errors, NaN for the other data. The
+    numbers of the default stages are: 0 enumeration, 1 the guide with few draws and 2 with many, 3 Laplace with few
+    draws, 4 with many and 8 with heavy tails, 5 annealing from Laplace, 6 from the guide and 7 from the prior, 10 the
+    guide again.
 
     Raises:
         TypeError: when a stage is not an estimator.
@@ -206,6 +218,8 @@ class UntilTrusted(Estimator):
     ) -> Tensor:
         """Scores those of some data for which a stage is good enough, and returns the others."""
         estimator = stage.estimator
+        if stage.number in result.silent:
+            return rows
         if is_last or not estimator.is_random:  # a second run of the latter would give the same
             with clock.measure(stage, _Kind.FULL, rows):
                 found = _run(estimator, task, rows)
@@ -219,8 +233,11 @@ class UntilTrusted(Estimator):
             estimator = estimator.fit(_part(task, rows))  # for the pilot run and the full run
             smaller = self._smaller(estimator)
             pilot = _run(smaller, task, rows)
-        result.compare(rows, pilot)
+        from_prior = stage.estimator is _STAGES[_PRIOR]
+        result.compare(rows, pilot, from_prior)
         if stage.number in result.compared:
+            if from_prior and not bool(_tells(pilot).any()):
+                result.silent.add(stage.number)
             return rows
         error = pilot.standard_error * math.sqrt(smaller.num_samples / estimator.num_samples)
         good = (pilot.trusted & ~(pilot.khat > _PILOT_KHAT) & (error <= _MARGIN * self.target)).cpu()
@@ -255,13 +272,19 @@ class UntilTrusted(Estimator):
         served = ", ".join(f"{name} {count:,}" for name, count in counts if count)
         untrusted = int((~estimate.trusted).sum())
         check = self._describe_check(estimate) if "check" in estimate.diagnostics else ""
+        missed = int(estimate.diagnostics["missed"].sum())
+        if missed:
+            check = f"modes are missed: draws that count nothing found more of p(x) for {missed:,} data\n{check}"
         return f"scored by: {served}\n{check}not to be trusted: {untrusted:,} of {len(number):,} data"
 
     def _describe_check(self, estimate: Estimate) -> str:
         """Returns the line on the second estimates."""
         difference, error, n = _disagreement(estimate)
         if n == 0:
-            return f"check by {_name(self.check)}: none of its estimates is to be trusted\n"
+            return (
+                f"not checked: no estimate of {_name(self.check)} is to be trusted. Give check= another estimator, or "
+                "more temperatures\n"
+            )
         verdict = "they agree" if abs(difference) <= _AGREEMENT * error else "they disagree: trust neither"
         return (
             f"checked by {_name(self.check)}: {difference:+.3f} nats on {n:,} data (standard error: {error:.3f}); "
@@ -269,8 +292,9 @@ class UntilTrusted(Estimator):
         )
 
     def remedy(self, structure: SiteStructure) -> str:
-        more = "stages with more samples or temperatures"
-        return f"Give it {more}." if self.seconds is None else f"Give it more seconds, or {more}."
+        other = "AnnealedImportanceSampling(), with few latents ImportanceSampling(20_000, Prior())"
+        time = "" if self.seconds is None else "Give it more seconds. "
+        return f"{time}Take {other}, or stages with more samples."
 
 
 class _Stage(NamedTuple):
@@ -361,14 +385,15 @@ class _Result:
 
     def __init__(self, compared: frozenset[int]) -> None:
         self.compared = compared  # numbers of the stages whose pilot runs are compared, and that score no data
+        self.silent: set[int] = set()  # numbers of those that say nothing
         self.parts: list[tuple[Tensor, Estimate, int]] = []
-        self.pilots: list[tuple[Tensor, Estimate]] = []
+        self.pilots: list[tuple[Tensor, Estimate, bool]] = []  # the last: whether it drew from the prior
 
     def add(self, rows: Tensor, estimate: Estimate, number: int) -> None:
         self.parts.append((rows, estimate, number))
 
-    def compare(self, rows: Tensor, pilot: Estimate) -> None:
-        self.pilots.append((rows, pilot))
+    def compare(self, rows: Tensor, pilot: Estimate, from_prior: bool) -> None:
+        self.pilots.append((rows, pilot, from_prior))
 
     def estimate(self, method: Estimator, largest_error: float) -> Estimate:
         """Returns the estimates in the order of the data; none with a larger standard error is trusted."""
@@ -382,12 +407,24 @@ class _Result:
         stage = in_order([torch.full_like(part.value, number, dtype=torch.long) for _, part, number in self.parts])
         reliable = in_order([part.trusted for _, part, _ in self.parts]) & (stage >= 0) & ~(error > largest_error)
         rounding = math.sqrt(torch.finfo(value.dtype).eps)
-        for rows, pilot in self.pilots:
+        missed = torch.zeros_like(reliable)
+        excess, variance, n = 0.0, 0.0, 0  # of pilot runs from the prior, in shares of p(x)
+        for rows, pilot, from_prior in self.pilots:
             rows = rows.to(value.device)
-            bound = _DISAGREEMENT * (pilot.standard_error.square() + error[rows].square()).sqrt() + rounding
-            reliable[rows] &= ~(pilot.value - value[rows] > bound)
+            tells = _tells(pilot) & reliable[rows] if from_prior else torch.ones_like(pilot.trusted)
+            variances = pilot.standard_error.square() + error[rows].square()
+            higher = pilot.value - value[rows] > _DISAGREEMENT * variances.sqrt() + rounding
+            missed[rows] |= higher & tells
+            if from_prior:
+                ratio = (pilot.value - value[rows])[tells].double().clamp(max=50).exp()
+                excess += (ratio - 1).sum().item()
+                variance += (ratio.square() * variances[tells]).sum().item()
+                n += len(ratio)
+        if excess > max(_MISSED * n, _DISAGREEMENT * math.sqrt(variance)):
+            missed |= True
+        reliable &= ~missed
         num_samples = max(part.num_samples for _, part, _ in self.parts)
-        diagnostics = {"stage": stage, "reliable": reliable}
+        diagnostics = {"stage": stage, "reliable": reliable, "missed": missed}
         return Estimate(value, error, ess, khat, num_samples, method, diagnostics)
 
 
@@ -416,14 +453,14 @@ def _choose_stages(task: Task) -> _Plan:
         target = joint_of(replace(task.rows(slice(0, 2)), graphs=None))
     except ValueError:
         return _stages_without_gradients(task)
-    guide = frozenset([_GUIDE])
+    guide = frozenset([_GUIDE, _PRIOR])
     # Laplace's approximation holds some matrices of double precision for each datum.
     dim = target.dim
     largest = max(2, clamp(task.max_memory / (40 * dim**2), task.size))
     if dim <= MAX_DENSE:
         # Real numbers that stand for a simplex or an interval have tails like exponentials, heavier than normal ones.
         heavy = [_HEAVY] if any(site.transform is not None for site in target.sites) else []
-        return _Plan([_GUIDE, *heavy, _LAPLACE, _MORE_LAPLACE, _ANNEALING], largest, guide)
+        return _Plan([_GUIDE, _PRIOR, *heavy, _LAPLACE, _MORE_LAPLACE, _ANNEALING], largest, guide)
     annealing = [_FROM_PRIOR] if structure.auxiliary else [_FROM_PRIOR, _FROM_GUIDE]
     if dim <= MAX_DIM:
         return _Plan([_GUIDE, _LAPLACE, *annealing], largest, guide)
@@ -445,6 +482,11 @@ def _share_fits(stages: list[_Stage]) -> tuple[list[_Stage], list[Shared]]:
     return result, [*shared.values()]
 
 
+def _tells(pilot: Estimate) -> Tensor:
+    """Returns for which data a pilot run from the prior says something: k-hat and the number of draws that count."""
+    return (pilot.ess >= _TELLING) & ~(pilot.khat > 0.7)
+
+
 def _part(task: Task, rows: Tensor) -> Task:
     """Returns the task for some rows, without its progress bar; twice the same row where it is the only one."""
     if task.divisible and len(rows) == 1 and task.size > 1:  # some models squeeze a single row away
@@ -455,18 +497,17 @@ def _part(task: Task, rows: Tensor) -> Task:
 def _stages_without_gradients(task: Task) -> _Plan:
     """Returns the stages for latents that are not all mapped to real numbers."""
     few, size = replace(task.rows(slice(0, 2)), graphs=None), task.size
-    prior = WeightedGuide(prior_of(task.model), is_prior=True)
+    prior, guide = WeightedGuide(prior_of(task.model), is_prior=True), frozenset([_GUIDE, _PRIOR])
     try:
         u = Target(few, prior, real=False).draw(1)
     except ValueError:  # no moves
-        return _Plan([_GUIDE, _MANY], size)
-    guide = frozenset([_GUIDE])
+        return _Plan([_GUIDE, _PRIOR, _AGAIN, _MANY], size, guide)
     try:
         Target(few, WeightedGuide(few.guide), real=False).values(u)
     except (KeyError, NotImplementedError, ValueError):  # a guide whose density is known at its own draws alone
-        return _Plan([_GUIDE, _FROM_PRIOR], size, guide)
+        return _Plan([_GUIDE, _PRIOR, _FROM_PRIOR], size, guide)
     # Guides are often far too sure of a value or a mode, and hide the others from chains that start there.
-    return _Plan([_GUIDE, _FROM_PRIOR, _FROM_GUIDE], size, guide)
+    return _Plan([_GUIDE, _PRIOR, _FROM_PRIOR, _FROM_GUIDE], size, guide)
 
 
 def _run(estimator: Estimator, task: Task, rows: Tensor) -> Estimate:

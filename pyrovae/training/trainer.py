@@ -152,6 +152,8 @@ class Trainer:
         self.unvalidated = structure.unvalidated
         if self.compiled is not None:
             self.compiled.unvalidated = structure.unvalidated
+        if precision is not None:
+            self._check_precision(args, kwargs)
         # A subsampled plate scales the loss up to all data that it stands for.
         self.data_size = structure.data_size if structure.data_size != shard.count else None
 
@@ -189,6 +191,22 @@ class Trainer:
         self.has_gradient: list[bool] = []  # for each parameter, whether any process has a gradient for it
         self.num_pyro_params = 0  # in Pyro's parameter store
         self.synchronize()
+
+    def _check_precision(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raises a ValueError where sites would be drawn or scored in bf16, which only products of networks are for."""
+        devices = cuda_devices(tensors_of(args, kwargs))
+        kind = "cuda" if devices else "cpu"
+        with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices), torch.autocast(kind, torch.bfloat16):
+            guide = traced(self.guide, None, *args, **kwargs)
+            model = traced(self.model, latents_of_trace(guide), *args, **kwargs)
+        for part, trace in (("guide", guide), ("model", model)):
+            for name, site in sample_sites(trace).items():
+                if site["fn"].log_prob(site["value"]).dtype in (torch.bfloat16, torch.float16):
+                    raise ValueError(
+                        f'precision={self.precision!r}: site "{name}" in the {part} has a distribution whose '
+                        "parameters are in half precision. Cast what a network returns, network(x).float(), or leave "
+                        "precision out."
+                    )
 
     def synchronize(self) -> None:
         """Gives all processes the weights, buffers and random state of rank 0."""
