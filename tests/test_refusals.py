@@ -7,6 +7,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from pyro import distributions as dist
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceTailAdaptive_ELBO
 from pyro.optim import Adam
 from torch.optim import lr_scheduler
@@ -83,6 +84,23 @@ def test_memory_must_be_a_number_of_bytes(max_memory):
 def test_the_number_of_samples_is_named(num_samples):
     with pytest.raises(ValueError, match="num_samples must be"):
         make_vae().sample(num_samples)
+
+
+def test_one_datum_is_not_taken_for_its_elements():
+    decoder = torch.nn.Linear(2, 3)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r'site "x" has shape \(3,\), all of which is one datum .* x\[None\]'):
+        log_marginal(model, guide, x[0], num_samples=10, progress=False)
+    assert len(log_marginal(model, guide, x[:1], num_samples=10, progress=False).value) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

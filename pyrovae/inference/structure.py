@@ -153,6 +153,9 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Site
         name: site for name, site in observed.items() if site["value"].untyped_storage().data_ptr() in storages
     } or observed
     data, ambiguity = _find_data_plate(model_sites, guide_sites, rows, list(holding_data.values()))
+    if data and rows and rows > 1 and holding_data is not observed:
+        for name, site in holding_data.items():
+            _check_repeated(name, site, data, rows)
 
     global_observed = frozenset(
         name
@@ -259,6 +262,16 @@ def _check_rows(name: str, site: dict) -> None:
             f"{describe_plates(site)}. Take the size of a plate from the data, len(x), not from a number: the data are "
             "cut into batches."
         ) from None
+
+
+def _check_repeated(name: str, site: dict, data: "DataPlate", rows: int) -> None:
+    """Raises a ValueError if the rows of an argument are the elements of one datum, which the plate would repeat."""
+    shape, event = tuple(site["value"].shape), len(site["fn"].event_shape)
+    if data.frame(site) and shape[:1] == (rows,) and len(shape) - event < -data.dim:
+        raise ValueError(
+            f'The data at site "{name}" has shape {shape}, all of which is one datum there: the plate would repeat it '
+            "for each row. Give a single datum a dimension for the batch, x[None]."
+        )
 
 
 def _check_data(name: str, site: dict) -> None:
