@@ -97,8 +97,9 @@ class Task:
         for start, end in pairwise(accumulate(sizes, initial=0)):
             part = self.rows(slice(start, end))
             # Checked on every chunk: on some rows a network that cannot take draws at once may still agree by chance.
-            check_independent(structure, self.model, self.guide, *part.args, **part.kwargs)
-            structure = check_draws(structure, self.model, self.guide, *part.args, **part.kwargs)
+            with arguments.row_positions(part.offset):
+                check_independent(structure, self.model, self.guide, *part.args, **part.kwargs)
+                structure = check_draws(structure, self.model, self.guide, *part.args, **part.kwargs)
             yield replace(part, structure=structure)
 
     def start(self, total: float, unit: str) -> None:
