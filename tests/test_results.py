@@ -71,7 +71,7 @@ def test_a_row_runs_and_is_recorded(results, tmp_path, monkeypatch, name):
     # The page is made of the record.
     monkeypatch.setattr(results, "record_of", {name: record}.get)
     (line,) = [line for line in results.page().splitlines() if f"`{name}`" in line]
-    assert f"{record['test']['log_marginal']:.2f} ± " in line and "2 epochs, best" in line
+    assert f"{record['test']['log_marginal']:.2f} ± " in line and "2 epochs (ended there), best" in line
 
 
 @pytest.mark.slow
