@@ -521,6 +521,14 @@ def precision_section(measured: Measured) -> str:
         [name, f"{d['mean']:+.4f}", f"{d['standard error']:.4f}", f"{d['largest']:.3f}"]
         for name, d in measured["difference"].items()
     ]
+    scored = (
+        f"The same VAE scored under `torch.autocast` in bfloat16 and in float32, {n} images, {measured['samples']:,} "
+        "samples each, the same noise, both compiled. Differences of log p(x), in nats. A second run in float32, with "
+        f"other noise, shows the effect of noise. bfloat16 took {relative} times as long. {units}\n\n"
+        + report.table(["minus float32", "mean", "standard error", "largest of a datum"], rows)
+    )
+    if "training" not in measured:  # an earlier record
+        return f"### Precision\n\n{scored}"
     training = [
         [
             objective(case["particles"]),
@@ -537,11 +545,7 @@ def precision_section(measured: Measured) -> str:
         + report.table(["objective", "batch", "float32, ms", "bf16, ms", "ratio"], training)
         + f"\n\nTest digits after {measured['digits epochs']} epochs, log p(x) in float32 by 1,000 samples: trained "
         f"with bf16 less trained in float32, the mean of {len(digits)} seeds: {statistics.mean(digits):+.3f} ± "
-        f"{error:.3f} nats. Single seeds: {', '.join(f'{d:+.2f}' for d in digits)}.\n\nThe same VAE scored under "
-        f"`torch.autocast` in bfloat16 and in float32, {n} images, {measured['samples']:,} samples each, the same "
-        "noise, both compiled. Differences of log p(x), in nats. A "
-        f"second run in float32, with other noise, shows the effect of noise. bfloat16 took {relative} times as long. "
-        f"{units}\n\n" + report.table(["minus float32", "mean", "standard error", "largest of a datum"], rows)
+        f"{error:.3f} nats. Single seeds: {', '.join(f'{d:+.2f}' for d in digits)}.\n\n{scored}"
     )
 
 
