@@ -12,9 +12,9 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyrovae.arguments import as_tensors
+from pyrovae.distributions.spaces import innermost
 from pyrovae.encoders import Encoder
 from pyrovae.inference.running import evaluation_mode
-from pyrovae.inference.sites import innermost
 from pyrovae.likelihoods import Likelihood
 from pyrovae.nn.base import check_count
 from pyrovae.priors import Prior

@@ -135,7 +135,7 @@ def test_draws_from_the_prior_find_modes_that_the_stages_miss():
     found = score(model, positive_root, PARABOLA, method=UntilTrusted())
     assert (found.standard_error < 0.05).all()
     assert not found.trusted.any() and found.diagnostics["missed"].all()
-    assert "modes are missed: draws that count nothing found more of p(x) for 24 data" in str(found)
+    assert "modes are missed: other draws found more of p(x) for 24 data" in str(found)
 
 
 def test_mixtures_are_searched_for_modes():

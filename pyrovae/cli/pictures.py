@@ -48,9 +48,11 @@ def pictures_of(name: str, vae: Any, splits: datasets.Splits, history: History) 
 
 @torch.no_grad()
 def _draw(function: Callable[[], Any], name: str, path: Path) -> None:
+    from pyrovae.plots.drawing import write
+
     figure = function()
     figure.supxlabel(name, x=0.99, ha="right", fontsize=7, color="grey")
-    figure.savefig(path, dpi=120)
+    write(figure, path)
 
 
 @torch.no_grad()

@@ -470,7 +470,7 @@ def given_context(
     Args:
         schema: the columns, with a context.
         cells: given cells, as :func:`read_given` returns them.
-        train: training rows, of which random ones give the cells of the context that are not given; None if all are.
+        train: training rows; random ones supply the cells of the context that are not given. None if all are given.
         num_samples: number of rows.
 
     Raises:

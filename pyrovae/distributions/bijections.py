@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, transforms
 from torch.distributions.mixture_same_family import MixtureSameFamilyConstraint
 
-from pyrovae.distributions.spaces import ShapeLike, flattened, open_unit_interval
+from pyrovae.distributions.spaces import ShapeLike, flattened, innermost, open_unit_interval
 
 
 def bijection(support: constraints.Constraint) -> Transform:
@@ -31,10 +31,7 @@ def bijection(support: constraints.Constraint) -> Transform:
     if isinstance(support, type(constraints.independent(constraints.real, 1))):
         return transforms.IndependentTransform(bijection(support.base_constraint), support.reinterpreted_batch_ndims)
     if isinstance(support, MixtureSameFamilyConstraint):
-        inner = support.base_constraint
-        while hasattr(inner, "base_constraint"):
-            inner = inner.base_constraint
-        if any(isinstance(x, Tensor) for x in vars(inner).values()):  # components with bounds of their own
+        if any(isinstance(x, Tensor) for x in vars(innermost(support)).values()):  # components with bounds of their own
             raise NotImplementedError(f"no bijection to {support}")
         return bijection(support.base_constraint)
     if isinstance(support, type(constraints.simplex)):

@@ -94,7 +94,7 @@ class MarkovChain(dist.TorchDistribution):
 
 
 class RecurrentChain(dist.TorchDistribution):
-    r"""A sequence of real vectors, each of which depends on a memory of all before it.
+    r"""A sequence of real vectors. Each depends on a memory of those before it.
 
     .. math:: p(z_1, \dots, z_T) = \prod_{t=1}^T p(z_t \mid h_{t-1}), \qquad h_t = f(h_{t-1}, z_t)
 

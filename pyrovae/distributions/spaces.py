@@ -180,3 +180,10 @@ class grid(constraints.Constraint):  # lower case, as constraints with arguments
 
     def __repr__(self) -> str:
         return f"grid(levels={self.levels})"
+
+
+def innermost(support: constraints.Constraint) -> constraints.Constraint:
+    """Returns the constraint on one element that others such as ``constraints.independent`` wrap."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support

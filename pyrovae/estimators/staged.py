@@ -274,7 +274,7 @@ class UntilTrusted(Estimator):
         check = self._describe_check(estimate) if "check" in estimate.diagnostics else ""
         missed = int(estimate.diagnostics["missed"].sum())
         if missed:
-            check = f"modes are missed: draws that count nothing found more of p(x) for {missed:,} data\n{check}"
+            check = f"modes are missed: other draws found more of p(x) for {missed:,} data\n{check}"
         return f"scored by: {served}\n{check}not to be trusted: {untrusted:,} of {len(number):,} data"
 
     def _describe_check(self, estimate: Estimate) -> str:

@@ -8,7 +8,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyrovae.distributions import Flattened
-from pyrovae.inference.sites import innermost, unwrapped
+from pyrovae.distributions.spaces import innermost
+from pyrovae.inference.sites import unwrapped
 
 _MANY = 64  # values of one integer, above which it is moved by steps
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from pyrovae.arguments import row_name
 from pyrovae.distributions import Blocks, MaskedElements, grid, open_unit_interval
+from pyrovae.distributions.spaces import innermost
 from pyrovae.inference.running import traced
-from pyrovae.inference.sites import in_support, innermost, is_discrete, latents_of_trace, sample_sites, unwrapped
+from pyrovae.inference.sites import in_support, is_discrete, latents_of_trace, sample_sites, unwrapped
 from pyrovae.rows import Rows, is_sparse
 
 _LOST = 0.01  # nats a datum that rounding may take

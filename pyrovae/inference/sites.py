@@ -14,6 +14,7 @@ from torch.distributions import biject_to
 
 from pyrovae.distributions import MaskedElements, Stacked
 from pyrovae.distributions.bijections import bijection
+from pyrovae.distributions.spaces import innermost
 
 _WRAPPERS = (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution, MaskedElements)
 
@@ -150,13 +151,6 @@ def independent_elements(fn: Any) -> Any | None:
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
     return None if fn.event_shape else fn
-
-
-def innermost(support: constraints.Constraint) -> constraints.Constraint:
-    """Returns the constraint on one element that others such as ``constraints.independent`` wrap."""
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support
 
 
 def plate_sizes(site: dict) -> dict[int, int]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pyrovae.arguments import as_tensors
 from pyrovae.distributions import center
+from pyrovae.distributions.spaces import innermost
 from pyrovae.inference.running import evaluation_mode
-from pyrovae.inference.sites import in_support, independent_elements, innermost
+from pyrovae.inference.sites import in_support, independent_elements
 from pyrovae.parts import call, check_context, sample_prior
 from pyrovae.rows import number_type
 from pyrovae.vae import VAE

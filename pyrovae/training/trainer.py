@@ -30,7 +30,7 @@ from pyrovae.compilation.guards import Guards
 from pyrovae.data.batches import Batches
 from pyrovae.distributed import Shard, World
 from pyrovae.inference.messages import ObservedChecked, check_all_observed, check_finite, warn
-from pyrovae.inference.running import evaluation_mode, traced
+from pyrovae.inference.running import evaluation_mode, isolated, traced
 from pyrovae.inference.sites import latents_of_trace, sample_sites
 from pyrovae.inference.structure import inspect
 from pyrovae.rows import NumberType
@@ -152,18 +152,12 @@ class Trainer:
         self.unvalidated = structure.unvalidated
         if self.compiled is not None:
             self.compiled.unvalidated = structure.unvalidated
-        if precision is not None:
-            self._check_precision(args, kwargs)
         # A subsampled plate scales the loss up to all data that it stands for.
         self.data_size = structure.data_size if structure.data_size != shard.count else None
 
         self.state = find_state(self.loss, model, guide, args, kwargs)
-        other = next((key for key, p in self.state.params.items() if p.dtype != torch.float32), None)
-        if precision is not None and other is not None:
-            raise ValueError(
-                f"precision={precision!r} is for parameters of float32, but {display_name(other)!r} is "
-                f"{str(self.state.params[other].dtype).removeprefix('torch.')}. Leave precision out."
-            )
+        if precision is not None:
+            self._check_precision(args, kwargs)
         self.row_parameters: list[str] = []
         if num_shuffled:
             keys = parameters_of_rows(model, guide, self.state.params, batch, total, num_shuffled)
@@ -193,10 +187,14 @@ class Trainer:
         self.synchronize()
 
     def _check_precision(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Raises a ValueError where sites would be drawn or scored in bf16, which only products of networks are for."""
-        devices = cuda_devices(tensors_of(args, kwargs))
-        kind = "cuda" if devices else "cpu"
-        with torch.no_grad(), evaluation_mode(), torch.random.fork_rng(devices), torch.autocast(kind, torch.bfloat16):
+        """Raises a ValueError if more than products of networks would be in bf16, or parameters are not of float32."""
+        for key, p in self.state.params.items():
+            if p.dtype != torch.float32:
+                raise ValueError(
+                    f"precision={self.precision!r} is for parameters of float32, but {display_name(key)!r} is "
+                    f"{str(p.dtype).removeprefix('torch.')}. Leave precision out."
+                )
+        with isolated([*tensors_of(args, kwargs), *self.state.trained]), self._autocast():
             guide = traced(self.guide, None, *args, **kwargs)
             model = traced(self.model, latents_of_trace(guide), *args, **kwargs)
         for part, trace in (("guide", guide), ("model", model)):
