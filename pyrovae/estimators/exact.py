@@ -2,7 +2,6 @@ r"""Deterministic values of log p(x): quadrature for few latent dimensions, enum
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from pyro import poutine
@@ -11,10 +10,10 @@ from torch import Tensor
 from pyrovae.estimators.base import Estimate, Estimator, join
 from pyrovae.estimators.memory import Allocations, clamp
 from pyrovae.estimators.proposals import WeightedGuide
-from pyrovae.estimators.supports import base_distribution, list_values
+from pyrovae.estimators.supports import Combinations, check_unmasked
 from pyrovae.estimators.targets import Target
-from pyrovae.estimators.task import Task, prior_of
-from pyrovae.inference.sites import is_masked, sample_sites
+from pyrovae.estimators.task import Task, prior_of, sum_out_discrete
+from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure
 
 _DEPTH = 25.0  # nats below the maximum of an integrand, beyond which it is ignored: e^-25 is 1e-11
@@ -28,15 +27,6 @@ class _Deterministic(Estimator):
 
     needs_guide = False
     is_random = False
-
-    def _check_unmasked(self, trace: poutine.Trace) -> None:
-        """Raises a ValueError if latents of a trace are masked."""
-        for name, site in sample_sites(trace).items():
-            if not site["is_observed"] and is_masked(site):
-                raise ValueError(
-                    f'the latents at site "{name}" are masked for some data, so that they have no density to '
-                    "integrate. Take ImportanceSampling()."
-                )
 
     def _estimate(self, value: Tensor, error: Tensor, num_samples: int) -> Estimate:
         unknown = torch.full_like(value, math.nan)
@@ -80,6 +70,7 @@ class Quadrature(_Deterministic):
         super().__init__(num_samples)
 
     def estimate(self, task: Task) -> Estimate:
+        task = sum_out_discrete(task)
         few = replace(task.rows(slice(0, 1)), graphs=None)
         target = Target(few, WeightedGuide(prior_of(task.model), is_prior=True))
         dim = target.dim
@@ -105,7 +96,9 @@ class Quadrature(_Deterministic):
     def _score(self, task: Task, side: int, num_points: int) -> Estimate:
         """Scores some data on grids of `side` points per dimension, with `num_points` at once."""
         target = Target(task, WeightedGuide(prior_of(task.model), is_prior=True))
-        self._check_unmasked(target.template)
+        for name, site in sample_sites(target.template).items():
+            if not site["is_observed"]:
+                check_unmasked(name, site)
         draws = target.draw(_PRIOR_DRAWS)
         low, high = draws.amin(0), draws.amax(0)
         low, high = low - 0.5 * (high - low), high + 0.5 * (high - low)  # (batch, dim)
@@ -195,20 +188,6 @@ def _log_integral(log_f: Tensor, low: Tensor, high: Tensor, stride: int) -> Tens
     return some.flatten(0, dim - 1).logsumexp(0) + volume
 
 
-class _Support(NamedTuple):
-    """The values that the latents of a site can take, and the number of latents per datum.
-
-    Args:
-        values: the values of one latent, shape ``(num_values, *event)``.
-        cells: latents per datum.
-        shape: shape of the latents of one datum, ``(*plates, 1, *event)``, with 1 in the place of the data plate.
-    """
-
-    values: Tensor
-    cells: int
-    shape: tuple[int, ...]
-
-
 class Enumeration(_Deterministic):
     r"""The sum over all values of the latents: exact, if all latents are discrete with few combinations.
 
@@ -237,18 +216,19 @@ class Enumeration(_Deterministic):
         super().__init__(num_samples)
 
     def estimate(self, task: Task) -> Estimate:
-        few, trace, supports, total = self.plan(task)
+        few, trace, values = self.plan(task)
+        total = values.total
         with Allocations() as allocations:
-            few.score(_assign(trace, supports, torch.zeros(1, dtype=torch.long), few), 1)
+            few.score(_assign(trace, values, torch.zeros(1, dtype=torch.long), few.size), 1)
         num_scored = clamp(task.max_memory / allocations.bytes(), total)
         num_data = clamp(task.max_memory / (allocations.bytes() * num_scored), task.size)
         parts = []
         task.start(task.size * total, "combination")
         for part in task.split(num_data):
             template, _ = part.draw(1, prior_of(part.model))
-            self._check_unmasked(template)
+            values.check(sample_sites(template))
             for i, numbers in enumerate(torch.arange(total).split(num_scored)):
-                prior, likelihood = part.score(_assign(template, supports, numbers, part), len(numbers))
+                prior, likelihood = part.score(_assign(template, values, numbers, part.size), len(numbers))
                 log_p = prior + likelihood
                 chunk_sum = log_p.double().logsumexp(0)
                 if i == 0:
@@ -260,8 +240,8 @@ class Enumeration(_Deterministic):
             parts.append(self._estimate(value, torch.zeros_like(value), total))
         return join(self, parts)
 
-    def plan(self, task: Task) -> tuple[Task, poutine.Trace, dict[str, "_Support"], int]:
-        """Returns two data, a trace of them, the values of each site, and the number of combinations.
+    def plan(self, task: Task) -> tuple[Task, poutine.Trace, Combinations]:
+        """Returns two data, a trace of them, and the combinations of values.
 
         Raises:
             ValueError: as the class.
@@ -269,22 +249,19 @@ class Enumeration(_Deterministic):
         continuous = task.structure.latents - task.structure.discrete
         if continuous:
             raise ValueError(
-                f"Enumeration is for discrete latents, and {sorted(continuous)} are not. Take "
-                "AnnealedImportanceSampling(), which takes both kinds."
+                f"Enumeration is for discrete latents, and {sorted(continuous)} are not. Take UntilTrusted(), which "
+                "takes both kinds."
             )
         few = replace(task.rows(slice(0, 2)), graphs=None)
         trace, _ = few.draw(1, prior_of(task.model))
-        supports = {
-            name: _support(name, site, few) for name, site in sample_sites(trace).items() if not site["is_observed"]
-        }
-        # In Python's integers: this may be a very large number.
-        total = math.prod(len(support.values) ** support.cells for support in supports.values())
-        if total > self.num_samples:
+        latents = {name: site for name, site in sample_sites(trace).items() if not site["is_observed"]}
+        values = Combinations.of(latents, task.structure.data_index)
+        if values.total > self.num_samples:
             raise ValueError(
-                f"the latents of a datum have {total:,} combinations of values, more than "
+                f"the latents of a datum have {values.total:,} combinations of values, more than "
                 f"num_samples={self.num_samples:,}. Raise it, or take AnnealedImportanceSampling()."
             )
-        return few, trace, supports, total
+        return few, trace, values
 
     def trusts(self, estimate: Estimate) -> Tensor:
         return torch.ones_like(estimate.value, dtype=torch.bool)
@@ -293,33 +270,9 @@ class Enumeration(_Deterministic):
         return "exact, except for rounding"
 
 
-def _support(name: str, site: dict, task: Task) -> _Support:
-    """Returns the values of a latent site; raises a ValueError if they cannot be listed."""
-    fn = site["fn"]
-    try:
-        values = list_values(fn)
-    except NotImplementedError:
-        raise ValueError(
-            f'the latents at site "{name}" ({type(base_distribution(fn)).__name__}) have no values that can be listed. '
-            "Take AnnealedImportanceSampling()."
-        ) from None
-    event = values.shape[1:]
-    place = task.structure.data_index
-    shape = tuple(1 if i == place else n for i, n in enumerate(fn.batch_shape) if i > 0) + tuple(fn.event_shape)
-    return _Support(values, math.prod(shape) // math.prod(event), shape)
-
-
-def _assign(trace: poutine.Trace, supports: dict[str, _Support], numbers: Tensor, task: Task) -> poutine.Trace:
-    """Returns a trace whose draws are the combinations with these numbers, in which each latent is a digit."""
+def _assign(trace: poutine.Trace, values: Combinations, numbers: Tensor, size: int) -> poutine.Trace:
+    """Returns a trace whose draws are the combinations with these numbers."""
     assigned = trace.copy()
-    for name, support in supports.items():
-        digits = []
-        for _ in range(support.cells):
-            digits.append(numbers % len(support.values))
-            numbers = numbers // len(support.values)
-        values = support.values[torch.stack(digits, dim=1).to(support.values.device)]  # (draws, cells, *event)
-        values = values.reshape(len(values), *support.shape)
-        full = list(values.shape)
-        full[task.structure.data_index] = task.size
-        assigned.nodes[name] = {**trace.nodes[name], "value": values.expand(full)}
+    for name, value in values.values(numbers, size).items():
+        assigned.nodes[name] = {**trace.nodes[name], "value": value}
     return assigned

@@ -54,6 +54,7 @@ class Laplace(Proposal):
     second moment close to the smallest.
 
     Dimensions of a plate within a datum are independent given the sites before. The guide serves as a start only.
+    Discrete latents beside the continuous ones are summed over, where they have at most 64 combinations of values.
 
     Args:
         num_starts: points that Newton steps start from, at least 1: the guide's mean, and draws of the prior. With 1, a
@@ -75,6 +76,8 @@ class Laplace(Proposal):
     >>> Laplace(num_starts=4)
     Laplace(num_starts=4)
     """
+
+    sums_discrete = True
 
     def __init__(
         self,
@@ -172,6 +175,7 @@ class Fitted(Proposal):
     """
 
     needs_guide = False
+    sums_discrete = True
 
     def __init__(self, components: Components, degrees: float, offset: int | Tensor):
         self.components, self.degrees, self.offset = components, degrees, offset
@@ -196,6 +200,7 @@ class Shared(Proposal):
 
     def __init__(self, proposal: Proposal):
         self.proposal, self.needs_guide = proposal, proposal.needs_guide
+        self.sums_discrete = proposal.sums_discrete
         self.parts: list[Fitted] = []
 
     def guides(self, task: Task) -> list[WeightedGuide]:

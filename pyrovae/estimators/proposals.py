@@ -19,7 +19,7 @@ from torch.distributions import transform_to
 from pyrovae.bounds import ELBO
 from pyrovae.bounds.base import Bound
 from pyrovae.estimators.base import check_count, check_positive
-from pyrovae.estimators.task import Task, prior_of
+from pyrovae.estimators.task import Task, prior_of, sum_out_discrete
 from pyrovae.inference.messages import described
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import inspect_samples, log_q_of, trace_model
@@ -45,10 +45,12 @@ class Proposal(NumbersChecked, ABC):
 
     To add one, write :meth:`guides`, which returns Pyro guides for all data of a :class:`Task`, with their shares of
     the draws. Weights have the right mean under any proposal; the proposal decides only their variance. `needs_guide`
-    says whether it uses the task's guide.
+    says whether it uses the task's guide, and `sums_discrete` whether it draws continuous latents alone, so that few
+    discrete ones beside them are summed over.
     """
 
     needs_guide = True
+    sums_discrete = False
 
     @abstractmethod
     def guides(self, task: Task) -> list[WeightedGuide]:
@@ -60,6 +62,10 @@ class Proposal(NumbersChecked, ABC):
         Here itself: :meth:`guides` has nothing to fit, or fits in each run.
         """
         return self
+
+    def prepare(self, task: Task) -> Task:
+        """Returns the task of the latents that are drawn, for an estimator that uses the proposal."""
+        return sum_out_discrete(task) if self.sums_discrete else task
 
     def single(self, task: Task, user: str) -> WeightedGuide:
         """Returns the only guide to draw from; raises a ValueError for a mixture of several.

@@ -21,7 +21,7 @@ from pyrovae.estimators.memory import clamp
 from pyrovae.estimators.newton import MAX_DENSE, joint_of
 from pyrovae.estimators.proposals import Guide, Prior, WeightedGuide
 from pyrovae.estimators.targets import Target
-from pyrovae.estimators.task import Task, prior_of
+from pyrovae.estimators.task import Task, prior_of, sum_out_discrete
 from pyrovae.estimators.weighted import ImportanceSampling
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.progress import tqdm
@@ -85,7 +85,8 @@ class UntilTrusted(Estimator):
     - discrete: :class:`Enumeration` of up to 10,000 combinations of values;
     - continuous: importance sampling with :class:`Laplace`, first with heavy tails where latents are constrained, then
       with few draws and with many; then annealing from it. Above 300 dimensions with few draws only, and annealing from
-      the prior, and from the guide; above 2,000, where :class:`Laplace` takes too long, annealing alone;
+      the prior, and from the guide; above 2,000, where :class:`Laplace` takes too long, annealing alone. Discrete
+      latents beside continuous ones are summed over, where they have at most 64 combinations of values;
     - on a sphere, or discrete with more combinations, alone or with others: annealing from the prior, and from the
       guide;
     - in a space without moves: importance sampling with the guide, with few draws or with many.
@@ -450,7 +451,7 @@ def _choose_stages(task: Task) -> _Plan:
         except ValueError:  # too many
             pass
     try:
-        target = joint_of(replace(task.rows(slice(0, 2)), graphs=None))
+        target = joint_of(sum_out_discrete(replace(task.rows(slice(0, 2)), graphs=None)))
     except ValueError:
         return _stages_without_gradients(task)
     guide = frozenset([_GUIDE, _PRIOR])

@@ -1,6 +1,7 @@
 """Supports of latents that no bijection maps to real numbers: spheres, values that can be listed, and integers."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from pyrovae.distributions import Flattened
 from pyrovae.distributions.spaces import innermost
-from pyrovae.inference.sites import unwrapped
+from pyrovae.inference.sites import is_masked, unwrapped
 
 _MANY = 64  # values of one integer, above which it is moved by steps
 
@@ -64,6 +65,100 @@ class Counts(NamedTuple):
 
     def decode(self, numbers: Tensor) -> Tensor:
         return numbers.round().to(self.dtype)
+
+
+class Listed(NamedTuple):
+    """The values that the latents of a site can take, and the number of latents per datum.
+
+    Args:
+        values: the values of one latent, shape ``(num_values, *event)``.
+        cells: latents per datum.
+        shape: shape of the latents of one datum, ``(*plates, 1, *event)``, with 1 in the place of the data plate.
+    """
+
+    values: Tensor
+    cells: int
+    shape: tuple[int, ...]
+
+    def is_of(self, fn: Any) -> bool:
+        """Whether the latents of a distribution take these values."""
+        try:
+            values = list_values(fn)
+        except NotImplementedError:
+            return False
+        return values.shape == self.values.shape and bool((values == self.values).all())
+
+
+class Combinations(NamedTuple):
+    """All combinations of the values that discrete latents of a datum can take, numbered from 0.
+
+    Args:
+        sites: the values of each site.
+        nodes: the sites, in a trace of several draws.
+        place: dimension of the data in a value of shape ``(num_samples, *plates, *event)``.
+    """
+
+    sites: dict[str, Listed]
+    nodes: Mapping[str, dict]
+    place: int
+
+    @classmethod
+    def of(cls, nodes: Mapping[str, dict], place: int) -> "Combinations":
+        """Returns those of some sites in a trace of several draws; raises a ValueError if they cannot be listed."""
+        return cls({name: _listed(name, node, place) for name, node in nodes.items()}, nodes, place)
+
+    @property
+    def total(self) -> int:
+        """Their number, an integer of Python: it may be very large."""
+        return math.prod(len(site.values) ** site.cells for site in self.sites.values())
+
+    def values(self, numbers: Tensor, size: int) -> dict[str, Tensor]:
+        """Returns the values of the combinations with some numbers, for a number of data; a latent is a digit."""
+        assigned = {}
+        for name, site in self.sites.items():
+            digits = []
+            for _ in range(site.cells):
+                digits.append(numbers % len(site.values))
+                numbers = numbers // len(site.values)
+            values = site.values[torch.stack(digits, dim=1).to(site.values.device)]  # (draws, cells, *event)
+            values = values.reshape(len(values), *site.shape)
+            full = list(values.shape)
+            full[self.place] = size
+            assigned[name] = values.expand(full)
+        return assigned
+
+    def check(self, nodes: Mapping[str, dict]) -> None:
+        """Raises a ValueError if the sites, in a trace of other data, take other values or are masked."""
+        for name, listed in self.sites.items():
+            check_unmasked(name, nodes[name])
+            if not listed.is_of(nodes[name]["fn"]):
+                raise ValueError(
+                    f'the values that the latents at site "{name}" can take are not the same for all data. Score '
+                    "those with the same values together; or take AnnealedImportanceSampling()."
+                )
+
+
+def check_unmasked(name: str, site: dict) -> None:
+    """Raises a ValueError if the latents of a site are masked for some data."""
+    if is_masked(site):
+        raise ValueError(
+            f'the latents at site "{name}" are masked for some data, so that they have no density to '
+            "integrate. Take ImportanceSampling()."
+        )
+
+
+def _listed(name: str, site: dict, place: int) -> Listed:
+    fn = site["fn"]
+    try:
+        values = list_values(fn)
+    except NotImplementedError:
+        raise ValueError(
+            f'the latents at site "{name}" ({type(base_distribution(fn)).__name__}) have no values that can be listed. '
+            "Take AnnealedImportanceSampling()."
+        ) from None
+    event = values.shape[1:]
+    shape = tuple(1 if i == place else n for i, n in enumerate(fn.batch_shape) if i > 0) + tuple(fn.event_shape)
+    return Listed(values, math.prod(shape) // math.prod(event), shape)
 
 
 def list_values(fn: Any) -> Tensor:

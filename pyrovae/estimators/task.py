@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 from numbers import Real
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -19,6 +20,7 @@ from pyrovae.compilation.cache import GraphCache
 from pyrovae.compilation.playback import play_back
 from pyrovae.estimators.base import Estimator
 from pyrovae.estimators.memory import split_evenly
+from pyrovae.estimators.supports import Combinations
 from pyrovae.inference.messages import check_all_observed, check_finite, check_mass
 from pyrovae.inference.running import evaluation_mode
 from pyrovae.inference.sites import sample_sites
@@ -40,6 +42,8 @@ from pyrovae.rows import NumberType, number_type
 _FIRST_ROWS = 7  # data on which a model and a guide are inspected first
 
 
+_MOST_SUMMED = 64  # combinations of discrete latents, each of which costs a run of the model
+
 # With more inputs, an operation takes so long that playing back saves less time than tracing and comparing takes.
 _MOST_NUMBERS = 2**17
 
@@ -60,6 +64,7 @@ class Task:
         graphs: cache of compiled graphs; None to run eagerly.
         offset: index of the first datum in the whole data set, or those of all, ``(size,)``.
         divisible: whether some of the data can be scored alone; not so if parameters of the guide belong to rows.
+        summed: values of the discrete latents that log-probabilities are sums over; None without.
     """
 
     model: Callable
@@ -73,6 +78,7 @@ class Task:
     graphs: GraphCache | None = None
     offset: int | Tensor = 0
     divisible: bool = True
+    summed: Combinations | None = None
 
     def rows(self, rows: slice | Tensor) -> "Task":
         """Returns the task for some of the data, a slice or indices; for all of them if it is not divisible."""
@@ -100,6 +106,8 @@ class Task:
             with arguments.row_positions(part.offset):
                 check_independent(structure, self.model, self.guide, *part.args, **part.kwargs)
                 structure = check_draws(structure, self.model, self.guide, *part.args, **part.kwargs)
+            if self.summed is not None:
+                self.summed.check(sample_sites(part.draw(1, prior_of(self.model))[0]))
             yield replace(part, structure=structure)
 
     def start(self, total: float, unit: str) -> None:
@@ -149,6 +157,30 @@ class Task:
         return function() if result is None else result[0]
 
     def _score(self, trace: poutine.Trace, num_samples: int, check_data: bool) -> tuple[Tensor, Tensor]:
+        if self.summed is None:
+            return self._score_draws(trace, num_samples, check_data)
+        total = self.summed.total
+        terms = self._score_draws(self._with_values(trace, self.summed, num_samples), total * num_samples, check_data)
+        size = max(term.shape[-1] if term.dim() else 1 for term in terms)
+        prior, likelihood = (term.expand(total * num_samples, size).unflatten(0, (total, -1)) for term in terms)
+        log_prior = prior.logsumexp(0)
+        return log_prior, (prior + likelihood).logsumexp(0) - log_prior
+
+    def _with_values(self, trace: poutine.Trace, summed: Combinations, num_samples: int) -> poutine.Trace:
+        """Returns a trace with each draw once for each combination of values of the discrete latents."""
+        spread, depth = trace.copy(), self.structure.max_plate_nesting
+        for name, site in sample_sites(trace).items():
+            value = site["value"]
+            if value.dim() - len(site["fn"].event_shape) > depth:  # else the same in all draws
+                value = value.expand(num_samples, *value.shape[1:]).repeat(summed.total, *[1] * (value.dim() - 1))
+            spread.nodes[name] = {**site, "value": value}
+        numbers = torch.arange(summed.total).repeat_interleave(num_samples)
+        for name, value in summed.values(numbers, self.size).items():
+            fn = pyro.distributions.Delta(value, event_dim=value.dim() - depth - 1)
+            spread.nodes[name] = {**summed.nodes[name], "fn": fn, "value": value}
+        return spread
+
+    def _score_draws(self, trace: poutine.Trace, num_samples: int, check_data: bool) -> tuple[Tensor, Tensor]:
         with arguments.row_positions(self.offset):
             scored = trace_model(self.model, trace, self.structure, num_samples, *self.args, **self.kwargs)
             if check_data:
@@ -170,6 +202,27 @@ class Task:
             batch = max(term.shape[-1] if term.dim() else 0 for term in (log_prior, log_likelihood))
             self.structure.data.check_in_order(batch, self.size)
         return log_prior, log_likelihood
+
+
+def sum_out_discrete(task: Task) -> Task:
+    r"""Returns a task that sums over the values of discrete latents beside continuous ones, if there are few.
+
+    .. math:: p(x, z) = \sum_y p(x, y, z)
+
+    Its scores are those of the continuous latents z alone, which gradients can move.
+    """
+    names = task.structure.discrete
+    if task.summed is not None or not names or names == task.structure.latents:
+        return task
+    few = replace(task.rows(slice(0, 2)), graphs=None)
+    sites = sample_sites(few.draw(1, prior_of(task.model))[0])
+    try:
+        summed = Combinations.of({name: sites[name] for name in names}, task.structure.data_index)
+    except ValueError:  # they cannot be listed
+        return task
+    if summed.total > _MOST_SUMMED:
+        return task
+    return replace(task, summed=summed, structure=task.structure._replace(discrete=frozenset()))
 
 
 def prior_of(model: Callable) -> Callable:

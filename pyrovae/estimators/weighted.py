@@ -51,6 +51,7 @@ class _Weighted(Estimator):
         self.needs_guide = self.proposal.needs_guide
 
     def estimate(self, task: Task) -> Estimate:
+        task = self.proposal.prepare(task)
         task.start(task.size * self.num_samples, "sample")
         num_data, num_drawn, num_scored = chunk_sizes(task, self.num_samples)
         parts = split_and_fit(task, num_data, self.proposal)
@@ -58,7 +59,7 @@ class _Weighted(Estimator):
 
     def fit(self, task: Task) -> "Estimator":
         fitted = copy(self)
-        fitted.proposal = self.proposal.fit(task)
+        fitted.proposal = self.proposal.fit(self.proposal.prepare(task))
         return fitted
 
     def _score(self, task: Task, proposal: Proposal, num_drawn: int, num_scored: int) -> Estimate:

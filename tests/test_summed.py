@@ -1,0 +1,214 @@
+"""Discrete latents beside continuous ones: their values are summed over, and gradients move the others."""
+
+from itertools import product
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+
+from pyrovae import log_marginal
+from pyrovae.estimators import (
+    AnnealedImportanceSampling,
+    Enumeration,
+    ImportanceSampling,
+    Laplace,
+    Quadrature,
+    UntilTrusted,
+    bidirectional,
+)
+
+ROUNDING = 1e-6  # of sums of tens of terms in double precision, and of quadrature of smooth integrands
+ERRORS = 5  # standard errors: one datum in a million by chance, were the weights' mean normal
+
+
+def score(model, guide, x, method, **options):
+    return log_marginal(model, guide, x, method=method, progress=False, **options)
+
+
+class Mixture:
+    """A sort y of three, z given y, and x = z W + b of the sort + noise: a mixture of three normal distributions."""
+
+    def __init__(self, size=12):
+        self.probs = torch.tensor([0.2, 0.5, 0.3]).double()
+        self.loc, self.scale = 3 * torch.randn(3, 2).double(), 0.5 + torch.rand(3, 2).double()
+        self.w, self.b = torch.randn(2, 4).double(), torch.randn(3, 4).double()
+        self.x = self.marginal().sample((size,))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(self.probs))
+            z = pyro.sample("z", dist.Normal(self.loc[y], self.scale[y]).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.w + self.b[y], 0.7).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(torch.ones(3).double()))
+            pyro.sample("z", dist.Normal(torch.zeros(2).double(), 2.0).to_event(1))
+
+    def marginal(self):
+        covariance = self.w.T @ torch.diag_embed(self.scale.square()) @ self.w + 0.49 * torch.eye(4).double()
+        parts = dist.MultivariateNormal(self.loc @ self.w + self.b, covariance)
+        return dist.MixtureSameFamily(dist.Categorical(self.probs), parts)
+
+    def truth(self):
+        return self.marginal().log_prob(self.x)
+
+
+def below(x):
+    """The class depends on the real latent."""
+    with pyro.plate("rows", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0))
+        y = pyro.sample("y", dist.Categorical(logits=torch.stack([z, -z, z.square()], dim=-1)))
+        pyro.sample("x", dist.Normal((y - 1) * z.exp(), 0.5), obs=x)
+
+
+def one_hot(x):
+    """Classes as vectors, and heavy tails."""
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.OneHotCategorical(torch.tensor([0.3, 0.7]).double()))
+        z = pyro.sample("z", dist.StudentT(5.0, torch.zeros(len(x)).double(), 1.0))
+        pyro.sample("x", dist.Normal(y @ torch.tensor([1.0, -1.0]).double() + z**2, 0.7), obs=x)
+
+
+def alone(x):
+    """A model that draws cannot be scored at once for, because it counts the dimensions of its latents."""
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.Bernoulli(torch.tensor(0.3).double()))
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0))
+        assert z.dim() == y.dim() == 1
+        pyro.sample("x", dist.Normal(z * (1 + y), 0.5), obs=x)
+
+
+def several(x):
+    """Three switches in a plate within each datum."""
+    with pyro.plate("data", len(x), dim=-2):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1).double(), 1.0))
+        with pyro.plate("cells", 3, dim=-1):
+            y = pyro.sample("y", dist.Bernoulli(torch.tensor([0.2, 0.5, 0.6]).double()))
+            pyro.sample("x", dist.Normal((2 * y - 1) * z, 0.5), obs=x)
+
+
+VALUES = {
+    below: {"y": torch.arange(3)},
+    one_hot: {"y": torch.eye(2).double()},
+    alone: {"y": torch.arange(2).double()},
+    several: {"y": torch.tensor(list(product([0.0, 1.0], repeat=3))).double()},
+}
+
+
+def data_of(model):
+    return torch.randn(6, 3).double() if model is several else 1.5 * torch.randn(6).double()
+
+
+def by_conditions(model, x, points):
+    """Returns log p(x), as a sum over the model conditioned on each combination of values."""
+    parts = []
+    for value in VALUES[model]["y"]:
+        shape = (len(x), *value.shape) if value.dim() else (len(x),)
+        given = poutine.condition(model, {"y": value.expand(shape)})
+        parts.append(score(given, None, x, Quadrature(points)).value)
+    return torch.stack(parts).logsumexp(0)
+
+
+@pytest.mark.filterwarnings("ignore:samples are drawn one by one")  # of the model called alone
+@pytest.mark.parametrize("model", VALUES)
+def test_sum_is_that_over_the_model_given_each_value(model):
+    x = data_of(model)[:2] if model is alone else data_of(model)
+    points, num_samples = (101, 100) if model is alone else (40_000, 4000)  # one by one is slow
+    truth = by_conditions(model, x, points)
+    torch.testing.assert_close(score(model, None, x, Quadrature(points)).value, truth, rtol=0, atol=ROUNDING)
+    guide = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
+    found = score(model, guide, x, ImportanceSampling(num_samples, Laplace(degrees=4.0)))
+    assert not found.khat.isnan().any()  # weights of a real latent alone tell
+    assert ((found.value - truth)[found.trusted].abs() < ERRORS * found.standard_error[found.trusted]).all()
+    assert found.trusted.any()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ImportanceSampling(4000, Laplace()),
+        AnnealedImportanceSampling(16, 60, start=Laplace()),
+        UntilTrusted(),
+    ],
+)
+def test_mixture_of_normal_distributions_is_scored_as_it_is(method):
+    known = Mixture()
+    found = score(known.model, known.guide, known.x, method)
+    assert found.trusted.float().mean() > 0.8
+    off = (found.value - known.truth())[found.trusted]
+    assert (off.abs() < ERRORS * found.standard_error[found.trusted]).all()
+
+
+def test_stages_of_both_kinds_of_latents_sum_and_say_so():
+    known = Mixture()
+    found = score(known.model, known.guide, known.x, UntilTrusted())
+    assert "ImportanceSampling from Laplace" in str(found)
+    assert found.trusted.all()
+
+
+def test_compiled_scores_are_those_that_are_not():
+    known = Mixture(size=4)
+    values = []
+    for compile in (False, True):
+        pyro.set_rng_seed(3)
+        values.append(score(known.model, known.guide, known.x, ImportanceSampling(500, Laplace()), compile=compile))
+    torch.testing.assert_close(values[0].value, values[1].value, rtol=0, atol=ROUNDING)
+
+
+def test_annealing_forwards_and_backwards_encloses_the_truth():
+    known = Mixture()
+    bracket = bidirectional(
+        known.model, known.guide, known.x, method=AnnealedImportanceSampling(16, 100, start=Laplace()), progress=False
+    )
+    known.x = bracket.args[0]
+    truth = known.truth()
+    assert (bracket.lower.value < truth + ERRORS * bracket.lower.standard_error).all()
+    assert (bracket.upper.value > truth - ERRORS * bracket.upper.standard_error).all()
+
+
+def numbers_of_trials(x, total, with_z):
+    """A number of successes is hidden, whose range belongs to the row."""
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.Binomial(total, torch.tensor(0.4).double()))
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0)) if with_z else 0.0
+        pyro.sample("x", dist.Normal(y + z, 0.5), obs=x)
+
+
+@pytest.mark.parametrize(("with_z", "method"), [(False, Enumeration()), (True, Quadrature())])
+def test_values_that_differ_between_rows_are_refused(with_z, method):
+    x = torch.tensor([1.0, 2.0, 4.5, 0.3]).double()
+    same, other = torch.full((4,), 3.0).double(), torch.tensor([3.0, 3.0, 5.0, 3.0]).double()
+    found = log_marginal(numbers_of_trials, None, x, same, with_z, method=method, progress=False)
+    width = (0.25 + with_z) ** 0.5
+    normal = dist.Normal(torch.arange(4).double(), width).log_prob(x.unsqueeze(-1))
+    truth = (normal + dist.Binomial(3, torch.tensor(0.4).double()).log_prob(torch.arange(4).double())).logsumexp(-1)
+    torch.testing.assert_close(found.value, truth, rtol=0, atol=ROUNDING)
+    with pytest.raises(ValueError, match='the latents at site "y" can take are not the same for all data'):
+        log_marginal(numbers_of_trials, None, x, other, with_z, method=method, progress=False)
+
+
+def test_masked_classes_have_no_sum():
+    def model(x, known):
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=~known):
+                y = pyro.sample("y", dist.Bernoulli(torch.tensor(0.3).double()))
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0))
+            pyro.sample("x", dist.Normal(y + z, 0.5), obs=x)
+
+    x, known = torch.randn(4).double(), torch.tensor([True, False, False, True])
+    with pytest.raises(ValueError, match='"y" are masked for some data'):
+        log_marginal(model, None, x, known, method=Quadrature(), progress=False)
+
+
+def test_many_combinations_are_not_summed():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(65).double()))
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0))
+            pyro.sample("x", dist.Normal(y + z, 0.5), obs=x)
+
+    with pytest.raises(ValueError, match="too many combinations of values to sum over"):
+        score(model, None, torch.randn(3).double(), Quadrature())
