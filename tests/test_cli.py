@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import pyrovae
 from pyrovae import data
 from pyrovae.cli import main
-from pyrovae.cli.common import advice_as_options
+from pyrovae.cli.common import advice_as_options, crowded
 from pyrovae.diagnostics import DIAGNOSES
 
 
@@ -482,3 +482,31 @@ def test_early_stopping_says_so(tmp_path, capsys):
     main(["train", "--run", str(tmp_path / "a"), "--epochs", "50", "--patience", "1", "--optimizer.lr", "0.03",
           "--num-samples", "10"])  # fmt: skip
     assert "stopped after epoch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("threads", "load", "quota", "said"),
+    [
+        (2, 0.2, None, ""),
+        (1, 9.0, None, ""),
+        (2, 1.1, None, "other processes keep about 1.1 busy"),
+        (2, 0.0, "max 100000", ""),
+        (2, 0.0, "150000 100000", "1.5 cores, and torch uses 2 threads. Steps"),
+    ],
+)
+def test_threads_without_cores_are_told(monkeypatch, threads, load, quota, said):
+    read_text = Path.read_text
+
+    def read(path):
+        if str(path) != "/sys/fs/cgroup/cpu.max":
+            return read_text(path)
+        if quota is None:
+            raise FileNotFoundError(path)
+        return quota
+
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(Path, "read_text", read)
+    assert said in crowded()
+    assert bool(said) == bool(crowded())

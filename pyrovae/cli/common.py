@@ -1,6 +1,8 @@
 """What several commands share: loading data and runs, checks of arguments, and files of results."""
 
+import os
 import re
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -285,6 +287,26 @@ def check_device(device: str) -> None:
         torch.empty(0, device=as_device(device))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def crowded() -> str:
+    """Returns a line where other processes use the cores that threads of OpenMP would need; else an empty one.
+
+    A thread that waits for another spins. If that one has no core, a step of a small VAE takes up to a hundred times as
+    long.
+    """
+    threads, load = torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # what a container may use of them
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, int(quota) / int(period))
+    if threads == 1 or threads + round(load) <= cores:
+        return ""
+    busy = f", and other processes keep about {load:.1f} busy" if round(load) else ""
+    return (
+        f"{cores:g} cores, and torch uses {threads} threads{busy}. Steps may take many times as long: if they do, set "
+        "OMP_NUM_THREADS=1 before the command."
+    )
 
 
 def new_file(path: str | Path, suffixes: tuple[str, ...]) -> Path:

@@ -1,6 +1,7 @@
 """``pyrovae train``."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ from pyrovae.cli.common import (
     check_device,
     chosen_method,
     context_names,
+    crowded,
     data_to_score,
     default_run,
     is_discrete,
@@ -252,6 +254,8 @@ def train(
         before = {name: (directory / name).read_bytes() for name in _ABOUT if (directory / name).exists()}
         if world.is_rank0:
             storage.create_run(directory, config, x_shape, splits.schema, splits.vocabulary)
+        if world.is_rank0 and crowded():
+            print(crowded(), file=sys.stderr)
         began = time.monotonic()
         try:
             with stop.after_the_step():
