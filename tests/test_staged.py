@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from functools import partial
 
 import pyro
 import pytest
@@ -119,23 +120,31 @@ def test_the_default_stages_find_two_modes():
 PARABOLA = torch.tensor([0.5, 1.0, 1.5, 2.0, 2.5, 3.0]).repeat(4)
 
 
-def positive_root(x):
+def positive_root(x, classes):
     with pyro.plate("data", len(x)):
-        pyro.sample("c", dist.Bernoulli(torch.tensor(0.6)))
+        pyro.sample("c", dist.Categorical(torch.ones(classes)))
         pyro.sample("z", dist.Normal(x.sqrt(), 0.06 / x.sqrt()))
 
 
-def test_draws_from_the_prior_find_modes_that_the_stages_miss():
-    def model(x):  # two modes for z; chains that start at the guide's stay there
-        with pyro.plate("data", len(x)):
-            c = pyro.sample("c", dist.Bernoulli(torch.tensor(0.4)))
-            z = pyro.sample("z", dist.Normal(0.0, 0.7 + c))
-            pyro.sample("x", dist.Normal(z.square(), 0.1), obs=x)
+def of_either_root(x, classes):  # two modes for z; chains that start at the guide's stay there
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Categorical(torch.ones(classes)))
+        z = pyro.sample("z", dist.Normal(0.0, 0.7 + (c >= 0.6 * classes)))
+        pyro.sample("x", dist.Normal(z.square(), 0.1), obs=x)
 
-    found = score(model, positive_root, PARABOLA, method=UntilTrusted())
+
+def test_draws_from_the_prior_find_modes_that_the_stages_miss():
+    found = log_marginal(of_either_root, positive_root, PARABOLA, 70, method=UntilTrusted(), progress=False)
     assert (found.standard_error < 0.05).all()
     assert not found.trusted.any() and found.diagnostics["missed"].all()
     assert "modes are missed: other draws found more of p(x) for 24 data" in str(found)
+
+
+def test_modes_of_few_classes_are_found():
+    found = log_marginal(of_either_root, positive_root, PARABOLA, 5, method=UntilTrusted(), progress=False)
+    exact = log_marginal(of_either_root, None, PARABOLA, 5, method=Quadrature(10_001), progress=False)
+    assert found.trusted.all() and exact.trusted.all()
+    assert ((found.value - exact.value).abs() < ERRORS * found.standard_error + 1e-4).all()  # rounding
 
 
 def test_mixtures_are_searched_for_modes():
@@ -154,7 +163,7 @@ def test_mixtures_are_searched_for_modes():
     log_p = prior().log_prob(z.float()).double()
     joint = log_p + dist.Normal(z.square(), 0.1).log_prob(PARABOLA.double().unsqueeze(-1))
     truth = joint.logsumexp(-1) + math.log(12 / 20000)
-    found = score(model, pyro.poutine.block(positive_root, hide=["c"]), PARABOLA, method=UntilTrusted())
+    found = score(model, partial(pyro.poutine.block(positive_root, hide=["c"]), classes=2), PARABOLA, method=UntilTrusted())
     assert found.trusted.all() and not found.diagnostics["missed"].any()
     assert ((found.value - truth).abs() < ERRORS * found.standard_error + 1e-4).all()  # rounding of single precision
 
