@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 import torch
 from linear_gaussian import assert_fraction, truth, vae_of
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyrovae import log_marginal, plots
 from pyrovae.estimators import CUBO, ImportanceSampling, compare, compare_all
@@ -85,6 +86,22 @@ def test_what_cannot_be_compared_is_refused():
     value[3] = -math.inf
     with pytest.raises(ValueError, match=r"of second is -inf for 1 data, at row 3 of the data"):
         compare(found, replace(found, value=value))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_other_data_are_told(at_once):
+    known = truth(2, 4)
+    x = known.marginal().sample((6,))
+    found, other = score(known, x), x.clone()
+    other[2:4] = x[[3, 2]]
+
+    def again(data):
+        loader = DataLoader(TensorDataset(data), batch_size=3)
+        return score(known, data.unflatten(1, (2, 2)).flatten(1).float() if at_once else loader)
+
+    compare(found, again(x))
+    with pytest.warns(UserWarning, match="other numbers for 2 of 6 data, at row 2 first"):
+        compare(found, again(other))
 
 
 def estimates_of(*values):

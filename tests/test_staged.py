@@ -163,7 +163,9 @@ def test_mixtures_are_searched_for_modes():
     log_p = prior().log_prob(z.float()).double()
     joint = log_p + dist.Normal(z.square(), 0.1).log_prob(PARABOLA.double().unsqueeze(-1))
     truth = joint.logsumexp(-1) + math.log(12 / 20000)
-    found = score(model, partial(pyro.poutine.block(positive_root, hide=["c"]), classes=2), PARABOLA, method=UntilTrusted())
+    found = score(
+        model, partial(pyro.poutine.block(positive_root, hide=["c"]), classes=2), PARABOLA, method=UntilTrusted()
+    )
     assert found.trusted.all() and not found.diagnostics["missed"].any()
     assert ((found.value - truth).abs() < ERRORS * found.standard_error + 1e-4).all()  # rounding of single precision
 

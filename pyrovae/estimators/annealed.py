@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrovae.estimators.base import Estimate, Estimator, check_count, check_positive, join
 from pyrovae.estimators.memory import Allocations, clamp
 from pyrovae.estimators.moves import move, next_temperature, resample
-from pyrovae.estimators.proposals import Prior, Proposal
+from pyrovae.estimators.proposals import Guide, Prior, Proposal
 from pyrovae.estimators.schedules import Adaptive, Schedule, TemperingPath
 from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task, open_task
@@ -188,7 +188,8 @@ class _Annealed(Estimator):
     def describe(self, estimate: Estimate) -> str:
         n = len(estimate.value)
         untrusted = int((~estimate.trusted).sum())
-        reliability = f"not to be trusted (low ESS of {self.unit}, or moves fail): {untrusted:,} of {n:,} data"
+        unseen = "; modes that the guide misses are not seen" if isinstance(self.start, Guide) else ""
+        reliability = f"not to be trusted (low ESS of {self.unit}, or moves fail): {untrusted:,} of {n:,} data{unseen}"
         lines = []
         acceptance, diverged = estimate.diagnostics["acceptance"], estimate.diagnostics["diverged"]
         acceptance = acceptance[~acceptance.isnan()]

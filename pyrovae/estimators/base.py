@@ -39,6 +39,8 @@ class Estimate:
         method: the estimator.
         diagnostics: further numbers of the estimator for each datum, by name.
         remedy: what to use for the data that are not to be trusted; empty where all are.
+        sums: the sum of each datum's numbers, in the first argument that holds data, by which other data are noticed;
+            None where they are not known.
 
     >>> from pyrovae.estimators import ImportanceSampling
     >>> one, half = torch.ones(2), torch.full((2,), 0.5)
@@ -56,6 +58,7 @@ class Estimate:
     method: "Estimator"
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
     remedy: str = ""
+    sums: Tensor | None = None
 
     @property
     def trusted(self) -> Tensor:
@@ -150,6 +153,7 @@ class Estimator(NumbersChecked, ABC):
 
 def join(method: Estimator, parts: list[Estimate]) -> Estimate:
     """Concatenates the estimates of several chunks of data."""
+    sums = [part.sums for part in parts if part.sums is not None]
     return Estimate(
         value=torch.cat([part.value for part in parts]),
         standard_error=torch.cat([part.standard_error for part in parts]),
@@ -158,6 +162,7 @@ def join(method: Estimator, parts: list[Estimate]) -> Estimate:
         num_samples=max(part.num_samples for part in parts),
         method=method,
         diagnostics={name: torch.cat([part.diagnostics[name] for part in parts]) for name in parts[0].diagnostics},
+        sums=torch.cat(sums) if len(sums) == len(parts) else None,
     )
 
 

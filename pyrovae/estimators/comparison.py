@@ -12,6 +12,7 @@ from torch.distributions import StudentT
 
 from pyrovae import notebooks
 from pyrovae.estimators.base import Estimate
+from pyrovae.inference.messages import warn
 from pyrovae.plots.comparisons import comparisons
 from pyrovae.plots.drawing import shortened
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _NAMES = ("the first", "the second")
 _FEW = 10  # data below which their spread says too little
 _FAR = 40.0  # standard errors beyond which a probability is 1 in double precision, for so many data
+_ROUNDING = 1e-4  # of the sum of a datum's numbers, in single precision and in others
 _CLEAR = 0.975  # probability from which one model is called better
 
 
@@ -199,6 +201,7 @@ def compare(first: Estimate, second: Estimate, names: tuple[str, str] = _NAMES) 
 
     Data that are hard for one model are mostly hard for the other, so that the spread of the differences is far smaller
     than that of the values, and so is the error of their mean. The draws of the two estimates are taken as independent.
+    It warns where the numbers of a datum were not the same, as far as their sum tells.
 
     Args:
         first: the estimate of one model.
@@ -243,6 +246,15 @@ def compare(first: Estimate, second: Estimate, names: tuple[str, str] = _NAMES) 
             raise ValueError(
                 f"log p(x) of {name} is {estimate.value[row].item()} for {len(bad):,} data, at row {row} of the data "
                 "first. Leave them out of both."
+            )
+    if first.sums is not None and second.sums is not None and len(first.sums) == len(second.sums) == n:
+        apart = (first.sums - second.sums.to(first.sums.device)).abs() > _ROUNDING * (1 + first.sums.abs())
+        rows = apart.nonzero()
+        if len(rows):
+            warn(
+                f"{called[0]} and {called[1]} were given other numbers for {len(rows):,} of {n:,} data, at row "
+                f"{int(rows[0])} first. Differences say something of the same data alone, in the same order and unit, "
+                "binarised once for both."
             )
     value, of_second = first.value.double(), second.value.double().to(first.value.device)
     differences = value - of_second

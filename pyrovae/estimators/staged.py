@@ -294,8 +294,8 @@ class UntilTrusted(Estimator):
 
     def remedy(self, structure: SiteStructure) -> str:
         other = "AnnealedImportanceSampling(), with few latents ImportanceSampling(20_000, Prior())"
-        time = "" if self.seconds is None else "Give it more seconds. "
-        return f"{time}Take {other}, or stages with more samples."
+        time = "Take" if self.seconds is None else "Give it more seconds, or take"
+        return f"{time} {other}, or stages with more samples."
 
 
 class _Stage(NamedTuple):
