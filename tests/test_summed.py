@@ -7,16 +7,28 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
+from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import Adam
 
 from pyrovae import log_marginal
 from pyrovae.estimators import (
+    Adapted,
     AnnealedImportanceSampling,
     Enumeration,
+    Guide,
     ImportanceSampling,
     Laplace,
+    Mixed,
+    ParticleFilter,
+    Prior,
     Quadrature,
+    SequentialMonteCarlo,
     UntilTrusted,
+    Widened,
+    as_guide,
     bidirectional,
+    log_conditional,
 )
 
 ROUNDING = 1e-6  # of sums of tens of terms in double precision, and of quadrature of smooth integrands
@@ -30,9 +42,9 @@ def score(model, guide, x, method, **options):
 class Mixture:
     """A sort y of three, z given y, and x = z W + b of the sort + noise: a mixture of three normal distributions."""
 
-    def __init__(self, size=12):
+    def __init__(self, size=12, spread=3.0):
         self.probs = torch.tensor([0.2, 0.5, 0.3]).double()
-        self.loc, self.scale = 3 * torch.randn(3, 2).double(), 0.5 + torch.rand(3, 2).double()
+        self.loc, self.scale = spread * torch.randn(3, 2).double(), 0.5 + torch.rand(3, 2).double()
         self.w, self.b = torch.randn(2, 4).double(), torch.randn(3, 4).double()
         self.x = self.marginal().sample((size,))
 
@@ -46,6 +58,11 @@ class Mixture:
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Categorical(torch.ones(3).double()))
             pyro.sample("z", dist.Normal(torch.zeros(2).double(), 2.0).to_event(1))
+
+    def without_class(self, x):
+        """A guide for a model whose class is enumerated."""
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2).double(), 3.0).to_event(1))
 
     def marginal(self):
         covariance = self.w.T @ torch.diag_embed(self.scale.square()) @ self.w + 0.49 * torch.eye(4).double()
@@ -212,3 +229,88 @@ def test_many_combinations_are_not_summed():
 
     with pytest.raises(ValueError, match="too many combinations of values to sum over"):
         score(model, None, torch.randn(3).double(), Quadrature())
+
+
+def mean_is_near(found, truth):
+    """Whether estimates that are not biased are near the truth, by the errors that they state."""
+    off, trusted = found.value - truth, found.trusted
+    assert (off[trusted].abs() < ERRORS * found.standard_error[trusted]).all()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ImportanceSampling(10_000),
+        ImportanceSampling(10_000, Prior()),
+        ImportanceSampling(10_000, Mixed([Laplace(), Guide(), Prior()])),
+        ImportanceSampling(2000, Adapted()),
+        AnnealedImportanceSampling(16, 60),
+        AnnealedImportanceSampling(16, 60, start=Guide()),
+        SequentialMonteCarlo(8, 32),
+        UntilTrusted(),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("compile", [False, "auto"])
+def test_classes_that_the_guide_lacks_are_summed(method, compile):
+    known = Mixture(size=6, spread=0.5)
+    found = score(config_enumerate(known.model), known.without_class, known.x, method, compile=compile)
+    if method.needs_guide:  # without a guide classes are drawn, and k-hat says nothing
+        assert found.trusted.float().mean() > 0.6
+    mean_is_near(found, known.truth())
+
+
+def chain(x, num_states=3):
+    """A hidden Markov model as Pyro's users write it."""
+    probs = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.3, 0.3, 0.4]]).double()
+    with pyro.plate("sequences", len(x), dim=-1):
+        y = 0
+        for t in pyro.markov(range(x.shape[1])):
+            y = pyro.sample(f"y{t}", dist.Categorical(probs[y]), infer={"enumerate": "parallel"})
+            pyro.sample(f"x{t}", dist.Normal(2.0 * y, 1.0), obs=x[:, t])
+
+
+def nothing(x):
+    pass
+
+
+def test_latents_that_are_all_enumerated_have_an_exact_sum():
+    x = 3 * torch.rand(5, 3).double()
+    found = log_marginal(chain, nothing, x, progress=False)
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(chain, nothing, x)
+    assert (found.standard_error == 0).all() and found.trusted.all()
+    torch.testing.assert_close(found.value.sum().item(), -loss, rtol=0, atol=ROUNDING)
+    each = torch.stack([log_marginal(chain, nothing, row[None], progress=False).value[0] for row in x])
+    torch.testing.assert_close(found.value, each, rtol=0, atol=ROUNDING)
+
+
+def test_automatic_guides_without_the_class_are_scored():
+    known = Mixture()
+    model = config_enumerate(known.model)
+    guide = AutoNormal(poutine.block(model, hide=["y"]))
+    svi = SVI(model, guide, Adam({"lr": 0.1}), TraceEnum_ELBO(max_plate_nesting=1))
+    for _ in range(150):
+        svi.step(known.x)
+    found = score(model, guide, known.x, ImportanceSampling(5000))
+    assert found.trusted.any()
+    mean_is_near(found, known.truth())
+    elbo = -TraceEnum_ELBO(max_plate_nesting=1, num_particles=500, vectorize_particles=True).loss(model, guide, known.x)
+    assert elbo < found.value.sum().item()
+
+
+def test_what_draws_all_latents_refuses_those_that_the_guide_lacks():
+    known = Mixture(size=4)
+    model = config_enumerate(known.model)
+    for method in (ParticleFilter(4, 8), Widened()):
+        method = ImportanceSampling(10, method) if isinstance(method, Widened) else method
+        with pytest.raises(ValueError, match='"y"'):
+            score(model, known.without_class, known.x, method)
+    given = torch.tensor([True, False, True, False])
+    with pytest.raises(ValueError, match='log_conditional draws all latents, and the guide lacks "y"'):
+        log_conditional(model, known.without_class, known.x, given=given, progress=False)
+    with pytest.raises(ValueError, match='as_guide draws all latents, and the guide lacks "y"'):
+        as_guide(model, known.without_class, known.x)
+    with pytest.raises(ValueError, match='The guide misses the latent site "y".*sum over it, by infer='):
+        score(known.model, known.without_class, known.x, ImportanceSampling(10))
+    with pytest.raises(ValueError, match="81 combinations of values, more than the 64"):
+        log_marginal(chain, nothing, torch.zeros(2, 4).double(), progress=False)

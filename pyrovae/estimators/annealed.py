@@ -431,6 +431,7 @@ def bidirectional(
     if not isinstance(method, AnnealedImportanceSampling):
         raise TypeError(f"method must be an AnnealedImportanceSampling, got {method!r}.")
     with open_task(model, guide, method, args, kwargs, max_memory, progress=False) as task:
+        task.check_not_summed("bidirectional")
         latents, drawn, named = simulate(model, task.structure, *args, **kwargs)
         check_simulated(model, latents, task.structure, drawn, named)
     with open_task(model, guide, method, drawn, named, max_memory, progress) as task:

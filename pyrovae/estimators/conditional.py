@@ -141,6 +141,7 @@ class _Conditional(Estimator):
         self.num_rows: int | None = None  # of masks with a row for each datum
 
     def estimate(self, task: Task) -> Estimate:
+        task.check_not_summed("log_conditional")
         conditioned = condition(task, self.given)
         self.num_rows = conditioned.num_rows
         return self.score(conditioned.whole, conditioned.given, conditioned.places)

@@ -73,6 +73,7 @@ class ParticleFilter(Estimator):
         self.needs_guide = self.proposal.needs_guide
 
     def estimate(self, task: Task) -> Estimate:
+        task.check_not_summed("ParticleFilter")
         few = task.rows(slice(0, 2))
         if not self._check_followed(few).resampled and len(task.structure.latents) > 1:
             warn(
@@ -223,6 +224,7 @@ def log_predictive(
     every_step = copy(method)
     every_step.threshold = 1.0
     with open_task(model, guide, every_step, args, kwargs, 64e6, progress=False) as task:
+        task.check_not_summed("log_predictive")
         run = every_step.run_checked(task)
     # A filter whose particles have all died has no density from then on.
     died = [step.log_w.logsumexp(1) == -math.inf for step in run.resampled]

@@ -55,6 +55,7 @@ def as_guide(
     proposal = Laplace() if proposal is None else proposal
     method = ImportanceSampling(1, proposal)
     with open_task(model, guide, method, args, kwargs, max_memory, progress=False) as task:
+        task.check_not_summed("as_guide")
         full_size = inspect(model, task.guide, *task.args, **task.kwargs).data_size
         if full_size is not None and full_size != task.size:
             raise ValueError(

@@ -304,7 +304,8 @@ def log_density(task: Task, guide: Callable, trace: Trace, num_samples: int) -> 
     r"""Returns the log-density of a guide at the latents of another guide's trace, ``(num_samples, batch)``."""
     if not getattr(guide, "draws_directly", False):  # the task's guide, or a modification of it
         check_no_auxiliary(task.structure)
-    return log_q_of(trace_model(guide, trace, task.structure, num_samples, *task.args, **task.kwargs))
+    drawn = trace_model(guide, trace, task.structure, num_samples, *task.args, **task.kwargs)
+    return log_q_of(task.without_summed(drawn))
 
 
 class _ModifiedGuide:

@@ -109,8 +109,7 @@ class Target:
         self.discrete = self._discrete(task.size)
         moved = [site for site in self.sites if not isinstance(site.support, Classes | Counts)]
         self.has_gradients = bool(moved)
-        names = {site.name for site in self.sites}
-        latents = [site for name, site in sample_sites(trace).items() if name in names]
+        latents = [site for site in sample_sites(trace).values() if not site["is_observed"]]
         # In u, integers have the precision of their log-probabilities.
         precisions = [log_prob_of(site).dtype for site in latents if site["name"] in structure.discrete]
         self.dtype = max(precisions, key=lambda dtype: torch.finfo(dtype).bits) if precisions else None
@@ -127,10 +126,9 @@ class Target:
     def _layout(self, trace: poutine.Trace, prior: poutine.Trace, other: poutine.Trace) -> list[Site]:
         """Returns the latent sites of the start; their supports must be the same in two runs of the prior."""
         sites, at = [], 0
-        summed = () if self.task.summed is None else self.task.summed.sites
         prior_sites, other_sites = sample_sites(prior), sample_sites(other)
         for name, site in sample_sites(trace).items():
-            if site["is_observed"] or name in summed:
+            if site["is_observed"]:
                 continue
             fn, drawn = site["fn"], prior_sites[name]
             batch, event = fn.batch_shape, tuple(fn.event_shape)

@@ -15,25 +15,26 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyrovae import arguments
-from pyrovae.arguments import Arguments, take_rows
+from pyrovae.arguments import Arguments, take_rows, tensors_of
 from pyrovae.compilation.cache import GraphCache
 from pyrovae.compilation.playback import play_back
 from pyrovae.estimators.base import Estimator
 from pyrovae.estimators.memory import split_evenly
 from pyrovae.estimators.supports import Combinations
 from pyrovae.inference.messages import check_all_observed, check_finite, check_mass
-from pyrovae.inference.running import evaluation_mode
-from pyrovae.inference.sites import sample_sites
+from pyrovae.inference.running import evaluation_mode, isolated, traced
+from pyrovae.inference.sites import latents_of_trace, sample_sites
 from pyrovae.inference.structure import SiteStructure, inspect
 from pyrovae.inference.weights import (
     check_draws,
     check_independent,
     check_rows_alone,
-    draw,
     in_plate_of_one,
     inspect_weights,
     log_prob_of,
+    log_q_of,
     per_datum,
+    trace_guide,
     trace_model,
 )
 from pyrovae.progress import tqdm
@@ -107,7 +108,7 @@ class Task:
                 check_independent(structure, self.model, self.guide, *part.args, **part.kwargs)
                 structure = check_draws(structure, self.model, self.guide, *part.args, **part.kwargs)
             if self.summed is not None:
-                self.summed.check(sample_sites(part.draw(1, prior_of(self.model))[0]))
+                self.summed.check(sample_sites(replace(part, summed=None).draw(1, prior_of(self.model))[0]))
             yield replace(part, structure=structure)
 
     def start(self, total: float, unit: str) -> None:
@@ -120,9 +121,32 @@ class Task:
         self.bar.update(max(0.0, min(amount, (self.bar.total or 0.0) - self.bar.n)))
 
     def draw(self, num_samples: int, guide: Callable | None = None) -> tuple[poutine.Trace, Tensor]:
-        r"""Runs a guide (the task's by default); returns its trace and :math:`\log q`, ``(num_samples, batch)``."""
+        r"""Runs a guide (the task's by default); returns its trace and :math:`\log q`, ``(num_samples, batch)``.
+
+        Neither has the latents that are summed over.
+        """
         with arguments.row_positions(self.offset):
-            return draw(guide or self.guide, self.structure, num_samples, *self.args, **self.kwargs)
+            trace = trace_guide(guide or self.guide, self.structure, num_samples, *self.args, **self.kwargs)
+        trace = self.without_summed(trace)
+        return trace, log_q_of(trace)
+
+    def check_not_summed(self, user: str) -> None:
+        """Raises a ValueError if latents are summed over, for a user that draws them all, "ParticleFilter" for one."""
+        if self.summed is not None:
+            names = ", ".join(f'"{name}"' for name in sorted(self.summed.sites))
+            raise ValueError(
+                f"{user} draws all latents, and the guide lacks {names}, which the model enumerates. Draw them in the "
+                "guide too."
+            )
+
+    def without_summed(self, trace: poutine.Trace) -> poutine.Trace:
+        """Returns a trace without the latents that are summed over."""
+        if self.summed is None:
+            return trace
+        kept = trace.copy()
+        for name in self.summed.sites.keys() & trace.nodes.keys():
+            kept.remove_node(name)
+        return kept
 
     def score(self, trace: poutine.Trace, num_samples: int, check_data: bool = False) -> tuple[Tensor, Tensor]:
         r"""Returns :math:`\log p(z)` and :math:`\log p(x \mid z)` at a trace's latents, ``(num_samples, batch)`` each.
@@ -211,18 +235,73 @@ def sum_out_discrete(task: Task) -> Task:
 
     Its scores are those of the continuous latents z alone, which gradients can move.
     """
-    names = task.structure.discrete
-    if task.summed is not None or not names or names == task.structure.latents:
+    structure = task.structure
+    if not structure.discrete or structure.discrete == structure.latents:
         return task
-    few = replace(task.rows(slice(0, 2)), graphs=None)
-    sites = sample_sites(few.draw(1, prior_of(task.model))[0])
     try:
-        summed = Combinations.of({name: sites[name] for name in names}, task.structure.data_index)
-    except ValueError:  # they cannot be listed
+        return sum_out(task, structure.discrete)
+    except ValueError:  # there are many, or they cannot be listed
         return task
+
+
+def sum_out(task: Task, names: frozenset[str]) -> Task:
+    """Returns a task that sums over the values of some discrete latents, and of those that it did before.
+
+    Raises:
+        ValueError: when the values cannot be listed, or there are too many.
+    """
+    if task.summed is not None:
+        names = names | task.summed.sites.keys()
+    few = replace(task.rows(slice(0, 2)), graphs=None, summed=None)
+    sites = sample_sites(few.draw(1, prior_of(task.model))[0])
+    summed = Combinations.of({name: sites[name] for name in names}, task.structure.data_index)
     if summed.total > _MOST_SUMMED:
-        return task
-    return replace(task, summed=summed, structure=task.structure._replace(discrete=frozenset()))
+        listed = ", ".join(f'"{name}"' for name in sorted(names))
+        raise ValueError(
+            f"the latents at {listed} have {summed.total:,} combinations of values, more than the {_MOST_SUMMED} that "
+            "are summed over. Draw them in the guide too, and take AnnealedImportanceSampling()."
+        )
+    structure = task.structure._replace(
+        discrete=task.structure.discrete - names, latents=task.structure.latents - names
+    )
+    return replace(task, summed=summed, structure=structure)
+
+
+class _Completed:
+    """A guide that draws some discrete latents, which it lacks, as the model does given the other latents.
+
+    Args:
+        guide: a Pyro guide.
+        model: the Pyro model.
+        names: names of the latents.
+    """
+
+    def __init__(self, guide: Callable, model: Callable, names: frozenset[str]):
+        self.guide, self.model, self.names = guide, model, names
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        with poutine.trace() as tracer:
+            self.guide(*args, **kwargs)
+        with poutine.block(expose=list(self.names)), poutine.replay(trace=latents_of_trace(tracer.trace)):
+            self.model(*args, **kwargs)
+
+
+def _enumerated(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> frozenset[str] | None:
+    """Returns the latents of a model that are to be enumerated, as by Pyro's TraceEnum_ELBO: the guide lacks them.
+
+    None if model and guide do not run.
+    """
+    with isolated(tensors_of(args, kwargs)):
+        try:
+            drawn = traced(guide, None, *args, **kwargs)
+            sites = sample_sites(traced(model, latents_of_trace(drawn), *args, **kwargs))
+        except Exception:  # for some numbers of rows only, or raised again where both are inspected
+            return None
+    return frozenset(
+        name
+        for name, site in sites.items()
+        if name not in drawn.nodes and not site["is_observed"] and site["infer"].get("enumerate")
+    )
 
 
 def prior_of(model: Callable) -> Callable:
@@ -264,6 +343,11 @@ def open_task(
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
     with evaluation_mode(), bar, arguments.row_positions(offset):
         divisible = True
+        enumerated = _enumerated(model, guide, head, named)
+        if enumerated is None:
+            enumerated = _enumerated(model, guide, *take_rows(slice(None), args, kwargs))
+        if enumerated:
+            guide = _Completed(guide, model, enumerated)
         try:
             structure = inspect_weights(model, guide, *head, num_samples=1, **named)
             if arguments.holds_packed(args, kwargs):
@@ -284,7 +368,8 @@ def open_task(
                 "the model observes nothing, so that there is no log p(x): give its data to a site, "
                 'pyro.sample("x", ..., obs=x). Were model and guide swapped?'
             )
-        yield Task(model, guide, structure, args, kwargs, size, max_memory, bar, offset=offset, divisible=divisible)
+        task = Task(model, guide, structure, args, kwargs, size, max_memory, bar, offset=offset, divisible=divisible)
+        yield sum_out(task, enumerated) if enumerated else task
 
 
 def checked(args: tuple, kwargs: dict, numbers: NumberType) -> tuple[tuple, dict, int]:

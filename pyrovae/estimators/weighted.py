@@ -80,6 +80,8 @@ class _Weighted(Estimator):
             checked = True
             with nullcontext() if check else pyro.validation_enabled(False):
                 prior, likelihood = task.score(draws.trace, draws.num_draws, check_data=check)
+                if task.summed is not None and draws.component.is_prior:  # a draw's density is a sum too
+                    draws = draws._replace(log_q=prior)
                 log_q = draws.log_q if len(mixture) == 1 else log_mixture(task, mixture, draws, prior)
             is_point = is_point | draws.are_equal
             sums.add(prior + likelihood - log_q)

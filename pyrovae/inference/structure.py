@@ -222,7 +222,8 @@ def _check_fit(model_sites: Sites, guide_sites: Sites) -> None:
         if name not in guide_sites and not site["infer"].get("enumerate"):
             raise ValueError(
                 f'The guide misses the latent site "{name}" of the model (it has {_names(guide_sites)}). '
-                f'Add pyro.sample("{name}", ...) to the guide; or, if it is data, observe it, by obs= in the model.'
+                f'Add pyro.sample("{name}", ...) to the guide; if it is data, observe it, by obs= in the model; if it '
+                'is discrete, sum over it, by infer={"enumerate": "parallel"} in the model.'
             )
     for name, site in guide_sites.items():
         if name not in latents and not site["infer"].get("is_auxiliary") and not site["is_observed"]:
