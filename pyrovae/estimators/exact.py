@@ -12,7 +12,7 @@ from pyrovae.estimators.memory import Allocations, clamp
 from pyrovae.estimators.proposals import WeightedGuide
 from pyrovae.estimators.supports import Combinations, check_unmasked
 from pyrovae.estimators.targets import Target
-from pyrovae.estimators.task import Task, prior_of, sum_out_discrete
+from pyrovae.estimators.task import Task, prior_of, sum_out, sum_out_discrete
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure
 
@@ -216,8 +216,10 @@ class Enumeration(_Deterministic):
         super().__init__(num_samples)
 
     def estimate(self, task: Task) -> Estimate:
-        few, trace, values = self.plan(task)
+        task, few, trace, values = self.plan(task)
         total = values.total
+        eliminated = 1 if task.summed is None else task.summed.total
+        shown = total * eliminated if eliminated < 10**9 else total
         with Allocations() as allocations:
             few.score(_assign(trace, values, torch.zeros(1, dtype=torch.long), few.size), 1)
         num_scored = clamp(task.max_memory / allocations.bytes(), total)
@@ -237,11 +239,13 @@ class Enumeration(_Deterministic):
                     log_sum = torch.logaddexp(log_sum, chunk_sum)
                 part.advance(len(numbers) * part.size)
             value = log_sum.to(log_p.dtype)
-            parts.append(self._estimate(value, torch.zeros_like(value), total))
+            parts.append(self._estimate(value, torch.zeros_like(value), shown))
         return join(self, parts)
 
-    def plan(self, task: Task) -> tuple[Task, poutine.Trace, Combinations]:
-        """Returns two data, a trace of them, and the combinations of values.
+    def plan(self, task: Task) -> tuple[Task, Task, poutine.Trace, Combinations]:
+        """Returns the task, two data of it, a trace of them, and the combinations of values.
+
+        Latents with many combinations are eliminated by the task, where that is possible: a chain of them, for one.
 
         Raises:
             ValueError: as the class.
@@ -257,11 +261,14 @@ class Enumeration(_Deterministic):
         latents = {name: site for name, site in sample_sites(trace).items() if not site["is_observed"]}
         values = Combinations.of(latents, task.structure.data_index)
         if values.total > self.num_samples:
-            raise ValueError(
-                f"the latents of a datum have {values.total:,} combinations of values, more than "
-                f"num_samples={self.num_samples:,}. Raise it, or take AnnealedImportanceSampling()."
-            )
-        return few, trace, values
+            try:
+                return self.plan(sum_out(task, task.structure.latents))
+            except ValueError as error:
+                raise ValueError(
+                    f"the latents of a datum have {values.written} combinations of values, more than "
+                    f"num_samples={self.num_samples:,}. Raise it, or take AnnealedImportanceSampling()."
+                ) from error
+        return task, few, trace, values
 
     def trusts(self, estimate: Estimate) -> Tensor:
         return torch.ones_like(estimate.value, dtype=torch.bool)

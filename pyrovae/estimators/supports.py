@@ -112,6 +112,11 @@ class Combinations(NamedTuple):
         """Their number, an integer of Python: it may be very large."""
         return math.prod(len(site.values) ** site.cells for site in self.sites.values())
 
+    @property
+    def written(self) -> str:
+        """Their number for a message."""
+        return f"{self.total:,}" if self.total < 10**9 else f"about 10^{math.log10(self.total):.0f}"
+
     def values(self, numbers: Tensor, size: int) -> dict[str, Tensor]:
         """Returns the values of the combinations with some numbers, for a number of data; a latent is a digit."""
         assigned = {}

@@ -21,6 +21,7 @@ from pyrovae.compilation.playback import play_back
 from pyrovae.estimators.base import Estimator
 from pyrovae.estimators.memory import split_evenly
 from pyrovae.estimators.supports import Combinations
+from pyrovae.inference.elimination import check_eliminable, log_sums
 from pyrovae.inference.messages import check_all_observed, check_finite, check_mass
 from pyrovae.inference.running import evaluation_mode, isolated, traced
 from pyrovae.inference.sites import latents_of_trace, sample_sites
@@ -66,6 +67,7 @@ class Task:
         offset: index of the first datum in the whole data set, or those of all, ``(size,)``.
         divisible: whether some of the data can be scored alone; not so if parameters of the guide belong to rows.
         summed: values of the discrete latents that log-probabilities are sums over; None without.
+        eliminates: whether these latents are eliminated one after the other, and not by all of their combinations.
     """
 
     model: Callable
@@ -80,6 +82,7 @@ class Task:
     offset: int | Tensor = 0
     divisible: bool = True
     summed: Combinations | None = None
+    eliminates: bool = False
 
     def rows(self, rows: slice | Tensor) -> "Task":
         """Returns the task for some of the data, a slice or indices; for all of them if it is not divisible."""
@@ -107,7 +110,7 @@ class Task:
             with arguments.row_positions(part.offset):
                 check_independent(structure, self.model, self.guide, *part.args, **part.kwargs)
                 structure = check_draws(structure, self.model, self.guide, *part.args, **part.kwargs)
-            if self.summed is not None:
+            if self.summed is not None and not self.eliminates:
                 self.summed.check(sample_sites(replace(part, summed=None).draw(1, prior_of(self.model))[0]))
             yield replace(part, structure=structure)
 
@@ -183,6 +186,13 @@ class Task:
     def _score(self, trace: poutine.Trace, num_samples: int, check_data: bool) -> tuple[Tensor, Tensor]:
         if self.summed is None:
             return self._score_draws(trace, num_samples, check_data)
+        if self.eliminates:
+            if check_data:  # at some values, those of the prior
+                self._score_draws(trace, num_samples, check_data)
+            names = frozenset(self.summed.sites)
+            with arguments.row_positions(self.offset):
+                sums = log_sums(self.model, trace, self.structure, names, num_samples, self.args, self.kwargs)
+            return sums[0], sums[1] - sums[0]
         total = self.summed.total
         terms = self._score_draws(self._with_values(trace, self.summed, num_samples), total * num_samples, check_data)
         size = max(term.shape[-1] if term.dim() else 1 for term in terms)
@@ -252,19 +262,24 @@ def sum_out(task: Task, names: frozenset[str]) -> Task:
     """
     if task.summed is not None:
         names = names | task.summed.sites.keys()
-    few = replace(task.rows(slice(0, 2)), graphs=None, summed=None)
+    few = replace(task.rows(slice(0, 2)), graphs=None, summed=None, eliminates=False)
     sites = sample_sites(few.draw(1, prior_of(task.model))[0])
-    summed = Combinations.of({name: sites[name] for name in names}, task.structure.data_index)
+    summed = Combinations.of({name: sites[name] for name in sorted(names)}, task.structure.data_index)
     if summed.total > _MOST_SUMMED:
-        listed = ", ".join(f'"{name}"' for name in sorted(names))
-        raise ValueError(
-            f"the latents at {listed} have {summed.total:,} combinations of values, more than the {_MOST_SUMMED} that "
-            "are summed over. Draw them in the guide too, and take AnnealedImportanceSampling()."
-        )
+        sizes = {name: len(site.values) for name, site in summed.sites.items()}
+        try:
+            check_eliminable(few.model, prior_of(few.model), few.structure, sizes, few.args, few.kwargs)
+        except ValueError as error:
+            listed = ", ".join(f'"{name}"' for name in sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(
+                f"the latents at {listed} have {summed.written} combinations of values, more than the "
+                f"{_MOST_SUMMED} that are summed over, and cannot be eliminated one after the other: {error}. Draw "
+                "them in the guide too, and take AnnealedImportanceSampling()."
+            ) from None
     structure = task.structure._replace(
         discrete=task.structure.discrete - names, latents=task.structure.latents - names
     )
-    return replace(task, summed=summed, structure=structure)
+    return replace(task, summed=summed, eliminates=summed.total > _MOST_SUMMED, structure=structure)
 
 
 class _Completed:

@@ -261,10 +261,10 @@ def _reason_not_vectorized(
     last = num_samples - 1
     one = structure._replace(vectorized=False)
     for function, at_once in ((guide, drawn), (model, scored)):
-        alone = traced(function, _one_draw(drawn, one, last, points=function is model), *args, **kwargs)
+        alone = traced(function, one_draw(drawn, one, last, points=function is model), *args, **kwargs)
         change = _difference(sample_sites(at_once), sample_sites(alone), last)
         if change is not None:
-            again = traced(function, _one_draw(drawn, one, last, points=function is model), *args, **kwargs)
+            again = traced(function, one_draw(drawn, one, last, points=function is model), *args, **kwargs)
             if _difference(sample_sites(alone), sample_sites(again), None) is None:  # not by random numbers of its own
                 return change
     return None
@@ -374,7 +374,7 @@ def trace_model(
     if structure.vectorized:
         with pyro.plate(SAMPLES, num_samples, dim=-1 - structure.max_plate_nesting):
             return annotate_plates(traced(model, latents_of_trace(draws), *args, **kwargs), structure)
-    parts = [_one_draw(draws, structure, k) for k in range(num_samples)]
+    parts = [one_draw(draws, structure, k) for k in range(num_samples)]
     return _stacked([traced(model, part, *args, **kwargs) for part in parts], structure)
 
 
@@ -386,7 +386,7 @@ def _subsamples_of(trace: poutine.Trace) -> poutine.Trace:
     return kept
 
 
-def _one_draw(draws: poutine.Trace, structure: SiteStructure, sample: int, points: bool = True) -> poutine.Trace:
+def one_draw(draws: poutine.Trace, structure: SiteStructure, sample: int, points: bool = True) -> poutine.Trace:
     """Returns one of several draws as a trace of a single draw; without :class:`Delta` sites unless `points`."""
     part = latents_of_trace(draws)
     for name, site in sample_sites(part).items():

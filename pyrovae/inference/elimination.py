@@ -1,0 +1,193 @@
+r"""Sums over discrete latents by eliminating one after the other, as Pyro does where a model is enumerated.
+
+A model whose discrete latents are independent given the others, or a chain, has a sum of few terms for each of them,
+although there are many combinations: :math:`K^2 T` terms for T steps of K states, not :math:`K^T`.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.inspect import get_dependencies
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
+from torch import Tensor
+
+from pyrovae.arguments import tensors_of
+from pyrovae.inference.running import full_precision, isolated
+from pyrovae.inference.sites import latents_of_trace, sample_sites
+from pyrovae.inference.structure import SiteStructure
+from pyrovae.inference.weights import SAMPLES, differs, log_prob_of, one_draw, per_datum, trace_guide, trace_model
+
+_MOST_VALUES = 4096  # of the latents that one log-probability depends on, together
+_CHECKED_DRAWS = 4
+
+
+def log_sums(
+    model: Callable,
+    draws: poutine.Trace,
+    structure: SiteStructure,
+    names: frozenset[str],
+    num_samples: int,
+    args: tuple,
+    kwargs: dict[str, Any],
+    chosen: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Returns :math:`\log \sum_y p(y, z)` and :math:`\log \sum_y p(x, y, z)`, ``(num_samples, batch)`` each.
+
+    Args:
+        model: a Pyro model.
+        draws: a trace of `num_samples` draws of z.
+        structure: the sites of the model and its guide.
+        names: names of the sites y.
+        num_samples: number of draws.
+        args: arguments of the model.
+        kwargs: the same, by name.
+        chosen: values of y, ``(num_samples, *plates, batch, *event)``, to which the sums are restricted; all by
+            default.
+    """
+    if structure.vectorized:
+        return _log_sums(model, draws, structure, names, num_samples, args, kwargs, chosen or {})
+    parts = []
+    for k in range(num_samples):
+        values = {name: value[k : k + 1] for name, value in (chosen or {}).items()}
+        parts.append(_log_sums(model, one_draw(draws, structure, k), structure, names, None, args, kwargs, values))
+    prior, joint = zip(*parts, strict=True)
+    return torch.cat(prior), torch.cat(joint)
+
+
+def _log_sums(
+    model: Callable,
+    draws: poutine.Trace,
+    structure: SiteStructure,
+    names: frozenset[str],
+    num_samples: int | None,
+    args: tuple,
+    kwargs: dict[str, Any],
+    chosen: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Returns the sums for draws at once; for a single one, without a dimension of draws, if `num_samples` is None."""
+    depth = structure.max_plate_nesting
+    free = -2 - depth if num_samples is not None else -1 - depth
+    with (
+        poutine.trace() as tracer,
+        poutine.replay(trace=latents_of_trace(draws)),
+        poutine.enum(first_available_dim=free),
+        poutine.infer_config(config_fn=lambda site: {"enumerate": "parallel"} if site["name"] in names else {}),
+    ):
+        if num_samples is None:
+            model(*args, **kwargs)
+        else:
+            with pyro.plate(SAMPLES, num_samples, dim=-1 - depth):
+                model(*args, **kwargs)
+    data = "a"  # all plates over the data are the same dimension
+    over_data = dict.fromkeys(structure.data.names, data) if structure.data is not None else {}
+    tracer.trace.symbolize_dims(over_data)
+    prior: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    joint: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    eliminated = set()
+    for name, site in sample_sites(tracer.trace).items():
+        if name in structure.global_observed:
+            continue
+        symbols = site["infer"]["_dim_to_symbol"]
+        frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+        ordinal = frozenset(symbols[frame.dim] for frame in frames)
+        if structure.data is not None and data not in ordinal:
+            raise ValueError(f'site "{name}" is outside of the plate over the data')
+        factors = [log_prob_of(site) if name not in names else _unmasked(site)]
+        if name in names:
+            eliminated.add(site["infer"]["_enumerate_symbol"])
+            if name in chosen:
+                event = list(range(-len(site["fn"].event_shape), 0))
+                same = site["value"] == chosen[name]
+                factors.append(torch.where(same.all(dim=event) if event else same, 0.0, -math.inf).to(factors[0]))
+        for factor in factors:
+            joint.setdefault(ordinal, []).append(packed.pack(factor, symbols))
+            if not site["is_observed"]:
+                prior.setdefault(ordinal, []).append(packed.pack(factor, symbols))
+    samples = tracer.trace.plate_to_symbol.get(SAMPLES, "")
+    first, second = (_contracted(tree, eliminated, samples, data, num_samples or 1) for tree in (prior, joint))
+    return first, second
+
+
+def _contracted(
+    tree: OrderedDict[frozenset[str], list[Tensor]], eliminated: set[str], samples: str, data: str, num_samples: int
+) -> Tensor:
+    """Returns the sum of products of factors, ``(num_samples, batch)``."""
+    total: Tensor | float = 0.0
+    for terms in contract_tensor_tree(tree, eliminated).values():
+        for term in terms:
+            dims = term._pyro_dims
+            others = [i for i, symbol in enumerate(dims) if symbol not in (samples, data)]
+            t = term.sum(others) if others else term[...]
+            kept = [symbol for symbol in dims if symbol in (samples, data)]
+            if kept == [data, samples]:
+                t = t.t()
+            elif kept == [data]:
+                t = t.unsqueeze(0)
+            elif len(kept) < 2:
+                t = t.reshape(-1, 1)
+            total = total + t
+    return torch.as_tensor(total).expand(num_samples, -1)
+
+
+def _unmasked(site: dict) -> Tensor:
+    """Returns the log-probability of an enumerated latent. Its sum is one where it is masked, as without the mask."""
+    with full_precision([site["value"].device]):
+        return site["fn"].log_prob(site["value"])
+
+
+def check_eliminable(
+    model: Callable,
+    prior: Callable,
+    structure: SiteStructure,
+    sizes: Mapping[str, int],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> None:
+    """Raises a ValueError if discrete latents of a model cannot be eliminated one after the other.
+
+    The sums are restricted to the values of some draws of the prior, and must then be the joint densities of these.
+
+    Args:
+        model: a Pyro model.
+        prior: a guide that draws all latents as the model does.
+        structure: the sites of both.
+        sizes: how many values each of the latents can take.
+        args: arguments of the model, some data.
+        kwargs: the same, by name.
+    """
+    names = frozenset(sizes)
+    with isolated(tensors_of(args, kwargs)):
+        try:
+            found: Any = get_dependencies(model, args, kwargs)
+        except Exception as error:
+            raise ValueError(f"what depends on them is not known ({error})") from None
+        for name, above in found["prior_dependencies"].items():
+            together = math.prod(sizes.get(up, 1) for up in above)
+            if together > _MOST_VALUES:
+                raise ValueError(f'the log-probability at site "{name}" depends on {together:,} combinations of them')
+        drawn = trace_guide(prior, structure, _CHECKED_DRAWS, *args, **kwargs)
+        sites = sample_sites(drawn)
+        others = drawn.copy()
+        for name in names:
+            others.remove_node(name)
+        chosen = {name: sites[name]["value"] for name in names}
+        try:
+            _, joint = log_sums(model, others, structure, names, _CHECKED_DRAWS, args, kwargs, chosen)
+        except Exception as error:
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(f"the model does not run on all of their values at once ({first})") from None
+        scored = sample_sites(trace_model(model, drawn, structure, _CHECKED_DRAWS, *args, **kwargs))
+        terms = [
+            per_datum(site, _unmasked(site) if name in names else log_prob_of(site))
+            for name, site in scored.items()
+            if name not in structure.global_observed
+        ]
+        expected = torch.as_tensor(sum(terms, 0.0))
+    if joint.shape[-1] not in (1, expected.shape[-1]) or differs(joint, expected):
+        raise ValueError("the model gives other log-probabilities where it runs on all of their values at once")
