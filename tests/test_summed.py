@@ -6,6 +6,7 @@ from itertools import product
 import pyro
 import pytest
 import torch
+from programs import TOPICS, lda, lda_truth
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
@@ -402,3 +403,14 @@ def test_what_draws_all_latents_refuses_those_that_the_guide_lacks():
         as_guide(model, known.without_class, known.x)
     with pytest.raises(ValueError, match='The guide misses the latent site "y".*sum over it, by infer='):
         score(known.model, known.without_class, known.x, ImportanceSampling(10))
+
+
+def test_topics_of_words_are_eliminated_in_the_model_of_pyros_example():
+    trained = lda()
+    model = poutine.condition(trained.model, data=TOPICS)
+    docs, guide = trained.data[0], trained.module.guide_of_documents
+    truth = lda_truth(docs)
+    found = score(model, guide, docs, Quadrature(4001))
+    torch.testing.assert_close(found.value, truth, rtol=0, atol=ROUNDING)
+    found = score(model, guide, docs, ImportanceSampling(1000, Laplace(degrees=4.0)))
+    assert_near(found, truth, found.trusted)
