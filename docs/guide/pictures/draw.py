@@ -12,6 +12,7 @@ import pyro
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import Circle, Ellipse, FancyArrowPatch, FancyBboxPatch
+from PIL import Image
 
 from pyrovae import VAE, bounds, data, encoders, fit, likelihoods, priors
 
@@ -164,6 +165,14 @@ def from_z_to_x():
     plt.close(figure)
 
 
+def faces():
+    """The first rows of the picture of repaired faces, which examples/repair.py draws."""
+    image = plt.imread(HERE / "repair.png")
+    rows = (image.reshape(len(image), -1) < 1).any(1).nonzero()[0]
+    height = (rows[-1] + 1 - rows[0]) // 10  # of ten rows of faces
+    Image.fromarray((255 * image[rows[0] : rows[0] + 5 * height]).astype("uint8")).save(HERE / "faces.png")
+
+
 if __name__ == "__main__":
-    for picture in (plates, parts, elbo, from_z_to_x):
+    for picture in (plates, parts, elbo, from_z_to_x, faces):
         picture()
