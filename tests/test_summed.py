@@ -209,17 +209,21 @@ def test_values_that_differ_between_rows_are_refused(with_z, method):
         log_marginal(numbers_of_trials, None, x, other, with_z, method=method, progress=False)
 
 
-def test_masked_classes_have_no_sum():
-    def model(x, known):
+def test_classes_that_are_masked_count_for_nothing():
+    def model(x, labels):
         with pyro.plate("data", len(x)):
-            with poutine.mask(mask=~known):
-                y = pyro.sample("y", dist.Bernoulli(torch.tensor(0.3).double()))
+            with poutine.mask(mask=labels < 0):
+                y = pyro.sample("y", dist.Categorical(torch.tensor([0.3, 0.7]).double()))
+            y = torch.where(labels < 0, y, labels)
             z = pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0))
             pyro.sample("x", dist.Normal(y + z, 0.5), obs=x)
 
-    x, known = torch.randn(4).double(), torch.tensor([True, False, False, True])
-    with pytest.raises(ValueError, match='"y" are masked for some data'):
-        log_marginal(model, None, x, known, method=Quadrature(), progress=False)
+    x, labels = torch.randn(4).double(), torch.tensor([-1, 0, 1, -1])
+    found = log_marginal(model, None, x, labels, method=Quadrature(), progress=False)
+    each = dist.Normal(torch.arange(2).double(), 1.25**0.5).log_prob(x.unsqueeze(-1))
+    unknown = (each + torch.tensor([0.3, 0.7]).double().log()).logsumexp(-1)
+    truth = torch.where(labels < 0, unknown, each.gather(1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1))
+    torch.testing.assert_close(found.value, truth, rtol=0, atol=ROUNDING)
 
 
 def test_many_combinations_are_not_summed():

@@ -228,7 +228,10 @@ class Enumeration(_Deterministic):
         task.start(task.size * total, "combination")
         for part in task.split(num_data):
             template, _ = part.draw(1, prior_of(part.model))
-            values.check(sample_sites(template))
+            sites = sample_sites(template)
+            values.check(sites)
+            for name in values.sites:
+                check_unmasked(name, sites[name])
             for i, numbers in enumerate(torch.arange(total).split(num_scored)):
                 prior, likelihood = part.score(_assign(template, values, numbers, part.size), len(numbers))
                 log_p = prior + likelihood

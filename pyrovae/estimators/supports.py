@@ -133,9 +133,8 @@ class Combinations(NamedTuple):
         return assigned
 
     def check(self, nodes: Mapping[str, dict]) -> None:
-        """Raises a ValueError if the sites, in a trace of other data, take other values or are masked."""
+        """Raises a ValueError if the sites, in a trace of other data, take other values."""
         for name, listed in self.sites.items():
-            check_unmasked(name, nodes[name])
             if not listed.is_of(nodes[name]["fn"]):
                 raise ValueError(
                     f'the values that the latents at site "{name}" can take are not the same for all data. Score '

@@ -37,6 +37,7 @@ from pyrovae.inference.weights import (
     per_datum,
     trace_guide,
     trace_model,
+    unmasked_log_prob_of,
 )
 from pyrovae.progress import tqdm
 from pyrovae.rows import NumberType, number_type
@@ -224,7 +225,8 @@ class Task:
         for name, site in sample_sites(scored).items():
             if name in self.structure.global_observed:
                 continue
-            log_prob = log_prob_of(site)
+            is_summed = self.summed is not None and name in self.summed.sites
+            log_prob = unmasked_log_prob_of(site) if is_summed else log_prob_of(site)
             if not site["is_observed"]:
                 prior.append(per_datum(site, log_prob))
                 continue

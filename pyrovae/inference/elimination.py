@@ -18,13 +18,22 @@ from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
 from pyrovae.arguments import tensors_of
-from pyrovae.inference.running import full_precision, isolated
+from pyrovae.inference.running import isolated
 from pyrovae.inference.sites import latents_of_trace, sample_sites
 from pyrovae.inference.structure import SiteStructure
-from pyrovae.inference.weights import SAMPLES, differs, log_prob_of, one_draw, per_datum, trace_guide, trace_model
+from pyrovae.inference.weights import (
+    SAMPLES,
+    differs,
+    log_prob_of,
+    one_draw,
+    per_datum,
+    trace_guide,
+    trace_model,
+    unmasked_log_prob_of,
+)
 
 _MOST_VALUES = 4096  # of the latents that one log-probability depends on, together
-_CHECKED_DRAWS = 4
+_CHECKED_DRAWS = 8
 
 
 def log_sums(
@@ -98,7 +107,7 @@ def _log_sums(
         ordinal = frozenset(symbols[frame.dim] for frame in frames)
         if structure.data is not None and data not in ordinal:
             raise ValueError(f'site "{name}" is outside of the plate over the data')
-        factors = [log_prob_of(site) if name not in names else _unmasked(site)]
+        factors = [log_prob_of(site) if name not in names else unmasked_log_prob_of(site)]
         if name in names:
             eliminated.add(site["infer"]["_enumerate_symbol"])
             if name in chosen:
@@ -133,12 +142,6 @@ def _contracted(
                 t = t.reshape(-1, 1)
             total = total + t
     return torch.as_tensor(total).expand(num_samples, -1)
-
-
-def _unmasked(site: dict) -> Tensor:
-    """Returns the log-probability of an enumerated latent. Its sum is one where it is masked, as without the mask."""
-    with full_precision([site["value"].device]):
-        return site["fn"].log_prob(site["value"])
 
 
 def check_eliminable(
@@ -184,7 +187,7 @@ def check_eliminable(
             raise ValueError(f"the model does not run on all of their values at once ({first})") from None
         scored = sample_sites(trace_model(model, drawn, structure, _CHECKED_DRAWS, *args, **kwargs))
         terms = [
-            per_datum(site, _unmasked(site) if name in names else log_prob_of(site))
+            per_datum(site, unmasked_log_prob_of(site) if name in names else log_prob_of(site))
             for name, site in scored.items()
             if name not in structure.global_observed
         ]

@@ -520,6 +520,11 @@ def log_prob_of(site: dict) -> Tensor:
     return scale_and_mask(log_prob, mask=site["mask"])
 
 
+def unmasked_log_prob_of(site: dict) -> Tensor:
+    """Returns the log-probability of a latent that is summed over: its sum is one where it is masked, as in Pyro."""
+    return log_prob_of({**site, "mask": None})
+
+
 def per_datum(site: dict, t: Tensor, event_dim: int = 0) -> Tensor:
     """Sums a site's ``(num_samples, *plates, *event)`` over all plates except the data plate.
 
