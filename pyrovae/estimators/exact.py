@@ -43,14 +43,15 @@ class Quadrature(_Deterministic):
     quadratically where a decoder has kinks (ReLU). The stated error is the change with half as many points in each
     dimension, for smooth integrands far more than the true error; plus the share of the outermost points, and the
     rounding of log p(x, u). It does not see a peak that is narrow beside the distance of two points. Constrained
-    latents are integrated in the unconstrained space. The guide is not used.
+    latents are integrated in the unconstrained space. Discrete latents beside them are summed over, as
+    :class:`Laplace` does. The guide is not used.
 
     Args:
         num_samples: points of the grid, at least 5 per dimension.
 
     Raises:
-        ValueError: when a datum has more than three latent dimensions, there are too few points for them, or latents
-            are discrete.
+        ValueError: when a datum has more than three latent dimensions, there are too few points for them, or discrete
+            latents cannot be summed over.
 
     References:
         The Exponentially Convergent Trapezoidal Rule, L. N. Trefethen and J. A. C. Weideman, 2014,
@@ -189,17 +190,24 @@ def _log_integral(log_f: Tensor, low: Tensor, high: Tensor, stride: int) -> Tens
 
 
 class Enumeration(_Deterministic):
-    r"""The sum over all values of the latents: exact, if all latents are discrete with few combinations.
+    r"""The sum over all values of the latents: exact, if all latents are discrete.
 
     .. math:: p(x) = \sum_z p(x, z)
 
-    The guide is not used.
+    Latents with many combinations are eliminated one after the other by Pyro, in as many terms as a factor has values:
+    a chain of states, or many latents that are independent given others. The model must then run on all values at once,
+    as for ``TraceEnum_ELBO``, which is checked at some draws of the prior. The guide is not used.
 
     Args:
-        num_samples: largest allowed number of combinations of values per datum.
+        num_samples: largest number of combinations of values per datum that are all scored.
 
     Raises:
-        ValueError: when a latent is not discrete or has infinitely many values, or there are more combinations.
+        ValueError: when a latent is not discrete, has infinitely many values or other values for other data; or when
+            there are more combinations, and they cannot be eliminated.
+
+    References:
+        Tensor Variable Elimination for Plated Factor Graphs, F. Obermeyer, E. Bingham, M. Jankowiak, J. Chiu, N.
+        Pradhan, A. Rush and N. Goodman, 2019, https://arxiv.org/abs/1902.03210.
 
     >>> import pyrovae
     >>> from pyrovae import encoders, likelihoods, priors

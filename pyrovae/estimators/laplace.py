@@ -54,7 +54,8 @@ class Laplace(Proposal):
     second moment close to the smallest.
 
     Dimensions of a plate within a datum are independent given the sites before. The guide serves as a start only.
-    Discrete latents beside the continuous ones are summed over, where they have at most 64 combinations of values.
+    Discrete latents beside the continuous ones are summed over, where they have at most 64 combinations of values or
+    can be eliminated one after the other.
 
     Args:
         num_starts: points that Newton steps start from, at least 1: the guide's mean, and draws of the prior. With 1, a

@@ -42,6 +42,7 @@ def log_marginal(
 
     Data and samples are processed in chunks that fit the memory budget, so that their number is not limited. Modules
     run in evaluation mode and are restored afterwards. The value of a model without latents is exact by any method.
+    Discrete latents with ``infer={"enumerate": "parallel"}`` in the model, which the guide lacks, are summed over.
 
     k-hat sees weights whose tail is too heavy. It does not see a mode that the guide never draws: with the guide on one
     of two modes, weights can be nearly equal, and the value far too low. ``method=UntilTrusted()`` looks for modes.

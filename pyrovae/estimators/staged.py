@@ -86,7 +86,8 @@ class UntilTrusted(Estimator):
     - continuous: importance sampling with :class:`Laplace`, first with heavy tails where latents are constrained, then
       with few draws and with many; then annealing from it. Above 300 dimensions with few draws only, and annealing from
       the prior, and from the guide; above 2,000, where :class:`Laplace` takes too long, annealing alone. Discrete
-      latents beside continuous ones are summed over, where they have at most 64 combinations of values;
+      latents beside continuous ones are summed over, where they have at most 64 combinations of values or can be
+      eliminated one after the other;
     - on a sphere, or discrete with more combinations, alone or with others: annealing from the prior, and from the
       guide;
     - in a space without moves: importance sampling with the guide, with few draws or with many.
