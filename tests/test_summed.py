@@ -418,3 +418,114 @@ def test_topics_of_words_are_eliminated_in_the_model_of_pyros_example():
     torch.testing.assert_close(found.value, truth, rtol=0, atol=ROUNDING)
     found = score(model, guide, docs, ImportanceSampling(1000, Laplace(degrees=4.0)))
     assert_near(found, truth, found.trusted)
+
+
+class Switched:
+    """A switch says which of two latents is seen: ridges that cross, with most of the mass near two points."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(torch.tensor(0.4).double()))
+            a = pyro.sample("a", dist.Normal(torch.tensor(2.0).double(), 1.0))
+            b = pyro.sample("b", dist.Normal(torch.tensor(-1.0).double(), 2.0))
+            pyro.sample("x", dist.Normal(torch.where(y > 0, a, b), 0.1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(torch.tensor(0.5).double()))
+            pyro.sample("a", dist.Normal(torch.tensor(2.0).double(), 1.0))
+            pyro.sample("b", dist.Normal(torch.tensor(-1.0).double(), 2.0))
+
+    def truth(self, x):
+        first = math.log(0.4) + dist.Normal(2.0, 1.01**0.5).log_prob(x)
+        return torch.logaddexp(first, math.log(0.6) + dist.Normal(-1.0, 4.01**0.5).log_prob(x))
+
+
+class Present:
+    """An object is there or not: a narrow posterior, or that of the prior, which is wide."""
+
+    def __init__(self, dim):
+        self.dim = dim
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(torch.tensor(0.5).double()))
+            z = pyro.sample("z", dist.Normal(torch.zeros(self.dim).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(y.unsqueeze(-1) * z, 0.1).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(torch.tensor(0.5).double()))
+            pyro.sample("z", dist.Normal(x, 0.5).to_event(1))
+
+    def truth(self, x):
+        each = [math.log(0.5) + dist.Normal(0.0, scale).log_prob(x).sum(-1) for scale in (0.1, 1.01**0.5)]
+        return torch.stack(each).logsumexp(0)
+
+
+@pytest.mark.parametrize(
+    ("known", "x"),
+    [
+        (Switched(), torch.linspace(3.0, 5.0, 12).double()),
+        (Present(1), torch.tensor([0.25, 0.3]).double().repeat(6).unsqueeze(-1)),
+        (Present(3), torch.tensor([0.3, 0.1, 0.2]).double().repeat(12, 1)),
+    ],
+    ids=["switched", "present", "present, three dimensions"],
+)
+@pytest.mark.parametrize("method", [UntilTrusted(), ImportanceSampling(4000, Laplace()), Quadrature()], ids=str)
+def test_each_class_has_its_modes_and_its_grid(known, x, method):
+    found = score(known.model, known.guide, x, method)
+    allowed = ERRORS * found.standard_error + ROUNDING
+    assert found.trusted.float().mean() > 0.6
+    assert ((found.value - known.truth(x)).abs() < allowed)[found.trusted].all()
+
+
+MASKED = torch.tensor([True, False, True, False, True]).repeat(3)
+
+
+def with_mask(x, mask, w=None):
+    with pyro.plate("data", len(x)):
+        with poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.3), obs=x)
+        pyro.sample("w", dist.Normal(torch.zeros(len(x)).double(), 1.0), obs=x if w is None else w)
+
+
+def masked_guide(x, mask, w=None):
+    with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+        pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0))
+
+
+def unmasked_guide(x, mask, w=None):
+    masked_guide(x, True)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ImportanceSampling(2000),
+        ImportanceSampling(2000, Laplace()),
+        ImportanceSampling(2000, Adapted()),
+        ImportanceSampling(2000, Mixed([Laplace(), Guide(), Prior()])),
+        AnnealedImportanceSampling(16, 40),
+        AnnealedImportanceSampling(16, 40, start=Guide()),
+        AnnealedImportanceSampling(16, 40, start=Laplace()),
+        UntilTrusted(),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("guide", [masked_guide, unmasked_guide])
+def test_latents_that_are_masked_for_some_data_count_for_nothing(method, guide):
+    x = torch.linspace(-2, 2, 15).double()
+    normal = dist.Normal(torch.zeros(15).double(), 1.09**0.5).log_prob(x)
+    truth = torch.where(MASKED, normal, 0.0) + dist.Normal(torch.zeros(15).double(), 1.0).log_prob(x)
+    found = log_marginal(with_mask, guide, x, MASKED, method=method, progress=False)
+    assert found.trusted.all()
+    assert ((found.value - truth).abs() < ERRORS * found.standard_error + ROUNDING).all()
+
+
+def test_parts_of_masked_data_are_scored_given_others():
+    x, w = torch.linspace(-2, 2, 15).double(), torch.randn(15).double()
+    found = log_conditional(with_mask, unmasked_guide, x, MASKED, w, given="w", progress=False)
+    truth = torch.where(MASKED, dist.Normal(torch.zeros(15).double(), 1.09**0.5).log_prob(x), 0.0)
+    assert ((found.value - truth).abs() < ERRORS * found.standard_error + ROUNDING).all()

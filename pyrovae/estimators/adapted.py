@@ -56,6 +56,8 @@ class Adapted(Proposal):
     Adapted(num_rounds=5)
     """
 
+    sums_discrete = True
+
     def __init__(
         self,
         proposal: Proposal | None = None,

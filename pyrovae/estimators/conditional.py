@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -176,6 +177,8 @@ class _CommonDraws(_Conditional):
         self.needs_guide = proposal is None or proposal.needs_guide
 
     def score(self, whole: Task, seen: Task, places: dict[str, Place]) -> Estimate:
+        # Guides and other proposals are mixed: all of them must count the same densities.
+        whole, seen = replace(whole, unmasked=True), replace(seen, unmasked=True)
         whole.start(whole.size * self.num_samples, "sample")
         num_data, num_drawn, num_scored = chunk_sizes(whole, self.num_samples, lambda t, *d: _score(t, places, *d))
         proposal = _default_proposal(whole) if self.proposal is None else self.proposal
@@ -334,7 +337,7 @@ def _score(task: Task, places: dict[str, Place], trace: Trace, num_samples: int)
     for name, site in sample_sites(scored).items():
         if name in task.structure.global_observed:
             continue
-        log_prob = per_datum(site, log_prob_of(site))
+        log_prob = per_datum(site, task.log_prob_of(site))
         if not site["is_observed"]:
             prior = prior + log_prob
             continue

@@ -92,7 +92,20 @@ class Quadrature(_Deterministic):
         num_data = clamp(task.max_memory / (side**dim * dim * 16), task.size)
         num_points = clamp(task.max_memory / (num_data * per_point), side**dim)
         task.start(task.size, "datum")
-        return join(self, [self._score(part, side, num_points) for part in task.split(num_data)])
+        return join(self, [self._score_all(part, side, num_points) for part in task.split(num_data)])
+
+    def _score_all(self, task: Task, side: int, num_points: int) -> Estimate:
+        """Scores some data, with a grid for each combination of the discrete latents that are summed over."""
+        parts = [self._score(part, side, num_points) for part in task.by_values()]
+        task.advance(task.size)
+        if len(parts) == 1:
+            return parts[0]
+        value = torch.stack([part.value for part in parts]).double()
+        share = value.softmax(0).nan_to_num(0.0)
+        error = torch.stack([part.standard_error for part in parts]).double()
+        error = torch.where(share > 0, share * error, 0.0).sum(0)
+        dtype = parts[0].value.dtype
+        return self._estimate(value.logsumexp(0).to(dtype), error.to(dtype), self.num_samples)
 
     def _score(self, task: Task, side: int, num_points: int) -> Estimate:
         """Scores some data on grids of `side` points per dimension, with `num_points` at once."""
@@ -120,7 +133,6 @@ class Quadrature(_Deterministic):
             low, high, moved = _shrink(log_f, low, high, side)
             if not moved:
                 break
-        task.advance(task.size)
         return self._estimate(value.to(low.dtype), error.to(low.dtype), self.num_samples)
 
     def trusts(self, estimate: Estimate) -> Tensor:

@@ -28,6 +28,7 @@ _LEAST_STARTS = 16  # from the prior, in all data of a part
 _MORE_STARTS = 12  # for all data of a part, if one of them has several modes
 _FAR_ROUNDS = 3  # each with twice as many lines as the one before, under heavy tails
 _FAINT = 5.0  # nats of mass below the largest, under which a mode is left out
+_FAINT_VALUE = 8.0  # the same for a value of discrete latents, of which there may be many
 
 
 class Laplace(Proposal):
@@ -54,8 +55,9 @@ class Laplace(Proposal):
     second moment close to the smallest.
 
     Dimensions of a plate within a datum are independent given the sites before. The guide serves as a start only.
-    Discrete latents beside the continuous ones are summed over, where they have at most 64 combinations of values or
-    can be eliminated one after the other.
+    Discrete latents beside the continuous ones are summed over, where they have at most 64 combinations of values, each
+    of which gets modes of its own, or where they can be eliminated one after the other. Latents that are masked count
+    as if they were not, in the model and in the proposal: their density integrates to one.
 
     Args:
         num_starts: points that Newton steps start from, at least 1: the guide's mean, and draws of the prior. With 1, a
@@ -123,7 +125,17 @@ class Laplace(Proposal):
         return max((used[1] - used[0]) / (sizes[1] - sizes[0]), 1)  # without what does not grow with the data
 
     def _fit_part(self, task: Task, per_datum: float) -> Components:
-        target, at_once = joint_of(task), max(1, int(task.max_memory / (per_datum * task.size)))
+        at_once = max(1, int(task.max_memory / (per_datum * task.size)))
+        # By values of discrete latents, so that a narrow mode of one does not hide a wide one of another.
+        found = _merged([self._modes(part, at_once) for part in task.by_values()])
+        if self.scale is not None:
+            return found._replace(scale_tril=self.scale * found.scale_tril)
+        pilots = draw_pilots(joint_of(task), found, self.num_pilots, at_once)
+        return found.moved(pilots.u, pilots.log_w).scaled(pilots, self.degrees)
+
+    def _modes(self, task: Task, at_once: int) -> Components:
+        """Returns a component for each mode, whose shares are the masses there: they do not sum to one."""
+        target = joint_of(task)
         with torch.no_grad():
             u = target.pack(task.draw(_MEAN_DRAWS)[0]).mean(0, keepdim=True)
         best = climb(task, u, self.num_steps)
@@ -142,14 +154,11 @@ class Laplace(Proposal):
             if not any(bool(other.any()) for other in is_other):
                 ends = [best]
                 break
-        if len(ends) == 1:
-            found = Components.single(mode.u, torch.linalg.cholesky(mode.curvature.inverse()).to(u.dtype))
-        else:
-            found = _separate(Ends.cat(ends))
-        if self.scale is not None:
-            return found._replace(scale_tril=self.scale * found.scale_tril)
-        pilots = draw_pilots(target, found, self.num_pilots, at_once)
-        return found.moved(pilots.u, pilots.log_w).scaled(pilots, self.degrees)
+        if len(ends) > 1:
+            return _separate(Ends.cat(ends))
+        found = Components.single(mode.u, torch.linalg.cholesky(mode.curvature.inverse()).to(u.dtype))
+        log_mass = best.log_joint[0].double() - 0.5 * mode.curvature.log_det()
+        return found._replace(log_share=log_mass.unsqueeze(-1).to(u.dtype))
 
     def _far_modes(self, task: Task, mode: Mode, at_once: int) -> list[Ends]:
         """Returns modes that draws of a prior with heavy tails seldom come near.
@@ -251,5 +260,17 @@ def _separate(ends: Ends) -> Components:
     log_share = torch.where(is_kept, log_mass.nan_to_num(neginf=-1e30), -math.inf)
     chosen = log_share.argsort(0, descending=True)[: int(is_kept.sum(0).max())]
     scale_tril = torch.linalg.cholesky(curvature.of((chosen, columns)).inverse())
-    columns_last = (log_share.gather(0, chosen).log_softmax(0), u[chosen, columns], scale_tril)
+    columns_last = (log_share.gather(0, chosen), u[chosen, columns], scale_tril)
     return Components(*(t.movedim(0, 1).to(u.dtype) for t in columns_last))
+
+
+def _merged(parts: list[Components]) -> Components:
+    """Returns those of all parts that have enough mass for a datum, with shares that sum to one."""
+    log_mass, mean, scale_tril = (torch.cat(columns, dim=1) for columns in zip(*parts, strict=True))
+    if len(parts) > 1:
+        log_mass = torch.where(log_mass > log_mass.amax(1, keepdim=True) - _FAINT_VALUE, log_mass, -math.inf)
+        chosen = log_mass.argsort(1, descending=True)[:, : int((log_mass > -math.inf).sum(1).max().clamp(min=1))]
+        rows = torch.arange(len(mean), device=mean.device).unsqueeze(-1)
+        log_mass, mean, scale_tril = log_mass[rows, chosen], mean[rows, chosen], scale_tril[rows, chosen]
+    nothing = ~(log_mass > -math.inf).any(1, keepdim=True)  # the weights will tell
+    return Components(torch.where(nothing, 0.0, log_mass).log_softmax(1), mean, scale_tril)

@@ -146,7 +146,8 @@ class Components(NamedTuple):
         if self.num_components == 1:
             return self._replace(mean=mean)
         is_there = self.log_share > -math.inf
-        share = torch.where(is_there, torch.lerp(self.log_share.exp(), total, trust).clamp(min=_LEAST_SHARE), 0)
+        least = min(_LEAST_SHARE, 0.5 / self.num_components)
+        share = torch.where(is_there, torch.lerp(self.log_share.exp(), total, trust).clamp(min=least), 0)
         return self._replace(mean=mean, log_share=(share / share.sum(-1, keepdim=True)).log())
 
 

@@ -3,6 +3,7 @@ r"""Proposals: the distributions from which latents are drawn, and from which an
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import replace
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from pyrovae.estimators.base import check_count, check_positive
 from pyrovae.estimators.task import Task, prior_of, sum_out_discrete
 from pyrovae.inference.messages import described
 from pyrovae.inference.structure import SiteStructure
-from pyrovae.inference.weights import inspect_samples, log_q_of, trace_model
+from pyrovae.inference.weights import inspect_samples, trace_model
 from pyrovae.recorded import NumbersChecked
 
 
@@ -45,8 +46,8 @@ class Proposal(NumbersChecked, ABC):
 
     To add one, write :meth:`guides`, which returns Pyro guides for all data of a :class:`Task`, with their shares of
     the draws. Weights have the right mean under any proposal; the proposal decides only their variance. `needs_guide`
-    says whether it uses the task's guide, and `sums_discrete` whether it draws continuous latents alone, so that few
-    discrete ones beside them are summed over.
+    says whether it uses the task's guide, and `sums_discrete` whether it draws continuous latents alone, and without
+    masks, so that few discrete ones beside them are summed over.
     """
 
     needs_guide = True
@@ -65,7 +66,7 @@ class Proposal(NumbersChecked, ABC):
 
     def prepare(self, task: Task) -> Task:
         """Returns the task of the latents that are drawn, for an estimator that uses the proposal."""
-        return sum_out_discrete(task) if self.sums_discrete else task
+        return sum_out_discrete(replace(task, unmasked=True)) if self.sums_discrete else task
 
     def single(self, task: Task, user: str) -> WeightedGuide:
         """Returns the only guide to draw from; raises a ValueError for a mixture of several.
@@ -177,6 +178,10 @@ class Mixed(Proposal):
         for share in self.shares:
             check_positive("shares", share)
         self.needs_guide = any(proposal.needs_guide for proposal in self.proposals)
+
+    def prepare(self, task: Task) -> Task:
+        # All parts must count the same densities.
+        return replace(task, unmasked=task.unmasked or any(part.sums_discrete for part in self.proposals))
 
     def fit(self, task: Task) -> Proposal:
         return Mixed([proposal.fit(task) for proposal in self.proposals], self.shares)
@@ -305,7 +310,7 @@ def log_density(task: Task, guide: Callable, trace: Trace, num_samples: int) -> 
     if not getattr(guide, "draws_directly", False):  # the task's guide, or a modification of it
         check_no_auxiliary(task.structure)
     drawn = trace_model(guide, trace, task.structure, num_samples, *task.args, **task.kwargs)
-    return log_q_of(task.without_summed(drawn))
+    return task.log_q_of(drawn)
 
 
 class _ModifiedGuide:

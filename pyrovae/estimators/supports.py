@@ -96,11 +96,13 @@ class Combinations(NamedTuple):
         sites: the values of each site.
         nodes: the sites, in a trace of several draws.
         place: dimension of the data in a value of shape ``(num_samples, *plates, *event)``.
+        only: the number of the single one that is meant; None for all.
     """
 
     sites: dict[str, Listed]
     nodes: Mapping[str, dict]
     place: int
+    only: int | None = None
 
     @classmethod
     def of(cls, nodes: Mapping[str, dict], place: int) -> "Combinations":
@@ -110,6 +112,8 @@ class Combinations(NamedTuple):
     @property
     def total(self) -> int:
         """Their number, an integer of Python: it may be very large."""
+        if self.only is not None:
+            return 1
         return math.prod(len(site.values) ** site.cells for site in self.sites.values())
 
     @property
@@ -120,6 +124,7 @@ class Combinations(NamedTuple):
     def values(self, numbers: Tensor, size: int) -> dict[str, Tensor]:
         """Returns the values of the combinations with some numbers, for a number of data; a latent is a digit."""
         assigned = {}
+        numbers = numbers if self.only is None else torch.full_like(numbers, self.only)
         for name, site in self.sites.items():
             digits = []
             for _ in range(site.cells):

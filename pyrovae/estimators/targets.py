@@ -267,7 +267,7 @@ class Target:
                 return prior + log_det, likelihood.expand(u.shape[:2])
             if self._fixed is not None:
                 value = trace.nodes[self._fixed["name"]]["value"]
-                log_q = per_datum(self._fixed, log_prob_of({**self._fixed, "value": value}))
+                log_q = per_datum(self._fixed, task.log_prob_of({**self._fixed, "value": value}))
             else:
                 log_q = log_density(task, self.start.guide, trace, chains)
             return log_q + log_det, prior + likelihood + log_det

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -33,7 +33,6 @@ from pyrovae.inference.weights import (
     in_plate_of_one,
     inspect_weights,
     log_prob_of,
-    log_q_of,
     per_datum,
     trace_guide,
     trace_model,
@@ -69,6 +68,8 @@ class Task:
         divisible: whether some of the data can be scored alone; not so if parameters of the guide belong to rows.
         summed: values of the discrete latents that log-probabilities are sums over; None without.
         eliminates: whether these latents are eliminated one after the other, and not by all of their combinations.
+        unmasked: whether the densities of latents, of the model and of what draws them, count where they are masked.
+            Latents that play no part then have a density whose integral is one, which proposals without masks need.
     """
 
     model: Callable
@@ -84,6 +85,7 @@ class Task:
     divisible: bool = True
     summed: Combinations | None = None
     eliminates: bool = False
+    unmasked: bool = False
 
     def rows(self, rows: slice | Tensor) -> "Task":
         """Returns the task for some of the data, a slice or indices; for all of them if it is not divisible."""
@@ -115,6 +117,13 @@ class Task:
                 self.summed.check(sample_sites(replace(part, summed=None).draw(1, prior_of(self.model))[0]))
             yield replace(part, structure=structure)
 
+    def by_values(self) -> "list[Task]":
+        """Returns a task for each combination of the latents that are summed over; itself without, or if eliminated."""
+        if self.summed is None or self.eliminates:
+            return [self]
+        numbers = range(self.summed.total)
+        return [replace(self, summed=self.summed._replace(only=number), graphs=None) for number in numbers]
+
     def start(self, total: float, unit: str) -> None:
         """Resets the progress bar to a total of some unit."""
         self.bar.unit = unit
@@ -132,7 +141,19 @@ class Task:
         with arguments.row_positions(self.offset):
             trace = trace_guide(guide or self.guide, self.structure, num_samples, *self.args, **self.kwargs)
         trace = self.without_summed(trace)
-        return trace, log_q_of(trace)
+        return trace, self.log_q_of(trace)
+
+    def log_q_of(self, trace: poutine.Trace) -> Tensor:
+        r"""Returns :math:`\log q` of the latents in a guide's trace that are not summed over."""
+        sites = sample_sites(self.without_summed(trace))
+        latents = (site for site in sites.values() if not site["is_observed"])
+        return torch.as_tensor(sum((per_datum(site, self.log_prob_of(site)) for site in latents), 0.0))
+
+    def log_prob_of(self, site: dict) -> Tensor:
+        """Returns the log-probability of a site of a trace, masked or not."""
+        is_summed = self.summed is not None and site["name"] in self.summed.sites
+        counts = not site["is_observed"] and (self.unmasked or is_summed)
+        return unmasked_log_prob_of(site) if counts else log_prob_of(site)
 
     def check_not_summed(self, user: str) -> None:
         """Raises a ValueError if latents are summed over, for a user that draws them all, "ParticleFilter" for one."""
@@ -180,7 +201,8 @@ class Task:
         others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         if self.graphs.backend is play_back and sum(t.numel() for t in inputs) > _MOST_NUMBERS:
             return function()
-        static = (self.structure, *static)  # says how draws are made, which may change from chunk to chunk
+        # The structure says how draws are made, which may change from chunk to chunk.
+        static = (self.structure, self.unmasked, *static)
         result = self.graphs(lambda leaves: function(), [*inputs, *tensors], (self.model, *others), static)
         return function() if result is None else result[0]
 
@@ -192,7 +214,9 @@ class Task:
                 self._score_draws(trace, num_samples, check_data)
             names = frozenset(self.summed.sites)
             with arguments.row_positions(self.offset):
-                sums = log_sums(self.model, trace, self.structure, names, num_samples, self.args, self.kwargs)
+                sums = log_sums(
+                    self.model, trace, self.structure, names, num_samples, self.args, self.kwargs, self.log_prob_of
+                )
             return sums[0], sums[1] - sums[0]
         total = self.summed.total
         terms = self._score_draws(self._with_values(trace, self.summed, num_samples), total * num_samples, check_data)
@@ -225,8 +249,7 @@ class Task:
         for name, site in sample_sites(scored).items():
             if name in self.structure.global_observed:
                 continue
-            is_summed = self.summed is not None and name in self.summed.sites
-            log_prob = unmasked_log_prob_of(site) if is_summed else log_prob_of(site)
+            log_prob = self.log_prob_of(site)
             if not site["is_observed"]:
                 prior.append(per_datum(site, log_prob))
                 continue
@@ -303,22 +326,37 @@ class _Completed:
             self.model(*args, **kwargs)
 
 
-def _enumerated(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> frozenset[str] | None:
-    """Returns the latents of a model that are to be enumerated, as by Pyro's TraceEnum_ELBO: the guide lacks them.
+class _Pair(NamedTuple):
+    """What the sites of a model and of a guide say of each other.
 
-    None if model and guide do not run.
+    Args:
+        enumerated: latents of the model that the guide lacks, to be enumerated as by Pyro's TraceEnum_ELBO.
+        unmasked: whether a latent is masked in one of the two, and not in the other, or for other data.
     """
+
+    enumerated: frozenset[str]
+    unmasked: bool
+
+
+def _pair_of(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> _Pair | None:
+    """Returns what the sites of a model and of a guide say of each other; None if they do not run."""
     with isolated(tensors_of(args, kwargs)):
         try:
             drawn = traced(guide, None, *args, **kwargs)
             sites = sample_sites(traced(model, latents_of_trace(drawn), *args, **kwargs))
         except Exception:  # for some numbers of rows only, or raised again where both are inspected
             return None
-    return frozenset(
-        name
-        for name, site in sites.items()
-        if name not in drawn.nodes and not site["is_observed"] and site["infer"].get("enumerate")
-    )
+    latents, of_guide = {name: site for name, site in sites.items() if not site["is_observed"]}, sample_sites(drawn)
+    enumerated = (n for n, site in latents.items() if n not in drawn.nodes and site["infer"].get("enumerate"))
+    both = latents.keys() & of_guide.keys()
+    return _Pair(frozenset(enumerated), any(not _same_mask(latents[name], of_guide[name]) for name in both))
+
+
+def _same_mask(one: dict, other: dict) -> bool:
+    """Whether two sites of the same shape are masked in the same way."""
+    masks = [torch.as_tensor(True if site["mask"] is None else site["mask"]) for site in (one, other)]
+    first, second = torch.broadcast_tensors(*masks)
+    return torch.equal(first, second)
 
 
 def prior_of(model: Callable) -> Callable:
@@ -360,9 +398,10 @@ def open_task(
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
     with evaluation_mode(), bar, arguments.row_positions(offset):
         divisible = True
-        enumerated = _enumerated(model, guide, head, named)
-        if enumerated is None:
-            enumerated = _enumerated(model, guide, *take_rows(slice(None), args, kwargs))
+        pair = _pair_of(model, guide, head, named)
+        if pair is None:
+            pair = _pair_of(model, guide, *take_rows(slice(None), args, kwargs))
+        enumerated, unmasked = pair or (frozenset[str](), False)
         if enumerated:
             guide = _Completed(guide, model, enumerated)
         try:
@@ -386,6 +425,7 @@ def open_task(
                 'pyro.sample("x", ..., obs=x). Were model and guide swapped?'
             )
         task = Task(model, guide, structure, args, kwargs, size, max_memory, bar, offset=offset, divisible=divisible)
+        task = replace(task, unmasked=unmasked)
         yield sum_out(task, enumerated) if enumerated else task
 
 
