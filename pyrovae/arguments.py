@@ -144,6 +144,10 @@ def canonicalize(
     Raises:
         ValueError: when an argument has rows or entries, but not one per datum, or is ambiguous.
     """
+    if any(isinstance(x, Arguments) for x in args):
+        if len(args) != 1:
+            raise ValueError("pyrovae.Arguments holds all positional arguments: give no other.")
+        args, kwargs = args[0].args, args[0].kwargs | kwargs
     args, kwargs = as_rows(args, kwargs, numbers)
     arguments = _named(args, kwargs)
     first, size = _first_size(arguments)

@@ -505,3 +505,25 @@ def test_rounding_is_found_beside_missing_elements():
     x = np.array([[1e8, np.nan], [1e8 + 1, 0.5], [np.nan, 0.7]])
     with pytest.warns(UserWarning, match="element 0"):
         check_rows("x", ArrayRows(x, torch.float32), missing=True)
+
+
+def test_arguments_are_scored_as_what_they_hold():
+    def model(x, p=0.5):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z * p, 1.0), obs=x)
+
+    def guide(x, p=0.5):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    x = torch.randn(10)
+    pyro.set_rng_seed(0)
+    found = log_marginal(model, guide, Arguments(x, p=0.2), num_samples=50, progress=False)
+    pyro.set_rng_seed(0)
+    assert torch.equal(found.value, log_marginal(model, guide, x, p=0.2, num_samples=50, progress=False).value)
+    with pytest.raises(ValueError, match="Arguments holds all positional arguments"):
+        log_marginal(model, guide, Arguments(x), 0.2, progress=False)
+    for data in ((x, 0.5), x.tolist()):
+        with pytest.raises(ValueError, match='the data at site "x" is a .*, not a tensor: give numbers as a tensor'):
+            log_marginal(model, guide, data, progress=False)

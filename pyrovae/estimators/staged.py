@@ -294,7 +294,9 @@ class UntilTrusted(Estimator):
         )
 
     def remedy(self, structure: SiteStructure) -> str:
-        other = "AnnealedImportanceSampling(), with few latents ImportanceSampling(20_000, Prior())"
+        # Of discrete latents, k-hat says nothing.
+        few = "Quadrature()" if structure.discrete else "Quadrature() or ImportanceSampling(20_000, Prior())"
+        other = f"AnnealedImportanceSampling(), with few latents {few}"
         time = "Take" if self.seconds is None else "Give it more seconds, or take"
         return f"{time} {other}, or stages with more samples."
 

@@ -252,9 +252,18 @@ def _is_unvalidated(fn: Any) -> bool:
     return torch.distributions.Distribution._validate_args and not getattr(unwrapped(fn), "_validate_args", True)
 
 
+def _kind(value: Any) -> str:
+    return next((kind.__name__ for kind in (tuple, list, dict) if isinstance(value, kind)), type(value).__name__)
+
+
 def _check_rows(name: str, site: dict) -> None:
     """Raises a ValueError if the data at a site do not fit its plates."""
     value, fn = site["value"], site["fn"]
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(
+            f'the data at site "{name}" is a {_kind(value)}, not a tensor: give numbers as a tensor or an array, and '
+            "several arguments one by one, not as a tuple."
+        )
     try:
         torch.broadcast_shapes(value.shape[: value.dim() - len(fn.event_shape)], fn.batch_shape)
     except RuntimeError:
