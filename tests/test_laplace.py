@@ -367,3 +367,26 @@ def test_discrete_latents_are_refused():
 def test_arguments_are_checked(name):
     with pytest.raises(ValueError, match=name):
         Laplace(**{name: 0})
+
+
+@pytest.mark.parametrize("x", [torch.full((40,), 5.0), torch.linspace(3.0, 5.0, 60)], ids=["equal", "different"])
+def test_modes_of_some_data_are_found_for_all(x):
+    x = x.double()
+
+    def model(x):  # one of two latents is seen, and the prior seldom comes near the second mode
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.tensor(2.0).double(), 1.0))
+            b = pyro.sample("b", dist.Normal(torch.tensor(-1.0).double(), 2.0))
+            seen = dist.Normal(torch.stack([a, b], dim=-1), 0.1)
+            pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.4, 0.6]).double()), seen), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(torch.tensor(2.0).double(), 1.0))
+            pyro.sample("b", dist.Normal(torch.tensor(-1.0).double(), 2.0))
+
+    each = [math.log(p) + dist.Normal(loc, var**0.5).log_prob(x) for p, loc, var in ((0.4, 2, 1.01), (0.6, -1, 4.01))]
+    found = score(model, guide, x, num_samples=4000)
+    assert found.trusted.float().mean() > 0.9
+    off = found.value - torch.stack(each).logsumexp(0)
+    assert (off.abs() < ERRORS * found.standard_error)[found.trusted].all()

@@ -24,8 +24,9 @@ from pyrovae.estimators.task import Task
 
 MAX_DIM = 2000  # of the latents of a datum, above which another proposal is better: the time rises with the square
 _MEAN_DRAWS = 64  # of the guide, whose mean is the first start
-_LEAST_STARTS = 16  # from the prior, in all data of a part
+_LEAST_STARTS = 32  # from the prior, in all data of a part
 _MORE_STARTS = 12  # for all data of a part, if one of them has several modes
+_SHARED_STARTS = 12  # modes of other data, from which climbs of all data start then
 _FAR_ROUNDS = 3  # each with twice as many lines as the one before, under heavy tails
 _FAINT = 5.0  # nats of mass below the largest, under which a mode is left out
 _FAINT_VALUE = 8.0  # the same for a value of discrete latents, of which there may be many
@@ -44,7 +45,8 @@ class Laplace(Proposal):
     what is left out is small.
 
     Mostly all starts of a datum end at one mode. Where one of some data has several, with a mass that is not negligible
-    beside the largest, more starts are made for all of these data, and each mode that is found gets a component.
+    beside the largest, more starts are made for all of these data, from draws of the prior and from the modes of each
+    other, and each mode that is found gets a component.
 
     Under a prior with tails like a power, such as Cauchy's, a mode may be anywhere. Newton steps then start, too, from
     the highest points of lines along these latents, to a million times the spread of the prior. Modes where more than
@@ -61,7 +63,7 @@ class Laplace(Proposal):
 
     Args:
         num_starts: points that Newton steps start from, at least 1: the guide's mean, and draws of the prior. With 1, a
-            second mode is never seen. Few data, fewer than 16, have more starts each.
+            second mode is never seen. Few data, fewer than 32, have more starts each.
         num_steps: largest number of Newton steps, at least 1.
         num_pilots: pilot draws per datum, at least 1.
         scale: s, with the modes as centres; None to choose both by the pilot draws.
@@ -147,8 +149,10 @@ class Laplace(Proposal):
             if num_starts == 0:
                 break
             with pyro.validation_enabled(False):  # a scale may round to zero, far out
-                starts = target.draw(num_starts).split(at_once)
-            ends += [climb(task, start, self.num_steps, known=mode) for start in starts]
+                starts = target.draw(num_starts)
+            if len(ends) > 1:  # what is a mode of one datum is near one of another
+                starts = torch.cat([starts, _modes_of_others(ends[1:], mode, task.size)])
+            ends += [climb(task, start, self.num_steps, known=mode) for start in starts.split(at_once)]
             # Not worth more starts if their height is far lower.
             is_other = [(end.log_joint > best.log_joint - 4 * _FAINT) & ~mode.is_near(end.u) for end in ends]
             if not any(bool(other.any()) for other in is_other):
@@ -239,6 +243,13 @@ class Shared(Proposal):
             if kept.any():
                 parts.append(Fitted(part.components.rows(kept), part.degrees, known[kept]))
         self.parts = parts
+
+
+def _modes_of_others(ends: list[Ends], mode: Mode, size: int) -> Tensor:
+    """Returns some of the points where climbs of any datum ended, away from its first mode, as starts for all data."""
+    found = torch.cat([end.u[(end.log_joint > -math.inf) & ~mode.is_near(end.u)] for end in ends])
+    chosen = torch.randperm(len(found))[:_SHARED_STARTS].to(found.device)
+    return found[chosen].unsqueeze(1).expand(-1, size, -1)
 
 
 def _indices(offset: int | Tensor, size: int) -> Tensor:
