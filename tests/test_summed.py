@@ -529,3 +529,20 @@ def test_parts_of_masked_data_are_scored_given_others():
     found = log_conditional(with_mask, unmasked_guide, x, MASKED, w, given="w", progress=False)
     truth = torch.where(MASKED, dist.Normal(torch.zeros(15).double(), 1.09**0.5).log_prob(x), 0.0)
     assert ((found.value - truth).abs() < ERRORS * found.standard_error + ROUNDING).all()
+
+
+def test_a_grid_that_misses_a_ridge_is_not_trusted():
+    def model(x):  # the switch summed out by hand, so that the grid is one for both ridges
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.tensor(0.0).double(), 1.0))
+            b = pyro.sample("b", dist.Normal(torch.tensor(0.0).double(), 10.0))
+            seen = dist.Normal(torch.stack([a, b], dim=-1), 0.1)
+            pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2).double()), seen), obs=x)
+
+    x = torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0]).double()
+    each = [dist.Normal(0.0, (scale**2 + 0.01) ** 0.5).log_prob(x) - math.log(2) for scale in (1, 10)]
+    truth = torch.stack(each).logsumexp(0)
+    coarse, fine = (score(model, None, x, Quadrature(n)) for n in (1600, 1_000_000))
+    assert ((coarse.value - truth).abs() > 0.3).any()
+    assert ((coarse.value - truth).abs() < 0.1)[coarse.trusted].all()
+    assert fine.trusted.all() and ((fine.value - truth).abs() < 0.02).all()

@@ -2,13 +2,14 @@ r"""Deterministic values of log p(x): quadrature for few latent dimensions, enum
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyrovae.estimators.base import Estimate, Estimator, join
-from pyrovae.estimators.memory import Allocations, clamp
+from pyrovae.estimators.memory import Allocations, clamp, split_evenly
 from pyrovae.estimators.proposals import WeightedGuide
 from pyrovae.estimators.supports import Combinations, check_unmasked
 from pyrovae.estimators.targets import Target
@@ -19,6 +20,10 @@ from pyrovae.inference.structure import SiteStructure
 _DEPTH = 25.0  # nats below the maximum of an integrand, beyond which it is ignored: e^-25 is 1e-11
 _ROUNDS = 12  # grids fitted to each datum, at most
 _PRIOR_DRAWS = 1000
+_CHECK_DRAWS = 16_000  # of the prior again, less than one of the rounds
+_TELLING = 20.0  # effective draws from which their mean has an error
+_ERRORS = 4.0  # standard errors, by which their mean is clearly above
+_FACTOR = math.log(1e4)  # the same for fewer draws, by Markov's inequality
 _ROUNDINGS = 8  # steps of the precision of log p(x, u): those of its terms, which may be larger than their sum
 
 
@@ -40,10 +45,11 @@ class Quadrature(_Deterministic):
 
     The grid starts as wide as draws of the prior, and shrinks to the region within 25 nats of the highest point. The
     error falls exponentially with the number of points for smooth integrands that vanish at both ends, and
-    quadratically where a decoder has kinks (ReLU). The stated error is the change with half as many points in each
-    dimension, for smooth integrands far more than the true error; plus the share of the outermost points, and the
-    rounding of log p(x, u). It does not see a peak that is narrow beside the distance of two points. Constrained
-    latents are integrated in the unconstrained space. Discrete latents beside them are summed over, as
+    quadratically where a decoder has kinks (ReLU). The stated error is the largest change with half as many points in
+    each dimension, for smooth integrands far more than the true error; plus the share of the outermost points, and the
+    rounding of log p(x, u). A peak that is narrow beside the distance of two points may be missed; where draws of
+    the prior find more of p(x), the value is not trusted. Constrained latents are integrated in the unconstrained
+    space. Discrete latents beside them are summed over, as
     :class:`Laplace` does. The guide is not used.
 
     Args:
@@ -124,8 +130,10 @@ class Quadrature(_Deterministic):
         for _ in range(_ROUNDS):
             log_f = torch.cat([target.log_joint(low + part * (high - low)) for part in unit.split(num_points)])
             log_f = log_f.double().unflatten(0, shape)
-            new_value = _log_integral(log_f, low, high, 1)
-            new_error = (new_value - _log_integral(log_f, low, high, 2)).abs().nan_to_num(nan=math.inf)
+            new_value = _log_integral(log_f, low, high, 1, (0,) * target.dim)
+            # Every second point in each dimension, from either of the first two: of what is narrow some see more.
+            halves = [_log_integral(log_f, low, high, 2, first) for first in product((0, 1), repeat=target.dim)]
+            new_error = (new_value - torch.stack(halves)).abs().amax(0).nan_to_num(nan=math.inf)
             new_error = new_error + _share_outside(log_f, low.shape[-1]) + _rounding(log_f, low.dtype)
             # Keep the grid with the smallest error, not the last: a heavy tail can mislead the last ones.
             value = torch.where(new_error <= error, new_value, value)
@@ -133,6 +141,10 @@ class Quadrature(_Deterministic):
             low, high, moved = _shrink(log_f, low, high, side)
             if not moved:
                 break
+        if task.summed is None or task.eliminates:  # else the prior's draws are those of all values
+            sizes = split_evenly(min(_CHECK_DRAWS, self.num_samples), num_points)
+            seen = torch.cat([target.values(target.draw(n))[1].expand(n, task.size) for n in sizes])
+            error = torch.where(_is_above(seen.double(), value), math.inf, error)
         return self._estimate(value.to(low.dtype), error.to(low.dtype), self.num_samples)
 
     def trusts(self, estimate: Estimate) -> Tensor:
@@ -180,6 +192,20 @@ def _hidden(log_f: Tensor, dim: int) -> Tensor:
     return 0.125 * dim * bend
 
 
+def _is_above(log_likelihood: Tensor, value: Tensor) -> Tensor:
+    """Returns whether draws of the prior find more than a grid, which may miss what is narrow, ``(batch,)``.
+
+    Args:
+        log_likelihood: log p(x | u) at the draws, ``(draws, batch)``.
+        value: log p(x) by the grid, ``(batch,)``.
+    """
+    log_sum, size = log_likelihood.logsumexp(0), len(log_likelihood)
+    ess = (2 * log_sum - (2 * log_likelihood).logsumexp(0)).exp()
+    excess, error = log_sum - math.log(size) - value, (1 / ess - 1 / size).clamp(min=0).sqrt()
+    # The mean of few draws that count has no error, but is so far above p(x) once in as many data at most.
+    return torch.where(ess > _TELLING, excess > _ERRORS * error, excess > _FACTOR)
+
+
 def _share_outside(log_f: Tensor, dim: int) -> Tensor:
     """Returns the mass of the outermost points, a guess of the mass beyond them, in nats; infinite if it is all."""
     edge = max(1, len(log_f) // 20)
@@ -192,10 +218,18 @@ def _rounding(log_f: Tensor, dtype: torch.dtype) -> Tensor:
     return _ROUNDINGS * torch.finfo(dtype).eps * log_f.flatten(0, -2).amax(0).abs().clamp(min=1.0)
 
 
-def _log_integral(log_f: Tensor, low: Tensor, high: Tensor, stride: int) -> Tensor:
-    """Returns the log of the integral over a box, ``(batch,)``, by every `stride`-th point in each dimension."""
+def _log_integral(log_f: Tensor, low: Tensor, high: Tensor, stride: int, first: tuple[int, ...]) -> Tensor:
+    """Returns the log of the integral over a box, ``(batch,)``, by some points.
+
+    Args:
+        log_f: the integrand at the points, ``(side, ..., side, batch)``.
+        low: the lowest corner of the box, ``(batch, dim)``.
+        high: the highest.
+        stride: every such point counts in each dimension.
+        first: index of the first that counts, in each dimension.
+    """
     dim, side = low.shape[-1], len(log_f)
-    some = log_f[(slice(None, None, stride),) * dim]
+    some = log_f[tuple(slice(start, None, stride) for start in first)]
     cells = (side - 1) / stride
     volume = ((high - low).double() / cells).log().sum(-1)
     return some.flatten(0, dim - 1).logsumexp(0) + volume
