@@ -546,3 +546,67 @@ def test_a_grid_that_misses_a_ridge_is_not_trusted():
     assert ((coarse.value - truth).abs() > 0.3).any()
     assert ((coarse.value - truth).abs() < 0.1)[coarse.trusted].all()
     assert fine.trusted.all() and ((fine.value - truth).abs() < 0.02).all()
+
+
+def test_sums_of_factors_that_disagree_do_not_underflow():
+    logits = torch.tensor([[0.0, -1.6, -math.inf], [-math.inf, 0.0, -1.6], [-math.inf, -math.inf, 0.0]])
+
+    def model(x):  # from left to right, with a step that fits the first state alone
+        with pyro.plate("series", len(x)):
+            y = torch.tensor(0)
+            for t in pyro.markov(range(x.shape[1])):
+                y = pyro.sample(f"y{t}", dist.Categorical(logits=logits[y]), infer={"enumerate": "parallel"})
+                pyro.sample(f"x{t}", dist.Normal(1.0 * y, 0.1), obs=x[:, t])
+
+    x = torch.linspace(0, 2, 20).round().expand(3, -1) + 0.1 * torch.randn(3, 20)
+    x[1:, 15] = torch.tensor([0.0, -1.0])
+    found = log_marginal(model, nothing, x, progress=False)
+    x, steps, states = x.double(), dist.Categorical(logits=logits.double()).logits, torch.arange(3).double()
+    forward = steps[0] + dist.Normal(states, 0.1).log_prob(x[:, :1])
+    for t in range(1, 20):
+        forward = (forward.unsqueeze(-1) + steps).logsumexp(1) + dist.Normal(states, 0.1).log_prob(x[:, t, None])
+    truth = forward.logsumexp(-1)
+    assert truth.min() < -150
+    torch.testing.assert_close(found.value.double(), truth, rtol=1e-6, atol=0)
+
+
+def test_a_class_that_many_cells_share_is_eliminated():
+    mean, probs = torch.tensor([-2.0, 0.0, 2.5]).double(), torch.tensor([0.2, 0.5, 0.3]).double()
+
+    def model(x):
+        with pyro.plate("rows", len(x), dim=-2):
+            b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.3).double()), infer={"enumerate": "parallel"})
+            with pyro.plate("cells", x.shape[1], dim=-1):
+                k = pyro.sample("k", dist.Categorical(probs), infer={"enumerate": "parallel"})
+                pyro.sample("x", dist.Normal(mean[k] + 3 * b, 0.7), obs=x)
+
+    x = 3 * torch.randn(6, 20).double()
+    found = log_marginal(model, nothing, x, progress=False)
+    cells = [probs.log() + dist.Normal(mean + 3 * b, 0.7).log_prob(x.unsqueeze(-1)) for b in (0, 1)]
+    each = [math.log(p) + cell.logsumexp(-1).sum(-1) for p, cell in zip((0.7, 0.3), cells, strict=True)]
+    torch.testing.assert_close(found.value, torch.stack(each).logsumexp(0), rtol=0, atol=ROUNDING)
+
+
+def test_a_series_needs_a_dimension_for_the_batch():
+    def model(x):
+        with pyro.plate("data", 1):
+            y = torch.tensor(0)
+            for t in pyro.markov(range(len(x))):
+                y = pyro.sample(f"y{t}", dist.Categorical(STEPS[y]), infer={"enumerate": "parallel"})
+                pyro.sample(f"x{t}", dist.Normal(2.0 * y, 1.0), obs=x[t])
+
+    with pytest.raises(ValueError, match="Give a single series a dimension for the batch"):
+        log_marginal(model, nothing, torch.rand(15).double(), progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:model and guide have no plate")
+def test_a_series_without_a_plate_is_one_datum():
+    def model(x):
+        y = torch.tensor(0)
+        for t in pyro.markov(range(len(x))):
+            y = pyro.sample(f"y{t}", dist.Categorical(STEPS[y]), infer={"enumerate": "parallel"})
+            pyro.sample(f"x{t}", dist.Normal(2.0 * y, 1.0), obs=x[t])
+
+    x = 3 * torch.rand(15).double()
+    found = log_marginal(model, nothing, x, progress=False)
+    torch.testing.assert_close(found.value, of_chain(x.unsqueeze(0)), rtol=0, atol=ROUNDING)

@@ -34,6 +34,7 @@ _PILOT_KHAT = 0.5  # largest k-hat of a pilot run: those that are good by chance
 _DISAGREEMENT = 4.0  # standard errors between two estimates of a datum: one datum in 16,000 by chance
 _AGREEMENT = 3.0  # standard errors between means over data
 _MISSED = 0.1  # of p(x), on average over data: what may be missed before no datum is trusted
+_MANY_MISSED = 0.01  # share of the data with a higher pilot run, above which no datum is trusted
 _TELLING = 20  # effective draws from the prior that say something of a datum
 _MARGIN = 0.7  # of the target, that a pilot run has to foresee: a full run may draw a larger weight
 _MOST_ERROR = 4.0  # targets, up to which a standard error is trusted
@@ -74,7 +75,8 @@ class UntilTrusted(Estimator):
 
     A datum is trusted if its full run is, if its standard error is at most four times `target`, and if no pilot run of
     any stage was higher by more than four standard errors of the difference: since pilot runs are unbiased too, mass
-    was missed otherwise. Mass that no stage finds is not seen: `num_checked` is for that.
+    was missed otherwise. If more than two data and one in a hundred were higher, no datum is trusted: modes of others
+    are missed too. Mass that no stage finds is not seen: `num_checked` is for that.
 
     One of the pilot runs of the default stages draws from the prior, which knows of no mode. It says nothing where its
     draws do not reach the data, as with many latents. Where it can be trusted, and is higher than the results by more
@@ -424,6 +426,9 @@ class _Result:
                 excess += (ratio - 1).sum().item()
                 variance += (ratio.square() * variances[tells]).sum().item()
                 n += len(ratio)
+        # Chance makes so many of them higher never: where modes of some data are missed, those of others are too.
+        if int(missed.sum()) > max(_MANY_MISSED * len(missed), 2):
+            missed |= True
         if excess > max(_MISSED * n, _DISAGREEMENT * math.sqrt(variance)):
             missed |= True
         reliable &= ~missed

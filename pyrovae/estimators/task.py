@@ -289,6 +289,12 @@ def sum_out(task: Task, names: frozenset[str]) -> Task:
         names = names | task.summed.sites.keys()
     few = replace(task.rows(slice(0, 2)), graphs=None, summed=None, eliminates=False)
     sites = sample_sites(few.draw(1, prior_of(task.model))[0])
+    absent = sorted(names - sites.keys())
+    if absent:
+        raise ValueError(
+            f'site "{absent[0]}" is drawn for some numbers of rows, and not for others: are the rows the steps of a '
+            "series? Give a single series a dimension for the batch, x[None], and take steps from x[:, t]."
+        )
     summed = Combinations.of({name: sites[name] for name in sorted(names)}, task.structure.data_index)
     if summed.total > _MOST_SUMMED:
         sizes = {name: len(site.values) for name, site in summed.sites.items()}
@@ -338,14 +344,20 @@ class _Pair(NamedTuple):
     unmasked: bool
 
 
-def _pair_of(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> _Pair | None:
-    """Returns what the sites of a model and of a guide say of each other; None if they do not run."""
+def _completed(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Callable, _Pair]:
+    """Returns a guide that draws enumerated latents too, and what the sites of model and guide say of each other."""
+    pair = _pair_of(model, guide, args, kwargs)
+    return (_Completed(guide, model, pair.enumerated) if pair.enumerated else guide), pair
+
+
+def _pair_of(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> _Pair:
+    """Returns what the sites of a model and of a guide say of each other; nothing if they do not run."""
     with isolated(tensors_of(args, kwargs)):
         try:
             drawn = traced(guide, None, *args, **kwargs)
             sites = sample_sites(traced(model, latents_of_trace(drawn), *args, **kwargs))
-        except Exception:  # for some numbers of rows only, or raised again where both are inspected
-            return None
+        except Exception:  # raised again where both are inspected
+            return _Pair(frozenset(), False)
     latents, of_guide = {name: site for name, site in sites.items() if not site["is_observed"]}, sample_sites(drawn)
     enumerated = (n for n, site in latents.items() if n not in drawn.nodes and site["infer"].get("enumerate"))
     both = latents.keys() & of_guide.keys()
@@ -397,13 +409,8 @@ def open_task(
     # The bar shows itself only after a delay: by then the method has set its total.
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
     with evaluation_mode(), bar, arguments.row_positions(offset):
-        divisible = True
-        pair = _pair_of(model, guide, head, named)
-        if pair is None:
-            pair = _pair_of(model, guide, *take_rows(slice(None), args, kwargs))
-        enumerated, unmasked = pair or (frozenset[str](), False)
-        if enumerated:
-            guide = _Completed(guide, model, enumerated)
+        divisible, given = True, guide
+        guide, pair = _completed(model, given, head, named)
         try:
             structure = inspect_weights(model, guide, *head, num_samples=1, **named)
             if arguments.holds_packed(args, kwargs):
@@ -413,6 +420,7 @@ def open_task(
         except Exception:  # parameters of a guide that belong to rows, for example
             divisible = False
             args, kwargs = take_rows(slice(None), args, kwargs)  # arrays as tensors
+            guide, pair = _completed(model, given, args, kwargs)
             if not inspect(model, guide, *args, **kwargs).has_plates:
                 (model, guide), size = in_plate_of_one(model, guide), 1
             structure = inspect_weights(model, guide, *args, num_samples=1, **kwargs)
@@ -425,8 +433,8 @@ def open_task(
                 'pyro.sample("x", ..., obs=x). Were model and guide swapped?'
             )
         task = Task(model, guide, structure, args, kwargs, size, max_memory, bar, offset=offset, divisible=divisible)
-        task = replace(task, unmasked=unmasked)
-        yield sum_out(task, enumerated) if enumerated else task
+        task = replace(task, unmasked=pair.unmasked)
+        yield sum_out(task, pair.enumerated) if pair.enumerated else task
 
 
 def checked(args: tuple, kwargs: dict, numbers: NumberType) -> tuple[tuple, dict, int]:

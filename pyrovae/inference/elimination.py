@@ -6,7 +6,7 @@ although there are many combinations: :math:`K^2 T` terms for T steps of K state
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import pyro
@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
+from pyro.ops.rings import LogRing
 from torch import Tensor
 
 from pyrovae.arguments import tensors_of
@@ -102,7 +103,7 @@ def _log_sums(
     tracer.trace.symbolize_dims(over_data)
     prior: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     joint: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    eliminated = set()
+    eliminated, dtype = set(), torch.float32
     for name, site in sample_sites(tracer.trace).items():
         if name in structure.global_observed:
             continue
@@ -119,12 +120,48 @@ def _log_sums(
                 same = site["value"] == chosen[name]
                 factors.append(torch.where(same.all(dim=event) if event else same, 0.0, -math.inf).to(factors[0]))
         for factor in factors:
-            joint.setdefault(ordinal, []).append(packed.pack(factor, symbols))
+            # In double precision: sums of many terms.
+            joint.setdefault(ordinal, []).append(packed.pack(factor.double(), symbols))
             if not site["is_observed"]:
-                prior.setdefault(ordinal, []).append(packed.pack(factor, symbols))
+                prior.setdefault(ordinal, []).append(packed.pack(factor.double(), symbols))
+            dtype = torch.promote_types(dtype, factor.dtype)
     samples = tracer.trace.plate_to_symbol.get(SAMPLES, "")
     first, second = (_contracted(tree, eliminated, samples, data, num_samples or 1) for tree in (prior, joint))
-    return first, second
+    return first.to(dtype), second.to(dtype)
+
+
+class _LogSums(LogRing):
+    """Sums of products in log space, one dimension after the other, cheapest first.
+
+    Pyro's own shifts each factor by its largest value: where factors disagree by 90 nats, their product is zero.
+    """
+
+    def sumproduct(self, terms: Sequence[Any], dims: Set[str]) -> Any:
+        left, terms = set(dims), list(terms)
+        while left:
+            sizes: dict[str, int] = {}
+            for dim in sorted(left):
+                shapes = [dict(zip(t._pyro_dims, t.shape, strict=True)) for t in terms if dim in t._pyro_dims]
+                sizes[dim] = math.prod({name: size for shape in shapes for name, size in shape.items()}.values())
+            dim = min(sizes, key=lambda name: sizes[name])
+            joined = _product([t for t in terms if dim in t._pyro_dims])
+            summed = joined.logsumexp(joined._pyro_dims.index(dim))
+            summed._pyro_dims = joined._pyro_dims.replace(dim, "")
+            terms = [t for t in terms if dim not in t._pyro_dims] + [summed]
+            left.remove(dim)
+        return _product(terms)
+
+
+def _product(terms: list[Any]) -> Any:
+    """Returns the sum of some packed tensors, with all of their dimensions."""
+    dims = "".join(sorted(set("".join(t._pyro_dims for t in terms))))
+    total: Any = 0.0
+    for t in terms:
+        order = [t._pyro_dims.index(dim) for dim in dims if dim in t._pyro_dims]
+        shape = [t.shape[t._pyro_dims.index(dim)] if dim in t._pyro_dims else 1 for dim in dims]
+        total = total + t.permute(order).reshape(shape)
+    total._pyro_dims = dims
+    return total
 
 
 def _contracted(
@@ -132,7 +169,7 @@ def _contracted(
 ) -> Tensor:
     """Returns the sum of products of factors, ``(num_samples, batch)``."""
     total: Tensor | float = 0.0
-    for terms in contract_tensor_tree(tree, eliminated).values():
+    for terms in contract_tensor_tree(tree, eliminated, ring=_LogSums()).values():
         for term in terms:
             dims = term._pyro_dims
             others = [i for i, symbol in enumerate(dims) if symbol not in (samples, data)]
