@@ -191,9 +191,9 @@ def trusted_scores(args: argparse.Namespace) -> str:
             score.data,
             score.model,
             f"{score.usual:.2f} ± {score.usual_stated:.2f}",
-            f"{score.usual_untrusted} of {args.test_images}",
+            f"{score.usual_untrusted} of {len(score.differences)}",
             f"{score.trusted:.2f} ± {score.trusted_stated:.3f}",
-            f"{score.trusted_untrusted} of {args.test_images}",
+            f"{score.trusted_untrusted} of {len(score.differences)}",
             f"{score.usual_difference:+.2f} ± {score.usual_error:.2f}",
             f"{score.long_difference:+.3f} ± {score.long_error:.3f}",
             f"{1000 * score.usual_seconds:.0f} / {1000 * score.trusted_seconds:.0f}",
@@ -204,9 +204,9 @@ def trusted_scores(args: argparse.Namespace) -> str:
     return (
         "## Is the usual log p(x) right?\n\n"
         "`python benchmarks/estimators.py --only mnist`: models of MNIST and Fashion-MNIST (those that have been run), "
-        f"two gated layers of 300 units, 40 latents a level, {EPOCHS} epochs; the first {args.test_images} images of "
-        "the test set, binarised once. Usual: 5,000 importance samples of the guide, with the standard error of the "
-        "mean that they state. "
+        f"two gated layers of 300 units, 40 latents a level, {EPOCHS} epochs; the first images of the "
+        "test set, in the number that two columns say, binarised once. Usual: 5,000 importance samples of the guide, "
+        "with the standard error of the mean that they state. "
         "`UntilTrusted()`: its default stages. Off by: the usual number less that of `UntilTrusted`, on the same "
         "images. Check: annealing from the prior with 100 chains and 2,000 temperatures, less `UntilTrusted`, on "
         f"{args.checked} of the images. Times are CPU milliseconds, usual and `UntilTrusted`.\n\n"
