@@ -211,7 +211,7 @@ def trusted_scores(args: argparse.Namespace) -> str:
         "images. Check: annealing from the prior with 100 chains and 2,000 temperatures, less `UntilTrusted`, on "
         f"{args.checked} of the images. Times are CPU milliseconds, usual and `UntilTrusted`.\n\n"
         f"{report.table(header, rows)}\n\n![histograms of the differences, one a model]({PICTURE.name})\n\n"
-        f"{report.machine()}"
+        f"{report.machine(packages=('torch', 'pyro-ppl'))}"
     )
 
 
