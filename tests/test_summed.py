@@ -599,6 +599,12 @@ def test_a_series_needs_a_dimension_for_the_batch():
         log_marginal(model, nothing, torch.rand(15).double(), progress=False)
 
 
+def test_sums_over_too_many_that_depend_on_each_other_are_refused(monkeypatch):
+    monkeypatch.setattr("pyrovae.inference.elimination._MOST_NUMBERS", 100)
+    with pytest.raises(ValueError, match="a sum over one of them has 144 numbers, since too many depend on each other"):
+        log_marginal(chain, nothing, torch.rand(4, 20).double(), progress=False)
+
+
 @pytest.mark.filterwarnings("ignore:model and guide have no plate")
 def test_a_series_without_a_plate_is_one_datum():
     def model(x):

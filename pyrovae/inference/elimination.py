@@ -34,6 +34,7 @@ from pyrovae.inference.weights import (
 )
 
 _MOST_VALUES = 4096  # of the latents that one log-probability depends on, together
+_MOST_NUMBERS = 2**26  # of a table from which a latent is eliminated, for all draws and data at once
 _CHECKED_DRAWS = 8
 
 
@@ -144,6 +145,10 @@ class _LogSums(LogRing):
                 shapes = [dict(zip(t._pyro_dims, t.shape, strict=True)) for t in terms if dim in t._pyro_dims]
                 sizes[dim] = math.prod({name: size for shape in shapes for name, size in shape.items()}.values())
             dim = min(sizes, key=lambda name: sizes[name])
+            if sizes[dim] > _MOST_NUMBERS:
+                raise ValueError(
+                    f"a sum over one of them has {sizes[dim]:,} numbers, since too many depend on each other"
+                )
             joined = _product([t for t in terms if dim in t._pyro_dims])
             summed = joined.logsumexp(joined._pyro_dims.index(dim))
             summed._pyro_dims = joined._pyro_dims.replace(dim, "")
@@ -227,7 +232,7 @@ def check_eliminable(
 
         try:
             _, joint = log_sums(model, others, structure, names, _CHECKED_DRAWS, args, kwargs, log_prob_here, chosen)
-        except Exception as error:
+        except Exception as error:  # of the model, or of the sums
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"the model does not run on all of their values at once ({first})") from None
         scored = sample_sites(trace_model(model, drawn, structure, _CHECKED_DRAWS, *args, **kwargs))
