@@ -102,7 +102,8 @@ def test_each_datum_goes_to_the_stage_that_it_needs():
     # From one start, Laplace's approximation sees one of two modes, and its weights look perfect.
     hopeless = data.sort == data.IMPOSSIBLE
     assert (found.khat[hopeless] < 0.7).all()
-    assert (found.trusted | hopeless).all()
+    # Where one datum in a hundred is seen to be wrong, others may be wrong unseen.
+    assert not found.trusted.any()
     error = (found.value - data.truth()).abs()
     assert (error < ERRORS * found.standard_error)[~hopeless].all()
     torch.testing.assert_close(error[hopeless], torch.full((20,), math.log(2)).double(), rtol=0, atol=0.02)

@@ -226,15 +226,19 @@ def test_classes_that_are_masked_count_for_nothing():
     torch.testing.assert_close(found.value, truth, rtol=0, atol=ROUNDING)
 
 
-def test_many_combinations_are_not_summed():
-    def model(x):
+def test_very_many_combinations_are_not_summed():
+    def model(x, classes):
         with pyro.plate("data", len(x)):
-            y = pyro.sample("y", dist.Categorical(torch.ones(65).double()))
+            y = pyro.sample("y", dist.Categorical(torch.ones(classes).double()))
             z = pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0))
             pyro.sample("x", dist.Normal(y + z, 0.5), obs=x)
 
+    x = torch.randn(3).double()
+    truth = dist.Normal(torch.arange(100).double(), 1.25**0.5).log_prob(x.unsqueeze(-1)).logsumexp(-1) - math.log(100)
+    found = log_marginal(model, None, x, 100, method=Quadrature(), progress=False)  # eliminated
+    torch.testing.assert_close(found.value, truth, rtol=0, atol=ROUNDING)
     with pytest.raises(ValueError, match="too many combinations of values to sum over"):
-        score(model, None, torch.randn(3).double(), Quadrature())
+        log_marginal(model, None, x, 5000, method=Quadrature(), progress=False)
 
 
 def assert_near(found, truth, taken):
@@ -496,6 +500,11 @@ def masked_guide(x, mask, w=None):
         pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0))
 
 
+def mask_inside(x, mask, w=None):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0).mask(mask))
+
+
 def unmasked_guide(x, mask, w=None):
     masked_guide(x, True)
 
@@ -514,7 +523,7 @@ def unmasked_guide(x, mask, w=None):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("guide", [masked_guide, unmasked_guide])
+@pytest.mark.parametrize("guide", [masked_guide, mask_inside, unmasked_guide])
 def test_latents_that_are_masked_for_some_data_count_for_nothing(method, guide):
     x = torch.linspace(-2, 2, 15).double()
     normal = dist.Normal(torch.zeros(15).double(), 1.09**0.5).log_prob(x)

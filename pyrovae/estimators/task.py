@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -33,6 +33,7 @@ from pyrovae.inference.weights import (
     in_plate_of_one,
     inspect_weights,
     log_prob_of,
+    masks_differ,
     per_datum,
     trace_guide,
     trace_model,
@@ -113,9 +114,10 @@ class Task:
             with arguments.row_positions(part.offset):
                 check_independent(structure, self.model, self.guide, *part.args, **part.kwargs)
                 structure = check_draws(structure, self.model, self.guide, *part.args, **part.kwargs)
+                unmasked = self.unmasked or masks_differ(self.model, self.guide, *part.args, **part.kwargs)
             if self.summed is not None and not self.eliminates:
                 self.summed.check(sample_sites(replace(part, summed=None).draw(1, prior_of(self.model))[0]))
-            yield replace(part, structure=structure)
+            yield replace(part, structure=structure, unmasked=unmasked)
 
     def by_values(self) -> "list[Task]":
         """Returns a task for each combination of the latents that are summed over; itself without, or if eliminated."""
@@ -332,43 +334,16 @@ class _Completed:
             self.model(*args, **kwargs)
 
 
-class _Pair(NamedTuple):
-    """What the sites of a model and of a guide say of each other.
-
-    Args:
-        enumerated: latents of the model that the guide lacks, to be enumerated as by Pyro's TraceEnum_ELBO.
-        unmasked: whether a latent is masked in one of the two, and not in the other, or for other data.
-    """
-
-    enumerated: frozenset[str]
-    unmasked: bool
-
-
-def _completed(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Callable, _Pair]:
-    """Returns a guide that draws enumerated latents too, and what the sites of model and guide say of each other."""
-    pair = _pair_of(model, guide, args, kwargs)
-    return (_Completed(guide, model, pair.enumerated) if pair.enumerated else guide), pair
-
-
-def _pair_of(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> _Pair:
-    """Returns what the sites of a model and of a guide say of each other; nothing if they do not run."""
+def _enumerated(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> frozenset[str]:
+    """Returns the latents of a model that are to be enumerated, as by Pyro's TraceEnum_ELBO: the guide lacks them."""
     with isolated(tensors_of(args, kwargs)):
         try:
             drawn = traced(guide, None, *args, **kwargs)
             sites = sample_sites(traced(model, latents_of_trace(drawn), *args, **kwargs))
         except Exception:  # raised again where both are inspected
-            return _Pair(frozenset(), False)
-    latents, of_guide = {name: site for name, site in sites.items() if not site["is_observed"]}, sample_sites(drawn)
-    enumerated = (n for n, site in latents.items() if n not in drawn.nodes and site["infer"].get("enumerate"))
-    both = latents.keys() & of_guide.keys()
-    return _Pair(frozenset(enumerated), any(not _same_mask(latents[name], of_guide[name]) for name in both))
-
-
-def _same_mask(one: dict, other: dict) -> bool:
-    """Whether two sites of the same shape are masked in the same way."""
-    masks = [torch.as_tensor(True if site["mask"] is None else site["mask"]) for site in (one, other)]
-    first, second = torch.broadcast_tensors(*masks)
-    return torch.equal(first, second)
+            return frozenset()
+    latents = {name: site for name, site in sites.items() if not site["is_observed"] and name not in drawn.nodes}
+    return frozenset(name for name, site in latents.items() if site["infer"].get("enumerate"))
 
 
 def prior_of(model: Callable) -> Callable:
@@ -410,7 +385,8 @@ def open_task(
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
     with evaluation_mode(), bar, arguments.row_positions(offset):
         divisible, given = True, guide
-        guide, pair = _completed(model, given, head, named)
+        enumerated = _enumerated(model, given, head, named)
+        guide = _Completed(given, model, enumerated) if enumerated else given
         try:
             structure = inspect_weights(model, guide, *head, num_samples=1, **named)
             if arguments.holds_packed(args, kwargs):
@@ -420,7 +396,8 @@ def open_task(
         except Exception:  # parameters of a guide that belong to rows, for example
             divisible = False
             args, kwargs = take_rows(slice(None), args, kwargs)  # arrays as tensors
-            guide, pair = _completed(model, given, args, kwargs)
+            enumerated = _enumerated(model, given, args, kwargs)
+            guide = _Completed(given, model, enumerated) if enumerated else given
             if not inspect(model, guide, *args, **kwargs).has_plates:
                 (model, guide), size = in_plate_of_one(model, guide), 1
             structure = inspect_weights(model, guide, *args, num_samples=1, **kwargs)
@@ -433,8 +410,7 @@ def open_task(
                 'pyro.sample("x", ..., obs=x). Were model and guide swapped?'
             )
         task = Task(model, guide, structure, args, kwargs, size, max_memory, bar, offset=offset, divisible=divisible)
-        task = replace(task, unmasked=pair.unmasked)
-        yield sum_out(task, pair.enumerated) if pair.enumerated else task
+        yield sum_out(task, enumerated) if enumerated else task
 
 
 def checked(args: tuple, kwargs: dict, numbers: NumberType) -> tuple[tuple, dict, int]:

@@ -81,6 +81,21 @@ def is_masked(site: dict) -> bool:
     return any(mask is not None and not bool(torch.as_tensor(mask).all()) for mask in masks)
 
 
+def without_mask(fn: Any) -> Any:
+    """Returns a distribution without the masks inside of it; itself where there are none."""
+    if not any(isinstance(layer, MaskedDistribution) for layer in layers(fn)):
+        return fn
+    if isinstance(fn, MaskedDistribution):
+        return without_mask(fn.base_dist)
+    if isinstance(fn, Stacked):
+        return Stacked([without_mask(part) for part in fn.parts], len(fn.batch_shape) - 1)
+    if isinstance(fn, ExpandedDistribution):
+        return without_mask(fn.base_dist).expand(fn.batch_shape)
+    if isinstance(fn, torch.distributions.Independent):
+        return without_mask(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+    raise ValueError(f"a {type(fn).__name__} of a masked distribution: mask it by poutine.mask, or after it is made.")
+
+
 def is_discrete(fn: Any) -> bool:
     """Whether a distribution has a discrete support; False if its support is undefined."""
     try:

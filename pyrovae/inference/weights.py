@@ -20,7 +20,7 @@ from pyrovae.distributions import Stacked
 from pyrovae.distributions.normals import LowRankMultivariateNormal, MultivariateNormal
 from pyrovae.inference.messages import PER_DATUM, check_observed_by, warn
 from pyrovae.inference.running import full_precision, isolated, traced
-from pyrovae.inference.sites import DataPlate, latents_of_trace, sample_sites, unwrapped
+from pyrovae.inference.sites import DataPlate, is_masked, latents_of_trace, sample_sites, unwrapped, without_mask
 from pyrovae.inference.structure import SiteStructure, inspect
 from pyrovae.rows import number_type
 
@@ -522,7 +522,25 @@ def log_prob_of(site: dict) -> Tensor:
 
 def unmasked_log_prob_of(site: dict) -> Tensor:
     """Returns the log-probability of a latent that is summed over: its sum is one where it is masked, as in Pyro."""
-    return log_prob_of({**site, "mask": None})
+    return log_prob_of({**site, "fn": without_mask(site["fn"]), "mask": None})
+
+
+def masks_differ(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> bool:
+    """Whether a latent is masked in the model and not in the guide, or the other way, or for other data."""
+    with isolated(tensors_of(args, kwargs)):
+        drawn = traced(guide, None, *args, **kwargs)
+        scored = sample_sites(traced(model, latents_of_trace(drawn), *args, **kwargs))
+    of_guide = sample_sites(drawn)
+    latents = [name for name, site in scored.items() if not site["is_observed"] and name in of_guide]
+    if not any(is_masked(sites[name]) for sites in (scored, of_guide) for name in latents):
+        return False
+    return any(_hides(scored[name]).ne(_hides(of_guide[name])).any() for name in latents)
+
+
+def _hides(site: dict) -> Tensor:
+    """Returns 0 where a site is not masked, 1 where some of its elements are, 2 where all are."""
+    masked, whole = log_prob_of(site), unmasked_log_prob_of(site)
+    return (masked != whole).int() * (1 + (masked == 0).int())
 
 
 def per_datum(site: dict, t: Tensor, event_dim: int = 0) -> Tensor:
