@@ -486,8 +486,9 @@ def test_budgets_lead_to_different_chunks_and_to_the_same_answer(monkeypatch):
 
 def draw_for_scores_alone(monkeypatch) -> None:
     """Leaves out the draws that are compared with others."""
-    for name in ("_reason_not_vectorized", "_reason_dependent"):
-        monkeypatch.setattr(f"pyrovae.inference.weights.{name}", lambda *_: None)
+    monkeypatch.setattr("pyrovae.inference.weights._reason_not_vectorized", lambda *_: None)
+    for module in ("inference.weights", "estimators.task"):
+        monkeypatch.setattr(f"pyrovae.{module}.check_independent", lambda *_, **__: False)
     monkeypatch.setattr("pyrovae.estimators.task.check_rows_alone", lambda *_: None)
 
 

@@ -33,7 +33,6 @@ from pyrovae.inference.weights import (
     in_plate_of_one,
     inspect_weights,
     log_prob_of,
-    masks_differ,
     per_datum,
     trace_guide,
     trace_model,
@@ -112,12 +111,11 @@ class Task:
             part = self.rows(slice(start, end))
             # Checked on every chunk: on some rows a network that cannot take draws at once may still agree by chance.
             with arguments.row_positions(part.offset):
-                check_independent(structure, self.model, self.guide, *part.args, **part.kwargs)
+                masks_differ = check_independent(structure, self.model, self.guide, *part.args, **part.kwargs)
                 structure = check_draws(structure, self.model, self.guide, *part.args, **part.kwargs)
-                unmasked = self.unmasked or masks_differ(self.model, self.guide, *part.args, **part.kwargs)
             if self.summed is not None and not self.eliminates:
                 self.summed.check(sample_sites(replace(part, summed=None).draw(1, prior_of(self.model))[0]))
-            yield replace(part, structure=structure, unmasked=unmasked)
+            yield replace(part, structure=structure, unmasked=self.unmasked or masks_differ)
 
     def by_values(self) -> "list[Task]":
         """Returns a task for each combination of the latents that are summed over; itself without, or if eliminated."""

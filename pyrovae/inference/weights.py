@@ -110,12 +110,19 @@ def check_weights(structure: SiteStructure) -> None:
         )
 
 
-def check_independent(structure: SiteStructure, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> None:
-    """Raises a ValueError if data depend on each other's latents, so that weights per datum are undefined."""
+def check_independent(structure: SiteStructure, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> bool:
+    """Raises a ValueError if data depend on each other's latents, so that weights per datum are undefined.
+
+    Returns:
+        Whether a latent is masked in the model and not in the guide, or the other way, or for other data.
+    """
     if structure.data is None:
-        return
+        return False
     with isolated(tensors_of(args, kwargs)):
-        reason = _reason_dependent(model, guide, structure.data, args, kwargs)
+        draw = latents_of_trace(traced(guide, None, *args, **kwargs))
+        before = sample_sites(traced(model, draw, *args, **kwargs))
+        reason = _reason_dependent(model, draw, before, structure.data, args, kwargs)
+        differ = _masks_differ(before, sample_sites(draw))
     if reason is not None:
         raise ValueError(
             f"Importance weights per datum are undefined: {reason} data. Compute what belongs to a datum from its own "
@@ -123,16 +130,17 @@ def check_independent(structure: SiteStructure, model: Callable, guide: Callable
             "that do depend on each other, as in a graph, have no scores of their own: train such a model with "
             "bounds.ELBO or an ELBO of Pyro."
         )
+    return differ
 
 
-def _reason_dependent(model: Callable, guide: Callable, plate: DataPlate, args: tuple, kwargs: dict) -> str | None:
+def _reason_dependent(
+    model: Callable, draw: poutine.Trace, before: dict[str, dict], plate: DataPlate, args: tuple, kwargs: dict
+) -> str | None:
     """Returns which log-probability depends on the latents of several data; None if there is none.
 
     Half of the rows take the latents of one of the others: the others must keep their log-probabilities, and so must
     the observed sites outside of the data plate.
     """
-    draw = latents_of_trace(traced(guide, None, *args, **kwargs))
-    before = sample_sites(traced(model, draw, *args, **kwargs))
     size = max((frame.size for site in before.values() if (frame := plate.frame(site))), default=1)
     changed, kept = torch.randperm(size).tensor_split([size // 2])
     rows = torch.arange(size)
@@ -525,16 +533,12 @@ def unmasked_log_prob_of(site: dict) -> Tensor:
     return log_prob_of({**site, "fn": without_mask(site["fn"]), "mask": None})
 
 
-def masks_differ(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> bool:
-    """Whether a latent is masked in the model and not in the guide, or the other way, or for other data."""
-    with isolated(tensors_of(args, kwargs)):
-        drawn = traced(guide, None, *args, **kwargs)
-        scored = sample_sites(traced(model, latents_of_trace(drawn), *args, **kwargs))
-    of_guide = sample_sites(drawn)
+def _masks_differ(scored: dict[str, dict], of_guide: dict[str, dict]) -> bool:
+    """Whether the masks of latents differ between the sites of a model and of a guide."""
     latents = [name for name, site in scored.items() if not site["is_observed"] and name in of_guide]
     if not any(is_masked(sites[name]) for sites in (scored, of_guide) for name in latents):
         return False
-    return any(_hides(scored[name]).ne(_hides(of_guide[name])).any() for name in latents)
+    return any(bool(_hides(scored[name]).ne(_hides(of_guide[name])).any()) for name in latents)
 
 
 def _hides(site: dict) -> Tensor:
