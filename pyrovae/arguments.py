@@ -126,7 +126,7 @@ def _first_size(arguments: list[tuple[str, Any]]) -> tuple[str, int]:
         if [] in sizes:
             return name, size
         raise ValueError(
-            f"{name} is a {_kind_of(value)} of {len(value)} with {size} rows each: are these {len(value)} data, or "
+            f"{name} is a {kind_of(value)} of {len(value)} with {size} rows each: are these {len(value)} data, or "
             f"{size}? For {len(value)}, add a tensor with an entry per datum; for {size}, give a dict, or one argument "
             "for each."
         )
@@ -481,7 +481,7 @@ def _marked(name: str, value: Any, first: str, size: int) -> Any:
     is_entries, is_members = len(value) == size, _are_members(value, size)
     if is_entries and is_members and size > 1:
         raise ValueError(
-            f"{name} is a {_kind_of(value)} of {size} with {size} rows each, and there are {size} data: is it an entry "
+            f"{name} is a {kind_of(value)} of {size} with {size} rows each, and there are {size} data: is it an entry "
             "per datum, or several members with a row per datum? For the former, stack it to one tensor; for the "
             "latter, give a dict."
         )
@@ -491,7 +491,7 @@ def _marked(name: str, value: Any, first: str, size: int) -> Any:
         members = [_marked(f"{name}[{i}]", x, first, size) for i, x in enumerate(value)]
         return (_MemberList if isinstance(value, list) else _MemberTuple)(members)
     raise ValueError(
-        f"{first} has {size} rows but {name} is a {_kind_of(value)} of {len(value)}: give an entry per datum. If "
+        f"{first} has {size} rows but {name} is a {kind_of(value)} of {len(value)}: give an entry per datum. If "
         f"{name} is for all data, do not pass it as an argument, but bind it with functools.partial."
     )
 
@@ -507,8 +507,9 @@ def _are_members(value: Any, size: int) -> bool:
     return bool(sizes) and all(rows == size for rows in sizes)
 
 
-def _kind_of(value: Any) -> str:
-    return "list" if isinstance(value, list) else "tuple"
+def kind_of(value: Any) -> str:
+    """Returns the name of a value's type in messages: that of a list, a tuple or a dict for those marked here."""
+    return next((kind.__name__ for kind in (list, tuple, dict) if isinstance(value, kind)), type(value).__name__)
 
 
 def _shape(value: Any) -> str:

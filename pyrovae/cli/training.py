@@ -254,8 +254,8 @@ def train(
         before = {name: (directory / name).read_bytes() for name in _ABOUT if (directory / name).exists()}
         if world.is_rank0:
             storage.create_run(directory, config, x_shape, splits.schema, splits.vocabulary)
-        if world.is_rank0 and crowded():
-            print(crowded(), file=sys.stderr)
+        if world.is_rank0 and (line := crowded()):
+            print(line, file=sys.stderr)
         began = time.monotonic()
         try:
             with stop.after_the_step():

@@ -16,6 +16,7 @@ from pyrovae.estimators.normal_guides import Components, draw_pilots
 from pyrovae.estimators.proposals import Proposal, WeightedGuide
 from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task
+from pyrovae.inference.filtering import effective_size
 
 _LEAST_SHARE = 0.1  # effective sample size after tempering, as a share of the draws
 _FLOOR = 1e-6  # added to the variances, relative to their mean, so that a covariance from few draws has an inverse
@@ -137,7 +138,7 @@ class Adapted(Proposal):
 
 def _ess(log_w: Tensor) -> Tensor:
     """Returns the effective sample size for each datum; 0 where no weight is finite."""
-    return (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp().nan_to_num(0.0)
+    return effective_size(log_w, 0).nan_to_num(0.0)
 
 
 def _moments(u: Tensor, log_w: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,14 +43,17 @@ class _Annealed(Estimator):
         self.needs_guide = self.start.needs_guide
 
     def estimate(self, task: Task) -> Estimate:
-        task = self.start.prepare(task)
+        task = self.prepare(task)
         num_data, num_runs = self._chunk_sizes(task)
         task.start(task.size, "datum")
         return join(self, [self._score(part, num_runs) for part in task.split(num_data)])
 
+    def prepare(self, task: Task) -> Task:
+        return self.start.prepare(task)
+
     def fit(self, task: Task) -> Estimator:
         fitted = copy(self)
-        fitted.start = self.start.fit(self.start.prepare(task))
+        fitted.start = self.start.fit(self.prepare(task))
         return fitted
 
     def _chunk_sizes(self, task: Task) -> tuple[int, int]:
@@ -435,7 +438,7 @@ def bidirectional(
         latents, drawn, named = simulate(model, task.structure, *args, **kwargs)
         check_simulated(model, latents, task.structure, drawn, named)
     with open_task(model, guide, method, drawn, named, max_memory, progress) as task:
-        task = method.start.prepare(task)
+        task = method.prepare(task)
         task.start(1.5 * task.size, "datum")
         lower, upper, done = [], [], 0
         num_data, num_runs = method._chunk_sizes(task)

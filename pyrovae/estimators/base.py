@@ -119,6 +119,10 @@ class Estimator(NumbersChecked, ABC):
     def estimate(self, task: "Task") -> Estimate:
         """Scores all data of a task."""
 
+    def prepare(self, task: "Task") -> "Task":
+        """Returns the task that :meth:`estimate` works on: with discrete latents summed over, for some. Here itself."""
+        return task
+
     def fit(self, task: "Task") -> "Estimator":
         """Returns the estimator with its proposal fitted to the data of a task, for several runs on these data.
 

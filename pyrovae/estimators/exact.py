@@ -14,6 +14,7 @@ from pyrovae.estimators.proposals import WeightedGuide
 from pyrovae.estimators.supports import Combinations, check_unmasked
 from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task, prior_of, sum_out, sum_out_discrete
+from pyrovae.inference.filtering import effective_size
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure
 
@@ -49,8 +50,7 @@ class Quadrature(_Deterministic):
     each dimension, for smooth integrands far more than the true error; plus the share of the outermost points, and the
     rounding of log p(x, u). A peak that is narrow beside the distance of two points may be missed; where draws of
     the prior find more of p(x), the value is not trusted. Constrained latents are integrated in the unconstrained
-    space. Discrete latents beside them are summed over, as
-    :class:`Laplace` does. The guide is not used.
+    space. Discrete latents beside them are summed over, as :class:`Laplace` does. The guide is not used.
 
     Args:
         num_samples: points of the grid, at least 5 per dimension.
@@ -76,8 +76,11 @@ class Quadrature(_Deterministic):
     def __init__(self, num_samples: int = 40_000):
         super().__init__(num_samples)
 
+    def prepare(self, task: Task) -> Task:
+        return sum_out_discrete(task)
+
     def estimate(self, task: Task) -> Estimate:
-        task = sum_out_discrete(task)
+        task = self.prepare(task)
         few = replace(task.rows(slice(0, 1)), graphs=None)
         target = Target(few, WeightedGuide(prior_of(task.model), is_prior=True))
         dim = target.dim
@@ -199,9 +202,9 @@ def _is_above(log_likelihood: Tensor, value: Tensor) -> Tensor:
         log_likelihood: log p(x | u) at the draws, ``(draws, batch)``.
         value: log p(x) by the grid, ``(batch,)``.
     """
-    log_sum, size = log_likelihood.logsumexp(0), len(log_likelihood)
-    ess = (2 * log_sum - (2 * log_likelihood).logsumexp(0)).exp()
-    excess, error = log_sum - math.log(size) - value, (1 / ess - 1 / size).clamp(min=0).sqrt()
+    ess, size = effective_size(log_likelihood, 0), len(log_likelihood)
+    excess = log_likelihood.logsumexp(0) - math.log(size) - value
+    error = (1 / ess - 1 / size).clamp(min=0).sqrt()
     # The mean of few draws that count has no error, but is so far above p(x) once in as many data at most.
     return torch.where(ess > _TELLING, excess > _ERRORS * error, excess > _FACTOR)
 
@@ -240,9 +243,9 @@ class Enumeration(_Deterministic):
 
     .. math:: p(x) = \sum_z p(x, z)
 
-    Latents with many combinations are eliminated one after the other by Pyro, in as many terms as a factor has values:
-    a chain of states, or many latents that are independent given others. The model must then run on all values at once,
-    as for ``TraceEnum_ELBO``, which is checked at some draws of the prior. The guide is not used.
+    Latents with many combinations of values are summed out one after the other, where each depends on few others: a
+    chain of states, or many latents that are independent given others. The model must then run on all values at once,
+    as for ``TraceEnum_ELBO``; this is checked at some draws of the prior. The guide is not used.
 
     Args:
         num_samples: largest number of combinations of values per datum that are all scored.

@@ -29,7 +29,7 @@ _MORE_STARTS = 12  # for all data of a part, if one of them has several modes
 _SHARED_STARTS = 12  # modes of other data, from which climbs of all data start then
 _FAR_ROUNDS = 3  # each with twice as many lines as the one before, under heavy tails
 _FAINT = 5.0  # nats of mass below the largest, under which a mode is left out
-_FAINT_VALUE = 8.0  # the same for a value of discrete latents, of which there may be many
+_FAINT_VALUE = 8.0  # the same between modes of different values of discrete latents, which may be many
 
 
 class Laplace(Proposal):
@@ -57,9 +57,9 @@ class Laplace(Proposal):
     second moment close to the smallest.
 
     Dimensions of a plate within a datum are independent given the sites before. The guide serves as a start only.
-    Discrete latents beside the continuous ones are summed over, where they have at most 64 combinations of values, each
-    of which gets modes of its own, or where they can be eliminated one after the other. Latents that are masked count
-    as if they were not, in the model and in the proposal: their density integrates to one.
+    Discrete latents beside the continuous ones are summed over: by all combinations of their values if there are at
+    most 64, with modes of their own for each, or else one latent after the other, where that is possible. Latents that
+    are masked are taken without the mask, in the model and in the proposal: their density integrates to one.
 
     Args:
         num_starts: points that Newton steps start from, at least 1: the guide's mean, and draws of the prior. With 1, a

@@ -20,8 +20,6 @@ from pyrovae.estimators.task import Task, open_task
 from pyrovae.estimators.weighted import ImportanceSampling
 from pyrovae.progress import tqdm
 
-_ROWS_AT_ONCE = 256
-
 
 @torch.no_grad()
 def log_marginal(
@@ -152,8 +150,12 @@ def _sums_of(task: Task) -> Tensor | None:
     is_other = isinstance(x, Tensor) and (x.layout != torch.strided or x.is_complex())
     if is_other or len(x.shape) == 0 or len(x) != task.size:
         return None
-    parts = (x[start : start + _ROWS_AT_ONCE] for start in range(0, task.size, _ROWS_AT_ONCE))
-    return torch.cat([part.reshape(len(part), -1).sum(1, dtype=torch.double) for part in parts])
+    if isinstance(x, Tensor):
+        return x.reshape(len(x), -1).sum(1, dtype=torch.double)
+    sums = torch.empty(len(x), dtype=torch.double)  # at first: small results between chunks would keep their memory
+    for start, part in x.chunks():
+        sums[start : start + len(part)] = part.reshape(len(part), -1).sum(1, dtype=torch.double)
+    return sums
 
 
 @lru_cache(maxsize=4)

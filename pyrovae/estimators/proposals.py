@@ -23,7 +23,7 @@ from pyrovae.estimators.base import check_count, check_positive
 from pyrovae.estimators.task import Task, prior_of, sum_out_discrete
 from pyrovae.inference.messages import described
 from pyrovae.inference.structure import SiteStructure
-from pyrovae.inference.weights import inspect_samples, trace_model
+from pyrovae.inference.weights import inspect_samples, log_q_of, trace_model
 from pyrovae.recorded import NumbersChecked
 
 
@@ -310,7 +310,7 @@ def log_density(task: Task, guide: Callable, trace: Trace, num_samples: int) -> 
     if not getattr(guide, "draws_directly", False):  # the task's guide, or a modification of it
         check_no_auxiliary(task.structure)
     drawn = trace_model(guide, trace, task.structure, num_samples, *task.args, **task.kwargs)
-    return task.log_q_of(drawn)
+    return log_q_of(task.without_summed(drawn), task.log_prob_of)
 
 
 class _ModifiedGuide:

@@ -203,6 +203,7 @@ class UntilTrusted(Estimator):
         task.start(task.size, "datum")
         clock, result, left = _Clock(self.seconds, stages[0]), _Result(compared), torch.arange(task.size)
         for stage in stages:
+            prepared = stage.estimator.prepare(task)  # once, not for each block
             passed_on = [left[:0]]
             while len(left):
                 size = clock.num_data(stage, len(left) + sum(map(len, passed_on)), largest)
@@ -210,7 +211,7 @@ class UntilTrusted(Estimator):
                     return self._give_up(stages[0], task, torch.cat([*passed_on, left]), result)
                 n = min(size, len(left)) if task.divisible else len(left)
                 block, left = left[:n], left[n:]
-                passed_on.append(self._serve(stage, stage is stages[-1], task, block, result, clock))
+                passed_on.append(self._serve(stage, stage is stages[-1], prepared, block, result, clock))
                 for fit in fits if task.divisible else []:
                     fit.keep(task.rows(torch.cat(passed_on)).offset)
                 task.advance(n - len(passed_on[-1]))
@@ -426,7 +427,7 @@ class _Result:
                 excess += (ratio - 1).sum().item()
                 variance += (ratio.square() * variances[tells]).sum().item()
                 n += len(ratio)
-        # Chance makes so many of them higher never: where modes of some data are missed, those of others are too.
+        # So many are never higher by chance: where modes of some data are missed, those of others are too.
         if int(missed.sum()) > max(_MANY_MISSED * len(missed), 2):
             missed |= True
         if excess > max(_MISSED * n, _DISAGREEMENT * math.sqrt(variance)):

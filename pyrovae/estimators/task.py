@@ -33,6 +33,7 @@ from pyrovae.inference.weights import (
     in_plate_of_one,
     inspect_weights,
     log_prob_of,
+    log_q_of,
     per_datum,
     trace_guide,
     trace_model,
@@ -44,7 +45,7 @@ from pyrovae.rows import NumberType, number_type
 _FIRST_ROWS = 7  # data on which a model and a guide are inspected first
 
 
-_MOST_SUMMED = 64  # combinations of discrete latents, each of which costs a run of the model
+_MOST_SUMMED = 64  # combinations of values of discrete latents; each draw is scored once for each
 
 # With more inputs, an operation takes so long that playing back saves less time than tracing and comparing takes.
 _MOST_NUMBERS = 2**17
@@ -141,13 +142,7 @@ class Task:
         with arguments.row_positions(self.offset):
             trace = trace_guide(guide or self.guide, self.structure, num_samples, *self.args, **self.kwargs)
         trace = self.without_summed(trace)
-        return trace, self.log_q_of(trace)
-
-    def log_q_of(self, trace: poutine.Trace) -> Tensor:
-        r"""Returns :math:`\log q` of the latents in a guide's trace that are not summed over."""
-        sites = sample_sites(self.without_summed(trace))
-        latents = (site for site in sites.values() if not site["is_observed"])
-        return torch.as_tensor(sum((per_datum(site, self.log_prob_of(site)) for site in latents), 0.0))
+        return trace, log_q_of(trace, self.log_prob_of)
 
     def log_prob_of(self, site: dict) -> Tensor:
         """Returns the log-probability of a site of a trace, masked or not."""
@@ -332,16 +327,19 @@ class _Completed:
             self.model(*args, **kwargs)
 
 
-def _enumerated(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> frozenset[str]:
-    """Returns the latents of a model that are to be enumerated, as by Pyro's TraceEnum_ELBO: the guide lacks them."""
+def _completed(
+    model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Callable, frozenset[str]]:
+    """Returns a guide that draws the latents that a model enumerates too, as for TraceEnum_ELBO, and their names."""
     with isolated(tensors_of(args, kwargs)):
         try:
             drawn = traced(guide, None, *args, **kwargs)
             sites = sample_sites(traced(model, latents_of_trace(drawn), *args, **kwargs))
         except Exception:  # raised again where both are inspected
-            return frozenset()
+            return guide, frozenset()
     latents = {name: site for name, site in sites.items() if not site["is_observed"] and name not in drawn.nodes}
-    return frozenset(name for name, site in latents.items() if site["infer"].get("enumerate"))
+    names = frozenset(name for name, site in latents.items() if site["infer"].get("enumerate"))
+    return (_Completed(guide, model, names) if names else guide), names
 
 
 def prior_of(model: Callable) -> Callable:
@@ -383,8 +381,7 @@ def open_task(
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
     with evaluation_mode(), bar, arguments.row_positions(offset):
         divisible, given = True, guide
-        enumerated = _enumerated(model, given, head, named)
-        guide = _Completed(given, model, enumerated) if enumerated else given
+        guide, enumerated = _completed(model, given, head, named)
         try:
             structure = inspect_weights(model, guide, *head, num_samples=1, **named)
             if arguments.holds_packed(args, kwargs):
@@ -394,8 +391,7 @@ def open_task(
         except Exception:  # parameters of a guide that belong to rows, for example
             divisible = False
             args, kwargs = take_rows(slice(None), args, kwargs)  # arrays as tensors
-            enumerated = _enumerated(model, given, args, kwargs)
-            guide = _Completed(given, model, enumerated) if enumerated else given
+            guide, enumerated = _completed(model, given, args, kwargs)
             if not inspect(model, guide, *args, **kwargs).has_plates:
                 (model, guide), size = in_plate_of_one(model, guide), 1
             structure = inspect_weights(model, guide, *args, num_samples=1, **kwargs)

@@ -51,15 +51,18 @@ class _Weighted(Estimator):
         self.needs_guide = self.proposal.needs_guide
 
     def estimate(self, task: Task) -> Estimate:
-        task = self.proposal.prepare(task)
+        task = self.prepare(task)
         task.start(task.size * self.num_samples, "sample")
         num_data, num_drawn, num_scored = chunk_sizes(task, self.num_samples)
         parts = split_and_fit(task, num_data, self.proposal)
         return join(self, [self._score(part, proposal, num_drawn, num_scored) for part, proposal in parts])
 
+    def prepare(self, task: Task) -> Task:
+        return self.proposal.prepare(task)
+
     def fit(self, task: Task) -> "Estimator":
         fitted = copy(self)
-        fitted.proposal = self.proposal.fit(self.proposal.prepare(task))
+        fitted.proposal = self.proposal.fit(self.prepare(task))
         return fitted
 
     def _score(self, task: Task, proposal: Proposal, num_drawn: int, num_scored: int) -> Estimate:

@@ -25,9 +25,9 @@ from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import (
     SAMPLES,
     differs,
+    log_p_of,
     log_prob_of,
     one_draw,
-    per_datum,
     trace_guide,
     trace_model,
     unmasked_log_prob_of,
@@ -46,7 +46,7 @@ def log_sums(
     num_samples: int,
     args: tuple,
     kwargs: dict[str, Any],
-    log_prob_of: Callable[[dict], Tensor],
+    log_prob: Callable[[dict], Tensor],
     chosen: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Returns :math:`\log \sum_y p(y, z)` and :math:`\log \sum_y p(x, y, z)`, ``(num_samples, batch)`` each.
@@ -59,17 +59,17 @@ def log_sums(
         num_samples: number of draws.
         args: arguments of the model.
         kwargs: the same, by name.
-        log_prob_of: returns the log-probability of a site of the model, not masked for the sites y.
+        log_prob: returns the log-probability of a site of the model, not masked for the sites y.
         chosen: values of y, ``(num_samples, *plates, batch, *event)``, to which the sums are restricted; all by
             default.
     """
     if structure.vectorized:
-        return _log_sums(model, draws, structure, names, num_samples, args, kwargs, log_prob_of, chosen or {})
+        return _log_sums(model, draws, structure, names, num_samples, args, kwargs, log_prob, chosen or {})
     parts = []
     for k in range(num_samples):
         values = {name: value[k : k + 1] for name, value in (chosen or {}).items()}
         part = one_draw(draws, structure, k)
-        parts.append(_log_sums(model, part, structure, names, None, args, kwargs, log_prob_of, values))
+        parts.append(_log_sums(model, part, structure, names, None, args, kwargs, log_prob, values))
     prior, joint = zip(*parts, strict=True)
     return torch.cat(prior), torch.cat(joint)
 
@@ -82,7 +82,7 @@ def _log_sums(
     num_samples: int | None,
     args: tuple,
     kwargs: dict[str, Any],
-    log_prob_of: Callable[[dict], Tensor],
+    log_prob: Callable[[dict], Tensor],
     chosen: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Returns the sums for draws at once; for a single one, without a dimension of draws, if `num_samples` is None."""
@@ -113,7 +113,7 @@ def _log_sums(
         ordinal = frozenset(symbols[frame.dim] for frame in frames)
         if structure.data is not None and data not in ordinal:
             raise ValueError(f'site "{name}" is outside of the plate over the data')
-        factors = [log_prob_of(site)]
+        factors = [log_prob(site)]
         if name in names:
             eliminated.add(site["infer"]["_enumerate_symbol"])
             if name in chosen:
@@ -227,20 +227,14 @@ def check_eliminable(
             others.remove_node(name)
         chosen = {name: sites[name]["value"] for name in names}
 
-        def log_prob_here(site: dict) -> Tensor:
+        def log_prob(site: dict) -> Tensor:
             return unmasked_log_prob_of(site) if site["name"] in names else log_prob_of(site)
 
         try:
-            _, joint = log_sums(model, others, structure, names, _CHECKED_DRAWS, args, kwargs, log_prob_here, chosen)
+            _, joint = log_sums(model, others, structure, names, _CHECKED_DRAWS, args, kwargs, log_prob, chosen)
         except Exception as error:  # of the model, or of the sums
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"the model does not run on all of their values at once ({first})") from None
-        scored = sample_sites(trace_model(model, drawn, structure, _CHECKED_DRAWS, *args, **kwargs))
-        terms = [
-            per_datum(site, log_prob_here(site))
-            for name, site in scored.items()
-            if name not in structure.global_observed
-        ]
-        expected = torch.as_tensor(sum(terms, 0.0))
+        expected = log_p_of(trace_model(model, drawn, structure, _CHECKED_DRAWS, *args, **kwargs), structure, log_prob)
     if joint.shape[-1] not in (1, expected.shape[-1]) or differs(joint, expected):
         raise ValueError("the model gives other log-probabilities where it runs on all of their values at once")

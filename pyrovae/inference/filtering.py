@@ -497,10 +497,10 @@ class _Filter:
         self.particles.is_active = True
 
 
-def effective_size(log_w: Tensor) -> Tensor:
-    """Returns the effective sample size of log weights ``(runs, particles, batch)``, ``(runs, batch)``."""
+def effective_size(log_w: Tensor, dim: int = 1) -> Tensor:
+    """Returns the effective sample size of log weights over a dimension, that of particles by default."""
     log_w = log_w.detach()
-    return (2 * log_w.logsumexp(1) - (2 * log_w).logsumexp(1)).exp()
+    return (2 * log_w.logsumexp(dim) - (2 * log_w).logsumexp(dim)).exp()
 
 
 def run_filter(

@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, ImproperUniform
 
-from pyrovae.arguments import count_data, explain_type_errors, named_tensors
+from pyrovae.arguments import count_data, explain_type_errors, kind_of, named_tensors
 from pyrovae.distributions import Blocks
 from pyrovae.inference.messages import check_finite, check_mass, check_observed, warn_of_large_counts
 from pyrovae.inference.running import isolated, traced
@@ -252,16 +252,12 @@ def _is_unvalidated(fn: Any) -> bool:
     return torch.distributions.Distribution._validate_args and not getattr(unwrapped(fn), "_validate_args", True)
 
 
-def _kind(value: Any) -> str:
-    return next((kind.__name__ for kind in (tuple, list, dict) if isinstance(value, kind)), type(value).__name__)
-
-
 def _check_rows(name: str, site: dict) -> None:
     """Raises a ValueError if the data at a site do not fit its plates."""
     value, fn = site["value"], site["fn"]
     if not isinstance(value, torch.Tensor):
         raise ValueError(
-            f'the data at site "{name}" is a {_kind(value)}, not a tensor: give numbers as a tensor or an array, and '
+            f'the data at site "{name}" is a {kind_of(value)}, not a tensor: give numbers as a tensor or an array, and '
             "several arguments one by one, not as a tuple."
         )
     try:

@@ -360,19 +360,26 @@ def log_joint(
     return log_p_of(trace_model(model, draws, structure, num_samples, *args, **kwargs), structure)
 
 
-def log_p_of(trace: poutine.Trace, structure: SiteStructure) -> Tensor:
-    r"""Returns :math:`\log p(x, z)` of a model's trace, ``(num_samples, batch)``, without its global observed sites."""
-    sites = sample_sites(trace)
-    terms = [
-        per_datum(site, log_prob_of(site)) for name, site in sites.items() if name not in structure.global_observed
-    ]
+def log_p_of(
+    trace: poutine.Trace, structure: SiteStructure, log_prob: Callable[[dict], Tensor] | None = None
+) -> Tensor:
+    r"""Returns :math:`\log p(x, z)` of a model's trace, ``(num_samples, batch)``, without its global observed sites.
+
+    `log_prob` returns the log-probability of a site; :func:`log_prob_of` by default.
+    """
+    log_prob, sites = log_prob or log_prob_of, sample_sites(trace)
+    terms = [per_datum(site, log_prob(site)) for name, site in sites.items() if name not in structure.global_observed]
     return torch.as_tensor(sum(terms, 0.0))
 
 
-def log_q_of(trace: poutine.Trace) -> Tensor:
-    r"""Returns :math:`\log q` of the latents in a guide's trace, ``(num_samples, batch)``; no observed sites."""
+def log_q_of(trace: poutine.Trace, log_prob: Callable[[dict], Tensor] | None = None) -> Tensor:
+    r"""Returns :math:`\log q` of the latents in a guide's trace, ``(num_samples, batch)``; no observed sites.
+
+    `log_prob` as in :func:`log_p_of`.
+    """
+    log_prob = log_prob or log_prob_of
     latents = [site for site in sample_sites(trace).values() if not site["is_observed"]]
-    return torch.as_tensor(sum((per_datum(site, log_prob_of(site)) for site in latents), 0.0))
+    return torch.as_tensor(sum((per_datum(site, log_prob(site)) for site in latents), 0.0))
 
 
 def trace_model(
@@ -529,7 +536,7 @@ def log_prob_of(site: dict) -> Tensor:
 
 
 def unmasked_log_prob_of(site: dict) -> Tensor:
-    """Returns the log-probability of a latent that is summed over: its sum is one where it is masked, as in Pyro."""
+    """Returns the log-probability of a latent as if it were not masked: the integral over its values is one."""
     return log_prob_of({**site, "fn": without_mask(site["fn"]), "mask": None})
 
 
