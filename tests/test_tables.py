@@ -528,6 +528,16 @@ def test_a_schema_knows_the_encoding_of_a_file(tmp_path):
         assert torch.equal(Table(tmp_path / "new.csv", schema).x, table.x)
 
 
+@pytest.mark.parametrize("given", ["schema", "context", "overrides", "delimiter"])
+def test_arrays_and_pictures_are_no_table(given, tmp_path):
+    (tmp_path / "a.csv").write_text("size,kind\n" + "1.5,x\n2.5,y\n" * 10)
+    np.save(tmp_path / "a.npy", np.ones((20, 1, 8, 8)))
+    values = {"schema": Schema.infer(tmp_path / "a.csv"), "context": ["size"], "overrides": {"size": "Real"}}
+    for source in (tmp_path / "a.npy", tmp_path, "digits"):
+        with pytest.raises(ValueError, match=f"holds arrays or pictures, and {given} is for a table: give a file such"):
+            load(str(source), **{given: values.get(given, ";")})
+
+
 def test_a_schema_knows_a_delimiter_that_is_not_looked_for(tmp_path):
     (tmp_path / "a.csv").write_text("a~b\n" + "1.5~x\n2.5~y\n" * 10)
     schema = Schema.infer(tmp_path / "a.csv", delimiter="~")

@@ -8,7 +8,7 @@ from typing import Any
 from pyrovae.data.arrays import ARRAYS, load_arrays
 from pyrovae.data.kinds import Override
 from pyrovae.data.pictures import load_pictures
-from pyrovae.data.schema import Schema
+from pyrovae.data.schema import Schema, quoted
 from pyrovae.data.splits import Splits
 from pyrovae.data.tables import load_numbers, load_table
 from pyrovae.data.text import is_text_file, load_text
@@ -119,17 +119,25 @@ def load(
 
     Raises:
         ValueError: when there is no such data set; when a file holds no data, infinity, cells that cannot be read
-            without a guess or do not fit the schema, or, as numbers alone, words or NaN; when a folder has no picture
-            or one that cannot be read.
+            without a guess or do not fit the schema, or, as numbers alone, words or NaN; when there is a schema, and
+            the data are no table; when a folder has no picture or one that cannot be read.
         FileNotFoundError: when there is no such file.
 
     >>> splits = load("digits")
     >>> splits.train.x.shape, splits.validation.x.shape, splits.test.x.shape
     (torch.Size([1197, 1, 8, 8]), torch.Size([300, 1, 8, 8]), torch.Size([300, 1, 8, 8]))
     """
+    path = Path(name)
+    of_table = {"schema": schema, "overrides": overrides, "context": context, **options}
+    given = next((argument for argument, value in of_table.items() if value), None)
+    if given and (name in DATA_SETS or path.is_dir() or path.suffix in ARRAYS):
+        columns = "" if schema is None else f" with the columns {quoted(schema.names)}"
+        raise ValueError(
+            f"{name} holds arrays or pictures, and {given} is for a table: give a file such as .csv, .tsv or "
+            f".parquet{columns}."
+        )
     if name in DATA_SETS:
         return DATA_SETS[name](Path(root))
-    path = Path(name)
     if path.is_dir():
         return load_pictures(path)
     if path.suffix in ARRAYS:

@@ -71,7 +71,7 @@ class Schema:
         for name in context:
             if name not in [column.name for column in known]:
                 why = "is left out" if name in seen else "is not there"
-                others = _quoted([column.name for column in known], 12)
+                others = quoted([column.name for column in known], 12)
                 raise ValueError(f"context: column {name!r} {why}. Name some of {others}.")
         if len({*context}) == len(known):
             raise ValueError("context: all columns are in it, so that none is left to model. Name fewer.")
@@ -152,7 +152,7 @@ class Schema:
         unknown = [name for name in overrides if name not in source.names]
         if unknown:
             raise ValueError(
-                f"overrides: there is no column {unknown[0]!r} in {source.where}: {_quoted(source.names, 12)}."
+                f"overrides: there is no column {unknown[0]!r} in {source.where}: {quoted(source.names, 12)}."
             )
         try:
             summaries, notes = _summarize(source, rows), []
@@ -263,7 +263,7 @@ class Schema:
             raise ValueError(f"x must have shape (rows, {len(self.modelled)}), got {tuple(x.shape)}.")
         given = () if context is None else tuple(context.shape)
         if given != ((len(x), len(self.context)) if self.context else ()):
-            names = f"the encoded cells of {_quoted(self.context_names)}" if self.context else "left out"
+            names = f"the encoded cells of {quoted(self.context_names)}" if self.context else "left out"
             raise ValueError(f"context must be {names}, one row for each of the {len(x)} of x, got shape {given}.")
         encoded = dict(zip(self.names, x.T, strict=True))
         if context is not None:
@@ -453,11 +453,11 @@ class Schema:
         known = {column.name for column in self.columns}
         unknown = [name for name in names if name not in known]
         if lacking or unknown:
-            parts = [f"lacks {_quoted(lacking)}"] if lacking else []
-            parts += [f"has {_quoted(unknown)}, which the training data did not have"] if unknown else []
+            parts = [f"lacks {quoted(lacking)}"] if lacking else []
+            parts += [f"has {quoted(unknown)}, which the training data did not have"] if unknown else []
             raise ValueError(
                 f"{where} {' and '.join(parts)}. Give the columns of the training data, in any order: "
-                f"{_quoted(needed, 12)}."
+                f"{quoted(needed, 12)}."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -552,7 +552,7 @@ def holds_numbers(column: Column) -> bool:
     return isinstance(column, (Continuous, Count))
 
 
-def _quoted(names: Sequence[str], most: int = 6) -> str:
+def quoted(names: Sequence[str], most: int = 6) -> str:
     shown = ", ".join(repr(name) for name in names[:most])
     return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown
 

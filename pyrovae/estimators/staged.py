@@ -30,6 +30,8 @@ _BLOCK = 200  # data that a stage takes at once, at most
 _FIRST_BLOCKS = (4, 12)  # under a budget of time: two sizes, from which the time of more data follows
 _NUM_TIMES = 6  # latest runs of a stage from which the time of the next is computed
 _LEAST_PILOT = 25  # draws of a pilot run: k-hat needs 21
+_LEAST_FULL = 1000  # draws of a full run, if its stage has so many: k-hat of fewer is noisy
+_FEWER = math.sqrt(2)  # ratio between the numbers of draws that full runs may have
 _PILOT_KHAT = 0.5  # largest k-hat of a pilot run: those that are good by chance are chosen, so that 0.7 is too much
 _DISAGREEMENT = 4.0  # standard errors between two estimates of a datum: one datum in 16,000 by chance
 _AGREEMENT = 3.0  # standard errors between means over data
@@ -64,14 +66,16 @@ _STAGES: list[Estimator] = [
 class UntilTrusted(Estimator):
     r"""Stages of estimators, cheapest first: each datum is scored by the first that a pilot run finds good enough.
 
-    A stage is good enough for a datum if its pilot run is trusted, and the standard error that its full run is to have,
+    A stage is good enough for a datum if its pilot run is trusted, and the standard error that a full run of K draws is
+    to have,
 
     .. math:: s_{\text{pilot}} \sqrt{K_{\text{pilot}} / K},
 
-    is at most 0.7 times `target`, because the full run may draw a larger weight. k-hat of the pilot run must be at most
-    0.5, to leave room for that of the full run: trust ends at 0.7. The draws of the pilot run are then thrown away, and
-    a full run with new draws counts, whatever it gives: the choice of the stage does not depend on the draws that
-    count, so that the result is unbiased for p(x) where the stages are. The last stage scores all data that are left.
+    is at most 0.7 times `target`, because the full run may draw a larger weight. K is as small as that allows, but at
+    least 1,000, and at most the number of the stage. k-hat of the pilot run must be at most 0.5, to leave room for that
+    of the full run: trust ends at 0.7. The draws of the pilot run are then thrown away, and a full run with new draws
+    counts, whatever it gives: the choice of the stage and of K does not depend on the draws that count, so that the
+    result is unbiased for p(x) where the stages are. The last stage scores all data that are left, with all its draws.
 
     A datum is trusted if its full run is, if its standard error is at most four times `target`, and if no pilot run of
     any stage was higher by more than four standard errors of the difference: since pilot runs are unbiased too, mass
@@ -244,21 +248,25 @@ class UntilTrusted(Estimator):
             if from_prior and not bool(_tells(pilot).any()):
                 result.silent.add(stage.number)
             return rows
-        error = pilot.standard_error * math.sqrt(smaller.num_samples / estimator.num_samples)
-        good = (pilot.trusted & ~(pilot.khat > _PILOT_KHAT) & (error <= _MARGIN * self.target)).cpu()
-        if good.any():
-            with clock.measure(stage, _Kind.FULL, rows[good]):
-                found = _run(estimator, task, rows[good])
-            result.add(rows[good], found, stage.number)
+        needed = smaller.num_samples * (pilot.standard_error / (_MARGIN * self.target)).square().cpu()
+        numbers = _numbers_of_draws(estimator.num_samples)
+        good = (pilot.trusted & ~(pilot.khat > _PILOT_KHAT)).cpu() & (needed <= numbers[-1])
+        level = torch.bucketize(needed, torch.tensor(numbers).to(needed))
+        if not task.divisible:  # each run is one of all data
+            level = level[good].amax().expand_as(level) if good.any() else level
+        for i in level[good].unique().tolist():
+            chosen = good & (level == i)
+            with clock.measure(stage, _Kind.FULL, rows[chosen]):
+                found = _run(_with_draws(estimator, numbers[i]), task, rows[chosen])
+            result.add(rows[chosen], found, stage.number)
         return rows[~good]
 
     def _smaller(self, estimator: Estimator) -> Estimator:
         """Returns the estimator of a pilot run."""
         if not estimator.is_random:
             return estimator
-        smaller, size = copy(estimator), estimator.num_samples
-        smaller.num_samples = min(max(round(self.pilot_share * size), _LEAST_PILOT), size)
-        return smaller
+        size = estimator.num_samples
+        return _with_draws(estimator, min(max(round(self.pilot_share * size), _LEAST_PILOT), size))
 
     def _give_up(self, first: "_Stage", task: Task, left: Tensor, result: "_Result") -> Estimate:
         """Scores the data for which there is no time by the first stage."""
@@ -524,6 +532,21 @@ def _run(estimator: Estimator, task: Task, rows: Tensor) -> Estimate:
     """Scores some rows of a task."""
     found = estimator.estimate(_part(task, rows))
     return _take(found, slice(0, len(rows)) if task.divisible else rows)
+
+
+def _numbers_of_draws(largest: int) -> list[int]:
+    """Returns how many draws a full run may have, from few to many."""
+    numbers = [largest]
+    while numbers[0] > _LEAST_FULL:
+        numbers.insert(0, max(math.ceil(numbers[0] / _FEWER), _LEAST_FULL))
+    return numbers
+
+
+def _with_draws(estimator: Estimator, num_samples: int) -> Estimator:
+    """Returns a copy of an estimator with another number of draws."""
+    changed = copy(estimator)
+    changed.num_samples = num_samples
+    return changed
 
 
 def _take(estimate: Estimate, rows: Tensor | slice) -> Estimate:
