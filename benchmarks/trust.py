@@ -22,7 +22,7 @@ import pyrovae
 from pyrovae import data
 from pyrovae.estimators import AnnealedImportanceSampling, Estimate, UntilTrusted, bidirectional
 
-AT_ONCE = {"whole": 200, "long": 10, "simulated": 10}
+AT_ONCE = {"whole": 1000, "long": 10, "simulated": 10}
 SEED = 2  # of the binarisation
 
 

@@ -418,7 +418,7 @@ def check_kills(directory, seed, warm, compiled=False):
     rng, found = random.Random(seed), Counter()
     expected, seconds = warm.expected(compiled)
     for _ in range(rng.choice([2, 3, 4, 5])):
-        if rng.random() < 0.4:
+        if rng.random() < 0.6:  # some come after the last write
             order = {"write": rng.randrange(1, WRITES), "where": rng.choice(["before", "after", "half"])}
         else:
             number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])

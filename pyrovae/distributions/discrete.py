@@ -12,7 +12,6 @@ from torch.nn.functional import logsigmoid, softplus
 from pyrovae.distributions.provenance import apply_function
 from pyrovae.distributions.spaces import ShapeLike, grid, keep_checks
 
-
 _LINEAR = 40.0  # logits above which softplus(l) = l in double precision
 
 

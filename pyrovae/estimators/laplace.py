@@ -24,10 +24,12 @@ from pyrovae.estimators.task import Task
 
 MAX_DIM = 2000  # of the latents of a datum, above which another proposal is better: the time rises with the square
 _MEAN_DRAWS = 64  # of the guide, whose mean is the first start
-_LEAST_STARTS = 32  # from the prior, in all data of a part
+_LEAST_STARTS = 100  # from the prior, in all data of a part
+_CLIMBS = 200  # at once: those of a start that has arrived for all data go on alone, and more are not faster
 _MORE_STARTS = 12  # for all data of a part, if one of them has several modes
 _SHARED_STARTS = 12  # modes of other data, from which climbs of all data start then
 _FAR_ROUNDS = 3  # each with twice as many lines as the one before, under heavy tails
+_SEEN = 20.0  # nats of mass below the largest, to which a mode is worth more starts: other data may have more of it
 _FAINT = 5.0  # nats of mass below the largest, under which a mode is left out
 _FAINT_VALUE = 8.0  # the same between modes of different values of discrete latents, which may be many
 
@@ -63,7 +65,7 @@ class Laplace(Proposal):
 
     Args:
         num_starts: points that Newton steps start from, at least 1: the guide's mean, and draws of the prior. With 1, a
-            second mode is never seen. Few data, fewer than 32, have more starts each.
+            second mode is never seen. Few data, fewer than 100, have more starts each.
         num_steps: largest number of Newton steps, at least 1.
         num_pilots: pilot draws per datum, at least 1.
         scale: s, with the modes as centres; None to choose both by the pilot draws.
@@ -142,24 +144,26 @@ class Laplace(Proposal):
             u = target.pack(task.draw(_MEAN_DRAWS)[0]).mean(0, keepdim=True)
         best = climb(task, u, self.num_steps)
         mode, ends = Mode(best.u[0], best.curvature.of(0)), [best]
-        first = 0 if self.num_starts == 1 else max(self.num_starts - 1, math.ceil(_LEAST_STARTS / task.size))
-        if first > 0:
+        num_starts, most = 0, 0
+        if self.num_starts > 1:
+            num_starts = max(self.num_starts - 1, math.ceil(_LEAST_STARTS / task.size))
+            most = num_starts + _MORE_STARTS
             ends += self._far_modes(task, mode, at_once)
-        for num_starts in (first, _MORE_STARTS):
-            if num_starts == 0:
-                break
+        num_modes, num_tried = task.size, 0
+        few = min(at_once, math.ceil(_CLIMBS / task.size))
+        while num_tried < most:
             with pyro.validation_enabled(False):  # a scale may round to zero, far out
                 starts = target.draw(num_starts)
+            num_tried += num_starts
             if len(ends) > 1:  # what is a mode of one datum is near one of another
-                starts = torch.cat([starts, _modes_of_others(ends[1:], mode, task.size)])
-            ends += [climb(task, start, self.num_steps, known=mode) for start in starts.split(at_once)]
-            # Not worth more starts if their height is far lower.
-            is_other = [(end.log_joint > best.log_joint - 4 * _FAINT) & ~mode.is_near(end.u) for end in ends]
-            if not any(bool(other.any()) for other in is_other):
-                ends = [best]
+                starts = torch.cat([starts, _modes_of_others(ends[1:], task.size)])
+            ends += [climb(task, start, self.num_steps, known=mode) for start in starts.split(few)]
+            known, num_modes = num_modes, int((_separate(Ends.cat(ends), _SEEN).log_share > -math.inf).sum())
+            if num_modes == known:
                 break
-        if len(ends) > 1:
-            return _separate(Ends.cat(ends))
+            num_starts = min(2 * num_starts, most - num_tried)
+        if num_modes > task.size:
+            return _separate(Ends.cat(ends), _FAINT)
         found = Components.single(mode.u, torch.linalg.cholesky(mode.curvature.inverse()).to(u.dtype))
         log_mass = best.log_joint[0].double() - 0.5 * mode.curvature.log_det()
         return found._replace(log_share=log_mass.unsqueeze(-1).to(u.dtype))
@@ -245,9 +249,9 @@ class Shared(Proposal):
         self.parts = parts
 
 
-def _modes_of_others(ends: list[Ends], mode: Mode, size: int) -> Tensor:
+def _modes_of_others(ends: list[Ends], size: int) -> Tensor:
     """Returns some of the points where climbs of any datum ended, away from its first mode, as starts for all data."""
-    found = torch.cat([end.u[(end.log_joint > -math.inf) & ~mode.is_near(end.u)] for end in ends])
+    found = torch.cat([end.u[end.log_joint > -math.inf] for end in ends])
     chosen = torch.randperm(len(found))[:_SHARED_STARTS].to(found.device)
     return found[chosen].unsqueeze(1).expand(-1, size, -1)
 
@@ -256,11 +260,11 @@ def _indices(offset: int | Tensor, size: int) -> Tensor:
     return offset if isinstance(offset, Tensor) else offset + torch.arange(size)
 
 
-def _separate(ends: Ends) -> Components:
-    """Returns a component for each of the separate modes of a datum with enough mass."""
+def _separate(ends: Ends, faint: float) -> Components:
+    """Returns a component for each of the separate modes of a datum whose mass is at most so many nats below."""
     u, log_joint, curvature = ends
     log_mass = log_joint.double() - 0.5 * curvature.log_det()
-    log_mass = torch.where(log_mass > log_mass.amax(0) - _FAINT, log_mass, -math.inf)
+    log_mass = torch.where(log_mass > log_mass.amax(0) - faint, log_mass, -math.inf)
     columns = torch.arange(u.shape[1], device=u.device)
     is_kept = torch.zeros_like(log_mass, dtype=torch.bool)
     for index in log_mass.argsort(0, descending=True):

@@ -22,6 +22,7 @@ _NEGLIGIBLE = 0.05  # eigenvalue of what is left out, relative to the diagonal
 _PROBES = 4  # random vectors for the diagonal
 _TRIALS = 4  # step lengths a Newton step
 _NUM_GRADIENTS = 20  # of the quasi-Newton method, after a Newton step
+_LEFT = 0.6  # share of the data that still move, at which they go on alone: a new target costs a few runs of the model
 _FIRST_GRADIENTS = 30  # the same, before the first Newton step, where a curvature is known
 
 # Modes far out, under a prior with heavy tails.
@@ -186,7 +187,7 @@ def climb(task: Task, u: Tensor, num_steps: int, known: Mode | None = None) -> E
         known: modes near which a climb need not go on. Their curvature serves for its first steps.
 
     Returns:
-        The modes. Near a known one, the curvature is that of the known one.
+        The modes. Where a climb came near a known one, the log joint density is minus infinity.
     """
     target, rows = joint_of(task), torch.arange(task.size, device=u.device)
     if known is None:
@@ -195,7 +196,7 @@ def climb(task: Task, u: Tensor, num_steps: int, known: Mode | None = None) -> E
         is_done = torch.zeros_like(log_joint, dtype=torch.bool)
     else:
         found = Curvature(known.curvature.matrix.repeat(len(u), 1, 1, 1))
-        u, log_joint = _follow(target, u, found, _FIRST_GRADIENTS)
+        u, log_joint = _follow(task, u, found, _FIRST_GRADIENTS)
         is_done = known.is_near(u)
     damping = torch.full(log_joint.shape, 1e-2, dtype=torch.double, device=u.device)
     for _ in range(num_steps):
@@ -223,19 +224,21 @@ def climb(task: Task, u: Tensor, num_steps: int, known: Mode | None = None) -> E
                 break
             step = torch.where(better.unsqueeze(-1), 0.0, curvature.solve(gradient, damped))
         if not bool(is_near.all()):
-            at, value = _follow(target, at, curvature, _NUM_GRADIENTS)
+            part = task if len(rows) == task.size else task.rows(rows)
+            at, value = _follow(part, at, curvature, _NUM_GRADIENTS)
         u[:, rows], log_joint[:, rows], damping[:, rows] = at, value, damped
         done = is_near if known is None else is_near | known.rows(rows).is_near(at)
         found.matrix[:, rows] = curvature.matrix
         is_done[:, rows] |= done
-    return Ends(u, log_joint.nan_to_num(nan=-torch.inf), found)
+    is_none = log_joint.isnan() if known is None else log_joint.isnan() | known.is_near(u)
+    return Ends(u, torch.where(is_none, -torch.inf, log_joint), found)
 
 
-def _follow(target: Target, u: Tensor, curvature: Curvature, num_gradients: int) -> tuple[Tensor, Tensor]:
+def _follow(task: Task, u: Tensor, curvature: Curvature, num_gradients: int) -> tuple[Tensor, Tensor]:
     """Goes on by a quasi-Newton method (BFGS), from a curvature that need not be that at u.
 
     Args:
-        target: the joint density.
+        task: the data.
         u: where to start, ``(starts, batch, dim)``.
         curvature: of the first step.
         num_gradients: largest number of gradients to take.
@@ -243,21 +246,31 @@ def _follow(target: Target, u: Tensor, curvature: Curvature, num_gradients: int)
     Returns:
         Points that are at least as high, and the log joint density there, ``(starts, batch)``.
     """
+    target, rows = joint_of(task), torch.arange(task.size, device=u.device)
     value, gradient = _value_and_gradient(target, u)
+    best_u, best = u.clone(), value.clone()
     inverse = curvature.inverse()
     length = torch.ones_like(gradient[..., :1])
     for _ in range(num_gradients):
-        step = length * (inverse @ gradient.unsqueeze(-1)).squeeze(-1)
-        if not bool(((gradient * step).sum(-1) > _TOLERANCE).any()):
+        step = (inverse @ gradient.unsqueeze(-1)).squeeze(-1)
+        left = ((gradient * step).sum(-1) > _TOLERANCE).any(0)
+        if not bool(left.any()):
             break
-        moved = (u + step).to(u.dtype)
+        if task.divisible and 2 <= int(left.sum()) <= _LEFT * len(left):
+            u, value, gradient, inverse, length, step = (
+                t[:, left] for t in (u, value, gradient, inverse, length, step)
+            )
+            rows = rows[left]
+            target = joint_of(task.rows(rows))
+        moved = (u + length * step).to(u.dtype)
         trial, there = _value_and_gradient(target, moved)
         inverse = _corrected(inverse, (moved - u).double(), gradient - there)
         better = (trial >= value).unsqueeze(-1)  # false for NaN
         u, gradient = torch.where(better, moved, u), torch.where(better, there, gradient)
         value = torch.where(better.squeeze(-1), trial, value)
         length = torch.where(better, (2 * length).clamp(max=1.0), length / 4)
-    return u, value
+        best_u[:, rows], best[:, rows] = u, value
+    return best_u, best
 
 
 def _corrected(inverse: Tensor, step: Tensor, change: Tensor) -> Tensor:

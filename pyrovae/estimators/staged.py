@@ -23,6 +23,7 @@ from pyrovae.estimators.proposals import Guide, Prior, WeightedGuide
 from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task, prior_of, sum_out_discrete
 from pyrovae.estimators.weighted import ImportanceSampling
+from pyrovae.inference.simulation import check_simulated, simulate
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.progress import tqdm
 
@@ -30,13 +31,18 @@ _BLOCK = 200  # data that a stage takes at once, at most
 _FIRST_BLOCKS = (4, 12)  # under a budget of time: two sizes, from which the time of more data follows
 _NUM_TIMES = 6  # latest runs of a stage from which the time of the next is computed
 _LEAST_PILOT = 25  # draws of a pilot run: k-hat needs 21
-_LEAST_FULL = 1000  # draws of a full run, if its stage has so many: k-hat of fewer is noisy
+_LEAST_FULL = 2000  # draws of a full run, if its stage has so many: k-hat of fewer is noisy
 _FEWER = math.sqrt(2)  # ratio between the numbers of draws that full runs may have
 _PILOT_KHAT = 0.5  # largest k-hat of a pilot run: those that are good by chance are chosen, so that 0.7 is too much
 _DISAGREEMENT = 4.0  # standard errors between two estimates of a datum: one datum in 16,000 by chance
 _AGREEMENT = 3.0  # standard errors between means over data
 _MISSED = 0.1  # of p(x), on average over data: what may be missed before no datum is trusted
 _MANY_MISSED = 0.01  # share of the data with a higher pilot run, above which no datum is trusted
+_FIRST_OF_PRIOR = 50  # data: if draws from the prior say nothing of any of them, there are no more
+_SIMULATED, _SIMULATED_IF_MANY = 64, 16  # data drawn from the model; the latter with many latents, which take long
+_LEAST_SIMULATED = 16  # of them at once
+_UNSEEN = 10.0  # nats by which the weight of an exact draw is above the mean weight, where no draws go
+_MOST_UNSEEN = 1  # of them: with k-hat at 0.5 the posterior has a share of exp(-10) there
 _TELLING = 20  # effective draws from the prior that say something of a datum
 _MARGIN = 0.7  # of the target, that a pilot run has to foresee: a full run may draw a larger weight
 _MOST_ERROR = 4.0  # targets, up to which a standard error is trusted
@@ -47,7 +53,7 @@ _COLUMNS = ("value", "standard_error", "ess", "khat")  # tensors of an estimate
 _ENUMERATION, _GUIDE, _MANY, _LAPLACE, _MORE_LAPLACE, _ANNEALING, _FROM_GUIDE, _FROM_PRIOR, _HEAVY = range(9)
 _PRIOR, _AGAIN = 9, 10
 _ENUMERATE = Enumeration(10_000)
-_FINE = Laplace(num_pilots=4000)
+_FINE = Laplace(num_pilots=2000)
 _STAGES: list[Estimator] = [
     _ENUMERATE,
     ImportanceSampling(2000),
@@ -72,7 +78,7 @@ class UntilTrusted(Estimator):
     .. math:: s_{\text{pilot}} \sqrt{K_{\text{pilot}} / K},
 
     is at most 0.7 times `target`, because the full run may draw a larger weight. K is as small as that allows, but at
-    least 1,000, and at most the number of the stage. k-hat of the pilot run must be at most 0.5, to leave room for that
+    least 2,000, and at most the number of the stage. k-hat of the pilot run must be at most 0.5, to leave room for that
     of the full run: trust ends at 0.7. The draws of the pilot run are then thrown away, and a full run with new draws
     counts, whatever it gives: the choice of the stage and of K does not depend on the draws that count, so that the
     result is unbiased for p(x) where the stages are. The last stage scores all data that are left, with all its draws.
@@ -81,6 +87,11 @@ class UntilTrusted(Estimator):
     any stage was higher by more than four standard errors of the difference: since pilot runs are unbiased too, mass
     was missed otherwise. If more than two data and one in a hundred were higher, no datum is trusted: modes of others
     are missed too. Mass that no stage finds is not seen: `num_checked` is for that.
+
+    The latents of data that the model draws are exact draws from their posteriors. The default stages with
+    :class:`Laplace` draw up to 64 data, and fit to them: if more than one has latents whose weight is ten nats above
+    p(x), there are modes which the stages do not find, and no datum is trusted. It is not done for models that cannot
+    draw data in the place of what they observe.
 
     One of the pilot runs of the default stages draws from the prior, which knows of no mode. It says nothing where its
     draws do not reach the data, as with many latents. Where it can be trusted, and is higher than the results by more
@@ -120,12 +131,13 @@ class UntilTrusted(Estimator):
         check: the estimator of the second time; annealing from the prior with 100 chains and 1,000 temperatures by
             default, which shares neither guide nor modes with the stages.
 
-    The diagnostics are "stage", which is the number of the stage that scored a datum, in the order of the list, and -1
-    where there was no time; "reliable", which is `trusted`; "missed", where a pilot run was higher; and, if some data
-    are checked, "check" and "check_error", the second estimates and their standard errors, NaN for the other data. The
-    numbers of the default stages are: 0 enumeration, 1 the guide with few draws and 2 with many, 3 Laplace with few
-    draws, 4 with many and 8 with heavy tails, 5 annealing from Laplace, 6 from the guide and 7 from the prior, 10 the
-    guide again.
+    The diagnostics are "stage", which is the number of the stage that scored a datum, in the order of the list, and
+    -1 where there was no time; "reliable", what the runs of a datum say of it; "missed", where a pilot run was
+    higher; "unseen", the share of data from the model for which modes are missed, in the first batch, and zero where
+    so few are that all is well; and, if some data are checked, "check" and "check_error", the second estimates and
+    their standard errors, NaN for the other data. The numbers of the default stages are: 0 enumeration, 1 the guide
+    with few draws and 2 with many, 3 Laplace with few draws, 4 with many and 8 with heavy tails, 5 annealing from
+    Laplace, 6 from the guide and 7 from the prior, 10 the guide again.
 
     Raises:
         TypeError: when a stage is not an estimator.
@@ -202,7 +214,7 @@ class UntilTrusted(Estimator):
 
     def _estimate(self, task: Task) -> Estimate:
         plan = _choose_stages(task) if self.stages is None else _Plan(range(len(self.stages)), task.size)
-        numbers, largest, compared = plan
+        numbers, largest, compared, fitted, num_simulated = plan
         stages, fits = _share_fits([_Stage(number, self._all_stages[number]) for number in numbers])
         task.start(task.size, "datum")
         clock, result, left = _Clock(self.seconds, stages[0]), _Result(compared), torch.arange(task.size)
@@ -213,6 +225,8 @@ class UntilTrusted(Estimator):
                 size = clock.num_data(stage, len(left) + sum(map(len, passed_on)), largest)
                 if size == 0:
                     return self._give_up(stages[0], task, torch.cat([*passed_on, left]), result)
+                if stage.estimator is _STAGES[_PRIOR] and len(passed_on) == 1:
+                    size = min(size, _FIRST_OF_PRIOR)
                 n = min(size, len(left)) if task.divisible else len(left)
                 block, left = left[:n], left[n:]
                 passed_on.append(self._serve(stage, stage is stages[-1], prepared, block, result, clock))
@@ -220,7 +234,13 @@ class UntilTrusted(Estimator):
                     fit.keep(task.rows(torch.cat(passed_on)).offset)
                 task.advance(n - len(passed_on[-1]))
             left = torch.cat(passed_on)
-        return result.estimate(self, _MOST_ERROR * self.target)
+        found = result.estimate(self, _MOST_ERROR * self.target)
+        # Once for all batches of a loader and all processes.
+        if fitted is not None and isinstance(task.offset, int) and task.offset == 0:
+            if clock.allows(fitted, num_simulated):
+                estimator = self._smaller(self._all_stages[fitted])
+                found.diagnostics["unseen"].fill_(_share_unseen(task, estimator, num_simulated))
+        return found
 
     def _serve(
         self, stage: "_Stage", is_last: bool, task: Task, rows: Tensor, result: "_Result", clock: "_Clock"
@@ -276,7 +296,7 @@ class UntilTrusted(Estimator):
         return result.estimate(self, _MOST_ERROR * self.target)
 
     def trusts(self, estimate: Estimate) -> Tensor:
-        return estimate.diagnostics["reliable"]
+        return estimate.diagnostics["reliable"] & (estimate.diagnostics["unseen"] == 0).all()
 
     def describe(self, estimate: Estimate) -> str:
         number = estimate.diagnostics["stage"]
@@ -286,7 +306,11 @@ class UntilTrusted(Estimator):
         untrusted = int((~estimate.trusted).sum())
         check = self._describe_check(estimate) if "check" in estimate.diagnostics else ""
         missed = int(estimate.diagnostics["missed"].sum())
-        if missed:
+        unseen = estimate.diagnostics["unseen"].max().item()
+        if unseen > 0:
+            share = f"{unseen:.0%} of the data that the model draws"
+            check = f"modes are missed: for {share}, latents are where no draws go\n{check}"
+        elif missed:
             check = f"modes are missed: other draws found more of p(x) for {missed:,} data\n{check}"
         return f"scored by: {served}\n{check}not to be trusted: {untrusted:,} of {len(number):,} data"
 
@@ -370,6 +394,13 @@ class _Clock:
         size = size if size >= 2 else (spare - fixed) / slope
         return min(int(size), largest) if size >= 2 or size >= waiting else 0
 
+    def allows(self, number: int, num_data: int) -> bool:
+        """Returns whether there is time for a pilot run of a stage on some more data."""
+        if self.seconds is None:
+            return True
+        fixed, slope = self._line((number, _Kind.PILOT)) if (number, _Kind.PILOT) in self.times else (math.inf, 0.0)
+        return self.elapsed + fixed + slope * num_data < self.seconds
+
     def _time_of_first(self) -> tuple[float, float]:
         """Returns the seconds of a pilot run of the first stage as a line; of a full run, if it has no other."""
         kind = _Kind.PILOT if (self.first.number, _Kind.PILOT) in self.times else _Kind.FULL
@@ -442,16 +473,27 @@ class _Result:
             missed |= True
         reliable &= ~missed
         num_samples = max(part.num_samples for _, part, _ in self.parts)
-        diagnostics = {"stage": stage, "reliable": reliable, "missed": missed}
+        unseen = torch.zeros_like(value)
+        diagnostics = {"stage": stage, "reliable": reliable, "missed": missed, "unseen": unseen}
         return Estimate(value, error, ess, khat, num_samples, method, diagnostics)
 
 
 class _Plan(NamedTuple):
-    """The numbers of the stages, how many data fit in memory at once, and stages that are compared alone."""
+    """The stages that serve.
+
+    Args:
+        numbers: their numbers.
+        largest: how many data fit in memory at once.
+        compared: those that are compared alone.
+        fitted: the one whose proposal must reach the latents of data that the model draws; None for no such check.
+        num_simulated: the number of these data.
+    """
 
     numbers: Sequence[int]
     largest: int
     compared: frozenset[int] = frozenset()
+    fitted: int | None = None
+    num_simulated: int = _SIMULATED
 
 
 def _choose_stages(task: Task) -> _Plan:
@@ -478,11 +520,50 @@ def _choose_stages(task: Task) -> _Plan:
     if dim <= MAX_DENSE:
         # Real numbers that stand for a simplex or an interval have tails like exponentials, heavier than normal ones.
         heavy = [_HEAVY] if any(site.transform is not None for site in target.sites) else []
-        return _Plan([_GUIDE, _PRIOR, *heavy, _LAPLACE, _MORE_LAPLACE, _ANNEALING], largest, guide)
+        fitted = [*heavy, _LAPLACE]
+        return _Plan([_GUIDE, _PRIOR, *fitted, _MORE_LAPLACE, _ANNEALING], largest, guide, fitted[0])
     annealing = [_FROM_PRIOR] if structure.auxiliary else [_FROM_PRIOR, _FROM_GUIDE]
     if dim <= MAX_DIM:
-        return _Plan([_GUIDE, _LAPLACE, *annealing], largest, guide)
+        return _Plan([_GUIDE, _LAPLACE, *annealing], largest, guide, _LAPLACE, _SIMULATED_IF_MANY)
     return _Plan([_GUIDE, *annealing], task.size, guide)
+
+
+def _share_unseen(task: Task, estimator: Estimator, num_data: int) -> float:
+    r"""Returns the share of data drawn from the model with latents where the draws for an estimate do not go.
+
+    .. math:: \log p(x, z) - \log q(z \mid x) - \log \hat p(x) > 10, \quad x, z \sim p(x, z)
+
+    Data count whose estimate is good. If the model cannot draw data, the share is zero.
+    """
+    # As many at once as there are, since modes are searched for in all data at once.
+    blocks = (torch.arange(num_data) % task.size).split(max(task.size, _LEAST_SIMULATED))
+    blocks = blocks if task.divisible else blocks[:1]
+    for guide in (task.guide, prior_of(task.model)):  # guides of others may take no data but their own
+        try:
+            found = [_rises(replace(_part(task, rows), guide=guide, graphs=None), estimator) for rows in blocks]
+        except Exception:  # programs of others need not run without their data
+            continue
+        rise, is_good = (torch.cat(columns) for columns in zip(*found, strict=True))
+        num_unseen = int(((rise > _UNSEEN) & is_good).sum())
+        return num_unseen / int(is_good.sum()) if num_unseen > _MOST_UNSEEN else 0.0
+    return 0.0
+
+
+def _rises(task: Task, estimator: Estimator) -> tuple[Tensor, Tensor]:
+    """Draws data from a model; returns how far the log weights of their latents are above log p(x), and if it is good.
+
+    Raises:
+        ValueError: when the model cannot draw data in the place of those that it observes.
+    """
+    latents, args, kwargs = simulate(task.model, task.structure, *task.args, **task.kwargs)
+    check_simulated(task.model, latents, task.structure, args, kwargs)
+    task = next(iter(estimator.prepare(replace(task, args=args, kwargs=kwargs)).split(task.size)))
+    fitted = estimator.fit(task)
+    assert isinstance(fitted, ImportanceSampling)  # as the stages with Laplace are
+    pilot = fitted.estimate(task)
+    target = Target(task, fitted.proposal.guides(task)[0])
+    _, rise = target.values(target.pack_rows(latents, slice(0, task.size)))
+    return rise[0] - pilot.value, pilot.trusted & ~(pilot.khat > _PILOT_KHAT)
 
 
 def _share_fits(stages: list[_Stage]) -> tuple[list[_Stage], list[Shared]]:
@@ -571,7 +652,8 @@ def _name(stage: Estimator) -> str:
     """Returns a stage's name in a summary, with its proposal and number of draws."""
     proposal = getattr(stage, "proposal", getattr(stage, "start", None))
     name = type(stage).__name__ + ("" if proposal is None else f" from {type(proposal).__name__}")
-    return f"{name} ({stage.num_samples:,} {stage.unit})" if stage.is_random else name
+    most = "up to " if stage.num_samples > _LEAST_FULL else ""
+    return f"{name} ({most}{stage.num_samples:,} {stage.unit})" if stage.is_random else name
 
 
 def _check_stages(stages: Sequence[Estimator]) -> None:
