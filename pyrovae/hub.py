@@ -92,11 +92,21 @@ def card(directory: Path, repo_id: str, config: dict[str, Any]) -> str:
         _score(directory / "metrics.jsonl"),
         "## Load",
         f'```python\nfrom pyrovae.hub import load_from_hub\n\nvae, config = load_from_hub("{repo_id}")\n'
-        "x = vae.sample(16)\n```",
+        f"{_drawn(config)}\n```",
     ]
     if (directory / "samples.png").exists():
         lines.insert(4, "![samples](samples.png)")
     return "\n\n".join(lines) + "\n"
+
+
+def _drawn(config: dict[str, Any]) -> str:
+    """Returns the lines that draw samples, from each of the contexts if the parts take some."""
+    parts = [config[part] for part in ("prior", "likelihood") if isinstance(config.get(part), dict)]
+    context_dim = max(((part.get("init_args") or {}).get("context_dim") or 0 for part in parts), default=0)
+    if context_dim == 0:
+        return "x = vae.sample(16)"
+    rows = f"import torch\n\ncontext = torch.eye({context_dim})  # a row for each class, or numbers of your own"
+    return f"{rows}\nx = vae.sample(16, context)  # 16 for each row"
 
 
 _PARTS = ("latent_dim", "prior", "likelihood", "encoder", "structure", "loss", "preprocessing")

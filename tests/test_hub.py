@@ -86,6 +86,16 @@ def test_the_card_says_data_score_and_how_to_load(run, stand_in):
     assert names["x"].shape == (16, 1, 8, 8)
 
 
+def test_the_card_of_a_run_with_a_context_gives_one(tmp_path, stand_in):
+    likelihood = likelihoods.Bernoulli(2, 5, context_dim=3)
+    vae = VAE(priors.StandardNormal(2), likelihood, encoders.DiagonalNormal(5, 2, context_dim=3))
+    pyrovae.save_run(vae, tmp_path / "run", data=tmp_path / "classes.npz")
+    hub.push_to_hub(tmp_path / "run", "me/classes")
+    names = {}
+    exec((stand_in.root / "me/classes/README.md").read_text().partition("```python\n")[2].partition("```")[0], names)
+    assert names["x"].shape == (16, 3, 5)
+
+
 def test_classes_are_described_with_their_arguments():
     config = {"class_path": "pyrovae.priors.VampPrior", "init_args": {"num_components": 20, "data": None}}
     assert hub._described(config) == "VampPrior(num_components=20)"

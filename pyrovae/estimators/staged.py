@@ -236,10 +236,10 @@ class UntilTrusted(Estimator):
             left = torch.cat(passed_on)
         found = result.estimate(self, _MOST_ERROR * self.target)
         # Once for all batches of a loader and all processes.
-        if fitted is not None and isinstance(task.offset, int) and task.offset == 0:
-            if clock.allows(fitted, num_simulated):
-                estimator = self._smaller(self._all_stages[fitted])
-                found.diagnostics["unseen"].fill_(_share_unseen(task, estimator, num_simulated))
+        is_first = isinstance(task.offset, int) and task.offset == 0
+        if fitted is not None and is_first and clock.allows(fitted, num_simulated):
+            estimator = self._smaller(self._all_stages[fitted])
+            found.diagnostics["unseen"].fill_(_share_unseen(task, estimator, num_simulated))
         return found
 
     def _serve(
