@@ -4,12 +4,14 @@ import importlib
 import json
 import shutil
 import tempfile
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from pyrovae import storage
 from pyrovae._version import __version__
 from pyrovae.extras import check_installed
+from pyrovae.parts import context_size
 
 __all__ = ["load_from_hub", "push_to_hub"]
 
@@ -45,15 +47,15 @@ def push_to_hub(directory: str | Path, repo_id: str, *, private: bool = False, t
     """
     hub = _package()
     directory = Path(directory)
-    config = storage.read_config(directory, trust=True)
     for name in _NEEDED:
         if not (directory / name).exists():
             raise FileNotFoundError(f"{directory} has no {name}. Finish the run, then send it.")
+    vae, config = storage.load_run(directory, trust=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in _FILES:
             if (directory / name).exists():
                 shutil.copy(directory / name, folder)
-        (Path(folder) / "README.md").write_text(card(directory, repo_id, config), encoding="utf-8")
+        (Path(folder) / "README.md").write_text(card(directory, repo_id, vae, config), encoding="utf-8")
         api = hub.HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         sent = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"A run of pyrovae {__version__}")
@@ -80,7 +82,7 @@ def load_from_hub(
     return storage.load_run(folder, trust=trust)
 
 
-def card(directory: Path, repo_id: str, config: dict[str, Any]) -> str:
+def card(directory: Path, repo_id: str, vae: Any, config: dict[str, Any]) -> str:
     """Returns the card of a run in Markdown: what it was trained on, its parts, its score, and how to load it."""
     parts = [f"| {part} | `{_described(config[part])}` |" for part in _PARTS if config.get(part) is not None]
     lines = [
@@ -92,21 +94,21 @@ def card(directory: Path, repo_id: str, config: dict[str, Any]) -> str:
         _score(directory / "metrics.jsonl"),
         "## Load",
         f'```python\nfrom pyrovae.hub import load_from_hub\n\nvae, config = load_from_hub("{repo_id}")\n'
-        f"{_drawn(config)}\n```",
+        f"{_drawn(vae)}\n```",
     ]
     if (directory / "samples.png").exists():
         lines.insert(4, "![samples](samples.png)")
     return "\n\n".join(lines) + "\n"
 
 
-def _drawn(config: dict[str, Any]) -> str:
-    """Returns the lines that draw samples, from each of the contexts if the parts take some."""
-    parts = [config[part] for part in ("prior", "likelihood") if isinstance(config.get(part), dict)]
-    context_dim = max(((part.get("init_args") or {}).get("context_dim") or 0 for part in parts), default=0)
+def _drawn(vae: Any) -> str:
+    """Returns the lines that draw samples, of some steps and for each of some contexts if the parts take them."""
+    given = "16, 20" if "num_steps" in signature(vae.sample).parameters else "16"
+    context_dim = context_size(vae)
     if context_dim == 0:
-        return "x = vae.sample(16)"
+        return f"x = vae.sample({given})"
     rows = f"import torch\n\ncontext = torch.eye({context_dim})  # a row for each class, or numbers of your own"
-    return f"{rows}\nx = vae.sample(16, context)  # 16 for each row"
+    return f"{rows}\nx = vae.sample({given}, context)  # 16 for each row"
 
 
 _PARTS = ("latent_dim", "prior", "likelihood", "encoder", "structure", "loss", "preprocessing")

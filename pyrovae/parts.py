@@ -213,6 +213,14 @@ def check_context(context: Tensor | None, x: Tensor, *parts: nn.Module) -> None:
         )
 
 
+def context_size(vae: Any) -> int:
+    """Returns the number of classes, or of features, that the parts of a VAE take as a context, 0 if they take none."""
+    if hasattr(vae, "context_dim"):  # its encoders take the levels above them as a context, too
+        return vae.context_dim
+    parts = [part for child in vae.children() for part in (child if isinstance(child, nn.ModuleList) else (child,))]
+    return max((getattr(part, "context_dim", 0) for part in parts), default=0)
+
+
 def check_vectors(context: Tensor | None, *parts: nn.Module) -> None:
     """Raises a ValueError if a context is one number a datum but the parts take vectors."""
     if context is None or context.dim() != 1:

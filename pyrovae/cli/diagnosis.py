@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pyrovae import diagnostics, storage
 from pyrovae.cli.common import SplitName, advice_as_options, check_device, data_to_score, load_data_of
-from pyrovae.cli.labels import check_label, context_of, context_size, note_on, of_x_alone, with_label
+from pyrovae.cli.labels import check_label, context_of, note_on, of_x_alone, with_label
 from pyrovae.data import Splits
 from pyrovae.estimators import Estimator, UntilTrusted
+from pyrovae.parts import context_size
 from pyrovae.structures import MissingDataVAE, SemiSupervisedVAE
 
 _NUM_TEXTS, _SECONDS_FOR_TEXT = 60, 120.0

@@ -6,23 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import ModuleList
 from torch.nn.functional import one_hot
 
 from pyrovae.data import Rows, Schema, Split, split_missing
 from pyrovae.distributions import center
 from pyrovae.inference.messages import check_finite
-from pyrovae.structures import DenseHierarchicalVAE, MissingDataVAE, SemiSupervisedVAE, TableFeatures
+from pyrovae.parts import context_size
+from pyrovae.structures import MissingDataVAE, SemiSupervisedVAE, TableFeatures
 
 _NUM_NAMED = 4  # columns of a context that are named
-
-
-def context_size(vae: Any) -> int:
-    """Returns the number of classes, or of features, that the parts of a VAE take as a context, 0 if they take none."""
-    if isinstance(vae, DenseHierarchicalVAE):  # encoders take the levels above them as a context
-        return vae.context_dim
-    parts = [part for child in vae.children() for part in (child if isinstance(child, ModuleList) else (child,))]
-    return max((getattr(part, "context_dim", 0) for part in parts), default=0)
 
 
 def scored(vae: Any, schema: Schema | None = None) -> str:
