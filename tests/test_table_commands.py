@@ -14,7 +14,7 @@ import pyrovae
 from pyrovae import data, log_marginal
 from pyrovae.cli import main
 from pyrovae.cli.comparison import _check_units
-from pyrovae.cli.rows import draw_given, explain
+from pyrovae.cli.rows import draw_given, explain, read_given
 from pyrovae.data import Binary, Category, Count, Dialect, Real, Schema
 from pyrovae.likelihoods import Tabular
 from pyrovae.structures import TableFeatures, fit_independent_columns, log_prob_of_cells, table_vae
@@ -406,3 +406,11 @@ def test_given_numbers_are_written_with_a_point_or_as_in_the_file(given):
     assert draw_given(vae, schema, 'c="Ulm, Donau"', 5)[0][:, 1].tolist() == [1.0] * 5
     with pytest.raises(ValueError, match="got '5'. Write numbers with a decimal point, and double quotes"):
         draw_given(vae, schema, "t=23,5", 5)
+
+
+def test_a_given_name_may_have_commas_and_equals_signs():
+    schema = Schema([Real("size, in cm", 0.0, 1.0), Real("a=b", 0.0, 1.0), Real("c", 0.0, 1.0)])
+    given = read_given(schema, '"size, in cm"=2.5, "a=b"="-1.0",c=0.5')
+    assert given == {"size, in cm": [2.5], "a=b": ["-1.0"], "c": [0.5]}
+    with pytest.raises(ValueError, match="given must be pairs"):
+        read_given(schema, "size, in cm=2.5")

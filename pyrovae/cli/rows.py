@@ -29,7 +29,7 @@ _NUM_USUAL = 200  # reference rows for the mean of a cell
 _NUM_PATTERNS = 20  # patterns of holes for which reference rows are scored, the most frequent ones
 _LEAST_COMPARED = 10  # reference rows for a rank
 _NUM_SAMPLES = 100  # importance samples that explain a cell
-_PAIR = re.compile(r'\s*([^=,]+?)\s*=\s*(?:"([^"]*)"|([^",][^,]*?|))\s*(?:,|$)')  # of --given
+_PAIR = re.compile(r'\s*(?:"([^"]+)"|([^=,"]+?))\s*=\s*(?:"([^"]*)"|([^",][^,]*?|))\s*(?:,|$)')  # of --given
 _LEAST_ESS = 30.0  # below it a few samples make most of an imputation
 
 
@@ -411,7 +411,7 @@ def read_given(schema: datasets.Schema, given: str) -> dict[str, list[Any]]:
     Args:
         schema: the columns.
         given: the cells, as ``"sex=Female, age=40.5"``: numbers with a decimal point, or, between double quotes, cells
-            as the file has them.
+            as the file has them. A name with a comma or an equals sign is between double quotes, too.
 
     Raises:
         ValueError: when it is something else, or a column is unknown.
@@ -423,9 +423,11 @@ def read_given(schema: datasets.Schema, given: str) -> dict[str, list[Any]]:
         if pair is None:
             raise ValueError(
                 f"given must be pairs such as 'sex=Female, age=40.5', got {given[start:].strip()!r}. Write numbers "
-                "with a decimal point, and double quotes around a cell with a comma, as in 'size=\"23,5\", city=Bern'."
+                "with a decimal point, and double quotes around a name or a cell with a comma, as in "
+                '\'size="23,5", "a, b"=Bern\'.'
             )
-        name, quoted, plain = pair.groups()
+        quoted_name, plain_name, quoted, plain = pair.groups()
+        name = quoted_name or plain_name
         if name not in columns:
             raise ValueError(f"given names {name!r}, but the columns are {', '.join(columns)}.")
         cells[name] = [quoted if quoted is not None else plain]
