@@ -185,13 +185,13 @@ def test_data_from_the_model_agree_where_all_modes_are_found():
 
 
 def test_all_batches_of_a_loader_are_doubted(monkeypatch):
-    shares, share_unseen = [], staged._share_unseen
+    shares, share_unseen = [], staged.share_unseen
 
     def counted(*args):
         shares.append(share_unseen(*args))
         return shares[-1]
 
-    monkeypatch.setattr(staged, "_share_unseen", counted)
+    monkeypatch.setattr(staged, "share_unseen", counted)
     model, guide, x, _ = magnitudes(7)
     found = score(model, guide, DataLoader(TensorDataset(x), batch_size=4))
     assert len(shares) == 1 and shares[0] > 0.1
@@ -340,7 +340,7 @@ def test_intervals_cover_the_truth_of_data_from_the_model():
 
 
 def test_data_keep_their_order_and_blocks_leave_no_single_row(monkeypatch):
-    monkeypatch.setattr("pyrovae.estimators.staged._BLOCK", 7)
+    monkeypatch.setattr("pyrovae.estimators.budget.BLOCK", 7)
     known = truth(2, 4)
     vae, x = vae_of(known), known.marginal().sample((22,))  # three blocks, and one row
     found = score(vae.model, vae.guide, x, method=GUIDE_FIRST)
@@ -404,7 +404,7 @@ class FakeTime:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        for module in ("staged", "marginal"):
+        for module in ("budget", "marginal"):
             monkeypatch.setattr(f"pyrovae.estimators.{module}.time", self)
 
     def monotonic(self):

@@ -1,13 +1,9 @@
 r"""An estimator that spends on each datum what it needs."""
 
 import math
-import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
-from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -15,21 +11,19 @@ from torch import Tensor
 
 from pyrovae.estimators.annealed import AnnealedImportanceSampling
 from pyrovae.estimators.base import Estimate, Estimator, check_count, check_positive
+from pyrovae.estimators.budget import BLOCK, Clock, Kind
 from pyrovae.estimators.exact import Enumeration
 from pyrovae.estimators.laplace import MAX_DIM, Laplace, Shared
 from pyrovae.estimators.memory import clamp
 from pyrovae.estimators.newton import MAX_DENSE, joint_of
 from pyrovae.estimators.proposals import Guide, Prior, WeightedGuide
+from pyrovae.estimators.simulated import share_unseen
 from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task, prior_of, sum_out_discrete
 from pyrovae.estimators.weighted import ImportanceSampling
-from pyrovae.inference.simulation import check_simulated, simulate
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.progress import tqdm
 
-_BLOCK = 200  # data that a stage takes at once, at most
-_FIRST_BLOCKS = (4, 12)  # under a budget of time: two sizes, from which the time of more data follows
-_NUM_TIMES = 6  # latest runs of a stage from which the time of the next is computed
 _LEAST_PILOT = 25  # draws of a pilot run: k-hat needs 21
 _LEAST_FULL = 2000  # draws of a full run, if its stage has so many: k-hat of fewer is noisy
 _FEWER = math.sqrt(2)  # ratio between the numbers of draws that full runs may have
@@ -40,9 +34,6 @@ _MISSED = 0.1  # of p(x), on average over data: what may be missed before no dat
 _MANY_MISSED = 0.01  # share of the data with a higher pilot run, above which no datum is trusted
 _FIRST_OF_PRIOR = 50  # data: if draws from the prior say nothing of any of them, there are no more
 _SIMULATED, _SIMULATED_IF_MANY = 64, 16  # data drawn from the model; the latter with many latents, which take long
-_LEAST_SIMULATED = 16  # of them at once
-_UNSEEN = 10.0  # nats by which the weight of an exact draw is above the mean weight, where no draws go
-_MOST_UNSEEN = 1  # of them: with k-hat at 0.5 the posterior has a share of exp(-10) there
 _TELLING = 20  # effective draws from the prior that say something of a datum
 _MARGIN = 0.7  # of the target, that a pilot run has to foresee: a full run may draw a larger weight
 _MOST_ERROR = 4.0  # targets, up to which a standard error is trusted
@@ -217,12 +208,12 @@ class UntilTrusted(Estimator):
         numbers, largest, compared, fitted, num_simulated = plan
         stages, fits = _share_fits([_Stage(number, self._all_stages[number]) for number in numbers])
         task.start(task.size, "datum")
-        clock, result, left = _Clock(self.seconds, stages[0]), _Result(compared), torch.arange(task.size)
+        clock, result, left = Clock(self.seconds, stages[0].number), _Result(compared), torch.arange(task.size)
         for stage in stages:
             prepared = stage.estimator.prepare(task)  # once, not for each block
             passed_on = [left[:0]]
             while len(left):
-                size = clock.num_data(stage, len(left) + sum(map(len, passed_on)), largest)
+                size = clock.num_data(stage.number, len(left) + sum(map(len, passed_on)), largest)
                 if size == 0:
                     return self._give_up(stages[0], task, torch.cat([*passed_on, left]), result)
                 if stage.estimator is _STAGES[_PRIOR] and len(passed_on) == 1:
@@ -239,18 +230,18 @@ class UntilTrusted(Estimator):
         is_first = isinstance(task.offset, int) and task.offset == 0
         if fitted is not None and is_first and clock.allows(fitted, num_simulated):
             estimator = self._smaller(self._all_stages[fitted])
-            found.diagnostics["unseen"].fill_(_share_unseen(task, estimator, num_simulated))
+            found.diagnostics["unseen"].fill_(share_unseen(task, estimator, num_simulated, _PILOT_KHAT))
         return found
 
     def _serve(
-        self, stage: "_Stage", is_last: bool, task: Task, rows: Tensor, result: "_Result", clock: "_Clock"
+        self, stage: "_Stage", is_last: bool, task: Task, rows: Tensor, result: "_Result", clock: "Clock"
     ) -> Tensor:
         """Scores those of some data for which a stage is good enough, and returns the others."""
         estimator = stage.estimator
         if stage.number in result.silent:
             return rows
         if is_last or not estimator.is_random:  # a second run of the latter would give the same
-            with clock.measure(stage, _Kind.FULL, rows):
+            with clock.measure(stage.number, Kind.FULL, rows):
                 found = _run(estimator, task, rows)
             good = torch.ones(len(rows), dtype=torch.bool)
             if not is_last:
@@ -258,7 +249,7 @@ class UntilTrusted(Estimator):
             if good.any():
                 result.add(rows[good], _take(found, good), stage.number)
             return rows[~good]
-        with clock.measure(stage, _Kind.PILOT, rows):
+        with clock.measure(stage.number, Kind.PILOT, rows):
             estimator = estimator.fit(_part(task, rows))  # for the pilot run and the full run
             smaller = self._smaller(estimator)
             pilot = _run(smaller, task, rows)
@@ -276,7 +267,7 @@ class UntilTrusted(Estimator):
             level = level[good].amax().expand_as(level) if good.any() else level
         for i in level[good].unique().tolist():
             chosen = good & (level == i)
-            with clock.measure(stage, _Kind.FULL, rows[chosen]):
+            with clock.measure(stage.number, Kind.FULL, rows[chosen]):
                 found = _run(_with_draws(estimator, numbers[i]), task, rows[chosen])
             result.add(rows[chosen], found, stage.number)
         return rows[~good]
@@ -290,7 +281,7 @@ class UntilTrusted(Estimator):
 
     def _give_up(self, first: "_Stage", task: Task, left: Tensor, result: "_Result") -> Estimate:
         """Scores the data for which there is no time by the first stage."""
-        for rows in left.split(_BLOCK if task.divisible else task.size):
+        for rows in left.split(BLOCK if task.divisible else task.size):
             result.add(rows, _run(self._smaller(first.estimator), task, rows), -1)
             task.advance(len(rows))
         return result.estimate(self, _MOST_ERROR * self.target)
@@ -341,89 +332,6 @@ class _Stage(NamedTuple):
 
     number: int
     estimator: Estimator
-
-
-class _Kind(Enum):
-    """A pilot run, together with the fit of a proposal, or a run that counts."""
-
-    PILOT = "pilot"
-    FULL = "full"
-
-
-class _Clock:
-    """Measures how long stages take, and says for how many data there is time.
-
-    Args:
-        seconds: the budget; None for no limit.
-        first: the first stage, which scores the data for which there is no time.
-    """
-
-    def __init__(self, seconds: float | None, first: _Stage):
-        self.began, self.seconds, self.first = time.monotonic(), seconds, first
-        # By number of the stage: data of the latest runs, and seconds.
-        self.times: dict[tuple[int, _Kind], deque[tuple[int, float]]] = {}
-        self.num_blocks: Counter[int] = Counter()  # by number of the stage
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    def num_data(self, stage: _Stage, waiting: int, largest: int) -> int:
-        """Returns how many data a stage may take at once; 0 if time is up.
-
-        Args:
-            stage: the stage.
-            waiting: data that have no result yet: there must be time to score them by the first stage.
-            largest: the largest number that memory allows.
-        """
-        largest = min(largest, _BLOCK)
-        if self.seconds is None:
-            return largest
-        block = self.num_blocks[stage.number]
-        self.num_blocks[stage.number] += 1
-        spare = self.seconds - self.elapsed
-        if stage is not self.first or block >= len(_FIRST_BLOCKS):
-            fixed, slope = self._time_of_first()
-            spare -= fixed + slope * waiting
-        if block < len(_FIRST_BLOCKS):
-            return min(_FIRST_BLOCKS[block], largest) if spare > 0 else 0
-        lines = [self._line(key) for key in self.times if key[0] == stage.number]  # the pilot run and the full run
-        fixed, slope = sum(line[0] for line in lines), max(sum(line[1] for line in lines), 1e-9)
-        # Half of the time, so that the other half corrects for an error of the prediction.
-        size = (spare / 2 - fixed) / slope
-        size = size if size >= 2 else (spare - fixed) / slope
-        return min(int(size), largest) if size >= 2 or size >= waiting else 0
-
-    def allows(self, number: int, num_data: int) -> bool:
-        """Returns whether there is time for a pilot run of a stage on some more data."""
-        if self.seconds is None:
-            return True
-        fixed, slope = self._line((number, _Kind.PILOT)) if (number, _Kind.PILOT) in self.times else (math.inf, 0.0)
-        return self.elapsed + fixed + slope * num_data < self.seconds
-
-    def _time_of_first(self) -> tuple[float, float]:
-        """Returns the seconds of a pilot run of the first stage as a line; of a full run, if it has no other."""
-        kind = _Kind.PILOT if (self.first.number, _Kind.PILOT) in self.times else _Kind.FULL
-        return self._line((self.first.number, kind))
-
-    def _line(self, key: tuple[int, _Kind]) -> tuple[float, float]:
-        """Returns the seconds of a run as a line in the number of data: those of no datum, and those of each."""
-        sizes, seconds = torch.tensor(list(self.times[key]), dtype=torch.double).T
-        if len(sizes.unique()) == 1:
-            return 0.0, (seconds / sizes).mean().item()
-        offset = sizes - sizes.mean()
-        slope = ((offset * seconds).sum() / offset.square().sum()).clamp(min=0.0)
-        return (seconds.mean() - slope * sizes.mean()).clamp(min=0.0).item(), slope.item()
-
-    @contextmanager
-    def measure(self, stage: _Stage, kind: _Kind, rows: Tensor) -> Iterator[None]:
-        """Remembers how long the block takes, for some data."""
-        began = self.elapsed
-        yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        times = self.times.setdefault((stage.number, kind), deque(maxlen=_NUM_TIMES))
-        times.append((len(rows), self.elapsed - began))
 
 
 class _Result:
@@ -526,44 +434,6 @@ def _choose_stages(task: Task) -> _Plan:
     if dim <= MAX_DIM:
         return _Plan([_GUIDE, _LAPLACE, *annealing], largest, guide, _LAPLACE, _SIMULATED_IF_MANY)
     return _Plan([_GUIDE, *annealing], task.size, guide)
-
-
-def _share_unseen(task: Task, estimator: Estimator, num_data: int) -> float:
-    r"""Returns the share of data drawn from the model with latents where the draws for an estimate do not go.
-
-    .. math:: \log p(x, z) - \log q(z \mid x) - \log \hat p(x) > 10, \quad x, z \sim p(x, z)
-
-    Data count whose estimate is good. If the model cannot draw data, the share is zero.
-    """
-    # As many at once as there are, since modes are searched for in all data at once.
-    blocks = (torch.arange(num_data) % task.size).split(max(task.size, _LEAST_SIMULATED))
-    blocks = blocks if task.divisible else blocks[:1]
-    for guide in (task.guide, prior_of(task.model)):  # guides of others may take no data but their own
-        try:
-            found = [_rises(replace(_part(task, rows), guide=guide, graphs=None), estimator) for rows in blocks]
-        except Exception:  # programs of others need not run without their data
-            continue
-        rise, is_good = (torch.cat(columns) for columns in zip(*found, strict=True))
-        num_unseen = int(((rise > _UNSEEN) & is_good).sum())
-        return num_unseen / int(is_good.sum()) if num_unseen > _MOST_UNSEEN else 0.0
-    return 0.0
-
-
-def _rises(task: Task, estimator: Estimator) -> tuple[Tensor, Tensor]:
-    """Draws data from a model; returns how far the log weights of their latents are above log p(x), and if it is good.
-
-    Raises:
-        ValueError: when the model cannot draw data in the place of those that it observes.
-    """
-    latents, args, kwargs = simulate(task.model, task.structure, *task.args, **task.kwargs)
-    check_simulated(task.model, latents, task.structure, args, kwargs)
-    task = next(iter(estimator.prepare(replace(task, args=args, kwargs=kwargs)).split(task.size)))
-    fitted = estimator.fit(task)
-    assert isinstance(fitted, ImportanceSampling)  # as the stages with Laplace are
-    pilot = fitted.estimate(task)
-    target = Target(task, fitted.proposal.guides(task)[0])
-    _, rise = target.values(target.pack_rows(latents, slice(0, task.size)))
-    return rise[0] - pilot.value, pilot.trusted & ~(pilot.khat > _PILOT_KHAT)
 
 
 def _share_fits(stages: list[_Stage]) -> tuple[list[_Stage], list[Shared]]:

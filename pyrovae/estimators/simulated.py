@@ -1,0 +1,65 @@
+"""Data that the model draws, with exact draws from their posteriors, as a test of what a proposal reaches."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyrovae.estimators.base import Estimator
+from pyrovae.estimators.targets import Target
+from pyrovae.estimators.task import Task, prior_of
+from pyrovae.estimators.weighted import ImportanceSampling
+from pyrovae.inference.simulation import check_simulated, simulate
+from pyrovae.progress import tqdm
+
+_LEAST_SIMULATED = 16  # data at once
+_UNSEEN = 10.0  # nats by which the weight of an exact draw is above the mean weight, where no draws go
+_MOST_UNSEEN = 1  # of them: with k-hat at 0.5 the posterior has a share of exp(-10) there
+
+
+def share_unseen(task: Task, estimator: Estimator, num_data: int, most_khat: float) -> float:
+    r"""Returns the share of data drawn from the model with latents where the draws for an estimate do not go.
+
+    .. math:: \log p(x, z) - \log q(z \mid x) - \log \hat p(x) > 10, \quad x, z \sim p(x, z)
+
+    Data count whose estimate is good. The share is zero if it is one datum, or the model cannot draw data.
+
+    Args:
+        task: the data in whose place others are drawn.
+        estimator: importance sampling, with the draws of a pilot run.
+        num_data: number of data to draw.
+        most_khat: largest k-hat of a good estimate.
+    """
+    # As many at once as there are, since modes are searched for in all data at once.
+    blocks = (torch.arange(num_data) % task.size).split(max(task.size, _LEAST_SIMULATED))
+    blocks = blocks if task.divisible else blocks[:1]
+    bar = tqdm(disable=True)
+    for guide in (task.guide, prior_of(task.model)):  # guides of others may take no data but their own
+        try:
+            found = [
+                _rises(replace(task.rows(rows), guide=guide, graphs=None, bar=bar), estimator, most_khat)
+                for rows in blocks
+            ]
+        except Exception:  # programs of others need not run without their data
+            continue
+        rise, is_good = (torch.cat(columns) for columns in zip(*found, strict=True))
+        num_unseen = int(((rise > _UNSEEN) & is_good).sum())
+        return num_unseen / int(is_good.sum()) if num_unseen > _MOST_UNSEEN else 0.0
+    return 0.0
+
+
+def _rises(task: Task, estimator: Estimator, most_khat: float) -> tuple[Tensor, Tensor]:
+    """Draws data from a model; returns how far the log weights of their latents are above log p(x), and if it is good.
+
+    Raises:
+        ValueError: when the model cannot draw data in the place of those that it observes.
+    """
+    latents, args, kwargs = simulate(task.model, task.structure, *task.args, **task.kwargs)
+    check_simulated(task.model, latents, task.structure, args, kwargs)
+    task = next(iter(estimator.prepare(replace(task, args=args, kwargs=kwargs)).split(task.size)))
+    fitted = estimator.fit(task)
+    assert isinstance(fitted, ImportanceSampling)  # as the stages with Laplace are
+    pilot = fitted.estimate(task)
+    target = Target(task, fitted.proposal.guides(task)[0])
+    _, rise = target.values(target.pack_rows(latents, slice(0, task.size)))
+    return rise[0] - pilot.value, pilot.trusted & ~(pilot.khat > most_khat)
