@@ -29,6 +29,7 @@ _LEAST_FULL = 2000  # draws of a full run, if its stage has so many: k-hat of fe
 _FEWER = math.sqrt(2)  # ratio between the numbers of draws that full runs may have
 _PILOT_KHAT = 0.5  # largest k-hat of a pilot run: those that are good by chance are chosen, so that 0.7 is too much
 _DISAGREEMENT = 4.0  # standard errors between two estimates of a datum: one datum in 16,000 by chance
+_DISAGREEMENT_IF_HEAVY = 6.0  # the same, if one has weights with a heavy tail, whose error is stated too small
 _AGREEMENT = 3.0  # standard errors between means over data
 _MISSED = 0.1  # of p(x), on average over data: what may be missed before no datum is trusted
 _MANY_MISSED = 0.01  # share of the data with a higher pilot run, above which no datum is trusted
@@ -75,7 +76,7 @@ class UntilTrusted(Estimator):
     result is unbiased for p(x) where the stages are. The last stage scores all data that are left, with all its draws.
 
     A datum is trusted if its full run is, if its standard error is at most four times `target`, and if no pilot run of
-    any stage was higher by more than four standard errors of the difference: since pilot runs are unbiased too, mass
+    any stage was higher by more than four standard errors of the difference, or six if it is not trusted: since pilot runs are unbiased too, mass
     was missed otherwise. If more than two data and one in a hundred were higher, no datum is trusted: modes of others
     are missed too. Mass that no stage finds is not seen: `num_checked` is for that.
 
@@ -367,7 +368,8 @@ class _Result:
             rows = rows.to(value.device)
             tells = _tells(pilot) & reliable[rows] if from_prior else torch.ones_like(pilot.trusted)
             variances = pilot.standard_error.square() + error[rows].square()
-            higher = pilot.value - value[rows] > _DISAGREEMENT * variances.sqrt() + rounding
+            errors = torch.where(pilot.khat > 0.7, _DISAGREEMENT_IF_HEAVY, _DISAGREEMENT)
+            higher = pilot.value - value[rows] > errors * variances.sqrt() + rounding
             missed[rows] |= higher & tells
             if from_prior:
                 ratio = (pilot.value - value[rows])[tells].double().clamp(max=50).exp()
