@@ -76,9 +76,9 @@ class UntilTrusted(Estimator):
     result is unbiased for p(x) where the stages are. The last stage scores all data that are left, with all its draws.
 
     A datum is trusted if its full run is, if its standard error is at most four times `target`, and if no pilot run of
-    any stage was higher by more than four standard errors of the difference, or six if it is not trusted: since pilot runs are unbiased too, mass
-    was missed otherwise. If more than two data and one in a hundred were higher, no datum is trusted: modes of others
-    are missed too. Mass that no stage finds is not seen: `num_checked` is for that.
+    any stage was higher by more than four standard errors of the difference, or six if it is not trusted: since pilot
+    runs are unbiased too, mass was missed otherwise. If more than two data and one in a hundred were higher, no datum
+    is trusted: modes of others are missed too. Mass that no stage finds is not seen: `num_checked` is for that.
 
     The latents of data that the model draws are exact draws from their posteriors. The default stages with
     :class:`Laplace` draw up to 64 data, and fit to them: if more than one has latents whose weight is ten nats above
