@@ -199,6 +199,18 @@ def test_all_batches_of_a_loader_are_doubted(monkeypatch):
     assert "not to be trusted: 12 of 12 data" in str(found)
 
 
+def test_what_is_not_known_of_modes_is_said():
+    def model(x):  # the value that it observes is no argument
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(2 * z.abs(), 0.2).to_event(1), obs=2 * x)
+
+    _, guide, x, _ = magnitudes(5)
+    found = score(model, guide, x)
+    assert found.diagnostics["unseen"].isnan().all()
+    assert "whether modes are missed could not be seen from data that the model draws" in str(found)
+
+
 def test_data_that_cannot_be_drawn_are_no_reason_for_doubt():
     def model(x):  # the value that it observes is no argument
         with pyro.plate("data", len(x)):

@@ -1,5 +1,6 @@
 """Data that the model draws, with exact draws from their posteriors, as a test of what a proposal reaches."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from pyrovae.progress import tqdm
 
 _LEAST_SIMULATED = 16  # data at once
 _UNSEEN = 10.0  # nats by which the weight of an exact draw is above the mean weight, where no draws go
+_LEAST_GOOD = 0.25  # share of them whose estimates are good, so that it is known whether modes are missed
 _MOST_UNSEEN = 1  # of them: with k-hat at 0.5 the posterior has a share of exp(-10) there
 
 
@@ -22,7 +24,8 @@ def share_unseen(task: Task, estimator: Estimator, num_data: int, most_khat: flo
 
     .. math:: \log p(x, z) - \log q(z \mid x) - \log \hat p(x) > 10, \quad x, z \sim p(x, z)
 
-    Data count whose estimate is good. The share is zero if it is one datum, or the model cannot draw data.
+    Data count whose estimate is good. The share is zero if it is one datum, and NaN if nothing is known: the model
+    cannot draw data, or the estimates of few of them are good.
 
     Args:
         task: the data in whose place others are drawn.
@@ -43,9 +46,11 @@ def share_unseen(task: Task, estimator: Estimator, num_data: int, most_khat: flo
         except Exception:  # programs of others need not run without their data
             continue
         rise, is_good = (torch.cat(columns) for columns in zip(*found, strict=True))
-        num_unseen = int(((rise > _UNSEEN) & is_good).sum())
-        return num_unseen / int(is_good.sum()) if num_unseen > _MOST_UNSEEN else 0.0
-    return 0.0
+        num_good, num_unseen = int(is_good.sum()), int(((rise > _UNSEEN) & is_good).sum())
+        if num_unseen > _MOST_UNSEEN:
+            return num_unseen / num_good
+        return 0.0 if num_good >= _LEAST_GOOD * len(is_good) else math.nan
+    return math.nan
 
 
 def _rises(task: Task, estimator: Estimator, most_khat: float) -> tuple[Tensor, Tensor]:

@@ -82,8 +82,8 @@ class UntilTrusted(Estimator):
 
     The latents of data that the model draws are exact draws from their posteriors. The default stages with
     :class:`Laplace` draw up to 64 data, and fit to them: if more than one has latents whose weight is ten nats above
-    p(x), there are modes which the stages do not find, and no datum is trusted. It is not done for models that cannot
-    draw data in the place of what they observe.
+    p(x), there are modes which the stages do not find, and no datum is trusted. If the model cannot draw data in the
+    place of what it observes, or if the stage scores few of them well, the summary says that it is not known.
 
     One of the pilot runs of the default stages draws from the prior, which knows of no mode. It says nothing where its
     draws do not reach the data, as with many latents. Where it can be trusted, and is higher than the results by more
@@ -125,11 +125,11 @@ class UntilTrusted(Estimator):
 
     The diagnostics are "stage", which is the number of the stage that scored a datum, in the order of the list, and
     -1 where there was no time; "reliable", what the runs of a datum say of it; "missed", where a pilot run was
-    higher; "unseen", the share of data from the model for which modes are missed, in the first batch, and zero where
-    so few are that all is well; and, if some data are checked, "check" and "check_error", the second estimates and
-    their standard errors, NaN for the other data. The numbers of the default stages are: 0 enumeration, 1 the guide
-    with few draws and 2 with many, 3 Laplace with few draws, 4 with many and 8 with heavy tails, 5 annealing from
-    Laplace, 6 from the guide and 7 from the prior, 10 the guide again.
+    higher; "unseen", the share of data from the model for which modes are missed, in the first batch, zero where all
+    is well or nobody looked, NaN where it is not known; and, if some data are checked, "check" and "check_error", the
+    second estimates and their standard errors, NaN for the other data. The numbers of the default stages are: 0
+    enumeration, 1 the guide with few draws and 2 with many, 3 Laplace with few draws, 4 with many and 8 with heavy
+    tails, 5 annealing from Laplace, 6 from the guide and 7 from the prior, 10 the guide again.
 
     Raises:
         TypeError: when a stage is not an estimator.
@@ -288,7 +288,7 @@ class UntilTrusted(Estimator):
         return result.estimate(self, _MOST_ERROR * self.target)
 
     def trusts(self, estimate: Estimate) -> Tensor:
-        return estimate.diagnostics["reliable"] & (estimate.diagnostics["unseen"] == 0).all()
+        return estimate.diagnostics["reliable"] & ~(estimate.diagnostics["unseen"] > 0).any()
 
     def describe(self, estimate: Estimate) -> str:
         number = estimate.diagnostics["stage"]
@@ -298,9 +298,11 @@ class UntilTrusted(Estimator):
         untrusted = int((~estimate.trusted).sum())
         check = self._describe_check(estimate) if "check" in estimate.diagnostics else ""
         missed = int(estimate.diagnostics["missed"].sum())
-        unseen = estimate.diagnostics["unseen"].max().item()
-        if unseen > 0:
-            share = f"{unseen:.0%} of the data that the model draws"
+        unseen = estimate.diagnostics["unseen"]
+        if bool(unseen.isnan().any()):
+            check = f"whether modes are missed could not be seen from data that the model draws\n{check}"
+        if bool((unseen > 0).any()):
+            share = f"{unseen.nan_to_num().max().item():.0%} of the data that the model draws"
             check = f"modes are missed: for {share}, latents are where no draws go\n{check}"
         elif missed:
             check = f"modes are missed: other draws found more of p(x) for {missed:,} data\n{check}"
