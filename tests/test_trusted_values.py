@@ -47,6 +47,10 @@ def test_stated_errors_are_true_wherever_trusted(name):
     x = vae.sample(NUM_DATA)
     truth = log_marginal(vae.model, None, x, method=Quadrature(40_000), progress=False)
     found = log_marginal(vae.model, vae.guide, x, method=UntilTrusted(), progress=False)
+    if (found.diagnostics["unseen"] > 0).any():  # it says that modes are missed, and so they are
+        assert not found.trusted.any()
+        assert (found.value - truth.value)[truth.trusted].median() < -0.05
+        return
     known = truth.trusted & found.trusted
     assert known.sum() >= NUM_DATA / 2
     off = ((found.value - truth.value).abs() - QUADRATURE).clamp(min=0)
