@@ -74,6 +74,15 @@ def test_training_needs_no_option_but_the_file_and_says_what_it_chose(people, tm
     assert {"schema.yaml", "config.yaml", "weights.safetensors"} <= {p.name for p in (tmp_path / "run").iterdir()}
 
 
+def test_few_rows_to_compare_with_are_said_and_serve(run, people, tmp_path, capsys):
+    few = tmp_path / "few.csv"
+    few.write_text("".join(people.read_text().splitlines(keepends=True)[:13]))
+    argv = ["score", str(run), str(few), "--num-samples", "30", "--output", str(tmp_path / "scores.csv")]
+    main([*argv, "--reference", str(few)])
+    assert "there are only 12 rows to compare with, the reference: ranks are rough" in capsys.readouterr().out
+    assert all(row["log_p"] for row in read(tmp_path / "scores.csv"))
+
+
 def test_a_run_is_loaded_with_its_schema_and_scores_to_the_digit(run, people, tmp_path):
     vae, config = pyrovae.load_run(run)
     schema = config["table"]

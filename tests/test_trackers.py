@@ -1,5 +1,6 @@
 """Trackers get every epoch of a run once, also of one that was interrupted, and never end it."""
 
+import importlib.util
 import logging
 import random
 import threading
@@ -271,3 +272,13 @@ def test_the_command_line_takes_a_tracker_in_any_case_and_runs_do_not_keep_it(tm
     capsys.readouterr()
     main(["train", "--run", "run", "--resume", "--epochs", "2"])
     assert "add --tracker PythonLogging" in capsys.readouterr().out
+
+
+def test_the_command_line_names_a_missing_package_in_a_line(monkeypatch, tmp_path):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "mlflow" else find_spec(name, *rest)
+    )
+    with pytest.raises(SystemExit) as error:
+        main(["train", "--run", str(tmp_path / "run"), "--tracker", "MLflow"])
+    assert error.value.code == "pyrovae: error: mlflow is not installed. Install it: pip install 'pyrovae[mlflow]'"

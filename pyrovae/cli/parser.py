@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -106,7 +107,9 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
-        sys.exit(f"pyrovae: error: {str(error).partition('Trace Shapes:')[0].rstrip()}")  # Pyro adds a long table
+        text = str(error).partition("Trace Shapes:")[0].rstrip()  # Pyro adds a long table
+        absent = re.search(r"\S+ is not installed\. Install it: .*", text)  # the cause, of a class that is built
+        sys.exit(f"pyrovae: error: {absent[0] if absent else text}")
     except Terminated as ended:
         print(ended, file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)

@@ -27,6 +27,7 @@ _NUM_COMPARED, _NUM_HIDDEN = 500, 100  # reference rows for the rank of a row wi
 _NUM_READ = 2000  # reference rows among which those are looked for
 _NUM_USUAL = 200  # reference rows for the mean of a cell
 _NUM_PATTERNS = 20  # patterns of holes for which reference rows are scored, the most frequent ones
+_FEW_COMPARED = 30  # reference rows, below which ranks are rough
 _LEAST_COMPARED = 10  # reference rows for a rank
 _NUM_SAMPLES = 100  # importance samples that explain a cell
 _PAIR = re.compile(r'\s*(?:"([^"]+)"|([^=,"]+?))\s*=\s*(?:"([^"]*)"|([^",][^,]*?|))\s*(?:,|$)')  # of --given
@@ -202,8 +203,11 @@ def _reference_rows(run: str, reference: str | None, schema: datasets.Schema) ->
             )
         part = load_table(source, schema)[0].test
     size = len(part.x)
-    if size < 30:
-        raise ValueError(f"there are {size} rows to compare with, and must be at least 30. Give more: --reference.")
+    if size == 0:
+        raise ValueError("there are no rows to compare with. Give some: --reference.")
+    if size < _FEW_COMPARED:
+        where = "test part of the run" if reference is None else "reference"
+        print(f"there are only {size} rows to compare with, the {where}: ranks are rough. Give more: --reference FILE")
     return part
 
 
