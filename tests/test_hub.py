@@ -96,6 +96,19 @@ def test_the_card_of_a_run_with_a_context_gives_one(tmp_path, stand_in):
     assert names["x"].shape == (16, 3, 5)
 
 
+def test_code_from_elsewhere_is_not_run_to_write_a_card(run, stand_in, monkeypatch):
+    asked = []
+
+    def load_run(directory, *, trust=False):
+        asked.append(trust)
+        raise ValueError("the likelihood names a class from elsewhere")
+
+    monkeypatch.setattr(hub.storage, "load_run", load_run)
+    hub.push_to_hub(run, "me/digits")
+    assert asked == [False]
+    assert "x = vae.sample(16)\n```" in (stand_in.root / "me/digits/README.md").read_text()
+
+
 def test_classes_are_described_with_their_arguments():
     config = {"class_path": "pyrovae.priors.VampPrior", "init_args": {"num_components": 20, "data": None}}
     assert hub._described(config) == "VampPrior(num_components=20)"

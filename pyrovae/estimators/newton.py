@@ -22,8 +22,8 @@ _NEGLIGIBLE = 0.05  # eigenvalue of what is left out, relative to the diagonal
 _PROBES = 4  # random vectors for the diagonal
 _TRIALS = 4  # step lengths a Newton step
 _NUM_GRADIENTS = 20  # of the quasi-Newton method, after a Newton step
-_LEFT = 0.6  # share of the data that still move, at which they go on alone: a new target costs a few runs of the model
 _FIRST_GRADIENTS = 30  # the same, before the first Newton step, where a curvature is known
+_LEFT = 0.6  # share of the data that still move, at which they go on alone: a new target costs a few runs of the model
 
 # Modes far out, under a prior with heavy tails.
 _FAR = (1e3, 1e4)  # spreads of the prior, between which its tails are compared

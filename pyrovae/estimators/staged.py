@@ -264,8 +264,8 @@ class UntilTrusted(Estimator):
         numbers = _numbers_of_draws(estimator.num_samples)
         good = (pilot.trusted & ~(pilot.khat > _PILOT_KHAT)).cpu() & (needed <= numbers[-1])
         level = torch.bucketize(needed, torch.tensor(numbers).to(needed))
-        if not task.divisible:  # each run is one of all data
-            level = level[good].amax().expand_as(level) if good.any() else level
+        if not task.divisible and good.any():  # each run is one of all data
+            level = level[good].amax().expand_as(level)
         for i in level[good].unique().tolist():
             chosen = good & (level == i)
             with clock.measure(stage.number, Kind.FULL, rows[chosen]):
