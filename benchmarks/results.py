@@ -124,19 +124,23 @@ def record_of(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def run(name: str, runs: Path, options: Sequence[str], trusted_images: int, trusted_seconds: float) -> dict[str, Any]:
+def run(
+    name: str, runs: Path, options: Sequence[str], device: str, trusted_images: int, trusted_seconds: float
+) -> dict[str, Any]:
     """Trains a row, or goes on with it, and scores it; returns its record.
 
     Args:
         name: the row.
         runs: the folder of the run directories.
         options: further options of `pyrovae train`, which override the configuration.
+        device: where it is trained and scored.
         trusted_images: number of test images that are scored until they can be trusted.
         trusted_seconds: budget of that.
     """
     directory, config = runs / name, FOLDER / f"{name}.yaml"
     if not _is_finished(directory):
-        command_line(["train", "--resume", "--config", str(config), "--run", str(directory), *options])
+        place = ["--run", str(directory), "--device", device]
+        command_line(["train", "--resume", "--config", str(config), *place, *options])
     trained_with = yaml.safe_load((directory / "config.yaml").read_text())
     overridden = {option.removeprefix("--").replace("-", "_") for option in options[::2]}
     for entry, value in yaml.safe_load(config.read_text()).items():
@@ -150,14 +154,14 @@ def run(name: str, runs: Path, options: Sequence[str], trusted_images: int, trus
     return {
         "row": name,
         "config": {key: value for key, value in trained_with.items() if key != "data_root"},
-        "machine": report.machine(packages=("torch", "pyro-ppl")),
+        "machine": report.machine(device, packages=("torch", "pyro-ppl")),
         "hours": round(epochs[-1]["seconds"] / 3600, 2),
         "epochs": len(epochs),
         "best_epoch": 1 + min(range(len(epochs)), key=validation.__getitem__),
         "validation": [[line["epoch"], round(line["validation"], 3)] for line in epochs[::every]],
         "test": {key: result[key] for key in ("log_marginal", "standard_error", "num_data", "num_samples")},
-        "trusted": _scores(directory, trusted_images, ["--seconds", str(trusted_seconds)]),
-        "same_images": _scores(directory, trusted_images, ["--num-samples", str(result["num_samples"])]),
+        "trusted": _scores(directory, device, trusted_images, ["--seconds", str(trusted_seconds)]),
+        "same_images": _scores(directory, device, trusted_images, ["--num-samples", str(result["num_samples"])]),
     }
 
 
@@ -173,11 +177,11 @@ def holds(whole: Any, part: Any) -> bool:
     return bool(whole == part)
 
 
-def _scores(directory: Path, num_images: int, method: Sequence[str]) -> dict[str, Any]:
+def _scores(directory: Path, device: str, num_images: int, method: Sequence[str]) -> dict[str, Any]:
     """Returns the mean log p(x) of the first test images, and how many of them are not to be trusted."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "scores.csv"
-        given = ["--num-data", str(num_images), "--output", str(output), *method]
+        given = ["--device", device, "--num-data", str(num_images), "--output", str(output), *method]
         command_line(["evaluate", str(directory), *given])
         with output.open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -259,6 +263,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", action="store_true", help="write docs/results.md, and run nothing")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories")
     parser.add_argument("--data-root", default="data", help="folder of the images")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where everything runs")
     parser.add_argument("--epochs", help="end training after so many, of which the record tells")
     parser.add_argument("--trusted-images", type=int, default=1000, help="images to be scored until they are trusted")
     parser.add_argument("--trusted-seconds", type=float, default=1800.0, help="budget of that")
@@ -277,7 +282,7 @@ def main(args: Sequence[str] | None = None) -> None:
     for name in [] if given.page else names:
         print(f"\n{name}: {ROWS[name].title}")
         options = ["--data-root", given.data_root, *(["--epochs", given.epochs] if given.epochs else [])]
-        record = run(name, given.runs, options, given.trusted_images, given.trusted_seconds)
+        record = run(name, given.runs, options, given.device, given.trusted_images, given.trusted_seconds)
         (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         PAGE.write_text(page())
     PAGE.write_text(page())

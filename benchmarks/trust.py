@@ -127,9 +127,9 @@ def trust(args: argparse.Namespace) -> str:
     size = len(drawn["value"])
     return (
         "## Is what is trusted right?\n\n"
-        f"`python benchmarks/estimators.py --only trust`: a VAE with gated layers ({args.run}), the first {n:,} test "
-        f"images, binarised once, by `UntilTrusted()`: log p(x) = {found['value'].mean():.3f} nats, with a standard "
-        f"error of {error.square().sum().sqrt().item() / n:.4f} from the draws.\n\n"
+        f"`python benchmarks/estimators.py --only trust`: a VAE with gated layers ({Path(args.run).name}), the first "
+        f"{n:,} test images, binarised once, by `UntilTrusted()`: log p(x) = {found['value'].mean():.3f} nats, with a "
+        f"standard error of {error.square().sum().sqrt().item() / n:.4f} from the draws.\n\n"
         + report.table(
             ["what", "measured", "goal"],
             [

@@ -282,6 +282,14 @@ def cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
     return sorted({t.device for t in tensors if t.is_cuda}, key=str)
 
 
+def in_layout_of(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Returns a gradient with the strides of its parameter, as autograd accumulates it.
+
+    Fused optimizers go through the memory of both in one order, and on a CPU without a check.
+    """
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
+
+
 def holds_packed(args: tuple, kwargs: dict[str, Any]) -> bool:
     """Returns whether there is a packed sequence in arguments."""
     if not kwargs and all(isinstance(x, Tensor) for x in args):

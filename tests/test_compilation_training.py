@@ -68,9 +68,11 @@ def with_dropout() -> Pair:
     return pair_of(VAE(priors.StandardNormal(2), likelihoods.Normal(2, 3, network), encoders.DiagonalNormal(3, 2)))
 
 
-def fitted(loss: Any, epochs: int, make: Callable[[], Pair] = with_dropout, **options: Any) -> list:
+def fitted(
+    loss: Any, epochs: int, make: Callable[[], Pair] = with_dropout, x: Tensor | None = None, **options: Any
+) -> list:
     pair = fresh(make)
-    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(7))
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(7)) if x is None else x
     options = {"batch_size": 16, "clip_norm": 5.0, "validation": x[:9] + 0.1} | options  # the last batch is smaller
     history = fit(pair.model, pair.guide, x, loss=loss, epochs=epochs, **options)
     records = [[t for name, t in record.items() if name != "seconds"] for record in history.records]
@@ -95,6 +97,34 @@ def test_fit_by_default_resumed_or_not_is_the_same_to_the_bit(name, tmp_path):
     same(fitted(make(), 4), expected)
     fitted(make(), 2, checkpoint=tmp_path / "state")
     same(fitted(make(), 4, checkpoint=tmp_path / "state", resume=True), expected)
+
+
+class Transposed(nn.Module):
+    """A linear map whose weight has a gradient with other strides than its own."""
+
+    def __init__(self, in_shape: Any, out_shape: Any):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(*out_shape, in_shape))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return nn.functional.linear(z, self.weight.t().contiguous().t() * 1.0)
+
+
+@pytest.mark.parametrize("compile", ["auto", pytest.param(True, marks=pytest.mark.slow)])
+def test_fused_optimizers_take_gradients_of_other_strides(compile):
+    def make() -> Pair:
+        likelihood = likelihoods.Bernoulli(2, 3, Transposed)
+        return pair_of(VAE(priors.StandardNormal(2), likelihood, encoders.DiagonalNormal(3, 2)))
+
+    pair = fresh(make)
+    loss = bounds.ELBO().terms(pair.model, pair.guide, torch.zeros(5, 3)).loss
+    weight = pair.modules[0].likelihood.network.weight
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert gradient.stride() != weight.stride()
+    options = {"optimizer": partial(torch.optim.Adam, lr=0.1, fused=True), "validation": None}
+    x = (torch.randn(50, 3, generator=torch.Generator().manual_seed(7)) > 0).float()
+    found, expected = (fitted(None, 5, make, x, compile=c, **options) for c in (compile, False))
+    same(found[1:], expected[1:], exact=compile == "auto")
 
 
 def test_fit_by_default_plays_steps_back(monkeypatch):

@@ -23,7 +23,7 @@ from pyrovae import bounds, estimators, fit, log_marginal
 from pyrovae import compile as compiled
 from pyrovae.compilation import graph, tracing
 from pyrovae.compilation.api import Compiled
-from pyrovae.compilation.cudagraph import CudaGraph
+from pyrovae.compilation.cudagraph import CudaGraph, memory_for, without_repeats
 from pyrovae.training import trainer as training
 
 same = partial(same, exact=False)
@@ -39,13 +39,13 @@ class StandIn:
     def __init__(self, function: Callable, inputs: list[Tensor], kept: list[Tensor], fingerprint: list):
         self.function, self.kept, self.fingerprint = function, kept, fingerprint
         self.addresses = [t.data_ptr() for t in kept]
-        self.inputs, self.result = [t.clone() for t in inputs], None
+        self.inputs, self.result = list(map(memory_for, inputs)), None
 
     matches = CudaGraph.matches
 
     def replay(self, inputs: list[Tensor]) -> Any:
         for kept, new in zip(self.inputs, inputs, strict=True):
-            kept.copy_(new)
+            without_repeats(kept).copy_(without_repeats(new))
         result = self.function(self.inputs)
         if self.result is None:
             self.result = result
@@ -278,6 +278,24 @@ def test_low_precision():
             return fit(pair.model, pair.guide, data().float(), loss=elbo, epochs=3, batch_size=25)["loss"][-1]
 
     assert run(compiled(Trace_ELBO())) == pytest.approx(run(Trace_ELBO()), rel=0.02)
+
+
+VIEWS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(0, 2),
+    "with gaps": lambda x: x[:, ::2, 1:],
+    "expanded": lambda x: x[:, None, 0].expand(-1, 5, -1),
+    "expanded twice, with gaps": lambda x: x[:1, ::2].expand(6, -1, -1)[:, :, None].expand(-1, -1, 2, -1),
+    "one number": lambda x: x[0, 0, 0].expand(3, 2),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_inputs_of_a_cuda_graph_have_memory_of_their_own_and_the_same_strides(view):
+    given = view(torch.randn(4, 6, 3))
+    room = memory_for(given)
+    without_repeats(room).copy_(without_repeats(given))
+    assert torch.equal(room, given) and room.stride() == given.stride() and room.data_ptr() != given.data_ptr()
 
 
 class Failing(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from pyrovae import VAE, Estimate, log_marginal, log_weights
 from pyrovae.encoders import DiagonalNormal
-from pyrovae.estimators import ImportanceSampling
+from pyrovae.estimators import ImportanceSampling, Laplace
 from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
@@ -599,6 +600,28 @@ def test_log_marginal_runs_in_evaluation_mode_and_puts_everything_back(breaks):
     if not breaks:
         vae.eval()
         assert torch.equal(training.value, estimate().value)
+
+
+class Watched(nn.GRU):
+    """A recurrent layer that keeps whether cuDNN was allowed, which has no gradients of it in evaluation mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.allowed.append(torch.backends.cudnn.enabled)
+        if torch.is_grad_enabled() and self.breaks:
+            raise ArithmeticError
+        return super().forward(x.reshape(-1, 1, 2))[0].reshape(*x.shape[:-1], 3)
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["", "after an error"])
+def test_gradients_of_recurrent_layers_are_taken_without_cudnn(breaks):
+    layer = Watched(2, 3, batch_first=True)
+    layer.allowed, layer.breaks = [], breaks
+    likelihood = Normal(2, 3, network=layer)
+    vae, x = VAE(StandardNormal(2), likelihood, DiagonalNormal(3, 2)), torch.randn(4, 3)
+    with pytest.raises(ArithmeticError) if breaks else nullcontext():
+        log_marginal(vae.model, vae.guide, x, method=ImportanceSampling(50, Laplace(num_starts=1)))
+    assert set(layer.allowed) == {True, False}
+    assert torch.backends.cudnn.enabled
 
 
 def test_log_weights_is_left_in_the_mode_it_is_called_in_but_looks_in_evaluation_mode():

@@ -11,6 +11,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from pyrovae.arguments import in_layout_of
 from pyrovae.bounds import Bound, Terms
 from pyrovae.bounds.schedules import ScheduledStep
 from pyrovae.compilation.cache import GraphCache
@@ -249,7 +250,8 @@ def _step(
             loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
         gradients: list[Tensor | None] = [None] * len(leaves)
         if leaves and loss.requires_grad:
-            gradients = list(torch.autograd.grad(loss * scale, leaves, allow_unused=True))
+            found = torch.autograd.grad(loss * scale, leaves, allow_unused=True)
+            gradients = [None if g is None else in_layout_of(p, g) for p, g in zip(leaves, found, strict=True)]
     loss, inside = loss.detach(), torch.as_tensor(data.inside(), device=loss.device)
     numbers = torch.stack([loss] if terms is None else [*terms.named.values()]).double()
     return Step(loss, terms, numbers, inside, loss.isfinite() & inside, gradients)

@@ -42,11 +42,11 @@ class CudaGraph:
     ):
         self.kept, self.fingerprint = kept, fingerprint
         self.addresses = [t.data_ptr() for t in kept]
-        self.inputs = [t.clone() for t in inputs]
-        if any(a.stride() != b.stride() for a, b in zip(self.inputs, inputs, strict=True)):
-            raise RuntimeError("an argument is a view with gaps, call contiguous() on it")
+        self.inputs = list(map(memory_for, inputs))
+        self._written = list(map(without_repeats, self.inputs))
         self.device = (inputs or kept)[0].device
         with torch.cuda.device(self.device):
+            self._take(inputs)
             try:
                 self.graph, self.result = _captured(lambda: function(self.inputs))
             except RuntimeError:
@@ -63,10 +63,26 @@ class CudaGraph:
     def replay(self, inputs: list[Tensor]) -> Any:
         """Replays the graph for some inputs; returns its result, which the next replay overwrites."""
         with torch.cuda.device(self.device):
-            if inputs:
-                torch_internals.copy_tensors(self.inputs, inputs)
+            self._take(inputs)
             self.graph.replay()
         return self.result
+
+    def _take(self, inputs: list[Tensor]) -> None:
+        if inputs:
+            torch_internals.copy_tensors(self._written, list(map(without_repeats, inputs)))
+
+
+def memory_for(t: Tensor) -> Tensor:
+    """Returns new memory for the values of a tensor, with its strides, which the recorded code counts on."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+
+
+def without_repeats(t: Tensor) -> Tensor:
+    """Returns the part of an expanded tensor that holds each of its numbers once, so that it can be written to."""
+    for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            t = t.narrow(dim, 0, 1)
+    return t
 
 
 def _captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:

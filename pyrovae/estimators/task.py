@@ -65,7 +65,7 @@ class Task:
         max_memory: budget for intermediate results, in bytes.
         bar: the progress bar.
         graphs: cache of compiled graphs; None to run eagerly.
-        offset: index of the first datum in the whole data set, or those of all, ``(size,)``.
+        offset: index of the first datum in the whole data set, or those of all, ``(size,)``, on the CPU.
         divisible: whether some of the data can be scored alone; not so if parameters of the guide belong to rows.
         summed: values of the discrete latents that log-probabilities are sums over; None without.
         eliminates: whether these latents are eliminated one after the other, and not by all of their combinations.
@@ -94,11 +94,12 @@ class Task:
             return self
         args, kwargs = take_rows(rows, self.args, self.kwargs)
         size = len(rows) if isinstance(rows, Tensor) else len(range(self.size)[rows])
+        places = rows.cpu() if isinstance(rows, Tensor) else rows
         offset: int | Tensor
         if isinstance(self.offset, Tensor):
-            offset = self.offset[rows]
+            offset = self.offset[places]
         else:
-            offset = self.offset + (rows if isinstance(rows, Tensor) else range(self.size)[rows].start)
+            offset = self.offset + (places if isinstance(places, Tensor) else range(self.size)[places].start)
         return replace(self, args=args, kwargs=kwargs, size=size, offset=offset)
 
     def split(self, chunk_size: int) -> Iterator["Task"]:

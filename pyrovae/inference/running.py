@@ -16,20 +16,34 @@ def evaluation_mode() -> Iterator[None]:
     """Runs every module that is called inside in ``eval()`` mode, and restores its mode afterwards.
 
     A model and a guide are functions, whose modules cannot be listed: each module is switched when it is called.
+    Recurrent layers run without cuDNN where gradients are enabled: it has none in this mode, and no second ones in any.
     """
     switched: list[nn.Module] = []
+    without_cudnn: list[nn.Module] = []
 
     def switch(module: nn.Module, _inputs: Any) -> None:
         for child in module.modules() if module.training else ():
             if child.training:
                 child.training = False
                 switched.append(child)
+        if isinstance(module, nn.RNNBase) and torch.is_grad_enabled() and torch.backends.cudnn.enabled:
+            torch.backends.cudnn.enabled = False
+            without_cudnn.append(module)
 
-    handle = nn.modules.module.register_module_forward_pre_hook(switch)
+    def restore(module: nn.Module, _inputs: Any, _output: Any) -> None:
+        if without_cudnn and without_cudnn[-1] is module:
+            torch.backends.cudnn.enabled = True
+            without_cudnn.pop()
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(switch),
+        nn.modules.module.register_module_forward_hook(restore, always_call=True),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for module in switched:
             module.training = True
 

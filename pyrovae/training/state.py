@@ -148,6 +148,11 @@ def find_state(loss: Any, model: Callable, guide: Callable, args: tuple, kwargs:
     for module in modules.values():
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad and id(p) not in known:
+                if not p.is_contiguous():
+                    raise ValueError(
+                        f"{name} of {module} would not be trained: Pyro copies parameters that are not contiguous in "
+                        "memory. Leave out to(memory_format=...), or call it on the data alone."
+                    )
                 taken = ", ".join(sorted({key.split("$$$")[0] for key in pyro.get_param_store()}))
                 raise ValueError(
                     f"{name} of {module} is used but would not be trained, because Pyro does not know it. Register the "

@@ -19,6 +19,7 @@ from pyrovae.arguments import (
     as_tensors,
     count_data,
     cuda_devices,
+    in_layout_of,
     row_positions,
     tensors_of,
     to_device,
@@ -453,7 +454,7 @@ class Trainer:
         if not self.is_valid.is_cuda or not self.has_gradient or self.num_steps % _CHECK_EVERY == 0:
             self.has_gradient = (has > 0).tolist()
         for p, gradient, has_gradient in zip(params, gradients, self.has_gradient, strict=True):
-            p.grad = gradient if has_gradient else None
+            p.grad = in_layout_of(p, gradient) if has_gradient else None
 
     @torch.no_grad()
     def validate(self, batches: Iterable, epoch: int) -> float:
