@@ -142,22 +142,7 @@ def train(data: str, run: str) -> None:
 
 def test_diagnose_does_as_much_as_on_the_cpu(tmp_path):
     run, skipped = str(tmp_path / "r"), {}
-    command_line(
-        [
-            "train",
-            "--data",
-            "digits",
-            "--device",
-            DEVICE,
-            "--epochs",
-            "2",
-            "--num-samples",
-            "100",
-            "--run",
-            run,
-            "--quiet",
-        ]
-    )
+    train("digits", run)
     for device in {"cpu", DEVICE}:
         out = tmp_path / device
         options = ["--device", device, "--num-data", "50", "--nuts-samples", "0", "--output", str(out)]
@@ -169,22 +154,7 @@ def test_diagnose_does_as_much_as_on_the_cpu(tmp_path):
 
 def test_commands_on_images(tmp_path):
     run = str(tmp_path / "r")
-    command_line(
-        [
-            "train",
-            "--data",
-            "digits",
-            "--device",
-            DEVICE,
-            "--epochs",
-            "3",
-            "--num-samples",
-            "100",
-            "--run",
-            run,
-            "--quiet",
-        ]
-    )
+    train("digits", run)
     command_line(["evaluate", run, "--device", DEVICE, "--num-data", "60", "--seconds", "10"])
     command_line(["report", run, "--device", DEVICE])
 
@@ -195,22 +165,7 @@ def test_commands_on_a_table(tmp_path):
     lines = [f"{x:.3f},{x + y:.3f},{'high' if y > 0 else 'low'}" for x, y in zip(a.tolist(), b.tolist(), strict=True)]
     table, run = tmp_path / "t.csv", str(tmp_path / "r")
     table.write_text("first,second,level\n" + "\n".join(lines) + "\n1.5,,high\n")
-    command_line(
-        [
-            "train",
-            "--data",
-            str(table),
-            "--device",
-            DEVICE,
-            "--epochs",
-            "3",
-            "--num-samples",
-            "100",
-            "--run",
-            run,
-            "--quiet",
-        ]
-    )
+    train(str(table), run)
     command_line(["evaluate", run, "--device", DEVICE, "--seconds", "5"])
     command_line(["score", run, str(table), "--device", DEVICE, "--seconds", "5"])
     for verb in ("impute", "encode"):
@@ -220,20 +175,5 @@ def test_commands_on_a_table(tmp_path):
 def test_commands_on_text(tmp_path):
     text, run = tmp_path / "t.txt", str(tmp_path / "r")
     text.write_text("\n".join(f"the {a} sees the {b}" for a in ("cat", "dog", "bird") for b in ("sun", "sea")) * 10)
-    command_line(
-        [
-            "train",
-            "--data",
-            str(text),
-            "--device",
-            DEVICE,
-            "--epochs",
-            "2",
-            "--num-samples",
-            "100",
-            "--run",
-            run,
-            "--quiet",
-        ]
-    )
+    train(str(text), run)
     command_line(["evaluate", run, "--device", DEVICE, "--num-data", "5", "--seconds", "5"])
