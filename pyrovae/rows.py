@@ -51,6 +51,11 @@ class Rows:
         divisor: float = 1.0,
     ):
         source = _by_rows(source) if is_sparse(source) else source
+        if isinstance(source, np.ma.MaskedArray) and source.mask.any():
+            raise ValueError(
+                f"a masked array hides {int(source.mask.sum()):,} of {source.size:,} numbers, which would be taken as "
+                "they are. Give x.filled(numpy.nan) to split_missing and a MissingDataVAE, or fill them."
+            )
         self.source: Any = np.asarray(source) if isinstance(source, np.ndarray) else source
         self.dtype: torch.dtype = dtype or (source.dtype if isinstance(source, Tensor) else _torch_dtype(source.dtype))
         self.index, self.divisor = index, divisor

@@ -564,7 +564,6 @@ REFUSED = [
     (Enumeration(), four, r"Enumeration is for discrete latents, and \['z'\] are not"),
     (Enumeration(), counts, 'site "z" .Poisson. have no values that can be listed'),
     (Enumeration(), switches, "1,048,576 combinations of values, more than num_samples=1,000,000"),
-    (Quadrature(), masked, 'site "z" are masked for some data'),
     (Enumeration(), partial(masked, p=dist.Bernoulli(torch.tensor(0.5))), 'site "z" are masked for some data'),
 ]  # fmt: skip
 

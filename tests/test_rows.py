@@ -13,7 +13,8 @@ from pyro import distributions as dist
 from torch import nn
 
 import pyrovae
-from pyrovae import VAE, diagnostics, encoders, estimators, likelihoods, log_marginal, priors
+from pyrovae import VAE, diagnostics, encoders, estimators, fit, likelihoods, log_marginal, priors
+from pyrovae.data import split_missing
 from pyrovae.data.batches import Batches, as_batches
 from pyrovae.rows import Rows, number_type
 
@@ -202,6 +203,18 @@ def test_integers_that_would_be_rounded_are_refused():
     doubled = vae_of().double()
     assert doubled.encode(x).mean.dtype == torch.double
     log_marginal(doubled.model, doubled.guide, x, num_samples=1, progress=False)
+
+
+def test_numbers_that_are_masked_are_not_taken_as_they_are():
+    x = np.ma.masked_greater(np.array([[0.5, 1e4], [0.2, 0.3]]), 100)
+    vae = VAE(priors.StandardNormal(2), likelihoods.Normal(2, 2), encoders.DiagonalNormal(2, 2))
+    for call in (log_marginal, partial(fit, epochs=1, progress=False)):
+        with pytest.raises(ValueError, match="masked array hides 1 of 4 numbers"):
+            call(vae.model, vae.guide, x)
+    filled, mask = split_missing(x)
+    assert torch.equal(filled, torch.tensor([[0.5, 0.0], [0.2, 0.3]]))
+    assert torch.equal(mask, torch.tensor([[True, False], [True, True]]))
+    assert all(map(torch.equal, split_missing(x.filled(np.nan)), (filled, mask)))
 
 
 def test_rows_are_those_of_numpy():

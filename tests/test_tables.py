@@ -277,9 +277,53 @@ def test_splits_of_a_table():
     assert again.schema is table.schema and torch.equal(again.test.rows, splits.test.rows)
 
 
+MANY = range(30)
+
+
+def _grouped(number: int) -> str:
+    """Returns a number as it is written in much of Europe."""
+    return f"{number:,}".replace(",", ".")
+
+
+@pytest.mark.parametrize(
+    "column, options",
+    [
+        (lambda i: f"{_grouped(1000 * i + 1_000_517)};{i}", {}),  # more than one point
+        (lambda i: f"{_grouped(137 * i)};{i},5", {}),  # commas in another column
+        (lambda i: f"{_grouped(137 * i)};{i}", {"decimal": ",", "thousands": "."}),
+        (lambda i: f"{137 * i / 1000:.3f};{i}", {}),  # all have three digits: a decimal point
+    ],
+)
+def test_points_between_thousands_are_seen(column, options, tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text("a;b\n" + "".join(column(i) + "\n" for i in MANY))
+    table = data.Table(file, **options)
+    found = table.schema.decode(table.x).column("a").to_pylist()
+    first = column(7).split(";")[0]
+    expected = float(first.replace(".", "")) if options or first.count(".") != 1 or "," in column(7) else float(first)
+    assert found[7] == pytest.approx(expected)
+
+
+def test_tiny_numbers_are_written_as_they_are(tmp_path):
+    file = tmp_path / "t.csv"
+    values = [(i + 1) * 1.2345e-13 for i in range(40)]
+    file.write_text("a,b\n" + "".join(f"{v!r},{i % 3}\n" for i, v in enumerate(values)))
+    table = data.Table(file)
+    again = table.schema.decode(table.x).column("a").to_pylist()
+    np.testing.assert_allclose(again, values, rtol=1e-6)
+
+
+def test_arrays_and_ratings_are_told_from_tables(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((4, 2)))
+    with pytest.raises(ValueError, match="holds arrays, and no table"):
+        data.Table(tmp_path / "x.npy")
+    file = tmp_path / "r.csv"
+    file.write_text("userId,itemId,rating\n" + "".join(f"{i % 7},{i % 11},{i % 5 + 1}\n" for i in range(100)))
+    assert any("load_ratings" in note for note in data.Table(file).schema.notes)
+
+
 # Files that could be read in two ways, or not at all.
 
-MANY = range(30)
 BAD = {
     "empty": ("", {}, "is empty"),
     "only names": ("a,b\n", {}, "there is no row"),
@@ -293,6 +337,11 @@ BAD = {
     "late encoding": (b"a,b\n" + b"1,x\n" * 2_000_000 + b"2,\xe9\n", {}, "line 2000002: the byte 0xe9 is not UTF-8"),
     "spaces": ("a b\n1 2\n3 4\n", {}, "separated by spaces"),
     "thousands or decimals": ("a;b\n" + "".join(f"{i + 1},{i + 100};x\n" for i in MANY), {}, "row 1: '1,100' may have"),
+    "thousands or a point": (
+        "a;b\n" + "".join(f"{_grouped(137 * i)};x\n" for i in MANY),
+        {},
+        "row 9: '1.096' may have",
+    ),
     "points and commas": (
         "a;b\n" + "".join(f"{i},5;{i}.5\n" for i in MANY),
         {},

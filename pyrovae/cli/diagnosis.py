@@ -16,6 +16,7 @@ from pyrovae.parts import context_size
 from pyrovae.structures import MissingDataVAE, SemiSupervisedVAE
 
 _NUM_TEXTS, _SECONDS_FOR_TEXT = 60, 120.0
+_NOT_FOR_TABLES = ("calibration", "sharpness", "quality")  # synthetic_rows compares columns and pairs of them
 
 
 def diagnose(
@@ -129,7 +130,9 @@ def diagnose(
     )
     results, verdicts = {}, []
     for name, kind in diagnostics.DIAGNOSES.items():
-        if (name == "posterior" and nuts_samples == 0) or (name == "synthetic_rows" and inputs.columns is None):
+        is_for_tables = name == "synthetic_rows"
+        is_left_out = is_for_tables if schema is None else name in _NOT_FOR_TABLES
+        if is_left_out or (name == "posterior" and nuts_samples == 0):
             continue
         print(f"\n== {name.replace('_', ' ')}: {kind.question}")
         pyro.set_rng_seed(seed)  # each diagnostic draws the same, whichever ran before it

@@ -17,7 +17,7 @@ from pyrovae.cli.common import (
     write_array,
 )
 from pyrovae.cli.labels import arguments_of, draw
-from pyrovae.cli.rows import draw_given, draw_rows, given_context, read_given
+from pyrovae.cli.rows import TABLES, draw_given, draw_rows, given_context, read_given, reconstruct_rows
 from pyrovae.cli.text import reconstruct_lines, sample_lines
 from pyrovae.data import Schema
 from pyrovae.structures import MissingDataVAE
@@ -147,14 +147,17 @@ def reconstruct(
     seed: int = 0,
     trust: bool = False,
 ) -> None:
-    """Reconstructs the first data of a split by a trained run, and writes them as a picture, an array or text.
+    """Reconstructs the first data of a split by a trained run, and writes them as a picture, an array, rows or text.
+
+    Rows of a table have the medians of p(x | z) for numbers and its most probable classes, at one draw of z.
 
     Args:
         run: the run directory.
         split: the split of the data.
         num_data: number of data.
-        output: a .png, .npy or .csv file; reconstructions-<split>.png in the run directory by default. Of text a .txt
-            file, each line before its reconstruction, with a tab between; reconstructions-<split>.txt by default.
+        output: a .png, .npy or .csv file; reconstructions-<split>.png in the run directory by default. Of a table a
+            .csv, .tsv or .parquet file; reconstructions-<split>.csv by default. Of text a .txt file, each line before
+            its reconstruction, with a tab between; reconstructions-<split>.txt by default.
         data: another data set of the same shape; that of the run by default.
         data_root: the directory of the images; that of the run by default.
         seed: seed of the latents.
@@ -169,13 +172,18 @@ def reconstruct(
         x = data_to_score(splits, split, preprocessing, num_data).x
         reconstruct_lines(vae, vocabulary, x, output or Path(run) / f"reconstructions-{split}.txt", seed)
         return
-    out = new_file(output or Path(run) / f"reconstructions-{split}.png", (".png", ".npy", ".csv"))
+    is_of_rows = (Path(run) / "schema.yaml").exists()
+    ending, endings = (".csv", TABLES) if is_of_rows else (".png", (".png", ".npy", ".csv"))
+    out = new_file(output or Path(run) / f"reconstructions-{split}{ending}", endings)
     vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
-    if splits.schema is not None:
-        raise ValueError("reconstruct is not for tables. pyrovae score says which cells a row should not have.")
     pyro.set_rng_seed(seed)
     part = data_to_score(splits, split, preprocessing, num_data)
     x = part.x
+    if splits.schema is not None:
+        rows = reconstruct_rows(vae, splits.schema, *arguments_of(vae, part, splits.schema))
+        splits.schema.write(rows, out, part.context)
+        print(f"{len(rows)} reconstructions: {out}")
+        return
     reconstructed = vae.reconstruct(*arguments_of(vae, part))
     if out.suffix == ".png":
         from pyrovae import plots

@@ -22,7 +22,8 @@ from pyrovae.estimators import Estimator, UntilTrusted, log_marginal
 from pyrovae.inference.imputation import impute as impute_rows
 from pyrovae.structures import MissingDataVAE
 
-_TABLES = (".csv", ".tsv", ".parquet", ".pq")
+_DRAWS_OF_A_ROW = 1001
+TABLES = (".csv", ".tsv", ".parquet", ".pq")
 _NUM_COMPARED, _NUM_HIDDEN = 500, 100  # reference rows for the rank of a row without holes, and with holes
 _NUM_READ = 2000  # reference rows among which those are looked for
 _NUM_USUAL = 200  # reference rows for the mean of a cell
@@ -299,9 +300,9 @@ def impute(
         wrong = f"{num_draws} and {num_completed}"
         raise ValueError(f"num_draws must be at least 10, and num_completed from 0 to num_draws, got {wrong}.")
     check_device(device)
-    out = new_file(output or Path(run) / f"imputed-{Path(file).stem}.csv", _TABLES)
+    out = new_file(output or Path(run) / f"imputed-{Path(file).stem}.csv", TABLES)
     cells_out = new_file(out.with_name(f"{out.stem}-cells.csv"), (".csv",))
-    others = [new_file(out.with_name(f"{out.stem}-{i + 1}{out.suffix}"), _TABLES) for i in range(num_completed)]
+    others = [new_file(out.with_name(f"{out.stem}-{i + 1}{out.suffix}"), TABLES) for i in range(num_completed)]
     vae, table, rows = _load(run, file, trust, device)
     if len(rows) < len(table):
         print(f"{len(table) - len(rows):,} rows have no cell at all, and stay empty")
@@ -409,6 +410,17 @@ def draw_rows(vae: MissingDataVAE, schema: datasets.Schema, num_samples: int, ce
     return torch.cat(parts).cpu()
 
 
+@torch.no_grad()
+def reconstruct_rows(
+    vae: MissingDataVAE, schema: datasets.Schema, x: Tensor, mask: Tensor, context: Tensor | None = None
+) -> Tensor:
+    """Returns rows as p(x | z) has them at one draw of z: medians of numbers, and the most probable classes."""
+    p = vae.decode(vae.encode(x, mask, context).sample(), context)
+    draws = p.sample((_DRAWS_OF_A_ROW,)).cpu()  # it has no quantiles
+    rows = [[_summary(c, draws[:, i, d])[0] for d, c in enumerate(schema.modelled)] for i in range(len(x))]
+    return torch.tensor(rows, dtype=draws.dtype)
+
+
 def read_given(schema: datasets.Schema, given: str) -> dict[str, list[Any]]:
     """Returns cells by the names of their columns, each in a list.
 
@@ -434,9 +446,13 @@ def read_given(schema: datasets.Schema, given: str) -> dict[str, list[Any]]:
         name = quoted_name or plain_name
         if name not in columns:
             raise ValueError(f"given names {name!r}, but the columns are {', '.join(columns)}.")
+        if name in cells:
+            raise ValueError(f"given names {name!r} twice. Give each column one cell.")
         cells[name] = [quoted if quoted is not None else plain]
         if plain is not None and is_number(plain) and holds_numbers(columns[name]):
             cells[name] = [float(plain)]  # with a decimal point, however the file is written
+        if cells[name][0] in ("", *schema.dialect.missing) and name in schema.names:
+            raise ValueError(f"given has a missing cell, {cells[name][0]!r}, in column {name!r}. Leave the column out.")
         start = pair.end()
     return cells
 

@@ -57,6 +57,7 @@ _FORMATS = _DATES + tuple(
 )
 _ZONE = re.compile(r".*(Z|[+-]\d\d:?\d\d)")
 _COMMA_DECIMAL = re.compile(r"[+-]?\d+,\d+|[+-]?\d{1,3}(\.\d{3})+,\d+")
+_POINT_THOUSANDS = re.compile(r"[+-]?\d{1,3}(\.\d{3}){2,}")
 _COMMA_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 _WITH_SIGN = re.compile(r"[$€£¥]\s?[+-]?[\d.,]*\d|[+-]?[\d.,]*\d\s?([%€$£¥]|[a-zA-Z]{1,3})")
 
@@ -124,6 +125,9 @@ def decimal_signs(summaries: list[Summary]) -> tuple[str, str]:
         others = [] if summary.numeric else summary.non_numbers()
         if not others:
             continue
+        if all(_POINT_THOUSANDS.fullmatch(v) for v in others):
+            found[",", "."] = summary
+            continue
         if all(_COMMA_THOUSANDS.fullmatch(v) for v in others):
             both = all(_COMMA_DECIMAL.fullmatch(v) for v in others)
             if both and not any("." in v for v in _words(summary)):
@@ -137,12 +141,21 @@ def decimal_signs(summaries: list[Summary]) -> tuple[str, str]:
     if len({decimal for decimal, _ in found}) > 1:
         a, b = (s.name for s in list(found.values())[:2])
         raise ValueError(f"columns {a!r} and {b!r} have different decimal signs. Write all numbers in one way.")
-    if not found:
-        return ".", ""
-    signs = max(found)  # with a separator of thousands, if one column has it
+    signs = max(found, default=(".", ""))  # with a separator of thousands, if one column has it
+    for summary in summaries:
+        # Some with three digits after a point, others without a point: numbers as 12.5 would have fewer digits.
+        if summary.numeric and summary.like_thousands and summary.text_decimals == (0, 3):
+            if signs[0] == ",":
+                signs = (",", ".")
+                continue
+            one = next((v for v in _words(summary) if "." in v), "1.234")
+            raise ValueError(
+                f"column {summary.name!r}{_row_of(summary, one)}: {one!r} may have a decimal point or a separator of "
+                "thousands. Say decimal='.' or decimal=',', thousands='.'."
+            )
     for summary in summaries if signs[0] == "," else ():
         points = [v for v in _words(summary) if "." in v]
-        if points and summary.numeric:
+        if points and summary.numeric and not (signs[1] == "." and summary.like_thousands):
             raise ValueError(
                 f"column {summary.name!r}{_row_of(summary, points[0])}: {points[0]!r} has a point, where "
                 f"{found[signs].name!r} has decimal commas. Write all numbers in one way, or say decimal and thousands."

@@ -1,5 +1,6 @@
 """Preprocessing of data before training."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -54,18 +55,21 @@ def static_binarization(x: Tensor | Rows, seed: int = 0) -> Tensor:
     return torch.bernoulli(x, generator=torch.Generator(x.device).manual_seed(seed))
 
 
-def split_missing(x: Tensor) -> tuple[Tensor, Tensor]:
+def split_missing(x: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
     """Splits data with NaN for missing values into data and a mask, for :class:`~pyrovae.structures.MissingDataVAE`.
 
     Args:
-        x: data of any shape, NaN where a value is missing.
+        x: data of any shape, a tensor or an array, NaN where a value is missing.
 
     Returns:
-        x with zeros for missing values, and a mask of the same shape, True where x is observed.
+        x as a tensor with zeros for missing values, and a mask of the same shape, True where x is observed.
 
     >>> split_missing(torch.tensor([1.0, float("nan")]))
     (tensor([1., 0.]), tensor([ True, False]))
     """
+    if not isinstance(x, Tensor):
+        filled = np.ma.filled(np.ma.asarray(x).astype(float), np.nan)  # of a masked array too
+        x = torch.as_tensor(filled, dtype=torch.get_default_dtype())
     mask = ~torch.isnan(x)
     return torch.where(mask, x, 0), mask
 

@@ -26,6 +26,7 @@ _ROWS = 2**16  # rows of other sources at once
 DELIMITERS = ("\t", ";", "|", ",")  # the comma last, because it is also a decimal point
 _EXCEL = (".xlsx", ".xls", ".xlsb", ".ods")
 _PARQUET = (".parquet", ".pq")
+_ARRAYS = (".npy", ".npz", ".h5", ".hdf5", ".h5ad")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Dialect:
             raise ValueError(f"delimiter must be one character, got {self.delimiter!r}.")
         if self.decimal not in (".", ",") or self.thousands == self.decimal:
             raise ValueError(
-                f"decimal must be '.' or ',' and differ from thousands, got {self.decimal!r} and {self.thousands!r}."
+                f"decimal must be '.' or ',' and differ from thousands, got {self.decimal!r} and {self.thousands!r}. "
+                "Give both."
             )
         if not self.missing:
             raise ValueError("missing must hold at least one text, such as ''.")
@@ -373,6 +375,8 @@ def open_source(source: Any, **options: Any) -> Source:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
+    if path.suffix.lower() in _ARRAYS:
+        raise ValueError(f"{path} holds arrays, and no table with named columns. Take a .csv, .parquet or .xlsx file.")
     if path.suffix.lower() in _PARQUET:
         return Parquet(path, dialect)
     if path.suffix.lower() in _EXCEL:
@@ -387,7 +391,7 @@ def is_unicode(path: Path) -> bool:
     import pyarrow as pa
 
     decoder = codecs.getincrementaldecoder("utf-8")()
-    if not path.is_file() or path.suffix.lower() in (*_PARQUET, *_EXCEL):
+    if not path.is_file() or path.suffix.lower() in (*_PARQUET, *_EXCEL, *_ARRAYS):
         return True
     with pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None) as file:
         try:

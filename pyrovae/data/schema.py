@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = ["Schema"]
+
+_RATINGS = {"user", "item", "rating"}
 
 
 class Schema:
@@ -177,6 +180,8 @@ class Schema:
                 notes.insert(0, f"missing cells are written {counted}")
                 missing = tuple(dict.fromkeys([texts[0], *source.dialect.missing]))
                 source.dialect = dataclasses.replace(source.dialect, missing=missing)
+            if {re.sub("_?ids?$", "", name.lower()) for name in source.names} >= _RATINGS:
+                notes.append("if rows are ratings of items by users, data.load_ratings reads them for recommendation")
             return Schema(columns, source.dialect, [*source.notes, *notes])
         except ValueError as error:
             raise ValueError(f"{source.where}: {str(error).removeprefix(source.where).lstrip(':, ')}") from None

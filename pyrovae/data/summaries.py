@@ -41,6 +41,7 @@ class Summary:
         self.infinite_row: int | None = None
         self.decimals: int | None = 0  # of the values
         self.text_decimals: tuple[int, int] | None = None  # fewest and most that are written
+        self.like_thousands = True  # whether points could separate thousands: three digits follow each
         self.divisor: int | None = None  # greatest common, of the numbers in units of the last decimal
         self.order: tuple[Any, ...] = ()  # of all levels, where the table says it
         self.increasing = True
@@ -142,6 +143,9 @@ class Summary:
             self.leading_zeros = pc.any(pc.match_substring_regex(cells, r"^-?0[0-9]")).as_py()
         point = pc.find_substring(cells, ".")
         digits = pc.if_else(pc.less(point, 0), 0, pc.subtract(pc.subtract(pc.utf8_length(cells), point), 1))
+        if self.like_thousands:
+            thousands = pc.match_substring_regex(cells, r"^[+-]?([1-9][0-9]{0,2}\.[0-9]{3}|[0-9]{1,3})$")
+            self.like_thousands = pc.all(thousands).as_py()
         exponent = any(pc.any(pc.match_substring(cells, e)).as_py() for e in "eE")  # ignore_case is many times slower
         low, high = (int(v.as_py()) for v in pc.min_max(digits).values())
         low, high = (0, 99) if exponent else (low, high)
@@ -172,7 +176,8 @@ class Summary:
             scaled = present * 10.0**self.decimals
             whole = np.round(scaled)
             # Rounding errors of double precision. Values that were rounded to float32 are none of a few decimals.
-            if (np.abs(scaled - whole) <= 1e-9 + 4e-16 * np.abs(scaled)).all():
+            least = 1e-9 * min(1.0, np.abs(scaled).max())  # numbers may all be tiny
+            if (np.abs(scaled - whole) <= least + 4e-16 * np.abs(scaled)).all():
                 break
             self.decimals = self.decimals + 1 if self.decimals < _MAX_DECIMALS else None
             self.divisor = None if self.divisor is None else self.divisor * 10

@@ -77,7 +77,7 @@ class Quadrature(_Deterministic):
         super().__init__(num_samples)
 
     def prepare(self, task: Task) -> Task:
-        return sum_out_discrete(task)
+        return sum_out_discrete(replace(task, unmasked=True))
 
     def estimate(self, task: Task) -> Estimate:
         task = self.prepare(task)
@@ -119,9 +119,6 @@ class Quadrature(_Deterministic):
     def _score(self, task: Task, side: int, num_points: int) -> Estimate:
         """Scores some data on grids of `side` points per dimension, with `num_points` at once."""
         target = Target(task, WeightedGuide(prior_of(task.model), is_prior=True))
-        for name, site in sample_sites(target.template).items():
-            if not site["is_observed"]:
-                check_unmasked(name, site)
         draws = target.draw(_PRIOR_DRAWS)
         low, high = draws.amin(0), draws.amax(0)
         low, high = low - 0.5 * (high - low), high + 0.5 * (high - low)  # (batch, dim)

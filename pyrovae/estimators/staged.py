@@ -12,7 +12,7 @@ from torch import Tensor
 from pyrovae.estimators.annealed import AnnealedImportanceSampling
 from pyrovae.estimators.base import Estimate, Estimator, check_count, check_positive
 from pyrovae.estimators.budget import BLOCK, Clock, Kind
-from pyrovae.estimators.exact import Enumeration
+from pyrovae.estimators.exact import Enumeration, Quadrature
 from pyrovae.estimators.laplace import MAX_DIM, Laplace, Shared
 from pyrovae.estimators.memory import clamp
 from pyrovae.estimators.newton import MAX_DENSE, joint_of
@@ -43,7 +43,7 @@ _COLUMNS = ("value", "standard_error", "ess", "khat")  # tensors of an estimate
 
 # Which of them serve, and in which order, depends on the latents.
 _ENUMERATION, _GUIDE, _MANY, _LAPLACE, _MORE_LAPLACE, _ANNEALING, _FROM_GUIDE, _FROM_PRIOR, _HEAVY = range(9)
-_PRIOR, _AGAIN = 9, 10
+_PRIOR, _AGAIN, _LINE = 9, 10, 11
 _ENUMERATE = Enumeration(10_000)
 _FINE = Laplace(num_pilots=2000)
 _STAGES: list[Estimator] = [
@@ -58,6 +58,7 @@ _STAGES: list[Estimator] = [
     ImportanceSampling(8000, Laplace(degrees=4.0)),
     ImportanceSampling(8000, Prior()),
     ImportanceSampling(2000),
+    Quadrature(8000),
 ]
 
 
@@ -92,6 +93,8 @@ class UntilTrusted(Estimator):
     The default stages depend on the latents:
 
     - discrete: :class:`Enumeration` of up to 10,000 combinations of values;
+    - one real number: :class:`Quadrature` with 8,000 points, whose grid sees the modes on the line; where that is not
+      good enough, as below;
     - continuous: importance sampling with :class:`Laplace`, first with heavy tails where latents are constrained, then
       with few draws and with many; then annealing from it. Above 300 dimensions with few draws only, and annealing from
       the prior, and from the guide; above 2,000, where :class:`Laplace` takes too long, annealing alone. Discrete
@@ -229,6 +232,8 @@ class UntilTrusted(Estimator):
         found = result.estimate(self, _MOST_ERROR * self.target)
         # Once for all batches of a loader and all processes.
         is_first = isinstance(task.offset, int) and task.offset == 0
+        if bool((found.diagnostics["stage"] == _LINE).all()):
+            fitted = None  # no draws, that could miss modes
         if fitted is not None and is_first and clock.allows(fitted, num_simulated):
             estimator = self._smaller(self._all_stages[fitted])
             found.diagnostics["unseen"].fill_(share_unseen(task, estimator, num_simulated, _PILOT_KHAT))
@@ -247,6 +252,7 @@ class UntilTrusted(Estimator):
             good = torch.ones(len(rows), dtype=torch.bool)
             if not is_last:
                 good = (found.trusted & (found.standard_error <= self.target)).cpu()
+                result.compare(rows[~good], _take(found, ~good), from_prior=False)
             if good.any():
                 result.add(rows[good], _take(found, good), stage.number)
             return rows[~good]
@@ -432,8 +438,9 @@ def _choose_stages(task: Task) -> _Plan:
     if dim <= MAX_DENSE:
         # Real numbers that stand for a simplex or an interval have tails like exponentials, heavier than normal ones.
         heavy = [_HEAVY] if any(site.transform is not None for site in target.sites) else []
+        line = [_LINE] if dim == 1 and structure.vectorized else []  # one by one, its many points take minutes
         fitted = [*heavy, _LAPLACE]
-        return _Plan([_GUIDE, _PRIOR, *fitted, _MORE_LAPLACE, _ANNEALING], largest, guide, fitted[0])
+        return _Plan([_GUIDE, _PRIOR, *line, *fitted, _MORE_LAPLACE, _ANNEALING], largest, guide, fitted[0])
     annealing = [_FROM_PRIOR] if structure.auxiliary else [_FROM_PRIOR, _FROM_GUIDE]
     if dim <= MAX_DIM:
         return _Plan([_GUIDE, _LAPLACE, *annealing], largest, guide, _LAPLACE, _SIMULATED_IF_MANY)
