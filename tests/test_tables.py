@@ -313,6 +313,40 @@ def test_tiny_numbers_are_written_as_they_are(tmp_path):
     np.testing.assert_allclose(again, values, rtol=1e-6)
 
 
+def test_times_keep_their_zone_and_others_are_refused(tmp_path):
+    def file(name, times):
+        (tmp_path / name).write_text("t,b\n" + "".join(f"{t},{i % 3}\n" for i, t in enumerate(times)))
+        return tmp_path / name
+
+    zoned = [f"2015-01-{i % 28 + 1:02d}T{i % 24:02d}:{7 * i % 60:02d}:00+02:00" for i in range(40)]
+    table = data.Table(file("a.csv", zoned))
+    written = table.schema.decode(table.x)
+    table.schema.write(written, tmp_path / "b.csv")
+    again = data.Table(tmp_path / "b.csv", schema=table.schema)
+    assert torch.equal(again.x, table.x)
+    first = (tmp_path / "b.csv").read_text().splitlines()[1].split(",")[0]
+    assert datetime.datetime.fromisoformat(first) == datetime.datetime.fromisoformat(zoned[0])
+    naive = [t.removesuffix("+02:00") for t in zoned]
+    with pytest.raises(ValueError, match="has no zone, as the training data have"):
+        data.Table(file("c.csv", naive), schema=table.schema)
+    with pytest.raises(ValueError, match="has a zone, which the training data have not"):
+        data.Table(tmp_path / "a.csv", schema=data.Table(file("c.csv", naive[:20] + [f"{naive[20]}.5"])).schema)
+    with pytest.raises(ValueError, match="row 31.*has no zone, where others have"):
+        data.Table(file("d.csv", zoned[:30] + naive[30:]))
+
+
+def test_an_index_of_pandas_is_said_to_be_left_out_and_unknown_types_are_refused():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"t": range(40), "a": np.linspace(0, 1, 40), "b": list("xy") * 20})
+    table = data.Table(frame.set_index("t"))
+    assert list(table.notes) == ["the index 't' is left out: reset_index() makes it a column"]
+    assert not data.Table(frame).notes
+    with pytest.raises(ValueError, match="that Arrow does not know"):
+        data.Table(frame.assign(a=pd.arrays.SparseArray([0, 1] * 20)))
+    with pytest.raises(ValueError, match="'a' holds extension.*, which is no number, text or time"):
+        data.Table(frame.assign(a=pd.period_range("2020", periods=40)))
+
+
 def test_arrays_and_ratings_are_told_from_tables(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((4, 2)))
     with pytest.raises(ValueError, match="holds arrays, and no table"):
@@ -520,7 +554,8 @@ def test_other_types_of_pandas_and_polars():
     times = pd.to_datetime(["2020-01-01 00:00", "2020-06-01 00:00", None] * 10).tz_localize("Europe/Berlin")
     table = Table(pd.DataFrame({"w": pd.Categorical(words), "n": pd.array(numbers, dtype="Int64"), "t": times}))
     assert [column.kind for column in table.schema.columns] == ["Category", "Binary", "Time"]
-    assert table.schema.decode(table.x)["t"].to_pylist()[1] == datetime.datetime(2020, 5, 31, 22)
+    time = datetime.datetime(2020, 5, 31, 22, tzinfo=datetime.timezone.utc)
+    assert table.schema.decode(table.x)["t"].to_pylist()[1] == time
     assert table.notes == ["column 't' has times with a zone: they are taken, and written, in UTC"]
     frame = pl.DataFrame(
         {

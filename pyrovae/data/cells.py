@@ -77,6 +77,9 @@ def as_numbers(values: Any) -> np.ndarray:
     return np.array(pc.fill_null(cells, math.nan).to_numpy(zero_copy_only=False))  # a copy that may be written to
 
 
+ZONE = r"(Z|[+-][0-9]{2}:?[0-9]{2})$"  # of a time in ISO 8601
+
+
 def parse_times(cells: "pa.Array", format: str) -> "pa.Array":
     """Returns text as timestamps without a zone (UTC, if the text names one), null where it is no time."""
     import pyarrow as pa

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from pyrovae.data.cells import MAX_NUMBER, CellError, as_float64, as_numbers, is_text, parse_times, refuse, to_arrow
+from pyrovae.data.cells import (
+    MAX_NUMBER,
+    ZONE,
+    CellError,
+    as_float64,
+    as_numbers,
+    is_text,
+    parse_times,
+    refuse,
+    to_arrow,
+)
 from pyrovae.distributions import Classes, Numbers
 
 if TYPE_CHECKING:
@@ -525,6 +535,7 @@ class Time(Modelled):
         unit: "day", "minute" or "second".
         step: 1 if values are whole units, None for values with a density per unit.
         format: how a time is written, as in strftime; "iso" for ISO 8601 with fractions of a second or a zone.
+        zone: whether times of the format "iso" have a zone; they are written in UTC.
 
     >>> born = Time("born", 10.0, 5.0, origin="2020-03-01", unit="day", step=1, format="%d.%m.%Y")
     >>> born.encode(["03.03.2020"])
@@ -541,6 +552,7 @@ class Time(Modelled):
     unit: str = "day"
     step: float | None = None
     format: str = "iso"
+    zone: bool = False
 
     spikes: ClassVar[tuple[float, ...]] = ()
     encoded_spikes: ClassVar[tuple[float, ...]] = ()
@@ -559,6 +571,10 @@ class Time(Modelled):
     @cached_property
     def _origin(self) -> datetime.datetime:
         return datetime.datetime.fromisoformat(str(self.origin)).replace(tzinfo=None)
+
+    @property
+    def _other_zone(self) -> str:
+        return "has no zone, as the training data have" if self.zone else "has a zone, which the training data have not"
 
     @property
     def encoded_loc(self) -> float:
@@ -592,9 +608,14 @@ class Time(Modelled):
             times = parse_times(cells, self.format)
             unread = pc.and_(cells.is_valid(), pc.is_null(times)).to_numpy(zero_copy_only=False)
             refuse(unread, values, f"is no time of the format {self.format!r}")
+            if self.format == "iso":
+                has_zone = pc.fill_null(pc.match_substring_regex(cells, ZONE), self.zone).to_numpy(zero_copy_only=False)
+                refuse(has_zone != self.zone, values, self._other_zone)
         elif pa.types.is_null(cells.type):
             return np.full(len(cells), np.nan)
         elif pa.types.is_date(cells.type) or pa.types.is_timestamp(cells.type):
+            if self.format == "iso" and (getattr(cells.type, "tz", None) is not None) != self.zone:
+                raise CellError(0, self._other_zone)
             times = pc.cast(cells, pa.timestamp("us"), safe=False)
         else:
             raise CellError(0, f"is {cells.type}, not a date or a time")
@@ -617,7 +638,9 @@ class Time(Modelled):
         if self.format != "iso":  # which has no fractions of a second
             seconds = np.round(seconds)
         micro = np.round(seconds * 1e6).astype(np.int64) + start
-        times = pa.array(micro, mask=missing).cast(pa.timestamp("us"))
+        times = pa.array(micro, mask=missing).cast(pa.timestamp("us", "UTC" if self.zone else None))
+        if self.zone:
+            return times
         return times.cast(pa.date32()) if self.unit == "day" and self.step is not None else times
 
     def text(self, values: "pa.Array") -> list[str | None]:

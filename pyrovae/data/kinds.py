@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pyrovae.data.cells import parse_times
+from pyrovae.data.cells import ZONE, parse_times
 from pyrovae.data.columns import (
     KINDS,
     Binary,
@@ -55,7 +55,6 @@ _DATES = ("%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y"
 _FORMATS = _DATES + tuple(
     f"{date}{time}" for date in _DATES for time in (" %H:%M:%S", " %H:%M", "T%H:%M:%S", "T%H:%M:%SZ", "T%H:%M")
 )
-_ZONE = re.compile(r".*(Z|[+-]\d\d:?\d\d)")
 _COMMA_DECIMAL = re.compile(r"[+-]?\d+,\d+|[+-]?\d{1,3}(\.\d{3})+,\d+")
 _POINT_THOUSANDS = re.compile(r"[+-]?\d{1,3}(\.\d{3}){2,}")
 _COMMA_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
@@ -106,7 +105,7 @@ def column_of(summary: Summary, override: Override | None = None) -> tuple[Colum
         column, notes = _text(summary)
     if given:
         column = Column.from_dict(column.to_dict() | given)
-    if isinstance(column, Time) and _has_zone(summary, column):
+    if isinstance(column, Time) and column.zone:
         notes.append("has times with a zone: they are taken, and written, in UTC")
     if isinstance(column, (Continuous, Time)) and column.step is None and _is_rounded(summary, column):
         notes.append("has more steps than float32 can tell apart: it is kept to 7 digits")
@@ -187,12 +186,6 @@ def _of_kind(cls: type[Column], summary: Summary, given: dict[str, Any]) -> Colu
     if cls is Constant:
         return Constant(name, value=given.get("value", _plain(next(iter(counts))) if counts else None))
     return Identifier(name, numbers=summary.numeric and summary.present > 0)
-
-
-def _has_zone(summary: Summary, column: Time) -> bool:
-    if "tz=" in str(summary.type):
-        return True
-    return column.format == "iso" and any(map(_ZONE.fullmatch, _words(summary)))
 
 
 def _is_rounded(summary: Summary, column: Continuous | Time) -> bool:
@@ -370,6 +363,7 @@ def _time(summary: Summary, format: str | None) -> Time:
             raise ValueError(
                 f"column {name!r}{_row_of(summary, wrong)}: {wrong!r} is no time of the format {format!r}."
             )
+    zone = format == "iso" and _has_zone(summary, values)
     micro = pc.cast(times, pa.int64()).to_numpy(zero_copy_only=False)
     of_unit = {"day": 86_400_000_000, "minute": 60_000_000, "second": 1_000_000}
     unit = next((u for u, size in of_unit.items() if (micro % size == 0).all()), "second")
@@ -382,7 +376,25 @@ def _time(summary: Summary, format: str | None) -> Time:
     loc, scale = _location(np.repeat(encoded, np.minimum(counts, 1000)), 1.0)
     step = 1 if whole and encoded.max() <= _MAX_STEPS else None
     origin = first.date().isoformat() if unit == "day" else first.isoformat(sep=" ")
-    return Time(name, _tidy(loc), _tidy(scale), origin=origin, unit=unit, step=step, format=format)
+    return Time(name, _tidy(loc), _tidy(scale), origin=origin, unit=unit, step=step, format=format, zone=zone)
+
+
+def _has_zone(summary: Summary, values: list[Any]) -> bool:
+    """Returns whether times have a zone.
+
+    Raises:
+        ValueError: when some have one and others not.
+    """
+    if not isinstance(values[0], str):
+        return "tz=" in str(summary.type)
+    found = [re.search(ZONE, v) is not None for v in values]
+    if any(found) and not all(found):
+        without, some = values[found.index(False)], values[found.index(True)]
+        raise ValueError(
+            f"column {summary.name!r}{_row_of(summary, without)}: {without!r} has no zone, where others have, such as "
+            f"{some!r}. Write all times with one, or none."
+        )
+    return any(found)
 
 
 def _format(summary: Summary, values: list[str]) -> str | None:

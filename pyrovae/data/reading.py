@@ -371,7 +371,11 @@ def open_source(source: Any, **options: Any) -> Source:
         return source
     dialect = Dialect(**options)
     if not isinstance(source, (str, Path)):
-        return Frame(as_table(source), dialect=dialect)
+        frame = Frame(as_table(source), dialect=dialect)
+        names = [str(name) for name in getattr(getattr(source, "index", None), "names", []) if name is not None]
+        if names:
+            frame.notes.append(f"the index {', '.join(map(repr, names))} is left out: reset_index() makes it a column")
+        return frame
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
@@ -422,9 +426,10 @@ def as_table(frame: Any) -> "pa.Table":
             return pa.Table.from_pandas(frame, preserve_index=False)
         if hasattr(frame, "__arrow_c_stream__"):
             return pa.table(frame)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError) as error:  # sparse columns
         raise ValueError(
-            f"a column of the table holds values of several types ({error}). Make them one type."
+            f"a column of the table holds values of several types, or of one that Arrow does not know ({error}). Make "
+            "them numbers, text or times."
         ) from None
     raise TypeError(
         f"a table must be a file, one of pandas, polars or pyarrow, or a dict of columns, got {type(frame).__name__}."

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Summary"]
 
+_NOT_READ = ("list", "struct", "map", "union", "binary", "duration", "interval", "extension")  # types of Arrow
 _MAX_DECIMALS = 6  # numbers with more digits after the point are not rounded values
 _MAX_VALUES = 20_000  # different values that are counted
 _MAX_DECIMAL_NUMBERS = 2_000  # different numbers that are not all whole: little has to be known of them
@@ -81,9 +82,7 @@ class Summary:
         cells = to_arrow(cells)
         if pa.types.is_floating(cells.type):
             cells = pc.if_else(pc.is_nan(cells), None, cells)
-        if any(
-            name in str(cells.type) for name in ("list", "struct", "map", "union", "binary", "duration", "interval")
-        ):
+        if any(name in str(cells.type) for name in _NOT_READ):
             raise ValueError(
                 f"column {self.name!r} holds {cells.type}, which is no number, text or time. Leave it out."
             )
