@@ -347,6 +347,15 @@ def test_an_index_of_pandas_is_said_to_be_left_out_and_unknown_types_are_refused
         data.Table(frame.assign(a=pd.period_range("2020", periods=40)))
 
 
+@pytest.mark.parametrize(
+    "write", [lambda v: f"{'-' * (v < 0)}${abs(v):,.2f}", lambda v: f"{abs(v):,.2f}".replace(",", "'")]
+)
+def test_numbers_with_signs_are_said_to_be_words(write, tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text("a;b\n" + "".join(f"{write(1e4 * (i % 7 - 3.3) + 31.7 * i)};{i % 5}\n" for i in range(60)))
+    assert any("holds numbers with signs" in note for note in data.Table(file).notes)
+
+
 def test_arrays_and_ratings_are_told_from_tables(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((4, 2)))
     with pytest.raises(ValueError, match="holds arrays, and no table"):

@@ -58,7 +58,9 @@ _FORMATS = _DATES + tuple(
 _COMMA_DECIMAL = re.compile(r"[+-]?\d+,\d+|[+-]?\d{1,3}(\.\d{3})+,\d+")
 _POINT_THOUSANDS = re.compile(r"[+-]?\d{1,3}(\.\d{3}){2,}")
 _COMMA_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
-_WITH_SIGN = re.compile(r"[$€£¥]\s?[+-]?[\d.,]*\d|[+-]?[\d.,]*\d\s?([%€$£¥]|[a-zA-Z]{1,3})")
+_WITH_SIGN = re.compile(
+    r"[+-]?[$€£¥]\s?[+-]?[\d.,']*\d|[+-]?[\d.,']*\d\s?([%€$£¥]|[a-zA-Z]{1,3})|[+-]?\d{1,3}('\d{3})+(\.\d+)?"
+)
 
 
 def column_of(summary: Summary, override: Override | None = None) -> tuple[Column, list[str]]:
@@ -443,9 +445,11 @@ def _text(summary: Summary) -> tuple[Column, list[str]]:
             f"column {name!r}{_row_of(summary, values[0])}: {values[0]!r} is no number with the decimal sign "
             f"{summary.dialect.decimal!r}{_thousands(summary)}. Write all numbers in one way, or give other signs."
         )
-    if counts is None:
-        return Identifier(name), ["has too many different words to model: left out"]
     notes: list[str] = []
+    if numbers == 0 and sum(map(bool, map(_WITH_SIGN.fullmatch, values))) > 0.9 * len(values) and len(values) > _FEW:
+        notes.append(f"holds numbers with signs, such as {values[0]!r}: take the signs away to model them as numbers")
+    if counts is None:
+        return Identifier(name), [*notes, "has too many different words to model: left out"]
     if numbers and others and not summary.leading_zeros:
         if 2 * sum(counts[v] for v in others) < n and len(values) > _FEW:
             raise ValueError(
@@ -454,8 +458,6 @@ def _text(summary: Summary) -> tuple[Column, list[str]]:
                 "the cell, or give the kind Category."
             )
         notes.append(f"holds words and numbers, such as {others[0]!r}: its values are taken as words")
-    if numbers == 0 and sum(map(bool, map(_WITH_SIGN.fullmatch, values))) > 0.9 * len(values) and len(values) > _FEW:
-        notes.append(f"holds numbers with signs, such as {values[0]!r}: take the signs away to model them as numbers")
     if len(values) > 2 and ((len(values) == n and n >= 5) or (len(values) > _FEW and 2 * len(values) > n)):
         notes.append(f"has {len(values):,} different values in {n:,} cells: left out, as names of rows or free text")
         return Identifier(name), notes

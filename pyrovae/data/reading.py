@@ -348,7 +348,7 @@ class TextFile(Source):
             if [str(column[i].as_py()).strip() for column in batch.columns] == self.names:
                 raise ValueError(
                     f"{self.path}, row {row + i + 1:,}: the header occurs again, as in files that were put together. "
-                    "Remove that line."
+                    "Remove that line, or say header=False if the first line is a row of data."
                 )
 
 
