@@ -294,6 +294,31 @@ def test_many_modes_are_missed_by_little_each_and_by_much_together():
     assert not found.trusted.any() and "modes are missed: " in str(found)
 
 
+@pytest.mark.parametrize("concentration", [0.1, 2.0])
+def test_latents_that_rounding_puts_at_the_ends_of_their_support_are_not_trusted(concentration):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            p = pyro.sample("p", dist.Beta(concentration, concentration))
+            pyro.sample("x", dist.Bernoulli(p.unsqueeze(-1).expand(*p.shape, 6)).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("p", dist.Beta(torch.ones(len(x)), 1.0))
+
+    x = (torch.arange(6) < torch.arange(7).unsqueeze(-1)).float()
+    found = score(model, guide, x, method=UntilTrusted())
+    says_so = "latents are at the ends of their support, as far as float32 can tell" in str(found)
+    if concentration == 0.1:
+        assert says_so and not found.trusted.any()
+        return
+    ones = x.sum(-1).double()
+    a, b = concentration + ones, concentration + 6 - ones
+    log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+    truth = log_beta - (2 * math.lgamma(concentration) - math.lgamma(2 * concentration))
+    assert not says_so and found.trusted.all()
+    assert ((found.value - truth).abs() < ERRORS * found.standard_error + ROUNDING).all()
+
+
 def contaminated(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0)).unsqueeze(-1)

@@ -35,6 +35,8 @@ _MISSED = 0.1  # of p(x), on average over data: what may be missed before no dat
 _MANY_MISSED = 0.01  # share of the data with a higher pilot run, above which no datum is trusted
 _FIRST_OF_PRIOR = 50  # data: if draws from the prior say nothing of any of them, there are no more
 _SIMULATED, _SIMULATED_IF_MANY = 64, 16  # data drawn from the model; the latter with many latents, which take long
+_MOST_AT_ENDS = 1e-3  # share of the prior's draws at the ends of their support, of which nothing is known
+_PRIOR_DRAWS = 1000  # to find that share
 _TELLING = 20  # effective draws from the prior that say something of a datum
 _MARGIN = 0.7  # of the target, that a pilot run has to foresee: a full run may draw a larger weight
 _MOST_ERROR = 4.0  # targets, up to which a standard error is trusted
@@ -85,6 +87,9 @@ class UntilTrusted(Estimator):
     :class:`Laplace` draw up to 64 data, and fit to them: if more than one has latents whose weight is ten nats above
     p(x), there are modes which the stages do not find, and no datum is trusted. If the model cannot draw data in the
     place of what it observes, or if the stage scores few of them well, the summary says that it is not known.
+
+    Where rounding puts more than one in 1,000 draws of the prior at an end of the latents' support, such as 0 and 1,
+    different real numbers are one latent, and no datum is trusted.
 
     One of the pilot runs of the default stages draws from the prior, which knows of no mode. It says nothing where its
     draws do not reach the data, as with many latents. Where it can be trusted, and is higher than the results by more
@@ -209,7 +214,7 @@ class UntilTrusted(Estimator):
 
     def _estimate(self, task: Task) -> Estimate:
         plan = _choose_stages(task) if self.stages is None else _Plan(range(len(self.stages)), task.size)
-        numbers, largest, compared, fitted, num_simulated = plan
+        numbers, largest, compared, fitted, num_simulated, at_ends = plan
         stages, fits = _share_fits([_Stage(number, self._all_stages[number]) for number in numbers])
         task.start(task.size, "datum")
         clock, result, left = Clock(self.seconds, stages[0].number), _Result(compared), torch.arange(task.size)
@@ -237,6 +242,7 @@ class UntilTrusted(Estimator):
         if fitted is not None and is_first and clock.allows(fitted, num_simulated):
             estimator = self._smaller(self._all_stages[fitted])
             found.diagnostics["unseen"].fill_(share_unseen(task, estimator, num_simulated, _PILOT_KHAT))
+        found.diagnostics["at_ends"].fill_(at_ends)
         return found
 
     def _serve(
@@ -294,7 +300,8 @@ class UntilTrusted(Estimator):
         return result.estimate(self, _MOST_ERROR * self.target)
 
     def trusts(self, estimate: Estimate) -> Tensor:
-        return estimate.diagnostics["reliable"] & ~(estimate.diagnostics["unseen"] > 0).any()
+        is_wrong = (estimate.diagnostics["unseen"] > 0) | (estimate.diagnostics["at_ends"] > _MOST_AT_ENDS)
+        return estimate.diagnostics["reliable"] & ~is_wrong.any()
 
     def describe(self, estimate: Estimate) -> str:
         number = estimate.diagnostics["stage"]
@@ -312,6 +319,13 @@ class UntilTrusted(Estimator):
             check = f"modes are missed: for {share}, latents are where no draws go\n{check}"
         elif missed:
             check = f"modes are missed: other draws found more of p(x) for {missed:,} data\n{check}"
+        at_ends = estimate.diagnostics["at_ends"].max().item()
+        if at_ends > _MOST_AT_ENDS:
+            dtype = str(estimate.value.dtype).removeprefix("torch.")
+            check = (
+                f"latents are at the ends of their support, as far as {dtype} can tell, for {at_ends:.1%} of the draws "
+                f"of the prior: take double precision, or a prior without so much mass there\n{check}"
+            )
         return f"scored by: {served}\n{check}not to be trusted: {untrusted:,} of {len(number):,} data"
 
     def _describe_check(self, estimate: Estimate) -> str:
@@ -391,8 +405,8 @@ class _Result:
             missed |= True
         reliable &= ~missed
         num_samples = max(part.num_samples for _, part, _ in self.parts)
-        unseen = torch.zeros_like(value)
-        diagnostics = {"stage": stage, "reliable": reliable, "missed": missed, "unseen": unseen}
+        unseen, at_ends = torch.zeros_like(value), torch.zeros_like(value)
+        diagnostics = {"stage": stage, "reliable": reliable, "missed": missed, "unseen": unseen, "at_ends": at_ends}
         return Estimate(value, error, ess, khat, num_samples, method, diagnostics)
 
 
@@ -405,6 +419,7 @@ class _Plan(NamedTuple):
         compared: those that are compared alone.
         fitted: the one whose proposal must reach the latents of data that the model draws; None for no such check.
         num_simulated: the number of these data.
+        at_ends: the share of the prior's draws that are at the ends of their support, as far as their type can tell.
     """
 
     numbers: Sequence[int]
@@ -412,6 +427,7 @@ class _Plan(NamedTuple):
     compared: frozenset[int] = frozenset()
     fitted: int | None = None
     num_simulated: int = _SIMULATED
+    at_ends: float = 0.0
 
 
 def _choose_stages(task: Task) -> _Plan:
@@ -431,7 +447,7 @@ def _choose_stages(task: Task) -> _Plan:
         target = joint_of(sum_out_discrete(replace(task.rows(slice(0, 2)), graphs=None)))
     except ValueError:
         return _stages_without_gradients(task)
-    guide = frozenset([_GUIDE, _PRIOR])
+    guide, at_ends = frozenset([_GUIDE, _PRIOR]), _share_at_ends(target)
     # Laplace's approximation holds some matrices of double precision for each datum.
     dim = target.dim
     largest = max(2, clamp(task.max_memory / (40 * dim**2), task.size))
@@ -440,11 +456,34 @@ def _choose_stages(task: Task) -> _Plan:
         heavy = [_HEAVY] if any(site.transform is not None for site in target.sites) else []
         line = [_LINE] if dim == 1 and structure.vectorized else []  # one by one, its many points take minutes
         fitted = [*heavy, _LAPLACE]
-        return _Plan([_GUIDE, _PRIOR, *line, *fitted, _MORE_LAPLACE, _ANNEALING], largest, guide, fitted[0])
+        stages = [_GUIDE, _PRIOR, *line, *fitted, _MORE_LAPLACE, _ANNEALING]
+        return _Plan(stages, largest, guide, fitted[0], at_ends=at_ends)
     annealing = [_FROM_PRIOR] if structure.auxiliary else [_FROM_PRIOR, _FROM_GUIDE]
     if dim <= MAX_DIM:
-        return _Plan([_GUIDE, _LAPLACE, *annealing], largest, guide, _LAPLACE, _SIMULATED_IF_MANY)
-    return _Plan([_GUIDE, *annealing], task.size, guide)
+        return _Plan([_GUIDE, _LAPLACE, *annealing], largest, guide, _LAPLACE, _SIMULATED_IF_MANY, at_ends)
+    return _Plan([_GUIDE, *annealing], task.size, guide, at_ends=at_ends)
+
+
+@torch.no_grad()
+def _share_at_ends(target: Target) -> float:
+    """Returns the share of the prior's draws that are at an end of their support, up to rounding.
+
+    There, different u are one latent, and densities of u, which integrals and weights are made of, mean nothing.
+    """
+    if all(site.transform is None for site in target.sites):
+        return 0.0
+    u = target.draw(_PRIOR_DRAWS)
+    is_at_end = torch.zeros(u.shape[:2], dtype=torch.bool, device=u.device)
+    for site in target.sites:
+        if site.transform is None:
+            continue
+        columns = u[..., site.columns]
+        is_extreme = (columns == columns.amin(0)) | (columns == columns.amax(0))
+        is_at_end |= (is_extreme & (is_extreme.sum(0) > 2)).any(-1)  # draws are clamped there
+        part = columns.reshape(*u.shape[:2], *site.plates, *site.event)
+        here, above, below = (site.transform(part + step) for step in (0.0, 1.0, -1.0))
+        is_at_end |= ((here == above) | (here == below)).reshape(*u.shape[:2], -1).any(-1)
+    return is_at_end.double().mean().item()
 
 
 def _share_fits(stages: list[_Stage]) -> tuple[list[_Stage], list[Shared]]:
