@@ -356,6 +356,18 @@ def test_numbers_with_signs_are_said_to_be_words(write, tmp_path):
     assert any("holds numbers with signs" in note for note in data.Table(file).notes)
 
 
+@pytest.mark.parametrize("format", ["%m/%d/%Y %I:%M %p", "%Y-%m-%d %I:%M:%S %p", "%d.%m.%Y %H:%M"])
+def test_times_of_day_are_written_as_they_were(format, tmp_path):
+    start = datetime.datetime(2020, 1, 5, 0, 30)
+    times = [(start + i * datetime.timedelta(hours=31)).strftime(format) for i in range(60)]
+    file = tmp_path / "t.csv"
+    file.write_text("t;b\n" + "".join(f"{t};{i % 3}\n" for i, t in enumerate(times)))
+    table = data.Table(file)
+    assert table.schema.columns[0].format == format
+    table.schema.write(table.x, tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_text() == file.read_text()
+
+
 def test_arrays_and_ratings_are_told_from_tables(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((4, 2)))
     with pytest.raises(ValueError, match="holds arrays, and no table"):
