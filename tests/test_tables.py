@@ -368,6 +368,16 @@ def test_times_of_day_are_written_as_they_were(format, tmp_path):
     assert (tmp_path / "again.csv").read_text() == file.read_text()
 
 
+def test_a_range_that_does_not_hold_all_cells_is_refused(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text("age,b\n" + "".join(f"{20 + i / 2},{i % 3}\n" for i in range(60)))
+    with pytest.raises(ValueError, match="from 20 to 49.5, outside of the range from 21 to inf"):
+        data.Table(file, overrides={"age": {"kind": "Bounded", "low": 21, "high": None}})
+    assert (
+        data.Table(file, overrides={"age": {"kind": "Bounded", "low": 20, "high": 49.5}}).schema.columns[0].high == 49.5
+    )
+
+
 def test_arrays_and_ratings_are_told_from_tables(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((4, 2)))
     with pytest.raises(ValueError, match="holds arrays, and no table"):

@@ -106,6 +106,13 @@ def column_of(summary: Summary, override: Override | None = None) -> tuple[Colum
         column, notes = _text(summary)
     if given:
         column = Column.from_dict(column.to_dict() | given)
+    if isinstance(column, Bounded) and _has_numbers(summary) and summary.low < math.inf:
+        high = math.inf if column.high is None else column.high
+        if summary.low < column.low or summary.high > high:
+            raise ValueError(
+                f"column {name!r} has cells from {summary.low:g} to {summary.high:g}, outside of the range from "
+                f"{column.low:g} to {high:g} that was given. Make it wider, or correct the cells."
+            )
     if isinstance(column, Time) and column.zone:
         notes.append("has times with a zone: they are taken, and written, in UTC")
     if isinstance(column, (Continuous, Time)) and column.step is None and _is_rounded(summary, column):
