@@ -319,6 +319,81 @@ def test_latents_that_rounding_puts_at_the_ends_of_their_support_are_not_trusted
     assert ((found.value - truth).abs() < ERRORS * found.standard_error + ROUNDING).all()
 
 
+def single(x, prior):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", prior.expand([len(x)]))
+
+
+def needle(x, scale):
+    """A broad part, which is all that most grids see, beside a needle that has nearly all of the mass."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        parts = dist.Normal(torch.stack([z, torch.zeros_like(z)], -1), torch.tensor([scale, 5.0]))
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.99, 0.01])), parts), obs=x)
+
+
+@pytest.mark.parametrize("scale, size", [(1e-5, 1), (1e-4, 4), (1e-2, 4)])
+def test_needles_that_a_grid_does_not_see_are_seen_in_data_that_the_model_draws(scale, size):
+    x = torch.linspace(-1, 1.5, size)
+    pair = partial(needle, scale=scale), partial(single, prior=dist.Normal(0.0, 1.0))
+    found = score(*pair, x, method=UntilTrusted())
+    if scale < 1e-3:
+        assert not found.trusted.any() and "modes are missed: for " in str(found)
+        return
+    wide = math.log(0.99) + dist.Normal(0.0, math.hypot(1, scale)).log_prob(x)
+    truth = torch.logaddexp(wide, math.log(0.01) + dist.Normal(0.0, 5.0).log_prob(x))
+    assert found.trusted.all()
+    assert ((found.value - truth).abs() < ERRORS * found.standard_error + 1e-5).all()
+
+
+JUMPS = {
+    "many steps": (lambda z: (50 * z).floor() / 10, 0.02),
+    "few steps": (lambda z: (3 * z).floor(), 0.1),
+    "a box": (lambda z: torch.where(z.abs() < 0.5, 2.0, -1.0), 0.3),
+}
+
+
+@pytest.mark.parametrize("name", JUMPS)
+def test_errors_of_decoders_with_jumps_are_stated(name):
+    jump, scale = JUMPS[name]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(jump(z), scale), obs=x)
+
+    x, z = torch.linspace(-2, 2, 20), torch.linspace(-9, 9, 1_800_001).double()
+    prior = dist.Normal(0.0, 1.0).log_prob(z)
+    truth = torch.stack([(prior + dist.Normal(jump(z), scale).log_prob(v)).logsumexp(0) for v in x.double()])
+    truth += math.log(18 / 1_800_000)
+    found = score(model, partial(single, prior=dist.Normal(0.0, 1.0)), x, method=UntilTrusted())
+    known = found.trusted
+    assert known.float().mean() > 0.8
+    # The stated error is a bound; the truth has one, too.
+    assert ((found.value - truth).abs() < found.standard_error + 1e-4)[known].all()
+
+
+@pytest.mark.parametrize("scale", [dist.HalfCauchy(1.0), dist.HalfNormal(1.0), dist.Exponential(1.0)])
+def test_scales_that_may_be_zero_are_right_or_not_trusted(scale):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            t = pyro.sample("t", scale)
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, t)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("t", dist.LogNormal(0.0, 1.0))
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    x, log_t = torch.tensor([0.0, 1.0, 5.0]), torch.linspace(-40, 40, 40_001).double()
+    prior = scale.log_prob(log_t.exp()) + log_t
+    given = dist.Normal(torch.zeros(()).double(), (1 + log_t.exp().square()).sqrt())
+    truth = torch.stack([(prior + given.log_prob(v)).logsumexp(0) + math.log(80 / 40_000) for v in x.double()])
+    found = score(model, guide, x, method=UntilTrusted(seconds=4))
+    off = (found.value - truth).abs()[found.trusted]
+    assert (off < ERRORS * found.standard_error[found.trusted] + 1e-4).all()
+
+
 def contaminated(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 1.0)).unsqueeze(-1)

@@ -48,7 +48,8 @@ class Quadrature(_Deterministic):
     error falls exponentially with the number of points for smooth integrands that vanish at both ends, and
     quadratically where a decoder has kinks (ReLU). The stated error is the largest change with half as many points in
     each dimension, for smooth integrands far more than the true error; plus the share of the outermost points, and the
-    rounding of log p(x, u). A peak that is narrow beside the distance of two points may be missed; where draws of
+    rounding of log p(x, u); on a line also that of a third of the points, and what jumps and noise between neighbours
+    may hide. A peak that is narrow beside the distance of two points may be missed; where draws of
     the prior find more of p(x), the value is not trusted. Constrained latents are integrated in the unconstrained
     space. Discrete latents beside them are summed over, as :class:`Laplace` does. The guide is not used.
 
@@ -133,7 +134,11 @@ class Quadrature(_Deterministic):
             new_value = _log_integral(log_f, low, high, 1, (0,) * target.dim)
             # Every second point in each dimension, from either of the first two: of what is narrow some see more.
             halves = [_log_integral(log_f, low, high, 2, first) for first in product((0, 1), repeat=target.dim)]
+            if target.dim == 1:  # halves of a jump may agree by chance
+                halves += [_log_integral(log_f, low, high, 3, (first,)) for first in range(3)]
             new_error = (new_value - torch.stack(halves)).abs().amax(0).nan_to_num(nan=math.inf)
+            if target.dim == 1:
+                new_error = new_error + _unsteadiness(log_f, low.squeeze(-1), high.squeeze(-1))
             new_error = new_error + _share_outside(log_f, low.shape[-1]) + _rounding(log_f, low.dtype)
             # Keep the grid with the smallest error, not the last: a heavy tail can mislead the last ones.
             value = torch.where(new_error <= error, new_value, value)
@@ -216,6 +221,26 @@ def _share_outside(log_f: Tensor, dim: int) -> Tensor:
 def _rounding(log_f: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the rounding of the terms of log p(x, u), which the points of a grid may share, ``(batch,)``."""
     return _ROUNDINGS * torch.finfo(dtype).eps * log_f.flatten(0, -2).amax(0).abs().clamp(min=1.0)
+
+
+def _unsteadiness(log_f: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Returns the error, in nats, of jumps and of rounding that the points of a line show, ``(batch,)``.
+
+    A jump may be anywhere between two points. Of rounding it is what a rounded u can change, near the top, and the
+    noise between neighbours: of the terms of log p(x, u), which may be much larger than their sum.
+    """
+    f = (log_f - log_f.amax(0)).exp().nan_to_num(0.0)
+    step = f.diff(dim=0).abs()
+    is_jump = (step[1:-1] > 5 * torch.maximum(step[:-2], step[2:])) & (step[1:-1] > 1e-3)
+    of_jumps = torch.where(is_jump, step[1:-1], 0.0).sum(0) / (2 * f.sum(0))
+    near = log_f > log_f.amax(0) - 2
+    cell = (high - low).double() / (len(log_f) - 1)
+    spacing = torch.finfo(low.dtype).eps * torch.maximum(low.abs(), high.abs()).double()
+    of_u = spacing / (near.sum(0) * cell)
+    smooth = near[3:] & near[2:-1] & near[1:-2] & near[:-3]
+    third = torch.where(smooth, log_f.diff(n=3, dim=0).abs(), math.nan).nanmedian(0).values.nan_to_num(0.0)
+    noise = third / math.sqrt(20)  # the third difference of independent errors is so many times as large
+    return of_jumps + of_u + noise
 
 
 def _log_integral(log_f: Tensor, low: Tensor, high: Tensor, stride: int, first: tuple[int, ...]) -> Tensor:

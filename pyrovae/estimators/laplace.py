@@ -20,6 +20,7 @@ from pyrovae.estimators.newton import (
 )
 from pyrovae.estimators.normal_guides import Components, NormalGuide, draw_pilots
 from pyrovae.estimators.proposals import Proposal, WeightedGuide
+from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task
 
 MAX_DIM = 2000  # of the latents of a datum, above which another proposal is better: the time rises with the square
@@ -31,6 +32,7 @@ _SHARED_STARTS = 12  # modes of other data, from which climbs of all data start 
 _FAR_ROUNDS = 3  # each with twice as many lines as the one before, under heavy tails
 _SEEN = 20.0  # nats of mass below the largest, to which a mode is worth more starts: other data may have more of it
 _FAINT = 5.0  # nats of mass below the largest, under which a mode is left out
+_FARTHEST, _WIDEST = 80.0, 30.0  # of real numbers that stand for latents with ends: exp(-88) is 0 in single precision
 _FAINT_VALUE = 8.0  # the same between modes of different values of discrete latents, which may be many
 
 
@@ -132,6 +134,7 @@ class Laplace(Proposal):
         at_once = max(1, int(task.max_memory / (per_datum * task.size)))
         # By values of discrete latents, so that a narrow mode of one does not hide a wide one of another.
         found = _merged([self._modes(part, at_once) for part in task.by_values()])
+        found = _within_reach(found, joint_of(task))
         if self.scale is not None:
             return found._replace(scale_tril=self.scale * found.scale_tril)
         pilots = draw_pilots(joint_of(task), found, self.num_pilots, at_once)
@@ -165,7 +168,7 @@ class Laplace(Proposal):
         if num_modes > task.size:
             return _separate(Ends.cat(ends), _FAINT)
         found = Components.single(mode.u, torch.linalg.cholesky(mode.curvature.inverse()).to(u.dtype))
-        log_mass = best.log_joint[0].double() - 0.5 * mode.curvature.log_det()
+        log_mass = _finite(best.log_joint[0].double() - 0.5 * mode.curvature.log_det())
         return found._replace(log_share=log_mass.unsqueeze(-1).to(u.dtype))
 
     def _far_modes(self, task: Task, mode: Mode, at_once: int) -> list[Ends]:
@@ -263,7 +266,7 @@ def _indices(offset: int | Tensor, size: int) -> Tensor:
 def _separate(ends: Ends, faint: float) -> Components:
     """Returns a component for each of the separate modes of a datum whose mass is at most so many nats below."""
     u, log_joint, curvature = ends
-    log_mass = log_joint.double() - 0.5 * curvature.log_det()
+    log_mass = _finite(log_joint.double() - 0.5 * curvature.log_det())
     log_mass = torch.where(log_mass > log_mass.amax(0) - faint, log_mass, -math.inf)
     columns = torch.arange(u.shape[1], device=u.device)
     is_kept = torch.zeros_like(log_mass, dtype=torch.bool)
@@ -277,6 +280,32 @@ def _separate(ends: Ends, faint: float) -> Components:
     scale_tril = torch.linalg.cholesky(curvature.of((chosen, columns)).inverse())
     columns_last = (log_share.gather(0, chosen), u[chosen, columns], scale_tril)
     return Components(*(t.movedim(0, 1).to(u.dtype) for t in columns_last))
+
+
+def _finite(log_mass: Tensor) -> Tensor:
+    """Returns log-masses, without those along ridges on which climbs ran away."""
+    return torch.where(log_mass < math.inf, log_mass, -math.inf)
+
+
+def _within_reach(found: Components, target: Target) -> Components:
+    """Returns components that stay where latents can be told apart, and of finite numbers.
+
+    Latents with ends, or positive ones, are mapped from real numbers of some tens. A climb along a ridge, such as that
+    of a scale and of what it scales towards zero, goes on beyond, and the curvature there is that of a plane.
+    """
+    log_share, mean, scale_tril = found
+    moved = torch.zeros(mean.shape[-1], dtype=torch.bool, device=mean.device)
+    for site in target.sites:
+        moved[site.columns] = site.transform is not None
+    mean = torch.where(moved, mean.clamp(-_FARTHEST, _FARTHEST), mean)
+    width = torch.linalg.vector_norm(scale_tril, dim=-1)
+    scale_tril = scale_tril * torch.where(moved & (width > _WIDEST), _WIDEST / width, 1.0).unsqueeze(-1)
+    is_finite = mean.isfinite().all(-1) & scale_tril.isfinite().flatten(-2).all(-1)
+    mean = torch.where(is_finite.unsqueeze(-1), mean, 0.0)
+    scale_tril = torch.where(is_finite[..., None, None], scale_tril, torch.eye(mean.shape[-1]).to(mean))
+    log_share = torch.where(is_finite, log_share, -math.inf)
+    nothing = ~(log_share > -math.inf).any(-1, keepdim=True)  # the weights will tell
+    return Components(torch.where(nothing, 0.0, log_share).log_softmax(-1), mean, scale_tril)
 
 
 def _merged(parts: list[Components]) -> Components:

@@ -20,6 +20,7 @@ _LEAST_SHARE = 0.05  # of a component that pilot draws find empty
 _SHRINKAGE = 20.0  # effective draws at which half of a shift that pilot draws show is made; half the dimension if more
 _SCALES = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5)
 _SLACK = 0.9  # nats of the second moment that a wider proposal, whose weights have lighter tails, may cost
+_LARGEST = 1e4  # of numbers that stand for latents with ends
 _PILOT_SCALE, _PILOT_DEGREES = 1.2, 30.0
 _FEW = 40  # dimensions, up to which these serve; with more, as wide a proposal would lose more nats
 
@@ -264,4 +265,6 @@ class NormalGuide:
             value = pyro.sample(site.name, fn)
         if value.dim() - len(fn.event_shape) == self.target.depth:  # without a plate of draws
             value = value.unsqueeze(0)
-        return self.target.pack_value(site, value)
+        u = self.target.pack_value(site, value)
+        # A positive latent may be rounded to zero or infinity; what is drawn given it is to stay finite.
+        return u if site.transform is None else u.nan_to_num(posinf=_LARGEST, neginf=-_LARGEST)

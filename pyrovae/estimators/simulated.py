@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from pyrovae.estimators.base import Estimator
+from pyrovae.estimators.exact import Quadrature
+from pyrovae.estimators.newton import climb, joint_of
 from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task, prior_of
 from pyrovae.estimators.weighted import ImportanceSampling
@@ -16,6 +18,8 @@ from pyrovae.progress import tqdm
 _LEAST_SIMULATED = 16  # data at once
 _UNSEEN = 10.0  # nats by which the weight of an exact draw is above the mean weight, where no draws go
 _LEAST_GOOD = 0.25  # share of them whose estimates are good, so that it is known whether modes are missed
+_OTHER = 0.7  # nats between p(x) and the mass of a single mode by its curvature, above which there is more than that
+_CLIMB, _PRIOR_DRAWS = 20, 1000  # steps to the mode; draws whose range tells how far apart the points of a grid are
 _MOST_UNSEEN = 1  # of them: with k-hat at 0.5 the posterior has a share of exp(-10) there
 
 
@@ -51,6 +55,38 @@ def share_unseen(task: Task, estimator: Estimator, num_data: int, most_khat: flo
             return num_unseen / num_good
         return 0.0 if num_good >= _LEAST_GOOD * len(is_good) else math.nan
     return math.nan
+
+
+def share_missed(task: Task, quadrature: Quadrature, num_data: int) -> float:
+    """Returns the share of data drawn from a model of one latent of whose latents a grid misses the mode.
+
+    The mode is that where a climb from the latent ends. Where it is narrower than a cell of the grid, and not all of
+    p(x) by the curvature there, it was missed, or is one of several of which the grid sees some by chance. The share is
+    zero if it is one datum, and NaN if the model cannot draw data.
+
+    Args:
+        task: the data in whose place others are drawn.
+        quadrature: the grid.
+        num_data: number of data to draw.
+    """
+    rows = torch.arange(num_data) % task.size if task.divisible else torch.arange(task.size)
+    try:
+        few = replace(task.rows(rows), graphs=None, bar=tqdm(disable=True))
+        latents, args, kwargs = simulate(few.model, few.structure, *few.args, **few.kwargs)
+        check_simulated(few.model, latents, few.structure, args, kwargs)
+        few = next(iter(quadrature.prepare(replace(few, args=args, kwargs=kwargs)).split(few.size)))
+        value = quadrature.estimate(few).value.double()
+        target = joint_of(few)
+        u = target.pack_rows(latents, slice(0, few.size))
+        ends = climb(few, u, _CLIMB)
+    except Exception:  # programs of others need not run without their data
+        return math.nan
+    log_det = ends.curvature.of(0).log_det()
+    mass = ends.log_joint[0].double() + 0.5 * (math.log(2 * math.pi) - log_det)
+    prior = target.draw(_PRIOR_DRAWS)
+    is_narrow = (-0.5 * log_det).exp() < (prior.amax(0) - prior.amin(0)).squeeze(-1) / quadrature.num_samples
+    num_missed = int((is_narrow & ((mass - value).abs() > _OTHER) & (mass > value - _UNSEEN)).sum())
+    return num_missed / len(value) if num_missed > _MOST_UNSEEN else 0.0
 
 
 def _rises(task: Task, estimator: Estimator, most_khat: float) -> tuple[Tensor, Tensor]:

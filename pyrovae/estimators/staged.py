@@ -17,7 +17,7 @@ from pyrovae.estimators.laplace import MAX_DIM, Laplace, Shared
 from pyrovae.estimators.memory import clamp
 from pyrovae.estimators.newton import MAX_DENSE, joint_of
 from pyrovae.estimators.proposals import Guide, Prior, WeightedGuide
-from pyrovae.estimators.simulated import share_unseen
+from pyrovae.estimators.simulated import share_missed, share_unseen
 from pyrovae.estimators.targets import Target
 from pyrovae.estimators.task import Task, prior_of, sum_out_discrete
 from pyrovae.estimators.weighted import ImportanceSampling
@@ -237,9 +237,11 @@ class UntilTrusted(Estimator):
         found = result.estimate(self, _MOST_ERROR * self.target)
         # Once for all batches of a loader and all processes.
         is_first = isinstance(task.offset, int) and task.offset == 0
-        if bool((found.diagnostics["stage"] == _LINE).all()):
-            fitted = None  # no draws, that could miss modes
-        if fitted is not None and is_first and clock.allows(fitted, num_simulated):
+        if is_first and bool((found.diagnostics["stage"] == _LINE).all()):  # by no draws that could miss modes
+            grid = self._all_stages[_LINE]
+            assert isinstance(grid, Quadrature)
+            found.diagnostics["unseen"].fill_(share_missed(task, grid, num_simulated))
+        elif fitted is not None and is_first and clock.allows(fitted, num_simulated):
             estimator = self._smaller(self._all_stages[fitted])
             found.diagnostics["unseen"].fill_(share_unseen(task, estimator, num_simulated, _PILOT_KHAT))
         found.diagnostics["at_ends"].fill_(at_ends)
