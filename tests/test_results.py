@@ -51,7 +51,7 @@ def smoke(results, name: str, folder: Path) -> dict:
     x = np.random.default_rng(0).random((60, 1, 8, 8)) < 0.2
     np.savez(folder / "x.npz", x=x.astype(np.float32))
     options = ["--data", str(folder / "x.npz"), "--epochs", "2", "--num-samples", "5"]
-    return results.run(name, folder, options, trusted_images=2, trusted_seconds=0.1)
+    return results.run(name, folder, options, "cpu", trusted_images=2, trusted_seconds=0.1)
 
 
 FILES = sorted(path.stem for path in (BENCHMARKS / "results").glob("*.yaml"))
@@ -90,7 +90,7 @@ def test_a_run_of_other_settings_is_not_recorded(results, tmp_path):
     (tmp_path / QUICK / "config.yaml").write_text(yaml.safe_dump(config | {"batch_size": 7}))
     (tmp_path / QUICK / "metrics.jsonl").write_text('{"split": "test"}\n')
     with pytest.raises(ValueError, match="trained with another batch_size"):
-        results.run(QUICK, tmp_path, [], 2, 1.0)
+        results.run(QUICK, tmp_path, [], "cpu", 2, 1.0)
 
 
 def test_unknown_rows_are_refused(results, capsys):
