@@ -412,6 +412,11 @@ BAD = {
         {},
         "column 'b', row 1: '0.5' has a point, where 'a' has decimal commas",
     ),
+    "points, thousands and commas": (
+        "a;b;c\n" + "".join(f"{i},5;{_grouped(137 * i)};{i}.5\n" for i in MANY),
+        {},
+        "column 'c', row 1: '0.5' has a point, where 'a' has decimal commas",
+    ),
     "two decimal signs": (
         "a;b\n" + "".join(f'"1,{i:03d}.5";2,{i:02d}\n' for i in MANY),
         {},

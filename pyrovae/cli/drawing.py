@@ -166,14 +166,14 @@ def reconstruct(
     """
     if num_data < 1:
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
-    vocabulary = storage.read_config(run, trust=trust).get("vocabulary")
+    config = storage.read_config(run, trust=trust)
+    vocabulary = config.get("vocabulary")
     if vocabulary is not None:
         vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
         x = data_to_score(splits, split, preprocessing, num_data).x
         reconstruct_lines(vae, vocabulary, x, output or Path(run) / f"reconstructions-{split}.txt", seed)
         return
-    is_of_rows = (Path(run) / "schema.yaml").exists()
-    ending, endings = (".csv", TABLES) if is_of_rows else (".png", (".png", ".npy", ".csv"))
+    ending, endings = (".csv", TABLES) if config.get("table") else (".png", (".png", ".npy", ".csv"))
     out = new_file(output or Path(run) / f"reconstructions-{split}{ending}", endings)
     vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
     pyro.set_rng_seed(seed)

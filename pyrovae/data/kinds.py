@@ -149,6 +149,7 @@ def decimal_signs(summaries: list[Summary]) -> tuple[str, str]:
         a, b = (s.name for s in list(found.values())[:2])
         raise ValueError(f"columns {a!r} and {b!r} have different decimal signs. Write all numbers in one way.")
     signs = max(found, default=(".", ""))  # with a separator of thousands, if one column has it
+    where = found[signs].name if found else ""
     for summary in summaries:
         # Some with three digits after a point, others without a point: numbers as 12.5 would have fewer digits.
         if summary.numeric and summary.like_thousands and summary.text_decimals == (0, 3):
@@ -165,7 +166,7 @@ def decimal_signs(summaries: list[Summary]) -> tuple[str, str]:
         if points and summary.numeric and not (signs[1] == "." and summary.like_thousands):
             raise ValueError(
                 f"column {summary.name!r}{_row_of(summary, points[0])}: {points[0]!r} has a point, where "
-                f"{found[signs].name!r} has decimal commas. Write all numbers in one way, or say decimal and thousands."
+                f"{where!r} has decimal commas. Write all numbers in one way, or say decimal and thousands."
             )
     return signs
 

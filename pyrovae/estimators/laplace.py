@@ -32,8 +32,8 @@ _SHARED_STARTS = 12  # modes of other data, from which climbs of all data start 
 _FAR_ROUNDS = 3  # each with twice as many lines as the one before, under heavy tails
 _SEEN = 20.0  # nats of mass below the largest, to which a mode is worth more starts: other data may have more of it
 _FAINT = 5.0  # nats of mass below the largest, under which a mode is left out
-_FARTHEST, _WIDEST = 80.0, 30.0  # of real numbers that stand for latents with ends: exp(-88) is 0 in single precision
 _FAINT_VALUE = 8.0  # the same between modes of different values of discrete latents, which may be many
+_FARTHEST, _WIDEST = 80.0, 30.0  # of real numbers that stand for latents with ends: exp(-88) is 0 in single precision
 
 
 class Laplace(Proposal):
@@ -134,10 +134,11 @@ class Laplace(Proposal):
         at_once = max(1, int(task.max_memory / (per_datum * task.size)))
         # By values of discrete latents, so that a narrow mode of one does not hide a wide one of another.
         found = _merged([self._modes(part, at_once) for part in task.by_values()])
-        found = _within_reach(found, joint_of(task))
+        target = joint_of(task)
+        found = _within_reach(found, target)
         if self.scale is not None:
             return found._replace(scale_tril=self.scale * found.scale_tril)
-        pilots = draw_pilots(joint_of(task), found, self.num_pilots, at_once)
+        pilots = draw_pilots(target, found, self.num_pilots, at_once)
         return found.moved(pilots.u, pilots.log_w).scaled(pilots, self.degrees)
 
     def _modes(self, task: Task, at_once: int) -> Components:
@@ -288,7 +289,7 @@ def _finite(log_mass: Tensor) -> Tensor:
 
 
 def _within_reach(found: Components, target: Target) -> Components:
-    """Returns components that stay where latents can be told apart, and of finite numbers.
+    """Returns components of finite numbers, with means and scales for which latents are not rounded to their ends.
 
     Latents with ends, or positive ones, are mapped from real numbers of some tens. A climb along a ridge, such as that
     of a scale and of what it scales towards zero, goes on beyond, and the curvature there is that of a plane.

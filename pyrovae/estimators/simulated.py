@@ -60,9 +60,10 @@ def share_unseen(task: Task, estimator: Estimator, num_data: int, most_khat: flo
 def share_missed(task: Task, quadrature: Quadrature, num_data: int) -> float:
     """Returns the share of data drawn from a model of one latent of whose latents a grid misses the mode.
 
-    The mode is that where a climb from the latent ends. Where it is narrower than a cell of the grid, and not all of
-    p(x) by the curvature there, it was missed, or is one of several of which the grid sees some by chance. The share is
-    zero if it is one datum, and NaN if the model cannot draw data.
+    A climb from the latent ends at its mode. A mode that is narrower than a cell of the grid, and whose mass, by the
+    curvature there, is not about p(x), counts: either the grid has missed it, or there are several such modes, and the
+    grid has points in some of them by chance. The share is zero if it is one datum, and NaN if the model cannot draw
+    data.
 
     Args:
         task: the data in whose place others are drawn.
