@@ -21,6 +21,8 @@ _FILES = (
     "config.yaml",
     "run.json",
     "schema.yaml",
+    "vocabulary.json",
+    "spectrogram.json",
     "weights.safetensors",
     "metrics.jsonl",
     "samples.png",
@@ -33,7 +35,8 @@ def push_to_hub(directory: str | Path, repo_id: str, *, private: bool = False, t
     """Sends a finished run to the Hugging Face Hub, with a card; returns the address of the commit.
 
     The weights, the configuration, the history and pictures of samples are sent, but no data. The schema of a table,
-    which is needed to load it, has the names of its columns and their classes; exemplars are weights.
+    which is needed to load it, has the names of its columns and their classes, and the vocabulary of a text its words;
+    exemplars are weights.
 
     Args:
         directory: of the run.
@@ -112,10 +115,14 @@ def _drawn(vae: Any) -> str:
     """
     if vae is None:
         return "x = vae.sample(16)"
-    given = "16, 20" if "num_steps" in signature(vae.sample).parameters else "16"
+    has_steps = "num_steps" in signature(vae.sample).parameters
+    given = "16, 20" if has_steps else "16"
     context_dim = context_size(vae)
     if context_dim == 0:
         return f"x = vae.sample({given})"
+    if has_steps:
+        rows = f"import torch\n\ncontext = torch.zeros(1, 20, {context_dim})  # numbers of your own, for each step"
+        return f"{rows}\nx = vae.sample({given}, context)"
     rows = f"import torch\n\ncontext = torch.eye({context_dim})  # a row for each class, or numbers of your own"
     return f"{rows}\nx = vae.sample({given}, context)  # 16 for each row"
 

@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import safetensors
@@ -19,7 +19,7 @@ from pyrovae import blueprints
 from pyrovae import config as configs
 from pyrovae._version import __version__
 from pyrovae.complaints import explain
-from pyrovae.data import Schema, Vocabulary
+from pyrovae.data import Schema, Spectrogram, Vocabulary
 from pyrovae.documents import read_yaml
 from pyrovae.inference.messages import warn
 from pyrovae.likelihoods import Tabular
@@ -29,6 +29,7 @@ __all__ = ["load", "load_run", "read_checkpoint", "save", "save_run", "write_ato
 
 _SCHEMA = "schema.yaml"  # in the directory of a run on a table
 _VOCABULARY = "vocabulary.json"  # in that of a run on text
+_SPECTROGRAM = "spectrogram.json"  # in that of a run on sounds
 _MAX_NUMBERS = 10_000_000  # in a tensor of a new module, unless its weights are larger
 FORMAT = "1"  # of every file; to be raised when an older pyrovae would misread what a newer one writes
 
@@ -338,6 +339,7 @@ def create_run(
     x_shape: tuple[int, ...],
     schema: Schema | None = None,
     vocabulary: Vocabulary | None = None,
+    spectrogram: Spectrogram | None = None,
 ) -> None:
     """Writes the files that mark a directory as a run: its configuration, and the version and the shape of a datum.
 
@@ -349,12 +351,14 @@ def create_run(
         x_shape: shape of a datum.
         schema: the columns of a table, which go into ``schema.yaml``; None for other data.
         vocabulary: the words of a text, which go into ``vocabulary.json``; None for other data.
+        spectrogram: how sounds became data, which goes into ``spectrogram.json``; None for other data.
     """
     if schema is not None:
         write_atomically(Path(directory) / _SCHEMA, schema.to_yaml().encode())
-    if vocabulary is not None:
-        words = json.dumps(vocabulary.to_dict(), ensure_ascii=False, indent=0)
-        write_atomically(Path(directory) / _VOCABULARY, words.encode())
+    for name, described in ((_VOCABULARY, vocabulary), (_SPECTROGRAM, spectrogram)):
+        if described is not None:
+            entries = json.dumps(described.to_dict(), ensure_ascii=False, indent=0)
+            write_atomically(Path(directory) / name, entries.encode())
     about = {"pyrovae": __version__, "format": FORMAT, "x_shape": x_shape, "config": yaml.safe_load(config)}
     write_atomically(Path(directory) / "run.json", json.dumps(about).encode())
     write_atomically(Path(directory) / "config.yaml", config.encode())
@@ -384,7 +388,8 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
     """Reads the configuration of a run, with the shape of a datum as its entry "x_shape".
 
     That of a table has the :class:`pyrovae.data.Schema` as its entry "table", that of text the
-    :class:`pyrovae.data.Vocabulary` as its entry "vocabulary".
+    :class:`pyrovae.data.Vocabulary` as its entry "vocabulary", that of sounds the
+    :class:`pyrovae.data.Spectrogram` as its entry "spectrogram".
 
     Args:
         directory: the run directory.
@@ -418,13 +423,18 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
     if (Path(directory) / _SCHEMA).exists():
         config["table"] = Schema.from_yaml(Path(directory) / _SCHEMA)
     if (Path(directory) / _VOCABULARY).exists():
-        config["vocabulary"] = _read_vocabulary(Path(directory) / _VOCABULARY)
+        config["vocabulary"] = _read_described(Vocabulary, Path(directory) / _VOCABULARY)
+    if (Path(directory) / _SPECTROGRAM).exists():
+        config["spectrogram"] = _read_described(Spectrogram, Path(directory) / _SPECTROGRAM)
     return config
 
 
-def _read_vocabulary(path: Path) -> Vocabulary:
+_Described = TypeVar("_Described", Vocabulary, Spectrogram)
+
+
+def _read_described(cls: type[_Described], path: Path) -> _Described:
     try:
-        return Vocabulary.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is corrupt: {error}") from None
 

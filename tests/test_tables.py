@@ -654,7 +654,9 @@ def test_arrays_and_pictures_are_no_table(given, tmp_path):
     np.save(tmp_path / "a.npy", np.ones((20, 1, 8, 8)))
     values = {"schema": Schema.infer(tmp_path / "a.csv"), "context": ["size"], "overrides": {"size": "Real"}}
     for source in (tmp_path / "a.npy", tmp_path, "digits"):
-        with pytest.raises(ValueError, match=f"holds arrays or pictures, and {given} is for a table: give a file such"):
+        with pytest.raises(
+            ValueError, match=f"holds arrays, pictures or sounds, and {given} is for a table: give a file such"
+        ):
             load(str(source), **{given: values.get(given, ";")})
 
 

@@ -6,10 +6,11 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor
 
@@ -19,13 +20,16 @@ from pyrovae.arguments import as_device
 from pyrovae.cli.labels import to_draw
 from pyrovae.data.arrays import ARRAYS
 from pyrovae.distributions import Blocks, Multinomial
-from pyrovae.estimators import Estimator, ImportanceSampling
+from pyrovae.estimators import Estimator, ImportanceSampling, ParticleFilter, UntilTrusted
+from pyrovae.likelihoods import Likelihood
+from pyrovae.structures import SequenceVAE
 
 Preprocessing = Literal["grey", "static", "dynamic"]
 
 
 SplitName = Literal["train", "validation", "test"]
 _PARTS = ("train", "validation", "test")
+_NUM_FILTERS, _NUM_PARTICLES = 16, 32  # of a sequence
 
 
 MEANS = "means of p(x | z), z from the prior"
@@ -52,6 +56,8 @@ def load_data_of(config: dict[str, Any], data: str | None, data_root: str | None
     source, schema, vocabulary = data or config["data"], config.get("table"), config.get("vocabulary")
     if vocabulary is not None:
         splits, description = load_text(source, vocabulary)
+    elif config.get("spectrogram") is not None:
+        splits, description = load_sounds(source, config["spectrogram"])
     elif schema is None:
         splits, description = load_splits(source, data_root or config["data_root"], config["preprocessing"])
     else:
@@ -168,6 +174,25 @@ def load_text(data: str, vocabulary: datasets.Vocabulary | None = None, **option
     return splits, f"{data}: {sizes} lines\n{description}"
 
 
+def is_sounds(data: str) -> bool:
+    """Returns whether data are sounds, and no data set with a name."""
+    return data not in datasets.DATA_SETS and datasets.is_sounds(data)
+
+
+@lru_cache(maxsize=1)  # train reads the sounds for its defaults, then for itself; main clears it
+def load_sounds(data: str, spectrogram: datasets.Spectrogram | None = None) -> tuple[datasets.Splits, str]:
+    """Returns the splits of a folder or an archive of sounds, and lines that describe them.
+
+    Args:
+        data: the folder or archive.
+        spectrogram: how they become spectra; what suits them if None.
+    """
+    splits = datasets.load_sounds(data, spectrogram)
+    assert splits.spectrogram is not None  # of sounds
+    sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in zip(_PARTS, splits, strict=True))
+    return splits, f"{data}: {sizes} pieces of sounds\n{splits.spectrogram.describe()}"
+
+
 def read_schema(path: str | None) -> datasets.Schema | None:
     """Returns the schema of a file that ``pyrovae describe`` wrote; None for none."""
     if path is not None and not Path(path).is_file():
@@ -234,6 +259,31 @@ def first_of(part: datasets.Split, num_data: int | None, device: str) -> dataset
     return replace(part, x=part.x[:num_data].to(device), **few)
 
 
+def default_method(vae: Any, seconds: float | None = None, num_checked: int = 0) -> Estimator:
+    """Returns the estimator of log p(x) for a VAE: a particle filter for sequences, stages for others.
+
+    Args:
+        vae: the VAE.
+        seconds: budget of the stages; a filter has none.
+        num_checked: data that the stages estimate a second time.
+    """
+    if isinstance(vae, SequenceVAE):
+        return ParticleFilter(num_samples=_NUM_FILTERS, num_particles=_NUM_PARTICLES)
+    return UntilTrusted(seconds=seconds, num_checked=num_checked)
+
+
+def programs_of(vae: Any, method: Estimator) -> tuple[Any, Any]:
+    """Returns the model and the guide that an estimator takes; a filter takes those with a site for each step."""
+    if isinstance(vae, SequenceVAE) and isinstance(method, ParticleFilter):
+        return vae.model_by_step, vae.guide_by_step
+    return vae.model, vae.guide
+
+
+def per_step(log_px: Tensor, num_steps: int) -> str:
+    """Returns in words the nats of a step of sequences, of which `log_px` is log p(x)."""
+    return f"{-log_px.double().sum().item() / num_steps:.3f} nats a step, of {num_steps:,} steps"
+
+
 def chosen_method(method: Estimator | None, num_samples: int | None, default: Estimator) -> Estimator:
     """Returns the estimator that the options --method and --num-samples ask for."""
     if method is None:
@@ -265,7 +315,11 @@ def measure_of(vae: Any) -> tuple[str, ...]:
 
 
 def _blocks(vae: Any) -> list[Any]:
-    """Returns the distributions of p(x | z), one for each kind of elements."""
+    """Returns the distributions of p(x | z), of sequences those of a step, one for each kind of elements."""
+    if isinstance(vae, SequenceVAE):
+        like = next(vae.parameters())
+        x = like.new_zeros(1, 1, *cast(Likelihood, vae.likelihood).x_shape)
+        return [poutine.trace(vae.model_by_step).get_trace(x).nodes["x1"]["fn"]]
     p = vae.decode_from_prior(*to_draw(vae, 1, None))
     return list(p.blocks) if isinstance(p, Blocks) else [p]
 

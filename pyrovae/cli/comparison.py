@@ -16,10 +16,12 @@ from pyrovae.cli.common import (
     check_device,
     chosen_method,
     data_to_score,
+    default_method,
     first_of,
     load_data_of,
     measure_of,
     new_file,
+    programs_of,
     write_columns,
 )
 from pyrovae.cli.labels import arguments_of, scored
@@ -76,8 +78,9 @@ def compare(
         raise ValueError(f"{twice} is given twice. Give different runs.")
     if num_data is not None and num_data < 1:
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
-    method = chosen_method(method, num_samples, UntilTrusted())
-    if method.relation != "=":
+    if num_samples is not None:
+        method = chosen_method(method, num_samples, UntilTrusted())
+    if method is not None and method.relation != "=":
         raise ValueError(f"{method} is an upper bound of log p(x): a difference says nothing. Take another method.")
     check_device(device)
     loaded = comparable_runs(runs, split, num_data, data, data_root, device, trust)
@@ -89,7 +92,7 @@ def compare(
     if drawn.exists():
         raise FileExistsError(f"{drawn} already exists. Give another file with --picture.")
 
-    found = scored_runs(loaded, split, method, seed, max_memory, compile, quiet)
+    found = scored_runs(loaded, split, method, None, seed, max_memory, compile, quiet)
     ranking = estimators.compare_all(found)
     print(ranking)
     print("\n" + "\n".join(pair.verdict for pair in ranking.pairs))
@@ -132,18 +135,23 @@ def comparable_runs(
 def scored_runs(
     loaded: dict[str, tuple[Any, tuple[Any, ...]]],
     split: SplitName,
-    method: Estimator,
+    method: Estimator | None = None,
+    seconds: float | None = None,
     seed: int = 0,
     max_memory: float = 64e6,
     compile: bool | Literal["auto"] = "auto",
     quiet: bool = False,
 ) -> dict[str, Estimate]:
-    """Returns estimates of log p(x) for runs, and prints each; `loaded` is what :func:`comparable_runs` returned."""
+    """Returns estimates of log p(x) for runs, and prints each; `loaded` is what :func:`comparable_runs` returned.
+
+    Without a method each run has that of :func:`default_method`, with a budget of seconds.
+    """
     found = {}
     for i, (run, (vae, args)) in enumerate(loaded.items()):
         pyro.set_rng_seed((seed + i) % 2**32)  # the errors of a difference are those of independent draws
+        its = default_method(vae, seconds) if method is None else method
         found[run] = log_marginal(
-            vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile, progress=not quiet
+            *programs_of(vae, its), *args, method=its, max_memory=max_memory, compile=compile, progress=not quiet
         )
         print(advice_as_options(f"{run}, {split}: {found[run]}\n"))
     return found

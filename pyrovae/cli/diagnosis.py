@@ -13,7 +13,7 @@ from pyrovae.cli.labels import check_label, context_of, note_on, of_x_alone, wit
 from pyrovae.data import Splits
 from pyrovae.estimators import Estimator, UntilTrusted
 from pyrovae.parts import context_size
-from pyrovae.structures import MissingDataVAE, SemiSupervisedVAE
+from pyrovae.structures import MissingDataVAE, SemiSupervisedVAE, SequenceVAE
 
 _NUM_TEXTS, _SECONDS_FOR_TEXT = 60, 120.0
 _NOT_FOR_TABLES = ("calibration", "sharpness", "quality")  # synthetic_rows compares columns and pairs of them
@@ -69,6 +69,11 @@ def diagnose(
         if nuts_samples is None:
             nuts_samples = 0
             print("posteriors by NUTS take long on text, and are left out. Add them with --nuts-samples 1000")
+    if isinstance(vae, SequenceVAE):
+        raise ValueError(
+            f"a diagnosis is not for sequences yet. Trust and nats a step: pyrovae evaluate {run}; reconstructions: "
+            f"pyrovae reconstruct {run}."
+        )
     num_data = 300 if num_data is None else num_data
     nuts_samples = 1000 if nuts_samples is None else nuts_samples
     if schema is None:

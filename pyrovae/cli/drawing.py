@@ -17,10 +17,12 @@ from pyrovae.cli.common import (
     write_array,
 )
 from pyrovae.cli.labels import arguments_of, draw
+from pyrovae.cli.pictures import as_pictures
 from pyrovae.cli.rows import TABLES, draw_given, draw_rows, given_context, read_given, reconstruct_rows
+from pyrovae.cli.sounds import reconstruct_sounds, sample_sounds
 from pyrovae.cli.text import reconstruct_lines, sample_lines
 from pyrovae.data import Schema
-from pyrovae.structures import MissingDataVAE
+from pyrovae.structures import MissingDataVAE, SequenceVAE
 
 
 def sample(
@@ -33,10 +35,11 @@ def sample(
     label: int | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    steps: int | None = None,
     seed: int = 0,
     trust: bool = False,
 ) -> None:
-    """Draws samples from p(x) of a trained run, and writes them as a picture, an array, rows of a table, or text.
+    """Draws samples from p(x) of a trained run, and writes them as a picture, an array, rows, text or sounds.
 
     Columns of a table that are left out are no part of p(x): identifiers are numbered from 1, or empty if they are
     names, and constants have their value in the training data.
@@ -46,7 +49,8 @@ def sample(
         num_samples: number of samples.
         output: a .png, .npy or .csv file; samples-<seed>.png in the run directory by default. Of a table a .csv, .tsv
             or .parquet file, written as the training data were; samples-<seed>.csv by default. Of text a .txt file;
-            samples-<seed>.txt by default.
+            samples-<seed>.txt by default. Of sounds a .wav or .flac file, in which they follow one another, .png or
+            .npy; samples-<seed>.wav by default.
         mean: write the mean of p(x | z) instead of a draw from it.
         given: cells of a table that all rows shall have, as 'sex=Female, age=40.5'; with double quotes around a cell
             that has a comma. Draws are exact for columns that the model conditions on, by importance weights for
@@ -58,6 +62,7 @@ def sample(
             from p(x).
         top_p: of text, the share of the probability that is kept at each word, of the most probable ones. Below 1 it
             gives no draws from p(x).
+        steps: of sequences and sounds, the number of steps of each sample; those of a datum by default.
         seed: seed of the samples.
         trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
             code.
@@ -65,7 +70,11 @@ def sample(
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     vae, config = storage.load_run(run, trust=trust)
-    schema, vocabulary = config.get("table"), config.get("vocabulary")
+    schema, vocabulary, spectrogram = (config.get(name) for name in ("table", "vocabulary", "spectrogram"))
+    if steps is not None and (steps < 1 or not isinstance(vae, SequenceVAE)):
+        raise ValueError(f"steps must be at least 1, and is for sequences and sounds alone; got {steps}.")
+    if isinstance(vae, SequenceVAE) and (mean or missing or given is not None or label is not None):
+        raise ValueError("mean, given, missing and label are not for sequences. Leave them out.")
     if vocabulary is not None:
         if mean or missing or given is not None or label is not None:
             raise ValueError("mean, given, missing and label are not for text. Leave them out.")
@@ -84,15 +93,22 @@ def sample(
             vae, schema, config, num_samples, output or Path(run) / f"samples-{seed}.csv", given, missing, seed
         )
         return
+    if spectrogram is not None:
+        sample_sounds(vae, spectrogram, num_samples, steps, output or Path(run) / f"samples-{seed}.wav", seed)
+        return
     if given is not None or missing:
         raise ValueError("given and missing are for tables, and this run is on other data. Leave them out.")
     out = new_file(output or Path(run) / f"samples-{seed}.png", (".png", ".npy", ".csv"))
     pyro.set_rng_seed(seed)
-    x = draw(vae, num_samples, label, mean=mean)
+    if isinstance(vae, SequenceVAE):
+        x = vae.sample(num_samples, config["x_shape"][0] if steps is None else steps)
+    else:
+        x = draw(vae, num_samples, label, mean=mean)
     if out.suffix == ".png":
         from pyrovae import plots
 
-        plots.samples(x, out, MEANS if mean else "samples from p(x)")
+        shown = as_pictures(x) if isinstance(vae, SequenceVAE) else x
+        plots.samples(shown, out, MEANS if mean else "samples from p(x)")
     else:
         write_array(x, out)
     print(f"{num_samples} samples: {out}")
@@ -147,7 +163,7 @@ def reconstruct(
     seed: int = 0,
     trust: bool = False,
 ) -> None:
-    """Reconstructs the first data of a split by a trained run, and writes them as a picture, an array, rows or text.
+    """Reconstructs the first data of a split by a trained run, as a picture, an array, rows, text or sounds.
 
     Rows of a table have the medians of p(x | z) for numbers and its most probable classes, at one draw of z.
 
@@ -157,7 +173,8 @@ def reconstruct(
         num_data: number of data.
         output: a .png, .npy or .csv file; reconstructions-<split>.png in the run directory by default. Of a table a
             .csv, .tsv or .parquet file; reconstructions-<split>.csv by default. Of text a .txt file, each line before
-            its reconstruction, with a tab between; reconstructions-<split>.txt by default.
+            its reconstruction, with a tab between; reconstructions-<split>.txt by default. Of sounds a .wav or .flac
+            file, each piece before its reconstruction, .png or .npy; reconstructions-<split>.wav by default.
         data: another data set of the same shape; that of the run by default.
         data_root: the directory of the images; that of the run by default.
         seed: seed of the latents.
@@ -167,12 +184,15 @@ def reconstruct(
     if num_data < 1:
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
     config = storage.read_config(run, trust=trust)
-    vocabulary = config.get("vocabulary")
-    if vocabulary is not None:
-        vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
-        x = data_to_score(splits, split, preprocessing, num_data).x
-        reconstruct_lines(vae, vocabulary, x, output or Path(run) / f"reconstructions-{split}.txt", seed)
-        return
+    for name, ending, of_them in (
+        ("vocabulary", ".txt", reconstruct_lines),
+        ("spectrogram", ".wav", reconstruct_sounds),
+    ):
+        if config.get(name) is not None:
+            vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
+            x = data_to_score(splits, split, preprocessing, num_data).x
+            of_them(vae, config[name], x, output or Path(run) / f"reconstructions-{split}{ending}", seed)
+            return
     ending, endings = (".csv", TABLES) if config.get("table") else (".png", (".png", ".npy", ".csv"))
     out = new_file(output or Path(run) / f"reconstructions-{split}{ending}", endings)
     vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
@@ -188,6 +208,8 @@ def reconstruct(
     if out.suffix == ".png":
         from pyrovae import plots
 
+        if isinstance(vae, SequenceVAE):
+            x, reconstructed = as_pictures(x), as_pictures(reconstructed)
         plots.reconstructions(x, reconstructed, out)
     else:
         write_array(reconstructed, out)

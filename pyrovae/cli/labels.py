@@ -12,7 +12,7 @@ from pyrovae.data import Rows, Schema, Split, split_missing
 from pyrovae.distributions import center
 from pyrovae.inference.messages import check_finite
 from pyrovae.parts import context_size
-from pyrovae.structures import MissingDataVAE, SemiSupervisedVAE, TableFeatures
+from pyrovae.structures import MissingDataVAE, SemiSupervisedVAE, SequenceVAE, TableFeatures
 
 _NUM_NAMED = 4  # columns of a context that are named
 
@@ -47,7 +47,8 @@ def context_of(schema: Schema, cells: Tensor | None) -> tuple[Tensor, ...]:
 def arguments_of(vae: Any, part: Split, schema: Schema | None = None) -> tuple[Any, ...]:
     """Returns what the model and the guide of a VAE take, for a part of its data.
 
-    That is x, and of a :class:`MissingDataVAE` which elements are observed; then, if its parts take a context, labels
+    That is x, of a :class:`MissingDataVAE` which elements are observed, of a :class:`SequenceVAE` which steps; then, if
+    its parts take a context, labels
     as one-hot vectors, or of a table the features of the columns that it conditions on. A :class:`SemiSupervisedVAE`
     takes x and the labels themselves.
 
@@ -64,14 +65,44 @@ def arguments_of(vae: Any, part: Split, schema: Schema | None = None) -> tuple[A
     if isinstance(vae, SemiSupervisedVAE):
         unknown = torch.full((len(x),), -1)
         return x, (unknown if labels is None else labels).to(_device_of(x))
-    if isinstance(vae, MissingDataVAE) and isinstance(x, Rows):
+    if isinstance(vae, MissingDataVAE | SequenceVAE) and isinstance(x, Rows):
         raise ValueError("data with missing elements must be in memory, and a file of this size stays on the disk.")
+    if isinstance(vae, SequenceVAE):
+        if context_size(vae):
+            raise ValueError("steps of sequences have no context in the command line. Leave out context_dim.")
+        return split_steps(x)
     if isinstance(x, Tensor) and not isinstance(vae, MissingDataVAE):
         check_finite("the data", x)
     args = split_missing(x) if isinstance(vae, MissingDataVAE) else (x,)
     if schema is not None:
         return (*args, *(c.to(_device_of(x)) for c in context_of(schema, part.context)))
     return (*args, *given(vae, labels, _device_of(x)))
+
+
+def split_steps(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns sequences, with a value of theirs in place of steps that are NaN, and which steps are not.
+
+    Args:
+        x: sequences, ``(size, time, ...)``.
+
+    Raises:
+        ValueError: when some elements of a step are NaN and others are not, or a sequence is all NaN.
+    """
+    missing = x.isnan().flatten(2) if x.dim() > 2 else x.isnan().unsqueeze(-1)
+    some = missing.any(-1)
+    mixed = some & ~missing.all(-1)
+    if bool(mixed.any()):
+        i, t = (int(index) for index in mixed.nonzero()[0])
+        raise ValueError(
+            f"step {t} of sequence {i} has NaN in some elements alone: steps are observed or missing as a whole. Fill "
+            "the elements in, or take --structure Incomplete."
+        )
+    if bool(some.all(1).any()):
+        raise ValueError(f"sequence {int(some.all(1).nonzero()[0])} is all NaN. Leave it out.")
+    if not bool(some.any()):
+        return x, ~some
+    there = x[~some]  # in place of NaN, whose gradient is NaN where it is masked: a step that the likelihood takes
+    return torch.where(some.view(*some.shape, *(1,) * (x.dim() - 2)), there[0], x), ~some
 
 
 def given(vae: Any, labels: Tensor | None, device: torch.device) -> tuple[Tensor, ...]:

@@ -23,9 +23,11 @@ from pyrovae import storage, trackers
 from pyrovae.cli.common import (
     context_names,
     default_run,
+    is_sounds,
     is_table,
     is_text,
     load_data,
+    load_sounds,
     load_table,
     load_text,
     names_tabular,
@@ -43,6 +45,7 @@ from pyrovae.cli.reporting import report
 from pyrovae.cli.rows import encode, impute, score
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.signals import Terminated
+from pyrovae.cli.sounds import sound_defaults
 from pyrovae.cli.sweeping import sweep
 from pyrovae.cli.text import text_defaults, text_options
 from pyrovae.cli.training import train
@@ -83,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         settings = parser.parse_args(argv)
         world = init_process_group(settings[settings.subcommand].get("device"))
         load_data.cache_clear()
+        load_sounds.cache_clear()
         if settings.subcommand == "train" and (settings.train.resume or was_restarted()):
             settings = _resumed(parser, argv, settings.train)
             settings.train.resume = True
@@ -218,6 +222,8 @@ def normalized(argv: list[str]) -> list[str]:
 
 def _with_defaults(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     """Returns the settings of a training run with what fits its data, where the command line does not give it."""
+    if is_sounds(settings.train.data):
+        return _for_sounds(parser, argv, settings)
     if is_text(settings.train.data):
         return _for_text(parser, argv, settings)
     if is_table(settings.train.data):
@@ -228,11 +234,13 @@ def _with_defaults(parser: ArgumentParser, argv: list[str], settings: Any) -> An
 def _for_missing(parser: ArgumentParser, argv: list[str], settings: Any) -> tuple[list[str], Any]:
     """Returns a command line and its settings with what data with NaN need, where it does not say anything else."""
     train = settings.train
-    if train.structure is not None or not has_missing(train.data, train.data_root):
+    if not has_missing(train.data, train.data_root):
         return argv, settings
-    options = ["--structure", "Incomplete"]
+    options = [] if train.structure is not None else ["--structure", "Incomplete"]
     if not any(arg.partition("=")[0] == "--preprocessing" for arg in argv):
         options += ["--preprocessing", "grey"]
+    if not options:
+        return argv, settings
     if init_process_group().is_rank0:
         print(f"NaN: elements are missing, so {' '.join(options)}")
     argv = [*argv, *options]
@@ -253,9 +261,15 @@ def _for_images(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
 def _for_text(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     """Returns the settings of a training run on text: what the command line leaves open follows from its words."""
     splits, _ = load_text(settings.train.data, **text_options(settings.train))
-    defaults = yaml.safe_dump(text_defaults(cast(datasets.Vocabulary, splits.vocabulary), len(splits.train.x)))
-    at = argv.index("train") + 1
-    return parser.parse_args([*argv[:at], "--config", defaults, *argv[at:]])
+    defaults = text_defaults(cast(datasets.Vocabulary, splits.vocabulary), len(splits.train.x))
+    return _parse_with(parser, argv, defaults)
+
+
+def _for_sounds(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
+    """Returns the settings of a training run on sounds: what the command line leaves open suits them."""
+    num_pieces = len(load_sounds(settings.train.data)[0].train.x)
+    chosen = _parse_with(parser, argv, sound_defaults(num_pieces))
+    return _parse_with(parser, argv, sound_defaults(num_pieces, chosen.train.epochs))
 
 
 def _for_table(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
@@ -266,18 +280,19 @@ def _for_table(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
         argv: the command line.
         settings: the settings of ``pyrovae train`` on this command line alone.
     """
-    at = argv.index("train") + 1
-
-    def parse(defaults: dict[str, Any]) -> Any:
-        return parser.parse_args([*argv[:at], "--config", yaml.safe_dump(defaults), *argv[at:]])
-
-    if not names_tabular(parse({"likelihood": LIKELIHOOD}).train.likelihood.class_path):
+    if not names_tabular(_parse_with(parser, argv, {"likelihood": LIKELIHOOD}).train.likelihood.class_path):
         return settings  # a file of numbers, with a likelihood of the user's choice
     names = context_names(settings.train.context)
     splits, _ = load_table(settings.train.data, read_schema(settings.train.schema), names)
     num_rows, num_columns = splits.train.x.shape
-    chosen = parse(table_defaults(num_rows, num_columns))
-    return parse(table_defaults(num_rows, num_columns, chosen.train.epochs))
+    chosen = _parse_with(parser, argv, table_defaults(num_rows, num_columns))
+    return _parse_with(parser, argv, table_defaults(num_rows, num_columns, chosen.train.epochs))
+
+
+def _parse_with(parser: ArgumentParser, argv: list[str], defaults: dict[str, Any]) -> Any:
+    """Returns the settings of a command line of training, with defaults that it overrides."""
+    at = argv.index("train") + 1
+    return parser.parse_args([*argv[:at], "--config", yaml.safe_dump(defaults), *argv[at:]])
 
 
 def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
@@ -300,7 +315,7 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
         )
     storage.check_unedited(directory, stored)
     # As text, not as a file, because the names in it are the present ones.
-    added = ("x_shape", "table", "vocabulary", *configs.NOT_KEPT)
+    added = ("x_shape", "table", "vocabulary", "spectrogram", *configs.NOT_KEPT)
     text = yaml.safe_dump({name: value for name, value in stored.items() if name not in added})
     at = argv.index("train") + 1
     resumed = parser.parse_args([*argv[:at], "--config", text, *argv[at:]])

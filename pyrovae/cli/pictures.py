@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -12,7 +14,11 @@ from torch import Tensor
 from pyrovae import data as datasets
 from pyrovae.cli.common import MEANS, data_to_score
 from pyrovae.cli.labels import arguments_of, draw
+from pyrovae.structures import SequenceVAE
 from pyrovae.training import History
+
+_NUM_SEQUENCES = 4
+_LEAST_FEATURES = 8  # of a sequence that is drawn as a picture
 
 
 def pictures_of(name: str, vae: Any, splits: datasets.Splits, history: History) -> dict[str, Callable[[Path], Any]]:
@@ -29,7 +35,9 @@ def pictures_of(name: str, vae: Any, splits: datasets.Splits, history: History) 
     device = next(vae.parameters()).device
     part, few = (data_to_score(splits, "test", "grey", size, device) for size in (1000, 10))
     drawn: dict[str, Callable[[], Any]] = {}
-    if splits.schema is None and splits.vocabulary is None:
+    if isinstance(vae, SequenceVAE):
+        drawn |= _of_sequences(vae, data_to_score(splits, "test", "grey", _NUM_SEQUENCES, device))
+    elif splits.schema is None and splits.vocabulary is None:
         drawn["samples.png"] = lambda: plots.samples(draw(vae, 100, mean=True), title=MEANS)
         if hasattr(vae, "reconstruct"):
             title = f"test data 0 to {len(few.x) - 1} above, reconstructions below"
@@ -44,6 +52,38 @@ def pictures_of(name: str, vae: Any, splits: datasets.Splits, history: History) 
     drawn["latent_space.png"] = latent_space
     drawn["learning_curve.png"] = lambda: plots.learning_curve(history)
     return {file: partial(_draw, function, name) for file, function in drawn.items()}
+
+
+def _of_sequences(vae: SequenceVAE, part: datasets.Split) -> dict[str, Callable[[], Any]]:
+    """Returns functions that draw sequences of a VAE, and the first of its data with their reconstructions."""
+    from pyrovae import plots
+
+    filled, mask = arguments_of(vae, part)
+
+    def reconstructions() -> Any:
+        again = torch.where(mask.view(*mask.shape, *(1,) * (filled.dim() - 2)), vae.reconstruct(filled, mask), nan)
+        return plots.reconstructions(as_pictures(part.x), as_pictures(again), title="test data above, reconstructions")
+
+    return {
+        "samples.png": lambda: plots.samples(
+            as_pictures(vae.sample(4 * _NUM_SEQUENCES, filled.shape[1])), title="sequences from p(x), time to the right"
+        ),
+        "reconstructions.png": reconstructions,
+    }
+
+
+def as_pictures(x: Tensor) -> Tensor:
+    """Returns sequences as pictures of values from 0 to 1, with time to the right and the first feature at the bottom.
+
+    Args:
+        x: sequences of several features, ``(size, time, ...)``, with NaN where there is no step. Those of few features
+            are returned as they are, to be drawn as curves.
+    """
+    x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(-1)
+    if x.shape[-1] < _LEAST_FEATURES:
+        return x
+    low, high = np.nanquantile(x.cpu().numpy(), (0.02, 0.995))
+    return ((x - low) / max(high - low, 1e-6)).clamp(0, 1).nan_to_num(0).mT.flip(-2).unsqueeze(1)
 
 
 @torch.no_grad()
@@ -66,6 +106,9 @@ def latents_of(vae: Any, part: datasets.Split, schema: datasets.Schema | None = 
     """
     sites = poutine.trace(vae.guide).get_trace(*arguments_of(vae, part, schema)).nodes
     site = sites["z" if "z" in sites else "z1"]
+    if isinstance(vae, SequenceVAE):  # the mean over the steps of a sequence
+        mask = arguments_of(vae, part)[1].unsqueeze(-1)
+        return (site["value"].float() * mask).sum(1) / mask.sum(1), False
     try:
         return site["fn"].mean.float(), True
     except (NotImplementedError, AttributeError):  # a flow, a class

@@ -18,11 +18,10 @@ from pyrovae.cli.comparison import comparable_runs, scored_runs
 from pyrovae.cli.labels import scored
 from pyrovae.cli.pictures import latents_of, pictures_of
 from pyrovae.cli.rows import draw_rows
-from pyrovae.estimators import UntilTrusted
 from pyrovae.training import History
 
 _NUM_POINTS = 500  # data in the picture of the latents
-_DATA_KEYS = ("x_shape", "table", "vocabulary")  # of a loaded configuration, which no file holds
+_DATA_KEYS = ("x_shape", "table", "vocabulary", "spectrogram")  # of a loaded configuration, which no file holds
 
 
 def report(
@@ -63,7 +62,7 @@ def report(
     sections = []
     if len(runs) > 1:
         comparable = comparable_runs(runs, "test", num_data, None, data_root, device, trust)
-        ranking = estimators.compare_all(scored_runs(comparable, "test", UntilTrusted(seconds=seconds), seed))
+        ranking = estimators.compare_all(scored_runs(comparable, "test", None, seconds, seed))
         sections.append(_comparison(ranking, num_data))
     for run, (vae, config) in loaded.items():
         pyro.set_rng_seed(seed)

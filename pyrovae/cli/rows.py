@@ -12,8 +12,17 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import storage
-from pyrovae.cli.common import check_device, chosen_method, first_of, load_table, new_file, write_columns
+from pyrovae.cli.common import (
+    check_device,
+    chosen_method,
+    default_method,
+    first_of,
+    load_table,
+    new_file,
+    write_columns,
+)
 from pyrovae.cli.labels import arguments_of, context_of, note_on, scored
+from pyrovae.cli.sounds import score_sounds
 from pyrovae.cli.text import score_lines
 from pyrovae.data.cells import is_number
 from pyrovae.data.columns import Discrete, Modelled
@@ -48,7 +57,7 @@ def score(
     device: str = "cpu",
     trust: bool = False,
 ) -> None:
-    """Writes log p(x) of each row of a table or line of a text, and of a row how unusual it is and by which cells.
+    """Writes log p(x) of each row of a table, line of a text or piece of a sound, and how unusual a row is and why.
 
     Of a run with a context, log_p is conditional on the cells of the context, which are not explained.
 
@@ -64,9 +73,12 @@ def score(
     Of a text the columns are line (counted from 1, without empty ones); log_p, standard_error, trusted and khat; words,
     with the end of the line; unknown, how many of them are not in the vocabulary; and nats_a_word.
 
+    Of sounds they are sound, the name of the file; from and to, where the piece is, in seconds; log_p, standard_error
+    and trusted; frames; and nats_a_frame.
+
     Args:
         run: the run directory.
-        file: a table with the columns of the training data, or a text.
+        file: a table with the columns of the training data, a text, or a sound, a folder or a .zip archive of sounds.
         output: a .csv file; scores-<file>.csv in the run directory by default.
         num_samples: importance samples of the guide per row, instead of stages of estimators until a row can be
             trusted.
@@ -84,16 +96,18 @@ def score(
         raise ValueError(f"num_samples must be at least 2 and num_explained 0, got {num_samples} and {num_explained}.")
     if num_samples is not None and seconds is not None:
         raise ValueError("--seconds is a budget of the stages: leave out --num-samples.")
-    method = chosen_method(None, num_samples, UntilTrusted(seconds=seconds))
     check_device(device)
     place = output or Path(run) / f"scores-{Path(file).stem}.csv"
-    vocabulary = storage.read_config(run, trust=trust).get("vocabulary")
-    if vocabulary is not None:
-        if reference is not None:
-            raise ValueError("reference is for tables, and this run is on text. Leave it out.")
-        vae, _ = storage.load_run(run, trust=trust)
-        score_lines(vae.to(device), vocabulary, file, place, method, max_memory, seed, device)
-        return
+    config = storage.read_config(run, trust=trust)
+    for name, score_them in (("vocabulary", score_lines), ("spectrogram", score_sounds)):
+        if config.get(name) is not None:
+            if reference is not None:
+                raise ValueError("reference is for tables, and this run is on text or sounds. Leave it out.")
+            vae, _ = storage.load_run(run, trust=trust)
+            method = chosen_method(None, num_samples, default_method(vae, seconds))
+            score_them(vae.to(device), config[name], file, place, method, max_memory, seed, device)
+            return
+    method = chosen_method(None, num_samples, UntilTrusted(seconds=seconds))
     out = new_file(place, (".csv",))
     vae, table, rows = _load(run, file, trust, device)
     usual = arguments_of(vae, first_of(_reference_rows(run, reference, table.schema), _NUM_READ, device), table.schema)

@@ -13,17 +13,20 @@ from pyrovae.cli.common import (
     check_device,
     chosen_method,
     data_to_score,
+    default_method,
     is_discrete,
     load_run_and_data,
     new_file,
+    per_step,
+    programs_of,
     write_columns,
 )
 from pyrovae.cli.labels import arguments_of, note_on
 from pyrovae.cli.text import per_word
 from pyrovae.distributed import init_process_group
-from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, UntilTrusted, log_marginal
+from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, log_marginal
 from pyrovae.likelihoods import bits_per_dim
-from pyrovae.structures import SemiSupervisedVAE
+from pyrovae.structures import SemiSupervisedVAE, SequenceVAE
 
 _NUM_USUAL = 200  # data on which the usual number is computed
 
@@ -80,15 +83,17 @@ def evaluate(
     is_default = method is None and num_samples is None
     if not is_default and (seconds is not None or check):
         raise ValueError("--seconds and --check are for the default method: leave out --method and --num-samples.")
-    method = chosen_method(method, num_samples, UntilTrusted(seconds=seconds, num_checked=check))
     check_device(device)
     vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
+    if isinstance(vae, SequenceVAE) and (seconds is not None or check):
+        raise ValueError("--seconds and --check are for stages of estimators; sequences are filtered. Leave them out.")
+    method = chosen_method(method, num_samples, default_method(vae, seconds, check))
     pyro.set_rng_seed(seed)
     vae.to(device)
     part = data_to_score(splits, split, preprocessing, num_data, device)
     args = arguments_of(vae, part, splits.schema)
     estimate = log_marginal(
-        vae.model, vae.guide, *args, method=method, max_memory=max_memory, compile=compile, progress=not quiet
+        *programs_of(vae, method), *args, method=method, max_memory=max_memory, compile=compile, progress=not quiet
     )
     if out is not None and world.is_rank0:
         names = ("value", "standard_error", "ess", "khat", "trusted")
@@ -96,6 +101,9 @@ def evaluate(
         write_columns(columns | estimate.diagnostics, out)
         print(f"per datum: {out}")
     print(advice_as_options(f"{split}: {estimate}{note_on(vae, splits.schema)}"))
+    if isinstance(vae, SequenceVAE):
+        print(per_step(estimate.value.cpu(), int(args[1].sum())))
+        return
     if is_default:
         print(_usual_number(vae, args, estimate, max_memory))
     if splits.vocabulary is not None:

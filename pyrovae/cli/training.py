@@ -25,13 +25,18 @@ from pyrovae.cli.common import (
     context_names,
     crowded,
     data_to_score,
+    default_method,
     default_run,
     is_discrete,
+    is_sounds,
     is_table,
     is_text,
+    load_sounds,
     load_splits,
     load_table,
     load_text,
+    per_step,
+    programs_of,
     read_schema,
 )
 from pyrovae.cli.labels import arguments_of, note_on, scored
@@ -44,7 +49,6 @@ from pyrovae.distributed import init_process_group
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.estimators import (
     Estimate,
-    UntilTrusted,
     independent_baseline,
     log_marginal,
 )
@@ -56,6 +60,7 @@ from pyrovae.progress import tqdm
 from pyrovae.structures import (
     MissingDataVAE,
     SemiSupervisedVAE,
+    SequenceVAE,
     Structure,
     fit_independent_columns,
     log_prob_of_cells,
@@ -64,7 +69,7 @@ from pyrovae.trackers import Tracker
 from pyrovae.training import Callback, History, MetricsFile, Tracking, fit, trackers_of
 
 _LEAST_SECONDS = 60.0  # to score the test data
-_ABOUT = ("config.yaml", "run.json", "schema.yaml", "vocabulary.json")  # what marks a directory as a run
+_ABOUT = ("config.yaml", "run.json", "schema.yaml", "vocabulary.json", "spectrogram.json")  # of a run
 _NUM_MONITORED = 300  # validation data in which training measures whether the latents collapse
 
 
@@ -120,9 +125,10 @@ def train(
 
     Args:
         data: the name of a data set (--help-all lists them), a .npy, .npz or .h5 file, a folder of pictures, a table
-            (.csv, .tsv, .parquet, .xlsx, ...), or text, a datum a line (.txt, .txt.gz). For images in files and
-            folders, for tables and for text, the settings that are not given are those that fit the pixels, the columns
-            and rows, or the words and lines.
+            (.csv, .tsv, .parquet, .xlsx, ...), text, a datum a line (.txt, .txt.gz), or a folder or .zip archive of
+            sounds (.wav, .flac, .ogg, .mp3, .aiff). For images in files and folders, for tables, text and sounds, the
+            settings that are not given are those that fit the pixels, the columns and rows, the words and lines, or
+            the frames.
         run: the run directory; runs/<data> by default. An existing directory is never overwritten.
         schema: the columns of a table, a file of pyrovae describe; found out from the data by default.
         context: columns of a table to condition on, as sex,age. The others are modelled given their cells, and log p
@@ -136,7 +142,8 @@ def train(
         likelihood: the class of p(x | z).
         encoder: the class of q(z | x).
         structure: the class of what the parts are put together to, beyond a VAE: Hierarchy, Ladder, DenseHierarchy,
-            Incomplete (missing elements; chosen by itself for data with NaN) or SemiSupervised. With
+            Incomplete (missing elements; chosen by itself for data with NaN), SemiSupervised, or for sequences
+            Recurrent or StateSpace. With
             --likelihood.context_dim and others, a VAE takes the labels of the data as a context.
         loss: the class of the training objective, such as one of pyrovae.bounds; Pyro's Trace_ELBO by default.
         optimizer: the class of the optimizer.
@@ -210,11 +217,19 @@ def train(
             splits, description = load_text(data, vocabulary, **({} if vocabulary else words))
         elif any(value is not None for value in words.values()):
             raise ValueError(f"characters, max_words and max_steps are for text, and {data} is none. Leave them out.")
+        elif is_sounds(data):
+            is_resumed = resume and storage.can_resume(directory)
+            splits, description = load_sounds(
+                data, storage.read_config(directory, trust=True).get("spectrogram") if is_resumed else None
+            )
         else:
             splits, description = load_splits(data, data_root, preprocessing)
         vae = make_vae(tuple(splits.train.x.shape[1:]), latent_dim, prior, likelihood, encoder, structure)
         if isinstance(vae.likelihood, Autoregressive):
             vae.likelihood.start_at(splits.train.x)
+        if splits.spectrogram is not None and isinstance(vae, SequenceVAE):
+            steps, seen = arguments_of(vae, splits.train)
+            cast(Likelihood, vae.likelihood).start_at(steps[seen])
         loss = structure.loss(vae, splits.train.labels) if structure is not None and loss is None else loss
     vae.to(device)
     x_shape = tuple(splits.train.x.shape[1:])
@@ -253,7 +268,7 @@ def train(
         saved_at = _time_of(checkpoint)
         before = {name: (directory / name).read_bytes() for name in _ABOUT if (directory / name).exists()}
         if world.is_rank0:
-            storage.create_run(directory, config, x_shape, splits.schema, splits.vocabulary)
+            storage.create_run(directory, config, x_shape, splits.schema, splits.vocabulary, splits.spectrogram)
         if world.is_rank0 and (line := crowded()):
             print(line, file=sys.stderr)
         began = time.monotonic()
@@ -307,9 +322,9 @@ def train(
 
         vae.eval()
         test = arguments_of(vae, data_to_score(splits, "test", "grey", None, device), splits.schema)
-        stages = UntilTrusted(seconds=max(_LEAST_SECONDS, (time.monotonic() - began) / 3))
-        method = chosen_method(None, num_samples, stages)
-        estimate = log_marginal(vae.model, vae.guide, *test, method=method, compile=compile, progress=not quiet)
+        seconds = max(_LEAST_SECONDS, (time.monotonic() - began) / 3)
+        method = chosen_method(None, num_samples, default_method(vae, seconds))
+        estimate = log_marginal(*programs_of(vae, method), *test, method=method, compile=compile, progress=not quiet)
         if world.is_rank0:
             storage.save_trained(vae, directory)
             settings = yaml.safe_load(config) or {}
@@ -393,6 +408,12 @@ def _report_training(
     elif splits.vocabulary is not None:
         scores += f"\n{per_word(estimate.value.cpu(), splits.test.x, splits.vocabulary)}"
         name, baseline = score_by_frequency(splits.train.x, splits.test.x, splits.vocabulary)
+    elif isinstance(vae, SequenceVAE):
+        (steps, seen), (its_steps, its_seen) = (arguments_of(vae, part) for part in (splits.train, splits.test))
+        scores += f"\n{per_step(estimate.value.cpu(), int(its_seen.sum()))}"
+        if is_discrete(vae) == bool(((its_steps == 0) | (its_steps == 1)).all()):
+            name, of_steps = independent_baseline(steps[seen], its_steps[its_seen])
+            baseline = torch.zeros(n).index_add(0, its_seen.nonzero()[:, 0], of_steps)
     # Not for a file on the disk, which may be larger than the memory.
     elif isinstance(splits.train.x, Tensor) and not isinstance(vae, SemiSupervisedVAE | MissingDataVAE):
         is_binary = bool(((splits.test.x == 0) | (splits.test.x == 1)).all())

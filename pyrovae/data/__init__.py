@@ -31,6 +31,7 @@ from pyrovae.data.preprocessing import (
 from pyrovae.data.ratings import HeldOutUsers, Ratings, RatingSplits, hold_out_users, load_ratings
 from pyrovae.data.reading import Dialect
 from pyrovae.data.schema import Schema
+from pyrovae.data.sounds import Spectrogram, is_sounds, load_sounds, read_sounds
 from pyrovae.data.splits import Split, Splits, random_splits
 from pyrovae.data.tables import Table
 from pyrovae.data.text import Vocabulary, is_text_file, load_text, read_lines, split_lines
@@ -60,6 +61,7 @@ __all__ = [
     "Positive",
     "Real",
     "Schema",
+    "Spectrogram",
     "Split",
     "Splits",
     "Table",
@@ -69,13 +71,16 @@ __all__ = [
     "dynamic_binarization",
     "hold_out_users",
     "hide_cells",
+    "is_sounds",
     "is_text_file",
     "load",
     "load_ratings",
+    "load_sounds",
     "load_text",
     "random_shift",
     "random_splits",
     "read_lines",
+    "read_sounds",
     "register",
     "split_lines",
     "split_missing",

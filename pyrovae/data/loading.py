@@ -9,6 +9,7 @@ from pyrovae.data.arrays import ARRAYS, load_arrays
 from pyrovae.data.kinds import Override
 from pyrovae.data.pictures import load_pictures
 from pyrovae.data.schema import Schema, quoted
+from pyrovae.data.sounds import is_sounds, load_sounds
 from pyrovae.data.splits import Splits
 from pyrovae.data.tables import load_numbers, load_table
 from pyrovae.data.text import is_text_file, load_text
@@ -106,6 +107,9 @@ def load(
     Pictures of other sizes are scaled to the size that most have. All become grey or coloured, with eight bits and
     without transparency, and a warning says how many were changed.
 
+    The path of a folder, or a ``.zip`` archive, with more sounds (WAV, FLAC, OGG, MP3 or AIFF) than pictures loads the
+    levels of their frequencies over time, with ``splits.spectrogram``: see :func:`load_sounds`.
+
     Args:
         name: the name of a data set, or the path of a file or a folder.
         root: the folder of the data sets. Those of torchvision are downloaded to it. IDX files may also be there (or in
@@ -130,14 +134,16 @@ def load(
     path = Path(name)
     of_table = {"schema": schema, "overrides": overrides, "context": context, **options}
     given = next((argument for argument, value in of_table.items() if value), None)
-    if given and (name in DATA_SETS or path.is_dir() or path.suffix in ARRAYS):
+    if given and (name in DATA_SETS or path.is_dir() or path.suffix in ARRAYS or is_sounds(path)):
         columns = "" if schema is None else f" with the columns {quoted(schema.names)}"
         raise ValueError(
-            f"{name} holds arrays or pictures, and {given} is for a table: give a file such as .csv, .tsv or "
+            f"{name} holds arrays, pictures or sounds, and {given} is for a table: give a file such as .csv, .tsv or "
             f".parquet{columns}."
         )
     if name in DATA_SETS:
         return DATA_SETS[name](Path(root))
+    if is_sounds(path):
+        return load_sounds(path)
     if path.is_dir():
         return load_pictures(path)
     if path.suffix in ARRAYS:
@@ -152,6 +158,6 @@ def load(
         return load_table(path, schema, overrides, context, **options)
     raise ValueError(
         f"there is no data set {name!r}. Name one of {', '.join(DATA_SETS)}; a file: a table (.csv, .tsv, .parquet, "
-        ".xlsx, ...), or arrays (.npy, .npz, .h5, .h5ad); or a folder of pictures; or add it with "
+        ".xlsx, ...), or arrays (.npy, .npz, .h5, .h5ad); or a folder of pictures or of sounds; or add it with "
         "pyrovae.data.register."
     )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pyrovae.data.arrays import with_validation
+from pyrovae.data.folders import find_files, read_places
 from pyrovae.data.splits import Split, Splits, split_by_tenths
 from pyrovae.inference.messages import warn
 from pyrovae.rows import Rows
@@ -15,8 +16,7 @@ from pyrovae.rows import Rows
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
-_PARTS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L")
 _GREY = ("1", "L", "LA", *_SIXTEEN_BITS)
 _IN_MEMORY = 2**26  # bytes of the pictures that become floating-point numbers at once
@@ -24,25 +24,12 @@ _IN_MEMORY = 2**26  # bytes of the pictures that become floating-point numbers a
 
 def load_pictures(folder: Path) -> Splits:
     """Loads a folder of pictures, as :func:`pyrovae.data.load` says."""
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _SUFFIXES and not any(name.startswith(".") for name in path.relative_to(folder).parts)
-    )
+    paths = find_files(folder, PICTURES)
     if not paths:
-        raise ValueError(f"{folder} holds no picture. Give a folder with files {', '.join(_SUFFIXES)}, or a data set.")
-    places = [path.relative_to(folder).parts[:-1] for path in paths]
-    parts = [_PARTS.get(place[0].lower(), "") if place else "" for place in places]
-    has_parts = {"train", "test"} <= {*parts} and "" not in parts
-    places = [place[1:] for place in places] if has_parts else places
-    labels = None
-    if all(places):
-        names = sorted({place[0] for place in places})
-        labels = torch.tensor([names.index(place[0]) for place in places])
-    elif any(places):
-        warn(f"some pictures in {folder} are in subfolders and others are not: they are loaded without labels.")
+        raise ValueError(f"{folder} holds no picture. Give a folder with files {', '.join(PICTURES)}, or a data set.")
+    parts, labels = read_places(folder, [path.relative_to(folder).parts[:-1] for path in paths], "pictures")
     x = Rows(_read(folder, paths), torch.float32, divisor=255.0)
-    if not has_parts:
+    if parts is None:
         return split_by_tenths(folder, x if _is_large(x) else x[:], labels)
     split = {
         part: (x.select(rows) if _is_large(x) else x[rows], None if labels is None else labels[rows])

@@ -13,6 +13,7 @@ from pyrovae.rows import Rows
 
 if TYPE_CHECKING:
     from pyrovae.data.schema import Schema
+    from pyrovae.data.sounds import Spectrogram
     from pyrovae.data.text import Vocabulary
 
 
@@ -48,6 +49,7 @@ class Splits:
         test: the test part.
         schema: the columns of a table, whose encoded rows are the data; None for other data.
         vocabulary: the words of a text, whose lines are the data; None for other data.
+        spectrogram: how sounds became the levels that are the data; None for other data.
     """
 
     train: Split
@@ -55,6 +57,7 @@ class Splits:
     test: Split
     schema: "Schema | None" = field(default=None, kw_only=True)
     vocabulary: "Vocabulary | None" = field(default=None, kw_only=True)
+    spectrogram: "Spectrogram | None" = field(default=None, kw_only=True)
 
     def __iter__(self) -> Iterator[Split]:
         return iter((self.train, self.validation, self.test))

@@ -5,7 +5,16 @@ Each has a ``.model`` and a ``.guide``, which are used as those of a :class:`pyr
 parts of data from a VAE that was trained on whole ones. A :class:`Structure` is an option of ``pyrovae train``.
 """
 
-from pyrovae.structures.assembly import DenseHierarchy, Hierarchy, Incomplete, Ladder, SemiSupervised, Structure
+from pyrovae.structures.assembly import (
+    DenseHierarchy,
+    Hierarchy,
+    Incomplete,
+    Ladder,
+    Recurrent,
+    SemiSupervised,
+    StateSpace,
+    Structure,
+)
 from pyrovae.structures.completion import Repair, repair
 from pyrovae.structures.hierarchies import DenseHierarchicalVAE, HierarchicalVAE, LadderVAE
 from pyrovae.structures.missing import MissingDataVAE
@@ -28,12 +37,14 @@ __all__ = [
     "Ladder",
     "LadderVAE",
     "MissingDataVAE",
+    "Recurrent",
     "RecurrentVAE",
     "Repair",
     "SemiSupervised",
     "SemiSupervisedVAE",
     "SequenceVAE",
     "Smoothed",
+    "StateSpace",
     "StateSpaceVAE",
     "Structure",
     "TableFeatures",

@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.likelihoods import Likelihood
-from pyrovae.nn import MLP, Network, Shape
+from pyrovae.nn import MLP, GatedTransition, Network, Shape
 from pyrovae.priors import Prior
 from pyrovae.structures.hierarchies import DenseHierarchicalVAE, HierarchicalVAE, LadderVAE
 from pyrovae.structures.missing import MissingDataVAE
+from pyrovae.structures.recurrent import ForwardGRU, RecurrentVAE
 from pyrovae.structures.semi_supervised import ClassifierELBO, SemiSupervisedVAE
+from pyrovae.structures.state_space import BackwardGRU, StateSpaceVAE
 from pyrovae.vae import Registered
 
 
@@ -279,6 +282,90 @@ class SemiSupervised(Structure):
                 "-1 where unknown, or a folder with a subfolder for each class."
             )
         return ClassifierELBO(vae.classify, 0.1 * len(labels) / num_known if self.weight is None else self.weight)
+
+
+class Recurrent(Structure):
+    r"""A :class:`RecurrentVAE`, for sequences: data of shape ``(time, ...)``, with NaN at steps that are not there.
+
+    The prior, the likelihood and the encoder are those of a step, and are built with the memory as their context.
+
+    Args:
+        width: units of the memory, a :class:`ForwardGRU`.
+        memory: steps over which the longest memories last at the start of training.
+
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> vae = Recurrent(width=32).build((50, 3), 4, priors.DiagonalNormal, likelihoods.Normal, encoders.DiagonalNormal)
+    >>> vae.likelihood.x_shape, vae.prior.context_dim
+    ((3,), 32)
+    """
+
+    def __init__(self, width: int = 128, memory: int = 20):
+        self.width, self.memory = width, memory
+
+    def build(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        prior: Callable[..., Prior],
+        likelihood: Callable[..., Likelihood],
+        encoder: Callable[..., Encoder],
+    ) -> RecurrentVAE:
+        step = _step_of(x_shape, "Recurrent")
+        if "context_dim" not in inspect.signature(class_of(prior)).parameters:
+            raise ValueError(
+                f"Recurrent needs a prior that takes the memory as its context, and {class_of(prior).__name__} takes "
+                "none. Take --prior DiagonalNormal."
+            )
+        return RecurrentVAE(
+            prior(latent_dim, context_dim=self.width),
+            likelihood(latent_dim, step, context_dim=self.width),
+            encoder(step, latent_dim, context_dim=self.width),
+            ForwardGRU(step, latent_dim, self.width, self.memory),
+        )
+
+
+class StateSpace(Structure):
+    r"""A :class:`StateSpaceVAE`, for sequences: data of shape ``(time, ...)``, with NaN at steps that are not there.
+
+    The likelihood is that of a step. The encoder gives the state of a step from the state before it, with what the
+    recurrence read of this step and of all after it as its context.
+
+    Args:
+        width: units of the recurrence, a :class:`BackwardGRU`.
+        transition: the class of :math:`p(z_t \mid z_{t-1})`; ``encoders.DiagonalNormal`` with a
+            :class:`~pyrovae.nn.GatedTransition` if None.
+
+    >>> from pyrovae import encoders, likelihoods, priors
+    >>> parts = priors.StandardNormal, likelihoods.Normal, encoders.DiagonalNormal
+    >>> StateSpace(width=32).build((50, 3), 4, *parts).likelihood.x_shape
+    (3,)
+    """
+
+    def __init__(self, width: int = 128, transition: Callable[[int, int], Encoder] | None = None):
+        self.width = width
+        self.transition = partial(DiagonalNormal, network=GatedTransition) if transition is None else transition
+
+    def build(
+        self,
+        x_shape: Shape,
+        latent_dim: int,
+        prior: Callable[..., Prior],
+        likelihood: Callable[..., Likelihood],
+        encoder: Callable[..., Encoder],
+    ) -> StateSpaceVAE:
+        step = _step_of(x_shape, "StateSpace")
+        q = encoder(latent_dim, latent_dim, context_dim=self.width)
+        p = likelihood(latent_dim, step)
+        transition = self.transition(latent_dim, latent_dim)
+        return StateSpaceVAE(make_prior(prior, latent_dim, q), transition, p, q, BackwardGRU(step, self.width))
+
+
+def _step_of(x_shape: Shape, name: str) -> tuple[int, ...]:
+    """Returns the shape of a step of sequences."""
+    shape = x_shape if isinstance(x_shape, tuple) else (x_shape,)
+    if len(shape) < 2:
+        raise ValueError(f"{name} is for sequences, of shape (time, ...), but a datum has shape {shape}.")
+    return shape[1:]
 
 
 def _levels(above: Sequence[int]) -> list[int]:

@@ -100,6 +100,10 @@ class RecurrentVAE(SequenceVAE):
     def _parts(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         return self.prior, self.likelihood, self.encoder
 
+    @property
+    def context_dim(self) -> int:
+        return self._context_dim or 0
+
     def model(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The generative process, with the latents of all steps at site "z" and all observed steps at site "x"."""
         self.register()

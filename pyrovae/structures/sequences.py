@@ -29,6 +29,15 @@ class SequenceVAE(Registered):
     def guide_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The amortised posterior with a site for each state."""
 
+    @property
+    @abstractmethod
+    def context_dim(self) -> int:
+        """The width of the context of a step, 0 for none; that of a memory does not count."""
+
+    @abstractmethod
+    def reconstruct(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """Returns the centre of the likelihood of each step at one draw from the guide, shaped like x."""
+
     @abstractmethod
     def _check_vector(self, context: Tensor | None) -> None:
         """Raises a ValueError if the parts do not take the context of a step."""

@@ -89,6 +89,10 @@ class StateSpaceVAE(SequenceVAE):
             raise ValueError("neither the encoder nor the prior states the latents' number: give one a latent_dim.")
         self._latent_dim = int(stated[0])
 
+    @property
+    def context_dim(self) -> int:
+        return max(getattr(part, "context_dim", 0) for part in (self.prior, self.transition, self.likelihood))
+
     def model(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The generative process, with all states at site "z" and all observed steps at site "x"."""
         self.register()

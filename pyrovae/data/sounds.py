@@ -1,0 +1,333 @@
+"""Sounds: recordings as sequences of power spectra, and back."""
+
+import io
+import math
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrovae.data.folders import find_files, read_places
+from pyrovae.data.pictures import PICTURES
+from pyrovae.data.splits import Split, Splits, random_rows
+from pyrovae.extras import check_installed
+from pyrovae.inference.messages import warn
+
+__all__ = ["Spectrogram", "is_sounds", "load_sounds", "read_sounds"]
+
+_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
+_SECONDS = 0.032  # of a frame, about: a pitch of 60 Hz has two periods in it
+_MAX_FRAMES = 64
+_STEP = 2.0**-15  # of sixteen bits, where 1 is full scale
+_ITERATIONS = 100  # of Griffin and Lim
+
+
+@dataclass(frozen=True)
+class Spectrogram:
+    r"""How sounds become sequences of spectra, and spectra become sounds.
+
+    .. math:: x_{tf} = \log_{10} \frac{4\, |c_{tf}|}{w} + 3
+
+    c are the Fourier coefficients of frames of w samples, which overlap by half, with a Hann window. x is the level of
+    a frequency in a frame in units of 20 dB, above -60 dB of a sine of full scale: from about -3, the noise of sixteen
+    bits, to 3. The first and the last coefficient of a frame, which have no phase, are left out.
+
+    Noise within a step of sixteen bits is added to the samples, always the same to the same sound, so that silence has
+    a level, and a density of levels exists. Sounds are cut into pieces of `num_frames`, the last of which may be
+    shorter.
+
+    Args:
+        rate: samples a second.
+        window: samples of a frame, :math:`w`, an even number.
+        num_frames: frames of a piece, at most.
+
+    Raises:
+        ValueError: when `rate`, `window` or `num_frames` is too small, or `window` is odd.
+
+    References:
+        Signal Estimation from Modified Short-Time Fourier Transform, D. W. Griffin and J. S. Lim, 1984,
+        https://doi.org/10.1109/TASSP.1984.1164317 (how :meth:`decode` finds the phases).
+
+    >>> spectrogram = Spectrogram(rate=8000, window=256, num_frames=40)
+    >>> sine = np.sin(2 * np.pi * 1000 / 8000 * np.arange(8000))
+    >>> x, which = spectrogram.encode([sine])
+    >>> x.shape, which
+    (torch.Size([2, 40, 127]), tensor([0, 0]))
+    >>> int(x[0, 20].argmax() + 1) * 8000 / 256, round(float(x[0, 20].max()), 2)
+    (1000.0, 3.0)
+    """
+
+    rate: int
+    window: int
+    num_frames: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("rate", 1), ("window", 4), ("num_frames", 2)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        if self.window % 2:
+            raise ValueError(f"window must be even, got {self.window}.")
+
+    @classmethod
+    def of(cls, sounds: Sequence[np.ndarray], rate: int) -> "Spectrogram":
+        """Returns what suits sounds: frames of about 32 ms, and pieces as long as the longest sound, up to 64 frames.
+
+        Args:
+            sounds: their samples, of which full scale is from -1 to 1, ``(samples,)`` each.
+            rate: samples a second.
+        """
+        window = max(16, 2 ** round(math.log2(_SECONDS * rate)))
+        longest = max((len(sound) for sound in sounds), default=0)
+        return cls(rate, window, min(_MAX_FRAMES, max(2, 1 + longest // (window // 2))))
+
+    @property
+    def num_frequencies(self) -> int:
+        """The number of levels in a frame."""
+        return self.window // 2 - 1
+
+    @property
+    def hop(self) -> float:
+        """The time from a frame to the next, in seconds."""
+        return self.window / 2 / self.rate
+
+    def encode(self, sounds: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Returns the pieces of sounds and the number of the sound that each is of, counted from 0.
+
+        Args:
+            sounds: samples, ``(samples,)`` each.
+
+        Returns:
+            Levels, ``(pieces, num_frames, num_frequencies)``, with NaN after the end of a piece; ``(pieces,)``.
+        """
+        pieces, owners = [], []
+        for i, sound in enumerate(sounds):
+            for piece in self._levels(self._coefficients(_with_noise(sound))).split(self.num_frames):
+                pieces.append(torch.nn.functional.pad(piece, (0, 0, 0, self.num_frames - len(piece)), value=torch.nan))
+                owners.append(i)
+        x = torch.stack(pieces) if pieces else torch.empty(0, self.num_frames, self.num_frequencies)
+        return x, torch.tensor(owners, dtype=torch.long)
+
+    def decode(self, x: Tensor) -> list[np.ndarray]:
+        """Returns sounds with about these levels, whose phases are found by iterations that begin at random.
+
+        Args:
+            x: levels, ``(pieces, frames, num_frequencies)``; a piece ends before its first frame with NaN.
+        """
+        return [self._with_found_phases(self._magnitudes(piece)) for piece in _until_end(x)]
+
+    def decode_like(self, x: Tensor, sounds: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns sounds with these levels, and the phases of other sounds, of which they are reconstructions.
+
+        Args:
+            x: levels of as many frames as the sounds have, ``(sounds, frames, num_frequencies)``.
+            sounds: samples, ``(samples,)`` each.
+        """
+        found = []
+        for piece, sound in zip(_until_end(x), sounds, strict=True):
+            phases = torch.sgn(self._coefficients(_with_noise(sound))[: len(piece)])
+            found.append(self._sound(self._magnitudes(piece) * phases))
+        return found
+
+    def describe(self) -> str:
+        """Returns in words what the data are.
+
+        >>> print(Spectrogram(rate=8000, window=256, num_frames=40).describe())
+        8,000 samples a second; frames of 32 ms, one each 16 ms, of 127 levels in units of 20 dB; pieces of up to 40
+        frames, 0.64 s
+        """
+        return (
+            f"{self.rate:,} samples a second; frames of {1000 * self.window / self.rate:.0f} ms, one each "
+            f"{1000 * self.hop:.0f} ms, of {self.num_frequencies} levels in units of 20 dB; pieces of up to "
+            f"{self.num_frames}\nframes, {self.num_frames * self.hop:.2f} s"
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        """Returns the arguments, as JSON holds them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, entries: Any) -> "Spectrogram":
+        """Returns the spectrogram of :meth:`to_dict`; raises a ValueError that says what is wrong with the entries."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(entries, dict) or entries.keys() != {*names}:
+            raise ValueError(f"a spectrogram must have the entries {', '.join(names)}.")
+        return cls(**entries)
+
+    def _coefficients(self, sound: np.ndarray) -> Tensor:
+        """Returns the Fourier coefficients of the frames, ``(frames, frequencies)``, the first and the last too."""
+        samples = torch.as_tensor(np.pad(sound, (0, max(0, self.window - len(sound)))))
+        return torch.stft(samples, self.window, self.window // 2, window=self._hann(), return_complex=True).T
+
+    def _sound(self, coefficients: Tensor) -> np.ndarray:
+        if len(coefficients) == 1:  # one frame is not inverted by torch
+            coefficients = coefficients.expand(2, -1)
+        return torch.istft(coefficients.T, self.window, self.window // 2, window=self._hann()).numpy()
+
+    def _hann(self) -> Tensor:
+        return torch.hann_window(self.window, dtype=torch.float64)
+
+    def _levels(self, coefficients: Tensor) -> Tensor:
+        return ((4 / self.window) * coefficients[:, 1:-1].abs()).clamp_min(1e-12).log10().add(3).float()
+
+    def _magnitudes(self, levels: Tensor) -> Tensor:
+        middle = (self.window / 4) * 10 ** (levels.double() - 3)
+        return torch.nn.functional.pad(middle, (1, 1))
+
+    def _with_found_phases(self, magnitudes: Tensor) -> np.ndarray:
+        phases = torch.exp(2j * math.pi * torch.rand_like(magnitudes))
+        for _ in range(_ITERATIONS if len(magnitudes) > 1 else 0):
+            phases = torch.sgn(self._coefficients(self._sound(magnitudes * phases))[: len(magnitudes)])
+        return self._sound(magnitudes * phases)
+
+
+def _with_noise(sound: np.ndarray) -> np.ndarray:
+    seed = zlib.crc32(np.ascontiguousarray(sound, np.float32).tobytes())
+    return sound + _STEP * np.random.default_rng(seed).uniform(-0.5, 0.5, len(sound))
+
+
+def _until_end(x: Tensor) -> list[Tensor]:
+    there = (~x.isnan().any(-1)).cpu().int().cumprod(1).sum(1).tolist()
+    return [piece[:length] for piece, length in zip(x.cpu(), there, strict=True)]
+
+
+def is_sounds(path: str | Path) -> bool:
+    """Returns whether a path is a sound file, or a folder or .zip archive of sounds, with fewer pictures."""
+    path = Path(path)
+    if path.suffix.lower() == ".zip" and path.is_file():
+        return bool(_names_in(path)) if zipfile.is_zipfile(path) else False
+    if path.is_dir():
+        return len(find_files(path, _SUFFIXES)) > len(find_files(path, PICTURES))
+    return path.suffix.lower() in _SUFFIXES and path.is_file()
+
+
+def read_sounds(path: str | Path, rate: int | None = None) -> tuple[dict[str, np.ndarray], int]:
+    """Reads a sound file, or those of a folder or a .zip archive; needs ``pip install 'pyrovae[sound]'``.
+
+    Channels are averaged, and sounds of another rate are resampled; a warning says how many were.
+
+    Args:
+        path: a file (.wav, .flac, .ogg, .mp3, .aiff), a folder, or a .zip archive.
+        rate: samples a second; that which most files have if None.
+
+    Returns:
+        Samples, of which full scale is from -1 to 1, by the names of the files, in their order; and the rate.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when there is no sound, or one cannot be read, is empty, or holds NaN or infinity.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}.")
+    check_installed("soundfile", "sound")
+    found: dict[str, tuple[np.ndarray, int]] = {}
+    if path.is_dir():
+        for file in find_files(path, _SUFFIXES):
+            found[str(file.relative_to(path))] = _read(file, str(file))
+    elif path.suffix.lower() == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            for name in _names_in(path):
+                found[name] = _read(io.BytesIO(archive.read(name)), f"{name} in {path}")
+    else:
+        found[path.name] = _read(path, str(path))
+    if not found:
+        raise ValueError(f"{path} holds no sound. Give a folder or a .zip archive with files {', '.join(_SUFFIXES)}.")
+    rates = Counter(its_rate for _, its_rate in found.values())
+    rate = rate or min(rates, key=lambda each: (-rates[each], each))
+    sounds, changed = {}, Counter[str]()
+    for name, (samples, its_rate) in found.items():
+        if samples.shape[1] > 1:
+            changed["made of one channel, the mean"] += 1
+        one = samples.mean(1)
+        if its_rate != rate:
+            from scipy.signal import resample_poly  # slow to import
+
+            changed[f"resampled to {rate:,} samples a second"] += 1
+            common = math.gcd(rate, its_rate)
+            one = resample_poly(one, rate // common, its_rate // common)
+        sounds[name] = one
+    if changed:
+        said = ", ".join(f"{count:,} were {what}" for what, count in changed.items())
+        warn(f"of {len(sounds):,} sounds in {path}, {said}.")
+    return sounds, rate
+
+
+def load_sounds(path: str | Path, spectrogram: Spectrogram | None = None) -> Splits:
+    """Loads sounds as splits of the pieces of their spectrograms; all pieces of a sound are in one of them.
+
+    Subfolders are classes, or parts, as those of pictures (:func:`pyrovae.data.load`). Otherwise 8/10, 1/10 and 1/10 of
+    the sounds are taken in a fixed random order.
+
+    Args:
+        path: a folder or a .zip archive.
+        spectrogram: how they become spectra; what suits the sounds if None.
+
+    Returns:
+        The splits, with the spectrogram as ``splits.spectrogram``. x has shape ``(pieces, num_frames,
+        num_frequencies)`` with NaN after the end of a piece, and ``split.rows`` are the numbers of the sounds.
+    """
+    path = Path(path)
+    sounds, rate = read_sounds(path, None if spectrogram is None else spectrogram.rate)
+    places = [PurePath(name).parts[:-1] for name in sounds]
+    if path.suffix.lower() == ".zip" and len({place[:1] for place in places}) == 1:
+        places = [place[1:] for place in places]  # an archive of one folder
+    parts, labels = read_places(path, places, "sounds")
+    if len(sounds) < 3:
+        raise ValueError(
+            f"{path} holds {len(sounds)} sounds, too few to split into train, validation and test. Cut long recordings "
+            "into several files."
+        )
+    if parts is None:
+        tenth = max(1, len(sounds) // 10)
+        rows = random_rows(len(sounds), validation=tenth, test=tenth)
+    else:
+        groups = {part: torch.tensor([i for i, its in enumerate(parts) if its == part]) for part in set(parts)}
+        if "validation" not in groups:
+            size = len(groups["train"])
+            if size < 2:
+                raise ValueError(f"{path} holds {size} training sounds, too few to set some aside for validation.")
+            kept, held, _ = random_rows(size, validation=max(1, size // 10), test=0)
+            groups |= {"train": groups["train"][kept], "validation": groups["train"][held]}
+        rows = groups["train"], groups["validation"], groups["test"]
+    samples = list(sounds.values())
+    if spectrogram is None:
+        spectrogram = Spectrogram.of([samples[i] for i in rows[0].tolist()], rate)
+    splits = []
+    for chosen in rows:
+        x, which = spectrogram.encode([samples[i] for i in chosen.tolist()])
+        of = chosen[which]
+        splits.append(Split(x, None if labels is None else labels[of], of + 1))
+    return Splits(*splits, spectrogram=spectrogram)
+
+
+def _names_in(archive: Path) -> list[str]:
+    with zipfile.ZipFile(archive) as content:
+        return sorted(
+            name
+            for name in content.namelist()
+            if PurePath(name).suffix.lower() in _SUFFIXES
+            and not any(part.startswith((".", "__MACOSX")) for part in PurePath(name).parts)
+        )
+
+
+def _read(file: Path | io.BytesIO, name: str) -> tuple[np.ndarray, int]:
+    """Returns the samples of a file, ``(samples, channels)``, and their rate."""
+    import soundfile
+
+    try:
+        samples, rate = soundfile.read(file, dtype="float64", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise ValueError(f"{name} cannot be read as a sound ({error}). Remove it or replace it.") from None
+    if not len(samples):
+        raise ValueError(f"{name} holds no samples. Remove it.")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{name} holds NaN or infinity. Remove it or replace it.")
+    return samples, rate
