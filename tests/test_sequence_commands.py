@@ -175,6 +175,36 @@ def test_series_of_different_lengths_with_gaps(series, tmp_path, monkeypatch, ca
     main(["evaluate", "run", "--split", "validation", "--quiet"])
 
 
+def test_what_follows_is_drawn_by_the_forecast_of_the_library(series, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--structure", "StateSpace", "--structure.width", "8", "--latent-dim", "2", "--likelihood", "Normal"]
+    main(["train", "--data", str(series), "--run", "run", *options, "--epochs", "1", "--quiet"])
+    for ending in ("npy", "csv", "png"):
+        main(["forecast", "run", "--steps", "5", "--num-data", "3", "--num-draws", "40", "--output", f"f.{ending}"])
+    vae, _ = load_run("run")
+    x, mask = split_steps(pyrovae.data.load(str(series)).test.x[:3])
+    pyro.set_rng_seed(0)
+    draws = vae.forecast(x, 5, mask, num_samples=40, num_particles=100)
+    assert np.array_equal(np.load("f.npy"), draws.numpy())
+    rows = list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
+    assert len(rows) == 3 * 5 * 2
+    [one] = [row for row in rows if (row["sequence"], row["step"], row["element"]) == ("2", "4", "1")]
+    assert float(one["q95"]) == pytest.approx(draws[:, 1, 3, 0].quantile(0.95).item(), rel=1e-5)
+
+
+def test_a_sound_goes_on(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(run.parent)
+    for ending in ("wav", "png"):
+        out = str(tmp_path / f"a.{ending}")
+        main(["forecast", "run", "--steps", "10", "--num-data", "2", "--num-draws", "2", "--output", out])
+    x = pyrovae.data.load_sounds("tones", load_run(run)[1]["spectrogram"]).test.x[:2]
+    frames = int((~x.isnan().any(-1)).sum())
+    assert len(soundfile.read(tmp_path / "a.wav")[0]) == (frames + 2 * 10 - 2) * 32 + 600
+    main(["train", "--epochs", "1", "--run", str(tmp_path / "digits"), "--num-samples", "2", "--quiet"])
+    with pytest.raises(SystemExit, match="is no run on sequences: a VAE has no steps to come"):
+        main(["forecast", str(tmp_path / "digits")])
+
+
 def test_a_prior_without_a_context_cannot_have_a_memory(series, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="Recurrent needs a prior that takes the memory.*Take --prior DiagonalNormal"):

@@ -63,11 +63,15 @@ PAGES: dict[str, Page] = {
     ),
     "sample": Page(
         ("pyrovae sample runs/mnist", "pyrovae sample runs/adult --given 'sex=Female' --output rows.csv"),
-        {"common": ("run", "num_samples", "output", "mean", "given", "label", "seed")},
+        {"common": ("run", "num_samples", "output", "mean", "given", "label", "steps", "seed")},
     ),
     "reconstruct": Page(
         ("pyrovae reconstruct runs/mnist",),
         {"common": ("run", "split", "num_data", "output", "data")},
+    ),
+    "forecast": Page(
+        ("pyrovae forecast runs/recordings --steps 60",),
+        {"common": ("run", "steps", "split", "num_data", "num_draws", "output")},
     ),
     "repair": Page(
         ("pyrovae repair runs/mnist --mask left",),

@@ -38,6 +38,7 @@ from pyrovae.cli.defaults import LIKELIHOOD, table_defaults
 from pyrovae.cli.description import describe
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
+from pyrovae.cli.forecasting import forecast
 from pyrovae.cli.listing import Parser, parts
 from pyrovae.cli.pixels import has_missing, options_for
 from pyrovae.cli.repairing import repair
@@ -60,6 +61,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "report": report,
         "sample": sample,
         "reconstruct": reconstruct,
+        "forecast": forecast,
         "repair": repair,
     },
     "rows of a table": {"score": score, "impute": impute, "encode": encode},

@@ -72,6 +72,11 @@ def _of_sequences(vae: SequenceVAE, part: datasets.Split) -> dict[str, Callable[
     }
 
 
+def is_drawn_as_curves(x: Tensor) -> bool:
+    """Returns whether sequences ``(size, time, ...)`` have too few features for a picture of each."""
+    return x[0, 0].numel() < _LEAST_FEATURES
+
+
 def as_pictures(x: Tensor) -> Tensor:
     """Returns sequences as pictures of values from 0 to 1, with time to the right and the first feature at the bottom.
 
@@ -79,9 +84,9 @@ def as_pictures(x: Tensor) -> Tensor:
         x: sequences of several features, ``(size, time, ...)``, with NaN where there is no step. Those of few features
             are returned as they are, to be drawn as curves.
     """
-    x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(-1)
-    if x.shape[-1] < _LEAST_FEATURES:
+    if is_drawn_as_curves(x):
         return x
+    x = x.flatten(2)
     low, high = np.nanquantile(x.cpu().numpy(), (0.02, 0.995))
     return ((x - low) / max(high - low, 1e-6)).clamp(0, 1).nan_to_num(0).mT.flip(-2).unsqueeze(1)
 

@@ -15,7 +15,7 @@ from pyrovae.cli.pictures import as_pictures
 from pyrovae.data import Spectrogram, read_sounds
 from pyrovae.estimators import Estimator, log_marginal
 
-_SOUND = (".wav", ".flac")
+SOUND = (".wav", ".flac")
 _PAUSE = 0.3  # seconds between sounds in one file
 _NUM_SHOWN = 5
 
@@ -60,7 +60,7 @@ def write_sounds(sounds: list[np.ndarray], spectrogram: Spectrogram, path: Path)
 
 def write_levels(x: Tensor, spectrogram: Spectrogram, path: Path, sounds: list[np.ndarray], title: str) -> None:
     """Writes levels as sounds, a picture or an array, as the name of the file says."""
-    if path.suffix in _SOUND:
+    if path.suffix in SOUND:
         write_sounds(sounds, spectrogram, path)
     elif path.suffix == ".png":
         from pyrovae import plots
@@ -75,11 +75,11 @@ def sample_sounds(
     vae: Any, spectrogram: Spectrogram, num_samples: int, num_steps: int | None, output: str | Path, seed: int
 ) -> None:
     """Draws sounds from p(x), and writes them."""
-    out = new_file(output, (*_SOUND, ".png", ".npy"))
+    out = new_file(output, (*SOUND, ".png", ".npy"))
     pyro.set_rng_seed(seed)
     num_steps = spectrogram.num_frames if num_steps is None else num_steps
     x = vae.sample(num_samples, num_steps).cpu()
-    sounds = spectrogram.decode(x) if out.suffix in _SOUND else []
+    sounds = spectrogram.decode(x) if out.suffix in SOUND else []
     write_levels(x, spectrogram, out, sounds, "sounds from p(x): frequencies upwards, time to the right")
     print(f"{num_samples} sounds of {num_steps * spectrogram.hop:.2f} s: {out}")
 
@@ -87,12 +87,12 @@ def sample_sounds(
 @torch.no_grad()
 def reconstruct_sounds(vae: Any, spectrogram: Spectrogram, x: Tensor, output: str | Path, seed: int) -> None:
     """Writes pieces of sounds, each before its reconstruction; phases of both are found from the levels."""
-    out = new_file(output, (*_SOUND, ".png", ".npy"))
+    out = new_file(output, (*SOUND, ".png", ".npy"))
     pyro.set_rng_seed(seed)
     filled, mask = split_steps(x)
     again = torch.where(mask.unsqueeze(-1), vae.reconstruct(filled, mask), torch.nan)
     pairs = torch.stack([x, again], dim=1).flatten(0, 1)
-    sounds = spectrogram.decode(pairs) if out.suffix in _SOUND else []
+    sounds = spectrogram.decode(pairs) if out.suffix in SOUND else []
     shown = again if out.suffix == ".npy" else pairs
     write_levels(shown, spectrogram, out, sounds, "pieces of sounds, each before its reconstruction")
     print(f"{len(x)} pieces of sounds, each before its reconstruction: {out}")

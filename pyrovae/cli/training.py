@@ -438,7 +438,10 @@ def _report_training(
             print(f"{name} could not be drawn: {' '.join(str(error).split()) or type(error).__name__}")
     print(f"\npictures, weights and metrics: {directory}\non one page: {directory / 'report.html'}")
     print(f"score it again: pyrovae evaluate {directory}")
-    print(f"what it learned, and where it loses nats: pyrovae diagnose {directory}")
+    if isinstance(vae, SequenceVAE):
+        print(f"what follows the test sequences: pyrovae forecast {directory}")
+    else:
+        print(f"what it learned, and where it loses nats: pyrovae diagnose {directory}")
     return result
 
 

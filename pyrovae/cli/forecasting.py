@@ -1,0 +1,114 @@
+"""``pyrovae forecast``."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from pyrovae import storage
+from pyrovae.cli.common import SplitName, check_device, data_to_score, load_data_of, new_file
+from pyrovae.cli.labels import split_steps
+from pyrovae.cli.pictures import as_pictures, is_drawn_as_curves
+from pyrovae.cli.sounds import SOUND, write_sounds
+from pyrovae.structures import SequenceVAE
+from pyrovae.structures.sequences import until_last
+
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_NUM_PARTICLES = 100
+
+
+def forecast(
+    run: str,
+    steps: int = 20,
+    split: SplitName = "test",
+    num_data: int = 4,
+    num_draws: int = 100,
+    output: str | None = None,
+    data: str | None = None,
+    data_root: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    trust: bool = False,
+) -> None:
+    """Draws the steps after the end of the first sequences of a split, given all steps before, by a trained run.
+
+    The latents of a sequence are drawn by a particle filter of 100 particles, or as many as there are draws.
+
+    Args:
+        run: the run directory, of a run with the structure Recurrent or StateSpace, as that of sounds.
+        steps: number of steps to draw.
+        split: the split of the data.
+        num_data: number of sequences.
+        num_draws: draws for each sequence.
+        output: a .png file: fans of the draws, or of many features one draw after the sequence; a .csv file: quantiles
+            of the draws of each sequence, step and element, all counted from 1; or a .npy file: the draws, (num_draws,
+            num_data, steps, ...). Of sounds also a .wav or .flac file: each piece with one draw that goes on. The
+            default is forecasts-<split>.png in the run directory, of sounds forecasts-<split>.wav.
+        data: another data set of the same shape; that of the run by default.
+        data_root: the directory of the data; that of the run by default.
+        seed: seed of the draws.
+        device: cpu, cuda, cuda:1, ...
+        trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
+            code.
+    """
+    for name, value in (("steps", steps), ("num_data", num_data), ("num_draws", num_draws)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    check_device(device)
+    vae, config = storage.load_run(run, trust=trust)
+    if not isinstance(vae, SequenceVAE):
+        raise ValueError(
+            f"{run} is no run on sequences: a {type(vae).__name__} has no steps to come. Train with --structure "
+            "Recurrent or StateSpace, or on sounds."
+        )
+    spectrogram = config.get("spectrogram")
+    endings = (".png", ".csv", ".npy") if spectrogram is None else (*SOUND, ".png", ".csv", ".npy")
+    out = new_file(output or Path(run) / f"forecasts-{split}{'.png' if spectrogram is None else '.wav'}", endings)
+    x = data_to_score(load_data_of(config, data, data_root), split, config["preprocessing"], num_data).x
+    filled, mask = split_steps(x)
+    pyro.set_rng_seed(seed)
+    args = filled.to(device), steps, mask.to(device)
+    draws = vae.to(device).forecast(*args, num_samples=num_draws, num_particles=max(_NUM_PARTICLES, num_draws)).cpu()
+    past = _aligned(x, mask)
+    if out.suffix == ".npy":
+        np.save(out, draws.numpy())
+    elif out.suffix == ".csv":
+        _write_quantiles(draws, out)
+    elif out.suffix == ".png":
+        _draw(past, draws, out)
+    elif spectrogram is not None:
+        both = [torch.cat([one[its], draw]) for one, its, draw in zip(x, mask, draws[0], strict=True)]
+        write_sounds([sound for piece in both for sound in spectrogram.decode(piece.unsqueeze(0))], spectrogram, out)
+    print(f"{num_draws} draws of {steps} steps after each of {len(x)} sequences: {out}")
+
+
+def _aligned(x: Tensor, mask: Tensor) -> Tensor:
+    """Returns sequences that end at the same step, with NaN before shorter ones."""
+    lengths = until_last(mask).sum(1)
+    rows = torch.arange(x.shape[1]) + lengths.unsqueeze(1) - int(lengths.max())
+    rows = rows[:, : int(lengths.max())]
+    taken = x[torch.arange(len(x)).unsqueeze(1), rows.clamp_min(0)]
+    return taken.masked_fill((rows < 0).view(*rows.shape, *(1,) * (x.dim() - 2)), torch.nan)
+
+
+def _draw(past: Tensor, draws: Tensor, path: Path) -> None:
+    from pyrovae import plots
+
+    if is_drawn_as_curves(past):
+        plots.forecasts(past, draws, path=path)
+        return
+    whole = as_pictures(torch.cat([past, draws[0]], dim=1))
+    whole[..., past.shape[1]] = 1.0  # a line where the draw begins
+    plots.samples(whole, path, "sequences, and after the line a draw of what follows")
+
+
+def _write_quantiles(draws: Tensor, path: Path) -> None:
+    points = np.quantile(draws.flatten(3).numpy() if draws.dim() > 3 else draws.unsqueeze(-1).numpy(), _QUANTILES, 0)
+    with open(path, "w", newline="", encoding="utf-8") as content:
+        writer = csv.writer(content, lineterminator="\n")
+        writer.writerow(["sequence", "step", "element", *(f"q{round(100 * q):02d}" for q in _QUANTILES)])
+        for place in np.ndindex(points.shape[1:]):
+            writer.writerow([*(i + 1 for i in place), *(f"{value:.7g}" for value in points[(slice(None), *place)])])
