@@ -128,6 +128,15 @@ def test_runs_on_sounds_are_compared_by_filters(run, monkeypatch, tmp_path, caps
     assert (tmp_path / "r.html").exists()
 
 
+def test_a_sound_has_an_embedding_whatever_follows_its_end(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(run.parent)
+    main(["encode", "run", "tones", "--output", str(tmp_path / "z.csv")])
+    rows = np.loadtxt(tmp_path / "z.csv", delimiter=",", skiprows=1)
+    assert rows.shape == (30, 5) and rows[:, 0].tolist() == list(range(1, 31))
+    main(["encode", "run", "--split", "train", "--output", str(tmp_path / "z.npy")])
+    assert np.isfinite(np.load(tmp_path / "z.npy")).all()
+
+
 def test_a_corrupt_spectrogram_is_named(run, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()

@@ -8,11 +8,13 @@ from pyrovae.cli.comparison import compare
 from pyrovae.cli.description import describe
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
+from pyrovae.cli.encoding import encode
+from pyrovae.cli.forecasting import forecast
 from pyrovae.cli.listing import parts
 from pyrovae.cli.parser import main
 from pyrovae.cli.repairing import repair
 from pyrovae.cli.reporting import report
-from pyrovae.cli.rows import encode, impute, score
+from pyrovae.cli.rows import impute, score
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.training import train
 
@@ -22,6 +24,7 @@ __all__ = [
     "diagnose",
     "encode",
     "evaluate",
+    "forecast",
     "impute",
     "main",
     "parts",

@@ -86,8 +86,8 @@ PAGES: dict[str, Page] = {
         {"common": ("run", "file", "output", "num_draws", "num_completed", "seed")},
     ),
     "encode": Page(
-        ("pyrovae encode runs/adult new.csv",),
-        {"common": ("run", "file", "output", "device")},
+        ("pyrovae encode runs/mnist", "pyrovae encode runs/adult new.csv"),
+        {"common": ("run", "file", "split", "output", "data", "device")},
     ),
     "parts": Page(("pyrovae parts", "pyrovae train --likelihood.help Normal"), {}),
 }

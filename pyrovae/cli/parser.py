@@ -38,12 +38,13 @@ from pyrovae.cli.defaults import LIKELIHOOD, table_defaults
 from pyrovae.cli.description import describe
 from pyrovae.cli.diagnosis import diagnose
 from pyrovae.cli.drawing import reconstruct, sample
+from pyrovae.cli.encoding import encode
 from pyrovae.cli.forecasting import forecast
 from pyrovae.cli.listing import Parser, parts
 from pyrovae.cli.pixels import has_missing, options_for
 from pyrovae.cli.repairing import repair
 from pyrovae.cli.reporting import report
-from pyrovae.cli.rows import encode, impute, score
+from pyrovae.cli.rows import impute, score
 from pyrovae.cli.scoring import evaluate
 from pyrovae.cli.signals import Terminated
 from pyrovae.cli.sounds import sound_defaults
@@ -61,10 +62,11 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "report": report,
         "sample": sample,
         "reconstruct": reconstruct,
+        "encode": encode,
         "forecast": forecast,
         "repair": repair,
     },
-    "rows of a table": {"score": score, "impute": impute, "encode": encode},
+    "rows of a table": {"score": score, "impute": impute},
     "look up": {"parts": parts},
 }
 COMMANDS = {name: function for group in GROUPS.values() for name, function in group.items()}
@@ -74,6 +76,7 @@ FLAGS = ("quiet", "resume", "trust", "mean", "missing", "compile")  # given with
 
 
 SEVERAL = ("runs",)  # positional, of one or more words
+OPTIONAL = ("file",)  # positional, of at most one word, where the default is None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -175,9 +178,12 @@ def command_parser(name: str, trust: bool = False) -> ArgumentParser:
     parameters = inspect.signature(function).parameters
     flags = {name: text for name, text in helps.items() if name in FLAGS and parameters[name].default is False}
     several = {name: text for name, text in helps.items() if name in SEVERAL}
+    optional = {name: text for name, text in helps.items() if name in OPTIONAL and parameters[name].default is None}
     for argument, text in several.items():
         parser.add_argument(argument, nargs="+", type=str, help=text)
-    parser.add_function_arguments(function, as_positional=True, skip={*flags, *several, "config"})
+    parser.add_function_arguments(function, as_positional=True, skip={*flags, *several, *optional, "config"})
+    for argument, text in optional.items():
+        parser.add_argument(argument, nargs="?", type=str, help=text)
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     return parser

@@ -19,7 +19,6 @@ from pyrovae.cli.common import (
     first_of,
     load_table,
     new_file,
-    write_columns,
 )
 from pyrovae.cli.labels import arguments_of, context_of, note_on, scored
 from pyrovae.cli.sounds import score_sounds
@@ -109,9 +108,9 @@ def score(
             return
     method = chosen_method(None, num_samples, UntilTrusted(seconds=seconds))
     out = new_file(place, (".csv",))
-    vae, table, rows = _load(run, file, trust, device)
+    vae, table, rows = load_rows(run, file, trust, device)
     usual = arguments_of(vae, first_of(_reference_rows(run, reference, table.schema), _NUM_READ, device), table.schema)
-    _check_some(rows, file)
+    check_some(rows, file)
     args = _arguments(vae, table, rows, device)
     pyro.set_rng_seed(seed)
     estimate = log_marginal(vae.model, vae.guide, *args, method=method, max_memory=max_memory)
@@ -317,7 +316,7 @@ def impute(
     out = new_file(output or Path(run) / f"imputed-{Path(file).stem}.csv", TABLES)
     cells_out = new_file(out.with_name(f"{out.stem}-cells.csv"), (".csv",))
     others = [new_file(out.with_name(f"{out.stem}-{i + 1}{out.suffix}"), TABLES) for i in range(num_completed)]
-    vae, table, rows = _load(run, file, trust, device)
+    vae, table, rows = load_rows(run, file, trust, device)
     if len(rows) < len(table):
         print(f"{len(table) - len(rows):,} rows have no cell at all, and stay empty")
     pyro.set_rng_seed(seed)
@@ -371,46 +370,6 @@ def _summary(column: Modelled, draws: Tensor) -> tuple[float, tuple[float | None
 
 def _text(column: Modelled, value: Tensor | float | None) -> str:
     return "" if value is None else column.text(column.decode([value]))[0] or ""
-
-
-def encode(
-    run: str,
-    file: str,
-    output: str | None = None,
-    device: str = "cpu",
-    trust: bool = False,
-    seed: int = 0,
-) -> None:
-    """Writes the embedding of each row of a file: mean and standard deviation of q(z | x), in the order of the file.
-
-    Args:
-        run: the run directory.
-        file: a table with the columns of the training data.
-        output: a .csv or .npy file; encoded-<file>.csv in the run directory by default.
-        device: cpu, cuda, cuda:1, ...
-        trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
-            code.
-        seed: seed of draws, for an encoder without a mean.
-    """
-    check_device(device)
-    out = new_file(output or Path(run) / f"encoded-{Path(file).stem}.csv", (".csv", ".npy"))
-    vae, table, rows = _load(run, file, trust, device)
-    _check_some(rows, file)
-    pyro.set_rng_seed(seed)
-    parts = []
-    with torch.no_grad():
-        for part in rows.split(4096):
-            q = vae.encode(*_arguments(vae, table, part, device))
-            parts.append(torch.cat([q.mean, q.stddev], dim=-1).cpu())
-    encoded = torch.full((len(table), parts[0].shape[1]), torch.nan)
-    encoded[rows] = torch.cat(parts)
-    if out.suffix == ".npy":
-        np.save(out, encoded.numpy())
-    else:
-        n = encoded.shape[1] // 2
-        names = [f"{what}_{i + 1}" for what in ("mean", "sd") for i in range(n)]
-        write_columns({"row": torch.arange(1, len(table) + 1), **dict(zip(names, encoded.T, strict=True))}, out)
-    print(f"{len(rows):,} rows in {encoded.shape[1] // 2} dimensions: {out}")
 
 
 def draw_rows(vae: MissingDataVAE, schema: datasets.Schema, num_samples: int, cells: Tensor | None) -> Tensor:
@@ -545,12 +504,12 @@ def _arguments(vae: MissingDataVAE, table: datasets.Table, rows: Tensor, device:
     return arguments_of(vae, first_of(_part(table, rows), None, device), table.schema)
 
 
-def _check_some(rows: Tensor, file: str) -> None:
+def check_some(rows: Tensor, file: str) -> None:
     if len(rows) == 0:
         raise ValueError(f"file: no row of {file} has a cell that the model knows. Give a table with such rows.")
 
 
-def _load(run: str, file: str, trust: bool, device: str) -> tuple[MissingDataVAE, datasets.Table, Tensor]:
+def load_rows(run: str, file: str, trust: bool, device: str) -> tuple[MissingDataVAE, datasets.Table, Tensor]:
     """Returns the VAE of a run, a file read by its schema, and the rows that have a cell."""
     vae, config = storage.load_run(run, trust=trust)
     schema = config.get("table")

@@ -244,7 +244,7 @@ def train(
     callbacks: list[Callback] = []
     few = data_to_score(splits, "validation", "grey", _NUM_MONITORED, device)
     monitored = arguments_of(vae, few, splits.schema)
-    if len(monitored[0]) > 1:
+    if len(monitored[0]) > 1 and not isinstance(vae, SequenceVAE):  # each pair of a sequence and latents is a long loop
         monitor = diagnostics.CollapseMonitor(vae.model, vae.guide, *monitored, every=max(1, epochs // 50))
         callbacks.append(_WherePossible(monitor))
     callbacks.append(metrics)  # the last, because it writes the entries of the others

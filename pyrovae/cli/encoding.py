@@ -1,0 +1,135 @@
+"""``pyrovae encode``."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyrovae import data as datasets
+from pyrovae import storage
+from pyrovae.cli.common import SplitName, check_device, data_to_score, first_of, load_data_of, new_file, write_columns
+from pyrovae.cli.labels import arguments_of
+from pyrovae.cli.rows import check_some, load_rows
+from pyrovae.structures import SequenceVAE
+
+_AT_ONCE = 1000  # data
+_NUM_DRAWS = 100  # where q has no mean
+
+
+def encode(
+    run: str,
+    file: str | None = None,
+    split: SplitName = "test",
+    output: str | None = None,
+    data: str | None = None,
+    data_root: str | None = None,
+    device: str = "cpu",
+    trust: bool = False,
+    seed: int = 0,
+) -> None:
+    """Writes the embedding of each datum: mean and standard deviation of q(z | x).
+
+    Of several levels of latents it is that of the level next to the data; of a sequence or a piece of a sound the mean
+    of the latents over its steps.
+
+    Args:
+        run: the run directory.
+        file: for runs on tables, text and sounds, what to embed: a table with the columns of the training data (needed
+            for a table), a text, or a sound, a folder or a .zip archive of sounds. A row, line or piece each, in the
+            order of the file.
+        split: without a file, the split of the data.
+        output: a .csv or .npy file; encoded-<file or split>.csv in the run directory by default. Columns of a .csv
+            file: row, line, sound or datum, label if the data have any, mean_1, ..., sd_1, ...
+        data: without a file, another data set of the same shape; that of the run by default.
+        data_root: the directory of the images; that of the run by default.
+        device: cpu, cuda, cuda:1, ...
+        trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
+            code.
+        seed: seed of draws, for an encoder without a mean.
+    """
+    check_device(device)
+    name = split if file is None else Path(file).stem
+    out = new_file(output or Path(run) / f"encoded-{name}.csv", (".csv", ".npy"))
+    config = storage.read_config(run, trust=trust)
+    schema = config.get("table")
+    if schema is not None:
+        if file is None:
+            raise ValueError("file is missing: give a table with the columns of the training data.")
+        vae, table, chosen = load_rows(run, file, trust, device)
+        check_some(chosen, file)
+        size, columns = len(table), {"row": torch.arange(len(table)) + 1}
+        part = datasets.Split(table.x, None, context=table.context)
+    else:
+        vae = storage.load_run(run, trust=trust)[0].to(device)
+        part, columns = _data(config, file, split, data, data_root)
+        size, chosen = len(part.x), torch.arange(len(part.x))
+    pyro.set_rng_seed(seed)
+    found = []
+    for some in chosen.split(_AT_ONCE):
+        x = part.x[some] if isinstance(part.x, Tensor) else part.x.select(some.numpy())[:]
+        others = {k: None if t is None else t[some] for k, t in (("labels", part.labels), ("context", part.context))}
+        few = first_of(datasets.Split(x, others["labels"], None, others["context"]), None, device)
+        found.append(torch.cat(embeddings(vae, arguments_of(vae, few, schema)), dim=-1).cpu())
+    encoded = torch.full((size, found[0].shape[1]), torch.nan)
+    encoded[chosen] = torch.cat(found)
+    n = encoded.shape[1] // 2
+    if out.suffix == ".npy":
+        np.save(out, encoded.numpy())
+    else:
+        names = [f"{what}_{i + 1}" for what in ("mean", "sd") for i in range(n)]
+        write_columns(columns | dict(zip(names, encoded.T, strict=True)), out)
+    print(f"{len(chosen):,} embeddings in {n} dimensions: {out}")
+
+
+def _data(
+    config: dict[str, Any], file: str | None, split: SplitName, data: str | None, data_root: str | None
+) -> tuple[datasets.Split, dict[str, Tensor]]:
+    """Returns data that are no table, and columns of the result that say which they are."""
+    vocabulary, spectrogram = config.get("vocabulary"), config.get("spectrogram")
+    if file is None:
+        part = data_to_score(load_data_of(config, data, data_root), split, config["preprocessing"])
+        labels = {} if part.labels is None else {"label": part.labels}
+        return part, {"datum": torch.arange(len(part.x))} | labels
+    if vocabulary is not None:
+        lines, numbers = datasets.read_lines(file)
+        return datasets.Split(vocabulary.encode(lines), None), {"line": torch.tensor(numbers)}
+    if spectrogram is not None:
+        sounds, _ = datasets.read_sounds(file, spectrogram.rate)
+        x, which = spectrogram.encode(list(sounds.values()))
+        return datasets.Split(x, None), {"sound": which + 1}
+    raise ValueError("file is for runs on tables, text and sounds. Leave it out, or name other data with --data.")
+
+
+@torch.no_grad()
+def embeddings(vae: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Returns the mean and the standard deviation of q(z | x), ``(size, latent_dim)``, exact or of 100 draws.
+
+    Args:
+        vae: the VAE; of several levels of latents, those next to the data are taken.
+        args: what its guide takes.
+    """
+
+    trace = poutine.trace(vae.guide).get_trace(*args)
+    name = "z" if "z" in trace.nodes else "z1"
+    # What is drawn after others, such as a level below another, has a mean that differs from draw to draw.
+    if trace.stochastic_nodes[0] == name and not isinstance(vae, SequenceVAE):
+        q = trace.nodes[name]["fn"]
+        try:
+            return q.mean.flatten(1), q.stddev.flatten(1)
+        except (NotImplementedError, AttributeError):  # a flow, a class
+            pass
+    traces = (poutine.trace(vae.guide).get_trace(*args) for _ in range(_NUM_DRAWS))
+    draws = torch.stack([_pooled(vae, each.nodes[name]["value"], args) for each in traces])
+    return draws.mean(0), draws.std(0)
+
+
+def _pooled(vae: Any, z: Tensor, args: tuple[Tensor, ...]) -> Tensor:
+    """Returns a draw of latents as vectors, of sequences the mean over their steps."""
+    if not isinstance(vae, SequenceVAE):
+        return z.float().reshape(len(z), -1)
+    mask = args[1].unsqueeze(-1)
+    return (z * mask).sum(1) / mask.sum(1)
