@@ -7,6 +7,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrovae import data as datasets
@@ -116,7 +117,8 @@ def embeddings(vae: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     trace = poutine.trace(vae.guide).get_trace(*args)
     name = "z" if "z" in trace.nodes else "z1"
     # What is drawn after others, such as a level below another, has a mean that differs from draw to draw.
-    if trace.stochastic_nodes[0] == name and not isinstance(vae, SequenceVAE):
+    first = next(key for key in trace.stochastic_nodes if not site_is_subsample(trace.nodes[key]))
+    if first == name and not isinstance(vae, SequenceVAE):
         q = trace.nodes[name]["fn"]
         try:
             return q.mean.flatten(1), q.stddev.flatten(1)
