@@ -11,6 +11,8 @@ import torch
 
 import pyrovae
 from pyrovae import VAE, encoders, hub, likelihoods, load_run, priors
+from pyrovae.cli import main
+from pyrovae.structures import ForwardGRU, RecurrentVAE
 
 REAL = importlib.util.find_spec("huggingface_hub") is not None
 
@@ -94,6 +96,30 @@ def test_the_card_of_a_run_with_a_context_gives_one(tmp_path, stand_in):
     names = {}
     exec((stand_in.root / "me/classes/README.md").read_text().partition("```python\n")[2].partition("```")[0], names)
     assert names["x"].shape == (16, 3, 5)
+
+
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_the_card_of_sequences_draws_steps(tmp_path, stand_in, context_dim):
+    width = 8
+    vae = RecurrentVAE(
+        priors.DiagonalNormal(2, context_dim=width + context_dim),
+        likelihoods.Normal(2, 5, context_dim=width + context_dim),
+        encoders.DiagonalNormal(5, 2, context_dim=width + context_dim),
+        ForwardGRU(5, 2, width=width),
+    )
+    pyrovae.save_run(vae, tmp_path / "run", data=tmp_path / "series.npy")
+    hub.push_to_hub(tmp_path / "run", "me/series")
+    names = {}
+    exec((stand_in.root / "me/series/README.md").read_text().partition("```python\n")[2].partition("```")[0], names)
+    assert names["x"].shape == ((16, 20, 5) if context_dim == 0 else (16, 1, 20, 5))
+
+
+def test_a_run_on_text_keeps_its_words(tmp_path, stand_in, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lines.txt").write_text("\n".join(f"{a} {b}." for a in "abcde" for b in ("ran", "sat", "ate")))
+    main(["train", "--data", "lines.txt", "--run", "run", "--epochs", "1", "--num-samples", "2", "--quiet"])
+    hub.push_to_hub("run", "me/lines")
+    assert hub.load_from_hub("me/lines")[1]["vocabulary"] == load_run("run")[1]["vocabulary"]
 
 
 def test_code_from_elsewhere_is_not_run_to_write_a_card(run, stand_in, monkeypatch):
