@@ -510,3 +510,21 @@ def test_threads_without_cores_are_told(monkeypatch, threads, load, quota, said)
     monkeypatch.setattr(Path, "read_text", read)
     assert said in crowded()
     assert bool(said) == bool(crowded())
+
+
+def test_a_warning_is_a_line_without_the_place_in_the_program(tmp_path):
+    options = [
+        "--epochs",
+        "1",
+        "--num-samples",
+        "2",
+        "--loss",
+        "ELBO",
+        "--loss.beta",
+        "Linear",
+        "--loss.beta.steps",
+        "90",
+    ]
+    command = [sys.executable, "-m", "pyrovae", "train", "--run", str(tmp_path / "run"), "--quiet", *options]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert said.startswith("warning: the schedule of ELBO takes 90 steps") and "sys.exit" not in said

@@ -5,8 +5,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -79,6 +80,22 @@ SEVERAL = ("runs",)  # positional, of one or more words
 OPTIONAL = ("file",)  # positional, of at most one word, where the default is None
 
 
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Writes warnings as lines of their own words: the program that they name otherwise is this one."""
+    before = warnings.formatwarning
+
+    def written(message: Any, category: type[Warning], *place: Any, **kwargs: Any) -> str:
+        return f"warning: {message}\n" if category is UserWarning else before(message, category, *place, **kwargs)
+
+    warnings.formatwarning = written
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+@plain_warnings()
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; exits with a message and status 1 when the input is wrong."""
     argv = normalized(sys.argv[1:] if argv is None else argv) or ["--help"]

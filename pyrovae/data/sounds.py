@@ -26,6 +26,7 @@ _SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 _SECONDS = 0.032  # of a frame, about: a pitch of 60 Hz has two periods in it
 _MAX_FRAMES = 64
 _STEP = 2.0**-15  # of sixteen bits, where 1 is full scale
+_HIGHEST = 3 + math.log10(4 / math.pi)  # of a square wave of full scale
 _ITERATIONS = 100  # of Griffin and Lim
 
 
@@ -118,6 +119,8 @@ class Spectrogram:
     def decode(self, x: Tensor) -> list[np.ndarray]:
         """Returns sounds with about these levels, whose phases are found by iterations that begin at random.
 
+        Levels above that of a square wave of full scale become that.
+
         Args:
             x: levels, ``(pieces, frames, num_frequencies)``; a piece ends before its first frame with NaN.
         """
@@ -178,7 +181,7 @@ class Spectrogram:
         return ((4 / self.window) * coefficients[:, 1:-1].abs()).clamp_min(1e-12).log10().add(3).float()
 
     def _magnitudes(self, levels: Tensor) -> Tensor:
-        middle = (self.window / 4) * 10 ** (levels.double() - 3)
+        middle = (self.window / 4) * 10 ** (levels.double().clamp_max(_HIGHEST) - 3)
         return torch.nn.functional.pad(middle, (1, 1))
 
     def _with_found_phases(self, magnitudes: Tensor) -> np.ndarray:
@@ -323,7 +326,7 @@ def _read(file: Path | io.BytesIO, name: str) -> tuple[np.ndarray, int]:
     import soundfile
 
     try:
-        samples, rate = soundfile.read(file, dtype="float64", always_2d=True)
+        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise ValueError(f"{name} cannot be read as a sound ({error}). Remove it or replace it.") from None
     if not len(samples):
