@@ -70,18 +70,20 @@ def test_the_score_of_sequences_is_a_filter_by_the_step(run, tmp_path, monkeypat
     vae, config = load_run(run)
     x, mask = split_steps(pyrovae.data.load_sounds("tones", config["spectrogram"]).test.x)
     pyro.set_rng_seed(0)
-    method = ParticleFilter(num_samples=16, num_particles=32)
+    method = ParticleFilter(num_samples=20, num_particles=32)
     expected = pyrovae.log_marginal(vae.model_by_step, vae.guide_by_step, x, mask, method=method, progress=False)
     assert values == pytest.approx(expected.value.tolist(), rel=1e-6)
-    assert f"{-sum(values) / int(mask.sum()):.3f} nats a step, of {int(mask.sum())} steps" in said
+    assert f"-log p(x): {-sum(values) / int(mask.sum()):.3f} nats a frame, of {int(mask.sum())} frames" in said
     record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["scored"] == "log p(x)" and record["baseline"] < 0
 
 
-def test_importance_sampling_of_whole_sequences_is_another_method(run, monkeypatch, capsys):
+def test_more_filters_and_other_methods_can_be_asked_for(run, monkeypatch, capsys):
     monkeypatch.chdir(run.parent)
-    main(["evaluate", "run", "--num-samples", "20", "--num-data", "2", "--quiet"])
-    assert "from 20 samples" in capsys.readouterr().out.replace("importance ", "")
+    main(["evaluate", "run", "--num-samples", "8", "--num-data", "2", "--quiet"])
+    assert "from 8 filters a datum" in capsys.readouterr().out
+    main(["evaluate", "run", "--method", "ImportanceSampling", "--num-data", "2", "--quiet"])
+    assert "filters" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="sequences are filtered"):
         main(["evaluate", "run", "--seconds", "3"])
 
@@ -123,7 +125,7 @@ def test_runs_on_sounds_are_compared_by_filters(run, monkeypatch, tmp_path, caps
     main(["train", "--data", "tones", "--run", str(tmp_path / "other"), *SMALL, "--seed", "1"])
     capsys.readouterr()
     main(["compare", "run", str(tmp_path / "other"), "--picture", str(tmp_path / "c.png"), "--quiet"])
-    assert capsys.readouterr().out.count("from 16 filters a datum") == 2
+    assert capsys.readouterr().out.count("from 20 filters a datum") == 2
     main(["report", "run", str(tmp_path / "other"), "--output", str(tmp_path / "r.html")])
     assert (tmp_path / "r.html").exists()
 
@@ -157,6 +159,7 @@ def test_a_corrupt_spectrogram_is_named(run, tmp_path):
         (["sample", "run", "--output", "a.mp4"], "must end in .wav or .flac or .png or .npy"),
         (["score", "run", "tones", "--reference", "tones"], "reference is for tables"),
         (["impute", "run", "tones"], "is no run on a table"),
+        (["repair", "run"], "repair is not for sequences. What follows one: pyrovae forecast run"),
     ],
 )
 def test_what_is_not_for_sounds_is_refused_by_name(run, monkeypatch, command, message):
@@ -219,7 +222,7 @@ def test_a_prior_without_a_context_cannot_have_a_memory(series, tmp_path, monkey
     with pytest.raises(SystemExit, match="Recurrent needs a prior that takes the memory.*Take --prior DiagonalNormal"):
         main(["train", "--data", str(series), "--structure", "Recurrent", "--likelihood", "Normal"])
     np.save("vectors.npy", np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32))
-    with pytest.raises(SystemExit, match=r"StateSpace is for sequences, of shape \(time, ...\)"):
+    with pytest.raises(SystemExit, match=r"StateSpace is for sequences, of shape \(time, features\)"):
         main(["train", "--data", "vectors.npy", "--structure", "StateSpace", "--preprocessing", "grey"])
     assert not (tmp_path / "runs").exists()
 
@@ -232,5 +235,7 @@ def test_steps_are_there_or_missing_as_a_whole():
     x[1, 0, 1] = torch.nan
     with pytest.raises(ValueError, match="step 0 of sequence 1 has NaN in some elements alone"):
         split_steps(x)
+    with pytest.raises(ValueError, match="step 0 of sequence 7 has NaN"):
+        split_steps(x, torch.tensor([3, 7]))
     with pytest.raises(ValueError, match="sequence 1 is all NaN"):
         split_steps(torch.tensor([[1.0, 2.0], [torch.nan, torch.nan]]))

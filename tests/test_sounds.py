@@ -144,6 +144,14 @@ def test_a_folder_of_music_with_its_covers_holds_sounds(folder):
     assert not is_sounds(folder)
 
 
+def test_a_folder_with_the_name_of_a_data_set_is_not_taken_for_it(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    folder.rename("digits")
+    with pytest.warns(UserWarning, match=r"digits is the data set of this name.* name it ./digits"):
+        assert load("digits").train.x.shape == (1197, 1, 8, 8)
+    assert load("./digits").spectrogram is not None
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [(np.zeros(0), "holds no samples"), (np.array([0.0, np.nan]), "holds NaN or infinity")],
@@ -152,6 +160,33 @@ def test_a_file_without_a_sound_is_named(folder, samples, message):
     write(folder / "high" / "bad.wav", samples, subtype="FLOAT")
     with pytest.raises(ValueError, match=rf"bad.wav {message}"):
         load_sounds(folder)
+    with pytest.raises(ValueError, match=rf"sounds\[1\] {message}"):
+        SPECTROGRAM.encode([tone(300), samples])
+
+
+@pytest.mark.parametrize(
+    "sound", [np.ones(300, np.int16), np.ones((300, 2)), [0.1, 0.2]], ids=["integers", "two channels", "a list"]
+)
+def test_samples_are_vectors_of_floating_point_numbers(sound):
+    with pytest.raises(ValueError, match=r"sounds\[0\] must be a vector of floating-point samples, with full scale"):
+        SPECTROGRAM.encode([sound])
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 5, 30), r"x must have shape \(pieces, frames, 31\), got \(2, 5, 30\)"),
+        (torch.zeros(5, 31), r"x must have shape"),
+        (torch.full((2, 5, 31), torch.nan), "piece 0 of x has NaN in its first frame"),
+    ],
+)
+def test_levels_without_a_sound_are_refused(x, message):
+    with pytest.raises(ValueError, match=message):
+        SPECTROGRAM.decode(x)
+
+
+def test_levels_above_full_scale_are_no_louder_than_it():
+    assert np.abs(SPECTROGRAM.decode(torch.full((1, 10, 31), 100.0))[0]).max() < 100
 
 
 def test_what_is_no_sound_is_named(tmp_path, folder):
@@ -159,8 +194,20 @@ def test_what_is_no_sound_is_named(tmp_path, folder):
     with pytest.raises(ValueError, match=r"broken.wav cannot be read as a sound \(.*\). Remove it"):
         load_sounds(folder)
     (tmp_path / "empty").mkdir()
+    (folder / "other.wav").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="So are 1 others of 22"):
+        load_sounds(folder)
     with pytest.raises(ValueError, match="holds no sound"):
         read_sounds(tmp_path / "empty")
+    with pytest.raises(ValueError, match="holds no picture and no sound"):
+        load(str(tmp_path / "empty"))
+    with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
+        archive.writestr("a.txt", "text")
+    with pytest.raises(ValueError, match=r"texts.zip holds no sound"):
+        load(str(tmp_path / "texts.zip"))
+    (tmp_path / "fake.zip").write_text("text")
+    with pytest.raises(ValueError, match=r"fake.zip cannot be read as a .zip archive"):
+        load(str(tmp_path / "fake.zip"))
     with pytest.raises(FileNotFoundError, match="there is no file"):
         read_sounds(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds 1 sounds, too few to split"):

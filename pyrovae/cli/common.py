@@ -29,7 +29,7 @@ Preprocessing = Literal["grey", "static", "dynamic"]
 
 SplitName = Literal["train", "validation", "test"]
 _PARTS = ("train", "validation", "test")
-_NUM_FILTERS, _NUM_PARTICLES = 16, 32  # of a sequence
+_NUM_FILTERS, _NUM_PARTICLES = 20, 32  # of a sequence
 
 
 MEANS = "means of p(x | z), z from the prior"
@@ -279,13 +279,15 @@ def programs_of(vae: Any, method: Estimator) -> tuple[Any, Any]:
     return vae.model, vae.guide
 
 
-def per_step(log_px: Tensor, num_steps: int) -> str:
-    """Returns in words the nats of a step of sequences, of which `log_px` is log p(x)."""
-    return f"{-log_px.double().sum().item() / num_steps:.3f} nats a step, of {num_steps:,} steps"
+def per_step(log_px: Tensor, num_steps: int, unit: str = "step") -> str:
+    """Returns in words -log p(x) by the step of sequences, or what else a step is."""
+    return f"-log p(x): {-log_px.double().sum().item() / num_steps:.3f} nats a {unit}, of {num_steps:,} {unit}s"
 
 
 def chosen_method(method: Estimator | None, num_samples: int | None, default: Estimator) -> Estimator:
-    """Returns the estimator that the options --method and --num-samples ask for."""
+    """Returns the estimator that the options --method and --num-samples ask for; samples of a filter are filters."""
+    if method is None and num_samples is not None and isinstance(default, ParticleFilter):
+        return ParticleFilter(num_samples, default.num_particles)
     if method is None:
         return default if num_samples is None else ImportanceSampling(num_samples)
     if num_samples is not None:

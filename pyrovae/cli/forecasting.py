@@ -82,7 +82,8 @@ def forecast(
     elif spectrogram is not None:
         both = [torch.cat([one[its], draw]) for one, its, draw in zip(x, mask, draws[0], strict=True)]
         write_sounds([sound for piece in both for sound in spectrogram.decode(piece.unsqueeze(0))], spectrogram, out)
-    print(f"{num_draws} draws of {steps} steps after each of {len(x)} sequences: {out}")
+    drawn = "a draw" if out.suffix in SOUND else f"{num_draws} draws"
+    print(f"{drawn} of {steps} steps after each of {len(x)} sequences: {out}")
 
 
 def _aligned(x: Tensor, mask: Tensor) -> Tensor:

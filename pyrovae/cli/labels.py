@@ -70,7 +70,7 @@ def arguments_of(vae: Any, part: Split, schema: Schema | None = None) -> tuple[A
     if isinstance(vae, SequenceVAE):
         if context_size(vae):
             raise ValueError("steps of sequences have no context in the command line. Leave out context_dim.")
-        return split_steps(x)
+        return split_steps(x, part.rows)
     if isinstance(x, Tensor) and not isinstance(vae, MissingDataVAE):
         check_finite("the data", x)
     args = split_missing(x) if isinstance(vae, MissingDataVAE) else (x,)
@@ -79,26 +79,28 @@ def arguments_of(vae: Any, part: Split, schema: Schema | None = None) -> tuple[A
     return (*args, *given(vae, labels, _device_of(x)))
 
 
-def split_steps(x: Tensor) -> tuple[Tensor, Tensor]:
+def split_steps(x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns sequences, with a value of theirs in place of steps that are NaN, and which steps are not.
 
     Args:
         x: sequences, ``(size, time, ...)``.
+        rows: their numbers in the file, for messages; None for those in x, counted from 0.
 
     Raises:
         ValueError: when some elements of a step are NaN and others are not, or a sequence is all NaN.
     """
+    rows = torch.arange(len(x)) if rows is None else rows
     missing = x.isnan().flatten(2) if x.dim() > 2 else x.isnan().unsqueeze(-1)
     some = missing.any(-1)
     mixed = some & ~missing.all(-1)
     if bool(mixed.any()):
         i, t = (int(index) for index in mixed.nonzero()[0])
         raise ValueError(
-            f"step {t} of sequence {i} has NaN in some elements alone: steps are observed or missing as a whole. Fill "
-            "the elements in, or take --structure Incomplete."
+            f"step {t} of sequence {int(rows[i])} has NaN in some elements alone: steps are observed or missing as a "
+            "whole. Fill the elements in, or take --structure Incomplete."
         )
     if bool(some.all(1).any()):
-        raise ValueError(f"sequence {int(some.all(1).nonzero()[0])} is all NaN. Leave it out.")
+        raise ValueError(f"sequence {int(rows[int(some.all(1).nonzero()[0])])} is all NaN. Leave it out.")
     if not bool(some.any()):
         return x, ~some
     there = x[~some]  # in place of NaN, whose gradient is NaN where it is masked: a step that the likelihood takes

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyrovae.cli.common import SplitName, check_device, data_to_score, load_run_and_data, new_file
 from pyrovae.cli.labels import given
 from pyrovae.data.arrays import load_mask
+from pyrovae.structures import SequenceVAE
 from pyrovae.structures import repair as repaired_by
 
 _SIDES = ("top", "bottom", "left", "right", "center")
@@ -53,6 +54,8 @@ def repair(
     out = new_file(output or Path(run) / f"repairs-{split}.png", (".png", ".npz"))
     check_device(device)
     vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
+    if isinstance(vae, SequenceVAE):
+        raise ValueError(f"repair is not for sequences. What follows one: pyrovae forecast {run}.")
     pyro.set_rng_seed(seed)
     part = data_to_score(splits, split, preprocessing, num_data, device)
     x, *context = part.x, *given(vae, part.labels, part.x.device)

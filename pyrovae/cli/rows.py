@@ -13,6 +13,7 @@ from torch import Tensor
 from pyrovae import data as datasets
 from pyrovae import storage
 from pyrovae.cli.common import (
+    advice_as_options,
     check_device,
     chosen_method,
     default_method,
@@ -47,6 +48,7 @@ def score(
     run: str,
     file: str,
     output: str | None = None,
+    method: Estimator | None = None,
     num_samples: int | None = None,
     num_explained: int = 100,
     reference: str | None = None,
@@ -79,8 +81,10 @@ def score(
         run: the run directory.
         file: a table with the columns of the training data, a text, or a sound, a folder or a .zip archive of sounds.
         output: a .csv file; scores-<file>.csv in the run directory by default.
+        method: the class of another estimator, one of pyrovae.estimators; UntilTrusted by default, of sounds
+            ParticleFilter.
         num_samples: importance samples of the guide per row, instead of stages of estimators until a row can be
-            trusted.
+            trusted; of sounds, filters.
         num_explained: how many of the most unusual rows have their most surprising cells listed.
         reference: a table of usual rows to compare with; by default the test part of the data of the run.
         seconds: budget of time of the stages, for the rows and again for those to compare with; null for no limit. Rows
@@ -93,8 +97,10 @@ def score(
     """
     if num_explained < 0 or (num_samples is not None and num_samples < 2):
         raise ValueError(f"num_samples must be at least 2 and num_explained 0, got {num_samples} and {num_explained}.")
-    if num_samples is not None and seconds is not None:
-        raise ValueError("--seconds is a budget of the stages: leave out --num-samples.")
+    if seconds is not None and (num_samples is not None or method is not None):
+        raise ValueError("--seconds is a budget of the stages: leave out --num-samples and --method.")
+    if method is not None and method.relation != "=":
+        raise ValueError(f"{method} is an upper bound of log p(x). Take another method.")
     check_device(device)
     place = output or Path(run) / f"scores-{Path(file).stem}.csv"
     config = storage.read_config(run, trust=trust)
@@ -103,10 +109,10 @@ def score(
             if reference is not None:
                 raise ValueError("reference is for tables, and this run is on text or sounds. Leave it out.")
             vae, _ = storage.load_run(run, trust=trust)
-            method = chosen_method(None, num_samples, default_method(vae, seconds))
+            method = chosen_method(method, num_samples, default_method(vae, seconds))
             score_them(vae.to(device), config[name], file, place, method, max_memory, seed, device)
             return
-    method = chosen_method(None, num_samples, UntilTrusted(seconds=seconds))
+    method = chosen_method(method, num_samples, UntilTrusted(seconds=seconds))
     out = new_file(place, (".csv",))
     vae, table, rows = load_rows(run, file, trust, device)
     usual = arguments_of(vae, first_of(_reference_rows(run, reference, table.schema), _NUM_READ, device), table.schema)
@@ -115,7 +121,7 @@ def score(
     pyro.set_rng_seed(seed)
     estimate = log_marginal(vae.model, vae.guide, *args, method=method, max_memory=max_memory)
     value, trusted = estimate.value.cpu(), estimate.trusted.cpu()
-    print(f"{file}: {estimate}{note_on(vae, table.schema)}")
+    print(advice_as_options(f"{file}: {estimate}{note_on(vae, table.schema)}"))
     rarer, below = _compare(vae, value, args[1], usual, method, max_memory)
     # The most unusual first; rows that cannot be compared come last, the least probable first.
     order = sorted(range(len(rows)), key=lambda i: (bool(below[i].isnan()), -float(below[i]), float(value[i])))

@@ -57,14 +57,14 @@ def evaluate(
         run: the run directory.
         split: the split of the data to score.
         method: the class of another estimator, one of pyrovae.estimators; UntilTrusted by default.
-        num_samples: importance samples of the guide per datum, instead of stages. For other methods use
-            --method.num_samples.
+        num_samples: importance samples of the guide per datum, instead of stages; of sequences, filters. For other
+            methods use --method.num_samples.
         seconds: budget of time of the stages, to which the second estimates and the usual number add theirs; null for
             no limit. Data for which it does not suffice are not trusted.
         check: number of data, drawn at random, to estimate a second time by long annealing from the prior.
         num_data: score only this many data, the first of the split; all by default.
-        output: a .csv file for the results of each datum: estimate, standard error, effective sample size, k-hat,
-            whether it can be trusted, and what else the method gives.
+        output: a .csv file for the results of each datum: its row in the file, or the number of its sound; estimate,
+            standard error, effective sample size, k-hat, whether it can be trusted, and what else the method gives.
         data: another data set of the same shape to score; that of the run by default.
         data_root: the directory of the images; that of the run by default.
         max_memory: memory for intermediate results, in bytes.
@@ -97,12 +97,13 @@ def evaluate(
     )
     if out is not None and world.is_rank0:
         names = ("value", "standard_error", "ess", "khat", "trusted")
-        columns = {"datum": torch.arange(len(part.x)), **{name: getattr(estimate, name) for name in names}}
+        rows = {} if part.rows is None else {"row": part.rows}
+        columns = {"datum": torch.arange(len(part.x)), **rows, **{name: getattr(estimate, name) for name in names}}
         write_columns(columns | estimate.diagnostics, out)
         print(f"per datum: {out}")
     print(advice_as_options(f"{split}: {estimate}{note_on(vae, splits.schema)}"))
     if isinstance(vae, SequenceVAE):
-        print(per_step(estimate.value.cpu(), int(args[1].sum())))
+        print(per_step(estimate.value.cpu(), int(args[1].sum()), "frame" if splits.spectrogram else "step"))
         return
     if is_default:
         print(_usual_number(vae, args, estimate, max_memory))

@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrovae.cli.common import new_file, per_step, programs_of
+from pyrovae.cli.common import advice_as_options, new_file, per_step, programs_of
 from pyrovae.cli.labels import split_steps
 from pyrovae.cli.pictures import as_pictures
 from pyrovae.data import Spectrogram, read_sounds
@@ -54,8 +54,12 @@ def write_sounds(sounds: list[np.ndarray], spectrogram: Spectrogram, path: Path)
     import soundfile
 
     pause = np.zeros(round(_PAUSE * spectrogram.rate))
-    parts = [part for sound in sounds for part in (sound, pause)][:-1]
-    soundfile.write(path, np.concatenate(parts).clip(-1, 1), spectrogram.rate, subtype="PCM_16")
+    peaks = [float(np.abs(sound).max()) for sound in sounds]
+    parts = [part / max(1.0, peak) for sound, peak in zip(sounds, peaks, strict=True) for part in (sound, pause)][:-1]
+    soundfile.write(path, np.concatenate(parts), spectrogram.rate, subtype="PCM_16")
+    loud = sum(peak > 1 for peak in peaks)
+    if loud:
+        print(f"{loud} of {len(sounds)} sounds are louder than full scale, and are made softer")
 
 
 def write_levels(x: Tensor, spectrogram: Spectrogram, path: Path, sounds: list[np.ndarray], title: str) -> None:
@@ -125,7 +129,7 @@ def score_sounds(
             row = [names[owner], f"{starts[i]:.3f}", f"{end:.3f}", f"{value[i]:.9g}"]
             row += [f"{estimate.standard_error[i]:.3g}", int(estimate.trusted[i]), int(frames[i])]
             writer.writerow([*row, f"{-value[i] / frames[i]:.6g}"])
-    print(f"{file}: {estimate}\n{per_step(value, int(frames.sum()))}")
+    print(advice_as_options(f"{file}: {estimate}\n{per_step(value, int(frames.sum()), 'frame')}"))
     for i in (value / frames).argsort()[:_NUM_SHOWN].tolist():
         print(f"{names[owners[i]]}, from {starts[i]:.2f} s: {-value[i] / frames[i]:.2f} nats a frame")
     print(f"per piece: {out}")

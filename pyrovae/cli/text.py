@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae import data as datasets
-from pyrovae.cli.common import new_file
+from pyrovae.cli.common import advice_as_options, new_file
 from pyrovae.data import Vocabulary
 from pyrovae.distributions import Autoregressive, center, has_ended, sharpen
 from pyrovae.estimators import Estimator, log_marginal
@@ -142,7 +142,7 @@ def score_lines(
             shape = "" if khat.isnan() else f"{khat:.3g}"
             row = [number, f"{value[i]:.9g}", f"{error:.3g}", trusted, shape, int(steps[i]), unknown[i]]
             writer.writerow([*row, f"{-value[i] / steps[i]:.6g}"])
-    print(f"{file}: {estimate}\n{per_word(value, x.cpu(), vocabulary)}")
+    print(advice_as_options(f"{file}: {estimate}") + f"\n{per_word(value, x.cpu(), vocabulary)}")
     for i in (value / steps).argsort()[:5].tolist():
         print(f"line {numbers[i]}, {-value[i] / steps[i]:.2f} nats a {kind}: {lines[i][:80]}")
     print(f"per line: {out}")

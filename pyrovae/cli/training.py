@@ -160,8 +160,9 @@ def train(
             batches fit into memory. null for whole batches.
         precision: bf16 for matrix products in bfloat16 during training, which is faster on some processors; null for
             float32. The score at the end is computed in float32.
-        num_samples: importance samples of the guide per datum for the test log p(x); null for stages of estimators,
-            until each datum can be trusted, in at most a third of the time that training took, or a minute.
+        num_samples: importance samples of the guide per datum for the test log p(x), of sequences filters; null for
+            stages of estimators, until each datum can be trusted, in at most a third of the time that training took, or
+            a minute.
         seed: seed of the weights, the batches and the noise.
         device: cpu, cuda, cuda:1, ...; with cuda, each process of torchrun takes a GPU of its own.
         characters: of text, whether the steps are characters; words by default.
@@ -410,7 +411,8 @@ def _report_training(
         name, baseline = score_by_frequency(splits.train.x, splits.test.x, splits.vocabulary)
     elif isinstance(vae, SequenceVAE):
         (steps, seen), (its_steps, its_seen) = (arguments_of(vae, part) for part in (splits.train, splits.test))
-        scores += f"\n{per_step(estimate.value.cpu(), int(its_seen.sum()))}"
+        unit = "frame" if splits.spectrogram else "step"
+        scores += f"\n{per_step(estimate.value.cpu(), int(its_seen.sum()), unit)}"
         if is_discrete(vae) == bool(((its_steps == 0) | (its_steps == 1)).all()):
             name, of_steps = independent_baseline(steps[seen], its_steps[its_seen])
             baseline = torch.zeros(n).index_add(0, its_seen.nonzero()[:, 0], of_steps)

@@ -13,6 +13,7 @@ from pyrovae.data.sounds import is_sounds, load_sounds
 from pyrovae.data.splits import Splits
 from pyrovae.data.tables import load_numbers, load_table
 from pyrovae.data.text import is_text_file, load_text
+from pyrovae.inference.messages import warn
 
 Loader = Callable[[Path], Splits]
 
@@ -141,6 +142,8 @@ def load(
             f".parquet{columns}."
         )
     if name in DATA_SETS:
+        if path.exists():
+            warn(f"{name} is the data set of this name. There is a file or a folder, too: for that, name it ./{name}.")
         return DATA_SETS[name](Path(root))
     if is_sounds(path):
         return load_sounds(path)

@@ -26,7 +26,10 @@ def load_pictures(folder: Path) -> Splits:
     """Loads a folder of pictures, as :func:`pyrovae.data.load` says."""
     paths = find_files(folder, PICTURES)
     if not paths:
-        raise ValueError(f"{folder} holds no picture. Give a folder with files {', '.join(PICTURES)}, or a data set.")
+        raise ValueError(
+            f"{folder} holds no picture and no sound. Give a folder with files {', '.join(PICTURES)}, or with sounds "
+            "such as .wav."
+        )
     parts, labels = read_places(folder, [path.relative_to(folder).parts[:-1] for path in paths], "pictures")
     x = Rows(_read(folder, paths), torch.float32, divisor=255.0)
     if parts is None:

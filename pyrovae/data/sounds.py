@@ -5,7 +5,7 @@ import math
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePath
 from typing import Any
@@ -40,8 +40,9 @@ class Spectrogram:
     a frequency in a frame in units of 20 dB, above -60 dB of a sine of full scale: from about -3, the noise of sixteen
     bits, to 3. The first and the last coefficient of a frame, which have no phase, are left out.
 
-    Noise within a step of sixteen bits is added to the samples, always the same to the same sound, so that silence has
-    a level, and a density of levels exists. Sounds are cut into pieces of `num_frames`, the last of which may be
+    A level of 3 is that of a sine of full scale. Noise within a step of sixteen bits is added to the samples, always
+    the same to the same sound, so that silence has a level, and a density of levels exists. A sound that is shorter
+    than a frame is followed by silence. Sounds are cut into pieces of `num_frames`, the last of which may be
     shorter.
 
     Args:
@@ -107,9 +108,13 @@ class Spectrogram:
 
         Returns:
             Levels, ``(pieces, num_frames, num_frequencies)``, with NaN after the end of a piece; ``(pieces,)``.
+
+        Raises:
+            ValueError: when a sound is no vector of finite floating-point numbers, or has none.
         """
         pieces, owners = [], []
         for i, sound in enumerate(sounds):
+            _check(sound, f"sounds[{i}]")
             for piece in self._levels(self._coefficients(_with_noise(sound))).split(self.num_frames):
                 pieces.append(torch.nn.functional.pad(piece, (0, 0, 0, self.num_frames - len(piece)), value=torch.nan))
                 owners.append(i)
@@ -123,8 +128,11 @@ class Spectrogram:
 
         Args:
             x: levels, ``(pieces, frames, num_frequencies)``; a piece ends before its first frame with NaN.
+
+        Raises:
+            ValueError: when x has another shape, or a piece has no frame.
         """
-        return [self._with_found_phases(self._magnitudes(piece)) for piece in _until_end(x)]
+        return [self._with_found_phases(self._magnitudes(piece)) for piece in self._until_end(x)]
 
     def decode_like(self, x: Tensor, sounds: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns sounds with these levels, and the phases of other sounds, of which they are reconstructions.
@@ -134,7 +142,7 @@ class Spectrogram:
             sounds: samples, ``(samples,)`` each.
         """
         found = []
-        for piece, sound in zip(_until_end(x), sounds, strict=True):
+        for piece, sound in zip(self._until_end(x), sounds, strict=True):
             phases = torch.sgn(self._coefficients(_with_noise(sound))[: len(piece)])
             found.append(self._sound(self._magnitudes(piece) * phases))
         return found
@@ -174,6 +182,14 @@ class Spectrogram:
             coefficients = coefficients.expand(2, -1)
         return torch.istft(coefficients.T, self.window, self.window // 2, window=self._hann()).numpy()
 
+    def _until_end(self, x: Tensor) -> list[Tensor]:
+        if x.dim() != 3 or x.shape[-1] != self.num_frequencies:
+            raise ValueError(f"x must have shape (pieces, frames, {self.num_frequencies}), got {tuple(x.shape)}.")
+        lengths = (~x.isnan().any(-1)).cpu().int().cumprod(1).sum(1)
+        if len(x) and not bool(lengths.all()):
+            raise ValueError(f"piece {int(lengths.argmin())} of x has NaN in its first frame. Leave it out.")
+        return [piece[:length] for piece, length in zip(x.cpu(), lengths.tolist(), strict=True)]
+
     def _hann(self) -> Tensor:
         return torch.hann_window(self.window, dtype=torch.float64)
 
@@ -191,24 +207,31 @@ class Spectrogram:
         return self._sound(magnitudes * phases)
 
 
+def _check(sound: np.ndarray, name: str) -> None:
+    """Raises a ValueError unless a sound is a vector of finite floating-point numbers."""
+    if not isinstance(sound, np.ndarray) or sound.ndim != 1 or sound.dtype.kind != "f":
+        what = f"{sound.dtype} of shape {sound.shape}" if isinstance(sound, np.ndarray) else type(sound).__name__
+        raise ValueError(
+            f"{name} must be a vector of floating-point samples, with full scale from -1 to 1, got {what}. Divide "
+            "samples of sixteen bits by 32768; take one channel, or the mean of all."
+        )
+    if not len(sound):
+        raise ValueError(f"{name} holds no samples. Remove it.")
+    if not np.isfinite(sound).all():
+        raise ValueError(f"{name} holds NaN or infinity. Remove it or replace it.")
+
+
 def _with_noise(sound: np.ndarray) -> np.ndarray:
     seed = zlib.crc32(np.ascontiguousarray(sound, np.float32).tobytes())
     return sound + _STEP * np.random.default_rng(seed).uniform(-0.5, 0.5, len(sound))
 
 
-def _until_end(x: Tensor) -> list[Tensor]:
-    there = (~x.isnan().any(-1)).cpu().int().cumprod(1).sum(1).tolist()
-    return [piece[:length] for piece, length in zip(x.cpu(), there, strict=True)]
-
-
 def is_sounds(path: str | Path) -> bool:
-    """Returns whether a path is a sound file, or a folder or .zip archive of sounds, with fewer pictures."""
+    """Returns whether a path is a sound file, a .zip archive, or a folder with more sounds than pictures."""
     path = Path(path)
-    if path.suffix.lower() == ".zip" and path.is_file():
-        return bool(_names_in(path)) if zipfile.is_zipfile(path) else False
     if path.is_dir():
         return len(find_files(path, _SUFFIXES)) > len(find_files(path, PICTURES))
-    return path.suffix.lower() in _SUFFIXES and path.is_file()
+    return path.suffix.lower() in (*_SUFFIXES, ".zip") and path.is_file()
 
 
 def read_sounds(path: str | Path, rate: int | None = None) -> tuple[dict[str, np.ndarray], int]:
@@ -232,15 +255,15 @@ def read_sounds(path: str | Path, rate: int | None = None) -> tuple[dict[str, np
         raise FileNotFoundError(f"there is no file {path}.")
     check_installed("soundfile", "sound")
     found: dict[str, tuple[np.ndarray, int]] = {}
-    if path.is_dir():
-        for file in find_files(path, _SUFFIXES):
-            found[str(file.relative_to(path))] = _read(file, str(file))
-    elif path.suffix.lower() == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            for name in _names_in(path):
-                found[name] = _read(io.BytesIO(archive.read(name)), f"{name} in {path}")
-    else:
-        found[path.name] = _read(path, str(path))
+    wrong: list[ValueError] = []
+    for name, content in _contents(path):
+        try:
+            found[name] = _read(content, name if path.is_file() else str(path / name))
+        except ValueError as error:
+            wrong.append(error)
+    if wrong:
+        more = f" So are {len(wrong) - 1:,} others of {len(found) + len(wrong):,}." if len(wrong) > 1 else ""
+        raise ValueError(f"{wrong[0]}{more}")
     if not found:
         raise ValueError(f"{path} holds no sound. Give a folder or a .zip archive with files {', '.join(_SUFFIXES)}.")
     rates = Counter(its_rate for _, its_rate in found.values())
@@ -275,7 +298,8 @@ def load_sounds(path: str | Path, spectrogram: Spectrogram | None = None) -> Spl
 
     Returns:
         The splits, with the spectrogram as ``splits.spectrogram``. x has shape ``(pieces, num_frames,
-        num_frequencies)`` with NaN after the end of a piece, and ``split.rows`` are the numbers of the sounds.
+        num_frequencies)`` with NaN after the end of a piece, and ``split.rows`` are the numbers of the sounds in the
+        order of their names, counted from 1.
     """
     path = Path(path)
     sounds, rate = read_sounds(path, None if spectrogram is None else spectrogram.rate)
@@ -311,14 +335,21 @@ def load_sounds(path: str | Path, spectrogram: Spectrogram | None = None) -> Spl
     return Splits(*splits, spectrogram=spectrogram)
 
 
-def _names_in(archive: Path) -> list[str]:
-    with zipfile.ZipFile(archive) as content:
-        return sorted(
-            name
-            for name in content.namelist()
-            if PurePath(name).suffix.lower() in _SUFFIXES
-            and not any(part.startswith((".", "__MACOSX")) for part in PurePath(name).parts)
-        )
+def _contents(path: Path) -> Iterator[tuple[str, Path | io.BytesIO]]:
+    """Returns the names of the sounds of a file, a folder or an archive, each with what it is read from."""
+    if path.is_dir():
+        yield from ((str(file.relative_to(path)), file) for file in find_files(path, _SUFFIXES))
+    elif path.suffix.lower() == ".zip":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for name in sorted(archive.namelist()):
+                    is_hidden = any(part.startswith((".", "__MACOSX")) for part in PurePath(name).parts)
+                    if PurePath(name).suffix.lower() in _SUFFIXES and not is_hidden:
+                        yield name, io.BytesIO(archive.read(name))
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} cannot be read as a .zip archive ({error}).") from None
+    else:
+        yield path.name, path
 
 
 def _read(file: Path | io.BytesIO, name: str) -> tuple[np.ndarray, int]:
@@ -329,8 +360,5 @@ def _read(file: Path | io.BytesIO, name: str) -> tuple[np.ndarray, int]:
         samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise ValueError(f"{name} cannot be read as a sound ({error}). Remove it or replace it.") from None
-    if not len(samples):
-        raise ValueError(f"{name} holds no samples. Remove it.")
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{name} holds NaN or infinity. Remove it or replace it.")
+    _check(samples.mean(1), name)
     return samples, rate

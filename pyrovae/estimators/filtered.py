@@ -28,9 +28,9 @@ class ParticleFilter(Estimator):
 
     is unbiased, and its variance grows linearly with the number of steps, where that of importance sampling grows
     exponentially. Which models it takes, and when it resamples, is as in :class:`pyrovae.bounds.FIVO`. The standard
-    error is that of R independent filters. The diagnostics of each datum: "least ess", the smallest effective sample
-    size of the particles over all steps; "khat of steps", the largest k-hat of the weights of a step, of all filters
-    together.
+    error is that of R independent filters, and at least that of the mean of their logarithms. The diagnostics of each
+    datum: "least ess", the smallest effective sample size of the particles over all steps; "khat of steps", the largest
+    k-hat of the weights of a step, of all filters together.
 
     A datum is trusted where the effective sample size of the filters is a fifth of them and at least 4, and where no
     step has a k-hat above 0.7.
@@ -149,17 +149,22 @@ class ParticleFilter(Estimator):
 
     def _score(self, task: Task, num_runs: int) -> Estimate:
         """Scores some data, by so many filters at once."""
-        sums, least, khat = WeightSums(self.num_samples), [], []
+        sums, log_z, least, khat = WeightSums(self.num_samples), [], [], []
         for count in split_evenly(self.num_samples, num_runs):
             run = self._run(task, count)
             sums.add(run.log_z)
+            log_z.append(run.log_z)
             steps = [*(step.log_w for step in run.resampled), run.log_w]
             least.append(torch.stack([effective_size(log_w).amin(0) for log_w in steps]).amin(0))
             khat.append(torch.stack([_tail(log_w) for log_w in steps]).amax(0))
             task.advance(task.size * count / self.num_samples)
         diagnostics = {"least ess": torch.stack(least).amin(0), "khat of steps": torch.stack(khat).amax(0)}
         estimate = sums.estimate(self)
-        return replace(estimate, diagnostics={name: t.to(estimate.value.dtype) for name, t in diagnostics.items()})
+        # Of filters that differ by many nats one makes up the mean, whose error seems to be one nat at most.
+        spread = torch.cat(log_z).std(0) / math.sqrt(self.num_samples)
+        error = torch.maximum(estimate.standard_error, spread.to(estimate.standard_error.dtype))
+        diagnostics = {name: t.to(estimate.value.dtype) for name, t in diagnostics.items()}
+        return replace(estimate, standard_error=error, diagnostics=diagnostics)
 
 
 class Predictive(NamedTuple):

@@ -364,7 +364,10 @@ def _step_of(x_shape: Shape, name: str) -> tuple[int, ...]:
     """Returns the shape of a step of sequences."""
     shape = x_shape if isinstance(x_shape, tuple) else (x_shape,)
     if len(shape) < 2:
-        raise ValueError(f"{name} is for sequences, of shape (time, ...), but a datum has shape {shape}.")
+        raise ValueError(
+            f"{name} is for sequences, of shape (time, features), but a datum has shape {shape}. Give series of one "
+            "feature a dimension for it: x[..., None]."
+        )
     return shape[1:]
 
 
