@@ -63,8 +63,8 @@ def evaluate(
             no limit. Data for which it does not suffice are not trusted.
         check: number of data, drawn at random, to estimate a second time by long annealing from the prior.
         num_data: score only this many data, the first of the split; all by default.
-        output: a .csv file for the results of each datum: its row in the file, or the number of its sound; estimate,
-            standard error, effective sample size, k-hat, whether it can be trusted, and what else the method gives.
+        output: a .csv file for the results of each datum: estimate, standard error, effective sample size, k-hat,
+            whether it can be trusted, what else the method gives, and its row in the file or the number of its sound.
         data: another data set of the same shape to score; that of the run by default.
         data_root: the directory of the images; that of the run by default.
         max_memory: memory for intermediate results, in bytes.
@@ -98,8 +98,8 @@ def evaluate(
     if out is not None and world.is_rank0:
         names = ("value", "standard_error", "ess", "khat", "trusted")
         rows = {} if part.rows is None else {"row": part.rows}
-        columns = {"datum": torch.arange(len(part.x)), **rows, **{name: getattr(estimate, name) for name in names}}
-        write_columns(columns | estimate.diagnostics, out)
+        columns = {"datum": torch.arange(len(part.x)), **{name: getattr(estimate, name) for name in names}}
+        write_columns(columns | estimate.diagnostics | rows, out)
         print(f"per datum: {out}")
     print(advice_as_options(f"{split}: {estimate}{note_on(vae, splits.schema)}"))
     if isinstance(vae, SequenceVAE):
