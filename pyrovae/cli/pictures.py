@@ -62,7 +62,9 @@ def _of_sequences(vae: SequenceVAE, part: datasets.Split) -> dict[str, Callable[
 
     def reconstructions() -> Any:
         again = torch.where(mask.view(*mask.shape, *(1,) * (filled.dim() - 2)), vae.reconstruct(filled, mask), nan)
-        return plots.reconstructions(as_pictures(part.x), as_pictures(again), title="test data above, reconstructions")
+        return plots.reconstructions(
+            as_pictures(part.x), as_pictures(again), title="test data above, reconstructions below"
+        )
 
     return {
         "samples.png": lambda: plots.samples(
