@@ -161,7 +161,8 @@ def test_evaluate_writes_what_log_marginal_gives(run, tmp_path, capsys):
     out = tmp_path / "scores.csv"
     main(["evaluate", str(run), "--num-samples", "300", "--output", str(out), "--split", "validation", "--seed", "3"])
     table = np.genfromtxt(out, delimiter=",", names=True)
-    assert table.dtype.names == ("datum", "value", "standard_error", "ess", "khat", "trusted")
+    assert table.dtype.names == ("datum", "value", "standard_error", "ess", "khat", "trusted", "row")
+    np.testing.assert_array_equal(table["row"], data.load("digits").validation.rows)
 
     vae, _ = pyrovae.load_run(run)
     x = data.static_binarization(data.load("digits").validation.x, seed=1)

@@ -15,7 +15,7 @@ from pyrovae.cli import main
 from pyrovae.cli.labels import split_steps
 from pyrovae.data import Spectrogram
 from pyrovae.estimators import ParticleFilter
-from pyrovae.structures import RecurrentVAE, StateSpaceVAE
+from pyrovae.structures import MissingDataVAE, RecurrentVAE, StateSpaceVAE
 
 soundfile = pytest.importorskip("soundfile")
 SMALL = ["--epochs", "2", "--latent-dim", "2", "--structure", "Recurrent", "--structure.width", "8", "--quiet"]
@@ -137,6 +137,20 @@ def test_a_sound_has_an_embedding_whatever_follows_its_end(run, monkeypatch, tmp
     assert rows.shape == (30, 5) and rows[:, 0].tolist() == list(range(1, 31))
     main(["encode", "run", "--split", "train", "--output", str(tmp_path / "z.npy")])
     assert np.isfinite(np.load(tmp_path / "z.npy")).all()
+
+
+def test_sounds_may_have_one_latent_for_a_piece(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(run.parent)
+    place = str(tmp_path / "run")
+    main(["train", "--data", "tones", "--run", place, "--structure", "Incomplete", *SMALL[:4], "--quiet"])
+    assert isinstance(load_run(place)[0], MissingDataVAE)
+    main(["sample", place, "--num-samples", "2", "--output", str(tmp_path / "a.wav")])
+    assert len(soundfile.read(tmp_path / "a.wav")[0]) == 2 * 36 * 32 + 600
+    main(["reconstruct", place, "--num-data", "2", "--output", str(tmp_path / "b.npy")])
+    x = pyrovae.data.load_sounds("tones", load_run(place)[1]["spectrogram"]).test.x[:2]
+    assert np.array_equal(np.isnan(np.load(tmp_path / "b.npy")), x.isnan().numpy())
+    main(["score", place, "tones/03.wav", "--num-samples", "20", "--output", str(tmp_path / "c.csv")])
+    assert "nats a frame" in capsys.readouterr().out
 
 
 def test_a_corrupt_spectrogram_is_named(run, tmp_path):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from pyrovae.cli.common import advice_as_options, new_file, per_step, programs_of
-from pyrovae.cli.labels import split_steps
+from pyrovae.cli.labels import arguments_of, draw
 from pyrovae.cli.pictures import as_pictures
-from pyrovae.data import Spectrogram, read_sounds
+from pyrovae.data import Spectrogram, Split, read_sounds
 from pyrovae.estimators import Estimator, log_marginal
+from pyrovae.structures import SequenceVAE
 
 SOUND = (".wav", ".flac")
 _PAUSE = 0.3  # seconds between sounds in one file
@@ -82,7 +83,7 @@ def sample_sounds(
     out = new_file(output, (*SOUND, ".png", ".npy"))
     pyro.set_rng_seed(seed)
     num_steps = spectrogram.num_frames if num_steps is None else num_steps
-    x = vae.sample(num_samples, num_steps).cpu()
+    x = (vae.sample(num_samples, num_steps) if isinstance(vae, SequenceVAE) else draw(vae, num_samples)).cpu()
     sounds = spectrogram.decode(x) if out.suffix in SOUND else []
     write_levels(x, spectrogram, out, sounds, "sounds from p(x): frequencies upwards, time to the right")
     print(f"{num_samples} sounds of {num_steps * spectrogram.hop:.2f} s: {out}")
@@ -93,8 +94,7 @@ def reconstruct_sounds(vae: Any, spectrogram: Spectrogram, x: Tensor, output: st
     """Writes pieces of sounds, each before its reconstruction; phases of both are found from the levels."""
     out = new_file(output, (*SOUND, ".png", ".npy"))
     pyro.set_rng_seed(seed)
-    filled, mask = split_steps(x)
-    again = torch.where(mask.unsqueeze(-1), vae.reconstruct(filled, mask), torch.nan)
+    again = vae.reconstruct(*arguments_of(vae, Split(x, None))).masked_fill(x.isnan(), torch.nan)
     pairs = torch.stack([x, again], dim=1).flatten(0, 1)
     sounds = spectrogram.decode(pairs) if out.suffix in SOUND else []
     shown = again if out.suffix == ".npy" else pairs
@@ -116,10 +116,10 @@ def score_sounds(
     out = new_file(output, (".csv",))
     sounds, _ = read_sounds(file, spectrogram.rate)
     x, owners = spectrogram.encode(list(sounds.values()))
-    args = tuple(t.to(device) for t in split_steps(x))
+    args = arguments_of(vae, Split(x.to(device), None))
     pyro.set_rng_seed(seed)
     estimate = log_marginal(*programs_of(vae, method), *args, method=method, max_memory=max_memory)
-    value, frames = estimate.value.cpu(), args[1].sum(1).cpu()
+    value, frames = estimate.value.cpu(), (~x.isnan().any(-1)).sum(1)
     names, starts = list(sounds), _starts(owners, spectrogram)
     with open(out, "w", newline="", encoding="utf-8") as content:
         writer = csv.writer(content, lineterminator="\n")
