@@ -20,7 +20,7 @@ from pyrovae.arguments import as_device
 from pyrovae.cli.labels import to_draw
 from pyrovae.data.arrays import ARRAYS
 from pyrovae.distributions import Blocks, Multinomial
-from pyrovae.estimators import Estimator, ImportanceSampling, ParticleFilter, UntilTrusted
+from pyrovae.estimators import Estimate, Estimator, ImportanceSampling, ParticleFilter, UntilTrusted
 from pyrovae.likelihoods import Likelihood
 from pyrovae.structures import SequenceVAE
 
@@ -279,9 +279,11 @@ def programs_of(vae: Any, method: Estimator) -> tuple[Any, Any]:
     return vae.model, vae.guide
 
 
-def per_step(log_px: Tensor, num_steps: int, unit: str = "step") -> str:
+def per_step(estimate: Estimate, num_steps: int, unit: str = "step") -> str:
     """Returns in words -log p(x) by the step of sequences, or what else a step is."""
-    return f"-log p(x): {-log_px.double().sum().item() / num_steps:.3f} nats a {unit}, of {num_steps:,} {unit}s"
+    nats = -estimate.value.double().sum().item() / num_steps
+    note = "" if bool(estimate.trusted.all()) else "; lower, for those that are not to be trusted"
+    return f"-log p(x): {nats:.3f} nats a {unit}, of {num_steps:,} {unit}s{note}"
 
 
 def chosen_method(method: Estimator | None, num_samples: int | None, default: Estimator) -> Estimator:

@@ -103,7 +103,7 @@ def evaluate(
         print(f"per datum: {out}")
     print(advice_as_options(f"{split}: {estimate}{note_on(vae, splits.schema)}"))
     if isinstance(vae, SequenceVAE):
-        print(per_step(estimate.value.cpu(), int(args[1].sum()), "frame" if splits.spectrogram else "step"))
+        print(per_step(estimate, int(args[1].sum()), "frame" if splits.spectrogram else "step"))
         return
     if is_default:
         print(_usual_number(vae, args, estimate, max_memory))

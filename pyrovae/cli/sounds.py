@@ -129,7 +129,7 @@ def score_sounds(
             row = [names[owner], f"{starts[i]:.3f}", f"{end:.3f}", f"{value[i]:.9g}"]
             row += [f"{estimate.standard_error[i]:.3g}", int(estimate.trusted[i]), int(frames[i])]
             writer.writerow([*row, f"{-value[i] / frames[i]:.6g}"])
-    print(advice_as_options(f"{file}: {estimate}\n{per_step(value, int(frames.sum()), 'frame')}"))
+    print(advice_as_options(f"{file}: {estimate}\n{per_step(estimate, int(frames.sum()), 'frame')}"))
     for i in (value / frames).argsort()[:_NUM_SHOWN].tolist():
         print(f"{names[owners[i]]}, from {starts[i]:.2f} s: {-value[i] / frames[i]:.2f} nats a frame")
     print(f"per piece: {out}")

@@ -412,7 +412,7 @@ def _report_training(
     elif isinstance(vae, SequenceVAE):
         (steps, seen), (its_steps, its_seen) = (arguments_of(vae, part) for part in (splits.train, splits.test))
         unit = "frame" if splits.spectrogram else "step"
-        scores += f"\n{per_step(estimate.value.cpu(), int(its_seen.sum()), unit)}"
+        scores += f"\n{per_step(estimate, int(its_seen.sum()), unit)}"
         if is_discrete(vae) == bool(((its_steps == 0) | (its_steps == 1)).all()):
             name, of_steps = independent_baseline(steps[seen], its_steps[its_seen])
             baseline = torch.zeros(n).index_add(0, its_seen.nonzero()[:, 0], of_steps)
