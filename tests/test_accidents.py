@@ -156,7 +156,8 @@ def test_sigterm_ends_training_with_a_checkpoint_and_a_word(compile, whole, tmp_
     with pytest.raises(SystemExit) as exit:
         train(tmp_path / "run", *options, *compile)
     assert exit.value.code == 143 and signal.getsignal(signal.SIGTERM) is handler
-    assert f"pyrovae train --run {tmp_path / 'run'} --resume" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"last epoch that was written. Continue with: pyrovae train --run {tmp_path / 'run'} --resume" in said
     assert not (tmp_path / "run" / ".lock").exists() and not (tmp_path / "run" / "weights.safetensors").exists()
     monkeypatch.undo()
     train(tmp_path / "run", "--resume", *compile)
@@ -165,7 +166,7 @@ def test_sigterm_ends_training_with_a_checkpoint_and_a_word(compile, whole, tmp_
             assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_sigterm_between_steps_ends_after_the_step(tmp_path, monkeypatch):
+def test_sigterm_between_steps_ends_after_the_step(tmp_path, monkeypatch, capsys):
     steps = []
 
     def once(self):
@@ -181,6 +182,7 @@ def test_sigterm_between_steps_ends_after_the_step(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         train(tmp_path / "run", "--epochs", "2")
     assert exit.value.code == 143 and len(steps) == 3
+    assert "ended by SIGTERM. No epoch was done. Continue with" in capsys.readouterr().err
     monkeypatch.undo()
     train(tmp_path / "run", "--resume")
 

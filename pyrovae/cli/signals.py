@@ -50,9 +50,10 @@ class StopOnSignal:
 
     def after_step(self) -> None:
         if self._is_received:
+            is_written = (self.directory / "metrics.jsonl").exists()  # a checkpoint is there before the first epoch
+            done = "The checkpoint is that of the last epoch that was written." if is_written else "No epoch was done."
             raise Terminated(
-                "pyrovae: ended by SIGTERM. The checkpoint is that of the last epoch that was written. Continue with: "
-                f"pyrovae train --run {self.directory} --resume"
+                f"pyrovae: ended by SIGTERM. {done} Continue with: pyrovae train --run {self.directory} --resume"
             )
 
     def __call__(self, history: History) -> bool:
