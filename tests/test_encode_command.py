@@ -57,6 +57,11 @@ def test_a_flow_has_the_mean_of_draws():
     main(["train", *SMALL, "--encoder", "InverseAutoregressiveFlow"])
     _, rows = encoded()
     assert rows.shape == (300, 8) and np.isfinite(rows).all()
+    x = data.static_binarization(data.load("digits").test.x, 2)
+    with torch.no_grad():
+        draws = load_run("run")[0].encode(x).sample((1000,))
+    error = (draws.std(0) * (1 / 100 + 1 / 1000) ** 0.5).numpy()
+    assert (np.abs(rows[:, 2:5] - draws.mean(0).numpy()) < 6 * error).all()
 
 
 def test_lines_of_a_text_keep_their_numbers():

@@ -27,7 +27,7 @@ from pyrovae.cli.common import (
 from pyrovae.cli.labels import arguments_of, scored
 from pyrovae.data import Schema, Split
 from pyrovae.data.columns import Continuous, Count, Discrete, Modelled, Time
-from pyrovae.estimators import Estimate, Estimator, UntilTrusted, log_marginal
+from pyrovae.estimators import Estimate, Estimator, log_marginal
 
 
 def compare(
@@ -52,9 +52,10 @@ def compare(
     Args:
         runs: two or more run directories.
         split: the split of the data to score.
-        method: the class of another estimator, one of pyrovae.estimators; UntilTrusted by default.
-        num_samples: importance samples of the guide per datum, instead of stages. For other methods use
-            --method.num_samples.
+        method: the class of another estimator, one of pyrovae.estimators; UntilTrusted by default, of sequences
+            ParticleFilter.
+        num_samples: importance samples of the guide per datum, instead of stages; of sequences, filters. For other
+            methods use --method.num_samples.
         num_data: score only this many data, the first of the split; all by default.
         output: a .csv file for the results of each datum: estimate, standard error, and whether it can be trusted, of
             each run.
@@ -78,8 +79,6 @@ def compare(
         raise ValueError(f"{twice} is given twice. Give different runs.")
     if num_data is not None and num_data < 1:
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
-    if num_samples is not None:
-        method = chosen_method(method, num_samples, UntilTrusted())
     if method is not None and method.relation != "=":
         raise ValueError(f"{method} is an upper bound of log p(x): a difference says nothing. Take another method.")
     check_device(device)
@@ -92,7 +91,7 @@ def compare(
     if drawn.exists():
         raise FileExistsError(f"{drawn} already exists. Give another file with --picture.")
 
-    found = scored_runs(loaded, split, method, None, seed, max_memory, compile, quiet)
+    found = scored_runs(loaded, split, method, num_samples, None, seed, max_memory, compile, quiet)
     ranking = estimators.compare_all(found)
     print(ranking)
     print("\n" + "\n".join(pair.verdict for pair in ranking.pairs))
@@ -136,6 +135,7 @@ def scored_runs(
     loaded: dict[str, tuple[Any, tuple[Any, ...]]],
     split: SplitName,
     method: Estimator | None = None,
+    num_samples: int | None = None,
     seconds: float | None = None,
     seed: int = 0,
     max_memory: float = 64e6,
@@ -144,12 +144,12 @@ def scored_runs(
 ) -> dict[str, Estimate]:
     """Returns estimates of log p(x) for runs, and prints each; `loaded` is what :func:`comparable_runs` returned.
 
-    Without a method each run has that of :func:`default_method`, with a budget of seconds.
+    Without a method each run has that of :func:`default_method`, with a number of samples or a budget of seconds.
     """
     found = {}
     for i, (run, (vae, args)) in enumerate(loaded.items()):
         pyro.set_rng_seed((seed + i) % 2**32)  # the errors of a difference are those of independent draws
-        its = default_method(vae, seconds) if method is None else method
+        its = chosen_method(method, num_samples, default_method(vae, seconds))
         found[run] = log_marginal(
             *programs_of(vae, its), *args, method=its, max_memory=max_memory, compile=compile, progress=not quiet
         )

@@ -14,6 +14,7 @@ from pyrovae import data as datasets
 from pyrovae import storage
 from pyrovae.cli.common import SplitName, check_device, data_to_score, first_of, load_data_of, new_file, write_columns
 from pyrovae.cli.labels import arguments_of
+from pyrovae.cli.pictures import mean_over_steps, name_of_latents
 from pyrovae.cli.rows import check_some, load_rows
 from pyrovae.structures import SequenceVAE
 
@@ -113,25 +114,17 @@ def embeddings(vae: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         vae: the VAE; of several levels of latents, those next to the data are taken.
         args: what its guide takes.
     """
-
     trace = poutine.trace(vae.guide).get_trace(*args)
-    name = "z" if "z" in trace.nodes else "z1"
+    name, is_sequence = name_of_latents(trace), isinstance(vae, SequenceVAE)
     # What is drawn after others, such as a level below another, has a mean that differs from draw to draw.
     first = next(key for key in trace.stochastic_nodes if not site_is_subsample(trace.nodes[key]))
-    if first == name and not isinstance(vae, SequenceVAE):
+    if first == name and not is_sequence:
         q = trace.nodes[name]["fn"]
         try:
             return q.mean.flatten(1), q.stddev.flatten(1)
         except (NotImplementedError, AttributeError):  # a flow, a class
             pass
     traces = (poutine.trace(vae.guide).get_trace(*args) for _ in range(_NUM_DRAWS))
-    draws = torch.stack([_pooled(vae, each.nodes[name]["value"], args) for each in traces])
+    values = (each.nodes[name]["value"] for each in traces)
+    draws = torch.stack([mean_over_steps(z, args[1]) if is_sequence else z.float().reshape(len(z), -1) for z in values])
     return draws.mean(0), draws.std(0)
-
-
-def _pooled(vae: Any, z: Tensor, args: tuple[Tensor, ...]) -> Tensor:
-    """Returns a draw of latents as vectors, of sequences the mean over their steps."""
-    if not isinstance(vae, SequenceVAE):
-        return z.float().reshape(len(z), -1)
-    mask = args[1].unsqueeze(-1)
-    return (z * mask).sum(1) / mask.sum(1)

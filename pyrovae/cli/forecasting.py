@@ -107,7 +107,7 @@ def _draw(past: Tensor, draws: Tensor, path: Path) -> None:
 
 
 def _write_quantiles(draws: Tensor, path: Path) -> None:
-    points = np.quantile(draws.flatten(3).numpy() if draws.dim() > 3 else draws.unsqueeze(-1).numpy(), _QUANTILES, 0)
+    points = np.quantile(draws.flatten(3).numpy(), _QUANTILES, 0)
     with open(path, "w", newline="", encoding="utf-8") as content:
         writer = csv.writer(content, lineterminator="\n")
         writer.writerow(["sequence", "step", "element", *(f"q{round(100 * q):02d}" for q in _QUANTILES)])

@@ -48,9 +48,8 @@ def arguments_of(vae: Any, part: Split, schema: Schema | None = None) -> tuple[A
     """Returns what the model and the guide of a VAE take, for a part of its data.
 
     That is x, of a :class:`MissingDataVAE` which elements are observed, of a :class:`SequenceVAE` which steps; then, if
-    its parts take a context, labels
-    as one-hot vectors, or of a table the features of the columns that it conditions on. A :class:`SemiSupervisedVAE`
-    takes x and the labels themselves.
+    its parts take a context, labels as one-hot vectors, or of a table the features of the columns that it conditions
+    on. A :class:`SemiSupervisedVAE` takes x and the labels themselves.
 
     Args:
         vae: the VAE.

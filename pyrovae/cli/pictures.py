@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +57,17 @@ def _of_sequences(vae: SequenceVAE, part: datasets.Split) -> dict[str, Callable[
     """Returns functions that draw sequences of a VAE, and the first of its data with their reconstructions."""
     from pyrovae import plots
 
-    filled, mask = arguments_of(vae, part)
+    args = arguments_of(vae, part)
 
     def reconstructions() -> Any:
-        again = torch.where(mask.view(*mask.shape, *(1,) * (filled.dim() - 2)), vae.reconstruct(filled, mask), nan)
+        again = vae.reconstruct(*args).masked_fill(part.x.isnan(), torch.nan)
         return plots.reconstructions(
             as_pictures(part.x), as_pictures(again), title="test data above, reconstructions below"
         )
 
     return {
         "samples.png": lambda: plots.samples(
-            as_pictures(vae.sample(4 * _NUM_SEQUENCES, filled.shape[1])), title="sequences from p(x), time to the right"
+            as_pictures(vae.sample(4 * _NUM_SEQUENCES, part.x.shape[1])), title="sequences from p(x), time to the right"
         ),
         "reconstructions.png": reconstructions,
     }
@@ -111,12 +110,23 @@ def latents_of(vae: Any, part: datasets.Split, schema: datasets.Schema | None = 
         part: the data.
         schema: the columns of a table; None for other data.
     """
-    sites = poutine.trace(vae.guide).get_trace(*arguments_of(vae, part, schema)).nodes
-    site = sites["z" if "z" in sites else "z1"]
-    if isinstance(vae, SequenceVAE):  # the mean over the steps of a sequence
-        mask = arguments_of(vae, part)[1].unsqueeze(-1)
-        return (site["value"].float() * mask).sum(1) / mask.sum(1), False
+    args = arguments_of(vae, part, schema)
+    trace = poutine.trace(vae.guide).get_trace(*args)
+    site = trace.nodes[name_of_latents(trace)]
+    if isinstance(vae, SequenceVAE):
+        return mean_over_steps(site["value"], args[1]), False
     try:
         return site["fn"].mean.float(), True
     except (NotImplementedError, AttributeError):  # a flow, a class
         return site["value"].float(), False
+
+
+def name_of_latents(trace: Any) -> str:
+    """Returns the name of the latents next to the data, in a trace of a guide."""
+    return "z" if "z" in trace.nodes else "z1"
+
+
+def mean_over_steps(z: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean of the latents ``(size, time, latent_dim)`` of sequences over the observed steps."""
+    seen = mask.unsqueeze(-1)
+    return (z.float() * seen).sum(1) / seen.sum(1)

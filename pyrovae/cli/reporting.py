@@ -62,7 +62,7 @@ def report(
     sections = []
     if len(runs) > 1:
         comparable = comparable_runs(runs, "test", num_data, None, data_root, device, trust)
-        ranking = estimators.compare_all(scored_runs(comparable, "test", None, seconds, seed))
+        ranking = estimators.compare_all(scored_runs(comparable, "test", seconds=seconds, seed=seed))
         sections.append(_comparison(ranking, num_data))
     for run, (vae, config) in loaded.items():
         pyro.set_rng_seed(seed)

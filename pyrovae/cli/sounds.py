@@ -63,10 +63,10 @@ def write_sounds(sounds: list[np.ndarray], spectrogram: Spectrogram, path: Path)
         print(f"{loud} of {len(sounds)} sounds are louder than full scale, and are made softer")
 
 
-def write_levels(x: Tensor, spectrogram: Spectrogram, path: Path, sounds: list[np.ndarray], title: str) -> None:
+def write_levels(x: Tensor, spectrogram: Spectrogram, path: Path, title: str) -> None:
     """Writes levels as sounds, a picture or an array, as the name of the file says."""
     if path.suffix in SOUND:
-        write_sounds(sounds, spectrogram, path)
+        write_sounds(spectrogram.decode(x), spectrogram, path)
     elif path.suffix == ".png":
         from pyrovae import plots
 
@@ -84,8 +84,7 @@ def sample_sounds(
     pyro.set_rng_seed(seed)
     num_steps = spectrogram.num_frames if num_steps is None else num_steps
     x = (vae.sample(num_samples, num_steps) if isinstance(vae, SequenceVAE) else draw(vae, num_samples)).cpu()
-    sounds = spectrogram.decode(x) if out.suffix in SOUND else []
-    write_levels(x, spectrogram, out, sounds, "sounds from p(x): frequencies upwards, time to the right")
+    write_levels(x, spectrogram, out, "sounds from p(x): frequencies upwards, time to the right")
     print(f"{num_samples} sounds of {num_steps * spectrogram.hop:.2f} s: {out}")
 
 
@@ -96,9 +95,8 @@ def reconstruct_sounds(vae: Any, spectrogram: Spectrogram, x: Tensor, output: st
     pyro.set_rng_seed(seed)
     again = vae.reconstruct(*arguments_of(vae, Split(x, None))).masked_fill(x.isnan(), torch.nan)
     pairs = torch.stack([x, again], dim=1).flatten(0, 1)
-    sounds = spectrogram.decode(pairs) if out.suffix in SOUND else []
     shown = again if out.suffix == ".npy" else pairs
-    write_levels(shown, spectrogram, out, sounds, "pieces of sounds, each before its reconstruction")
+    write_levels(shown, spectrogram, out, "pieces of sounds, each before its reconstruction")
     print(f"{len(x)} pieces of sounds, each before its reconstruction: {out}")
 
 

@@ -212,17 +212,15 @@ def train(
                 "context with --likelihood.context_dim and --encoder.context_dim, the number of classes."
             )
         words = {"characters": characters, "max_words": max_words, "num_steps": max_steps}
+        is_resumed = resume and storage.can_resume(directory)
+        kept = storage.read_config(directory, trust=True) if is_resumed else {}
         if is_text(data):
-            is_resumed = resume and storage.can_resume(directory)
-            vocabulary = storage.read_config(directory, trust=True).get("vocabulary") if is_resumed else None
+            vocabulary = kept.get("vocabulary")
             splits, description = load_text(data, vocabulary, **({} if vocabulary else words))
         elif any(value is not None for value in words.values()):
             raise ValueError(f"characters, max_words and max_steps are for text, and {data} is none. Leave them out.")
         elif is_sounds(data):
-            is_resumed = resume and storage.can_resume(directory)
-            splits, description = load_sounds(
-                data, storage.read_config(directory, trust=True).get("spectrogram") if is_resumed else None
-            )
+            splits, description = load_sounds(data, kept.get("spectrogram"))
         else:
             splits, description = load_splits(data, data_root, preprocessing)
         vae = make_vae(tuple(splits.train.x.shape[1:]), latent_dim, prior, likelihood, encoder, structure)

@@ -83,7 +83,7 @@ class Spectrogram:
         """Returns what suits sounds: frames of about 32 ms, and pieces as long as the longest sound, up to 64 frames.
 
         Args:
-            sounds: their samples, of which full scale is from -1 to 1, ``(samples,)`` each.
+            sounds: their samples, with full scale from -1 to 1, ``(samples,)`` each.
             rate: samples a second.
         """
         window = max(16, 2 ** round(math.log2(_SECONDS * rate)))
@@ -135,7 +135,7 @@ class Spectrogram:
         return [self._with_found_phases(self._magnitudes(piece)) for piece in self._until_end(x)]
 
     def decode_like(self, x: Tensor, sounds: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns sounds with these levels, and the phases of other sounds, of which they are reconstructions.
+        """Returns sounds with these levels, and the phases of the sounds that they reconstruct.
 
         Args:
             x: levels of as many frames as the sounds have, ``(sounds, frames, num_frequencies)``.
@@ -244,7 +244,7 @@ def read_sounds(path: str | Path, rate: int | None = None) -> tuple[dict[str, np
         rate: samples a second; that which most files have if None.
 
     Returns:
-        Samples, of which full scale is from -1 to 1, by the names of the files, in their order; and the rate.
+        Samples, with full scale from -1 to 1, by the names of the files, in their order; and the rate.
 
     Raises:
         FileNotFoundError: when there is no such file.
