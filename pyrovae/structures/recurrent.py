@@ -21,10 +21,16 @@ from pyrovae.parts import (
     check_spaces,
     in_evaluation_mode,
     likelihood_at,
-    takes_context,
 )
 from pyrovae.recorded import Recorded
-from pyrovae.structures.sequences import SequenceVAE, until_last
+from pyrovae.structures.sequences import (
+    SequenceVAE,
+    check_beside_memory,
+    start_of,
+    until_last,
+    width_of_memory,
+    with_context,
+)
 
 
 class RecurrentVAE(SequenceVAE):
@@ -84,17 +90,7 @@ class RecurrentVAE(SequenceVAE):
         check_spaces(prior=prior, encoder=encoder)
         check_contexts(prior=prior, likelihood=likelihood, encoder=encoder)
         self.prior, self.likelihood, self.encoder, self.recurrence = prior, likelihood, encoder, recurrence
-        if not hasattr(recurrence, "width"):
-            raise ValueError(f"{type(recurrence).__name__} does not state the width of its memory: give it a `width`.")
-        self.width = int(recurrence.width)  # type: ignore[arg-type]
-        stated: set[Any] = {part.context_dim for part in self._parts if getattr(part, "context_dim", 0)}
-        if not any(map(takes_context, self._parts)) or stated and min(stated) < self.width:
-            raise ValueError(
-                f"the parts have context_dim={min(stated, default=0)}, but the memory of {type(recurrence).__name__} "
-                f"has {self.width} units. Build the prior, the likelihood and the encoder with "
-                f"context_dim={self.width}, or more where steps have a context of their own."
-            )
-        self._context_dim = min(stated) - self.width if stated else None  # of a step; None where parts take any
+        self.width, self._context_dim = width_of_memory(recurrence, *self._parts)
 
     @property
     def _parts(self) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -110,12 +106,12 @@ class RecurrentVAE(SequenceVAE):
         seen = self._mask_of(x, mask, context)
 
         def conditional(h: Tensor, steps: slice) -> dist.TorchDistribution:
-            return self._prior(_with(h, context, steps))
+            return self._prior(with_context(h, context, steps))
 
         with pyro.plate("data", len(x)):
             chain = self._chain(x, seen, conditional)
             z = pyro.sample("z", chain)
-            p = likelihood_at(self.likelihood, z, _with(chain.memories(z), context, slice(None)))
+            p = likelihood_at(self.likelihood, z, with_context(chain.memories(z), context, slice(None)))
             if pyro.sample("x", p.mask(seen).to_event(1), obs=x) is not x:
                 raise ValueError(
                     "data cannot be drawn from the model of a RecurrentVAE for all steps at once, because a step "
@@ -135,7 +131,9 @@ class RecurrentVAE(SequenceVAE):
         seen = self._mask_of(x, mask, context)
 
         def conditional(h: Tensor, steps: slice) -> dist.TorchDistribution:
-            return self._posterior(x[:, steps], None if mask is None else seen[:, steps], _with(h, context, steps))
+            return self._posterior(
+                x[:, steps], None if mask is None else seen[:, steps], with_context(h, context, steps)
+            )
 
         return self._chain(x, seen, conditional)
 
@@ -144,10 +142,10 @@ class RecurrentVAE(SequenceVAE):
         self.register()
         seen: Any = self._mask_of(x, mask, context)  # Pyro's types of masks leave out tensors of any kind
         active: Any = until_last(seen)
-        h = self._start(x)
+        h = start_of(self.recurrence, len(x))
         with pyro.plate("data", len(x)):
             for t in range(x.shape[1]):
-                here = _with(h, context, t)
+                here = with_context(h, context, t)
                 with poutine.mask(mask=active[:, t]):
                     z = pyro.sample(f"z{t + 1}", self._prior(here))
                 with poutine.mask(mask=seen[:, t]):
@@ -159,10 +157,10 @@ class RecurrentVAE(SequenceVAE):
         self.register()
         seen: Any = self._mask_of(x, mask, context)
         active: Any = until_last(seen)
-        h = self._start(x)
+        h = start_of(self.recurrence, len(x))
         with pyro.plate("data", len(x)):
             for t in range(x.shape[1]):
-                q = self._posterior(x[:, t], None if mask is None else seen[:, t], _with(h, context, t))
+                q = self._posterior(x[:, t], None if mask is None else seen[:, t], with_context(h, context, t))
                 with poutine.mask(mask=active[:, t]):
                     z = pyro.sample(f"z{t + 1}", q)
                 h = self._advance(h, x[:, t : t + 1], seen[:, t], z)
@@ -173,31 +171,22 @@ class RecurrentVAE(SequenceVAE):
         r"""Returns the centre of :math:`p(x'_t \mid z_t, h_{t-1})` at one draw from the guide, shaped like x."""
         q = self.encode(x, mask, context)
         z = q.sample()
-        return center(likelihood_at(self.likelihood, z, _with(q.memories(z), context, slice(None))))
+        return center(likelihood_at(self.likelihood, z, with_context(q.memories(z), context, slice(None))))
 
     def _draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
         leading = (num_samples,) if context is None else (num_samples, len(context))
-        return self._generate(next(self.recurrence.parameters()).new_zeros(*leading, self.width), num_steps, context)
+        return self._generate(start_of(self.recurrence, *leading), num_steps, context)
 
     def _draw_next(
         self, z: Tensor, x: Tensor, mask: Tensor, context: Tensor | None, coming: Tensor | None, num_steps: int
     ) -> Tensor:
-        h, active = self._start(x).expand(*z.shape[:2], -1), until_last(mask)
+        h, active = start_of(self.recurrence, *z.shape[:2]), until_last(mask)
         for t in range(x.shape[1]):
             h = torch.where(active[:, t, None], self._advance(h, x[:, t : t + 1], mask[:, t], z[..., t, :]), h)
         return self._generate(h, num_steps, coming)
 
     def _check_vector(self, context: Tensor | None) -> None:
-        given = 0 if context is None else context.shape[-1]
-        if self._context_dim is not None and given != self._context_dim:
-            raise ValueError(
-                f"the context of a step has {given} numbers, but the parts were built for {self._context_dim}, after "
-                f"{self.width} of the memory. Build them with context_dim={self.width + given}."
-            )
-
-    def _start(self, x: Tensor) -> Tensor:
-        """Returns the memory before the first step."""
-        return next(self.recurrence.parameters()).new_zeros(len(x), self.width)
+        check_beside_memory(context, self.width, self._context_dim)
 
     def _prior(self, here: Tensor) -> dist.TorchDistribution:
         return call(self.prior, context=here).expand(here.shape[:-1])
@@ -213,7 +202,7 @@ class RecurrentVAE(SequenceVAE):
         def advance(h: Tensor, z: Tensor, steps: slice) -> Tensor:
             return self.recurrence(h, x[:, steps], seen[:, steps], z)
 
-        return RecurrentChain(self._start(x), conditional, advance, x.shape[1], until_last(seen))
+        return RecurrentChain(start_of(self.recurrence, len(x)), conditional, advance, x.shape[1], until_last(seen))
 
     def _advance(self, h: Tensor, x: Tensor, seen: Tensor, z: Tensor) -> Tensor:
         """Returns the memory after one step; x has a dimension for it, before the shape of a step."""
@@ -223,7 +212,7 @@ class RecurrentVAE(SequenceVAE):
         """Draws steps of x that follow memories of shape ``(*leading, width)``."""
         seen, steps = torch.ones_like(h[..., :1], dtype=torch.bool), []
         for t in range(num_steps):
-            here = _with(h, context, t).unsqueeze(-2)
+            here = with_context(h, context, t).unsqueeze(-2)
             z = self._prior(here).sample()
             steps.append(likelihood_at(self.likelihood, z, here).sample())
             h = self.recurrence(h, steps[-1], seen, z).squeeze(-2)
@@ -231,7 +220,7 @@ class RecurrentVAE(SequenceVAE):
 
 
 class ForwardGRU(Recorded):
-    r"""A gated recurrent unit whose state is the memory of a :class:`RecurrentVAE`.
+    r"""A gated recurrent unit whose state is the memory of a :class:`RecurrentVAE` or a :class:`StateSpaceVAE`.
 
     .. math:: h_t = \mathrm{GRU}([m_t x_t, m_t, z_t], h_{t-1})
 
@@ -239,7 +228,7 @@ class ForwardGRU(Recorded):
 
     Args:
         x_shape: shape of one step.
-        latent_dim: number of latent dimensions.
+        latent_dim: number of latent dimensions; 0 for a memory of the data alone.
         width: units of the state.
         memory: steps over which the longest memories last at the start of training.
 
@@ -257,37 +246,30 @@ class ForwardGRU(Recorded):
     def __init__(self, x_shape: Shape, latent_dim: int, width: int = 128, memory: int = 20):
         super().__init__()
         self.x_shape, self.width = as_shape(x_shape, "x_shape"), check_count(width, "width")
-        self.latent_dim = check_count(latent_dim, "latent_dim")
+        self.latent_dim = check_count(latent_dim, "latent_dim", 0)
         gru = nn.GRU(math.prod(self.x_shape) + 1 + self.latent_dim, self.width, batch_first=True)
         self.gru = start_recurrence(gru, check_count(memory, "memory"))
 
-    def forward(self, h: Tensor, x: Tensor, mask: Tensor | None, z: Tensor) -> Tensor:
+    def forward(self, h: Tensor, x: Tensor, mask: Tensor | None, z: Tensor | None = None) -> Tensor:
         """Returns the states after each of some steps, ``(*leading, steps, width)``.
 
         Args:
             h: the state before the first of them, ``(*leading, width)``.
             x: their data, ``(*leading, steps, *x_shape)``; leading dimensions are broadcast.
             mask: whether they were observed, ``(*leading, steps)``; None for all.
-            z: their latents, ``(*leading, steps, latent_dim)``.
+            z: their latents, ``(*leading, steps, latent_dim)``; None for a memory of the data alone.
         """
-        leading = torch.broadcast_shapes(h.shape[:-1], z.shape[:-2])
         if x.shape[x.dim() - len(self.x_shape) :] != self.x_shape or x.dim() <= len(self.x_shape):
             raise ValueError(
                 f"ForwardGRU takes sequences of shape (batch, time, {', '.join(map(str, self.x_shape))}), got "
                 f"{tuple(x.shape)}."
             )
-        x = x.flatten(x.dim() - len(self.x_shape)).to(z.dtype)
+        x = x.flatten(x.dim() - len(self.x_shape)).to(h.dtype)
         seen = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
         x = torch.where(seen.unsqueeze(-1), x, 0.0)
-        parts = [part.expand(*leading, z.shape[-2], -1) for part in (x, seen.unsqueeze(-1).to(z.dtype), z)]
-        steps = torch.cat(parts, dim=-1).flatten(0, -3)
+        parts = [x, seen.unsqueeze(-1).to(h.dtype)] + ([] if z is None else [z])
+        leading = torch.broadcast_shapes(h.shape[:-1], *(part.shape[:-2] for part in parts))
+        steps = torch.cat([part.expand(*leading, *part.shape[-2:]) for part in parts], dim=-1)
+        num_steps, steps = steps.shape[-2], steps.flatten(0, -3)
         states, _ = self.gru(steps, h.expand(*leading, -1).reshape(1, -1, self.width))
-        return states.reshape(*leading, z.shape[-2], self.width)
-
-
-def _with(h: Tensor, context: Tensor | None, steps: slice | int) -> Tensor:
-    """Returns the memories before some steps, followed by the contexts of these steps."""
-    if context is None:
-        return h
-    here = context[:, steps].to(h.dtype)
-    return torch.cat([h, here.expand(*h.shape[:-1], -1)], dim=-1)
+        return states.reshape(*leading, num_steps, self.width)

@@ -2,15 +2,16 @@
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrovae.inference.filtering import Filtered, run_filter, systematic
 from pyrovae.inference.messages import check_later
 from pyrovae.inference.structure import inspect
 from pyrovae.nn.base import check_count
-from pyrovae.parts import in_evaluation_mode
+from pyrovae.parts import in_evaluation_mode, takes_context
 from pyrovae.vae import Registered
 
 
@@ -172,6 +173,49 @@ class SequenceVAE(Registered):
         chosen = systematic(run.log_w[0].softmax(0))
         chosen = chosen.gather(0, torch.rand_like(run.log_w[0]).argsort(0))
         return states.gather(0, chosen[..., None, None].expand_as(states))
+
+
+def width_of_memory(recurrence: nn.Module, *parts: nn.Module) -> tuple[int, int | None]:
+    """Returns the width of a memory, and of the context that parts see beside it; None where they take any.
+
+    Raises:
+        ValueError: when no part sees the memory, or parts were built for less than it.
+    """
+    if not hasattr(recurrence, "width"):
+        raise ValueError(f"{type(recurrence).__name__} does not state the width of its memory: give it a `width`.")
+    width = int(recurrence.width)  # type: ignore[arg-type]
+    stated: set[Any] = {part.context_dim for part in parts if getattr(part, "context_dim", 0)}
+    if not any(map(takes_context, parts)) or stated and min(stated) < width:
+        raise ValueError(
+            f"the parts have context_dim={min(stated, default=0)}, but the memory of {type(recurrence).__name__} "
+            f"has {width} units. Build the prior, the likelihood and the encoder with context_dim={width}, or more "
+            "where steps have a context of their own."
+        )
+    return width, min(stated) - width if stated else None
+
+
+def check_beside_memory(context: Tensor | None, width: int, context_dim: int | None) -> None:
+    """Raises a ValueError if the parts, which see a memory, do not take the context of a step beside it."""
+    given = 0 if context is None else context.shape[-1]
+    if context_dim is not None and given != context_dim:
+        raise ValueError(
+            f"the context of a step has {given} numbers, but the parts were built for {context_dim}, after {width} of "
+            f"the memory. Build them with context_dim={width + given}."
+        )
+
+
+def start_of(recurrence: nn.Module, *leading: int) -> Tensor:
+    """Returns memories before the first step, ``(*leading, width)``."""
+    width: Any = recurrence.width
+    return next(recurrence.parameters()).new_zeros(*leading, width)
+
+
+def with_context(h: Tensor, context: Tensor | None, steps: slice | int) -> Tensor:
+    """Returns the memories before some steps, followed by the contexts of these steps."""
+    if context is None:
+        return h
+    here = context[:, steps].to(h.dtype)
+    return torch.cat([h, here.expand(*h.shape[:-1], -1)], dim=-1)
 
 
 def until_last(mask: Tensor) -> Tensor:

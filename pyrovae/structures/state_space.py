@@ -17,6 +17,7 @@ from pyrovae.parts import (
     call,
     check_contexts,
     check_equal,
+    check_module,
     check_roles,
     check_spaces,
     in_evaluation_mode,
@@ -24,7 +25,14 @@ from pyrovae.parts import (
     takes_context,
 )
 from pyrovae.recorded import Recorded
-from pyrovae.structures.sequences import SequenceVAE, until_last
+from pyrovae.structures.sequences import (
+    SequenceVAE,
+    check_beside_memory,
+    start_of,
+    until_last,
+    width_of_memory,
+    with_context,
+)
 from pyrovae.structures.smoothing import Smoothed, draw_backward
 
 
@@ -50,16 +58,31 @@ class StateSpaceVAE(SequenceVAE):
             whose context is the summary (followed by the context of the step, if there is one). The state before the
             first is zero.
         network: ``network(x, mask)`` returns the summaries, ``(batch, time, width)``, such as :class:`BackwardGRU`.
+        recurrence: ``recurrence(h, x, mask)`` returns the memories of the data after each of some steps, such as
+            :class:`ForwardGRU` with a `latent_dim` of 0; its attribute `width` is that of a memory. None for a model
+            whose data depend on the past by its states alone.
 
-    The context of a step, for parts that were built for one, has shape ``(batch, time, context_dim)``.
+    With a recurrence every step depends on the data before it too, and the model is a stochastic recurrent network:
+
+    .. math:: p(x, z) = \prod_{t=1}^T p(z_t \mid z_{t-1}, d_t)\, p(x_t \mid z_t, d_t), \qquad
+        d_{t+1} = f(d_t, x_t), \quad d_1 = 0
+
+    Given the data its states are a Markov chain, so that they can be smoothed, as those of a :class:`RecurrentVAE`
+    cannot. The memory sees that a step was not observed, and what gaps do is learned from sequences with gaps. Like a
+    RecurrentVAE, it draws data by :meth:`sample` and :meth:`model_by_step`, not by :meth:`model`.
+
+    The context of a step, for parts that were built for one, has shape ``(batch, time, context_dim)``. With a
+    recurrence it follows the memory, and the parts are built with the sum of both widths; the context of the encoder is
+    the summary, the memory and the context of the step.
 
     Raises:
-        ValueError: when the parts have different latent dimensions, spaces or contexts; when a mask does not have the
-            shape of the steps, or hides a whole sequence.
+        ValueError: when the parts have different latent dimensions, spaces or contexts, or no part takes the memory;
+            when a mask does not have the shape of the steps, or hides a whole sequence.
 
     References:
         Structured Inference Networks for Nonlinear State Space Models, R. G. Krishnan, U. Shalit and D. Sontag, 2017,
-        https://arxiv.org/abs/1609.09869.
+        https://arxiv.org/abs/1609.09869; Sequential Neural Models with Stochastic Layers, M. Fraccaro, S. K. Sonderby,
+        U. Paquet and O. Winther, 2016, https://arxiv.org/abs/1605.07571.
 
     >>> from pyrovae import encoders, likelihoods, nn, priors
     >>> vae = StateSpaceVAE(
@@ -74,7 +97,13 @@ class StateSpaceVAE(SequenceVAE):
     """
 
     def __init__(
-        self, prior: nn.Module, transition: nn.Module, likelihood: nn.Module, encoder: nn.Module, network: nn.Module
+        self,
+        prior: nn.Module,
+        transition: nn.Module,
+        likelihood: nn.Module,
+        encoder: nn.Module,
+        network: nn.Module,
+        recurrence: nn.Module | None = None,
     ):
         super().__init__()
         check_roles(prior=prior, likelihood=likelihood, **{"conditionals[0]": transition, "encoder": encoder})
@@ -83,7 +112,17 @@ class StateSpaceVAE(SequenceVAE):
         check_spaces(transition=transition, encoder=encoder)
         check_contexts(prior=prior, transition=transition, likelihood=likelihood)
         self.prior, self.transition, self.likelihood = prior, transition, likelihood
-        self.encoder, self.network = encoder, network
+        self.encoder, self.network, self.recurrence = encoder, network, recurrence
+        self._beside: tuple[int, int | None] = (0, None)  # widths of the memory, and of the context that follows it
+        if recurrence is not None:
+            check_module("recurrence", recurrence)
+            check_equal("x_shape", likelihood=likelihood, recurrence=recurrence)
+            if getattr(recurrence, "latent_dim", 0):
+                raise ValueError(
+                    f"recurrence has latent_dim={recurrence.latent_dim}, but the memory of a StateSpaceVAE is one of "
+                    "the data alone: build it with latent_dim=0."
+                )
+            self._beside = width_of_memory(recurrence, prior, transition, likelihood)
         stated: Any = [part.latent_dim for part in (encoder, prior) if hasattr(part, "latent_dim")]
         if not stated:
             raise ValueError("neither the encoder nor the prior states the latents' number: give one a latent_dim.")
@@ -91,16 +130,22 @@ class StateSpaceVAE(SequenceVAE):
 
     @property
     def context_dim(self) -> int:
-        return max(getattr(part, "context_dim", 0) for part in (self.prior, self.transition, self.likelihood))
+        stated = max(getattr(part, "context_dim", 0) for part in (self.prior, self.transition, self.likelihood))
+        return max(stated - self._beside[0], 0)
 
     def model(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The generative process, with all states at site "z" and all observed steps at site "x"."""
         self.register()
         mask = self._mask_of(x, mask, context)
+        context = self._given(x, mask, context)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self._chain(x.shape[1], until_last(mask), context))
             p = likelihood_at(self.likelihood, z, context)
-            pyro.sample("x", p.mask(mask).to_event(1), obs=x)
+            if pyro.sample("x", p.mask(mask).to_event(1), obs=x) is not x and self.recurrence is not None:
+                raise ValueError(
+                    "data cannot be drawn for all steps at once from the model of a StateSpaceVAE with a recurrence, "
+                    "because a step depends on those before it: call sample(), or draw from model_by_step."
+                )
 
     def guide(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The amortised posterior of all states at site "z"."""
@@ -113,7 +158,7 @@ class StateSpaceVAE(SequenceVAE):
     def encode(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> MarkovChain:
         r"""Returns :math:`q(z \mid x)`, with ``batch_shape == (batch,)`` and events ``(time, latent_dim)``."""
         mask = self._mask_of(x, mask, context)
-        h = self._summaries(x, mask, context)
+        h = self._summaries(x, mask, self._given(x, mask, context))
         # The gradient of a step that is cut out of h is as large as h, for each step; that of all at once is h's.
         one_step = [step.unsqueeze(1) for step in h.unbind(1)]
 
@@ -129,22 +174,24 @@ class StateSpaceVAE(SequenceVAE):
         mask = self._mask_of(x, mask, context)
         observed: Any = mask  # Pyro's types of masks leave out tensors of any kind
         active: Any = until_last(mask)
-        z = None
+        z, h = None, None if self.recurrence is None else start_of(self.recurrence, len(x))
         with pyro.plate("data", len(x)):
             for t in range(x.shape[1]):
-                here = None if context is None else context[:, t]
+                here = _at(h, context, t)
                 p = call(self.prior, context=here) if z is None else call(self.transition, z, context=here)
                 with poutine.mask(mask=active[:, t]):
                     z = pyro.sample(f"z{t + 1}", p)
                 with poutine.mask(mask=observed[:, t]):
-                    pyro.sample(f"x{t + 1}", likelihood_at(self.likelihood, z, here), obs=x[:, t])
+                    step = pyro.sample(f"x{t + 1}", likelihood_at(self.likelihood, z, here), obs=x[:, t])
+                if self.recurrence is not None:
+                    h = self.recurrence(h, step.unsqueeze(1 - x.dim()), mask[:, t : t + 1]).squeeze(-2)
 
     def guide_by_step(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> None:
         """The amortised posterior with a site for each state."""
         self.register()
         mask = self._mask_of(x, mask, context)
         active: Any = until_last(mask)
-        h = self._summaries(x, mask, context)
+        h = self._summaries(x, mask, self._given(x, mask, context))
         z = h.new_zeros(len(x), self._latent_dim)
         with pyro.plate("data", len(x)):
             for t, step in enumerate(h.unbind(1)):
@@ -155,7 +202,8 @@ class StateSpaceVAE(SequenceVAE):
     @in_evaluation_mode
     def reconstruct(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         r"""Returns the centre of :math:`p(x' \mid z)` at one draw of :math:`z \sim q(z \mid x)`, shaped like x."""
-        return center(likelihood_at(self.likelihood, self.encode(x, mask, context).sample(), context))
+        z = self.encode(x, mask, context).sample()
+        return center(likelihood_at(self.likelihood, z, self._given(x, self._mask_of(x, mask, context), context)))
 
     @torch.no_grad()
     @in_evaluation_mode
@@ -199,6 +247,7 @@ class StateSpaceVAE(SequenceVAE):
         mask = self._mask_of(x, mask, context)
         active = until_last(mask)
         run = self._filter_states(x, mask, context, num_particles)
+        context = self._given(x, mask, context)
 
         def transition(z: Tensor, t: int) -> dist.TorchDistribution:
             return call(self.transition, z, context=None if context is None else context[:, t])
@@ -226,7 +275,8 @@ class StateSpaceVAE(SequenceVAE):
     ) -> Imputation:
         r"""Draws the steps that were not observed, given those before and after them.
 
-        The states are those of :meth:`smooth`; steps after the last observed one are forecasts.
+        The states are those of :meth:`smooth`; steps after the last observed one are forecasts. With a recurrence these
+        are refused, because a step depends on the draws before it: call :meth:`forecast`.
 
         Args:
             x: sequences, ``(batch, time, *x_shape)``; any values, NaN too, at the steps that were not observed.
@@ -251,8 +301,14 @@ class StateSpaceVAE(SequenceVAE):
         >>> vae.impute(torch.zeros(4, 5, 3), mask, num_draws=20).draws.shape
         torch.Size([20, 4, 5, 3])
         """
+        ended = ~mask.bool()[:, -1]
+        if self.recurrence is not None and bool(ended.any()):
+            raise ValueError(
+                f"{int(ended.sum())} of {len(x)} sequences end before the last step, first of number "
+                f"{int(ended.nonzero()[0])}. Impute sequences of one length, and draw what follows them by forecast()."
+            )
         states, ess = self.smooth(x, mask, context, num_samples=num_draws, num_particles=num_particles)
-        p = likelihood_at(self.likelihood, states, context)
+        p = likelihood_at(self.likelihood, states, self._given(x, mask.bool(), context))
         seen = mask.bool().view(*mask.shape, *(1,) * (x.dim() - 2))
         centers = center(p)
         mean = centers.double().mean(0)
@@ -274,12 +330,19 @@ class StateSpaceVAE(SequenceVAE):
         return _last(self._draw_paths(x, mask, context, num_particles), mask)
 
     def _draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
+        if self.recurrence is not None:
+            leading = (num_samples,) if context is None else (num_samples, len(context))
+            return self._generate(None, start_of(self.recurrence, *leading), num_steps, context)
         z = self._chain(num_steps, None, context).sample((num_samples,))
         return likelihood_at(self.likelihood, z, context).sample()
 
     def _draw_next(
         self, z: Tensor, x: Tensor, mask: Tensor, context: Tensor | None, coming: Tensor | None, num_steps: int
     ) -> Tensor:
+        if self.recurrence is not None:
+            h = self.recurrence(start_of(self.recurrence, len(x)), x, mask)
+            h = h[torch.arange(len(x)), until_last(mask).sum(1) - 1].expand(len(z), -1, -1)
+            return self._generate(_last(z, mask), h, num_steps, coming)
         first = None if coming is None else coming[:, 0]
         chain = MarkovChain(
             call(self.transition, _last(z, mask), context=first), self._transition(coming), num_steps, None, False
@@ -287,8 +350,30 @@ class StateSpaceVAE(SequenceVAE):
         return likelihood_at(self.likelihood, chain.sample(), coming).sample()
 
     def _check_vector(self, context: Tensor | None) -> None:
-        if context is not None and not any(map(takes_context, (self.prior, self.transition, self.likelihood))):
+        if self.recurrence is not None:
+            check_beside_memory(context, *self._beside)
+        elif context is not None and not any(map(takes_context, (self.prior, self.transition, self.likelihood))):
             raise ValueError("a context is given, but no part was built for one (context_dim).")
+
+    def _given(self, x: Tensor, mask: Tensor, context: Tensor | None) -> Tensor | None:
+        """Returns what the parts are given at each step: the memory of the data before it, and its context."""
+        if self.recurrence is None:
+            return context
+        start = start_of(self.recurrence, len(x))
+        after = self.recurrence(start, x, mask)
+        return with_context(torch.cat([start.unsqueeze(1), after[:, :-1]], dim=1), context, slice(None))
+
+    def _generate(self, z: Tensor | None, h: Tensor, num_steps: int, context: Tensor | None) -> Tensor:
+        """Draws steps of x after states z, ``(*leading, latent_dim)``, None at the start, and memories of the data."""
+        recurrence: Any = self.recurrence
+        seen, steps = torch.ones_like(h[..., :1], dtype=torch.bool), []
+        for t in range(num_steps):
+            here = with_context(h, context, t)
+            p = call(self.prior, context=here) if z is None else call(self.transition, z, context=here)
+            z = p.expand(h.shape[:-1]).sample()
+            steps.append(likelihood_at(self.likelihood, z, here).sample().unsqueeze(h.dim() - 1))
+            h = recurrence(h, steps[-1], seen).squeeze(-2)
+        return torch.cat(steps, dim=h.dim() - 1)
 
     def _chain(self, num_steps: int, active: Tensor | None, context: Tensor | None) -> MarkovChain:
         """Returns p(z)."""
@@ -311,6 +396,13 @@ class StateSpaceVAE(SequenceVAE):
     def _summaries(self, x: Tensor, mask: Tensor, context: Tensor | None) -> Tensor:
         h = self.network(x, mask)
         return h if context is None else torch.cat([h, context.to(h.dtype)], dim=-1)
+
+
+def _at(h: Tensor | None, context: Tensor | None, t: int) -> Tensor | None:
+    """Returns what the parts are given at a step: the memory, where there is one, and the context."""
+    if h is not None:
+        return with_context(h, context, t)
+    return None if context is None else context[:, t]
 
 
 def _last(z: Tensor, mask: Tensor) -> Tensor:
