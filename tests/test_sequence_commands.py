@@ -187,6 +187,10 @@ def test_what_is_not_for_sounds_is_refused_by_name(run, monkeypatch, command, me
     [
         (["--structure", "Recurrent", "--structure.width", "8", "--prior", "DiagonalNormal"], RecurrentVAE),
         (["--structure", "StateSpace", "--structure.width", "8"], StateSpaceVAE),
+        (
+            "--structure StateSpace --structure.width 8 --structure.autoregressive true --prior DiagonalNormal".split(),
+            StateSpaceVAE,
+        ),
     ],
 )
 def test_series_of_different_lengths_with_gaps(series, tmp_path, monkeypatch, capsys, options, cls):
@@ -196,6 +200,7 @@ def test_series_of_different_lengths_with_gaps(series, tmp_path, monkeypatch, ca
     assert "nats a step, of 36 steps" in capsys.readouterr().out
     vae, _ = load_run("run")
     assert isinstance(vae, cls) and vae.context_dim == 0
+    assert (getattr(vae, "recurrence", None) is not None) == (cls is RecurrentVAE or "true" in " ".join(options))
     main(["sample", "run", "--num-samples", "4", "--steps", "12", "--output", "a.npy"])
     assert np.load("a.npy").shape == (4, 12, 2)
     main(["evaluate", "run", "--split", "validation", "--quiet"])

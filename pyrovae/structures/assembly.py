@@ -311,11 +311,7 @@ class Recurrent(Structure):
         encoder: Callable[..., Encoder],
     ) -> RecurrentVAE:
         step = _step_of(x_shape, "Recurrent")
-        if "context_dim" not in inspect.signature(class_of(prior)).parameters:
-            raise ValueError(
-                f"Recurrent needs a prior that takes the memory as its context, and {class_of(prior).__name__} takes "
-                "none. Take --prior DiagonalNormal."
-            )
+        _check_prior_of_memory("Recurrent", prior)
         return RecurrentVAE(
             prior(latent_dim, context_dim=self.width),
             likelihood(latent_dim, step, context_dim=self.width),
@@ -331,9 +327,11 @@ class StateSpace(Structure):
     recurrence read of this step and of all after it as its context.
 
     Args:
-        width: units of the recurrence, a :class:`BackwardGRU`.
+        width: units of the recurrence, a :class:`BackwardGRU`, and of the memory.
         transition: the class of :math:`p(z_t \mid z_{t-1})`; ``encoders.DiagonalNormal`` with a
             :class:`~pyrovae.nn.GatedTransition` if None.
+        autoregressive: whether the steps depend on a memory of the data before them too, a :class:`ForwardGRU`; the
+            prior, the transition and the likelihood are then built with it as their context.
 
     >>> from pyrovae import encoders, likelihoods, priors
     >>> parts = priors.StandardNormal, likelihoods.Normal, encoders.DiagonalNormal
@@ -341,8 +339,10 @@ class StateSpace(Structure):
     (3,)
     """
 
-    def __init__(self, width: int = 128, transition: Callable[[int, int], Encoder] | None = None):
-        self.width = width
+    def __init__(
+        self, width: int = 128, transition: Callable[..., Encoder] | None = None, autoregressive: bool = False
+    ):
+        self.width, self.autoregressive = width, autoregressive
         self.transition = partial(DiagonalNormal, network=GatedTransition) if transition is None else transition
 
     def build(
@@ -354,10 +354,31 @@ class StateSpace(Structure):
         encoder: Callable[..., Encoder],
     ) -> StateSpaceVAE:
         step = _step_of(x_shape, "StateSpace")
+        summaries = BackwardGRU(step, self.width)
+        if self.autoregressive:
+            _check_prior_of_memory("StateSpace with autoregressive=True", prior)
+            return StateSpaceVAE(
+                prior(latent_dim, context_dim=self.width),
+                self.transition(latent_dim, latent_dim, context_dim=self.width),
+                likelihood(latent_dim, step, context_dim=self.width),
+                encoder(latent_dim, latent_dim, context_dim=2 * self.width),
+                summaries,
+                ForwardGRU(step, 0, self.width),
+            )
         q = encoder(latent_dim, latent_dim, context_dim=self.width)
         p = likelihood(latent_dim, step)
-        transition = self.transition(latent_dim, latent_dim)
-        return StateSpaceVAE(make_prior(prior, latent_dim, q), transition, p, q, BackwardGRU(step, self.width))
+        return StateSpaceVAE(
+            make_prior(prior, latent_dim, q), self.transition(latent_dim, latent_dim), p, q, summaries
+        )
+
+
+def _check_prior_of_memory(name: str, prior: Callable[..., Prior]) -> None:
+    """Raises a ValueError if a prior takes no context."""
+    if "context_dim" not in inspect.signature(class_of(prior)).parameters:
+        raise ValueError(
+            f"{name} needs a prior that takes the memory as its context, and {class_of(prior).__name__} takes none. "
+            "Take --prior DiagonalNormal."
+        )
 
 
 def _step_of(x_shape: Shape, name: str) -> tuple[int, ...]:
