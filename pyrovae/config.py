@@ -28,6 +28,10 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "data": (str,),
     "schema": (str, type(None)),
     "context": (str, list, type(None)),
+    "time": (str, type(None)),
+    "series": (str, type(None)),
+    "columns": (str, list, type(None)),
+    "growth": (bool,),
     "data_root": (str,),
     "preprocessing": (str,),
     "shift": (int,),
@@ -52,7 +56,7 @@ _OF_MODEL = ("latent_dim", "context", "prior", "likelihood", "encoder", "structu
 NOT_KEPT = (*_OPTIONS, "tracker")  # by runs
 RENEWABLE = ("epochs", "patience", "num_samples", "data_root", "device")  # what may change when a run is resumed
 # What settings mean that the configuration of an earlier version lacks, where that is not null.
-EARLIER = {"schedule_every_step": False, "shift": 0}
+EARLIER = {"schedule_every_step": False, "shift": 0, "growth": False}
 # Entries that the configuration of a run on a VAE of a script has beside those of its data.
 _BUILT = {"built": (bool,)}
 _OF_DATA = ("data", "data_root", "preprocessing")

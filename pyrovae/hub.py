@@ -18,11 +18,7 @@ __all__ = ["load_from_hub", "push_to_hub"]
 
 # No checkpoint, and no picture that shows data.
 _FILES = (
-    "config.yaml",
-    "run.json",
-    "schema.yaml",
-    "vocabulary.json",
-    "spectrogram.json",
+    *storage.ABOUT,
     "weights.safetensors",
     "metrics.jsonl",
     "samples.png",

@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import safetensors
@@ -19,7 +19,7 @@ from pyrovae import blueprints
 from pyrovae import config as configs
 from pyrovae._version import __version__
 from pyrovae.complaints import explain
-from pyrovae.data import Schema, Spectrogram, Vocabulary
+from pyrovae.data import Schema, Spectrogram, Splits, TimeSeries, Vocabulary
 from pyrovae.documents import read_yaml
 from pyrovae.inference.messages import warn
 from pyrovae.likelihoods import Tabular
@@ -28,8 +28,13 @@ from pyrovae.vae import Registered
 __all__ = ["load", "load_run", "read_checkpoint", "save", "save_run", "write_atomically", "write_checkpoint"]
 
 _SCHEMA = "schema.yaml"  # in the directory of a run on a table
-_VOCABULARY = "vocabulary.json"  # in that of a run on text
-_SPECTROGRAM = "spectrogram.json"  # in that of a run on sounds
+# How files became data, by the names of splits and of configurations: what it is, and its file in the run directory.
+ENCODINGS: dict[str, tuple[type[Vocabulary | Spectrogram | TimeSeries], str]] = {
+    "vocabulary": (Vocabulary, "vocabulary.json"),
+    "spectrogram": (Spectrogram, "spectrogram.json"),
+    "time_series": (TimeSeries, "time_series.json"),
+}
+ABOUT = ("config.yaml", "run.json", _SCHEMA, *(file for _, file in ENCODINGS.values()))  # the files that tell of a run
 _MAX_NUMBERS = 10_000_000  # in a tensor of a new module, unless its weights are larger
 FORMAT = "1"  # of every file; to be raised when an older pyrovae would misread what a newer one writes
 
@@ -337,9 +342,7 @@ def create_run(
     directory: str | Path,
     config: str,
     x_shape: tuple[int, ...],
-    schema: Schema | None = None,
-    vocabulary: Vocabulary | None = None,
-    spectrogram: Spectrogram | None = None,
+    splits: Splits | None = None,
 ) -> None:
     """Writes the files that mark a directory as a run: its configuration, and the version and the shape of a datum.
 
@@ -349,16 +352,15 @@ def create_run(
         directory: the run directory.
         config: the configuration, as YAML.
         x_shape: shape of a datum.
-        schema: the columns of a table, which go into ``schema.yaml``; None for other data.
-        vocabulary: the words of a text, which go into ``vocabulary.json``; None for other data.
-        spectrogram: how sounds became data, which goes into ``spectrogram.json``; None for other data.
+        splits: the data; how a table, a text, sounds or time series became numbers goes into files of their own.
     """
-    if schema is not None:
-        write_atomically(Path(directory) / _SCHEMA, schema.to_yaml().encode())
-    for name, described in ((_VOCABULARY, vocabulary), (_SPECTROGRAM, spectrogram)):
-        if described is not None:
-            entries = json.dumps(described.to_dict(), ensure_ascii=False, indent=0)
-            write_atomically(Path(directory) / name, entries.encode())
+    if splits is not None and splits.schema is not None:
+        write_atomically(Path(directory) / _SCHEMA, splits.schema.to_yaml().encode())
+    for name, (_, file) in ENCODINGS.items():
+        encoding = getattr(splits, name, None)
+        if encoding is not None:
+            entries = json.dumps(encoding.to_dict(), ensure_ascii=False, indent=0)
+            write_atomically(Path(directory) / file, entries.encode())
     about = {"pyrovae": __version__, "format": FORMAT, "x_shape": x_shape, "config": yaml.safe_load(config)}
     write_atomically(Path(directory) / "run.json", json.dumps(about).encode())
     write_atomically(Path(directory) / "config.yaml", config.encode())
@@ -388,8 +390,8 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
     """Reads the configuration of a run, with the shape of a datum as its entry "x_shape".
 
     That of a table has the :class:`pyrovae.data.Schema` as its entry "table", that of text the
-    :class:`pyrovae.data.Vocabulary` as its entry "vocabulary", that of sounds the
-    :class:`pyrovae.data.Spectrogram` as its entry "spectrogram".
+    :class:`pyrovae.data.Vocabulary` as its entry "vocabulary", that of sounds the :class:`pyrovae.data.Spectrogram` as
+    its entry "spectrogram", that of time series the :class:`pyrovae.data.TimeSeries` as its entry "time_series".
 
     Args:
         directory: the run directory.
@@ -422,17 +424,13 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
         raise ValueError(f"{about} is corrupt: {error}") from None
     if (Path(directory) / _SCHEMA).exists():
         config["table"] = Schema.from_yaml(Path(directory) / _SCHEMA)
-    if (Path(directory) / _VOCABULARY).exists():
-        config["vocabulary"] = _read_described(Vocabulary, Path(directory) / _VOCABULARY)
-    if (Path(directory) / _SPECTROGRAM).exists():
-        config["spectrogram"] = _read_described(Spectrogram, Path(directory) / _SPECTROGRAM)
+    for name, (cls, encoding) in ENCODINGS.items():
+        if (Path(directory) / encoding).exists():
+            config[name] = _read_encoding(cls, Path(directory) / encoding)
     return config
 
 
-_Described = TypeVar("_Described", Vocabulary, Spectrogram)
-
-
-def _read_described(cls: type[_Described], path: Path) -> _Described:
+def _read_encoding(cls: Any, path: Path) -> Any:
     try:
         return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:

@@ -2,7 +2,8 @@
 
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -58,6 +59,8 @@ def load_data_of(config: dict[str, Any], data: str | None, data_root: str | None
         splits, description = load_text(source, vocabulary)
     elif config.get("spectrogram") is not None:
         splits, description = load_sounds(source, config["spectrogram"])
+    elif config.get("time_series") is not None:
+        splits, description = load_series(source, config["time_series"])
     elif schema is None:
         splits, description = load_splits(source, data_root or config["data_root"], config["preprocessing"])
     else:
@@ -94,6 +97,21 @@ def advice_as_options(text: str) -> str:
     return text
 
 
+@contextmanager
+def _advice_on_reading(data: str) -> Iterator[None]:
+    """Says how to tell what a table does not tell by itself, where it cannot be read without that."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        if not (_OPTION.search(text) or any(advice in text for advice in ("--kinds", "the kind ", "other signs"))):
+            raise
+        raise ValueError(
+            f"{as_options(text)} To say this, write a schema with pyrovae describe {data} --output schema.yaml (there: "
+            "--decimal, --encoding, --kinds, ...), then pyrovae train --schema schema.yaml."
+        ) from None
+
+
 @lru_cache(maxsize=1)  # train reads the table for its defaults, then for itself
 def _load_table(data: str, schema: str | None, context: tuple[str, ...], stamp: tuple[int, int]) -> datasets.Splits:
     return datasets.load(data, schema=None if schema is None else datasets.Schema.from_yaml(schema), context=context)
@@ -119,16 +137,8 @@ def load_table(data: str, schema: datasets.Schema | None, context: tuple[str, ..
     """
     file = Path(data).stat() if Path(data).is_file() else None  # a file that has changed is read again
     stamp = (0, 0) if file is None else (file.st_mtime_ns, file.st_size)
-    try:
+    with _advice_on_reading(data):
         splits = _load_table(data, None if schema is None else schema.to_yaml(), context, stamp)
-    except ValueError as error:
-        text = str(error)
-        if not (_OPTION.search(text) or any(advice in text for advice in ("--kinds", "the kind ", "other signs"))):
-            raise
-        raise ValueError(
-            f"{as_options(text)} To say this, write a schema with pyrovae describe {data} --output schema.yaml (there: "
-            "--decimal, --encoding, --kinds, ...), then pyrovae train --schema schema.yaml."
-        ) from None
     kept, empty = [], 0
     for part in splits:
         some = ~part.x.isnan().all(dim=1)
@@ -191,6 +201,46 @@ def load_sounds(data: str, spectrogram: datasets.Spectrogram | None = None) -> t
     assert splits.spectrogram is not None  # of sounds
     sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in zip(_PARTS, splits, strict=True))
     return splits, f"{data}: {sizes} pieces of sounds\n{splits.spectrogram.describe()}"
+
+
+def load_series(
+    data: str,
+    time_series: datasets.TimeSeries | None = None,
+    time: str | None = None,
+    series: str | None = None,
+    columns: tuple[str, ...] = (),
+    growth: bool = False,
+    num_steps: int | None = None,
+    schema: datasets.Schema | None = None,
+) -> tuple[datasets.Splits, str]:
+    """Returns the splits of a table whose rows are steps of time, and lines that describe them.
+
+    Args:
+        data: the file.
+        time_series: how its rows become steps; found out from the other arguments if None.
+        time: the column of times.
+        series: the column that names the series of a row.
+        columns: those to model; all that hold numbers if none.
+        growth: whether to model how much columns grow.
+        num_steps: rows of a piece.
+        schema: its columns; found out if None.
+    """
+    if not Path(data).is_file() or not is_table(data):
+        raise ValueError(f"time is for a table, a file; data is {data!r}. Leave one of them out.")
+    with _advice_on_reading(data):
+        splits = datasets.load_series(
+            data,
+            time_series,
+            time=time,
+            series=series,
+            columns=columns,
+            growth=growth,
+            num_steps=num_steps,
+            schema=schema,
+        )
+    assert splits.time_series is not None
+    sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in zip(_PARTS, splits, strict=True))
+    return splits, f"{data}: {sizes} pieces\n{splits.time_series.describe(splits.time_series.steps(data))}"
 
 
 def read_schema(path: str | None) -> datasets.Schema | None:
@@ -284,6 +334,11 @@ def per_step(estimate: Estimate, num_steps: int, unit: str = "step") -> str:
     nats = -estimate.value.double().sum().item() / num_steps
     note = "" if bool(estimate.trusted.all()) else "; lower, for those that are not to be trusted"
     return f"-log p(x): {nats:.3f} nats a {unit}, of {num_steps:,} {unit}s{note}"
+
+
+def unit_of(splits: datasets.Splits) -> str:
+    """Returns what a step of sequences is called."""
+    return "frame" if splits.spectrogram else "row" if splits.time_series else "step"
 
 
 def chosen_method(method: Estimator | None, num_samples: int | None, default: Estimator) -> Estimator:

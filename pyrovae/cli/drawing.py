@@ -19,6 +19,7 @@ from pyrovae.cli.common import (
 from pyrovae.cli.labels import arguments_of, draw
 from pyrovae.cli.pictures import as_pictures
 from pyrovae.cli.rows import TABLES, draw_given, draw_rows, given_context, read_given, reconstruct_rows
+from pyrovae.cli.series import sample_series
 from pyrovae.cli.sounds import reconstruct_sounds, sample_sounds
 from pyrovae.cli.text import reconstruct_lines, sample_lines
 from pyrovae.data import Schema
@@ -71,6 +72,7 @@ def sample(
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     vae, config = storage.load_run(run, trust=trust)
     schema, vocabulary, spectrogram = (config.get(name) for name in ("table", "vocabulary", "spectrogram"))
+    time_series = config.get("time_series")
     if steps is not None and (steps < 1 or not isinstance(vae, SequenceVAE)):
         raise ValueError(f"steps must be at least 1, and is for sequences and sounds alone; got {steps}.")
     if isinstance(vae, SequenceVAE) and (mean or missing or given is not None or label is not None):
@@ -98,6 +100,9 @@ def sample(
         return
     if given is not None or missing:
         raise ValueError("given and missing are for tables, and this run is on other data. Leave them out.")
+    if time_series is not None:
+        sample_series(vae, time_series, num_samples, steps, output or Path(run) / f"samples-{seed}.csv", seed)
+        return
     out = new_file(output or Path(run) / f"samples-{seed}.png", (".png", ".npy", ".csv"))
     pyro.set_rng_seed(seed)
     if isinstance(vae, SequenceVAE):

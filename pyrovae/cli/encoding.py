@@ -103,6 +103,10 @@ def _data(
         sounds, _ = datasets.read_sounds(file, spectrogram.rate)
         x, which = spectrogram.encode(list(sounds.values()))
         return datasets.Split(x, None), {"sound": which + 1}
+    if config.get("time_series") is not None:
+        steps = config["time_series"].steps(file)
+        x, places = config["time_series"].pieces(steps)
+        return datasets.Split(x, None), {"row": torch.from_numpy(steps.rows)[places[:, 0]]}
     raise ValueError("file is for runs on tables, text and sounds. Leave it out, or name other data with --data.")
 
 

@@ -12,6 +12,7 @@ from pyrovae import storage
 from pyrovae.cli.common import SplitName, check_device, data_to_score, load_data_of, new_file
 from pyrovae.cli.labels import split_steps
 from pyrovae.cli.pictures import as_pictures, is_drawn_as_curves
+from pyrovae.cli.series import forecast_series
 from pyrovae.cli.sounds import SOUND, write_sounds
 from pyrovae.structures import SequenceVAE
 from pyrovae.structures.sequences import until_last
@@ -46,7 +47,9 @@ def forecast(
         output: a .png file: fans of the draws, or of many features one draw after the sequence; a .csv file: quantiles
             of the draws of each sequence, step and element, all counted from 1; or a .npy file: the draws, (num_draws,
             num_data, steps, ...). Of sounds also a .wav or .flac file: each piece with one draw that goes on. The
-            default is forecasts-<split>.png in the run directory, of sounds forecasts-<split>.wav.
+            default is forecasts-<split>.png in the run directory, of sounds forecasts-<split>.wav. Of a table of time
+            series the steps are rows after the last of each series of the file, in the units of its columns, and the
+            default is forecasts.csv.
         data: another data set of the same shape; that of the run by default.
         data_root: the directory of the data; that of the run by default.
         seed: seed of the draws.
@@ -64,6 +67,12 @@ def forecast(
             f"{run} is no run on sequences: a {type(vae).__name__} has no steps to come. Train with --structure "
             "Recurrent or StateSpace, or on sounds."
         )
+    num_particles = max(_NUM_PARTICLES, num_draws)
+    if config.get("time_series") is not None:
+        out = new_file(output or Path(run) / "forecasts.csv", (".csv", ".png", ".npy"))
+        file, series = data or config["data"], config["time_series"]
+        forecast_series(vae, series, file, steps, num_data, num_draws, num_particles, out, seed, device)
+        return
     spectrogram = config.get("spectrogram")
     endings = (".png", ".csv", ".npy") if spectrogram is None else (*SOUND, ".png", ".csv", ".npy")
     out = new_file(output or Path(run) / f"forecasts-{split}{'.png' if spectrogram is None else '.wav'}", endings)
@@ -71,7 +80,7 @@ def forecast(
     filled, mask = split_steps(x)
     pyro.set_rng_seed(seed)
     args = filled.to(device), steps, mask.to(device)
-    draws = vae.to(device).forecast(*args, num_samples=num_draws, num_particles=max(_NUM_PARTICLES, num_draws)).cpu()
+    draws = vae.to(device).forecast(*args, num_samples=num_draws, num_particles=num_particles).cpu()
     past = _aligned(x, mask)
     if out.suffix == ".npy":
         np.save(out, draws.numpy())

@@ -28,6 +28,7 @@ from pyrovae.cli.common import (
     is_table,
     is_text,
     load_data,
+    load_series,
     load_sounds,
     load_table,
     load_text,
@@ -47,6 +48,7 @@ from pyrovae.cli.repairing import repair
 from pyrovae.cli.reporting import report
 from pyrovae.cli.rows import impute, score
 from pyrovae.cli.scoring import evaluate
+from pyrovae.cli.series import series_defaults
 from pyrovae.cli.signals import Terminated
 from pyrovae.cli.sounds import sound_defaults
 from pyrovae.cli.sweeping import sweep
@@ -247,6 +249,8 @@ def normalized(argv: list[str]) -> list[str]:
 
 def _with_defaults(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     """Returns the settings of a training run with what fits its data, where the command line does not give it."""
+    if settings.train.time is not None:
+        return _for_series(parser, argv, settings)
     if is_sounds(settings.train.data):
         return _for_sounds(parser, argv, settings)
     if is_text(settings.train.data):
@@ -297,6 +301,16 @@ def _for_sounds(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     return _parse_with(parser, argv, sound_defaults(num_pieces, chosen.train.epochs))
 
 
+def _for_series(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
+    """Returns the settings of a training run on time series: what the command line leaves open suits them."""
+    train = settings.train
+    names, schema = context_names(train.columns), read_schema(train.schema)
+    splits, _ = load_series(train.data, None, train.time, train.series, names, train.growth, train.max_steps, schema)
+    num_pieces, _, num_columns = splits.train.x.shape
+    chosen = _parse_with(parser, argv, series_defaults(num_pieces, num_columns))
+    return _parse_with(parser, argv, series_defaults(num_pieces, num_columns, chosen.train.epochs))
+
+
 def _for_table(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     """Returns the settings of a training run on a table: what the command line leaves open follows from the table.
 
@@ -340,7 +354,7 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
         )
     storage.check_unedited(directory, stored)
     # As text, not as a file, because the names in it are the present ones.
-    added = ("x_shape", "table", "vocabulary", "spectrogram", *configs.NOT_KEPT)
+    added = ("x_shape", "table", *storage.ENCODINGS, *configs.NOT_KEPT)
     text = yaml.safe_dump({name: value for name, value in stored.items() if name not in added})
     at = argv.index("train") + 1
     resumed = parser.parse_args([*argv[:at], "--config", text, *argv[at:]])

@@ -21,7 +21,7 @@ from pyrovae.cli.rows import draw_rows
 from pyrovae.training import History
 
 _NUM_POINTS = 500  # data in the picture of the latents
-_DATA_KEYS = ("x_shape", "table", "vocabulary", "spectrogram")  # of a loaded configuration, which no file holds
+_DATA_KEYS = ("x_shape", "table", *storage.ENCODINGS)  # of a loaded configuration, which no file holds
 
 
 def report(

@@ -22,6 +22,7 @@ from pyrovae.cli.common import (
     new_file,
 )
 from pyrovae.cli.labels import arguments_of, context_of, note_on, scored
+from pyrovae.cli.series import score_series
 from pyrovae.cli.sounds import score_sounds
 from pyrovae.cli.text import score_lines
 from pyrovae.data.cells import is_number
@@ -74,6 +75,9 @@ def score(
     Of a text the columns are line (counted from 1, without empty ones); log_p, standard_error, trusted and khat; words,
     with the end of the line; unknown, how many of them are not in the vocabulary; and nats_a_word.
 
+    Of time series log_p is that of a row given the rows before it in its piece, and the columns are row, series, time,
+    log_p and standard_error.
+
     Of sounds they are sound, the name of the file; from and to, where the piece is, in seconds; log_p, standard_error
     and trusted; frames; and nats_a_frame.
 
@@ -104,10 +108,11 @@ def score(
     check_device(device)
     place = output or Path(run) / f"scores-{Path(file).stem}.csv"
     config = storage.read_config(run, trust=trust)
-    for name, score_them in (("vocabulary", score_lines), ("spectrogram", score_sounds)):
+    encodings = (("vocabulary", score_lines), ("spectrogram", score_sounds), ("time_series", score_series))
+    for name, score_them in encodings:
         if config.get(name) is not None:
             if reference is not None:
-                raise ValueError("reference is for tables, and this run is on text or sounds. Leave it out.")
+                raise ValueError("reference is for tables, and this run is on other data. Leave it out.")
             vae, _ = storage.load_run(run, trust=trust)
             method = chosen_method(method, num_samples, default_method(vae, seconds))
             score_them(vae.to(device), config[name], file, place, method, max_memory, seed, device)

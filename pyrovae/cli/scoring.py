@@ -19,6 +19,7 @@ from pyrovae.cli.common import (
     new_file,
     per_step,
     programs_of,
+    unit_of,
     write_columns,
 )
 from pyrovae.cli.labels import arguments_of, note_on
@@ -103,7 +104,7 @@ def evaluate(
         print(f"per datum: {out}")
     print(advice_as_options(f"{split}: {estimate}{note_on(vae, splits.schema)}"))
     if isinstance(vae, SequenceVAE):
-        print(per_step(estimate, int(args[1].sum()), "frame" if splits.spectrogram else "step"))
+        print(per_step(estimate, int(args[1].sum()), unit_of(splits)))
         return
     if is_default:
         print(_usual_number(vae, args, estimate, max_memory))

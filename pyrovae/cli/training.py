@@ -2,9 +2,9 @@
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal, cast
 
 import pyro
@@ -31,6 +31,7 @@ from pyrovae.cli.common import (
     is_sounds,
     is_table,
     is_text,
+    load_series,
     load_sounds,
     load_splits,
     load_table,
@@ -38,6 +39,7 @@ from pyrovae.cli.common import (
     per_step,
     programs_of,
     read_schema,
+    unit_of,
 )
 from pyrovae.cli.labels import arguments_of, note_on, scored
 from pyrovae.cli.pictures import pictures_of
@@ -69,7 +71,6 @@ from pyrovae.trackers import Tracker
 from pyrovae.training import Callback, History, MetricsFile, Tracking, fit, trackers_of
 
 _LEAST_SECONDS = 60.0  # to score the test data
-_ABOUT = ("config.yaml", "run.json", "schema.yaml", "vocabulary.json", "spectrogram.json")  # of a run
 _NUM_MONITORED = 300  # validation data in which training measures whether the latents collapse
 
 
@@ -88,6 +89,10 @@ def train(
     run: str | None = None,
     schema: str | None = None,
     context: list[str] | str | None = None,
+    time: str | None = None,
+    series: str | None = None,
+    columns: list[str] | str | None = None,
+    growth: bool = False,
     data_root: str = "data",
     preprocessing: Preprocessing = "dynamic",
     shift: int = 0,
@@ -133,6 +138,12 @@ def train(
         schema: the columns of a table, a file of pyrovae describe; found out from the data by default.
         context: columns of a table to condition on, as sex,age. The others are modelled given their cells, and log p
             is conditional. By default those of the schema, or none.
+        time: of a table whose rows are steps of time, the column of their times. The rows are then modelled as
+            sequences, not each by itself, and the last ones are held out.
+        series: of such a table, the column that names the series of a row; a single series by default.
+        columns: of such a table, the columns to model, as open,close; all that hold numbers by default.
+        growth: of such a table, whether to model how much a column grows from row to row: of positive columns, such as
+            prices, the change of the logarithm, of others the change.
         data_root: the directory of the images, which are downloaded to it if needed.
         preprocessing: what to do with values between 0 and 1. grey: nothing (also for tables); static: binarise all
             data once; dynamic: binarise the training data again for each batch, and the other splits once.
@@ -169,7 +180,8 @@ def train(
         max_words: of text, how many of the most frequent words of the training lines are known; 5,000 by default. All
             others become one word, <unknown>.
         max_steps: of text, the longest line in words or characters, with its end; longer ones are cut. By default the
-            longest of the training lines, up to 64 words or 256 characters.
+            longest of the training lines, up to 64 words or 256 characters. With time, the rows of a piece, 64 by
+            default, into which longer series are cut.
         compile: train and score by code that a compiler makes, which takes some seconds and is faster in long runs.
             auto, the default, plays traced operations back, which gives the same bits as false, in less time.
         tracker: the class of a tracker that numbers and pictures are sent to: TensorBoard, WandB, MLflow or
@@ -189,7 +201,11 @@ def train(
     check_device(device)
     pyro.set_rng_seed(seed)
     vae: Any
+    if time is None and (series is not None or columns is not None or growth):
+        raise ValueError("series, columns and growth are for a table with time, the column of its times. Give it, too.")
     if is_tabular(likelihood):
+        if time is not None:
+            raise ValueError("time is for sequences, and the likelihood Tabular for rows. Take another likelihood.")
         if not is_table(data):
             raise ValueError(f"the likelihood Tabular is for a table, a file; data is {data!r}. Take another one.")
         if preprocessing != "grey":
@@ -199,13 +215,12 @@ def train(
         splits, description = load_table(data, known, context_names(context))
         if structure is not None:
             raise ValueError("structure is not for a table with the likelihood Tabular. Leave one of them out.")
-        columns = cast(datasets.Schema, splits.schema)
-        vae = make_table_vae(columns, latent_dim, prior, likelihood, encoder)
+        vae = make_table_vae(cast(datasets.Schema, splits.schema), latent_dim, prior, likelihood, encoder)
         vae.likelihood.start_at(splits.train.x)
         description += f"\n\n{_choices(config)}"
     else:
-        if schema is not None:
-            raise ValueError("schema is for a table with the likelihood Tabular. Leave one of them out.")
+        if schema is not None and time is None:
+            raise ValueError("schema is for a table with the likelihood Tabular, or with time. Leave one of them out.")
         if context is not None:
             raise ValueError(
                 "context is for a table with the likelihood Tabular: it names columns. Labels of other data are a "
@@ -214,7 +229,13 @@ def train(
         words = {"characters": characters, "max_words": max_words, "num_steps": max_steps}
         is_resumed = resume and storage.can_resume(directory)
         kept = storage.read_config(directory, trust=True) if is_resumed else {}
-        if is_text(data):
+        if time is not None:
+            given = None if is_resumed else read_schema(schema)
+            named = context_names(columns)
+            splits, description = load_series(
+                data, kept.get("time_series"), time, series, named, growth, max_steps, given
+            )
+        elif is_text(data):
             vocabulary = kept.get("vocabulary")
             splits, description = load_text(data, vocabulary, **({} if vocabulary else words))
         elif any(value is not None for value in words.values()):
@@ -226,7 +247,7 @@ def train(
         vae = make_vae(tuple(splits.train.x.shape[1:]), latent_dim, prior, likelihood, encoder, structure)
         if isinstance(vae.likelihood, Autoregressive):
             vae.likelihood.start_at(splits.train.x)
-        if splits.spectrogram is not None and isinstance(vae, SequenceVAE):
+        if (splits.spectrogram or splits.time_series) and isinstance(vae, SequenceVAE):
             steps, seen = arguments_of(vae, splits.train)
             cast(Likelihood, vae.likelihood).start_at(steps[seen])
         loss = structure.loss(vae, splits.train.labels) if structure is not None and loss is None else loss
@@ -265,12 +286,12 @@ def train(
     with stop, lock, contextlib.nullcontext() if tracking is None or not world.is_rank0 else tracking:
         checkpoint = directory / "checkpoint.safetensors"
         saved_at = _time_of(checkpoint)
-        before = {name: (directory / name).read_bytes() for name in _ABOUT if (directory / name).exists()}
+        before = {name: (directory / name).read_bytes() for name in storage.ABOUT if (directory / name).exists()}
         if world.is_rank0:
-            storage.create_run(directory, config, x_shape, splits.schema, splits.vocabulary, splits.spectrogram)
+            storage.create_run(directory, config, x_shape, splits)
         if world.is_rank0 and (line := crowded()):
             print(line, file=sys.stderr)
-        began = time.monotonic()
+        began = monotonic()
         try:
             with stop.after_the_step():
                 history = fit(
@@ -308,7 +329,7 @@ def train(
         except Exception:
             # Bad input leaves nothing behind, and a run that was there as it was.
             if world.is_rank0 and _time_of(checkpoint) == saved_at:
-                for name in _ABOUT:
+                for name in storage.ABOUT:
                     if name in before:
                         storage.write_atomically(directory / name, before[name])
                     else:
@@ -321,7 +342,7 @@ def train(
 
         vae.eval()
         test = arguments_of(vae, data_to_score(splits, "test", "grey", None, device), splits.schema)
-        seconds = max(_LEAST_SECONDS, (time.monotonic() - began) / 3)
+        seconds = max(_LEAST_SECONDS, (monotonic() - began) / 3)
         method = chosen_method(None, num_samples, default_method(vae, seconds))
         estimate = log_marginal(*programs_of(vae, method), *test, method=method, compile=compile, progress=not quiet)
         if world.is_rank0:
@@ -409,7 +430,7 @@ def _report_training(
         name, baseline = score_by_frequency(splits.train.x, splits.test.x, splits.vocabulary)
     elif isinstance(vae, SequenceVAE):
         (steps, seen), (its_steps, its_seen) = (arguments_of(vae, part) for part in (splits.train, splits.test))
-        unit = "frame" if splits.spectrogram else "step"
+        unit = unit_of(splits)
         scores += f"\n{per_step(estimate, int(its_seen.sum()), unit)}"
         if is_discrete(vae) == bool(((its_steps == 0) | (its_steps == 1)).all()):
             name, of_steps = independent_baseline(steps[seen], its_steps[its_seen])

@@ -31,6 +31,7 @@ from pyrovae.data.preprocessing import (
 from pyrovae.data.ratings import HeldOutUsers, Ratings, RatingSplits, hold_out_users, load_ratings
 from pyrovae.data.reading import Dialect
 from pyrovae.data.schema import Schema
+from pyrovae.data.series import TimeSeries, load_series
 from pyrovae.data.sounds import Spectrogram, is_sounds, load_sounds, read_sounds
 from pyrovae.data.splits import Split, Splits, random_splits
 from pyrovae.data.tables import Table
@@ -66,6 +67,7 @@ __all__ = [
     "Splits",
     "Table",
     "Time",
+    "TimeSeries",
     "Vocabulary",
     "descriptions",
     "dynamic_binarization",
@@ -75,6 +77,7 @@ __all__ = [
     "is_text_file",
     "load",
     "load_ratings",
+    "load_series",
     "load_sounds",
     "load_text",
     "random_shift",

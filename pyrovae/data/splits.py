@@ -13,6 +13,7 @@ from pyrovae.rows import Rows
 
 if TYPE_CHECKING:
     from pyrovae.data.schema import Schema
+    from pyrovae.data.series import TimeSeries
     from pyrovae.data.sounds import Spectrogram
     from pyrovae.data.text import Vocabulary
 
@@ -50,6 +51,7 @@ class Splits:
         schema: the columns of a table, whose encoded rows are the data; None for other data.
         vocabulary: the words of a text, whose lines are the data; None for other data.
         spectrogram: how sounds became the levels that are the data; None for other data.
+        time_series: how the rows of a table became the steps of sequences that are the data; None for other data.
     """
 
     train: Split
@@ -58,6 +60,7 @@ class Splits:
     schema: "Schema | None" = field(default=None, kw_only=True)
     vocabulary: "Vocabulary | None" = field(default=None, kw_only=True)
     spectrogram: "Spectrogram | None" = field(default=None, kw_only=True)
+    time_series: "TimeSeries | None" = field(default=None, kw_only=True)
 
     def __iter__(self) -> Iterator[Split]:
         return iter((self.train, self.validation, self.test))

@@ -367,9 +367,7 @@ class StateSpace(Structure):
             )
         q = encoder(latent_dim, latent_dim, context_dim=self.width)
         p = likelihood(latent_dim, step)
-        return StateSpaceVAE(
-            make_prior(prior, latent_dim, q), self.transition(latent_dim, latent_dim), p, q, summaries
-        )
+        return StateSpaceVAE(make_prior(prior, latent_dim, q), self.transition(latent_dim, latent_dim), p, q, summaries)
 
 
 def _check_prior_of_memory(name: str, prior: Callable[..., Prior]) -> None:

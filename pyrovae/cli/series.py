@@ -1,0 +1,214 @@
+"""Time series in the command line: settings that suit them, and rows that a run draws, forecasts or scores."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from pyrovae.cli.common import new_file
+from pyrovae.cli.labels import split_steps
+from pyrovae.data import TimeSeries
+from pyrovae.estimators import Estimator, ParticleFilter, log_predictive
+from pyrovae.inference.messages import warn
+from pyrovae.structures import SequenceVAE
+
+TABLES = (".csv", ".tsv", ".parquet", ".pq")
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_NUM_SHOWN = 5
+
+
+def series_defaults(num_pieces: int, num_columns: int, epochs: int | None = None) -> dict[str, Any]:
+    """Returns settings of ``pyrovae train`` that suit time series, as a configuration holds them.
+
+    Args:
+        num_pieces: pieces to train on.
+        num_columns: columns that are modelled.
+        epochs: passes over the data; None for what suits them.
+    """
+    epochs = min(500, max(20, 12_000 // num_pieces)) if epochs is None else epochs
+    network = {"class_path": "pyrovae.nn.MLP", "init_args": {"hidden": [64]}}
+    batch_size = min(32, max(4, num_pieces // 10))
+    steps = max(1, min(20, epochs // 2)) * -(-num_pieces // batch_size)
+    warm_up = {"class_path": "pyrovae.bounds.Linear", "init_args": {"steps": steps}}
+    likelihood = {"network": network, "scale": 0.5, "per_dimension": True}
+    return {
+        "preprocessing": "grey",
+        "latent_dim": min(16, 2 + num_columns),
+        "structure": {"class_path": "pyrovae.structures.Recurrent", "init_args": {"width": 64}},
+        "prior": {"class_path": "pyrovae.priors.DiagonalNormal", "init_args": {"network": network}},
+        "likelihood": {"class_path": "pyrovae.likelihoods.StudentT", "init_args": likelihood},
+        "encoder": {"class_path": "pyrovae.encoders.DiagonalNormal", "init_args": {"network": network}},
+        "loss": {"class_path": "pyrovae.bounds.ELBO", "init_args": {"beta": warm_up}},
+        "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 2e-3, "fused": True}},
+        "epochs": epochs,
+        "patience": max(20, epochs // 10),
+        "batch_size": batch_size,
+        "clip_norm": 10.0,
+    }
+
+
+def check_sequences(vae: Any) -> SequenceVAE:
+    """Returns the VAE of a run on time series; raises a ValueError if it is none of sequences."""
+    if not isinstance(vae, SequenceVAE):
+        raise ValueError(
+            f"this is for sequences, and a {type(vae).__name__} has no steps. Train with --structure Recurrent or "
+            "StateSpace."
+        )
+    return vae
+
+
+@torch.no_grad()
+def sample_series(
+    vae: Any, time_series: TimeSeries, num_samples: int, num_steps: int | None, output: str | Path, seed: int
+) -> None:
+    """Draws sequences from p(x), and writes their rows."""
+    out = new_file(output, TABLES)
+    pyro.set_rng_seed(seed)
+    num_steps = time_series.num_steps if num_steps is None else num_steps
+    x = check_sequences(vae).sample(num_samples, num_steps)
+    values = time_series.levels(x).reshape(-1, len(time_series.names))
+    sequence, step = (1 + np.indices((num_samples, num_steps))).reshape(2, -1)
+    if time_series.growth:  # which is not rounded as the levels are
+        columns = dict(zip(time_series.names, values.T, strict=True))
+        _write({"sequence": sequence, "step": step, **columns}, out)
+    else:
+        _write({"sequence": sequence, "step": step}, out, time_series, values)
+    of = "changes from step to step" if time_series.growth else "rows"
+    print(f"{num_samples} sequences of {num_steps} {of}: {out}")
+
+
+@torch.no_grad()
+def forecast_series(
+    vae: Any,
+    time_series: TimeSeries,
+    file: str,
+    num_steps: int,
+    num_series: int,
+    num_draws: int,
+    num_particles: int,
+    output: Path,
+    seed: int,
+    device: str,
+) -> None:
+    """Draws the rows after the last ones of each series of a file, in the units of the table."""
+    steps = time_series.steps(file)
+    x, places = (part[:num_series] for part in time_series.last(steps))
+    check_sequences(vae)
+    filled, mask = split_steps(x, torch.from_numpy(steps.rows)[places[:, 0]])
+    pyro.set_rng_seed(seed)
+    args = filled.to(device), num_steps, mask.to(device)
+    draws = vae.to(device).forecast(*args, num_samples=num_draws, num_particles=num_particles).cpu()
+    ends = (places >= 0).sum(1) - 1
+    last = places[torch.arange(len(places)), ends].numpy()
+    coming = time_series.levels(draws, steps.levels[last])
+    names = [steps.names[i] for i in steps.series[last]]
+    if output.suffix == ".npy":
+        np.save(output, coming)
+    elif output.suffix == ".png":
+        _draw(time_series, steps.levels, places, coming, names, output)
+    else:
+        points = np.quantile(coming, _QUANTILES, axis=0)
+        with open(output, "w", newline="", encoding="utf-8") as content:
+            writer = csv.writer(content, lineterminator="\n")
+            writer.writerow(["series", "after", "step", "column", *(f"q{round(100 * q):02d}" for q in _QUANTILES)])
+            after = time_series.times_text(steps.times[last])
+            for i, t, c in np.ndindex(points.shape[1:]):
+                row = [names[i], after[i], t + 1, time_series.names[c]]
+                writer.writerow([*row, *(f"{value:.7g}" for value in points[:, i, t, c])])
+    print(
+        f"{num_draws} draws of {num_steps} rows after the last of {len(x)} series, given up to {x.shape[1]}: {output}"
+    )
+
+
+@torch.no_grad()
+def score_series(
+    vae: Any,
+    time_series: TimeSeries,
+    file: str,
+    output: str | Path,
+    method: Estimator,
+    max_memory: float,
+    seed: int,
+    device: str,
+) -> None:
+    """Writes log p of each row of a file given the rows before it in its piece, and prints the least probable ones."""
+    out = new_file(output, (".csv",))
+    check_sequences(vae)
+    if not isinstance(method, ParticleFilter):
+        raise ValueError(f"rows of time series are scored by ParticleFilter, got {method}. Take --num-samples alone.")
+    steps = time_series.steps(file)
+    x, places = time_series.pieces(steps)
+    filled, mask = split_steps(x, torch.from_numpy(steps.rows)[places[:, 0]])
+    pyro.set_rng_seed(seed)
+    args = filled.to(device), mask.to(device)
+    found = log_predictive(vae.model_by_step, vae.guide_by_step, *args, method=method)
+    at = places[mask].numpy()
+    value, error = (t.cpu()[mask].double().numpy() for t in (found.value, found.standard_error))
+    order = steps.rows[at].argsort()
+    at, value, error = at[order], value[order], error[order]
+    rows, times = steps.rows[at], time_series.times_text(steps.times[at])
+    names = [steps.names[i] for i in steps.series[at]]
+    with open(out, "w", newline="", encoding="utf-8") as content:
+        writer = csv.writer(content, lineterminator="\n")
+        writer.writerow(["row", "series", "time", "log_p", "standard_error"])
+        for i in range(len(at)):
+            writer.writerow([rows[i], names[i], times[i], f"{value[i]:.9g}", f"{error[i]:.3g}"])
+    print(f"{file}: {len(at):,} rows given those before them in pieces of {time_series.num_steps}")
+    print(f"log p = {value.mean():.3f} nats a row (standard error: {math.sqrt((error**2).sum()) / len(at):.3f})")
+    rough = int((error > 1).sum())
+    if rough:
+        warn(f"{rough:,} rows have a standard error above 1 nat: they are not to be trusted. Take more filters.")
+    print("the least probable rows:")
+    for i in value.argsort()[:_NUM_SHOWN].tolist():
+        of = f" of {names[i]}" if names[i] else ""
+        print(f"  row {rows[i]:,}, {times[i]}{of}: {value[i]:.2f} nats")
+    print(f"per row: {out}")
+
+
+def _write(
+    columns: dict[str, Any], path: Path, time_series: TimeSeries | None = None, levels: np.ndarray | None = None
+) -> None:
+    """Writes columns of numbers, and levels as the table that the run was trained on writes them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    numbers = {name: pa.array(column) for name, column in columns.items()}
+    if time_series is None or levels is None:
+        table = pa.table(list(numbers.values()), names=list(numbers))
+    else:
+        table = time_series.table(levels, **numbers)
+    if path.suffix in (".parquet", ".pq"):
+        pq.write_table(table, path)
+        return
+    with open(path, "w", newline="", encoding="utf-8") as content:
+        writer = csv.writer(content, delimiter="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
+        writer.writerow(table.column_names)
+        texts = [[_text(value) for value in column.to_pylist()] for column in table.columns]
+        writer.writerows(zip(*texts, strict=True))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
+
+
+def _draw(
+    time_series: TimeSeries, levels: np.ndarray, places: Tensor, coming: np.ndarray, names: list[str], path: Path
+) -> None:
+    """Draws the last rows of series, which end at the same step, and fans of what follows."""
+    from pyrovae import plots
+
+    longest = int((places >= 0).sum(1).max())
+    past = np.full((len(places), longest, levels.shape[1]), np.nan)
+    for i, of in enumerate(places):
+        rows = of[of >= 0].numpy()
+        past[i, longest - len(rows) :] = levels[rows]
+    figure = plots.forecasts(torch.from_numpy(past), torch.from_numpy(coming))
+    titles = [f"{name} {column}".strip() for name in names for column in time_series.names]
+    for ax, title in zip(figure.axes, titles, strict=False):
+        ax.set_title(title, fontsize="small")
+    figure.savefig(path, dpi=150)
