@@ -44,6 +44,15 @@ def default_run(data: str) -> Path:
     return Path("runs") / Path(data).resolve().stem
 
 
+def stem_of(file: str) -> str:
+    """Returns the name of a file without its endings.
+
+    >>> stem_of("data/kjv.txt.gz")
+    'kjv'
+    """
+    return Path(file.removesuffix(".gz")).stem
+
+
 def load_run_and_data(
     run: str, data: str | None, data_root: str | None, trust: bool
 ) -> tuple[Any, datasets.Splits, Preprocessing]:

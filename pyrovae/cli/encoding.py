@@ -12,7 +12,16 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import storage
-from pyrovae.cli.common import SplitName, check_device, data_to_score, first_of, load_data_of, new_file, write_columns
+from pyrovae.cli.common import (
+    SplitName,
+    check_device,
+    data_to_score,
+    first_of,
+    load_data_of,
+    new_file,
+    stem_of,
+    write_columns,
+)
 from pyrovae.cli.labels import arguments_of
 from pyrovae.cli.pictures import mean_over_steps, name_of_latents
 from pyrovae.cli.rows import check_some, load_rows
@@ -54,7 +63,7 @@ def encode(
         seed: seed of draws, for an encoder without a mean.
     """
     check_device(device)
-    name = split if file is None else Path(file).stem
+    name = split if file is None else stem_of(file)
     out = new_file(output or Path(run) / f"encoded-{name}.csv", (".csv", ".npy"))
     config = storage.read_config(run, trust=trust)
     schema = config.get("table")

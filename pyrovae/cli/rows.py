@@ -20,6 +20,7 @@ from pyrovae.cli.common import (
     first_of,
     load_table,
     new_file,
+    stem_of,
 )
 from pyrovae.cli.labels import arguments_of, context_of, note_on, scored
 from pyrovae.cli.series import score_series
@@ -106,7 +107,7 @@ def score(
     if method is not None and method.relation != "=":
         raise ValueError(f"{method} is an upper bound of log p(x). Take another method.")
     check_device(device)
-    place = output or Path(run) / f"scores-{Path(file).stem}.csv"
+    place = output or Path(run) / f"scores-{stem_of(file)}.csv"
     config = storage.read_config(run, trust=trust)
     encodings = (("vocabulary", score_lines), ("spectrogram", score_sounds), ("time_series", score_series))
     for name, score_them in encodings:
@@ -324,7 +325,7 @@ def impute(
         wrong = f"{num_draws} and {num_completed}"
         raise ValueError(f"num_draws must be at least 10, and num_completed from 0 to num_draws, got {wrong}.")
     check_device(device)
-    out = new_file(output or Path(run) / f"imputed-{Path(file).stem}.csv", TABLES)
+    out = new_file(output or Path(run) / f"imputed-{stem_of(file)}.csv", TABLES)
     cells_out = new_file(out.with_name(f"{out.stem}-cells.csv"), (".csv",))
     others = [new_file(out.with_name(f"{out.stem}-{i + 1}{out.suffix}"), TABLES) for i in range(num_completed)]
     vae, table, rows = load_rows(run, file, trust, device)

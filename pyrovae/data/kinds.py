@@ -180,7 +180,11 @@ def _of_kind(cls: type[Column], summary: Summary, given: dict[str, Any]) -> Colu
     name, counts = summary.name, summary.counts
     if issubclass(cls, (Continuous, Count)):
         if not summary.numeric or summary.present == 0:
-            raise ValueError(f"column {name!r} cannot be {cls.__name__}: {_example(summary)} is no number.")
+            example = _example(summary)
+            raise ValueError(
+                f"column {name!r} cannot be {cls.__name__}: {example} is no number. Say missing={example} if it means "
+                "a missing cell."
+            )
         if issubclass(cls, Count):
             return _count(summary)
         return _continuous(cls, summary, given)

@@ -131,7 +131,11 @@ class TimeSeries:
         if columns:
             kept = [kept[0]] + [next(c for c in kept if c.name == name) for name in columns]
         if len(kept) == 1:
-            raise ValueError(f"{source.where} has no column of numbers beside the times {time!r}, so nothing to model.")
+            others = ", ".join(f"{c.name!r} is {c.kind}" for c in found.columns if c.name not in (time, series))
+            raise ValueError(
+                f"{source.where} has no column of numbers beside the times {time!r}: {others or 'none is left'}. Name "
+                "those that shall be read as numbers by columns."
+            )
         made = cls(Schema(kept, found.dialect), time, series, num_steps=num_steps or _MAX_STEPS)
         raw = made.steps(table)
         threshold = np.quantile(raw.times, until, method="lower")
@@ -146,7 +150,7 @@ class TimeSeries:
                 "missing steps: fill them in, or choose columns without gaps by columns."
             )
         loc, scale = values.mean(0), values.std(0)
-        still = [name for name, s in zip(made.names, scale, strict=True) if not s > 0]
+        still = [name for name, level in zip(made.names, first.T, strict=True) if not np.nanstd(level) > 0]
         if still:
             raise ValueError(f"column {still[0]!r} never changes in the training rows. Leave it out.")
         longest = int(np.bincount(steps.series).max())

@@ -63,7 +63,7 @@ def forecasts(
         _draw_fan(ax, after, fan, shares)
         if came is not None:
             ax.plot(after, came[i, :, d], color="C0", linewidth=1, linestyle=":", label="what came")
-    figure.axes[0].legend(loc="upper left", fontsize="small")
+    figure.axes[0].legend(loc="best", fontsize="small")
     return write(figure, path)
 
 
@@ -120,7 +120,7 @@ def imputations(
         if came is not None:
             shown = torch.where(beside, torch.where(hidden, came[i, :, d], values[i, :, d]), torch.nan)
             ax.plot(time, shown, color="C0", linewidth=1, linestyle=":", label="what was hidden")
-    figure.axes[0].legend(loc="upper left", fontsize="small")
+    figure.axes[0].legend(loc="best", fontsize="small")
     return write(figure, path)
 
 
