@@ -1,15 +1,20 @@
 """Bach's chorales by models of sequences: nats a step by the ELBO and by a particle filter, and a continuation.
 
     python examples/chorales.py --data jsb-chorales-quarter.json
-    python examples/chorales.py --data jsb-chorales-quarter.json --model recurrent --latent-dim 32
+    python examples/chorales.py --data jsb-chorales-quarter.json --model recurrent --patience 30
+    python examples/chorales.py --data jsb-chorales-quarter.json --model chords --latent-dim 32 --transpose 5 \\
+        --lr 2e-3 --weight-decay 1e-5
 
 The file holds the chorales as MIDI notes at each quarter note, split into training, validation and test sets (229, 76
 and 77, the split of Boulanger-Lewandowski et al. 2012, https://arxiv.org/abs/1206.6392). A step is the 88 keys of a
 piano, on or off. The deep Markov model is that of Krishnan et al. (https://arxiv.org/abs/1609.09869): a Markov chain of
 latent states, and keys that are independent given the state. The recurrent VAE is that of Chung et al.
-(https://arxiv.org/abs/1506.02216): all that it does depends on a memory of the chords so far. The ELBO may be far below
-log p(x) of a sequence of a hundred steps: a particle filter says how far, with an error. Without a file the chords are
-simulated.
+(https://arxiv.org/abs/1506.02216): all that it does depends on a memory of the chords so far. Model "chords" is the
+same with keys that depend on the keys below them in the chord, as in the networks of Frey (Graphical Models for Machine
+Learning and Digital Communication, 1998) and of Boulanger-Lewandowski et al.; its likelihood is a class of this script.
+With --transpose, training songs are moved up or down by up to so many semitones, at random in each batch; the scores
+are of the songs as they are. The ELBO may be far below log p(x) of a sequence of a hundred steps: a particle filter
+says how far, with an error. Without a file the chords are simulated.
 """
 
 import argparse
@@ -20,6 +25,9 @@ from pathlib import Path
 
 import pyro
 import torch
+from pyro import distributions as dist
+from pyro.distributions import constraints
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyrovae
 from pyrovae import bounds, encoders, estimators, likelihoods, nn, priors
@@ -80,7 +88,55 @@ def recurrent(latent_dim, width):
     )
 
 
-MODELS = {"deep-markov": deep_markov, "recurrent": recurrent}
+class Keys(dist.TorchDistribution):
+    """Keys of which each depends on those below it: p(x_d = 1 | x_1, ..., x_{d-1}) = sigmoid(a_d + sum_i x_i W_id)."""
+
+    arg_constraints = {}
+    support = constraints.independent(constraints.boolean, 1)
+
+    def __init__(self, logits, weight, validate_args=None):
+        self.logits, self.weight = logits, weight  # above the diagonal alone
+        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        return Keys(self.logits.expand(*batch_shape, -1), self.weight, validate_args=False)
+
+    def log_prob(self, x):
+        logits = self.logits + x @ self.weight
+        return -binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(-1)
+
+    @torch.no_grad()
+    def sample(self, sample_shape=()):
+        logits = self.logits.expand(*sample_shape, *self.logits.shape)
+        x = torch.zeros_like(logits)
+        for d in range(x.shape[-1]):
+            x[..., d] = torch.bernoulli((logits[..., d] + x @ self.weight[:, d]).sigmoid())
+        return x
+
+
+class Chords(torch.nn.Module):
+    """p(x | z, memory): a likelihood, as others are."""
+
+    def __init__(self, latent_dim, width, context_dim):
+        super().__init__()
+        self.latent_dim, self.x_shape, self.context_dim = latent_dim, (KEYS,), context_dim
+        self.network = nn.MLP(latent_dim, KEYS, hidden=(width,), context_dim=context_dim)
+        self.weight = torch.nn.Parameter(torch.zeros(KEYS, KEYS))
+
+    def forward(self, z, context=None):
+        return Keys(self.network(z, context), self.weight.triu(1))
+
+    @torch.no_grad()
+    def start_at(self, x):
+        self.network.layers[-1].bias.copy_(((x.sum(0) + 0.5) / (len(x) + 1)).logit())
+
+
+def chords(latent_dim, width):
+    vae = recurrent(latent_dim, width)
+    return RecurrentVAE(vae.prior, Chords(latent_dim, width, width), vae.encoder, vae.recurrence)
+
+
+MODELS = {"deep-markov": deep_markov, "recurrent": recurrent, "chords": chords}
 
 
 def main(args):
@@ -88,6 +144,14 @@ def main(args):
     train, validation, test = read(args.data) if args.data else [simulated(n) for n in (40, 10, 10)]
     vae = MODELS[args.model](args.latent_dim, args.width)
     vae.likelihood.start_at(train[0][train[1]])
+
+    def transpose(x, mask):
+        """Moves the songs of a training batch up or down."""
+        if not args.transpose or not vae.training:
+            return x, mask
+        shift = torch.randint(-args.transpose, args.transpose + 1, (len(x), 1, 1))
+        return x.gather(-1, ((torch.arange(KEYS) - shift) % KEYS).expand_as(x)), mask
+
     history = pyrovae.fit(
         vae.model,
         vae.guide,
@@ -96,6 +160,7 @@ def main(args):
         epochs=args.epochs,
         batch_size=20,
         optimizer=partial(torch.optim.Adam, lr=args.lr, weight_decay=args.weight_decay),
+        transform=transpose,
         clip_norm=20.0,
         validation=validation,
         patience=args.patience,
@@ -154,6 +219,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=600)
     parser.add_argument("--patience", type=int, default=60)
     parser.add_argument("--warm-up", type=int, default=600, help="steps until the KL divergence has its full weight")
+    parser.add_argument("--transpose", type=int, default=0, help="semitones by which training songs are moved, at most")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument("--filters", type=int, default=16)

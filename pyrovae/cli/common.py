@@ -234,7 +234,9 @@ def load_series(
         num_steps: rows of a piece.
         schema: its columns; found out if None.
     """
-    if not Path(data).is_file() or not is_table(data):
+    if data not in datasets.DATA_SETS and not Path(data).exists():
+        raise FileNotFoundError(f"there is no file {data}.")
+    if not is_table(data):
         raise ValueError(f"time is for a table, a file; data is {data!r}. Leave one of them out.")
     with _advice_on_reading(data):
         splits = datasets.load_series(

@@ -78,8 +78,12 @@ def sample_series(
         _write({"sequence": sequence, "step": step, **columns}, out)
     else:
         _write({"sequence": sequence, "step": step}, out, time_series, values)
-    of = "changes from step to step" if time_series.growth else "rows"
-    print(f"{num_samples} sequences of {num_steps} {of}: {out}")
+    print(
+        f"{num_samples} sequences of {num_steps} {'changes from row to row' if time_series.growth else 'rows'}: {out}"
+    )
+    logs = [name for name, log in zip(time_series.names, time_series.logarithmic, strict=True) if log]
+    if logs:
+        print(f"of the logarithm of {', '.join(logs)}")
 
 
 @torch.no_grad()
@@ -97,8 +101,9 @@ def forecast_series(
 ) -> None:
     """Draws the rows after the last ones of each series of a file, in the units of the table."""
     steps = time_series.steps(file)
-    x, places = (part[:num_series] for part in time_series.last(steps))
     check_sequences(vae)
+    all_x, all_places = time_series.last(steps)
+    x, places = all_x[:num_series], all_places[:num_series]
     filled, mask = split_steps(x, torch.from_numpy(steps.rows)[places[:, 0]])
     pyro.set_rng_seed(seed)
     args = filled.to(device), num_steps, mask.to(device)
@@ -120,8 +125,9 @@ def forecast_series(
             for i, t, c in np.ndindex(points.shape[1:]):
                 row = [names[i], after[i], t + 1, time_series.names[c]]
                 writer.writerow([*row, *(f"{value:.7g}" for value in points[:, i, t, c])])
+    of = f"{len(x)} of {len(all_x)} series"
     print(
-        f"{num_draws} draws of {num_steps} rows after the last of {len(x)} series, given up to {x.shape[1]}: {output}"
+        f"{num_draws} draws of the {num_steps} rows after the end of {of}, given the last {x.shape[1]} rows: {output}"
     )
 
 
@@ -136,19 +142,22 @@ def score_series(
     seed: int,
     device: str,
 ) -> None:
-    """Writes log p of each row of a file given the rows before it in its piece, and prints the least probable ones."""
+    """Writes log p of each row of a file given at least the half piece of rows before it; prints the least probable."""
     out = new_file(output, (".csv",))
     check_sequences(vae)
     if not isinstance(method, ParticleFilter):
         raise ValueError(f"rows of time series are scored by ParticleFilter, got {method}. Take --num-samples alone.")
-    steps = time_series.steps(file)
-    x, places = time_series.pieces(steps)
+    steps, overlap = time_series.steps(file), time_series.num_steps // 2
+    x, places = time_series.pieces(steps, overlap=overlap)
     filled, mask = split_steps(x, torch.from_numpy(steps.rows)[places[:, 0]])
     pyro.set_rng_seed(seed)
     args = filled.to(device), mask.to(device)
     found = log_predictive(vae.model_by_step, vae.guide_by_step, *args, method=method)
-    at = places[mask].numpy()
-    value, error = (t.cpu()[mask].double().numpy() for t in (found.value, found.standard_error))
+    series = torch.from_numpy(steps.series)[places[:, 0]]
+    chosen = mask.clone()
+    chosen[1:, :overlap] &= (series[1:] != series[:-1]).unsqueeze(1)  # these are scored in the piece before
+    at = places[chosen].numpy()
+    value, error = (t.cpu()[chosen].double().numpy() for t in (found.value, found.standard_error))
     order = steps.rows[at].argsort()
     at, value, error = at[order], value[order], error[order]
     rows, times = steps.rows[at], time_series.times_text(steps.times[at])
@@ -158,7 +167,9 @@ def score_series(
         writer.writerow(["row", "series", "time", "log_p", "standard_error"])
         for i in range(len(at)):
             writer.writerow([rows[i], names[i], times[i], f"{value[i]:.9g}", f"{error[i]:.3g}"])
-    print(f"{file}: {len(at):,} rows given those before them in pieces of {time_series.num_steps}")
+    print(f"{file}: {len(at):,} rows, each given {overlap} to {time_series.num_steps - 1} rows of its series before it")
+    if len(at) < len(steps.x):
+        print(f"{len(steps.x) - len(at):,} rows with an empty cell are not scored")
     print(f"log p = {value.mean():.3f} nats a row (standard error: {math.sqrt((error**2).sum()) / len(at):.3f})")
     rough = int((error > 1).sum())
     if rough:

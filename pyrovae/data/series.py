@@ -1,6 +1,7 @@
 """Tables whose rows are steps of time, as sequences of numbers, and back."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.data.columns import Column, Continuous, Count, Modelled, Time
+from pyrovae.data.columns import Column, Continuous, Count, Discrete, Modelled, Positive, Time
 from pyrovae.data.reading import open_source
 from pyrovae.data.schema import Schema, quoted
 from pyrovae.data.splits import Split, Splits
@@ -23,6 +24,7 @@ __all__ = ["TimeSeries", "load_series"]
 
 _MAX_STEPS = 64
 _TRAINING, _VALIDATION = 0.8, 0.9  # shares of the rows, in the order of their times, up to which a part reaches
+_LITTLE = 0.2  # of the spread of a column, as its change from row to row
 _OFTEN = 0.05  # a share of steps that repeat the value before them, above which a density may be without bound
 
 
@@ -138,6 +140,9 @@ class TimeSeries:
             )
         made = cls(Schema(kept, found.dialect), time, series, num_steps=num_steps or _MAX_STEPS)
         raw = made.steps(table)
+        left_out = [f"{c.name!r} ({c.kind})" for c in found.columns if c not in kept and c.name != series]
+        if left_out and not columns:
+            warn(f"columns that hold no numbers are left out: {', '.join(left_out)}. Name those to model by columns.")
         threshold = np.quantile(raw.times, until, method="lower")
         first = raw.levels[raw.times <= threshold]
         logarithmic = tuple(bool(growth and np.nanmin(level) > 0) for level in first.T)
@@ -186,7 +191,9 @@ class TimeSeries:
         if twice.any():
             i = int(twice.argmax())
             a, b = sorted((order[i] + 1, order[i + 1] + 1))
-            advice = "Give the column that tells the series apart as series" if self.series is None else "Remove one"
+            advice = (
+                "Remove one" if self.series else "Remove one, or give the column that tells the series apart as series"
+            )
             of = f" of the series {names[which[i]]!r}" if self.series else ""
             raise ValueError(f"{source.where}: rows {a:,} and {b:,}{of} have the same {self.time!r}. {advice}.")
         values = self._within_steps(levels, times)
@@ -199,7 +206,7 @@ class TimeSeries:
             values = (values - np.array(self.loc)) / np.array(self.scale)
         return Steps(values, levels, times, rows, which, names)
 
-    def pieces(self, steps: Steps, chosen: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    def pieces(self, steps: Steps, chosen: np.ndarray | None = None, overlap: int = 0) -> tuple[Tensor, Tensor]:
         """Returns steps as pieces of sequences, which hold steps of one series each, and where these are in `steps`.
 
         Pieces without a step that is observed are left out.
@@ -207,6 +214,7 @@ class TimeSeries:
         Args:
             steps: those of :meth:`steps`.
             chosen: which of them, ``(steps,)``; None for all.
+            overlap: how many of its first steps a piece has in common with the piece before it.
 
         Returns:
             Values, ``(pieces, num_steps, columns)``, float32, NaN where a step is missing and after the end; places,
@@ -216,7 +224,8 @@ class TimeSeries:
         for name in range(len(steps.names)):
             of = steps.series == name
             places = np.flatnonzero(of if chosen is None else of & chosen)
-            pieces += [places[i : i + self.num_steps] for i in range(0, len(places), self.num_steps)]
+            starts = range(0, max(len(places) - overlap, min(1, len(places))), self.num_steps - overlap)
+            pieces += [places[i : i + self.num_steps] for i in starts]
         index = torch.full((len(pieces), self.num_steps), -1)
         for i, places in enumerate(pieces):
             index[i, : len(places)] = torch.from_numpy(places)
@@ -234,6 +243,8 @@ class TimeSeries:
     def levels(self, x: Tensor, last: np.ndarray | None = None) -> np.ndarray:
         """Returns sequences in the units of the table; of growth the levels that follow some rows.
 
+        Levels outside the range of their column, such as counts below 0, become the end of the range.
+
         Args:
             x: sequences, ``(..., steps, columns)``.
             last: the levels of the rows before, ``(..., columns)``, broadcast; None for how much columns grow.
@@ -244,7 +255,7 @@ class TimeSeries:
             before = np.expand_dims(last, -2)
             log = np.array(self.logarithmic)
             return np.where(log, before * np.exp(np.where(log, total, 0.0)), before + total)
-        return values
+        return values if self.growth else np.clip(values, *self._ranges())
 
     def table(self, levels: np.ndarray, **others: Any) -> "pa.Table":
         """Returns levels, ``(rows, columns)``, as a table, rounded as the columns are, after other columns."""
@@ -273,6 +284,9 @@ class TimeSeries:
             for name, log in zip(self.names, self.logarithmic, strict=True)
         ]
         lines.append(f"columns in units of their standard deviation: {', '.join(kinds)}")
+        wandering = [] if self.growth else self._wandering(steps)
+        if wandering:
+            lines.append(f"wanders, so that its changes may be easier to model, with growth: {', '.join(wandering)}")
         if missing:
             lines.append(f"{missing:,} rows with an empty cell are missing steps")
         gaps = np.diff(steps.times)[np.diff(steps.series) == 0]
@@ -302,6 +316,18 @@ class TimeSeries:
         if not len(made.loc) == len(made.scale) == len(made.logarithmic) == len(made.names):
             raise ValueError("loc, scale and logarithmic must have an entry for each column.")
         return made
+
+    def _wandering(self, steps: Steps) -> list[str]:
+        """Returns the columns that change from row to row by little of their spread."""
+        same = np.diff(steps.series) == 0
+        changes, spread = np.diff(steps.x, axis=0)[same], np.nanstd(steps.x, axis=0)
+        return [name for name, c, s in zip(self.names, changes.T, spread, strict=True) if np.nanstd(c) < _LITTLE * s]
+
+    def _ranges(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the smallest and the largest number that each column may have."""
+        low = [0.0 if isinstance(c, Count | Positive) else getattr(c, "low", -math.inf) for c in self._columns]
+        high = [getattr(c, "high", None) for c in self._columns]
+        return np.array(low), np.array([math.inf if h is None else h for h in high])
 
     def _read(self, source: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the times, the levels of the columns, and the names of the series of all rows."""
@@ -439,6 +465,8 @@ def _schema_of(source: Any, time: str, columns: Sequence[str]) -> Schema:
                 if column.name in overrides:
                     what = "times" if column.name == time else "numbers"
                     raise ValueError(f"{source.where}: column {column.name!r} holds no {what}.")
+                if column.name == time and isinstance(column, Discrete) and isinstance(column.levels[0], str):
+                    raise ValueError(f"time: column {time!r} of {source.where} holds words, and no times or numbers.")
                 overrides[column.name] = "Real"
         if not overrides:
             break
