@@ -76,8 +76,8 @@ def score(
     Of a text the columns are line (counted from 1, without empty ones); log_p, standard_error, trusted and khat; words,
     with the end of the line; unknown, how many of them are not in the vocabulary; and nats_a_word.
 
-    Of time series log_p is that of a row given at least half a piece of rows before it, and the columns are row, series,
-    time, log_p and standard_error.
+    Of time series log_p is that of a row given at least half a piece of rows before it, and the columns are row,
+    series, time, log_p and standard_error.
 
     Of sounds they are sound, the name of the file; from and to, where the piece is, in seconds; log_p, standard_error
     and trusted; frames; and nats_a_frame.
