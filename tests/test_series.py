@@ -1,326 +1,332 @@
-"""Tables whose rows are steps of time, as sequences and back, in Python and on the command line."""
+"""Series of different lengths whose loops end with the longest of a batch, and series without a plate."""
 
-import csv
-import datetime
-import json
-import math
-from pathlib import Path
+from functools import partial
 
-import numpy as np
 import pyro
 import pytest
 import torch
-import yaml
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from pyrovae import log_marginal
-from pyrovae.cli import main
-from pyrovae.data import Schema, TimeSeries, load_series
-from pyrovae.estimators import ParticleFilter
-from pyrovae.storage import load_run
-
-START = datetime.date(2020, 1, 1)
-SMALL = ["--epochs", "2", "--latent-dim", "2", "--structure", "Recurrent", "--structure.width", "8"]
-SMALL += ["--num-samples", "4", "--quiet"]
-
-
-def days(count: int, first: int = 0) -> list[str]:
-    return [str(START + datetime.timedelta(first + i)) for i in range(count)]
-
-
-def write(path: Path, table: dict[str, list]) -> Path:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(table)
-        writer.writerows(zip(*table.values(), strict=True))
-    return path
-
-
-def walks(seed: int = 0) -> dict[str, list]:
-    """Three shops whose rows are mixed: prices in cents, and sales, of 60, 50 and 40 days that end together."""
-    rng, rows = np.random.default_rng(seed), []
-    for shop, count in (("Ulm", 60), ("Bern", 50), ("Graz", 40)):
-        prices = np.round(20 * np.exp(0.02 * rng.normal(size=count).cumsum()), 2)
-        sales = rng.poisson(200, count)
-        rows += list(zip(days(count, 60 - count), [shop] * count, prices.tolist(), sales.tolist(), strict=True))
-    rows = [rows[i] for i in rng.permutation(len(rows))]
-    return {name: [row[i] for row in rows] for i, name in enumerate(("day", "shop", "price", "sales"))}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Returns the folder of a run on three series, `run`, beside the table, `shops.csv`."""
-    folder = tmp_path_factory.mktemp("series")
-    write(folder / "shops.csv", walks())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        given = ["--time", "day", "--series", "shop", "--growth", "true", "--max-steps", "20"]
-        main(["train", "--data", "shops.csv", "--run", "run", *given, *SMALL])
-    return folder
-
-
-def test_pieces_are_the_standardised_cells_in_the_order_of_their_times():
-    table = walks()
-    series = TimeSeries.of(table, "day", "shop", ["price"], num_steps=20)
-    steps = series.steps(table)
-    x, places = series.pieces(steps)
-    assert x.shape == (3 + 2 + 3, 20, 1) and steps.names == ["Bern", "Graz", "Ulm"]
-    seen = places >= 0
-    assert torch.equal(seen, ~x[..., 0].isnan())
-    rows = steps.rows[places[seen].numpy()]
-    assert sorted(rows) == list(range(1, 151))
-    cells = np.array([table["price"][row - 1] for row in rows])
-    # Within half a cent, which is the noise of rounded prices.
-    found = x[seen][:, 0].double().numpy() * series.scale[0] + series.loc[0]
-    assert (np.abs(found - cells) < 0.005 + 1e-4).all() and np.abs(found - cells).max() > 0.003
-    for piece in places:
-        of = piece[piece >= 0].numpy()
-        assert len({table["shop"][row - 1] for row in steps.rows[of]}) == 1
-        times = [table["day"][row - 1] for row in steps.rows[of]]
-        assert times == sorted(times)
-    assert x[seen].mean().item() == pytest.approx(0, abs=1e-3)
-    assert x[seen].std(correction=0).item() == pytest.approx(1, abs=1e-3)
-
-
-def test_growth_adds_up_to_the_levels():
-    rng = np.random.default_rng(1)
-    table = {"year": list(range(1950, 2010)), "price": np.exp(rng.normal(size=60).cumsum() / 10).tolist()}
-    table["balance"] = rng.normal(size=60).cumsum().tolist()
-    series = TimeSeries.of(table, "year", growth=True)
-    assert series.logarithmic == (True, False)
-    steps = series.steps(table)
-    assert steps.x.shape == (59, 2)
-    first = np.array([[table["price"][0], table["balance"][0]]])
-    again = series.levels(torch.from_numpy(steps.x)[None], first)[0]
-    assert again == pytest.approx(np.stack([table["price"], table["balance"]], 1)[1:], rel=1e-9)
-    changes = series.levels(torch.from_numpy(steps.x))
-    assert changes[:, 0] == pytest.approx(np.diff(np.log(table["price"])))
-
-
-def test_rounded_numbers_are_moved_within_their_step_and_come_back():
-    """The noise is uniform, is that of a time and a number alone, and is gone when rows are written."""
-    count = 4000
-    counts = np.random.default_rng(2).poisson(30, count)
-    table = {"t": days(count), "n": counts.tolist()}
-    series = TimeSeries.of(table, "t")
-    values = series.steps(table).x[:, 0] * series.scale[0] + series.loc[0]
-    noise = values - counts
-    assert (np.abs(noise) <= 0.5).all()
-    # Kolmogorov and Smirnov's distance, whose probability of being above 1.95 / sqrt(n) is 0.001.
-    distance = np.abs(np.sort(noise) + 0.5 - (np.arange(count) + 0.5) / count).max()
-    assert distance < 1.95 / math.sqrt(count)
-    assert abs(np.corrcoef(noise[1:], noise[:-1])[0, 1]) < 3.3 / math.sqrt(count)
-    assert abs(np.corrcoef(noise, counts)[0, 1]) < 3.3 / math.sqrt(count)
-    part = {name: cells[100:40:-1] for name, cells in table.items()}
-    assert np.array_equal(series.steps(part).x, series.steps(table).x[41:101])
-    assert series.table(values[:, None]).column("n").to_pylist() == counts.tolist()
-
-
-def test_parts_follow_each_other_in_time(tmp_path):
-    table = walks()
-    splits = load_series(write(tmp_path / "shops.csv", table), time="day", series="shop", num_steps=20)
-    steps = splits.time_series.steps(table)
-    ends = []
-    for part, first in ((splits.train, None), (splits.validation, 0), (splits.test, 1)):
-        begins = [table["day"][row - 1] for row in part.rows.tolist()]
-        if first is not None:
-            assert min(begins) > ends[first]
-        lengths = (~part.x.isnan().any(-1)).sum(1).tolist()
-        place = {row: i for i, row in enumerate(steps.rows.tolist())}
-        last = [steps.rows[place[r] + n - 1] for r, n in zip(part.rows.tolist(), lengths, strict=True)]
-        ends.append(max(table["day"][row - 1] for row in last))
-    total = sum(int((~part.x.isnan().any(-1)).sum()) for part in splits)
-    assert total == 150
-    assert ends[2] == max(table["day"])
-
-
-def test_a_row_with_an_empty_cell_is_a_missing_step(tmp_path):
-    table = {
-        "t": days(50),
-        "a": [str(i * i % 7 + i / 3) for i in range(50)],
-        "b": [str(i % 5 + 0.37) for i in range(50)],
-    }
-    table["a"][7] = table["b"][20] = ""
-    series = TimeSeries.of(table, "t", columns=["a", "b"])
-    steps = series.steps(table)
-    assert np.flatnonzero(np.isnan(steps.x).any(1)).tolist() == [7, 20]
-    assert np.isnan(steps.x[[7, 20]]).all()
-    assert "2 rows with an empty cell are missing steps" in series.describe(steps)
-    grown = TimeSeries.of(table, "t", columns=["a", "b"], growth=True)
-    assert np.isnan(grown.steps(table).x).any(1).sum() == 4  # to the gap and from it
-
-
-def test_it_is_written_and_read():
-    series = TimeSeries.of(walks(), "day", "shop", growth=True)
-    again = TimeSeries.from_dict(json.loads(json.dumps(series.to_dict())))
-    assert again == series
-    with pytest.raises(ValueError, match="must have the entries schema, time"):
-        TimeSeries.from_dict({"time": "day"})
-    with pytest.raises(ValueError, match="an entry for each column"):
-        TimeSeries.from_dict(series.to_dict() | {"loc": [0.0]})
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        ({}, {"time": "date"}, "time: the table has no column 'date'. It has 'day', 'shop', 'price', 'sales'"),
-        ({}, {"series": "city"}, "series: the table has no column 'city'"),
-        ({}, {"columns": ["cost"]}, "columns: the table has no column 'cost'"),
-        ({}, {"columns": ["shop"], "series": None}, "holds no numbers|cannot be|words"),
-        ({}, {"time": "shop", "series": None}, "column 'shop'"),
-        ({}, {"time": "shop"}, "must name different columns"),
-        ({}, {"series": None}, "rows [0-9]+ and [0-9]+ have the same 'day'. Remove one, or give the column"),
-        ({"price": ["1.50"] * 150}, {"columns": ["price"]}, "'price' never changes in the training rows"),
-        ({}, {"num_steps": 1}, "num_steps must be at least 2, got 1"),
-    ],
+import pyrovae
+from pyrovae.bounds import ELBO, FIVO, IWAE
+from pyrovae.estimators import (
+    AnnealedImportanceSampling,
+    ImportanceSampling,
+    ParticleFilter,
+    UntilTrusted,
+    log_predictive,
 )
-def test_wrong_arguments_are_named(change, options, message):
-    with pytest.raises(ValueError, match=message):
-        TimeSeries.of(walks() | change, **({"time": "day", "series": "shop"} | options))
+
+STAY, STEP, NOISE = 0.8, 0.7, 0.6
 
 
-def test_wrong_cells_are_named(tmp_path):
-    table = walks()
-    with pytest.raises(ValueError, match="column 'day', row 5: has no time"):
-        TimeSeries.of(table | {"day": [None if i == 4 else day for i, day in enumerate(table["day"])]}, "day", "shop")
-    with pytest.raises(ValueError, match="column 'shop', row 3: is empty"):
-        TimeSeries.of(
-            table | {"shop": [None if i == 2 else name for i, name in enumerate(table["shop"])]}, "day", "shop"
+def covariance(steps: int) -> Tensor:
+    """That of the data of a series of so many steps."""
+    difference = torch.eye(steps).double() - STAY * torch.eye(steps).double().roll(1, 0).tril(-1)
+    path = torch.linalg.inv(difference) * STEP
+    return path @ path.T + NOISE**2 * torch.eye(steps).double()
+
+
+def exact(x: Tensor, lengths: Tensor) -> Tensor:
+    return torch.stack(
+        [
+            torch.distributions.MultivariateNormal(torch.zeros(int(n)).double(), covariance(int(n))).log_prob(row[:n])
+            for row, n in zip(x, lengths, strict=True)
+        ]
+    )
+
+
+def draws(lengths: Tensor) -> Tensor:
+    x = torch.zeros(len(lengths), int(lengths.max())).double()
+    for row, n in zip(x, lengths.tolist(), strict=True):
+        row[:n] = torch.distributions.MultivariateNormal(torch.zeros(n).double(), covariance(n)).sample()
+    return x
+
+
+class Walk(nn.Module):
+    """A random walk with noise, of as many steps as the longest series of a batch has."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.5).double())
+
+    def model(self, x: Tensor, lengths: Tensor) -> None:
+        pyro.module("walk", self)
+        with pyro.plate("series", len(x)):
+            z = torch.zeros(len(x)).double()
+            for t in pyro.markov(range(int(lengths.max()))):
+                with poutine.mask(mask=t < lengths):
+                    z = pyro.sample(f"z{t}", dist.Normal(STAY * z, STEP))
+                    pyro.sample(f"x{t}", dist.Normal(z, NOISE), obs=x[:, t])
+
+    def guide(self, x: Tensor, lengths: Tensor) -> None:
+        pyro.module("walk", self)
+        with pyro.plate("series", len(x)):
+            z = torch.zeros(len(x)).double()
+            for t in pyro.markov(range(int(lengths.max()))):
+                with poutine.mask(mask=t < lengths):
+                    loc = (1 - self.gain) * STAY * z + self.gain * x[:, t]
+                    z = pyro.sample(f"z{t}", dist.Normal(loc, 0.6))
+
+
+LENGTHS = torch.tensor([2, 3, 6, 4, 5, 1])
+
+
+def within(value: Tensor, error: Tensor, expected: Tensor, by: float = 4.0) -> None:
+    assert ((value - expected).abs() < by * error).all()
+
+
+@pytest.mark.parametrize("method", [ImportanceSampling(4000), ParticleFilter(64, 50)], ids=["importance", "filter"])
+def test_short_series_before_long_ones_are_scored(method):
+    walk, x = Walk(), draws(LENGTHS)
+    estimate = pyrovae.log_marginal(walk.model, walk.guide, x, LENGTHS, method=method, progress=False)
+    within(estimate.value, estimate.standard_error, exact(x, LENGTHS))
+
+
+def test_steps_of_short_series_before_long_ones_are_scored():
+    walk, x = Walk(), draws(LENGTHS)
+    steps = log_predictive(walk.model, walk.guide, x, LENGTHS, method=ParticleFilter(64, 50))
+    within(steps.value.sum(1), steps.standard_error.norm(dim=1), exact(x, LENGTHS))
+
+
+@pytest.mark.parametrize("loss", [ELBO, partial(IWAE, 4), partial(FIVO, 4)], ids=["ELBO", "IWAE", "FIVO"])
+def test_a_bound_takes_batches_with_other_sites(loss):
+    """A bound that has seen other batches is one that has not, to the bit."""
+    walk, x = Walk(), draws(LENGTHS)
+    used = loss()
+    for rows in ([0, 1], [2, 3], [4, 5], [1, 0], [2]):
+        batch = x[rows], LENGTHS[rows]
+        state = torch.get_rng_state()
+        terms = used.terms(walk.model, walk.guide, *batch)
+        after = torch.get_rng_state()
+        torch.set_rng_state(state)
+        new = loss().terms(walk.model, walk.guide, *batch)
+        torch.testing.assert_close(terms.loss, new.loss, rtol=0, atol=0)
+        assert terms.named.keys() == new.named.keys()
+        assert torch.equal(torch.get_rng_state(), after)  # the inspection of the new sites draws no number
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO, ELBO, partial(FIVO, 4)], ids=["Trace_ELBO", "ELBO", "FIVO"])
+def test_it_trains_on_batches_of_different_lengths(loss):
+    """The mean of an epoch, and of each of its parts, is that of its batches."""
+    x, losses = draws(LENGTHS), []
+    walk = Walk()
+    fit = partial(pyrovae.fit, epochs=4, batch_size=2, progress=False)
+    history = fit(walk.model, walk.guide, (x, LENGTHS), loss=loss(), optimizer=partial(torch.optim.SGD, lr=0.0))
+    for _ in range(30):
+        batch = torch.randperm(len(x))
+        with torch.no_grad():
+            losses += [loss().loss(walk.model, walk.guide, x[rows], LENGTHS[rows]) / 2 for rows in batch.view(3, 2)]
+    expected = torch.tensor(losses)
+    error = expected.std() * (1 / 12 + 1 / len(expected)) ** 0.5
+    assert abs(sum(history["loss"]) / 4 - expected.mean()) < 4 * error
+    for record in history.records:  # the parts that are sums over all latents
+        if "reconstruction" in record and "kl" in record:
+            assert record["loss"] == pytest.approx(record["kl"] - record["reconstruction"])
+
+
+def test_killed_and_resumed_it_ends_on_the_same_bits(tmp_path):
+    x = draws(LENGTHS)
+
+    def run(epochs: int, name: str) -> tuple[Tensor, list]:
+        walk = Walk()
+        pyro.clear_param_store()
+        if not (tmp_path / name).exists():
+            pyro.set_rng_seed(1)
+        history = pyrovae.fit(
+            walk.model,
+            walk.guide,
+            (x, LENGTHS),
+            loss=FIVO(4),
+            epochs=epochs,
+            batch_size=2,
+            checkpoint=tmp_path / name,
+            resume=True,
+            progress=False,
         )
-    twice = {name: cells + cells[:1] for name, cells in table.items()}
-    with pytest.raises(ValueError, match="rows 1 and 151 of the series '.*' have the same 'day'. Remove one"):
-        TimeSeries.of(twice, "day", "shop")
-    series = TimeSeries.of(table, "day", "shop", ["price"], growth=True)
-    with pytest.raises(ValueError, match="column 'price', row 9.*|outside the range"):
-        series.steps(table | {"price": [-1.0 if i == 8 else cell for i, cell in enumerate(table["price"])]})
-    with pytest.raises(ValueError, match="lacks 'price'"):
-        series.steps({name: cells for name, cells in table.items() if name != "price"})
-    with pytest.raises(ValueError, match="too few"):
-        load_series(write(tmp_path / "a.csv", {"t": days(3), "v": [1.5, 2.25, 0.5]}), time="t")
-    frozen = {"t": days(60), "rate": [math.pi] * 20 + [math.e] * 20 + [math.sqrt(2) * i for i in range(20)]}
-    with pytest.warns(UserWarning, match="'rate' repeats the number of the row before in 64%"):
-        load_series(write(tmp_path / "b.csv", frozen), time="t")
+        return walk.gain.detach(), history["loss"]
+
+    gain, losses = run(4, "whole")
+    run(2, "parts")
+    again, resumed = run(4, "parts")
+    assert torch.equal(gain, again)
+    assert losses == resumed
 
 
-def test_a_run_knows_how_rows_became_steps(run, capsys, monkeypatch):
-    series = load_run(run / "run")[1]["time_series"]
-    assert series.growth and series.names == ["price", "sales"] and series.num_steps == 20
-    assert series == TimeSeries.of(str(run / "shops.csv"), "day", "shop", growth=True, num_steps=20, until=0.8)
-    stored = yaml.safe_load((run / "run" / "config.yaml").read_text())
-    assert (stored["time"], stored["series"], stored["growth"], stored["max_steps"]) == ("day", "shop", True, 20)
-    assert stored["likelihood"]["class_path"] == "pyrovae.likelihoods.StudentT"
-    monkeypatch.chdir(run)
-    main(["train", "--run", "run", "--resume", "--epochs", "3", "--quiet"])
-    assert len((run / "run" / "metrics.jsonl").read_text().splitlines()) == 4
-    main(["evaluate", "run", "--quiet", "--output", "e.csv"])
-    out = capsys.readouterr().out
-    assert "3 series of 147 rows, day from 2020-01-02 to 2020-02-29" in out
-    assert "nats a row" in out
-    assert "change of the logarithm" in out
+@pytest.mark.parametrize("loss", [ELBO, partial(IWAE, 4), partial(FIVO, 4)], ids=["ELBO", "IWAE", "FIVO"])
+def test_sites_that_come_at_random_are_refused(loss):
+    walk, x = Walk(), draws(LENGTHS)
+
+    def length() -> Tensor:
+        return LENGTHS[:2].clamp(max=1 + int(torch.randint(3, ())))
+
+    def model(x: Tensor) -> None:
+        walk.model(x, length())
+
+    def guide(x: Tensor) -> None:
+        walk.guide(x, length())
+
+    bound = loss()
+    with pytest.raises(ValueError, match="change from run to run|The guide"):
+        for _ in range(20):
+            bound.terms(model, guide, x[:2])
 
 
-def test_rows_that_follow_are_those_of_the_library(run, monkeypatch, tmp_path):
-    monkeypatch.chdir(run)
-    for ending in ("csv", "npy", "png"):
-        options = ["--steps", "4", "--num-data", "2", "--num-draws", "30", "--output", str(tmp_path / f"f.{ending}")]
-        main(["forecast", "run", *options])
-    vae, config = load_run(run / "run")
-    series = config["time_series"]
-    table = walks()
-    steps = series.steps(table)
-    last = steps.x[steps.series == 0][-20:], steps.x[steps.series == 1][-20:]
-    pyro.set_rng_seed(0)
-    x = torch.from_numpy(np.stack(last)).float()
-    draws = vae.forecast(x, 4, torch.ones(2, 20, dtype=torch.bool), num_samples=30, num_particles=100)
-    price = {
-        shop: table["price"][max((d, i) for i, d in enumerate(table["day"]) if table["shop"][i] == shop)[1]]
-        for shop in ("Bern", "Graz")
-    }
-    found = np.load(tmp_path / "f.npy")
-    changes = (draws[..., 0].double().numpy() * series.scale[0] + series.loc[0]).cumsum(-1)
-    expected = np.array([price["Bern"], price["Graz"]])[:, None] * np.exp(changes)
-    assert found[..., 0] == pytest.approx(expected, rel=1e-5)
-    rows = list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
-    assert len(rows) == 2 * 4 * 2
-    [one] = [row for row in rows if (row["series"], row["step"], row["column"]) == ("Graz", "3", "price")]
-    assert one["after"] == "2020-02-29"
-    assert float(one["q50"]) == pytest.approx(np.median(expected[:, 1, 2]), rel=1e-4)
-    assert (tmp_path / "f.png").stat().st_size > 5000
+class Packed(Walk):
+    """Takes data that were cut to the longest series, and these packed, as recurrent networks take them."""
+
+    def guide(self, x: Tensor, lengths: Tensor, packed: PackedSequence) -> None:
+        rows = pad_packed_sequence(packed, batch_first=True)[0].squeeze(-1)
+        pyro.module("walk", self)
+        with pyro.plate("series", len(x)):
+            z = torch.zeros(len(x)).double()
+            for t in pyro.markov(range(x.shape[1])):
+                with poutine.mask(mask=t < lengths):
+                    z = pyro.sample(f"z{t}", dist.Normal((STAY * z + rows[:, t]) / 2, 0.6))
+
+    def model(self, x: Tensor, lengths: Tensor, packed: PackedSequence) -> None:
+        pyro.module("walk", self)
+        with pyro.plate("series", len(x)):
+            z = torch.zeros(len(x)).double()
+            for t in pyro.markov(range(x.shape[1])):
+                with poutine.mask(mask=t < lengths):
+                    z = pyro.sample(f"z{t}", dist.Normal(STAY * z, STEP))
+                    pyro.sample(f"x{t}", dist.Normal(z, NOISE), obs=x[:, t])
 
 
-def test_rows_are_scored_given_those_before(run, monkeypatch, tmp_path, capsys):
-    """The rows of the first piece add up to its log p(x), others know half a piece."""
-    monkeypatch.chdir(run)
-    options = ["--method", "ParticleFilter", "--method.num_samples", "40", "--method.num_particles", "100"]
-    main(["score", "run", "shops.csv", "--output", str(tmp_path / "s.csv"), *options])
-    assert "the least probable rows" in capsys.readouterr().out
-    rows = list(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
-    assert len({row["row"] for row in rows}) == len(rows) == 147
-    vae, config = load_run(run / "run")
-    series, table = config["time_series"], walks()
-    steps = series.steps(table)
-    found = {int(row["row"]): (float(row["log_p"]), float(row["standard_error"])) for row in rows}
-    programs, method = (vae.model_by_step, vae.guide_by_step), ParticleFilter(40, 100)
-    for name in range(3):
-        of = np.flatnonzero(steps.series == name)
-        for start, kept in ((0, 0), (10, 10), (20, 10)):  # of 20 rows, the first ten of which were scored before
-            x = torch.from_numpy(steps.x[of[start : start + 20]]).float()[None]
-            whole = log_marginal(*programs, x, method=method, progress=False)
-            value, error = whole.value.item(), whole.standard_error.item()
-            if kept:
-                before = log_marginal(*programs, x[:, :kept], method=method, progress=False)
-                value, error = value - before.value.item(), math.hypot(error, before.standard_error.item())
-            its = [found[int(row)] for row in steps.rows[of[start + kept : start + 20]]]
-            error = math.hypot(error, math.sqrt(sum(e**2 for _, e in its)))
-            assert abs(sum(v for v, _ in its) - value) < 4.5 * error + 1e-3
-    turned = write(tmp_path / "turned.csv", {name: cells[::-1] for name, cells in table.items()})
-    main(["score", "run", str(turned), "--output", str(tmp_path / "t.csv"), *options])
-    again = {151 - int(row["row"]): row for row in csv.DictReader((tmp_path / "t.csv").read_text().splitlines())}
-    assert again.keys() == found.keys()
-    assert all(float(again[row]["log_p"]) == pytest.approx(value, abs=1e-4) for row, (value, _) in found.items())
-    with pytest.raises(SystemExit, match="scored by ParticleFilter, got ImportanceSampling"):
-        main(["score", "run", "shops.csv", "--output", str(tmp_path / "u.csv"), "--method", "ImportanceSampling"])
+@pytest.mark.parametrize("method", [ImportanceSampling(4000), ParticleFilter(64, 50)], ids=["importance", "filter"])
+def test_packed_series_that_cannot_be_scored_apart_are_scored_together(method):
+    lengths = LENGTHS.sort(descending=True).values
+    walk, x = Packed(), draws(lengths)
+    packed = pack_padded_sequence(x.unsqueeze(-1), lengths, batch_first=True)
+    estimate = pyrovae.log_marginal(walk.model, walk.guide, x, lengths, packed, method=method, progress=False)
+    within(estimate.value, estimate.standard_error, exact(x, lengths))
 
 
-def test_drawn_rows_are_written_as_the_table_is(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "shops.csv", walks())
-    main(["train", "--data", "shops.csv", "--time", "day", "--series", "shop", "--run", "run", *SMALL])
-    main(["sample", "run", "--num-samples", "3", "--steps", "7", "--output", "a.csv"])
-    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
-    assert [(row["sequence"], row["step"]) for row in rows[6:8]] == [("1", "7"), ("2", "1")]
-    for row in rows:
-        assert float(row["sales"]) == int(row["sales"])
-        assert round(100 * float(row["price"])) == pytest.approx(100 * float(row["price"]), abs=1e-6)
-    main(["encode", "run", "shops.csv", "--output", "e.csv"])
-    assert len((tmp_path / "e.csv").read_text().splitlines()) == 1 + 3
+class Single(nn.Module):
+    """One series, in no plate."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.5).double())
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("single", self)
+        z = torch.zeros(()).double()
+        for t in pyro.markov(range(len(x))):
+            z = pyro.sample(f"z{t}", dist.Normal(STAY * z, STEP))
+            pyro.sample(f"x{t}", dist.Normal(z, NOISE), obs=x[t])
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("single", self)
+        z = torch.zeros(()).double()
+        for t in pyro.markov(range(len(x))):
+            z = pyro.sample(f"z{t}", dist.Normal((1 - self.gain) * STAY * z + self.gain * x[t], 0.6))
 
 
-def test_a_schema_says_what_the_file_does_not(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    table = {"t": days(60), "v": [("." if i == 9 else f"{i * 37 % 11 + i / 8:.3f}") for i in range(60)]}
-    write(tmp_path / "a.csv", table)
-    train = ["train", "--data", "a.csv", "--time", "t", "--run", "run", *SMALL]
-    with pytest.raises(SystemExit, match="no column of numbers beside the times 't': 'v' is Category"):
-        main(train)
-    with pytest.raises(SystemExit, match="pyrovae describe a.csv --output schema.yaml"):
-        main([*train, "--columns", "v"])
-    (tmp_path / "schema.yaml").write_text(Schema.infer("a.csv", missing=(".",)).to_yaml())
-    main([*train, "--schema", "schema.yaml"])
-    assert load_run("run")[1]["time_series"].schema.dialect.missing == (".",)
+NO_PLATE = "model and guide have no plate, so that all that they are given is one datum"
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "method",
+    [ImportanceSampling(4000), ParticleFilter(64, 50), UntilTrusted(), AnnealedImportanceSampling()],
+    ids=["importance", "filter", "until trusted", "annealing"],
+)
+def test_a_series_without_a_plate_is_one_datum(method):
+    single, x = Single(), draws(torch.tensor([9]))
+    with pytest.warns(UserWarning, match=NO_PLATE):
+        estimate = pyrovae.log_marginal(single.model, single.guide, x[0], method=method, progress=False)
+    assert estimate.value.shape == (1,)
+    within(estimate.value, estimate.standard_error, exact(x, torch.tensor([9])))
+    assert "a datum" not in str(estimate)
+    assert "nan" not in str(estimate)
+
+
+def test_bounds_take_a_series_without_a_plate():
+    single, x = Single(), draws(torch.tensor([9]))
+    truth = exact(x, torch.tensor([9])).item()
+    for bound in (IWAE(2000), FIVO(2000)):
+        with pytest.warns(UserWarning, match=NO_PLATE):
+            values = [-bound.loss(single.model, single.guide, x[0]) for _ in range(20)]
+        values = torch.tensor(values)
+        log_mean = values.logsumexp(0) - torch.tensor(20.0).log()  # the exponentials are unbiased
+        assert abs(log_mean - truth) < 4 * (values - log_mean).exp().std() / 20**0.5
+
+
+def test_training_does_not_shuffle_the_steps_of_a_series():
+    single, x = Single(), draws(torch.tensor([12]))[0]
+    for loss in (Trace_ELBO(), ELBO()):
+        with pytest.raises(ValueError, match="a site for each row of the data and no plate.*batch_size=len"):
+            pyrovae.fit(single.model, single.guide, x, loss=loss, batch_size=4, epochs=1, progress=False)
+    history = pyrovae.fit(single.model, single.guide, x, batch_size=12, epochs=3, progress=False)
+    assert len(history) == 3
+
+
+def test_a_picture_of_forecasts_shows_quantiles_of_the_draws(tmp_path):
+    x, draws = torch.randn(2, 8, 3), torch.randn(50, 2, 4, 3)
+    figure = pyrovae.plots.forecasts(x, draws, draws[0], shares=(0.8,), path=tmp_path / "fan.png")
+    assert len(figure.axes) == 6
+    assert (tmp_path / "fan.png").stat().st_size > 1000
+    ax = figure.axes[4]  # the second series, the second element
+    past, median, came = (torch.as_tensor(line.get_ydata()) for line in ax.lines)
+    torch.testing.assert_close(past, x[1, :, 1])
+    torch.testing.assert_close(came, draws[0, 1, :, 1])
+    torch.testing.assert_close(median, draws[:, 1, :, 1].double().median(0).values)
+    corners = torch.as_tensor(ax.collections[0].get_paths()[0].vertices)
+    for quantile in (0.1, 0.9):
+        for step, value in enumerate(draws[:, 1, :, 1].double().quantile(quantile, dim=0)):
+            assert (corners - torch.stack([torch.tensor(8.0 + step).double(), value])).norm(dim=1).min() < 1e-6
+
+
+def test_series_of_numbers_have_a_panel_each():
+    x, draws = torch.randn(3, 8), torch.randn(50, 3, 4)
+    axes = pyrovae.plots.forecasts(x, draws).axes
+    assert len(axes) == 3
+    torch.testing.assert_close(torch.as_tensor(axes[2].lines[0].get_ydata()), x[2])
+    assert len(axes[2].lines) == 2  # nothing came yet
+
+
+@pytest.mark.parametrize(
+    ("x", "draws", "match"),
     [
-        (["--data", "digits", "--time", "day"], "time is for a table, a file; data is 'digits'"),
-        (["--data", "shops.csv", "--series", "shop"], "series, columns and growth are for a table with time"),
-        (["--data", "shops.csv", "--time", "day", "--series", "shop", "--likelihood", "Tabular"], "for sequences"),
-        (["--data", "shops.csv", "--time", "day"], "have the same 'day'. Remove one, or give the column"),
+        ((2, 8), (50, 3, 4), "x and draws must have shapes"),
+        ((2, 8), (50, 2, 4, 1), "x and draws must have shapes"),
+        ((2, 8, 3), (50, 2, 4, 2), "x and draws must have shapes"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "shops.csv", walks())
-    with pytest.raises(SystemExit, match=message):
-        main(["train", *options, "--epochs", "1", "--run", "run"])
-    assert not (tmp_path / "run").exists()
+def test_forecasts_of_other_shapes_are_refused(x, draws, match):
+    with pytest.raises(ValueError, match=match):
+        pyrovae.plots.forecasts(torch.randn(x), torch.randn(draws))
+    with pytest.raises(ValueError, match="actual must have the shape"):
+        pyrovae.plots.forecasts(torch.randn(2, 8), torch.randn(5, 2, 4), torch.randn(2, 3))
+    with pytest.raises(ValueError, match="shares must be between 0 and 1"):
+        pyrovae.plots.forecasts(torch.randn(2, 8), torch.randn(5, 2, 4), shares=(90,))
+
+
+def test_a_picture_of_gaps_shows_quantiles_between_observed_steps(tmp_path):
+    x, draws = torch.randn(2, 8, 3), torch.randn(50, 2, 8, 3)
+    mask = torch.ones(2, 8).bool()
+    mask[1, 3:5] = False
+    figure = pyrovae.plots.imputations(x, mask, draws, x, shares=(0.8,), path=tmp_path / "gap.png")
+    assert (tmp_path / "gap.png").stat().st_size > 1000
+    assert len(figure.axes) == 6
+    seen, median, hidden = (torch.as_tensor(line.get_ydata()) for line in figure.axes[4].lines)
+    assert torch.equal(seen.isnan(), ~mask[1])
+    torch.testing.assert_close(seen[mask[1]], x[1, mask[1], 1].double())
+    inside = torch.arange(8).ge(2) & torch.arange(8).le(5)
+    assert torch.equal(median.isnan(), ~inside)
+    torch.testing.assert_close(median[[2, 5]], x[1, [2, 5], 1].double())
+    torch.testing.assert_close(median[3:5], draws[:, 1, 3:5, 1].double().median(0).values)
+    torch.testing.assert_close(hidden[inside], x[1, inside, 1].double())
+    corners = torch.as_tensor(figure.axes[4].collections[0].get_paths()[0].vertices)
+    for quantile in (0.1, 0.9):
+        for step, value in enumerate(draws[:, 1, 3:5, 1].double().quantile(quantile, dim=0)):
+            assert (corners - torch.stack([torch.tensor(3.0 + step).double(), value])).norm(dim=1).min() < 1e-6
+    with pytest.raises(ValueError, match="x, mask and draws must have shapes"):
+        pyrovae.plots.imputations(x, mask[:, :4], draws)
+    with pytest.raises(ValueError, match="actual must have the shape of x"):
+        pyrovae.plots.imputations(x, mask, draws, x[:, :4])

@@ -60,7 +60,7 @@ class TimeSeries:
     at random but always the same for the same time and number, so that a density exists.
 
     Args:
-        columns: the column of times, and those that are modelled, of :mod:`pyrovae.data.columns`.
+        schema: the column of times, first, and those that are modelled.
         time: the name of the column of times.
         series: the name of the column that names the series; None for a table of a single series.
         growth: whether a column is modelled by how much it grows from a row to the next, of columns that are positive
@@ -155,9 +155,10 @@ class TimeSeries:
                 "missing steps: fill them in, or choose columns without gaps by columns."
             )
         loc, scale = values.mean(0), values.std(0)
-        still = [name for name, level in zip(made.names, first.T, strict=True) if not np.nanstd(level) > 0]
-        if still:
-            raise ValueError(f"column {still[0]!r} never changes in the training rows. Leave it out.")
+        still = ~((scale > 0) & (np.nanstd(first, axis=0) > 0))
+        if still.any():
+            what = "grows always alike" if growth and np.nanstd(first[:, still.argmax()]) > 0 else "never changes"
+            raise ValueError(f"column {made.names[still.argmax()]!r} {what} in the training rows. Leave it out.")
         longest = int(np.bincount(steps.series).max())
         return dataclasses.replace(
             made,
