@@ -328,4 +328,4 @@ def test_options_that_do_not_fit_are_refused(options, message, tmp_path, monkeyp
 
 def test_growth_that_is_always_alike_has_no_scale():
     with pytest.raises(ValueError, match="column 'v' grows always alike in the training rows"):
-        TimeSeries.of({"t": days(12), "v": [0.1 * 2.0**i for i in range(12)]}, "t", growth=True)
+        TimeSeries.of({"t": days(12), "v": [math.pi * 1.5**i for i in range(12)]}, "t", growth=True)

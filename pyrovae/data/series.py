@@ -155,7 +155,7 @@ class TimeSeries:
                 "missing steps: fill them in, or choose columns without gaps by columns."
             )
         loc, scale = values.mean(0), values.std(0)
-        still = ~((scale > 0) & (np.nanstd(first, axis=0) > 0))
+        still = ~((scale > 1e-9 * np.abs(loc)) & (np.nanstd(first, axis=0) > 0))  # beyond rounding
         if still.any():
             what = "grows always alike" if growth and np.nanstd(first[:, still.argmax()]) > 0 else "never changes"
             raise ValueError(f"column {made.names[still.argmax()]!r} {what} in the training rows. Leave it out.")
