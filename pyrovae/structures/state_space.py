@@ -69,7 +69,8 @@ class StateSpaceVAE(SequenceVAE):
 
     Given the data its states are a Markov chain, so that they can be smoothed, as those of a :class:`RecurrentVAE`
     cannot. The memory sees that a step was not observed, and what gaps do is learned from sequences with gaps. Like a
-    RecurrentVAE, it draws data by :meth:`sample` and :meth:`model_by_step`, not by :meth:`model`.
+    RecurrentVAE, it draws data by :meth:`~pyrovae.structures.SequenceVAE.sample` and :meth:`model_by_step`, not by
+    :meth:`model`.
 
     The context of a step, for parts that were built for one, has shape ``(batch, time, context_dim)``. With a
     recurrence it follows the memory, and the parts are built with the sum of both widths; the context of the encoder is
@@ -276,7 +277,8 @@ class StateSpaceVAE(SequenceVAE):
         r"""Draws the steps that were not observed, given those before and after them.
 
         The states are those of :meth:`smooth`; steps after the last observed one are forecasts. With a recurrence these
-        are refused, because a step depends on the draws before it: call :meth:`forecast`.
+        are refused, because a step depends on the draws before it:
+        :meth:`~pyrovae.structures.SequenceVAE.forecast` draws them.
 
         Args:
             x: sequences, ``(batch, time, *x_shape)``; any values, NaN too, at the steps that were not observed.
