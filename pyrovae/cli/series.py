@@ -167,7 +167,8 @@ def score_series(
         writer.writerow(["row", "series", "time", "log_p", "standard_error"])
         for i in range(len(at)):
             writer.writerow([rows[i], names[i], times[i], f"{value[i]:.9g}", f"{error[i]:.3g}"])
-    print(f"{file}: {len(at):,} rows, each given {overlap} to {time_series.num_steps - 1} rows of its series before it")
+    before = f"{overlap} to {time_series.num_steps - 1}"
+    print(f"{file}: {len(at):,} rows, each given the {before} rows of its series before it, or all if there are fewer")
     if len(at) < len(steps.x):
         print(f"{len(steps.x) - len(at):,} rows with an empty cell are not scored")
     print(f"log p = {value.mean():.3f} nats a row (standard error: {math.sqrt((error**2).sum()) / len(at):.3f})")
