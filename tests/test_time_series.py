@@ -329,3 +329,16 @@ def test_options_that_do_not_fit_are_refused(options, message, tmp_path, monkeyp
 def test_growth_that_is_always_alike_has_no_scale():
     with pytest.raises(ValueError, match="column 'v' grows always alike in the training rows"):
         TimeSeries.of({"t": days(12), "v": [math.pi * 1.5**i for i in range(12)]}, "t", growth=True)
+
+
+def test_a_series_that_ends_in_an_empty_cell_goes_on_after_the_row_before(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(run)
+    table = walks()
+    end = max((day, i) for i, day in enumerate(table["day"]) if table["shop"][i] == "Bern")[1]
+    holed = table | {"price": ["" if i == end else cell for i, cell in enumerate(table["price"])]}
+    place = str(write(tmp_path / "holed.csv", holed))
+    main(["forecast", "run", "--data", place, "--steps", "2", "--num-data", "1", "--output", str(tmp_path / "f.csv")])
+    rows = list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
+    assert {row["after"] for row in rows} == {"2020-02-28"}
+    assert all(float(row["q05"]) <= float(row["q95"]) for row in rows)  # not NaN
+    assert all(float(row["q05"]) >= 0 for row in rows)

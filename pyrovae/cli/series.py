@@ -16,6 +16,7 @@ from pyrovae.data import TimeSeries
 from pyrovae.estimators import Estimator, ParticleFilter, log_predictive
 from pyrovae.inference.messages import warn
 from pyrovae.structures import SequenceVAE
+from pyrovae.structures.sequences import until_last
 
 TABLES = (".csv", ".tsv", ".parquet", ".pq")
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -108,7 +109,7 @@ def forecast_series(
     pyro.set_rng_seed(seed)
     args = filled.to(device), num_steps, mask.to(device)
     draws = vae.to(device).forecast(*args, num_samples=num_draws, num_particles=num_particles).cpu()
-    ends = (places >= 0).sum(1) - 1
+    ends = until_last(mask).sum(1) - 1  # of the last rows without an empty cell
     last = places[torch.arange(len(places)), ends].numpy()
     coming = time_series.levels(draws, steps.levels[last])
     names = [steps.names[i] for i in steps.series[last]]

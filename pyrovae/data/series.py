@@ -255,8 +255,10 @@ class TimeSeries:
             total = values.cumsum(-2)
             before = np.expand_dims(last, -2)
             log = np.array(self.logarithmic)
-            return np.where(log, before * np.exp(np.where(log, total, 0.0)), before + total)
-        return values if self.growth else np.clip(values, *self._ranges())
+            values = np.where(log, before * np.exp(np.where(log, total, 0.0)), before + total)
+        elif self.growth:
+            return values
+        return np.clip(values, *self._ranges())
 
     def table(self, levels: np.ndarray, **others: Any) -> "pa.Table":
         """Returns levels, ``(rows, columns)``, as a table, rounded as the columns are, after other columns."""
