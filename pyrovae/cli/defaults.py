@@ -1,4 +1,4 @@
-"""What ``pyrovae train`` chooses for a table, where the command line says nothing."""
+"""What ``pyrovae train`` chooses for tables and for sequences of numbers, where the command line says nothing."""
 
 from typing import Any
 
@@ -29,5 +29,39 @@ def table_defaults(num_rows: int, num_columns: int, epochs: int | None = None) -
         "epochs": epochs,
         "patience": max(10, epochs // 5),
         "batch_size": min(256, max(16, num_rows // 20)),
+        "clip_norm": 10.0,
+    }
+
+
+def recurrent_defaults(
+    *, epochs: int, warm_up: int, batch_size: int, patience: int, latent_dim: int, width: int, hidden: int, scale: float
+) -> dict[str, Any]:
+    """Returns settings of ``pyrovae train`` for a recurrent VAE of real numbers, as a configuration holds them.
+
+    Args:
+        epochs: passes over the data.
+        warm_up: steps over which the weight of the KL divergence rises.
+        batch_size: sequences of a step.
+        patience: epochs without a lower validation loss before training stops.
+        latent_dim: latents of a step of time.
+        width: units of the memory.
+        hidden: units of the layer of each part.
+        scale: that of the likelihood at the start.
+    """
+    network = {"class_path": "pyrovae.nn.MLP", "init_args": {"hidden": [hidden]}}
+    likelihood = {"network": network, "scale": scale, "per_dimension": True}
+    beta = {"class_path": "pyrovae.bounds.Linear", "init_args": {"steps": warm_up}}
+    return {
+        "preprocessing": "grey",
+        "latent_dim": latent_dim,
+        "structure": {"class_path": "pyrovae.structures.Recurrent", "init_args": {"width": width}},
+        "prior": {"class_path": "pyrovae.priors.DiagonalNormal", "init_args": {"network": network}},
+        "likelihood": {"class_path": "pyrovae.likelihoods.StudentT", "init_args": likelihood},
+        "encoder": {"class_path": "pyrovae.encoders.DiagonalNormal", "init_args": {"network": network}},
+        "loss": {"class_path": "pyrovae.bounds.ELBO", "init_args": {"beta": beta}},
+        "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 2e-3, "fused": True}},
+        "epochs": epochs,
+        "patience": patience,
+        "batch_size": batch_size,
         "clip_norm": 10.0,
     }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.cli.common import new_file
+from pyrovae.cli.defaults import recurrent_defaults
 from pyrovae.cli.labels import split_steps
 from pyrovae.data import TimeSeries
 from pyrovae.estimators import Estimator, ParticleFilter, log_predictive
@@ -32,25 +33,17 @@ def series_defaults(num_pieces: int, num_columns: int, epochs: int | None = None
         epochs: passes over the data; None for what suits them.
     """
     epochs = min(500, max(20, 12_000 // num_pieces)) if epochs is None else epochs
-    network = {"class_path": "pyrovae.nn.MLP", "init_args": {"hidden": [64]}}
     batch_size = min(32, max(4, num_pieces // 10))
-    steps = max(1, min(20, epochs // 2)) * -(-num_pieces // batch_size)
-    warm_up = {"class_path": "pyrovae.bounds.Linear", "init_args": {"steps": steps}}
-    likelihood = {"network": network, "scale": 0.5, "per_dimension": True}
-    return {
-        "preprocessing": "grey",
-        "latent_dim": min(16, 2 + num_columns),
-        "structure": {"class_path": "pyrovae.structures.Recurrent", "init_args": {"width": 64}},
-        "prior": {"class_path": "pyrovae.priors.DiagonalNormal", "init_args": {"network": network}},
-        "likelihood": {"class_path": "pyrovae.likelihoods.StudentT", "init_args": likelihood},
-        "encoder": {"class_path": "pyrovae.encoders.DiagonalNormal", "init_args": {"network": network}},
-        "loss": {"class_path": "pyrovae.bounds.ELBO", "init_args": {"beta": warm_up}},
-        "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 2e-3, "fused": True}},
-        "epochs": epochs,
-        "patience": max(20, epochs // 10),
-        "batch_size": batch_size,
-        "clip_norm": 10.0,
-    }
+    return recurrent_defaults(
+        epochs=epochs,
+        warm_up=max(1, min(20, epochs // 2)) * -(-num_pieces // batch_size),
+        batch_size=batch_size,
+        patience=max(20, epochs // 10),
+        latent_dim=min(16, 2 + num_columns),
+        width=64,
+        hidden=64,
+        scale=0.5,
+    )
 
 
 def check_sequences(vae: Any) -> SequenceVAE:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.cli.common import advice_as_options, new_file, per_step, programs_of
+from pyrovae.cli.defaults import recurrent_defaults
 from pyrovae.cli.labels import arguments_of, draw
 from pyrovae.cli.pictures import as_pictures
 from pyrovae.data import Spectrogram, Split, read_sounds
@@ -29,25 +30,17 @@ def sound_defaults(num_pieces: int, epochs: int | None = None) -> dict[str, Any]
         epochs: passes over the data; None for what suits them.
     """
     epochs = min(500, max(10, 120_000 // num_pieces)) if epochs is None else epochs
-    network = {"class_path": "pyrovae.nn.MLP", "init_args": {"hidden": [128]}}
     batch_size = min(32, max(8, num_pieces // 20))
-    steps = max(1, min(5, epochs // 2)) * -(-num_pieces // batch_size)
-    warm_up = {"class_path": "pyrovae.bounds.Linear", "init_args": {"steps": steps}}
-    likelihood = {"network": network, "scale": 0.3, "per_dimension": True}
-    return {
-        "preprocessing": "grey",
-        "latent_dim": 16,
-        "structure": {"class_path": "pyrovae.structures.Recurrent", "init_args": {"width": 128}},
-        "prior": {"class_path": "pyrovae.priors.DiagonalNormal", "init_args": {"network": network}},
-        "likelihood": {"class_path": "pyrovae.likelihoods.StudentT", "init_args": likelihood},
-        "encoder": {"class_path": "pyrovae.encoders.DiagonalNormal", "init_args": {"network": network}},
-        "loss": {"class_path": "pyrovae.bounds.ELBO", "init_args": {"beta": warm_up}},
-        "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 2e-3, "fused": True}},
-        "epochs": epochs,
-        "patience": 10,
-        "batch_size": batch_size,
-        "clip_norm": 10.0,
-    }
+    return recurrent_defaults(
+        epochs=epochs,
+        warm_up=max(1, min(5, epochs // 2)) * -(-num_pieces // batch_size),
+        batch_size=batch_size,
+        patience=10,
+        latent_dim=16,
+        width=128,
+        hidden=128,
+        scale=0.3,
+    )
 
 
 def write_sounds(sounds: list[np.ndarray], spectrogram: Spectrogram, path: Path) -> None:

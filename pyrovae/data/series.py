@@ -237,9 +237,8 @@ class TimeSeries:
 
     def last(self, steps: Steps) -> tuple[Tensor, Tensor]:
         """Returns the last rows of each series as :meth:`pieces` does, up to `num_steps`."""
-        places = np.arange(len(steps.x))
-        ends = np.array([places[steps.series == name][-1] for name in range(len(steps.names))])
-        return self.pieces(steps, ends[steps.series] - places < self.num_steps)
+        ends = np.searchsorted(steps.series, steps.series, side="right")  # series follow each other
+        return self.pieces(steps, ends - np.arange(len(steps.x)) <= self.num_steps)
 
     def levels(self, x: Tensor, last: np.ndarray | None = None) -> np.ndarray:
         """Returns sequences in the units of the table; of growth the levels that follow some rows.
