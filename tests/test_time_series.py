@@ -342,3 +342,13 @@ def test_a_series_that_ends_in_an_empty_cell_goes_on_after_the_row_before(run, m
     assert {row["after"] for row in rows} == {"2020-02-28"}
     assert all(float(row["q05"]) <= float(row["q95"]) for row in rows)  # not NaN
     assert all(float(row["q05"]) >= 0 for row in rows)
+
+
+def test_series_of_one_row_and_times_that_a_schema_leaves_out():
+    table = {"t": [1, 2, 3, 4, 5, 6, 1], "s": ["a"] * 6 + ["b"], "v": [1.234, 2.71, 3.9, 2.2, 1.1, 5.123, 2.0]}
+    series = TimeSeries.of(table, "t", "s", growth=True, num_steps=3)
+    steps = series.steps(table)
+    assert steps.rows[series.last(steps)[1].numpy()].tolist() == [[4, 5, 6]]
+    schema = Schema.infer(table, {"t": "Identifier"})
+    with pytest.raises(ValueError, match="time: the schema has no column 't' of times or numbers"):
+        TimeSeries.of(table, "t", "s", schema=schema)

@@ -128,7 +128,9 @@ class TimeSeries:
         unfit = [c.name for c in found.columns if c.name in columns and not _is_number(c)]
         if unfit:
             raise ValueError(f"columns: the schema has {unfit[0]!r}, which holds no numbers. Change its kind to Real.")
-        kept: list[Column] = [column for column in found.columns if column.name == time]
+        kept: list[Column] = [c for c in found.columns if c.name == time and (isinstance(c, Time) or _is_number(c))]
+        if not kept:
+            raise ValueError(f"time: the schema has no column {time!r} of times or numbers. Change its kind.")
         kept += [c for c in found.columns if _is_number(c) and c.name not in (time, series)]
         if columns:
             kept = [kept[0]] + [next(c for c in kept if c.name == name) for name in columns]
