@@ -10,8 +10,7 @@ and 77, the split of Boulanger-Lewandowski et al. 2012, https://arxiv.org/abs/12
 piano, on or off. The deep Markov model is that of Krishnan et al. (https://arxiv.org/abs/1609.09869): a Markov chain of
 latent states, and keys that are independent given the state. The recurrent VAE is that of Chung et al.
 (https://arxiv.org/abs/1506.02216): all that it does depends on a memory of the chords so far. Model "chords" is the
-same with keys that depend on the keys below them in the chord, as in the networks of Frey (Graphical Models for Machine
-Learning and Digital Communication, 1998) and of Boulanger-Lewandowski et al.; its likelihood is a class of this script.
+same with keys that depend on the keys below them in the chord, as those of Boulanger-Lewandowski et al. do.
 With --transpose, training songs are moved up or down by up to so many semitones, at random in each batch; the scores
 are of the songs as they are. The ELBO may be far below log p(x) of a sequence of a hundred steps: a particle filter
 says how far, with an error. Without a file the chords are simulated.
@@ -25,9 +24,6 @@ from pathlib import Path
 
 import pyro
 import torch
-from pyro import distributions as dist
-from pyro.distributions import constraints
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyrovae
 from pyrovae import bounds, encoders, estimators, likelihoods, nn, priors
@@ -88,52 +84,10 @@ def recurrent(latent_dim, width):
     )
 
 
-class Keys(dist.TorchDistribution):
-    """Keys of which each depends on those below it: p(x_d = 1 | x_1, ..., x_{d-1}) = sigmoid(a_d + sum_i x_i W_id)."""
-
-    arg_constraints = {}
-    support = constraints.independent(constraints.boolean, 1)
-
-    def __init__(self, logits, weight, validate_args=None):
-        self.logits, self.weight = logits, weight  # above the diagonal alone
-        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=validate_args)
-
-    def expand(self, batch_shape, _instance=None):
-        return Keys(self.logits.expand(*batch_shape, -1), self.weight, validate_args=False)
-
-    def log_prob(self, x):
-        logits = self.logits + x @ self.weight
-        return -binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(-1)
-
-    @torch.no_grad()
-    def sample(self, sample_shape=()):
-        logits = self.logits.expand(*sample_shape, *self.logits.shape)
-        x = torch.zeros_like(logits)
-        for d in range(x.shape[-1]):
-            x[..., d] = torch.bernoulli((logits[..., d] + x @ self.weight[:, d]).sigmoid())
-        return x
-
-
-class Chords(torch.nn.Module):
-    """p(x | z, memory): a likelihood, as others are."""
-
-    def __init__(self, latent_dim, width, context_dim):
-        super().__init__()
-        self.latent_dim, self.x_shape, self.context_dim = latent_dim, (KEYS,), context_dim
-        self.network = nn.MLP(latent_dim, KEYS, hidden=(width,), context_dim=context_dim)
-        self.weight = torch.nn.Parameter(torch.zeros(KEYS, KEYS))
-
-    def forward(self, z, context=None):
-        return Keys(self.network(z, context), self.weight.triu(1))
-
-    @torch.no_grad()
-    def start_at(self, x):
-        self.network.layers[-1].bias.copy_(((x.sum(0) + 0.5) / (len(x) + 1)).logit())
-
-
 def chords(latent_dim, width):
     vae = recurrent(latent_dim, width)
-    return RecurrentVAE(vae.prior, Chords(latent_dim, width, width), vae.encoder, vae.recurrence)
+    keys = likelihoods.SigmoidBelief(latent_dim, KEYS, partial(nn.MLP, hidden=(width,)), context_dim=width)
+    return RecurrentVAE(vae.prior, keys, vae.encoder, vae.recurrence)
 
 
 MODELS = {"deep-markov": deep_markov, "recurrent": recurrent, "chords": chords}

@@ -33,11 +33,13 @@ from pyrovae.nn import (
     GRUDecoder,
     GRUEncoder,
     LogInput,
+    Network,
     OneHotInput,
     RecurrentDecoder,
     ResidualConvNet,
     ResidualDeconvNet,
     ResidualMLP,
+    Shape,
     TokenEncoder,
     TransformerDecoder,
 )
@@ -84,6 +86,14 @@ def exemplars(encoder: nn.Module) -> Tensor:
     """Returns six exemplars, always the same ones, because a prior does not save them."""
     size = 6 * math.prod(encoder.x_shape)
     return (7 * torch.arange(size) % 5 < 2).float().view(6, *encoder.x_shape)
+
+
+def sigmoid_belief(z: int, x_shape: Shape, network: Network) -> nn.Module:
+    """Returns a sigmoid belief network whose elements depend on each other, as after training."""
+    part = likelihoods.SigmoidBelief(z, x_shape, network)
+    with torch.no_grad():
+        part.weight.normal_()
+    return part
 
 
 def small_flow(features: int, context: int) -> nn.Module:
@@ -200,6 +210,20 @@ CASES = [
     Case("Bernoulli-vector", "likelihood", Bernoulli, lambda z=Z, network=SMALL: Bernoulli(z, 4, network)),
     Case("Bernoulli-image", "likelihood", Bernoulli, lambda: Bernoulli(Z, (1, 2, 2), DECONV)),
     Case("Bernoulli-context", "likelihood", Bernoulli, lambda: Bernoulli(Z, 4, SMALL, context_dim=C), C),
+    Case(
+        "SigmoidBelief",
+        "likelihood",
+        likelihoods.SigmoidBelief,
+        lambda z=Z, network=SMALL: sigmoid_belief(z, 3, network),
+        space=lambda p: enumeration(torch.cartesian_prod(*[torch.arange(2)] * 3)),
+    ),
+    Case(
+        "SigmoidBelief-image",
+        "likelihood",
+        likelihoods.SigmoidBelief,
+        lambda: sigmoid_belief(Z, (1, 2, 2), DECONV),
+        space=lambda p: images(2, 1, 2, 2),
+    ),
     Case("Normal-learned", "likelihood", Normal, lambda z=Z, network=SMALL: Normal(z, 2, network, scale=2.0)),
     Case("Normal-fixed", "likelihood", Normal, lambda: Normal(Z, 2, SMALL, scale=0.3, learn_scale=False)),
     Case("Normal-per-dimension", "likelihood", Normal, lambda: Normal(Z, 2, SMALL, scale=0.3, per_dimension=True)),

@@ -624,7 +624,31 @@ def test_a_likelihood_starts_at_the_mean_of_the_data(name):
 def test_every_likelihood_is_started_by_a_test():
     public = {case.cls.__name__ for case in cases("likelihood")}
     # The last three are in test_cells.py, test_autoregressive.py and test_pixels.py.
-    assert public == {*STARTS, "Categorical", "Mixed", "Tabular", "Autoregressive", "PixelCNN"}
+    elsewhere = {"Categorical", "Mixed", "SigmoidBelief", "Tabular", "Autoregressive", "PixelCNN"}
+    assert public == {*STARTS, *elsewhere}
+
+
+def test_a_sigmoid_belief_network_starts_as_independent_bits_of_the_mean_of_the_data():
+    x = (torch.rand(200, 2, 3) < 0.3).float()
+    part = likelihoods.SigmoidBelief(2, (2, 3), AFFINE).start_at(x)
+    expected = dist.Bernoulli(x.mean(0)).to_event(2).log_prob(x)
+    torch.testing.assert_close(part(torch.zeros(2)).log_prob(x), expected)
+
+
+@torch.no_grad()
+def test_an_element_of_a_sigmoid_belief_network_depends_on_those_before_it():
+    p = distributions.SigmoidBelief(torch.randn(4, 2, 2).double(), torch.randn(4, 4).double().triu(1), event_dim=2)
+    for i, x in enumerate(torch.cartesian_prod(*[torch.arange(2.0).double()] * 4)):
+        logits = p.logits.flatten(1)[i % 4]
+        terms = []
+        for d in range(4):  # as the equation says
+            on = 1 / (1 + math.exp(-(logits[d] + sum(x[j] * p.weight[j, d] for j in range(d)))))
+            terms.append(math.log(on if x[d] else 1 - on))
+        assert p.log_prob(x.view(2, 2))[i % 4].item() == pytest.approx(sum(terms), abs=1e-12)
+    greedy = p.greedy().flatten(1)
+    for d in range(4):
+        logits = p.logits.flatten(1)[:, d] + greedy[:, :d] @ p.weight[:d, d]
+        assert torch.equal(greedy[:, d] == 1, logits > 0)
 
 
 def test_categorical_starts_at_the_frequencies_of_the_classes():
@@ -671,7 +695,13 @@ def test_bits_per_dim_by_hand():
 
 # ------------------------------------------------------------------------------------------------------- masks
 
-DEPENDENT = (likelihoods.Autoregressive, likelihoods.PixelCNN, likelihoods.Multinomial, Mixed)
+DEPENDENT = (
+    likelihoods.Autoregressive,
+    likelihoods.PixelCNN,
+    likelihoods.SigmoidBelief,
+    likelihoods.Multinomial,
+    Mixed,
+)
 FACTORISED = [case for case in cases("likelihood") if case.cls not in DEPENDENT]
 
 
@@ -713,7 +743,8 @@ def test_a_mask_leaves_the_terms_of_the_observed_elements(case, hole):
 
 def test_a_mask_of_everything_changes_nothing_and_of_nothing_leaves_zero():
     for case in cases("likelihood"):
-        if issubclass(case.cls, likelihoods.Autoregressive):  # its elements depend on one another
+        # Their elements depend on one another.
+        if issubclass(case.cls, (likelihoods.Autoregressive, likelihoods.SigmoidBelief)):
             continue
         _, p, x, _ = observed_part(case)
         all_of_it = torch.ones(p.event_shape, dtype=torch.bool)

@@ -11,7 +11,12 @@ from pyrovae.distributions.cells import (
 from pyrovae.distributions.chains import MarkovChain, RecurrentChain
 from pyrovae.distributions.continuous import BatchScaleNormal, Beta, ContinuousBernoulli, Gamma, StudentT
 from pyrovae.distributions.counts import Multinomial, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from pyrovae.distributions.discrete import Categorical, DiscretizedLogistic, IndependentBernoulli
+from pyrovae.distributions.discrete import (
+    Categorical,
+    DiscretizedLogistic,
+    IndependentBernoulli,
+    SigmoidBelief,
+)
 from pyrovae.distributions.elements import Blocks, MaskedElements, Stacked, center, mask_elements
 from pyrovae.distributions.mixtures import Exemplars, NormalMixture, ReparameterizedMixture, StratifiedCategorical
 from pyrovae.distributions.normals import LowRankMultivariateNormal, MultivariateNormal
@@ -66,6 +71,7 @@ __all__ = [
     "Resampled",
     "RoundedLogisticCells",
     "Scales",
+    "SigmoidBelief",
     "Stacked",
     "StratifiedCategorical",
     "StudentT",

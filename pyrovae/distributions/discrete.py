@@ -1,6 +1,6 @@
 """Distributions of binary numbers, classes, and levels of a grid."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,6 +62,71 @@ class _BernoulliLogProb(torch.autograd.Function):
         grad = grad.unsqueeze(-1)
         by_logits = grad * (x - logits.sigmoid()) if ctx.needs_input_grad[0] else None
         return by_logits, grad * logits if ctx.needs_input_grad[1] else None
+
+
+class SigmoidBelief(dist.TorchDistribution):
+    r"""Binary vectors whose elements depend on those before them: a fully visible sigmoid belief network.
+
+    .. math:: p(x) = \prod_d p(x_d \mid x_1, \dots, x_{d-1}), \qquad
+        p(x_d = 1 \mid x_1, \dots, x_{d-1}) = \sigma\left(l_d + \sum_{i < d} x_i W_{id}\right)
+
+    All elements are scored in one pass, and drawn one after the other. It has neither mean nor mode that could be
+    computed; :meth:`greedy` is what takes their place in reconstructions.
+
+    Args:
+        logits: :math:`l`, shape ``(*batch, *event)``; the elements of an event are ordered as in memory.
+        weight: :math:`W`, shape ``(D, D)`` for events of D elements, 0 on the diagonal and below.
+        event_dim: number of event dimensions.
+
+    References:
+        Connectionist Learning of Belief Networks, R. M. Neal, 1992, https://doi.org/10.1016/0004-3702(92)90065-6.
+
+    >>> p = SigmoidBelief(torch.tensor([[0.0, -9.0]]), torch.tensor([[0.0, 18.0], [0.0, 0.0]]))
+    >>> p.log_prob(torch.tensor([[0.0, 0.0], [1.0, 1.0]])).exp()  # the second is as the first
+    tensor([0.4999, 0.4999])
+    """
+
+    arg_constraints = {"logits": constraints.real, "weight": constraints.real}
+
+    def __init__(self, logits: Tensor, weight: Tensor, event_dim: int = 1, validate_args: bool | None = None):
+        self.logits, self.weight = logits, weight
+        cut = logits.dim() - event_dim
+        super().__init__(logits.shape[:cut], logits.shape[cut:], validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.boolean, len(self.event_shape))
+
+    def expand(self, batch_shape: ShapeLike, _instance: Any = None) -> "SigmoidBelief":
+        new = self._get_checked_instance(SigmoidBelief, _instance)
+        logits = self.logits.expand(*batch_shape, *self.event_shape)
+        SigmoidBelief.__init__(new, logits, self.weight, len(self.event_shape), validate_args=False)
+        return keep_checks(self, new)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        given = value.to(self.weight.dtype).flatten(-len(self.event_shape))
+        logits = self.logits.flatten(-len(self.event_shape)) + given @ self.weight
+        return IndependentBernoulli(dist.Bernoulli(logits=logits), 1, validate_args=False).log_prob(given)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
+        return self._generate(lambda logits: logits.sigmoid().bernoulli(), sample_shape)
+
+    @torch.no_grad()
+    def greedy(self) -> Tensor:
+        """Returns the vectors whose every element is the more probable value after the elements before."""
+        return self._generate(lambda logits: (logits > 0).to(logits.dtype), torch.Size())
+
+    def _generate(self, choose: Callable[[Tensor], Tensor], sample_shape: ShapeLike) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        logits = self.logits.expand(shape).flatten(-len(self.event_shape)).clone()
+        x = torch.empty_like(logits)
+        for d, weight in enumerate(self.weight):
+            x[..., d] = choose(logits[..., d])
+            logits.addcmul_(x[..., d : d + 1], weight)
+        return x.view(shape)
 
 
 class Categorical(dist.Categorical):

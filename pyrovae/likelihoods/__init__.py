@@ -23,6 +23,7 @@ from pyrovae.likelihoods.discrete import (
     Multinomial,
     NegativeBinomial,
     Poisson,
+    SigmoidBelief,
     ZeroInflatedNegativeBinomial,
 )
 from pyrovae.likelihoods.mixed import Mixed
@@ -48,6 +49,7 @@ __all__ = [
     "OptimalNormal",
     "PixelCNN",
     "Poisson",
+    "SigmoidBelief",
     "StudentT",
     "Tabular",
     "ZeroInflatedNegativeBinomial",

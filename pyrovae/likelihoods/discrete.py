@@ -44,6 +44,43 @@ class Bernoulli(Likelihood):
         return inside(x.mean(0), len(x)).logit()
 
 
+class SigmoidBelief(Likelihood):
+    r"""Binary data whose elements depend on the latent and on the elements before: chords, pixels, answers.
+
+    .. math:: p(x \mid z) = \prod_d \mu_d^{x_d} (1 - \mu_d)^{1 - x_d}, \qquad
+        \mu_d = \sigma\left(\mathrm{network}(z)_d + \sum_{i < d} x_i W_{id}\right)
+
+    It is a fully visible sigmoid belief network given z. Which elements come together, such as the keys of a chord,
+    :class:`Bernoulli` leaves to the latent; here one matrix says it, which is learned from zero. All elements are
+    scored in one pass, and drawn one after the other, in their order in memory.
+
+    Args:
+        latent_dim: number of latent dimensions.
+        x_shape: shape of one datum, of D elements; the matrix has D² numbers.
+        network: the decoder, a module or a callable that builds one from ``(latent_dim, x_shape)``.
+        context_dim: width of the context vector, 0 for none.
+
+    References:
+        Connectionist Learning of Belief Networks, R. M. Neal, 1992, https://doi.org/10.1016/0004-3702(92)90065-6.
+        Modeling Temporal Dependencies in High-Dimensional Sequences, N. Boulanger-Lewandowski, Y. Bengio and
+        P. Vincent, 2012, https://arxiv.org/abs/1206.6392 (chords).
+
+    >>> SigmoidBelief(2, 88)(torch.zeros(5, 2)).log_prob(torch.ones(88)).shape
+    torch.Size([5])
+    """
+
+    def __init__(self, latent_dim: int, x_shape: Shape, network: Network = MLP, context_dim: int = 0):
+        super().__init__(latent_dim, x_shape, network, context_dim)
+        size = math.prod(self.x_shape)
+        self.weight = torch.nn.Parameter(torch.zeros(size, size))
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        return distributions.SigmoidBelief(self.parameters_of(z, context), self.weight.triu(1), len(self.x_shape))
+
+    def output_for(self, x: Tensor) -> Tensor:
+        return inside(x.mean(0), len(x)).logit()  # where the matrix is zero, as it is at first
+
+
 class Poisson(Likelihood):
     r"""Independent Poisson counts.
 
