@@ -50,6 +50,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "characters": (bool, type(None)),
     "max_words": (int, type(None)),
     "max_steps": (int, type(None)),
+    "per_quarter": (int, type(None)),
 }
 _OPTIONS: dict[str, tuple[type, ...]] = {"run": (str, type(None)), "compile": (bool, str)}  # kept by no run
 _OF_MODEL = ("latent_dim", "context", "prior", "likelihood", "encoder", "structure")  # what weights belong to

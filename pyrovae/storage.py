@@ -19,7 +19,7 @@ from pyrovae import blueprints
 from pyrovae import config as configs
 from pyrovae._version import __version__
 from pyrovae.complaints import explain
-from pyrovae.data import Schema, Spectrogram, Splits, TimeSeries, Vocabulary
+from pyrovae.data import PianoRoll, Schema, Spectrogram, Splits, TimeSeries, Vocabulary
 from pyrovae.documents import read_yaml
 from pyrovae.inference.messages import warn
 from pyrovae.likelihoods import Tabular
@@ -29,9 +29,10 @@ __all__ = ["load", "load_run", "read_checkpoint", "save", "save_run", "write_ato
 
 _SCHEMA = "schema.yaml"  # in the directory of a run on a table
 # How files became data, by the names of splits and of configurations: what it is, and its file in the run directory.
-ENCODINGS: dict[str, tuple[type[Vocabulary | Spectrogram | TimeSeries], str]] = {
+ENCODINGS: dict[str, tuple[type[Vocabulary | Spectrogram | PianoRoll | TimeSeries], str]] = {
     "vocabulary": (Vocabulary, "vocabulary.json"),
     "spectrogram": (Spectrogram, "spectrogram.json"),
+    "piano_roll": (PianoRoll, "piano_roll.json"),
     "time_series": (TimeSeries, "time_series.json"),
 }
 ABOUT = ("config.yaml", "run.json", _SCHEMA, *(file for _, file in ENCODINGS.values()))  # the files that tell of a run
@@ -390,8 +391,9 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
     """Reads the configuration of a run, with the shape of a datum as its entry "x_shape".
 
     That of a table has the :class:`pyrovae.data.Schema` as its entry "table", that of text the
-    :class:`pyrovae.data.Vocabulary` as its entry "vocabulary", that of sounds the :class:`pyrovae.data.Spectrogram` as
-    its entry "spectrogram", that of time series the :class:`pyrovae.data.TimeSeries` as its entry "time_series".
+    :class:`pyrovae.data.Vocabulary` as "vocabulary", of sounds the :class:`pyrovae.data.Spectrogram` as "spectrogram",
+    of music the :class:`pyrovae.data.PianoRoll` as "piano_roll", and of time series the
+    :class:`pyrovae.data.TimeSeries` as "time_series".
 
     Args:
         directory: the run directory.

@@ -55,7 +55,7 @@ def test_sounds_need_no_option_but_their_folder(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["structure"]["class_path"] == "pyrovae.structures.Recurrent"
     assert config["likelihood"]["class_path"] == "pyrovae.likelihoods.StudentT"
-    assert config["loss"]["init_args"]["beta"]["init_args"]["steps"] == 3  # one of two epochs
+    assert config["loss"]["init_args"]["beta"]["init_args"]["epochs"] == 1
     vae, loaded = load_run(run)
     assert isinstance(vae, RecurrentVAE)
     assert loaded["spectrogram"] == Spectrogram(2000, 64, 37)

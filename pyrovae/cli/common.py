@@ -68,6 +68,8 @@ def load_data_of(config: dict[str, Any], data: str | None, data_root: str | None
         splits, description = load_text(source, vocabulary)
     elif config.get("spectrogram") is not None:
         splits, description = load_sounds(source, config["spectrogram"])
+    elif config.get("piano_roll") is not None:
+        splits, description = load_music(source, config["piano_roll"])
     elif config.get("time_series") is not None:
         splits, description = load_series(source, config["time_series"])
     elif schema is None:
@@ -195,7 +197,7 @@ def load_text(data: str, vocabulary: datasets.Vocabulary | None = None, **option
 
 def is_sounds(data: str) -> bool:
     """Returns whether data are sounds, and no data set with a name."""
-    return data not in datasets.DATA_SETS and datasets.is_sounds(data)
+    return data not in datasets.DATA_SETS and datasets.is_sounds(data) and not is_music(data)
 
 
 @lru_cache(maxsize=1)  # train reads the sounds for its defaults, then for itself; main clears it
@@ -210,6 +212,32 @@ def load_sounds(data: str, spectrogram: datasets.Spectrogram | None = None) -> t
     assert splits.spectrogram is not None  # of sounds
     sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in zip(_PARTS, splits, strict=True))
     return splits, f"{data}: {sizes} pieces of sounds\n{splits.spectrogram.describe()}"
+
+
+def is_music(data: str) -> bool:
+    """Returns whether data are music, and no data set with a name."""
+    return data not in datasets.DATA_SETS and datasets.is_music(data)
+
+
+@lru_cache(maxsize=1)  # train reads the songs for its defaults, then for itself; main clears it
+def load_music(
+    data: str,
+    piano_roll: datasets.PianoRoll | None = None,
+    per_quarter: int | None = None,
+    num_steps: int | None = None,
+) -> tuple[datasets.Splits, str]:
+    """Returns the splits of songs, and lines that describe them.
+
+    Args:
+        data: the file, the folder or the archive.
+        piano_roll: how they become sequences; what suits them if None.
+        per_quarter: steps of a quarter note, of MIDI files.
+        num_steps: steps of a piece.
+    """
+    splits = datasets.load_music(data, piano_roll, per_quarter, num_steps)
+    assert splits.piano_roll is not None  # of songs
+    sizes = " + ".join(f"{len(part.x):,} {name}" for name, part in zip(_PARTS, splits, strict=True))
+    return splits, f"{data}: {sizes} pieces of songs\n{splits.piano_roll.describe()}"
 
 
 def load_series(

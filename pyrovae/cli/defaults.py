@@ -33,30 +33,49 @@ def table_defaults(num_rows: int, num_columns: int, epochs: int | None = None) -
     }
 
 
-def recurrent_defaults(
-    *, epochs: int, warm_up: int, batch_size: int, patience: int, latent_dim: int, width: int, hidden: int, scale: float
-) -> dict[str, Any]:
-    """Returns settings of ``pyrovae train`` for a recurrent VAE of real numbers, as a configuration holds them.
+def student_t(hidden: int, scale: float) -> dict[str, Any]:
+    """Returns a likelihood of real numbers with a scale and tails for each, as a configuration holds it.
 
     Args:
+        hidden: units of the layer of its network.
+        scale: of the numbers given the latents at the start.
+    """
+    network = {"class_path": "pyrovae.nn.MLP", "init_args": {"hidden": [hidden]}}
+    arguments = {"network": network, "scale": scale, "per_dimension": True}
+    return {"class_path": "pyrovae.likelihoods.StudentT", "init_args": arguments}
+
+
+def recurrent_defaults(
+    likelihood: dict[str, Any],
+    *,
+    epochs: int,
+    warm_up: int,
+    batch_size: int,
+    patience: int,
+    latent_dim: int,
+    width: int,
+    hidden: int,
+) -> dict[str, Any]:
+    """Returns settings of ``pyrovae train`` for a recurrent VAE, as a configuration holds them.
+
+    Args:
+        likelihood: of a step.
         epochs: passes over the data.
-        warm_up: steps over which the weight of the KL divergence rises.
+        warm_up: epochs over which the weight of the KL divergence rises.
         batch_size: sequences of a step.
         patience: epochs without a lower validation loss before training stops.
         latent_dim: latents of a step of time.
         width: units of the memory.
-        hidden: units of the layer of each part.
-        scale: that of the likelihood at the start.
+        hidden: units of the layer of the prior and of the encoder.
     """
     network = {"class_path": "pyrovae.nn.MLP", "init_args": {"hidden": [hidden]}}
-    likelihood = {"network": network, "scale": scale, "per_dimension": True}
-    beta = {"class_path": "pyrovae.bounds.Linear", "init_args": {"steps": warm_up}}
+    beta = {"class_path": "pyrovae.bounds.Linear", "init_args": {"epochs": warm_up}}
     return {
         "preprocessing": "grey",
         "latent_dim": latent_dim,
         "structure": {"class_path": "pyrovae.structures.Recurrent", "init_args": {"width": width}},
         "prior": {"class_path": "pyrovae.priors.DiagonalNormal", "init_args": {"network": network}},
-        "likelihood": {"class_path": "pyrovae.likelihoods.StudentT", "init_args": likelihood},
+        "likelihood": likelihood,
         "encoder": {"class_path": "pyrovae.encoders.DiagonalNormal", "init_args": {"network": network}},
         "loss": {"class_path": "pyrovae.bounds.ELBO", "init_args": {"beta": beta}},
         "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 2e-3, "fused": True}},

@@ -18,9 +18,9 @@ from pyrovae.cli.common import (
 )
 from pyrovae.cli.labels import arguments_of, draw
 from pyrovae.cli.pictures import as_pictures
+from pyrovae.cli.pieces import reconstruct_pieces, recordings_of, sample_pieces
 from pyrovae.cli.rows import TABLES, draw_given, draw_rows, given_context, read_given, reconstruct_rows
 from pyrovae.cli.series import sample_series
-from pyrovae.cli.sounds import reconstruct_sounds, sample_sounds
 from pyrovae.cli.text import reconstruct_lines, sample_lines
 from pyrovae.data import Schema
 from pyrovae.structures import MissingDataVAE, SequenceVAE
@@ -63,7 +63,7 @@ def sample(
             from p(x).
         top_p: of text, the share of the probability that is kept at each word, of the most probable ones. Below 1 it
             gives no draws from p(x).
-        steps: of sequences and sounds, the number of steps of each sample; those of a datum by default.
+        steps: of sequences, sounds and music, the number of steps of each sample; those of a datum by default.
         seed: seed of the samples.
         trust: allow the configuration of the run to name classes outside pyrovae, torch and Pyro, which runs their
             code.
@@ -71,10 +71,10 @@ def sample(
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     vae, config = storage.load_run(run, trust=trust)
-    schema, vocabulary, spectrogram = (config.get(name) for name in ("table", "vocabulary", "spectrogram"))
-    time_series = config.get("time_series")
+    schema, vocabulary, time_series = (config.get(name) for name in ("table", "vocabulary", "time_series"))
+    recordings = recordings_of(config)
     if steps is not None and (steps < 1 or not isinstance(vae, SequenceVAE)):
-        raise ValueError(f"steps must be at least 1, and is for sequences and sounds alone; got {steps}.")
+        raise ValueError(f"steps must be at least 1, and is for sequences, sounds and music alone; got {steps}.")
     if isinstance(vae, SequenceVAE) and (mean or missing or given is not None or label is not None):
         raise ValueError("mean, given, missing and label are not for sequences. Leave them out.")
     if vocabulary is not None:
@@ -95,8 +95,9 @@ def sample(
             vae, schema, config, num_samples, output or Path(run) / f"samples-{seed}.csv", given, missing, seed
         )
         return
-    if spectrogram is not None:
-        sample_sounds(vae, spectrogram, num_samples, steps, output or Path(run) / f"samples-{seed}.wav", seed)
+    if recordings is not None:
+        place = output or Path(run) / f"samples-{seed}{recordings[0].endings[0]}"
+        sample_pieces(vae, recordings, num_samples, steps, place, seed)
         return
     if given is not None or missing:
         raise ValueError("given and missing are for tables, and this run is on other data. Leave them out.")
@@ -168,7 +169,7 @@ def reconstruct(
     seed: int = 0,
     trust: bool = False,
 ) -> None:
-    """Reconstructs the first data of a split by a trained run, as a picture, an array, rows, text or sounds.
+    """Reconstructs the first data of a split by a trained run, as a picture, an array, rows, text, sounds or music.
 
     Rows of a table have the medians of p(x | z) for numbers and its most probable classes, at one draw of z.
 
@@ -179,7 +180,8 @@ def reconstruct(
         output: a .png, .npy or .csv file; reconstructions-<split>.png in the run directory by default. Of a table a
             .csv, .tsv or .parquet file; reconstructions-<split>.csv by default. Of text a .txt file, each line before
             its reconstruction, with a tab between; reconstructions-<split>.txt by default. Of sounds a .wav or .flac
-            file, each piece before its reconstruction, .png or .npy; reconstructions-<split>.wav by default.
+            file, of music a .mid or .json file, each piece before its reconstruction, .png or .npy;
+            reconstructions-<split>.wav or .mid by default.
         data: another data set of the same shape; that of the run by default.
         data_root: the directory of the images; that of the run by default.
         seed: seed of the latents.
@@ -189,15 +191,17 @@ def reconstruct(
     if num_data < 1:
         raise ValueError(f"num_data must be at least 1, got {num_data}.")
     config = storage.read_config(run, trust=trust)
-    for name, ending, of_them in (
-        ("vocabulary", ".txt", reconstruct_lines),
-        ("spectrogram", ".wav", reconstruct_sounds),
-    ):
-        if config.get(name) is not None:
-            vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
-            x = data_to_score(splits, split, preprocessing, num_data).x
-            of_them(vae, config[name], x, output or Path(run) / f"reconstructions-{split}{ending}", seed)
-            return
+    vocabulary, recordings = config.get("vocabulary"), recordings_of(config)
+    if vocabulary is not None or recordings is not None:
+        ending = ".txt" if recordings is None else recordings[0].endings[0]
+        place = output or Path(run) / f"reconstructions-{split}{ending}"
+        vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)
+        x = data_to_score(splits, split, preprocessing, num_data).x
+        if recordings is not None:
+            reconstruct_pieces(vae, recordings, x, place, seed)
+        elif vocabulary is not None:
+            reconstruct_lines(vae, vocabulary, x, place, seed)
+        return
     ending, endings = (".csv", TABLES) if config.get("table") else (".png", (".png", ".npy", ".csv"))
     out = new_file(output or Path(run) / f"reconstructions-{split}{ending}", endings)
     vae, splits, preprocessing = load_run_and_data(run, data, data_root, trust)

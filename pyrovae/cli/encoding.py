@@ -24,6 +24,7 @@ from pyrovae.cli.common import (
 )
 from pyrovae.cli.labels import arguments_of
 from pyrovae.cli.pictures import mean_over_steps, name_of_latents
+from pyrovae.cli.pieces import read_pieces, recordings_of
 from pyrovae.cli.rows import check_some, load_rows
 from pyrovae.structures import SequenceVAE
 
@@ -100,7 +101,7 @@ def _data(
     config: dict[str, Any], file: str | None, split: SplitName, data: str | None, data_root: str | None
 ) -> tuple[datasets.Split, dict[str, Tensor]]:
     """Returns data that are no table, and columns of the result that say which they are."""
-    vocabulary, spectrogram = config.get("vocabulary"), config.get("spectrogram")
+    vocabulary, recordings = config.get("vocabulary"), recordings_of(config)
     if file is None:
         part = data_to_score(load_data_of(config, data, data_root), split, config["preprocessing"])
         labels = {} if part.labels is None else {"label": part.labels}
@@ -108,15 +109,14 @@ def _data(
     if vocabulary is not None:
         lines, numbers = datasets.read_lines(file)
         return datasets.Split(vocabulary.encode(lines), None), {"line": torch.tensor(numbers)}
-    if spectrogram is not None:
-        sounds, _ = datasets.read_sounds(file, spectrogram.rate)
-        x, which = spectrogram.encode(list(sounds.values()))
-        return datasets.Split(x, None), {"sound": which + 1}
+    if recordings is not None:
+        x, which, _ = read_pieces(recordings, file)
+        return datasets.Split(x, None), {recordings[0].name: which + 1}
     if config.get("time_series") is not None:
         steps = config["time_series"].steps(file)
         x, places = config["time_series"].pieces(steps)
         return datasets.Split(x, None), {"row": torch.from_numpy(steps.rows)[places[:, 0]]}
-    raise ValueError("file is for runs on tables, text and sounds. Leave it out, or name other data with --data.")
+    raise ValueError("file is for runs on tables, text, sounds, music. Leave it out, or name other data with --data.")
 
 
 @torch.no_grad()

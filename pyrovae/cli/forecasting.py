@@ -7,13 +7,14 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pyrovae import storage
 from pyrovae.cli.common import SplitName, check_device, data_to_score, load_data_of, new_file
 from pyrovae.cli.labels import split_steps
 from pyrovae.cli.pictures import as_pictures, is_drawn_as_curves
+from pyrovae.cli.pieces import recordings_of
 from pyrovae.cli.series import forecast_series
-from pyrovae.cli.sounds import SOUND, write_sounds
 from pyrovae.structures import SequenceVAE
 from pyrovae.structures.sequences import until_last
 
@@ -46,10 +47,10 @@ def forecast(
         num_draws: draws for each sequence.
         output: a .png file: fans of the draws, or of many features one draw after the sequence; a .csv file: quantiles
             of the draws of each sequence, step and element, all counted from 1; or a .npy file: the draws, (num_draws,
-            num_data, steps, ...). Of sounds also a .wav or .flac file: each piece with one draw that goes on. The
-            default is forecasts-<split>.png in the run directory, of sounds forecasts-<split>.wav. Of a table of time
-            series the steps are rows after the last of each series of the file, in the units of its columns, and the
-            default is forecasts.csv.
+            num_data, steps, ...). Of sounds also a .wav or .flac file, of music .mid or .json: each piece with one draw
+            that goes on. The default is forecasts-<split>.png in the run directory, of sounds .wav, of music .mid. Of a
+            table of time series the steps are rows after the last of each series of the file, in the units of its
+            columns, and the default is forecasts.csv.
         data: another data set of the same shape; that of the run by default.
         data_root: the directory of the data; that of the run by default.
         seed: seed of the draws.
@@ -73,9 +74,11 @@ def forecast(
         file, series = data or config["data"], config["time_series"]
         forecast_series(vae, series, file, steps, num_data, num_draws, num_particles, out, seed, device)
         return
-    spectrogram = config.get("spectrogram")
-    endings = (".png", ".csv", ".npy") if spectrogram is None else (*SOUND, ".png", ".csv", ".npy")
-    out = new_file(output or Path(run) / f"forecasts-{split}{'.png' if spectrogram is None else '.wav'}", endings)
+    recordings = recordings_of(config)
+    endings: tuple[str, ...] = (".png", ".csv", ".npy")
+    if recordings is not None:
+        endings = tuple(dict.fromkeys((*recordings[0].endings, *endings)))
+    out = new_file(output or Path(run) / f"forecasts-{split}{endings[0]}", endings)
     x = data_to_score(load_data_of(config, data, data_root), split, config["preprocessing"], num_data).x
     filled, mask = split_steps(x)
     pyro.set_rng_seed(seed)
@@ -88,10 +91,11 @@ def forecast(
         _write_quantiles(draws, out)
     elif out.suffix == ".png":
         _draw(past, draws, out)
-    elif spectrogram is not None:
+    elif recordings is not None:
+        kind, encoding = recordings
         both = [torch.cat([one[its], draw]) for one, its, draw in zip(x, mask, draws[0], strict=True)]
-        write_sounds([sound for piece in both for sound in spectrogram.decode(piece.unsqueeze(0))], spectrogram, out)
-    drawn = "a draw" if out.suffix in SOUND else f"{num_draws} draws"
+        kind.write(pad_sequence(both, batch_first=True, padding_value=torch.nan), encoding, out, "")
+    drawn = f"{num_draws} draws" if out.suffix in (".npy", ".csv", ".png") else "a draw"
     print(f"{drawn} of {steps} steps after each of {len(x)} sequences: {out}")
 
 

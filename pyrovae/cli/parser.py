@@ -24,10 +24,12 @@ from pyrovae import storage, trackers
 from pyrovae.cli.common import (
     context_names,
     default_run,
+    is_music,
     is_sounds,
     is_table,
     is_text,
     load_data,
+    load_music,
     load_series,
     load_sounds,
     load_table,
@@ -43,6 +45,7 @@ from pyrovae.cli.drawing import reconstruct, sample
 from pyrovae.cli.encoding import encode
 from pyrovae.cli.forecasting import forecast
 from pyrovae.cli.listing import Parser, parts
+from pyrovae.cli.music import music_defaults
 from pyrovae.cli.pixels import has_missing, options_for
 from pyrovae.cli.repairing import repair
 from pyrovae.cli.reporting import report
@@ -111,6 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         world = init_process_group(settings[settings.subcommand].get("device"))
         load_data.cache_clear()
         load_sounds.cache_clear()
+        load_music.cache_clear()
         if settings.subcommand == "train" and (settings.train.resume or was_restarted()):
             settings = _resumed(parser, argv, settings.train)
             settings.train.resume = True
@@ -251,6 +255,8 @@ def _with_defaults(parser: ArgumentParser, argv: list[str], settings: Any) -> An
     """Returns the settings of a training run with what fits its data, where the command line does not give it."""
     if settings.train.time is not None:
         return _for_series(parser, argv, settings)
+    if is_music(settings.train.data):
+        return _for_music(parser, argv, settings)
     if is_sounds(settings.train.data):
         return _for_sounds(parser, argv, settings)
     if is_text(settings.train.data):
@@ -299,6 +305,14 @@ def _for_sounds(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
     num_pieces = len(load_sounds(settings.train.data)[0].train.x)
     chosen = _parse_with(parser, argv, sound_defaults(num_pieces))
     return _parse_with(parser, argv, sound_defaults(num_pieces, chosen.train.epochs))
+
+
+def _for_music(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
+    """Returns the settings of a training run on songs: what the command line leaves open suits them."""
+    train = settings.train
+    num_pieces = len(load_music(train.data, None, train.per_quarter, train.max_steps)[0].train.x)
+    chosen = _parse_with(parser, argv, music_defaults(num_pieces))
+    return _parse_with(parser, argv, music_defaults(num_pieces, chosen.train.epochs))
 
 
 def _for_series(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from pyrovae.cli.common import (
     stem_of,
 )
 from pyrovae.cli.labels import arguments_of, context_of, note_on, scored
+from pyrovae.cli.pieces import recordings_of, score_pieces
 from pyrovae.cli.series import score_series
-from pyrovae.cli.sounds import score_sounds
 from pyrovae.cli.text import score_lines
 from pyrovae.data.cells import is_number
 from pyrovae.data.columns import Discrete, Modelled
@@ -60,7 +61,7 @@ def score(
     device: str = "cpu",
     trust: bool = False,
 ) -> None:
-    """Writes log p(x) of each row of a table, line of a text or piece of a sound, and how unusual a row is and why.
+    """Writes log p(x) of each row of a table, line of a text, song or sound, and how unusual a row is and why.
 
     Of a run with a context, log_p is conditional on the cells of the context, which are not explained.
 
@@ -80,16 +81,17 @@ def score(
     series, time, log_p and standard_error.
 
     Of sounds they are sound, the name of the file; from and to, where the piece is, in seconds; log_p, standard_error
-    and trusted; frames; and nats_a_frame.
+    and trusted; frames; and nats_a_frame. Of music they are the same with song, quarter notes and steps.
 
     Args:
         run: the run directory.
-        file: a table with the columns of the training data, a text, or a sound, a folder or a .zip archive of sounds.
+        file: a table with the columns of the training data, a text, or a sound, a MIDI file, a folder or a .zip
+            archive of them, or a .json file of songs.
         output: a .csv file; scores-<file>.csv in the run directory by default.
         method: the class of another estimator, one of pyrovae.estimators; UntilTrusted by default, of sounds
-            ParticleFilter.
+            and music ParticleFilter.
         num_samples: importance samples of the guide per row, instead of stages of estimators until a row can be
-            trusted; of sounds, filters.
+            trusted; of sounds and music, filters.
         num_explained: how many of the most unusual rows have their most surprising cells listed.
         reference: a table of usual rows to compare with; by default the test part of the data of the run.
         seconds: budget of time of the stages, for the rows and again for those to compare with; null for no limit. Rows
@@ -109,14 +111,18 @@ def score(
     check_device(device)
     place = output or Path(run) / f"scores-{stem_of(file)}.csv"
     config = storage.read_config(run, trust=trust)
-    encodings = (("vocabulary", score_lines), ("spectrogram", score_sounds), ("time_series", score_series))
-    for name, score_them in encodings:
-        if config.get(name) is not None:
+    others: tuple[tuple[Any, Callable], ...] = (
+        (config.get("vocabulary"), score_lines),
+        (recordings_of(config), score_pieces),
+        (config.get("time_series"), score_series),
+    )
+    for encoding, score_them in others:
+        if encoding is not None:
             if reference is not None:
                 raise ValueError("reference is for tables, and this run is on other data. Leave it out.")
             vae, _ = storage.load_run(run, trust=trust)
             method = chosen_method(method, num_samples, default_method(vae, seconds))
-            score_them(vae.to(device), config[name], file, place, method, max_memory, seed, device)
+            score_them(vae.to(device), encoding, file, place, method, max_memory, seed, device)
             return
     method = chosen_method(method, num_samples, UntilTrusted(seconds=seconds))
     out = new_file(place, (".csv",))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.cli.common import new_file
-from pyrovae.cli.defaults import recurrent_defaults
+from pyrovae.cli.defaults import recurrent_defaults, student_t
 from pyrovae.cli.labels import split_steps
 from pyrovae.data import TimeSeries
 from pyrovae.estimators import Estimator, ParticleFilter, log_predictive
@@ -35,14 +35,14 @@ def series_defaults(num_pieces: int, num_columns: int, epochs: int | None = None
     epochs = min(500, max(20, 12_000 // num_pieces)) if epochs is None else epochs
     batch_size = min(32, max(4, num_pieces // 10))
     return recurrent_defaults(
+        student_t(hidden=64, scale=0.5),
         epochs=epochs,
-        warm_up=max(1, min(20, epochs // 2)) * -(-num_pieces // batch_size),
+        warm_up=max(1, min(20, epochs // 2)),
         batch_size=batch_size,
         patience=max(20, epochs // 10),
         latent_dim=min(16, 2 + num_columns),
         width=64,
         hidden=64,
-        scale=0.5,
     )
 
 

@@ -17,7 +17,17 @@ from pyrovae.extras import check_installed
 from pyrovae.locks import DirectoryLock
 
 _RANGE = {"low", "high", "log"}
-_OTHER_DATA = ("data", "data_root", "schema", "context", "preprocessing", "characters", "max_words", "max_steps")
+_OTHER_DATA = (
+    "data",
+    "data_root",
+    "schema",
+    "context",
+    "preprocessing",
+    "characters",
+    "max_words",
+    "max_steps",
+    "per_quarter",
+)
 _OTHER_UNITS = (*_OTHER_DATA, "loss")
 _ERROR = "pyrovae: error: "
 _EXAMPLE = "Give a range, {low: 0.0001, high: 0.01, log: true}, or a list of choices."

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, cast
@@ -28,9 +29,11 @@ from pyrovae.cli.common import (
     default_method,
     default_run,
     is_discrete,
+    is_music,
     is_sounds,
     is_table,
     is_text,
+    load_music,
     load_series,
     load_sounds,
     load_splits,
@@ -118,6 +121,7 @@ def train(
     characters: bool | None = None,
     max_words: int | None = None,
     max_steps: int | None = None,
+    per_quarter: int | None = None,
     compile: bool | Literal["auto"] = "auto",
     tracker: Tracker | None = None,
     quiet: bool = False,
@@ -130,10 +134,10 @@ def train(
 
     Args:
         data: the name of a data set (--help-all lists them), a .npy, .npz or .h5 file, a folder of pictures, a table
-            (.csv, .tsv, .parquet, .xlsx, ...), text, a datum a line (.txt, .txt.gz), or a folder or .zip archive of
-            sounds (.wav, .flac, .ogg, .mp3, .aiff). For images in files and folders, for tables, text and sounds, the
-            settings that are not given are those that fit the pixels, the columns and rows, the words and lines, or
-            the frames.
+            (.csv, .tsv, .parquet, .xlsx, ...), text, a datum a line (.txt, .txt.gz), a folder or .zip archive of
+            sounds (.wav, .flac, .ogg, .mp3, .aiff) or of MIDI files (.mid), or songs as lists of notes (.json). For
+            images in files and folders, for tables, text, sounds and music, the settings that are not given are those
+            that fit the pixels, the columns and rows, the words and lines, the frames, or the songs.
         run: the run directory; runs/<data> by default. An existing directory is never overwritten.
         schema: the columns of a table, a file of pyrovae describe; found out from the data by default.
         context: columns of a table to condition on, as sex,age. The others are modelled given their cells, and log p
@@ -147,7 +151,8 @@ def train(
         data_root: the directory of the images, which are downloaded to it if needed.
         preprocessing: what to do with values between 0 and 1. grey: nothing (also for tables); static: binarise all
             data once; dynamic: binarise the training data again for each batch, and the other splits once.
-        shift: pixels by which training images are moved in each direction, at most; at random, again for each batch.
+        shift: pixels by which training images are moved in each direction, at most; of music, semitones by which songs
+            are moved up or down. At random, again for each batch.
         latent_dim: number of latent dimensions.
         prior: the class of p(z).
         likelihood: the class of p(x | z).
@@ -181,7 +186,9 @@ def train(
             others become one word, <unknown>.
         max_steps: of text, the longest line in words or characters, with its end; longer ones are cut. By default the
             longest of the training lines, up to 64 words or 256 characters. With time, the rows of a piece, 64 by
-            default, into which longer series are cut.
+            default, into which longer series are cut; of music, the steps of a piece, those of the longest song up to
+            160 by default.
+        per_quarter: of MIDI files, the steps of a quarter note; 4 by default.
         compile: train and score by code that a compiler makes, which takes some seconds and is faster in long runs.
             auto, the default, plays traced operations back, which gives the same bits as false, in less time.
         tracker: the class of a tracker that numbers and pictures are sent to: TensorBoard, WandB, MLflow or
@@ -235,11 +242,16 @@ def train(
             splits, description = load_series(
                 data, kept.get("time_series"), time, series, named, growth, max_steps, given
             )
+        elif is_music(data):
+            roll = kept.get("piano_roll")
+            splits, description = load_music(data, roll, *((None, None) if roll else (per_quarter, max_steps)))
         elif is_text(data):
             vocabulary = kept.get("vocabulary")
             splits, description = load_text(data, vocabulary, **({} if vocabulary else words))
         elif any(value is not None for value in words.values()):
             raise ValueError(f"characters, max_words and max_steps are for text, and {data} is none. Leave them out.")
+        elif per_quarter is not None:
+            raise ValueError(f"per_quarter is for MIDI files, and {data} is none. Leave it out.")
         elif is_sounds(data):
             splits, description = load_sounds(data, kept.get("spectrogram"))
         else:
@@ -247,7 +259,7 @@ def train(
         vae = make_vae(tuple(splits.train.x.shape[1:]), latent_dim, prior, likelihood, encoder, structure)
         if isinstance(vae.likelihood, Autoregressive):
             vae.likelihood.start_at(splits.train.x)
-        if (splits.spectrogram or splits.time_series) and isinstance(vae, SequenceVAE):
+        if (splits.spectrogram or splits.piano_roll or splits.time_series) and isinstance(vae, SequenceVAE):
             steps, seen = arguments_of(vae, splits.train)
             cast(Likelihood, vae.likelihood).start_at(steps[seen])
         loss = structure.loss(vae, splits.train.labels) if structure is not None and loss is None else loss
@@ -255,6 +267,9 @@ def train(
     x_shape = tuple(splits.train.x.shape[1:])
     if shift < 0:
         raise ValueError(f"shift must be at least 0, got {shift}.")
+    is_sequence, is_song = isinstance(vae, SequenceVAE), splits.piano_roll is not None
+    if shift and is_sequence != is_song:
+        raise ValueError(f"shift moves images, or songs of a model of sequences; {data} is neither. Give --shift 0.")
     if shift and (splits.schema is not None or len(x_shape) < 2):
         raise ValueError(f"shift moves images, but a datum of {data} has shape {x_shape}. Leave it out.")
     if not quiet:
@@ -264,7 +279,7 @@ def train(
     callbacks: list[Callback] = []
     few = data_to_score(splits, "validation", "grey", _NUM_MONITORED, device)
     monitored = arguments_of(vae, few, splits.schema)
-    if len(monitored[0]) > 1 and not isinstance(vae, SequenceVAE):  # each pair of a sequence and latents is a long loop
+    if len(monitored[0]) > 1 and not is_sequence:  # each pair of a sequence and latents is a long loop
         monitor = diagnostics.CollapseMonitor(vae.model, vae.guide, *monitored, every=max(1, epochs // 50))
         callbacks.append(_WherePossible(monitor))
     callbacks.append(metrics)  # the last, because it writes the entries of the others
@@ -272,7 +287,9 @@ def train(
     world.broadcast_from_rank0(lambda: _take(lock, resume))
     callbacks[:0] = [stop, _InPlace(lock)]
     transform: Callable | None = datasets.dynamic_binarization if preprocessing == "dynamic" else None
-    if shift:
+    if shift and is_song:
+        transform = partial(datasets.random_transposition, semitones=shift)
+    elif shift:
         transform = _moved(shift, transform)
     if splits.schema is not None:
         transform = datasets.hide_cells

@@ -21,10 +21,12 @@ from pyrovae.data.columns import (
     Time,
 )
 from pyrovae.data.loading import DATA_SETS, descriptions, load, register
+from pyrovae.data.music import PianoRoll, is_music, load_music, read_music, write_midi
 from pyrovae.data.preprocessing import (
     dynamic_binarization,
     hide_cells,
     random_shift,
+    random_transposition,
     split_missing,
     static_binarization,
 )
@@ -59,6 +61,7 @@ __all__ = [
     "LeftOut",
     "Modelled",
     "Ordered",
+    "PianoRoll",
     "Positive",
     "Real",
     "Schema",
@@ -73,19 +76,24 @@ __all__ = [
     "dynamic_binarization",
     "hold_out_users",
     "hide_cells",
+    "is_music",
     "is_sounds",
     "is_text_file",
     "load",
+    "load_music",
     "load_ratings",
     "load_series",
     "load_sounds",
     "load_text",
     "random_shift",
     "random_splits",
+    "random_transposition",
     "read_lines",
+    "read_music",
     "read_sounds",
     "register",
     "split_lines",
     "split_missing",
     "static_binarization",
+    "write_midi",
 ]

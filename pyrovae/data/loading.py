@@ -7,6 +7,7 @@ from typing import Any
 
 from pyrovae.data.arrays import ARRAYS, load_arrays
 from pyrovae.data.kinds import Override
+from pyrovae.data.music import is_music, load_music
 from pyrovae.data.pictures import load_pictures
 from pyrovae.data.schema import Schema, quoted
 from pyrovae.data.sounds import is_sounds, load_sounds
@@ -109,7 +110,8 @@ def load(
     without transparency, and a warning says how many were changed.
 
     The path of a folder, or a ``.zip`` archive, with more sounds (WAV, FLAC, OGG, MP3 or AIFF) than pictures loads the
-    levels of their frequencies over time, with ``splits.spectrogram``: see :func:`load_sounds`.
+    levels of their frequencies over time, with ``splits.spectrogram``: see :func:`load_sounds`. Of MIDI files, or from
+    a ``.json`` file of songs, it loads the keys that sound, with ``splits.piano_roll``: see :func:`load_music`.
 
     Args:
         name: the name of a data set, or the path of a file or a folder.
@@ -135,16 +137,18 @@ def load(
     path = Path(name)
     of_table = {"schema": schema, "overrides": overrides, "context": context, **options}
     given = next((argument for argument, value in of_table.items() if value), None)
-    if given and (name in DATA_SETS or path.is_dir() or path.suffix in ARRAYS or is_sounds(path)):
+    if given and (name in DATA_SETS or path.is_dir() or path.suffix in ARRAYS or is_sounds(path) or is_music(path)):
         columns = "" if schema is None else f" with the columns {quoted(schema.names)}"
         raise ValueError(
-            f"{name} holds arrays, pictures or sounds, and {given} is for a table: give a file such as .csv, .tsv or "
-            f".parquet{columns}."
+            f"{name} holds arrays, pictures, sounds or music, and {given} is for a table: give a file such as .csv, "
+            f".tsv or .parquet{columns}."
         )
     if name in DATA_SETS:
         if path.exists():
             warn(f"{name} is the data set of this name. There is a file or a folder, too: for that, name it ./{name}.")
         return DATA_SETS[name](Path(root))
+    if is_music(path):
+        return load_music(path)
     if is_sounds(path):
         return load_sounds(path)
     if path.is_dir():
@@ -161,6 +165,6 @@ def load(
         return load_table(path, schema, overrides, context, **options)
     raise ValueError(
         f"there is no data set {name!r}. Name one of {', '.join(DATA_SETS)}; a file: a table (.csv, .tsv, .parquet, "
-        ".xlsx, ...), or arrays (.npy, .npz, .h5, .h5ad); or a folder of pictures or of sounds; or add it with "
-        "pyrovae.data.register."
+        ".xlsx, ...), arrays (.npy, .npz, .h5, .h5ad) or songs (.json); a folder of pictures, sounds or MIDI files; or "
+        "add it with pyrovae.data.register."
     )

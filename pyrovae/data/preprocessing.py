@@ -74,6 +74,38 @@ def split_missing(x: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.where(mask, x, 0), mask
 
 
+def random_transposition(x: Tensor, mask: Tensor, *rest: Tensor, semitones: int) -> tuple[Tensor, ...]:
+    """Moves songs up or down at random, again at each call; for ``fit(..., transform=partial(..., semitones=5))``.
+
+    A song moves by a whole number of semitones, any from `-semitones` to `semitones`, as far as its notes stay on the
+    keys.
+
+    Args:
+        x: keys of songs, ``(batch, steps, keys)``, as of :class:`PianoRoll`.
+        mask: True where a song has a step, ``(batch, steps)``.
+        *rest: the other tensors of the batch, returned unchanged.
+        semitones: the largest move.
+
+    Raises:
+        ValueError: when `semitones` is negative.
+
+    >>> x = torch.eye(12)[None, :3].repeat(200, 1, 1)  # keys 0, 1 and 2
+    >>> moved, _ = random_transposition(x, torch.ones(200, 3, dtype=torch.bool), semitones=2)
+    >>> [int(first) for first in moved[:, 0].argmax(-1).unique()]  # there are no keys below the first
+    [0, 1, 2]
+    """
+    if semitones < 0:
+        raise ValueError(f"semitones must be at least 0, got {semitones}.")
+    num_keys = x.shape[-1]
+    sounds = ((x > 0) & mask.unsqueeze(-1)).any(1)  # (batch, keys)
+    keys = torch.arange(num_keys, device=x.device)
+    lowest = torch.where(sounds, keys, num_keys - 1).amin(-1)
+    highest = torch.where(sounds, keys, 0).amax(-1)
+    by = torch.randint(-semitones, semitones + 1, (len(x),), device=x.device)
+    by = by.clamp(-lowest, (num_keys - 1 - highest).maximum(-lowest))
+    return x.gather(-1, ((keys - by.view(-1, 1, 1)) % num_keys).expand_as(x)), mask, *rest
+
+
 def hide_cells(x: Tensor, mask: Tensor, *rest: Tensor, share: float = 0.2) -> tuple[Tensor, ...]:
     r"""Hides further elements of some data, again at each call; for ``fit(..., transform=...)``.
 

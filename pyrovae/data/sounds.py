@@ -2,27 +2,26 @@
 
 import io
 import math
-import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.data.folders import find_files, read_places
+from pyrovae.data.folders import count_files, read_files, split_files
 from pyrovae.data.pictures import PICTURES
-from pyrovae.data.splits import Split, Splits, random_rows
+from pyrovae.data.splits import Split, Splits
 from pyrovae.extras import check_installed
 from pyrovae.inference.messages import warn
 
 __all__ = ["Spectrogram", "is_sounds", "load_sounds", "read_sounds"]
 
-_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
+SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 _SECONDS = 0.032  # of a frame, about: a pitch of 60 Hz has two periods in it
 _MAX_FRAMES = 64
 _STEP = 2.0**-15  # of sixteen bits, where 1 is full scale
@@ -94,6 +93,11 @@ class Spectrogram:
     def num_frequencies(self) -> int:
         """The number of levels in a frame."""
         return self.window // 2 - 1
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps of a piece, its frames."""
+        return self.num_frames
 
     @property
     def hop(self) -> float:
@@ -230,8 +234,8 @@ def is_sounds(path: str | Path) -> bool:
     """Returns whether a path is a sound file, a .zip archive, or a folder with more sounds than pictures."""
     path = Path(path)
     if path.is_dir():
-        return len(find_files(path, _SUFFIXES)) > len(find_files(path, PICTURES))
-    return path.suffix.lower() in (*_SUFFIXES, ".zip") and path.is_file()
+        return count_files(path, SOUNDS) > count_files(path, PICTURES)
+    return path.suffix.lower() in (*SOUNDS, ".zip") and path.is_file()
 
 
 def read_sounds(path: str | Path, rate: int | None = None) -> tuple[dict[str, np.ndarray], int]:
@@ -256,7 +260,7 @@ def read_sounds(path: str | Path, rate: int | None = None) -> tuple[dict[str, np
     check_installed("soundfile", "sound")
     found: dict[str, tuple[np.ndarray, int]] = {}
     wrong: list[ValueError] = []
-    for name, content in _contents(path):
+    for name, content in read_files(path, SOUNDS):
         try:
             found[name] = _read(content, name if path.is_file() else str(path / name))
         except ValueError as error:
@@ -265,7 +269,7 @@ def read_sounds(path: str | Path, rate: int | None = None) -> tuple[dict[str, np
         more = f" So are {len(wrong) - 1:,} others of {len(found) + len(wrong):,}." if len(wrong) > 1 else ""
         raise ValueError(f"{wrong[0]}{more}")
     if not found:
-        raise ValueError(f"{path} holds no sound. Give a folder or a .zip archive with files {', '.join(_SUFFIXES)}.")
+        raise ValueError(f"{path} holds no sound. Give a folder or a .zip archive with files {', '.join(SOUNDS)}.")
     rates = Counter(its_rate for _, its_rate in found.values())
     rate = rate or min(rates, key=lambda each: (-rates[each], each))
     sounds, changed = {}, Counter[str]()
@@ -303,27 +307,7 @@ def load_sounds(path: str | Path, spectrogram: Spectrogram | None = None) -> Spl
     """
     path = Path(path)
     sounds, rate = read_sounds(path, None if spectrogram is None else spectrogram.rate)
-    places = [PurePath(name).parts[:-1] for name in sounds]
-    if path.suffix.lower() == ".zip" and len({place[:1] for place in places}) == 1:
-        places = [place[1:] for place in places]  # an archive of one folder
-    parts, labels = read_places(path, places, "sounds")
-    if len(sounds) < 3:
-        raise ValueError(
-            f"{path} holds {len(sounds)} sounds, too few to split into train, validation and test. Cut long recordings "
-            "into several files."
-        )
-    if parts is None:
-        tenth = max(1, len(sounds) // 10)
-        rows = random_rows(len(sounds), validation=tenth, test=tenth)
-    else:
-        groups = {part: torch.tensor([i for i, its in enumerate(parts) if its == part]) for part in set(parts)}
-        if "validation" not in groups:
-            size = len(groups["train"])
-            if size < 2:
-                raise ValueError(f"{path} holds {size} training sounds, too few to set some aside for validation.")
-            kept, held, _ = random_rows(size, validation=max(1, size // 10), test=0)
-            groups |= {"train": groups["train"][kept], "validation": groups["train"][held]}
-        rows = groups["train"], groups["validation"], groups["test"]
+    rows, labels = split_files(path, list(sounds), "sounds")
     samples = list(sounds.values())
     if spectrogram is None:
         spectrogram = Spectrogram.of([samples[i] for i in rows[0].tolist()], rate)
@@ -333,23 +317,6 @@ def load_sounds(path: str | Path, spectrogram: Spectrogram | None = None) -> Spl
         of = chosen[which]
         splits.append(Split(x, None if labels is None else labels[of], of + 1))
     return Splits(*splits, spectrogram=spectrogram)
-
-
-def _contents(path: Path) -> Iterator[tuple[str, Path | io.BytesIO]]:
-    """Returns the names of the sounds of a file, a folder or an archive, each with what it is read from."""
-    if path.is_dir():
-        yield from ((str(file.relative_to(path)), file) for file in find_files(path, _SUFFIXES))
-    elif path.suffix.lower() == ".zip":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for name in sorted(archive.namelist()):
-                    is_hidden = any(part.startswith((".", "__MACOSX")) for part in PurePath(name).parts)
-                    if PurePath(name).suffix.lower() in _SUFFIXES and not is_hidden:
-                        yield name, io.BytesIO(archive.read(name))
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} cannot be read as a .zip archive ({error}).") from None
-    else:
-        yield path.name, path
 
 
 def _read(file: Path | io.BytesIO, name: str) -> tuple[np.ndarray, int]:

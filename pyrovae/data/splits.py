@@ -12,6 +12,7 @@ from torch import Tensor
 from pyrovae.rows import Rows
 
 if TYPE_CHECKING:
+    from pyrovae.data.music import PianoRoll
     from pyrovae.data.schema import Schema
     from pyrovae.data.series import TimeSeries
     from pyrovae.data.sounds import Spectrogram
@@ -51,6 +52,7 @@ class Splits:
         schema: the columns of a table, whose encoded rows are the data; None for other data.
         vocabulary: the words of a text, whose lines are the data; None for other data.
         spectrogram: how sounds became the levels that are the data; None for other data.
+        piano_roll: how songs became the keys that are the data; None for other data.
         time_series: how the rows of a table became the steps of sequences that are the data; None for other data.
     """
 
@@ -60,6 +62,7 @@ class Splits:
     schema: "Schema | None" = field(default=None, kw_only=True)
     vocabulary: "Vocabulary | None" = field(default=None, kw_only=True)
     spectrogram: "Spectrogram | None" = field(default=None, kw_only=True)
+    piano_roll: "PianoRoll | None" = field(default=None, kw_only=True)
     time_series: "TimeSeries | None" = field(default=None, kw_only=True)
 
     def __iter__(self) -> Iterator[Split]:
