@@ -217,6 +217,7 @@ def test_diagnose_says_what_a_run_learned(run, tmp_path, capsys):
     text = capsys.readouterr().out
     results = json.loads((out / "diagnosis.json").read_text())
     assert {name for name, result in results.items() if "skipped" not in result} == {*DIAGNOSES} - {
+        "steps",
         "posterior",
         "synthetic_rows",
     }

@@ -35,7 +35,7 @@ def test_images_have_the_means_of_the_encoder_and_their_labels():
         q = load_run("run")[0].encode(data.static_binarization(part.x, 1))
     np.testing.assert_array_equal(rows[:, 1], part.labels.numpy())
     np.testing.assert_allclose(rows[:, 2:], torch.cat([q.mean, q.stddev], -1).numpy(), rtol=1e-5, atol=1e-6)
-    with pytest.raises(SystemExit, match="file is for runs on tables, text and sounds"):
+    with pytest.raises(SystemExit, match="file is for runs on tables, text, sounds, music"):
         main(["encode", "run", "digits.npy"])
     main(["encode", "run", "--output", "z.npy"])
     assert np.load("z.npy").shape == (300, 6)

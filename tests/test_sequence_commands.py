@@ -168,7 +168,8 @@ def test_a_corrupt_spectrogram_is_named(run, tmp_path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["diagnose", "run"], "a diagnosis is not for sequences yet"),
+        (["diagnose", "run", "--nuts-samples", "100"], "nuts_samples is not for sequences"),
+        (["diagnose", "run", "--method", "ImportanceSampling"], "steps are scored by ParticleFilter"),
         (["sample", "run", "--mean"], "are not for sequences"),
         (["sample", "run", "--steps", "0"], "steps must be at least 1"),
         (["sample", "run", "--temperature", "0.5"], "temperature and top_p are for text"),

@@ -8,14 +8,15 @@ import pyro
 from torch import Tensor
 
 from pyrovae import diagnostics, storage
-from pyrovae.cli.common import SplitName, advice_as_options, check_device, data_to_score, load_data_of
-from pyrovae.cli.labels import check_label, context_of, note_on, of_x_alone, with_label
+from pyrovae.cli.common import SplitName, advice_as_options, check_device, data_to_score, first_of, load_data_of
+from pyrovae.cli.labels import arguments_of, check_label, context_of, note_on, of_x_alone, with_label
 from pyrovae.data import Splits
 from pyrovae.estimators import Estimator, UntilTrusted
 from pyrovae.parts import context_size
 from pyrovae.structures import MissingDataVAE, SemiSupervisedVAE, SequenceVAE
 
 _NUM_TEXTS, _SECONDS_FOR_TEXT = 60, 120.0
+_NUM_SEQUENCES = 60
 _NOT_FOR_TABLES = ("calibration", "sharpness", "quality")  # synthetic_rows compares columns and pairs of them
 
 
@@ -36,12 +37,17 @@ def diagnose(
 ) -> None:
     """Reports what a trained run learned and where it loses nats: tables with verdicts, a JSON file, pictures.
 
+    Of sequences, such as sounds, music and time series, it reports the log-density of each step and the terms of its
+    ELBO.
+
     Args:
         run: the run directory.
         split: the part of the data to look at.
-        num_data: number of data to look at, the first ones, 300 by default, 60 of text; gaps are measured on a third.
+        num_data: number of data to look at, the first ones, 300 by default, 60 of text and of sequences; gaps are
+            measured on a third.
         method: the class of the estimator of log p(x) for the gaps, one of pyrovae.estimators;
-            AnnealedImportanceSampling by default, for text UntilTrusted within two minutes.
+            AnnealedImportanceSampling by default, for text UntilTrusted within two minutes; for sequences it is
+            ParticleFilter.
         nuts_samples: draws of each of two NUTS chains for the posteriors of three data, after half as many warm-up
             steps: the slowest part. At least 100, 1,000 by default; 0, the default for text, leaves it out.
         other: a second data set of the same shape to compare with the first; without it, the most unusual data are
@@ -70,10 +76,10 @@ def diagnose(
             nuts_samples = 0
             print("posteriors by NUTS take long on text, and are left out. Add them with --nuts-samples 1000")
     if isinstance(vae, SequenceVAE):
-        raise ValueError(
-            f"a diagnosis is not for sequences yet. Trust and nats a step: pyrovae evaluate {run}; reconstructions: "
-            f"pyrovae reconstruct {run}."
-        )
+        for name, given in (("other", other), ("label", label), ("nuts_samples", nuts_samples)):
+            if given:
+                raise ValueError(f"{name} is not for sequences, whose steps are diagnosed alone. Leave it out.")
+        num_data = num_data or _NUM_SEQUENCES
     num_data = 300 if num_data is None else num_data
     nuts_samples = 1000 if nuts_samples is None else nuts_samples
     if schema is None:
@@ -88,6 +94,9 @@ def diagnose(
         part = part if label is None else with_label(part, label)
         x, labels = part
         assert x is not None
+        if isinstance(vae, SequenceVAE):
+            steps, seen = arguments_of(vae, first_of(part, num_data, device))
+            return steps, labels, seen
         context = next(iter(() if schema is None else context_of(schema, part.context)), None)
         found: tuple[Tensor | None, ...] = (x, labels, context)
         if isinstance(vae, MissingDataVAE):
@@ -111,7 +120,8 @@ def diagnose(
         raise ValueError(f"other has data of shape {tuple(strange.shape[1:])}, the run of {tuple(x.shape[1:])}.")
 
     pyro.set_rng_seed(seed)
-    model, guide = (of_x_alone(vae, program, label) for program in (vae.model, vae.guide))
+    programs = (vae.model_by_step, vae.guide_by_step) if isinstance(vae, SequenceVAE) else (vae.model, vae.guide)
+    model, guide = programs if isinstance(vae, SequenceVAE) else (of_x_alone(vae, p, label) for p in programs)
     generated = None
     if schema is not None:
         generated = vae.sample(max(30, len(x))) if context is None else vae.sample(1, context)[0]
@@ -135,9 +145,9 @@ def diagnose(
     )
     results, verdicts = {}, []
     for name, kind in diagnostics.DIAGNOSES.items():
-        is_for_tables = name == "synthetic_rows"
-        is_left_out = is_for_tables if schema is None else name in _NOT_FOR_TABLES
-        if is_left_out or (name == "posterior" and nuts_samples == 0):
+        if (name == "steps") != isinstance(vae, SequenceVAE) or (name == "posterior" and nuts_samples == 0):
+            continue
+        if name == "synthetic_rows" if schema is None else name in _NOT_FOR_TABLES:
             continue
         print(f"\n== {name.replace('_', ' ')}: {kind.question}")
         pyro.set_rng_seed(seed)  # each diagnostic draws the same, whichever ran before it

@@ -478,8 +478,7 @@ def _report_training(
     print(f"score it again: pyrovae evaluate {directory}")
     if isinstance(vae, SequenceVAE):
         print(f"what follows the test sequences: pyrovae forecast {directory}")
-    else:
-        print(f"what it learned, and where it loses nats: pyrovae diagnose {directory}")
+    print(f"what it learned, and where it loses nats: pyrovae diagnose {directory}")
     return result
 
 

@@ -21,6 +21,7 @@ from pyrovae.diagnostics.ranking import Ranking, RankingDifference, ranking
 from pyrovae.diagnostics.reliability import Reliability, reliability
 from pyrovae.diagnostics.report import DIAGNOSES
 from pyrovae.diagnostics.sharpness import Sharpness, sharpness
+from pyrovae.diagnostics.steps import Steps, steps
 from pyrovae.diagnostics.synthetic import Copies, SyntheticRows, Utility, synthetic_rows
 from pyrovae.diagnostics.traversals import Traversals, traversals
 
@@ -45,6 +46,7 @@ __all__ = [
     "Reliability",
     "ReportInputs",
     "Sharpness",
+    "Steps",
     "SyntheticRows",
     "Traversals",
     "Utility",
@@ -62,6 +64,7 @@ __all__ = [
     "ranking",
     "reliability",
     "sharpness",
+    "steps",
     "synthetic_rows",
     "traversals",
 ]

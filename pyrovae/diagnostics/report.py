@@ -11,11 +11,13 @@ from pyrovae.diagnostics.posterior import PosteriorCheck
 from pyrovae.diagnostics.quality import Quality
 from pyrovae.diagnostics.reliability import Reliability
 from pyrovae.diagnostics.sharpness import Sharpness
+from pyrovae.diagnostics.steps import Steps
 from pyrovae.diagnostics.synthetic import SyntheticRows
 from pyrovae.diagnostics.traversals import Traversals
 
 # By the names of the sections, pictures and numbers of a report.
 DIAGNOSES: dict[str, type[Diagnosis]] = {
+    "steps": Steps,
     "gaps": Gaps,
     "collapse": Collapse,
     "reliability": Reliability,

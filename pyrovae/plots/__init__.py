@@ -11,7 +11,7 @@ from pyrovae.plots.series import forecasts, imputations
 
 # The result of each diagnostic draws itself.
 anomalies = calibration = collapse = gaps = interpolations = latent_map = draw_result
-posterior_check = quality = reliability = sharpness = synthetic_rows = traversals = draw_result
+posterior_check = quality = reliability = sharpness = steps = synthetic_rows = traversals = draw_result
 
 __all__ = [
     "anomalies",
@@ -33,6 +33,7 @@ __all__ = [
     "repairs",
     "samples",
     "sharpness",
+    "steps",
     "synthetic_rows",
     "traversals",
 ]
