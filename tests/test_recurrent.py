@@ -80,20 +80,26 @@ def linear_gaussian() -> RecurrentVAE:
 
 def joint(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Returns mean and covariance of all steps of x, by the coefficients of the noise that the model adds."""
+    all_steps, _ = coefficients(mask)
+    return all_steps[:, -1], all_steps[:, :-1] @ all_steps[:, :-1].T
+
+
+def coefficients(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns all steps of x, and of z, as linear functions of the noise that the model adds; the last is constant."""
     steps, h = len(mask), torch.zeros(2, 5 * len(mask) + 1, **F64)  # the last column is the constant
-    rows = []
+    rows, latents = [], []
     for t, seen in enumerate(mask.tolist()):
         z, x = TO_Z @ h, torch.zeros(3, 5 * steps + 1, **F64)
         z[:, 5 * t : 5 * t + 2] += Q * torch.eye(2, **F64)
         x += C @ z + D @ h
         x[:, 5 * t + 2 : 5 * t + 5] += R * torch.eye(3, **F64)
         rows.append(x)
+        latents.append(z)
         h = STAY @ h + FROM_Z @ z
         if seen:
             h = h + FROM_X @ x
             h[:, -1] += FROM_SEEN
-    all_steps = torch.cat(rows)
-    return all_steps[:, -1], all_steps[:, :-1] @ all_steps[:, :-1].T
+    return torch.cat(rows), torch.cat(latents)
 
 
 def marginal(x: Tensor, mask: Tensor) -> Tensor:
@@ -189,6 +195,34 @@ def test_scores_of_steps_are_those_of_the_normal():
     so_far = torch.stack([marginal(x[:, : t + 1], torch.ones(2, t + 1).bool()) for t in range(5)], 1)
     expected = so_far.diff(dim=1, prepend=torch.zeros(2, 1, **F64))
     assert ((found.value - expected).abs() < 4.5 * found.standard_error + 1e-6).all()
+
+
+def test_smoothed_latents_are_those_of_the_normal(data):
+    x, mask = data
+    vae = linear_gaussian()
+    pyro.set_rng_seed(0)
+    n = 4000
+    found = vae.smooth(x, mask, num_samples=n, num_particles=20)
+    assert found.states.shape == (n, len(x), x.shape[1], 2)
+    assert torch.equal(found.ess, found.ess[:, :1].expand_as(found.ess))
+    for i, seen in enumerate(mask):
+        of_x, of_z = coefficients(seen)
+        kept, length = seen.repeat_interleave(3), int(seen.nonzero().amax()) + 1
+        of_x, of_z = of_x[kept], of_z[: 2 * length]
+        gain = torch.linalg.solve(of_x[:, :-1] @ of_x[:, :-1].T, of_x[:, :-1] @ of_z[:, :-1].T).T
+        mean = of_z[:, -1] + gain @ (x[i][seen].flatten() - of_x[:, -1])
+        rest = of_z[:, :-1] - gain @ of_x[:, :-1]
+        covariance = rest @ rest.T
+        path = found.states[:, i, :length].flatten(1)
+        # As many independent draws as effective filters, of those that were resampled.
+        independent = 1 / (1 / found.ess[i, 0] + 1 / n)
+        error = (covariance.diagonal() / independent).sqrt()
+        assert ((path.mean(0) - mean).abs() <= 4.5 * error).all()
+        spread = covariance.diagonal().outer(covariance.diagonal()) + covariance.square()
+        assert ((path.T.cov() - covariance).abs() <= 4.5 * (spread / independent).sqrt()).all()
+    assert vae.smooth(x, mask, num_samples=3).states.shape == (3, len(x), x.shape[1], 2)
+    with pytest.warns(UserWarning, match="fewer than 10 effective particles"):
+        vae.smooth(20 * torch.randn_like(x), num_samples=3, num_particles=2)
 
 
 def test_draws_and_forecasts_are_those_of_the_normal(data):

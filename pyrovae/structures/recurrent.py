@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyrovae.distributions import RecurrentChain, center
+from pyrovae.inference.filtering import systematic
 from pyrovae.nn.base import Shape, as_shape, check_count
 from pyrovae.nn.sequences import start_recurrence
 from pyrovae.parts import (
@@ -31,6 +32,7 @@ from pyrovae.structures.sequences import (
     width_of_memory,
     with_context,
 )
+from pyrovae.structures.smoothing import Smoothed
 
 
 class RecurrentVAE(SequenceVAE):
@@ -172,6 +174,60 @@ class RecurrentVAE(SequenceVAE):
         q = self.encode(x, mask, context)
         z = q.sample()
         return center(likelihood_at(self.likelihood, z, with_context(q.memories(z), context, slice(None))))
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def smooth(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        num_samples: int = 100,
+        num_particles: int = 30,
+    ) -> Smoothed:
+        r"""Draws the latents of all steps given whole sequences, :math:`p(z_1, \dots, z_T \mid x_1, \dots, x_T)`.
+
+        .. math:: p(z \mid x) \approx \sum_r \frac{\hat p_r(x)}{\sum_s \hat p_s(x)}\, \delta_{z^{(r)}}
+
+        Each of many independent filters gives one of its paths, :math:`z^{(r)}`, drawn by its last weights, and the
+        paths are weighted by the filters' estimates of p(x). The error falls with the number of filters and of
+        particles. The latents after the last observed step are draws of the prior.
+
+        Args:
+            x: sequences, ``(batch, time, *x_shape)``; any values, NaN too, at the steps that were not observed.
+            mask: their observed steps, ``(batch, time)``; None for all.
+            context: shape ``(batch, time, context_dim)``, or None.
+            num_samples: paths for each sequence, and filters, of which there are 50 at least.
+            num_particles: particles of a filter.
+
+        Returns:
+            A :class:`Smoothed`, whose effective number is that of the filters, the same for all steps of a sequence. A
+            warning tells where it is below 10.
+
+        Raises:
+            ValueError: when all particles of a sequence die.
+
+        References:
+            Particle Markov Chain Monte Carlo Methods, C. Andrieu, A. Doucet and R. Holenstein, 2010,
+            https://doi.org/10.1111/j.1467-9868.2009.00736.x (a path and the estimate of its filter).
+        """
+        check_count(num_samples, "num_samples")
+        mask = self._mask_of(x, mask, context)
+        num_runs = max(num_samples, 50)  # of fewer, the effective number says little
+        run = self._filter_states(x, mask, context, num_particles, num_runs)
+        states = torch.stack([run.guide[f"z{t + 1}"]["value"] for t in range(x.shape[1])], dim=-2)
+        states = states.unflatten(0, (num_runs, num_particles))
+        log_w = torch.where(run.log_z.unsqueeze(1) > -math.inf, run.log_w, 0.0)  # any path of a filter without weight
+        last = dist.Categorical(logits=log_w.transpose(1, 2)).sample()  # (runs, batch)
+        paths = states.gather(1, last[:, None, :, None, None].expand(-1, 1, -1, *states.shape[-2:])).squeeze(1)
+        weights = run.log_z.softmax(0)
+        ess = (1 / weights.square().sum(0)).unsqueeze(-1).expand(-1, x.shape[1])
+        chosen = systematic(weights)
+        chosen = chosen.gather(0, torch.rand_like(weights).argsort(0))  # in random order
+        smoothed = Smoothed(paths.gather(0, chosen[..., None, None].expand_as(paths))[:num_samples], ess)
+        smoothed.warn_of_few(num_particles)
+        return smoothed
 
     def _draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
         leading = (num_samples,) if context is None else (num_samples, len(context))

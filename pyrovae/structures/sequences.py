@@ -142,8 +142,10 @@ class SequenceVAE(Registered):
             )
         return mask
 
-    def _filter_states(self, x: Tensor, mask: Tensor, context: Tensor | None, num_particles: int) -> Filtered:
-        """Runs a particle filter, for a mask that was checked.
+    def _filter_states(
+        self, x: Tensor, mask: Tensor, context: Tensor | None, num_particles: int, num_runs: int = 1
+    ) -> Filtered:
+        """Runs particle filters, for a mask that was checked.
 
         Raises:
             ValueError: when all particles of a sequence die.
@@ -153,8 +155,10 @@ class SequenceVAE(Registered):
         seen = mask.view(*mask.shape, *(1,) * (x.dim() - 2))
         args = (torch.where(seen, x, x[mask][0]), mask, context)
         structure = inspect(self.model_by_step, self.guide_by_step, *args)
-        run = run_filter(self.model_by_step, self.guide_by_step, structure, num_particles, 0.5, systematic, args, {})
-        died = ~(run.log_z[0] > -math.inf)
+        run = run_filter(
+            self.model_by_step, self.guide_by_step, structure, num_particles, 0.5, systematic, args, {}, num_runs
+        )
+        died = ~(run.log_z.amax(0) > -math.inf)
         if bool(died.any()):
             raise ValueError(
                 f"all {num_particles:,} particles of {int(died.sum())} of {len(x)} sequences have weight zero, first "
