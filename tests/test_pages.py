@@ -1,4 +1,4 @@
-"""Pages whose tables are made from records: blurry samples, and collapsed levels; and smoke runs of their rows."""
+"""Pages whose tables are made from records: blurry samples, collapsed levels, few labels; smoke runs of their rows."""
 
 import importlib
 import json
@@ -18,12 +18,13 @@ def script(request, monkeypatch):
     return importlib.import_module(request.param)
 
 
-both = pytest.mark.parametrize("script", ["blur", "collapse"], indirect=True)
+every = pytest.mark.parametrize("script", ["blur", "collapse", "labels"], indirect=True)
 blur = pytest.mark.parametrize("script", ["blur"], indirect=True)
 collapse = pytest.mark.parametrize("script", ["collapse"], indirect=True)
+labels = pytest.mark.parametrize("script", ["labels"], indirect=True)
 
 
-@both
+@every
 def test_the_tables_of_the_page_are_those_of_the_records(script):
     text = script.PAGE.read_text()
     assert script.page(json.loads(script.RECORD.read_text()), text) == text
@@ -83,3 +84,31 @@ def test_images_in_a_line_share_the_upper_levels(script):
     drawn = script.drawn_below(vae)
     torch.testing.assert_close(drawn, drawn[:, :1].expand(-1, 10, -1, -1))
     assert (drawn[0, 0] - drawn[1, 0]).abs().max() > 1e-3
+
+
+@labels
+def test_every_row_learns_to_classify(script, tmp_path):
+    """Bright halves of images, of which a guess is wrong for half."""
+    classes = torch.arange(400) % script.CLASSES
+    x = torch.zeros(400, *script.IMAGE)
+    for i, label in enumerate(classes.tolist()):
+        x[i, 0, 2 * label : 2 * label + 4, 4:24] = 1.0
+    digits = script.Digits((x[:300], classes[:300]), (x[300:350], classes[300:350]), (x[350:], classes[350:]))
+    settings = script.Settings(epochs=3, epochs_of_m2=3, epochs_on_latents=10, batch_size=50)
+    for name in script.ROWS:
+        found = script.measured(name, digits, 100, settings, tmp_path)
+        assert found == script.measured(name, digits, 100, settings, tmp_path)  # from the checkpoints
+        assert found["test"] < 45  # of 90 for a guess
+
+
+@labels
+def test_labels_are_of_every_class_and_a_tenth_of_the_data(script):
+    labels = torch.randint(script.CLASSES, (5000,))
+    known = script.with_labels(labels, 100, seed=1)
+    assert torch.bincount(labels[known]).tolist() == [10] * 10
+    assert not torch.equal(known, script.with_labels(labels, 100, seed=2))
+    x, hidden = script.mixed(torch.randn(5000, 3), labels, known)
+    assert (hidden >= 0).double().mean().item() == pytest.approx(script.SHARE, rel=0.1)
+    assert len(x) == len(hidden)
+    assert (hidden[:5000] == -1).all()
+    assert torch.equal(hidden[5000:5100], labels[known])
