@@ -1,6 +1,7 @@
 """Bach's chorales by models of sequences: nats a step by the ELBO and by a particle filter, and a continuation.
 
-    python examples/chorales.py --data jsb-chorales-quarter.json
+    python examples/chorales.py --data jsb-chorales-quarter.json --lr 3e-3 --one-cycle --weight-decay 1e-3 --epochs 700 \\
+        --patience 0
     python examples/chorales.py --data jsb-chorales-quarter.json --model recurrent --patience 30
     python examples/chorales.py --data jsb-chorales-quarter.json --model chords --latent-dim 32 --transpose 5 \\
         --lr 2e-3 --weight-decay 1e-5
@@ -24,6 +25,8 @@ from pathlib import Path
 
 import pyro
 import torch
+
+from torch.optim.lr_scheduler import OneCycleLR
 
 import pyrovae
 from pyrovae import bounds, encoders, estimators, likelihoods, nn, priors
@@ -114,10 +117,12 @@ def main(args):
         epochs=args.epochs,
         batch_size=20,
         optimizer=partial(torch.optim.Adam, lr=args.lr, weight_decay=args.weight_decay),
+        scheduler=partial(OneCycleLR, max_lr=args.lr, pct_start=0.1) if args.one_cycle else None,
+        schedule_every_step=args.one_cycle,
         transform=transpose,
         clip_norm=20.0,
         validation=validation,
-        patience=args.patience,
+        patience=args.patience or None,
         checkpoint=args.checkpoint,
         resume=args.checkpoint is not None,
         progress=not args.smoke,
@@ -171,10 +176,11 @@ if __name__ == "__main__":
     parser.add_argument("--latent-dim", type=int, default=48)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=600)
-    parser.add_argument("--patience", type=int, default=60)
+    parser.add_argument("--patience", type=int, default=60, help="0 to go on to the last epoch")
     parser.add_argument("--warm-up", type=int, default=600, help="steps until the KL divergence has its full weight")
     parser.add_argument("--transpose", type=int, default=0, help="semitones by which training songs are moved, at most")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--one-cycle", action="store_true", help="let the learning rate rise to --lr, and fall to 0")
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument("--filters", type=int, default=16)
     parser.add_argument("--num-particles", type=int, default=100)

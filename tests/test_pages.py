@@ -88,17 +88,17 @@ def test_images_in_a_line_share_the_upper_levels(script):
 
 @labels
 def test_every_row_learns_to_classify(script, tmp_path):
-    """Bright halves of images, of which a guess is wrong for half."""
+    """Bars at ten heights."""
     classes = torch.arange(400) % script.CLASSES
     x = torch.zeros(400, *script.IMAGE)
     for i, label in enumerate(classes.tolist()):
         x[i, 0, 2 * label : 2 * label + 4, 4:24] = 1.0
     digits = script.Digits((x[:300], classes[:300]), (x[300:350], classes[300:350]), (x[350:], classes[350:]))
-    settings = script.Settings(epochs=3, epochs_of_m2=3, epochs_on_latents=10, batch_size=50)
+    settings = script.Settings(epochs=60, epochs_of_m2=10, epochs_on_latents=60, batch_size=50)
     for name in script.ROWS:
         found = script.measured(name, digits, 100, settings, tmp_path)
         assert found == script.measured(name, digits, 100, settings, tmp_path)  # from the checkpoints
-        assert found["test"] < 45  # of 90 for a guess
+        assert found["test"] < 45, name  # a guess is wrong for 90 %
 
 
 @labels
