@@ -49,11 +49,14 @@ def test_keys_are_on_where_a_note_sounds_and_back():
     assert roll.decode(x) == [SONG[:3], SONG[3:], [[71]]]
 
 
-@pytest.mark.parametrize("per_quarter", [1, 3, 4])
+@pytest.mark.parametrize("per_quarter", [1, 3, 4, 7, 1000])
 def test_a_midi_file_that_is_written_reads_back(tmp_path, per_quarter):
-    write_midi([SONG, song(3)], tmp_path / "two.mid", per_quarter)
+    rests = [[], *SONG, [], []]
+    write_midi([rests, song(3)], tmp_path / "two.mid", per_quarter)
     [again] = read_music(tmp_path / "two.mid", per_quarter).values()
-    assert again == [*SONG, *[[]] * 4 * per_quarter, *song(3)]
+    assert again == [*rests, *[[]] * 4 * per_quarter, *song(3)]
+    write_midi([rests], tmp_path / "one.mid", per_quarter)
+    assert [*read_music(tmp_path / "one.mid", per_quarter).values()] == [rests]
 
 
 def test_notes_of_midi_begin_and_end_at_the_nearest_step(tmp_path):
@@ -66,17 +69,44 @@ def test_notes_of_midi_begin_and_end_at_the_nearest_step(tmp_path):
             ("note_off", 64, 0, 2, 1),  # shorter than a step: it lasts one
             ("note_on", 67, 80, 94, 0),
             ("note_on", 67, 80, 96, 0),  # struck again
-            ("note_off", 67, 0, 96, 0),
+            ("note_off", 67, 0, 96, 0),  # ends both: no other end follows
             ("note_on", 72, 80, 0, 2),  # never ends: the file does
             ("note_on", 40, 80, 96, 9),  # a drum
         ],
     )
-    with pytest.warns(UserWarning, match="1 have drums, which are left out"):
+    with pytest.warns(UserWarning, match="a.mid have drums, which are left out"):
         [found] = read_music(tmp_path / "a.mid", per_quarter=1).values()
-    assert found == [[60], [64], [67], [67], [72]]
+    assert found == [[], [60], [64], [67], [67], [72]]
     with pytest.warns(UserWarning, match="drums"):
         [found] = read_music(tmp_path / "a.mid", per_quarter=2).values()
-    assert found == [[60], [60], [64], [], [67], [67], [67], [67], [72], [72]]
+    assert found == [[], [], [60], [60], [64], [], [67], [67], [67], [67], [72], [72]]
+
+
+def test_tracks_of_one_channel_and_notes_that_overlap_keep_their_ends(tmp_path):
+    held = [("note_on", 60, 80, 0, 0), ("note_off", 60, 0, 4 * 96, 0)]
+    short = [("note_on", 60, 80, 96, 0), ("note_off", 60, 0, 96, 0)]
+    midi = mido.MidiFile(ticks_per_beat=96)
+    for part in (held, short):
+        write_messages(tmp_path / "part.mid", part)
+        midi.tracks += mido.MidiFile(tmp_path / "part.mid").tracks
+    midi.save(tmp_path / "both.mid")
+    assert [*read_music(tmp_path / "both.mid", 1).values()] == [[[60]] * 4]
+    twice = [("note_on", 60, 80, 0, 0), ("note_on", 60, 80, 96, 0), ("note_off", 60, 0, 96, 0)]
+    write_messages(tmp_path / "twice.mid", [*twice, ("note_off", 60, 0, 96, 0)])
+    assert [*read_music(tmp_path / "twice.mid", 1).values()] == [[[60]] * 3]
+    write_messages(tmp_path / "once.mid", [*twice, ("note_on", 62, 80, 96, 0), ("note_off", 62, 0, 96, 0)])
+    assert [*read_music(tmp_path / "once.mid", 1).values()] == [[[60], [60], [], [62]]]
+
+
+def test_notes_between_steps_files_without_notes_and_others_are_said(tmp_path):
+    write_messages(tmp_path / "triplet.mid", [("note_on", 60, 80, 32, 0), ("note_off", 60, 0, 64, 0)])
+    with pytest.warns(UserWarning, match="100% of the notes begin between steps of 1/4 of a quarter note"):
+        read_music(tmp_path / "triplet.mid")
+    assert [*read_music(tmp_path / "triplet.mid", per_quarter=3).values()] == [[[], [60], [60]]]
+    write_messages(tmp_path / "drums.mid", [("note_on", 40, 80, 0, 9)])
+    (tmp_path / "cover.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"drums.mid hold no notes and are left out; 1 pictures are not read"):
+        assert [*read_music(tmp_path, per_quarter=3)] == ["triplet.mid"]
 
 
 def test_json_with_parts_a_list_a_folder_and_an_archive_are_music(tmp_path, file):
@@ -109,10 +139,20 @@ def test_json_with_parts_a_list_a_folder_and_an_archive_are_music(tmp_path, file
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([song(0), song(1), [[60], [200]]], r"song 3 of .* has 200 in step 1. Notes are whole numbers from 0 to 127"),
-        ([song(0), song(1), [[60.5]]], r"song 3 of .* has 60.5 in step 0"),
-        ([song(0), song(1), [[float("nan")]]], r"song 3 of .* has nan in step 0"),
+        ([song(0), song(1), [[60], [200]]], r"song 3 of .* has 200 in step 2. A step is a list of notes"),
+        ([song(0), song(1), [[60.5]]], r"song 3 of .* has 60.5 in step 1"),
+        ([song(0), song(1), [[float("nan")]]], r"song 3 of .* has nan in step 1"),
+        ([song(0), song(1), [[True]]], r"song 3 of .* has True in step 1"),
+        ([song(0), song(1), [[-1]]], r"song 3 of .* has -1 in step 1. .* a rest is an empty list"),
+        ([song(0), song(1), [60, 61]], r"step 1 of song 3 of .* is 60. A step is a list of notes: \[60\]"),
+        ([song(0), song(1), [None]], r"song 3 of .* has None in step 1"),
+        ([song(0), song(1), "60"], r"song 3 of .* has no step"),
+        (song(0), r"song 1 of .* has|step 1 of song 1"),
+        ([60, 61], r"song 1 of .* has no step: a song is a list of steps"),
+        ([], r"holds no songs. Give a list of songs"),
         ({"train": [song(0)], "test": [song(1), []]}, r"song test/2 of .* has no step"),
+        ({"train": [song(0)], "test": []}, r"has train, test. Give at least the parts train and test, with songs"),
+        ({"train": [song(0)], "test": [song(1)], "by": "me"}, r"holds no songs. .* and nothing else"),
         ([song(0), song(1)], r"holds 2 songs, too few to split"),
     ],
 )
@@ -131,8 +171,10 @@ def test_files_that_are_no_music_are_said_to_be_none(tmp_path):
     with pytest.raises(ValueError, match=r"broken.mid cannot be read as a MIDI file"):
         read_music(tmp_path / "broken.mid")
     write_messages(tmp_path / "drums.mid", [("note_on", 40, 80, 0, 9)])
-    with pytest.raises(ValueError, match="holds no notes but drums"):
+    with pytest.raises(ValueError, match="holds no song with notes"):
         read_music(tmp_path / "drums.mid")
+    with pytest.raises(ValueError, match=r"broken.mid cannot be read .*EOFError.*"):
+        read_music(tmp_path)
     write_messages(tmp_path / "long.mid", [("note_on", 60, 80, 0, 0), ("note_on", 61, 80, 2**28 - 1, 0)], ticks=1)
     with pytest.raises(ValueError, match=r"steps, more than 1,000,000"):
         read_music(tmp_path / "long.mid")
@@ -141,13 +183,14 @@ def test_files_that_are_no_music_are_said_to_be_none(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no song"):
         read_music(tmp_path / "empty")
-    with pytest.raises(ValueError, match="per_quarter is for MIDI files"):
-        (tmp_path / "songs.json").write_text(json.dumps([SONG] * 4))
-        load_music(tmp_path / "songs.json", per_quarter=2)
+    with pytest.raises(ValueError, match="per_quarter must be at least 1"):
+        read_music(tmp_path / "long.mid", per_quarter=0)
+    with pytest.raises(ValueError, match=r"songs\[0\] has 200 in step 1"):
+        write_midi([[[200]]], tmp_path / "none.mid")
 
 
 def test_a_note_beyond_the_keys_is_refused():
-    with pytest.raises(ValueError, match=r"songs\[1\] has note 10 in step 2, and the notes here are 21 to 108"):
+    with pytest.raises(ValueError, match=r"songs\[1\] has note 10 in step 3, and the notes here are 21 to 108"):
         PianoRoll(21, 88, 1, 4).encode([SONG, [[30], [30], [10]]])
     assert PianoRoll.of([SONG, [[10]]], 1) == PianoRoll(0, 128, 1, 5)
 
@@ -199,7 +242,7 @@ def test_a_run_on_songs_draws_goes_on_with_scores_and_embeds_them(file, tmp_path
     assert lines[0] == "song,from,to,log_p,standard_error,trusted,steps,nats_a_step"
     assert lines[36].startswith("test/1,0.000,7.000,")
     main(["encode", str(run), str(file), "--output", str(tmp_path / "e.csv")])
-    assert (tmp_path / "e.csv").read_text().startswith("song,mean_1,mean_2,")
+    assert (tmp_path / "e.csv").read_text().startswith("song,from,to,mean_1,mean_2,")
     for ending in ("png", "npy"):
         main(["sample", str(run), "--num_samples", "2", "--output", str(tmp_path / f"s.{ending}")])
         assert (tmp_path / f"s.{ending}").stat().st_size > 100
@@ -208,7 +251,7 @@ def test_a_run_on_songs_draws_goes_on_with_scores_and_embeds_them(file, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--per_quarter", "2"], "per_quarter is for MIDI files"),
+        (["--per_quarter", "0"], "per_quarter must be a whole number of at least 1"),
         (["--structure", "Incomplete"], "shift moves images, or songs of a model of sequences"),
     ],
 )

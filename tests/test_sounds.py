@@ -195,11 +195,11 @@ def test_what_is_no_sound_is_named(tmp_path, folder):
         load_sounds(folder)
     (tmp_path / "empty").mkdir()
     (folder / "other.wav").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="So are 1 others of 22"):
+    with pytest.raises(ValueError, match="So is, of 22 files: other.wav"):
         load_sounds(folder)
     with pytest.raises(ValueError, match="holds no sound"):
         read_sounds(tmp_path / "empty")
-    with pytest.raises(ValueError, match="holds no picture and no sound"):
+    with pytest.raises(ValueError, match="holds no picture, sound or MIDI file"):
         load(str(tmp_path / "empty"))
     with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
         archive.writestr("a.txt", "text")

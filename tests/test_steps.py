@@ -11,6 +11,7 @@ from pyro import distributions as dist
 from pyrovae import VAE, encoders, likelihoods, priors
 from pyrovae.diagnostics import steps
 from pyrovae.estimators import ParticleFilter, Prior
+from pyrovae.inference.weights import log_weights
 
 A, Q, R, S = 0.8, 1.0, 0.6, 0.7  # z_t = A z_{t-1} + Q e, x_t = z_t + R e; the guide's z_t is x_t / 2 + S e
 LENGTH = 7
@@ -80,6 +81,17 @@ def test_terms_of_the_elbo_are_those_in_closed_form(data):
     error = ((4 * a**2 * b**2 + 2 * b**4).sqrt() / 2 + 1 / math.sqrt(2)) / math.sqrt(n)  # that of log q is 1/2 e^2
     assert ((found.kl - kl).abs() <= 4.5 * error).all()
     torch.testing.assert_close(found.elbo, found.reconstruction - found.kl)
+
+
+def test_means_are_those_of_whole_sequences(data):
+    """At a missing step the guide differs from the prior, which costs nats."""
+    x, mask = data
+    found = steps(model, guide, x, mask, method=ParticleFilter(4, 10), num_samples=5000, progress=False)
+    log_w = log_weights(model, guide, x, mask, num_samples=5000)
+    error = math.hypot(*[(log_w.sum(1).std() / math.sqrt(5000)).item()] * 2) / mask.sum().item()
+    assert found.numbers()["elbo"] == pytest.approx(log_w.mean(0).sum().item() / mask.sum().item(), abs=4.5 * error)
+    assert found.kl[~mask].min() > 0.05
+    assert found.gap[0] == pytest.approx((found.predictive - found.elbo).sum().item() / mask.sum().item())
 
 
 def test_a_guide_that_is_the_prior_is_said_to_tell_nothing(data):

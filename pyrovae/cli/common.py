@@ -371,7 +371,7 @@ def programs_of(vae: Any, method: Estimator) -> tuple[Any, Any]:
 def per_step(estimate: Estimate, num_steps: int, unit: str = "step") -> str:
     """Returns in words -log p(x) by the step of sequences, or what else a step is."""
     nats = -estimate.value.double().sum().item() / num_steps
-    note = "" if bool(estimate.trusted.all()) else "; lower, for those that are not to be trusted"
+    note = "" if bool(estimate.trusted.all()) else "; too high for those that are not to be trusted"
     return f"-log p(x): {nats:.3f} nats a {unit}, of {num_steps:,} {unit}s{note}"
 
 

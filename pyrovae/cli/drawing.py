@@ -218,7 +218,7 @@ def reconstruct(
         from pyrovae import plots
 
         if isinstance(vae, SequenceVAE):
-            x, reconstructed = as_pictures(x), as_pictures(reconstructed)
+            x, reconstructed = as_pictures(torch.cat([x, reconstructed])).chunk(2)
         plots.reconstructions(x, reconstructed, out)
     else:
         write_array(reconstructed, out)

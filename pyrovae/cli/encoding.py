@@ -24,7 +24,7 @@ from pyrovae.cli.common import (
 )
 from pyrovae.cli.labels import arguments_of
 from pyrovae.cli.pictures import mean_over_steps, name_of_latents
-from pyrovae.cli.pieces import read_pieces, recordings_of
+from pyrovae.cli.pieces import read_pieces, recordings_of, starts_of
 from pyrovae.cli.rows import check_some, load_rows
 from pyrovae.structures import SequenceVAE
 
@@ -45,17 +45,18 @@ def encode(
 ) -> None:
     """Writes the embedding of each datum: mean and standard deviation of q(z | x).
 
-    Of several levels of latents it is that of the level next to the data; of a sequence or a piece of a sound the mean
-    of the latents over its steps.
+    Of several levels of latents it is that of the level next to the data; of a sequence, such as a piece of a sound
+    or of a song, the mean of the latents over its steps, and the standard deviation of that mean.
 
     Args:
         run: the run directory.
-        file: for runs on tables, text and sounds, what to embed: a table with the columns of the training data (needed
-            for a table), a text, or a sound, a folder or a .zip archive of sounds. A row, line or piece each, in the
-            order of the file.
+        file: for runs on tables, text, sounds and music, what to embed: a table with the columns of the training data
+            (needed for a table), a text, a sound or MIDI file, a folder or a .zip archive of them, or a .json file of
+            songs. A row, line or piece each, in the order of the file.
         split: without a file, the split of the data.
         output: a .csv or .npy file; encoded-<file or split>.csv in the run directory by default. Columns of a .csv
-            file: row, line, sound or datum, label if the data have any, mean_1, ..., sd_1, ...
+            file: row, line or datum, or the number of the sound or song with the times from and to of the piece; label
+            if the data have any; mean_1, ..., sd_1, ...
         data: without a file, another data set of the same shape; that of the run by default.
         data_root: the directory of the images; that of the run by default.
         device: cpu, cuda, cuda:1, ...
@@ -110,8 +111,11 @@ def _data(
         lines, numbers = datasets.read_lines(file)
         return datasets.Split(vocabulary.encode(lines), None), {"line": torch.tensor(numbers)}
     if recordings is not None:
+        kind, encoding = recordings
         x, which, _ = read_pieces(recordings, file)
-        return datasets.Split(x, None), {recordings[0].name: which + 1}
+        begins, size = torch.tensor(starts_of(which, encoding.num_steps)), kind.size(encoding)
+        ends = begins + (~x.isnan().any(-1)).sum(1)
+        return datasets.Split(x, None), {kind.name: which + 1, "from": begins * size, "to": ends * size}
     if config.get("time_series") is not None:
         steps = config["time_series"].steps(file)
         x, places = config["time_series"].pieces(steps)

@@ -77,7 +77,8 @@ def forecast(
     recordings = recordings_of(config)
     endings: tuple[str, ...] = (".png", ".csv", ".npy")
     if recordings is not None:
-        endings = tuple(dict.fromkeys((*recordings[0].endings, *endings)))
+        is_discrete = config.get("piano_roll") is not None  # whose quantiles say nothing
+        endings = tuple(dict.fromkeys((*recordings[0].endings, *(endings[::2] if is_discrete else endings))))
     out = new_file(output or Path(run) / f"forecasts-{split}{endings[0]}", endings)
     x = data_to_score(load_data_of(config, data, data_root), split, config["preprocessing"], num_data).x
     filled, mask = split_steps(x)

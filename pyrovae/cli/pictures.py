@@ -61,9 +61,8 @@ def _of_sequences(vae: SequenceVAE, part: datasets.Split) -> dict[str, Callable[
 
     def reconstructions() -> Any:
         again = vae.reconstruct(*args).masked_fill(part.x.isnan(), torch.nan)
-        return plots.reconstructions(
-            as_pictures(part.x), as_pictures(again), title="test data above, reconstructions below"
-        )
+        above, below = as_pictures(torch.cat([part.x, again])).chunk(2)
+        return plots.reconstructions(above, below, title="test data above, reconstructions below")
 
     return {
         "samples.png": lambda: plots.samples(
@@ -81,6 +80,8 @@ def is_drawn_as_curves(x: Tensor) -> bool:
 def as_pictures(x: Tensor) -> Tensor:
     """Returns sequences as pictures of values from 0 to 1, with time to the right and the first feature at the bottom.
 
+    Features at the bottom and at the top that never change, such as keys that nobody plays, are cut off.
+
     Args:
         x: sequences of several features, ``(size, time, ...)``, with NaN where there is no step. Those of few features
             are returned as they are, to be drawn as curves.
@@ -88,6 +89,9 @@ def as_pictures(x: Tensor) -> Tensor:
     if is_drawn_as_curves(x):
         return x
     x = x.flatten(2)
+    seen = x[~x.isnan().any(-1)]
+    changing = (seen != seen[:1]).any(0).nonzero().flatten().tolist() or [0, x.shape[2] - 1]
+    x = x[..., changing[0] : changing[-1] + 1]
     low, high = np.nanquantile(x.cpu().numpy(), (0.02, 0.995))
     return ((x - low) / max(high - low, 1e-6)).clamp(0, 1).nan_to_num(0).mT.flip(-2).unsqueeze(1)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyrovae.cli.common import advice_as_options, new_file, per_step, programs_of
 from pyrovae.cli.labels import arguments_of, draw
 from pyrovae.cli.music import MUSIC, write_keys
+from pyrovae.cli.pictures import as_pictures
 from pyrovae.cli.sounds import SOUND, write_levels
 from pyrovae.data import PianoRoll, Spectrogram, Split, read_music, read_sounds
 from pyrovae.estimators import Estimator, log_marginal
@@ -47,7 +48,10 @@ def _read_sounds(file: str, spectrogram: Spectrogram) -> dict[str, Any]:
 
 
 def _read_music(file: str, piano_roll: PianoRoll) -> dict[str, Any]:
-    return read_music(file, piano_roll.per_quarter)
+    songs = read_music(file, piano_roll.per_quarter)
+    for name, song in songs.items():
+        piano_roll.check(song, f"song {name} of {file}")
+    return songs
 
 
 Recordings = tuple[Kind, Any]  # what recordings a run is on, and how they are encoded
@@ -74,11 +78,16 @@ def recordings_of(config: dict[str, Any]) -> Recordings | None:
 
 
 def read_pieces(recordings: Recordings, file: str) -> tuple[Tensor, Tensor, list[str]]:
-    """Returns the pieces of the recordings of a file, the number of the one that each is of, and their names."""
+    """Returns the pieces of the recordings of a file, the number of the one that each is of, and their names.
+
+    The pieces end with the longest of them.
+    """
     kind, encoding = recordings
     found = kind.read(file, encoding)
+    print(f"{file}: {len(found):,} {kind.name}s\n{encoding.describe()}")
     x, owners = encoding.encode(list(found.values()))
-    return x, owners, list(found)
+    longest = int((~x.isnan().any(-1)).sum(1).max())
+    return x[:, :longest], owners, list(found)
 
 
 @torch.no_grad()
@@ -102,8 +111,16 @@ def reconstruct_pieces(vae: Any, recordings: Recordings, x: Tensor, output: str 
     out = new_file(output, kind.endings)
     pyro.set_rng_seed(seed)
     again = vae.reconstruct(*arguments_of(vae, Split(x, None))).masked_fill(x.isnan(), torch.nan)
-    shown = again if out.suffix == ".npy" else torch.stack([x, again], dim=1).flatten(0, 1)
     title = f"pieces of {kind.name}s, each before its reconstruction"
+    if out.suffix == ".png":
+        from pyrovae import plots
+
+        title = f"pieces of {kind.name}s above, their reconstructions below"
+        above, below = as_pictures(torch.cat([x, again])).chunk(2)
+        plots.reconstructions(above, below, out, title)
+        print(f"{len(x)} {title}: {out}")
+        return
+    shown = again if out.suffix == ".npy" else torch.stack([x, again], dim=1).flatten(0, 1)
     kind.write(shown, encoding, out, title)
     print(f"{len(x)} {title}: {out}")
 
@@ -126,7 +143,7 @@ def score_pieces(
     pyro.set_rng_seed(seed)
     estimate = log_marginal(*programs_of(vae, method), *args, method=method, max_memory=max_memory)
     value, steps = estimate.value.cpu(), (~x.isnan().any(-1)).sum(1)
-    size, starts = kind.size(encoding), _starts(owners, encoding.num_steps)
+    size, starts = kind.size(encoding), starts_of(owners, encoding.num_steps)
     with open(out, "w", newline="", encoding="utf-8") as content:
         writer = csv.writer(content, lineterminator="\n")
         header = [kind.name, "from", "to", "log_p", "standard_error", "trusted", f"{kind.step}s"]
@@ -143,7 +160,7 @@ def score_pieces(
     print(f"per piece: {out}")
 
 
-def _starts(owners: Tensor, num_steps: int) -> list[int]:
+def starts_of(owners: Tensor, num_steps: int) -> list[int]:
     """Returns the step of its recording at which each piece begins, counted from 0."""
     starts, previous, count = [], -1, 0
     for owner in owners.tolist():

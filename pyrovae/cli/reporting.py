@@ -201,9 +201,10 @@ def _latent_space(vae: Any, splits: datasets.Splits) -> str:
     center = z - z.mean(0)
     if z.shape[1] > 2:
         _, sizes, axes = torch.linalg.svd(center, full_matrices=False)
-        shares = (sizes.square() / sizes.square().sum().clamp_min(1e-300))[:2].tolist()
-        names = [f"component {i + 1}, {share:.0%} of the variance" for i, share in enumerate(shares)]
-        z = center @ axes[:2].T
+        shares = (sizes.square() / sizes.square().sum().clamp_min(1e-300)).tolist()
+        names = [f"component {i + 1}, {share:.0%} of the variance" for i, share in enumerate([*shares, 0.0][:2])]
+        plane = center @ axes[:2].T
+        z = torch.cat([plane, plane.new_zeros(len(z), 2 - plane.shape[1])], dim=1)
     else:
         z, names = torch.cat([z, z.new_zeros(len(z), 2 - z.shape[1])], dim=1), ["z 1", "z 2"]
     labels = None if part.labels is None else [str(label) for label in part.labels.tolist()]

@@ -188,7 +188,7 @@ def train(
             longest of the training lines, up to 64 words or 256 characters. With time, the rows of a piece, 64 by
             default, into which longer series are cut; of music, the steps of a piece, those of the longest song up to
             160 by default.
-        per_quarter: of MIDI files, the steps of a quarter note; 4 by default.
+        per_quarter: of music, the steps of a quarter note; 4 by default, of .json files 1.
         compile: train and score by code that a compiler makes, which takes some seconds and is faster in long runs.
             auto, the default, plays traced operations back, which gives the same bits as false, in less time.
         tracker: the class of a tracker that numbers and pictures are sent to: TensorBoard, WandB, MLflow or
@@ -251,7 +251,7 @@ def train(
         elif any(value is not None for value in words.values()):
             raise ValueError(f"characters, max_words and max_steps are for text, and {data} is none. Leave them out.")
         elif per_quarter is not None:
-            raise ValueError(f"per_quarter is for MIDI files, and {data} is none. Leave it out.")
+            raise ValueError(f"per_quarter is for music, and {data} is none. Leave it out.")
         elif is_sounds(data):
             splits, description = load_sounds(data, kept.get("spectrogram"))
         else:

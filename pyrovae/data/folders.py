@@ -2,7 +2,7 @@
 
 import io
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from pyrovae.data.splits import random_rows
 from pyrovae.inference.messages import warn
 
-_PARTS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
+PARTS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
+_NUM_LISTED = 5
 
 
 def find_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -57,6 +58,26 @@ def read_files(path: Path, suffixes: Sequence[str]) -> Iterator[tuple[str, Path 
         yield path.name, path
 
 
+def listed(names: Sequence[str]) -> str:
+    """Returns names with commas between, the first ones of many."""
+    more = f" and {len(names) - _NUM_LISTED:,} more" if len(names) > _NUM_LISTED else ""
+    return f"{', '.join(names[:_NUM_LISTED])}{more}"
+
+
+def raise_first(wrong: Mapping[str, ValueError], size: int) -> None:
+    """Raises the first error of files, if there is one, with the names of the others.
+
+    Args:
+        wrong: the errors, by the names of the files.
+        size: the number of all files.
+    """
+    if not wrong:
+        return
+    first, *others = wrong
+    also = f" So is, of {size:,} files: {listed(others)}." if others else ""
+    raise ValueError(f"{wrong[first]}{also}") from None
+
+
 def read_places(folder: Path, places: Sequence[Sequence[str]], what: str) -> tuple[list[str] | None, Tensor | None]:
     """Returns the part of each file, None where subfolders name no parts, and its class, None where there are none.
 
@@ -65,7 +86,7 @@ def read_places(folder: Path, places: Sequence[Sequence[str]], what: str) -> tup
         places: for each file the subfolders that it is in.
         what: what the files are, in the plural.
     """
-    parts = [_PARTS.get(place[0].lower(), "") if place else "" for place in places]
+    parts = [PARTS.get(place[0].lower(), "") if place else "" for place in places]
     has_parts = {"train", "test"} <= {*parts} and "" not in parts
     classes = [place[1:] if has_parts else place for place in places]
     labels = None

@@ -5,17 +5,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyrovae.data.folders import count_files, read_files, split_files
+from pyrovae.data.folders import PARTS, count_files, listed, raise_first, read_files, split_files
 from pyrovae.data.pictures import PICTURES
 from pyrovae.data.sounds import SOUNDS
 from pyrovae.data.splits import Split, Splits
 from pyrovae.extras import check_installed
 from pyrovae.inference.messages import warn
+from pyrovae.nn.base import check_count
 
 __all__ = ["PianoRoll", "is_music", "load_music", "read_music", "write_midi"]
 
@@ -27,6 +28,7 @@ _MAX_STEPS = 160
 _PER_QUARTER = 4  # of MIDI files
 _DRUMS = 9  # the channel of MIDI whose notes are drums
 _LONGEST = 1_000_000  # steps of a song
+_BETWEEN, _MANY_BETWEEN = 0.2, 0.05  # of a step; share of the notes of which is told
 _TICKS = 480  # of a quarter note, in MIDI files that are written
 _VELOCITY = 80
 
@@ -97,23 +99,27 @@ class PianoRoll:
         """
         pieces, owners = [], []
         for i, song in enumerate(songs):
-            if not song:
-                raise ValueError(f"songs[{i}] has no step. Remove it.")
             x = torch.zeros(len(song), self.num_keys)
+            self.check(song, f"songs[{i}]")
             for t, notes in enumerate(song):
-                for note in notes:
-                    if not self.lowest <= note < self.lowest + self.num_keys:
-                        last = self.lowest + self.num_keys - 1
-                        raise ValueError(
-                            f"songs[{i}] has note {note} in step {t}, and the notes here are {self.lowest} to {last}. "
-                            "Transpose it or remove it."
-                        )
-                    x[t, note - self.lowest] = 1.0
+                x[t, [int(note) - self.lowest for note in notes]] = 1.0
             for piece in x.split(self.num_steps):
                 pieces.append(torch.nn.functional.pad(piece, (0, 0, 0, self.num_steps - len(piece)), value=torch.nan))
                 owners.append(i)
         x = torch.stack(pieces) if pieces else torch.empty(0, self.num_steps, self.num_keys)
         return x, torch.tensor(owners, dtype=torch.long)
+
+    def check(self, song: Song, name: str) -> None:
+        """Raises a ValueError that names a song if it has no step, or a note that is no key."""
+        _check(song, name)
+        last = self.lowest + self.num_keys - 1
+        for t, notes in enumerate(song):
+            for note in notes:
+                if not self.lowest <= note <= last:
+                    raise ValueError(
+                        f"{name} has note {note} in step {t + 1}, and the notes here are {self.lowest} to {last}. "
+                        "Transpose it or remove it."
+                    )
 
     def decode(self, x: Tensor) -> list[Song]:
         """Returns songs of the keys that are 1.
@@ -171,13 +177,13 @@ def is_music(path: str | Path) -> bool:
 def read_music(path: str | Path, per_quarter: int = _PER_QUARTER) -> dict[str, Song]:
     """Reads songs: MIDI files, for which it needs ``pip install 'pyrovae[midi]'``, or JSON.
 
-    Notes of MIDI begin and end at the nearest step, and last one step at least. Instruments play on one piano; drums
-    are left out, as is the silence before the first note.
+    Notes of MIDI begin and end at the nearest step, and last one step at least; a warning tells of notes that begin
+    between steps. Instruments play on one piano, drums are left out, and so are files without notes, with a warning.
 
     Args:
         path: a file (.mid, .midi), a folder or a .zip archive of such files; or a .json file of a list of songs, or of
             an object of lists of songs with the names train, valid and test. A song is a list of steps, a step the list
-            of the notes that sound.
+            of the notes that sound, empty for a rest.
         per_quarter: steps of a quarter note, of MIDI files.
 
     Returns:
@@ -185,7 +191,7 @@ def read_music(path: str | Path, per_quarter: int = _PER_QUARTER) -> dict[str, S
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when there is no song, or one cannot be read, holds no notes, or notes that are none of MIDI.
+        ValueError: when there is no song, or one cannot be read, or holds notes that are none of MIDI.
     """
     path = Path(path)
     if not path.exists():
@@ -193,22 +199,35 @@ def read_music(path: str | Path, per_quarter: int = _PER_QUARTER) -> dict[str, S
     if path.suffix.lower() == ".json":
         return _read_json(path)
     check_installed("mido", "midi")
-    songs: dict[str, Song] = {}
-    wrong: list[ValueError] = []
-    drums = 0
+    check_count(per_quarter, "per_quarter")
+    found: dict[str, _Midi] = {}
+    wrong: dict[str, ValueError] = {}
     for name, content in read_files(path, _MIDI):
         try:
-            songs[name], has_drums = _read_midi(content, name if path.is_file() else str(path / name), per_quarter)
-            drums += has_drums
+            found[name] = _read_midi(content, name if path.is_file() else str(path / name), per_quarter)
         except ValueError as error:
-            wrong.append(error)
-    if wrong:
-        more = f" So are {len(wrong) - 1:,} others of {len(songs) + len(wrong):,}." if len(wrong) > 1 else ""
-        raise ValueError(f"{wrong[0]}{more}")
+            wrong[name] = error
+    raise_first(wrong, len(found) + len(wrong))
+    songs = {name: midi.song for name, midi in found.items() if midi.song}
     if not songs:
-        raise ValueError(f"{path} holds no song. Give a folder or a .zip archive with MIDI files (.mid).")
+        raise ValueError(f"{path} holds no song with notes. Give MIDI files (.mid) of instruments other than drums.")
+    said = []
+    if len(songs) < len(found):
+        said.append(f"{listed([name for name in found if name not in songs])} hold no notes and are left out")
+    drums = [name for name, midi in found.items() if midi.has_drums and midi.song]
     if drums:
-        warn(f"of {len(songs):,} songs in {path}, {drums:,} have drums, which are left out.")
+        said.append(f"{listed(drums)} have drums, which are left out")
+    between, count = (sum(getattr(midi, name) for midi in found.values()) for name in ("num_between", "num_notes"))
+    if between > _MANY_BETWEEN * count:
+        said.append(
+            f"{between / count:.0%} of the notes begin between steps of 1/{per_quarter} of a quarter note, and are "
+            "moved: take more steps (per_quarter) where that changes the music"
+        )
+    others = {"sounds": SOUNDS, "pictures": PICTURES}
+    counts = {what: count_files(path, suffixes) for what, suffixes in others.items()} if path.is_dir() else {}
+    said += [f"{number:,} {what} are not read" for what, number in counts.items() if number]
+    if said:
+        warn(f"of {len(found):,} MIDI files in {path}: {'; '.join(said)}.")
     return songs
 
 
@@ -223,7 +242,7 @@ def load_music(
     Args:
         path: what :func:`read_music` reads.
         piano_roll: how songs become sequences; what suits them if None.
-        per_quarter: steps of a quarter note, of MIDI files; 4 if None.
+        per_quarter: steps of a quarter note; if None 4 of MIDI files, and 1 of JSON, whose steps are as they are.
         num_steps: steps of a piece; as :meth:`PianoRoll.of` says if None.
 
     Returns:
@@ -234,10 +253,6 @@ def load_music(
         ValueError: as :func:`read_music`, or when there are too few songs.
     """
     path = Path(path)
-    if per_quarter is not None and per_quarter < 1:
-        raise ValueError(f"per_quarter must be at least 1, got {per_quarter}.")
-    if per_quarter is not None and path.suffix.lower() == ".json":
-        raise ValueError(f"per_quarter is for MIDI files, and {path} has steps of its own. Leave it out.")
     if piano_roll is not None:
         per_quarter = piano_roll.per_quarter
     elif per_quarter is None:
@@ -268,74 +283,119 @@ def write_midi(songs: Sequence[Song], path: str | Path, per_quarter: int = _PER_
     check_installed("mido", "midi")
     import mido
 
+    check_count(per_quarter, "per_quarter")
+    for i, song in enumerate(songs):
+        _check(song, f"songs[{i}]")
+    each = max(1, _TICKS // per_quarter)  # ticks of a step
     pause: Song = [[] for _ in range(4 * per_quarter)]
-    steps = [step for song in songs for step in (*song, *pause)]
+    steps = [step for i, song in enumerate(songs) for step in (*(pause if i else ()), *song)]
     track, now, sounding = mido.MidiTrack(), 0, set[int]()
-    for t, step in enumerate(steps):  # the pause at the end ends all notes
-        tick = round(t * _TICKS / per_quarter)
+    for t, step in enumerate([*steps, []]):  # after which no note sounds
+        tick = t * each
         changes = [("note_off", note) for note in sorted(sounding - {*step})]
         changes += [("note_on", note) for note in sorted({*step} - sounding)]
         for kind, note in changes:
             track.append(mido.Message(kind, note=note, velocity=_VELOCITY, time=tick - now))
             now = tick
         sounding = {*step}
-    midi = mido.MidiFile(ticks_per_beat=_TICKS)
+    track.append(mido.MetaMessage("end_of_track", time=len(steps) * each - now))
+    midi = mido.MidiFile(ticks_per_beat=each * per_quarter)
     midi.tracks.append(track)
     midi.save(path)
 
 
-def _groups(path: Path) -> dict[str, list] | None:
-    """Returns the lists of songs of a JSON file by their names, "" for a single one; None if they are no songs."""
+def _check(song: Any, name: str) -> None:
+    """Raises a ValueError that names a song if it has no step, or what are no notes."""
+    if not isinstance(song, list) or not song:
+        raise ValueError(f"{name} has no step: a song is a list of steps, each a list of notes. Remove it.")
+    for t, step in enumerate(song):
+        for note in step if isinstance(step, list) else [step]:
+            if isinstance(note, bool) or not isinstance(note, int | float) or note not in range(_NUM_NOTES):
+                raise ValueError(
+                    f"{name} has {note!r} in step {t + 1}. A step is a list of notes, whole numbers from 0 to "
+                    f"{_NUM_NOTES - 1} as in MIDI, and a rest is an empty list."
+                )
+        if not isinstance(step, list):
+            raise ValueError(f"step {t + 1} of {name} is {step!r}. A step is a list of notes: [{step!r}].")
+
+
+def _groups(path: Path) -> dict[str, Any] | None:
+    """Returns what a JSON file says are lists of songs, by their names, "" for a single one; None for a table."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    groups = content if isinstance(content, dict) else {"": content}
-    songs = [song for group in groups.values() if isinstance(group, list) for song in group]
-    are_songs = all(isinstance(song, list) and all(isinstance(step, list) for step in song) for song in songs)
-    return groups if songs and are_songs and all(isinstance(group, list) for group in groups.values()) else None
+    if isinstance(content, list) and not any(isinstance(row, dict) for row in content):
+        return {"": content}
+    is_of_parts = isinstance(content, dict) and any(name.lower() in PARTS for name in content)
+    return content if is_of_parts else None
 
 
 def _read_json(path: Path) -> dict[str, Song]:
     groups = _groups(path)
-    if groups is None:
+    if not groups or not all(isinstance(group, list) for group in groups.values()) or not any(groups.values()):
         raise ValueError(
-            f"{path} holds no songs. Give a list of songs, or an object with the lists train, valid and test; a song "
-            "is a list of steps, a step the list of its notes."
+            f"{path} holds no songs. Give a list of songs, or an object with the lists train, valid and test and "
+            "nothing else; a song is a list of steps, a step the list of its notes."
         )
+    filled = {PARTS.get(part.lower()) for part, group in groups.items() if group}
+    if "" not in groups and not {"train", "test"} <= filled:
+        raise ValueError(f"{path} has {', '.join(groups)}. Give at least the parts train and test, with songs.")
     songs = {}
     for part, group in groups.items():
         for i, song in enumerate(group):
             name = f"{part}/{i + 1}" if part else f"{i + 1}"
-            for t, step in enumerate(song):
-                for note in step:
-                    if not isinstance(note, int | float) or note not in range(_NUM_NOTES):
-                        raise ValueError(
-                            f"song {name} of {path} has {note!r} in step {t}. Notes are whole numbers from 0 to "
-                            f"{_NUM_NOTES - 1}, as in MIDI."
-                        )
-            if not song:
-                raise ValueError(f"song {name} of {path} has no step. Remove it.")
+            _check(song, f"song {name} of {path}")
             songs[name] = [sorted({int(note) for note in step}) for step in song]
     return songs
 
 
-def _read_midi(file: Path | io.BytesIO, name: str, per_quarter: int) -> tuple[Song, bool]:
-    """Returns the song of a MIDI file, and whether it has drums."""
+class _Midi(NamedTuple):
+    """What a MIDI file holds: a song, empty without notes; whether it has drums; notes, and those between steps."""
+
+    song: Song
+    has_drums: bool
+    num_notes: int
+    num_between: int
+
+
+def _read_midi(file: Path | io.BytesIO, name: str, per_quarter: int) -> _Midi:
     import mido
 
     try:
         midi = mido.MidiFile(**({"filename": file} if isinstance(file, Path) else {"file": file}))
-        messages = mido.merge_tracks(midi.tracks)
     except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{name} cannot be read as a MIDI file ({reason}). Remove it or replace it.") from None
     if midi.ticks_per_beat < 1:
         raise ValueError(f"{name} counts time in frames of a film, not in quarter notes. Remove it or convert it.")
-    step, now, has_drums = midi.ticks_per_beat / per_quarter, 0, False
-    started: dict[tuple[int, int], int] = {}
-    notes: list[tuple[int, int, int]] = []  # first step, the step after the last one, note
-    for message in messages:
+    notes: list[tuple[int, int, int]] = []
+    has_drums, end = False, 0
+    for track in midi.tracks:
+        its_notes, its_drums, its_end = _notes_of(track)
+        notes, has_drums, end = notes + its_notes, has_drums or its_drums, max(end, its_end)
+    step = midi.ticks_per_beat / per_quarter
+    if end / step > _LONGEST:
+        raise ValueError(f"{name} has {end / step:,.0f} steps, more than {_LONGEST:,}. Remove it or cut it.")
+    if not notes:
+        return _Midi([], has_drums, 0, 0)
+    placed = [(round(start / step), round(stop / step), note) for start, stop, note in notes]
+    placed = [(first, max(first + 1, last), note) for first, last, note in placed]
+    song: list[set[int]] = [set() for _ in range(max(round(end / step), *(last for _, last, _ in placed)))]
+    for first, last, note in placed:
+        for sounding in song[first:last]:
+            sounding.add(note)
+    between = sum(abs(start / step - round(start / step)) > _BETWEEN for start, _, _ in notes)
+    return _Midi([sorted(sounding) for sounding in song], has_drums, len(notes), between)
+
+
+def _notes_of(track: Any) -> tuple[list[tuple[int, int, int]], bool, int]:
+    """Returns the notes of a track, each with the ticks of its start and end; whether it has drums; its length."""
+    now, has_drums = 0, False
+    notes: list[tuple[int, int, int]] = []
+    started: dict[tuple[int, int], list[int]] = {}  # a note that is struck while it sounds ends twice
+    ended: dict[tuple[int, int], int] = {}
+    for message in track:
         now += message.time
         if message.type not in ("note_on", "note_off"):
             continue
@@ -343,22 +403,11 @@ def _read_midi(file: Path | io.BytesIO, name: str, per_quarter: int) -> tuple[So
             has_drums = True
             continue
         key = message.channel, message.note
-        if key in started:
-            first = round(started.pop(key) / step)
-            notes.append((first, max(first + 1, round(now / step)), message.note))
         if message.type == "note_on" and message.velocity:
-            started[key] = now
-    for (_, note), since in started.items():  # they never end: the file does
-        first = round(since / step)
-        notes.append((first, max(first + 1, round(now / step)), note))
-    if not notes:
-        raise ValueError(f"{name} holds no notes{' but drums' if has_drums else ''}. Remove it.")
-    start = min(first for first, _, _ in notes)
-    length = max(end for _, end, _ in notes) - start
-    if length > _LONGEST:
-        raise ValueError(f"{name} has {length:,} steps, more than {_LONGEST:,}. Remove it or cut it.")
-    song: list[set[int]] = [set() for _ in range(length)]
-    for first, end, note in notes:
-        for sounding in song[first - start : end - start]:
-            sounding.add(note)
-    return [sorted(sounding) for sounding in song], has_drums
+            started.setdefault(key, []).append(now)
+        elif started.get(key):
+            notes.append((started[key].pop(0), now, message.note))
+            ended[key] = now
+    for key, starts in started.items():  # those that nothing ended sound to the end, unless an end came after them
+        notes += [(start, now, key[1]) for start in starts if start >= ended.get(key, 0)]
+    return notes, has_drums, now

@@ -27,8 +27,8 @@ def load_pictures(folder: Path) -> Splits:
     paths = find_files(folder, PICTURES)
     if not paths:
         raise ValueError(
-            f"{folder} holds no picture and no sound. Give a folder with files {', '.join(PICTURES)}, or with sounds "
-            "such as .wav."
+            f"{folder} holds no picture, sound or MIDI file. Give a folder with files {', '.join(PICTURES)}, with "
+            "sounds such as .wav, or with .mid."
         )
     parts, labels = read_places(folder, [path.relative_to(folder).parts[:-1] for path in paths], "pictures")
     x = Rows(_read(folder, paths), torch.float32, divisor=255.0)

@@ -94,8 +94,8 @@ def random_transposition(x: Tensor, mask: Tensor, *rest: Tensor, semitones: int)
     >>> [int(first) for first in moved[:, 0].argmax(-1).unique()]  # there are no keys below the first
     [0, 1, 2]
     """
-    if semitones < 0:
-        raise ValueError(f"semitones must be at least 0, got {semitones}.")
+    if not isinstance(semitones, int) or semitones < 0:
+        raise ValueError(f"semitones must be a whole number of at least 0, got {semitones}.")
     num_keys = x.shape[-1]
     sounds = ((x > 0) & mask.unsqueeze(-1)).any(1)  # (batch, keys)
     keys = torch.arange(num_keys, device=x.device)

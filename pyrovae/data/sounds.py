@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.data.folders import count_files, read_files, split_files
+from pyrovae.data.folders import count_files, raise_first, read_files, split_files
 from pyrovae.data.pictures import PICTURES
 from pyrovae.data.splits import Split, Splits
 from pyrovae.extras import check_installed
@@ -259,15 +259,13 @@ def read_sounds(path: str | Path, rate: int | None = None) -> tuple[dict[str, np
         raise FileNotFoundError(f"there is no file {path}.")
     check_installed("soundfile", "sound")
     found: dict[str, tuple[np.ndarray, int]] = {}
-    wrong: list[ValueError] = []
+    wrong: dict[str, ValueError] = {}
     for name, content in read_files(path, SOUNDS):
         try:
             found[name] = _read(content, name if path.is_file() else str(path / name))
         except ValueError as error:
-            wrong.append(error)
-    if wrong:
-        more = f" So are {len(wrong) - 1:,} others of {len(found) + len(wrong):,}." if len(wrong) > 1 else ""
-        raise ValueError(f"{wrong[0]}{more}")
+            wrong[name] = error
+    raise_first(wrong, len(found) + len(wrong))
     if not found:
         raise ValueError(f"{path} holds no sound. Give a folder or a .zip archive with files {', '.join(SOUNDS)}.")
     rates = Counter(its_rate for _, its_rate in found.values())

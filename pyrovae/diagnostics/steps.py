@@ -34,7 +34,8 @@ _PARTS = 4  # of time, in the table
 class Steps(Diagnosis):
     r"""The log-density of each step given those before, and the terms of its ELBO, in nats.
 
-    Every tensor but `num_particles` has shape ``(batch, steps)``. The means are over the observed steps.
+    Every tensor has shape ``(batch, steps)``. Sums are by the number of observed steps: what the latents of missing
+    steps cost counts, so that the means over all of time are those of whole sequences.
 
     Args:
         predictive: estimate of :math:`\log p(x_t \mid x_1, \dots, x_{t-1})`.
@@ -82,8 +83,8 @@ class Steps(Diagnosis):
             )
         if kl < _UNUSED:
             return (
-                f"The latents are not used: they say {kl:.3f} nats a step. Raise the weight of their KL divergence "
-                "slowly (bounds.Linear), give them free bits, or make the memory or the likelihood weaker."
+                f"The latents are not used: they say less than {_UNUSED:g} nats a step. Raise the weight of their KL "
+                "divergence slowly (bounds.Linear), give them free bits, or make the memory or the likelihood weaker."
             )
         if gap > max(_SMALL, 2 * error):
             return (
@@ -111,7 +112,7 @@ class Steps(Diagnosis):
             value, error = self._mean(t)
             cells = [f"{self._mean(t, a, b)[0]:>10.3f}" for a, b in parts]
             lines.append(f"{name:22}{f'{value:.3f} ± {error:.3f}':>18}" + "".join(cells))
-        ess = self.least_ess / self.num_particles
+        ess = torch.where(self.observed, self.least_ess / self.num_particles, 0.0)
         cells = [f"{self._mean(ess, a, b)[0]:>10.0%}" for a, b in parts]
         lines.append(f"{'effective particles':22}{self._mean(ess)[0]:>18.0%}" + "".join(cells))
         rough = int(self._rough.sum())
@@ -152,9 +153,12 @@ class Steps(Diagnosis):
         return steps(inputs.model, inputs.guide, *inputs.args, method=inputs.method)
 
     def _mean(self, t: Tensor, start: int = 0, stop: int | None = None) -> tuple[float, float]:
-        """Returns the mean over the observed steps of a part of time, and its standard error over sequences."""
+        """Returns the sum over a part of time by its observed steps, and its standard error over sequences.
+
+        What missing steps add counts, so that the result for all of time is that of whole sequences.
+        """
         seen = self.observed[:, start:stop]
-        sums = torch.where(seen, t[:, start:stop], 0.0).sum(1).double()
+        sums = t[:, start:stop].sum(1).double()
         counts = seen.sum(1).double()
         mean = sums.sum() / counts.sum()
         error = (sums - mean * counts).std() / math.sqrt(len(sums)) / counts.mean() if len(sums) > 1 else math.nan

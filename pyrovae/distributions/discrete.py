@@ -110,6 +110,10 @@ class SigmoidBelief(dist.TorchDistribution):
         logits = self.logits.flatten(-len(self.event_shape)) + given @ self.weight
         return IndependentBernoulli(dist.Bernoulli(logits=logits), 1, validate_args=False).log_prob(given)
 
+    @property
+    def mean(self) -> Tensor:
+        raise NotImplementedError("SigmoidBelief has no mean in closed form. Take greedy(), or the mean of draws.")
+
     @torch.no_grad()
     def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:
         return self._generate(lambda logits: logits.sigmoid().bernoulli(), sample_shape)

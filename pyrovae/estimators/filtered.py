@@ -19,6 +19,8 @@ from pyrovae.inference.messages import warn
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import check_weights, structure_of_run
 
+_LEAST = 4  # effective filters, of a datum that is trusted
+
 
 class ParticleFilter(Estimator):
     r"""A particle filter, for models and guides that draw their latents step by step.
@@ -97,11 +99,16 @@ class ParticleFilter(Estimator):
 
     def trusts(self, estimate: Estimate) -> Tensor:
         fails = estimate.diagnostics["khat of steps"] > 0.7
-        return (estimate.ess >= max(0.2 * self.num_samples, 4)) & ~fails
+        return (estimate.ess >= max(0.2 * self.num_samples, _LEAST)) & ~fails
 
     def describe(self, estimate: Estimate) -> str:
         untrusted, n = int((~estimate.trusted).sum()), len(estimate.value)
         least = estimate.diagnostics["least ess"].min().item()
+        if self.num_samples <= _LEAST:
+            return (
+                f"{self.num_samples} filters are too few to tell how far to trust them, not to be trusted: "
+                f"{untrusted:,} of {n:,} data"
+            )
         return (
             f"filters differ too much, or a step has k-hat above 0.7, not to be trusted: {untrusted:,} of {n:,} data; "
             f"smallest effective sample size of the {self.num_particles:,} particles: {least:.1f}"

@@ -100,7 +100,11 @@ def latent_space(
     center = z - z.mean(0)
     if z.shape[1] > 2:
         _, _, axes = torch.linalg.svd(center, full_matrices=False)
-        z, names = center @ axes[:2].T, ("first principal component", "second principal component")
+        plane = center @ axes[:2].T
+        z, names = (
+            torch.cat([plane, torch.zeros(len(z), 2 - plane.shape[1])], dim=1),
+            ("first principal component", "second principal component"),
+        )
     else:
         z, names = torch.cat([z, torch.zeros(len(z), 2 - z.shape[1])], dim=1), ("$z_1$", "$z_2$")
     figure = new_figure(6, 5)
