@@ -6,8 +6,9 @@ import zipfile
 import pytest
 import torch
 
-from pyrovae import data
+from pyrovae import data, plots
 from pyrovae.cli import main
+from pyrovae.cli.pictures import as_pictures
 from pyrovae.data import PianoRoll, is_music, load, load_music, random_transposition, read_music, write_midi
 
 mido = pytest.importorskip("mido")
@@ -264,3 +265,18 @@ def test_options_that_do_not_fit_songs_are_refused(file, tmp_path, options, mess
 def test_songs_do_not_take_the_schema_of_a_table(file):
     with pytest.raises(ValueError, match="holds arrays, pictures, sounds or music"):
         data.load(str(file), decimal=",")
+
+
+def test_pictures_leave_out_keys_that_nobody_plays():
+    x = torch.zeros(3, 10, 88)
+    x[:, torch.arange(10), 40 + torch.arange(10)] = 1.0
+    x[2, 7:] = torch.nan
+    shown = as_pictures(x)
+    assert shown.shape == (3, 1, 10, 10)
+    assert torch.equal(shown[0, 0].flip(0), torch.eye(10))
+    assert as_pictures(torch.zeros(3, 10, 88)).shape == (3, 1, 88, 10)
+
+
+def test_a_single_song_has_a_place_in_the_plane_of_the_latents(tmp_path):
+    plots.latent_space(torch.randn(1, 4), path=tmp_path / "one.png")
+    assert (tmp_path / "one.png").stat().st_size > 100
