@@ -101,7 +101,7 @@ def test_tracks_of_one_channel_and_notes_that_overlap_keep_their_ends(tmp_path):
 
 def test_notes_between_steps_files_without_notes_and_others_are_said(tmp_path):
     write_messages(tmp_path / "triplet.mid", [("note_on", 60, 80, 32, 0), ("note_off", 60, 0, 64, 0)])
-    with pytest.warns(UserWarning, match="100% of the notes begin between steps of 1/4 of a quarter note"):
+    with pytest.warns(UserWarning, match="100% of the notes begin between the 4 steps of a quarter note"):
         read_music(tmp_path / "triplet.mid")
     assert [*read_music(tmp_path / "triplet.mid", per_quarter=3).values()] == [[[], [60], [60]]]
     write_messages(tmp_path / "drums.mid", [("note_on", 40, 80, 0, 9)])

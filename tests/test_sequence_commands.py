@@ -136,7 +136,8 @@ def test_a_sound_has_an_embedding_whatever_follows_its_end(run, monkeypatch, tmp
     monkeypatch.chdir(run.parent)
     main(["encode", "run", "tones", "--output", str(tmp_path / "z.csv")])
     rows = np.loadtxt(tmp_path / "z.csv", delimiter=",", skiprows=1)
-    assert rows.shape == (30, 5) and rows[:, 0].tolist() == list(range(1, 31))
+    assert rows.shape == (30, 7) and rows[:, 0].tolist() == list(range(1, 31))
+    assert (rows[:, 1] == 0).all() and (rows[:, 2] > 0).all()  # from and to
     main(["encode", "run", "--split", "train", "--output", str(tmp_path / "z.npy")])
     assert np.isfinite(np.load(tmp_path / "z.npy")).all()
 
@@ -169,7 +170,7 @@ def test_a_corrupt_spectrogram_is_named(run, tmp_path):
     ("command", "message"),
     [
         (["diagnose", "run", "--nuts-samples", "100"], "nuts_samples is not for sequences"),
-        (["diagnose", "run", "--method", "ImportanceSampling"], "steps are scored by ParticleFilter"),
+        (["diagnose", "run", "--method", "ImportanceSampling"], "steps of sequences are scored by ParticleFilter"),
         (["sample", "run", "--mean"], "are not for sequences"),
         (["sample", "run", "--steps", "0"], "steps must be at least 1"),
         (["sample", "run", "--temperature", "0.5"], "temperature and top_p are for text"),

@@ -11,7 +11,7 @@ from pyrovae import diagnostics, storage
 from pyrovae.cli.common import SplitName, advice_as_options, check_device, data_to_score, first_of, load_data_of
 from pyrovae.cli.labels import arguments_of, check_label, context_of, note_on, of_x_alone, with_label
 from pyrovae.data import Splits
-from pyrovae.estimators import Estimator, UntilTrusted
+from pyrovae.estimators import Estimator, ParticleFilter, UntilTrusted
 from pyrovae.parts import context_size
 from pyrovae.structures import MissingDataVAE, SemiSupervisedVAE, SequenceVAE
 
@@ -79,6 +79,8 @@ def diagnose(
         for name, given in (("other", other), ("label", label), ("nuts_samples", nuts_samples)):
             if given:
                 raise ValueError(f"{name} is not for sequences, whose steps are diagnosed alone. Leave it out.")
+        if method is not None and not isinstance(method, ParticleFilter):
+            raise ValueError(f"steps of sequences are scored by ParticleFilter, got {method}. Leave out --method.")
         num_data = num_data or _NUM_SEQUENCES
     num_data = 300 if num_data is None else num_data
     nuts_samples = 1000 if nuts_samples is None else nuts_samples

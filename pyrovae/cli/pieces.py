@@ -78,16 +78,12 @@ def recordings_of(config: dict[str, Any]) -> Recordings | None:
 
 
 def read_pieces(recordings: Recordings, file: str) -> tuple[Tensor, Tensor, list[str]]:
-    """Returns the pieces of the recordings of a file, the number of the one that each is of, and their names.
-
-    The pieces end with the longest of them.
-    """
+    """Returns the pieces of the recordings of a file, the number of the one that each is of, and their names."""
     kind, encoding = recordings
     found = kind.read(file, encoding)
     print(f"{file}: {len(found):,} {kind.name}s\n{encoding.describe()}")
     x, owners = encoding.encode(list(found.values()))
-    longest = int((~x.isnan().any(-1)).sum(1).max())
-    return x[:, :longest], owners, list(found)
+    return x, owners, list(found)
 
 
 @torch.no_grad()
@@ -139,10 +135,13 @@ def score_pieces(
     kind, encoding = recordings
     out = new_file(output, (".csv",))
     x, owners, names = read_pieces(recordings, file)
+    steps = (~x.isnan().any(-1)).sum(1)
+    if isinstance(vae, SequenceVAE):
+        x = x[:, : int(steps.max())]  # no step after the longest piece
     args = arguments_of(vae, Split(x.to(device), None))
     pyro.set_rng_seed(seed)
     estimate = log_marginal(*programs_of(vae, method), *args, method=method, max_memory=max_memory)
-    value, steps = estimate.value.cpu(), (~x.isnan().any(-1)).sum(1)
+    value = estimate.value.cpu()
     size, starts = kind.size(encoding), starts_of(owners, encoding.num_steps)
     with open(out, "w", newline="", encoding="utf-8") as content:
         writer = csv.writer(content, lineterminator="\n")

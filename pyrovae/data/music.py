@@ -220,8 +220,8 @@ def read_music(path: str | Path, per_quarter: int = _PER_QUARTER) -> dict[str, S
     between, count = (sum(getattr(midi, name) for midi in found.values()) for name in ("num_between", "num_notes"))
     if between > _MANY_BETWEEN * count:
         said.append(
-            f"{between / count:.0%} of the notes begin between steps of 1/{per_quarter} of a quarter note, and are "
-            "moved: take more steps (per_quarter) where that changes the music"
+            f"{between / count:.0%} of the notes begin between the {per_quarter} steps of a quarter note, and are "
+            "moved: take a larger per_quarter where that changes the music"
         )
     others = {"sounds": SOUNDS, "pictures": PICTURES}
     counts = {what: count_files(path, suffixes) for what, suffixes in others.items()} if path.is_dir() else {}
