@@ -11,7 +11,7 @@ images with a label alone. Each row is trained and its error goes into `benchmar
 Settings follow the paper (https://arxiv.org/abs/1406.5298): 50 latents in M1 and in M2, networks with softplus units,
 M1 of two layers of 600 and M2 of one of 500, and an equal number of labels for each class. Images with a label are in
 the training data so many times that they are a tenth of it, and the cross entropy of the classifier at them has a
-weight (`--weight`), chosen by the validation images. All take a fixed number of epochs; the last weights are scored.
+weight (`--weight`). All take a fixed number of epochs; the last weights are scored.
 """
 
 import argparse
