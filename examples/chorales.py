@@ -11,8 +11,7 @@ and 77, the split of Boulanger-Lewandowski et al. 2012, https://arxiv.org/abs/12
 piano, on or off. The deep Markov model is that of Krishnan et al. (https://arxiv.org/abs/1609.09869): a Markov chain of
 latent states, and keys that are independent given the state. The recurrent VAE is that of Chung et al.
 (https://arxiv.org/abs/1506.02216): all that it does depends on a memory of the chords so far. Model "chords" is the
-same with keys that depend on the keys below them in the chord, as those of Boulanger-Lewandowski et al. do, and
-"deep-markov-chords" the first with such keys.
+same with keys that depend on the keys below them in the chord, as those of Boulanger-Lewandowski et al. do.
 With --transpose, training songs are moved up or down by up to so many semitones, at random in each batch; the scores
 are of the songs as they are. The ELBO may be far below log p(x) of a sequence of a hundred steps: a particle filter
 says how far, with an error. Without a file the chords are simulated.
@@ -87,24 +86,13 @@ def recurrent(latent_dim, width):
     )
 
 
-def deep_markov_chords(latent_dim, width):
-    vae = deep_markov(latent_dim, width)
-    keys = likelihoods.SigmoidBelief(latent_dim, KEYS, partial(nn.MLP, hidden=(width,)))
-    return StateSpaceVAE(vae.prior, vae.transition, keys, vae.encoder, vae.network)
-
-
 def chords(latent_dim, width):
     vae = recurrent(latent_dim, width)
     keys = likelihoods.SigmoidBelief(latent_dim, KEYS, partial(nn.MLP, hidden=(width,)), context_dim=width)
     return RecurrentVAE(vae.prior, keys, vae.encoder, vae.recurrence)
 
 
-MODELS = {
-    "deep-markov": deep_markov,
-    "deep-markov-chords": deep_markov_chords,
-    "recurrent": recurrent,
-    "chords": chords,
-}
+MODELS = {"deep-markov": deep_markov, "recurrent": recurrent, "chords": chords}
 
 
 def main(args):
