@@ -275,6 +275,8 @@ def test_pictures_leave_out_keys_that_nobody_plays():
     assert shown.shape == (3, 1, 10, 10)
     assert torch.equal(shown[0, 0].flip(0), torch.eye(10))
     assert as_pictures(torch.zeros(3, 10, 88)).shape == (3, 1, 88, 10)
+    x[:, 8:] = torch.nan  # nor steps that no song has
+    assert as_pictures(x).shape == (3, 1, 8, 8)
 
 
 def test_a_single_song_has_a_place_in_the_plane_of_the_latents(tmp_path):

@@ -80,7 +80,8 @@ def is_drawn_as_curves(x: Tensor) -> bool:
 def as_pictures(x: Tensor) -> Tensor:
     """Returns sequences as pictures of values from 0 to 1, with time to the right and the first feature at the bottom.
 
-    Features at the bottom and at the top that never change, such as keys that nobody plays, are cut off.
+    Features at the bottom and at the top that never change, such as keys that nobody plays, are cut off, and so are the
+    steps after the longest sequence.
 
     Args:
         x: sequences of several features, ``(size, time, ...)``, with NaN where there is no step. Those of few features
@@ -89,7 +90,9 @@ def as_pictures(x: Tensor) -> Tensor:
     if is_drawn_as_curves(x):
         return x
     x = x.flatten(2)
-    seen = x[~x.isnan().any(-1)]
+    is_seen = ~x.isnan().any(-1)
+    x = x[:, : int(is_seen.any(0).nonzero().amax()) + 1]
+    seen = x[is_seen[:, : x.shape[1]]]
     changing = (seen != seen[:1]).any(0).nonzero().flatten().tolist() or [0, x.shape[2] - 1]
     x = x[..., changing[0] : changing[-1] + 1]
     low, high = np.nanquantile(x.cpu().numpy(), (0.02, 0.995))
