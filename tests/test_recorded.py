@@ -506,6 +506,7 @@ DISTRIBUTIONS: dict[str, Callable[[torch.Tensor], dist.TorchDistribution]] = {
     "Multinomial": lambda t: distributions.Multinomial(5, t),
     "NegativeBinomial": lambda t: distributions.NegativeBinomial(torch.tensor(3.0), log_mean=t),
     "Poisson": lambda t: distributions.Poisson(t),
+    "SigmoidBelief": lambda t: distributions.SigmoidBelief(t, (0.1 * torch.arange(36.0).view(6, 6) - 2).triu(1)),
     "StudentT": lambda t: distributions.StudentT(torch.tensor(5.0), t, t.exp()),
     "ZeroInflatedNegativeBinomial": lambda t: distributions.ZeroInflatedNegativeBinomial(torch.tensor(3.0), t, -t),
     "Exemplars": lambda t: latents.Exemplars(t.view(3, 2), torch.tensor([0.5])),

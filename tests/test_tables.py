@@ -655,7 +655,7 @@ def test_arrays_and_pictures_are_no_table(given, tmp_path):
     values = {"schema": Schema.infer(tmp_path / "a.csv"), "context": ["size"], "overrides": {"size": "Real"}}
     for source in (tmp_path / "a.npy", tmp_path, "digits"):
         with pytest.raises(
-            ValueError, match=f"holds arrays, pictures or sounds, and {given} is for a table: give a file such"
+            ValueError, match=f"holds arrays, pictures, sounds or music, and {given} is for a table: give a file such"
         ):
             load(str(source), **{given: values.get(given, ";")})
 
