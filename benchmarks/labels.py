@@ -87,10 +87,6 @@ def mixed(x: Tensor, labels: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([x, *[x[known]] * times]), torch.cat([hidden, *[labels[known]] * times])
 
 
-def binarized(x: Tensor) -> Tensor:
-    return data.static_binarization(x)
-
-
 def error(guesses: Tensor, labels: Tensor) -> float:
     """Returns the share of wrong guesses in percent."""
     return 100 * (guesses != labels).double().mean().item()
@@ -148,9 +144,9 @@ def classifier_alone(digits: Digits, known: Tensor, settings: Settings, runs: Pa
 def classifier_of_latents(digits: Digits, known: Tensor, settings: Settings, runs: Path) -> Callable[[Tensor], Tensor]:
     """Returns a logistic regression on the latents of M1, trained on the images with a label."""
     encoder = m1(digits, settings, runs).encoder.eval()
-    z, labels = encoder(binarized(digits.train[0][known])).mean, digits.train[1][known]
+    z, labels = encoder(data.static_binarization(digits.train[0][known])).mean, digits.train[1][known]
     found = LogisticRegression(max_iter=5000).fit(z.detach(), labels)
-    return lambda images: torch.from_numpy(found.predict(encoder(binarized(images)).mean.detach()))
+    return lambda images: torch.from_numpy(found.predict(encoder(data.static_binarization(images)).mean.detach()))
 
 
 def m2_of_pixels(digits: Digits, known: Tensor, settings: Settings, runs: Path) -> Callable[[Tensor], Tensor]:
@@ -159,7 +155,7 @@ def m2_of_pixels(digits: Digits, known: Tensor, settings: Settings, runs: Path) 
     args = mixed(*digits.train, known)
     loss, place = ClassifierELBO(vae.classify, settings.weight), runs / f"m2-{len(known)}-{settings.seed}.pt"
     fit(vae, args, loss, settings.epochs_of_m2, settings, place, data.dynamic_binarization)
-    return lambda images: vae.classify(binarized(images)).logits.argmax(-1)
+    return lambda images: vae.classify(data.static_binarization(images)).logits.argmax(-1)
 
 
 def m2_of_latents(digits: Digits, known: Tensor, settings: Settings, runs: Path) -> Callable[[Tensor], Tensor]:
@@ -169,7 +165,7 @@ def m2_of_latents(digits: Digits, known: Tensor, settings: Settings, runs: Path)
 
     @torch.no_grad()
     def moments(images: Tensor) -> Tensor:
-        q = encoder(binarized(images)).base_dist
+        q = encoder(data.static_binarization(images)).base_dist
         return torch.cat([q.loc, q.scale], dim=-1)
 
     def drawn(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

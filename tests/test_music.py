@@ -252,6 +252,7 @@ def test_a_run_on_songs_draws_goes_on_with_scores_and_embeds_them(file, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--characters", "true"], "characters and max_words are for text"),
         (["--per_quarter", "0"], "per_quarter must be a whole number of at least 1"),
         (["--structure", "Incomplete"], "shift moves images, or songs of a model of sequences"),
     ],
@@ -282,3 +283,9 @@ def test_pictures_leave_out_keys_that_nobody_plays():
 def test_a_single_song_has_a_place_in_the_plane_of_the_latents(tmp_path):
     plots.latent_space(torch.randn(1, 4), path=tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size > 100
+
+
+def test_steps_of_a_quarter_note_are_for_music_alone(tmp_path):
+    (tmp_path / "lines.txt").write_text("one line\nof words\n" * 20)
+    with pytest.raises(SystemExit, match="per_quarter is for music"):
+        main(["train", "--data", str(tmp_path / "lines.txt"), "--run", str(tmp_path / "run"), "--per_quarter", "4"])

@@ -1,8 +1,9 @@
 """What several commands share: loading data and runs, checks of arguments, and files of results."""
 
+import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -196,8 +197,8 @@ def load_text(data: str, vocabulary: datasets.Vocabulary | None = None, **option
 
 
 def is_sounds(data: str) -> bool:
-    """Returns whether data are sounds, and no data set with a name."""
-    return data not in datasets.DATA_SETS and datasets.is_sounds(data) and not is_music(data)
+    """Returns whether data are sounds, and no data set with a name; music is looked for first."""
+    return data not in datasets.DATA_SETS and datasets.is_sounds(data)
 
 
 @lru_cache(maxsize=1)  # train reads the sounds for its defaults, then for itself; main clears it
@@ -469,6 +470,14 @@ def new_file(path: str | Path, suffixes: tuple[str, ...]) -> Path:
         raise FileExistsError(f"{path} already exists. Give another file with --output, or another --seed.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes rows as a .csv file with a header."""
+    with open(path, "w", newline="", encoding="utf-8") as content:
+        writer = csv.writer(content, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def write_columns(columns: dict[str, Tensor], path: Path) -> None:

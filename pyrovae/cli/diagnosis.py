@@ -98,7 +98,7 @@ def diagnose(
         assert x is not None
         if isinstance(vae, SequenceVAE):
             steps, seen = arguments_of(vae, first_of(part, num_data, device))
-            return steps, labels, seen
+            return steps, labels, seen  # a mask, which follows the data as a context does
         context = next(iter(() if schema is None else context_of(schema, part.context)), None)
         found: tuple[Tensor | None, ...] = (x, labels, context)
         if isinstance(vae, MissingDataVAE):
@@ -122,8 +122,10 @@ def diagnose(
         raise ValueError(f"other has data of shape {tuple(strange.shape[1:])}, the run of {tuple(x.shape[1:])}.")
 
     pyro.set_rng_seed(seed)
-    programs = (vae.model_by_step, vae.guide_by_step) if isinstance(vae, SequenceVAE) else (vae.model, vae.guide)
-    model, guide = programs if isinstance(vae, SequenceVAE) else (of_x_alone(vae, p, label) for p in programs)
+    if isinstance(vae, SequenceVAE):
+        model, guide = vae.model_by_step, vae.guide_by_step
+    else:
+        model, guide = (of_x_alone(vae, program, label) for program in (vae.model, vae.guide))
     generated = None
     if schema is not None:
         generated = vae.sample(max(30, len(x))) if context is None else vae.sample(1, context)[0]

@@ -1,6 +1,5 @@
 """``pyrovae forecast``."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pyrovae import storage
-from pyrovae.cli.common import SplitName, check_device, data_to_score, load_data_of, new_file
+from pyrovae.cli.common import SplitName, check_device, data_to_score, load_data_of, new_file, write_rows
 from pyrovae.cli.labels import split_steps
 from pyrovae.cli.pictures import as_pictures, is_drawn_as_curves
 from pyrovae.cli.pieces import recordings_of
@@ -122,8 +121,8 @@ def _draw(past: Tensor, draws: Tensor, path: Path) -> None:
 
 def _write_quantiles(draws: Tensor, path: Path) -> None:
     points = np.quantile(draws.flatten(3).numpy(), _QUANTILES, 0)
-    with open(path, "w", newline="", encoding="utf-8") as content:
-        writer = csv.writer(content, lineterminator="\n")
-        writer.writerow(["sequence", "step", "element", *(f"q{round(100 * q):02d}" for q in _QUANTILES)])
-        for place in np.ndindex(points.shape[1:]):
-            writer.writerow([*(i + 1 for i in place), *(f"{value:.7g}" for value in points[(slice(None), *place)])])
+    rows = (
+        [*(i + 1 for i in place), *(f"{value:.7g}" for value in points[(slice(None), *place)])]
+        for place in np.ndindex(points.shape[1:])
+    )
+    write_rows(path, ["sequence", "step", "element", *(f"q{round(100 * q):02d}" for q in _QUANTILES)], rows)

@@ -1,6 +1,5 @@
 """Sounds and music in the command line: the pieces of files that a run draws, reconstructs or scores."""
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrovae.cli.common import advice_as_options, new_file, per_step, programs_of
+from pyrovae.cli.common import advice_as_options, new_file, per_step, programs_of, write_rows
 from pyrovae.cli.labels import arguments_of, draw
 from pyrovae.cli.music import MUSIC, write_keys
 from pyrovae.cli.pictures import as_pictures
@@ -143,15 +142,14 @@ def score_pieces(
     estimate = log_marginal(*programs_of(vae, method), *args, method=method, max_memory=max_memory)
     value = estimate.value.cpu()
     size, starts = kind.size(encoding), starts_of(owners, encoding.num_steps)
-    with open(out, "w", newline="", encoding="utf-8") as content:
-        writer = csv.writer(content, lineterminator="\n")
-        header = [kind.name, "from", "to", "log_p", "standard_error", "trusted", f"{kind.step}s"]
-        writer.writerow([*header, f"nats_a_{kind.step}"])
-        for i, owner in enumerate(owners.tolist()):
-            end = starts[i] + int(steps[i])
-            row = [names[owner], f"{starts[i] * size:.3f}", f"{end * size:.3f}", f"{value[i]:.9g}"]
-            row += [f"{estimate.standard_error[i]:.3g}", int(estimate.trusted[i]), int(steps[i])]
-            writer.writerow([*row, f"{-value[i] / steps[i]:.6g}"])
+    rows = []
+    for i, owner in enumerate(owners.tolist()):
+        end = starts[i] + int(steps[i])
+        row = [names[owner], f"{starts[i] * size:.3f}", f"{end * size:.3f}", f"{value[i]:.9g}"]
+        row += [f"{estimate.standard_error[i]:.3g}", int(estimate.trusted[i]), int(steps[i])]
+        rows.append([*row, f"{-value[i] / steps[i]:.6g}"])
+    header = [kind.name, "from", "to", "log_p", "standard_error", "trusted", f"{kind.step}s", f"nats_a_{kind.step}"]
+    write_rows(out, header, rows)
     print(advice_as_options(f"{file}: {estimate}\n{per_step(estimate, int(steps.sum()), kind.step)}"))
     for i in (value / steps).argsort()[:_NUM_SHOWN].tolist():
         place = f"from {starts[i] * size:.2f} {kind.unit}"

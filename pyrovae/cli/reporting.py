@@ -18,6 +18,7 @@ from pyrovae.cli.comparison import comparable_runs, scored_runs
 from pyrovae.cli.labels import scored
 from pyrovae.cli.pictures import latents_of, pictures_of
 from pyrovae.cli.rows import draw_rows
+from pyrovae.plots.drawing import principal_plane
 from pyrovae.training import History
 
 _NUM_POINTS = 500  # data in the picture of the latents
@@ -198,13 +199,9 @@ def _latent_space(vae: Any, splits: datasets.Splits) -> str:
     """Returns the means of q(z | x) of test data in the plane of their leading principal components."""
     part = first_of(data_to_score(splits, "test", "grey"), _NUM_POINTS, str(next(vae.parameters()).device))
     z = latents_of(vae, part, splits.schema)[0].detach().cpu().flatten(1).double()
-    center = z - z.mean(0)
     if z.shape[1] > 2:
-        _, sizes, axes = torch.linalg.svd(center, full_matrices=False)
-        shares = (sizes.square() / sizes.square().sum().clamp_min(1e-300)).tolist()
-        names = [f"component {i + 1}, {share:.0%} of the variance" for i, share in enumerate([*shares, 0.0][:2])]
-        plane = center @ axes[:2].T
-        z = torch.cat([plane, plane.new_zeros(len(z), 2 - plane.shape[1])], dim=1)
+        z, shares = principal_plane(z)
+        names = [f"component {i + 1}, {share:.0%} of the variance" for i, share in enumerate(shares)]
     else:
         z, names = torch.cat([z, z.new_zeros(len(z), 2 - z.shape[1])], dim=1), ["z 1", "z 2"]
     labels = None if part.labels is None else [str(label) for label in part.labels.tolist()]

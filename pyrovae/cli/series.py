@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrovae.cli.common import new_file
+from pyrovae.cli.common import new_file, write_rows
 from pyrovae.cli.defaults import recurrent_defaults, student_t
 from pyrovae.cli.labels import split_steps
 from pyrovae.data import TimeSeries
@@ -112,13 +112,13 @@ def forecast_series(
         _draw(time_series, steps.levels, places, coming, names, output)
     else:
         points = np.quantile(coming, _QUANTILES, axis=0)
-        with open(output, "w", newline="", encoding="utf-8") as content:
-            writer = csv.writer(content, lineterminator="\n")
-            writer.writerow(["series", "after", "step", "column", *(f"q{round(100 * q):02d}" for q in _QUANTILES)])
-            after = time_series.times_text(steps.times[last])
-            for i, t, c in np.ndindex(points.shape[1:]):
-                row = [names[i], after[i], t + 1, time_series.names[c]]
-                writer.writerow([*row, *(f"{value:.7g}" for value in points[:, i, t, c])])
+        after = time_series.times_text(steps.times[last])
+        rows = (
+            [names[i], after[i], t + 1, time_series.names[c], *(f"{value:.7g}" for value in points[:, i, t, c])]
+            for i, t, c in np.ndindex(points.shape[1:])
+        )
+        header = ["series", "after", "step", "column", *(f"q{round(100 * q):02d}" for q in _QUANTILES)]
+        write_rows(output, header, rows)
     of = f"{len(x)} of {len(all_x)} series"
     print(
         f"{num_draws} draws of the {num_steps} rows after the end of {of}, given the last {x.shape[1]} rows: {output}"
@@ -156,11 +156,8 @@ def score_series(
     at, value, error = at[order], value[order], error[order]
     rows, times = steps.rows[at], time_series.times_text(steps.times[at])
     names = [steps.names[i] for i in steps.series[at]]
-    with open(out, "w", newline="", encoding="utf-8") as content:
-        writer = csv.writer(content, lineterminator="\n")
-        writer.writerow(["row", "series", "time", "log_p", "standard_error"])
-        for i in range(len(at)):
-            writer.writerow([rows[i], names[i], times[i], f"{value[i]:.9g}", f"{error[i]:.3g}"])
+    found_rows = ([rows[i], names[i], times[i], f"{value[i]:.9g}", f"{error[i]:.3g}"] for i in range(len(at)))
+    write_rows(out, ["row", "series", "time", "log_p", "standard_error"], found_rows)
     before = f"{overlap} to {time_series.num_steps - 1}"
     print(f"{file}: {len(at):,} rows, each given the {before} rows of its series before it, or all if there are fewer")
     if len(at) < len(steps.x):

@@ -1,6 +1,5 @@
 """Text in the command line: lines of a file as data, and lines that a run draws, reads back or scores."""
 
-import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrovae import data as datasets
-from pyrovae.cli.common import advice_as_options, new_file
+from pyrovae.cli.common import advice_as_options, new_file, write_rows
 from pyrovae.data import Vocabulary
 from pyrovae.distributions import Autoregressive, center, has_ended, sharpen
 from pyrovae.estimators import Estimator, log_marginal
@@ -134,14 +133,14 @@ def score_lines(
     value, steps = estimate.value.cpu(), vocabulary.count_steps(x).cpu()
     unknown = (x == vocabulary.unknown).sum(-1).tolist()
     kind = "character" if vocabulary.characters else "word"
-    with open(out, "w", newline="", encoding="utf-8") as content:
-        writer = csv.writer(content, lineterminator="\n")
-        writer.writerow(["line", "log_p", "standard_error", "trusted", "khat", f"{kind}s", "unknown", f"nats_a_{kind}"])
-        for i, number in enumerate(numbers):
-            error, khat, trusted = estimate.standard_error[i], estimate.khat[i], int(estimate.trusted[i])
-            shape = "" if khat.isnan() else f"{khat:.3g}"
-            row = [number, f"{value[i]:.9g}", f"{error:.3g}", trusted, shape, int(steps[i]), unknown[i]]
-            writer.writerow([*row, f"{-value[i] / steps[i]:.6g}"])
+    rows = []
+    for i, number in enumerate(numbers):
+        error, khat, trusted = estimate.standard_error[i], estimate.khat[i], int(estimate.trusted[i])
+        shape = "" if khat.isnan() else f"{khat:.3g}"
+        row = [number, f"{value[i]:.9g}", f"{error:.3g}", trusted, shape, int(steps[i]), unknown[i]]
+        rows.append([*row, f"{-value[i] / steps[i]:.6g}"])
+    header = ["line", "log_p", "standard_error", "trusted", "khat", f"{kind}s", "unknown", f"nats_a_{kind}"]
+    write_rows(out, header, rows)
     print(advice_as_options(f"{file}: {estimate}") + f"\n{per_word(value, x.cpu(), vocabulary)}")
     for i in (value / steps).argsort()[:5].tolist():
         print(f"line {numbers[i]}, {-value[i] / steps[i]:.2f} nats a {kind}: {lines[i][:80]}")

@@ -236,6 +236,8 @@ def train(
         words = {"characters": characters, "max_words": max_words, "num_steps": max_steps}
         is_resumed = resume and storage.can_resume(directory)
         kept = storage.read_config(directory, trust=True) if is_resumed else {}
+        if per_quarter is not None and (time is not None or not is_music(data)):
+            raise ValueError(f"per_quarter is for music, and {data} is none. Leave it out.")
         if time is not None:
             given = None if is_resumed else read_schema(schema)
             named = context_names(columns)
@@ -243,6 +245,8 @@ def train(
                 data, kept.get("time_series"), time, series, named, growth, max_steps, given
             )
         elif is_music(data):
+            if characters is not None or max_words is not None:
+                raise ValueError(f"characters and max_words are for text, and {data} is music. Leave them out.")
             roll = kept.get("piano_roll")
             splits, description = load_music(data, roll, *((None, None) if roll else (per_quarter, max_steps)))
         elif is_text(data):
@@ -250,8 +254,6 @@ def train(
             splits, description = load_text(data, vocabulary, **({} if vocabulary else words))
         elif any(value is not None for value in words.values()):
             raise ValueError(f"characters, max_words and max_steps are for text, and {data} is none. Leave them out.")
-        elif per_quarter is not None:
-            raise ValueError(f"per_quarter is for music, and {data} is none. Leave it out.")
         elif is_sounds(data):
             splits, description = load_sounds(data, kept.get("spectrogram"))
         else:

@@ -3,13 +3,14 @@
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyrovae.data.encodings import WholeNumbers
 from pyrovae.data.folders import PARTS, count_files, listed, raise_first, read_files, split_files
 from pyrovae.data.pictures import PICTURES
 from pyrovae.data.sounds import SOUNDS
@@ -28,20 +29,21 @@ _MAX_STEPS = 160
 _PER_QUARTER = 4  # of MIDI files
 _DRUMS = 9  # the channel of MIDI whose notes are drums
 _LONGEST = 1_000_000  # steps of a song
-_BETWEEN, _MANY_BETWEEN = 0.2, 0.05  # of a step; share of the notes of which is told
+_BETWEEN = 0.2  # of a step: the distance of a note from the nearest one, beyond which it is between steps
+_MANY_BETWEEN = 0.05  # of the notes
 _TICKS = 480  # of a quarter note, in MIDI files that are written
 _VELOCITY = 80
 
 
 @dataclass(frozen=True)
-class PianoRoll:
+class PianoRoll(WholeNumbers):
     r"""How songs become sequences of keys that sound or not, and sequences become songs.
 
     .. math:: x_{tk} = 1 \text{ if note } k_0 + k \text{ sounds in step } t, \text{ else } 0
 
     A song is a list of steps, each a list of the notes that sound in it, as MIDI numbers them (60 is the middle C). A
-    note that is struck again while it sounds cannot be told from one that is held. Songs are cut into pieces of
-    `num_steps`, the last of which may be shorter.
+    note that is struck twice looks like one that is held. Songs are cut into pieces of `num_steps`; the last piece may
+    be shorter.
 
     Args:
         lowest: the note of the first key, :math:`k_0`.
@@ -58,16 +60,15 @@ class PianoRoll:
     (torch.Size([2, 2, 12]), tensor([0, 0]), [[[60, 64, 67], []], [[61]]])
     """
 
+    title: ClassVar[str] = "a piano roll"
+
     lowest: int
     num_keys: int
     per_quarter: int
     num_steps: int
 
     def __post_init__(self) -> None:
-        for name, least in (("lowest", 0), ("num_keys", 1), ("per_quarter", 1), ("num_steps", 2)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        self.check_at_least(lowest=0, num_keys=1, per_quarter=1, num_steps=2)
         if self.lowest + self.num_keys > _NUM_NOTES:
             raise ValueError(f"lowest + num_keys must be at most {_NUM_NOTES}, got {self.lowest} + {self.num_keys}.")
 
@@ -150,25 +151,13 @@ class PianoRoll:
             f"{self.num_steps} steps"
         )
 
-    def to_dict(self) -> dict[str, int]:
-        """Returns the arguments, as JSON holds them."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def from_dict(cls, entries: Any) -> "PianoRoll":
-        """Returns the piano roll of :meth:`to_dict`; raises a ValueError that says what is wrong with the entries."""
-        names = [field.name for field in fields(cls)]
-        if not isinstance(entries, dict) or entries.keys() != {*names}:
-            raise ValueError(f"a piano roll must have the entries {', '.join(names)}.")
-        return cls(**entries)
-
 
 def is_music(path: str | Path) -> bool:
     """Returns whether a path is a MIDI file, JSON of songs, or a folder or an archive of mostly MIDI files."""
     path = Path(path)
     if path.is_dir() or path.suffix.lower() == ".zip":
         count = count_files(path, _MIDI)
-        return count > count_files(path, SOUNDS) and count > count_files(path, PICTURES)
+        return count > 0 and count > max(count_files(path, SOUNDS), count_files(path, PICTURES))
     if path.suffix.lower() == ".json" and path.is_file():
         return _groups(path) is not None
     return path.suffix.lower() in _MIDI and path.is_file()

@@ -102,7 +102,7 @@ def random_transposition(x: Tensor, mask: Tensor, *rest: Tensor, semitones: int)
     lowest = torch.where(sounds, keys, num_keys - 1).amin(-1)
     highest = torch.where(sounds, keys, 0).amax(-1)
     by = torch.randint(-semitones, semitones + 1, (len(x),), device=x.device)
-    by = by.clamp(-lowest, (num_keys - 1 - highest).maximum(-lowest))
+    by = by.clamp(-lowest, num_keys - 1 - highest)
     return x.gather(-1, ((keys - by.view(-1, 1, 1)) % num_keys).expand_as(x)), mask, *rest
 
 

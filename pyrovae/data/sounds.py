@@ -5,14 +5,15 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyrovae.data.encodings import WholeNumbers
 from pyrovae.data.folders import count_files, raise_first, read_files, split_files
 from pyrovae.data.pictures import PICTURES
 from pyrovae.data.splits import Split, Splits
@@ -30,7 +31,7 @@ _ITERATIONS = 100  # of Griffin and Lim
 
 
 @dataclass(frozen=True)
-class Spectrogram:
+class Spectrogram(WholeNumbers):
     r"""How sounds become sequences of spectra, and spectra become sounds.
 
     .. math:: x_{tf} = \log_{10} \frac{4\, |c_{tf}|}{w} + 3
@@ -65,15 +66,14 @@ class Spectrogram:
     (1000.0, 3.0)
     """
 
+    title: ClassVar[str] = "a spectrogram"
+
     rate: int
     window: int
     num_frames: int
 
     def __post_init__(self) -> None:
-        for name, least in (("rate", 1), ("window", 4), ("num_frames", 2)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        self.check_at_least(rate=1, window=4, num_frames=2)
         if self.window % 2:
             raise ValueError(f"window must be even, got {self.window}.")
 
@@ -163,18 +163,6 @@ class Spectrogram:
             f"{1000 * self.hop:.0f} ms, of {self.num_frequencies} levels in units of 20 dB; pieces of up to "
             f"{self.num_frames}\nframes, {self.num_frames * self.hop:.2f} s"
         )
-
-    def to_dict(self) -> dict[str, int]:
-        """Returns the arguments, as JSON holds them."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def from_dict(cls, entries: Any) -> "Spectrogram":
-        """Returns the spectrogram of :meth:`to_dict`; raises a ValueError that says what is wrong with the entries."""
-        names = [field.name for field in fields(cls)]
-        if not isinstance(entries, dict) or entries.keys() != {*names}:
-            raise ValueError(f"a spectrogram must have the entries {', '.join(names)}.")
-        return cls(**entries)
 
     def _coefficients(self, sound: np.ndarray) -> Tensor:
         """Returns the Fourier coefficients of the frames, ``(frames, frequencies)``, the first and the last too."""

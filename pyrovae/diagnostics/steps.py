@@ -26,7 +26,7 @@ _MEMORY = 64e6  # bytes
 _UNUSED = 0.01  # nats a step
 _SMALL = 0.1
 _ROUGH = 1.0  # standard error of a step, in nats
-_ALONE = 1.5  # effective particles, of which one has nearly all the weight
+_ALONE = 1.5  # effective particles; below it, one particle has nearly all the weight
 _PARTS = 4  # of time, in the table
 
 

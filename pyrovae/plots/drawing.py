@@ -29,6 +29,19 @@ def write(figure: "Figure", path: str | Path | None) -> "Figure":
     return figure
 
 
+def principal_plane(z: Tensor) -> tuple[Tensor, list[float]]:
+    """Returns the two leading principal components of vectors, and their shares of the variance; 0 for one that is not.
+
+    Args:
+        z: the vectors, ``(n, dim)``.
+    """
+    center = z - z.mean(0)
+    _, sizes, axes = torch.linalg.svd(center, full_matrices=False)
+    shares = (sizes.square() / sizes.square().sum().clamp_min(1e-300)).tolist()
+    plane = center @ axes[:2].T
+    return torch.nn.functional.pad(plane, (0, 2 - plane.shape[1])), [*shares, 0.0][:2]
+
+
 def shortened(name: str, width: int) -> str:
     """Returns a name, or its end after dots if it is longer than a number of characters.
 

@@ -14,6 +14,7 @@ from pyrovae.plots.drawing import (
     draw_rows_of_images,
     grid_of,
     new_figure,
+    principal_plane,
     show,
     write,
 )
@@ -97,14 +98,8 @@ def latent_space(
     'first principal component'
     """
     z = z.detach().cpu().float()
-    center = z - z.mean(0)
     if z.shape[1] > 2:
-        _, _, axes = torch.linalg.svd(center, full_matrices=False)
-        plane = center @ axes[:2].T
-        z, names = (
-            torch.cat([plane, torch.zeros(len(z), 2 - plane.shape[1])], dim=1),
-            ("first principal component", "second principal component"),
-        )
+        (z, _), names = principal_plane(z), ("first principal component", "second principal component")
     else:
         z, names = torch.cat([z, torch.zeros(len(z), 2 - z.shape[1])], dim=1), ("$z_1$", "$z_2$")
     figure = new_figure(6, 5)

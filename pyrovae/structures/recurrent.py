@@ -198,7 +198,7 @@ class RecurrentVAE(SequenceVAE):
             x: sequences, ``(batch, time, *x_shape)``; any values, NaN too, at the steps that were not observed.
             mask: their observed steps, ``(batch, time)``; None for all.
             context: shape ``(batch, time, context_dim)``, or None.
-            num_samples: paths for each sequence, and filters, of which there are 50 at least.
+            num_samples: paths for each sequence. There are as many filters, but at least 50.
             num_particles: particles of a filter.
 
         Returns:
