@@ -25,6 +25,7 @@ from pyrovae.encoders import DiagonalNormal, FullRankNormal
 from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import (
     MLP,
+    Combiner,
     ConvNet,
     DeconvNet,
     GatedMLP,
@@ -657,6 +658,7 @@ CASES = [
     Case("GRUEncoder-context", "network", GRUEncoder, lambda: GRUEncoder((5, 3), 4, width=8, context_dim=C), C),
     Case("GRUDecoder-vector", "network", GRUDecoder, lambda: GRUDecoder(4, (5, 3), width=8)),
     Case("GRUDecoder-context", "network", GRUDecoder, lambda: GRUDecoder(4, (2, 5, 3), width=8, context_dim=C), C),
+    Case("Combiner", "network", Combiner, lambda: Combiner(3, 6, context_dim=C), C),
     Case("GatedTransition", "network", GatedTransition, lambda: GatedTransition(3, 6, width=8)),
     Case("GatedTransition-context", "network", GatedTransition, lambda: GatedTransition(3, 6, 8, context_dim=C), C),
     Case("RecurrentDecoder-values", "network", RecurrentDecoder, lambda: RECURRENT(4, (5, 3)), density=False),

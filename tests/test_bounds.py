@@ -193,6 +193,21 @@ def test_renyi_bounds_near_one_keep_single_precision():
     assert (value_of(bounds.Renyi(7, 1 - 1e-4), log_w) - exact).abs().max() < 1e3 * torch.finfo(torch.float32).eps
 
 
+def subnormal(t: Tensor) -> Tensor:
+    return (t != 0) & (t.abs() < torch.finfo(t.dtype).tiny)
+
+
+@pytest.mark.parametrize("bound", [bounds.IWAE(3), bounds.CIWAE(3, 0.0), bounds.ReweightedWakeSleep(3)], ids=repr)
+def test_far_particles_make_no_subnormal_numbers(bound):
+    # Weights of e^-100 are subnormal in single precision, with which many processors compute ten times more slowly.
+    log_w = torch.tensor([[0.0], [-1.0], [-100.0]])
+    assert subnormal(log_w.softmax(0)).sum() == 1
+    coefficients = bound.coefficients(log_w)
+    for found in filter(torch.is_tensor, (coefficients.model, coefficients.guide, coefficients.path)):
+        assert not subnormal(found).any()
+        assert found[2] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_impossible_particles_count_as_nothing(dtype):
     log_w = torch.tensor([0.0, 1.0, -math.inf, -2e4], dtype=dtype)

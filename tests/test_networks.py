@@ -12,6 +12,7 @@ from torch.nn.functional import avg_pool2d
 
 from pyrovae.nn import (
     MLP,
+    Combiner,
     ConvNet,
     DeconvNet,
     GatedMLP,
@@ -310,6 +311,13 @@ def test_one_hot_input_into_an_affine_map_looks_rows_up(dtype):
     table = affine.weight.T.unflatten(0, (6, 4))
     truth = table[torch.arange(6), x.flatten(1)].sum(1) + affine.bias
     torch.testing.assert_close(network(x.to(dtype)), truth, rtol=0, atol=rounding(network))
+
+
+def test_a_combiner_is_its_equation_with_one_summary_for_many_states():
+    network = Combiner(3, 6, context_dim=5)
+    z, summary = torch.randn(4, 7, 3), torch.randn(7, 5)
+    h = (torch.tanh(z @ network.state.weight.T + network.state.bias) + summary) / 2
+    torch.testing.assert_close(network(z, summary), h @ network.head.weight.T + network.head.bias)
 
 
 def test_log_input_is_its_network_of_the_logarithm():

@@ -55,7 +55,7 @@ def power_mean(log_w: Tensor, power: float) -> Reduced:
         exponent = power * (log_w - mean)
         precise = mean + torch.expm1(exponent).mean(0).log1p() / power
         value = torch.where(exponent.abs().amax(0) < 1, precise, value)
-    first = (power * log_w).softmax(0)
+    first = normalized(power * log_w)
     return Reduced(value, first, power * first * (1 - first))
 
 
@@ -93,9 +93,19 @@ def thermodynamic_sum(log_w: Tensor, betas: tuple[float, ...], lengths: tuple[fl
     return reduce(Reduced.plus, terms)
 
 
+def normalized(log_w: Tensor) -> Tensor:
+    """Returns the weights of particles, divided by their sum over the first dimension.
+
+    A weight whose square is too small for the type's normal numbers is zero. Its share of a gradient is lost in the
+    rounding of the others', but many processors are ten times slower at numbers as small as those it would make.
+    """
+    w = log_w.softmax(0)
+    return w.masked_fill(w < torch.finfo(w.dtype).tiny ** 0.5, 0.0)
+
+
 def tempered(log_w: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns self-normalised weights to a power, the log weights' mean under them, and the log weights minus it."""
-    w = (beta * log_w).softmax(0)
+    w = normalized(beta * log_w)
     finite = log_w.masked_fill(w == 0, 0.0)  # 0 times minus infinity would be NaN
     mean = (w * finite).sum(0)
     return w, mean, finite - mean

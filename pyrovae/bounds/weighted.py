@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyrovae.bounds.base import ImportanceBound
 from pyrovae.bounds.gradients import Coefficients, DoublyReparameterized, Gradient
-from pyrovae.bounds.reductions import Reduced, mean_of_groups, power_mean, tempered, thermodynamic_sum
+from pyrovae.bounds.reductions import Reduced, mean_of_groups, normalized, power_mean, tempered, thermodynamic_sum
 from pyrovae.inference.running import traced
 from pyrovae.inference.simulation import simulate
 from pyrovae.inference.sites import sample_sites
@@ -295,7 +295,7 @@ class CUBO(ImportanceBound):
         return power_mean(log_w, self.n)
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
-        w = (self.n * log_w).softmax(0)
+        w = normalized(self.n * log_w)
         if self.gradient.reparameterized:
             return Coefficients(path=(self.n - 1) * w)
         return Coefficients(guide=(self.n - 1) / self.n * w)
@@ -421,7 +421,7 @@ class ReweightedWakeSleep(ImportanceBound):
         return power_mean(log_w, 1.0)
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
-        w = log_w.softmax(0)
+        w = normalized(log_w)
         return Coefficients(model=w, guide=self.wake * w)
 
     def extra_surrogate(self, run: Run, structure: SiteStructure, scale: float | Tensor) -> Tensor | float:

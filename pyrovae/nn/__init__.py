@@ -29,9 +29,10 @@ from pyrovae.nn.images import ConvNet, DeconvNet, ResidualConvNet, ResidualDecon
 from pyrovae.nn.inputs import LogInput, OneHotInput
 from pyrovae.nn.output_bias import set_output_bias
 from pyrovae.nn.pixels import GatedPixelCNN
-from pyrovae.nn.sequences import GatedTransition, GRUDecoder, GRUEncoder
+from pyrovae.nn.sequences import Combiner, GatedTransition, GRUDecoder, GRUEncoder
 
 __all__ = [
+    "Combiner",
     "ConvNet",
     "DeconvNet",
     "GRUDecoder",

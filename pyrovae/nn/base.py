@@ -171,6 +171,10 @@ class ShapedNetwork(Recorded, ABC):
                     f"{tuple(context.shape)}. Build it with context_dim={context.shape[-1] if context.dim() else 1}."
                 )
             return h
+        return torch.cat(self.match_context(h, context), dim=-1)
+
+    def match_context(self, h: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns features h, ``(*leading, features)``, and the context, with leading dimensions that both have."""
         if context is None:
             raise ValueError(
                 f"{type(self).__name__} was built with context_dim={self.context_dim} and needs a context. Give one "
@@ -188,7 +192,7 @@ class ShapedNetwork(Recorded, ABC):
                 f"context of shape {tuple(context.shape)} does not match inputs with leading dimensions "
                 f"{tuple(h.shape[:-1])}: give one context a datum."
             ) from None
-        return torch.cat([h.expand(*leading, -1), context.to(h.dtype).expand(*leading, -1)], dim=-1)
+        return h.expand(*leading, -1), context.to(h.dtype).expand(*leading, -1)
 
     def flatten_input(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Returns inputs as vectors, with the context appended."""

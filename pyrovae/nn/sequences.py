@@ -200,3 +200,39 @@ class GatedTransition(ShapedNetwork):
         gate, proposal = self.gate(h).sigmoid(), self.proposal(h)
         mean = (1 - gate) * (x + self.linear(x)) + gate * proposal
         return torch.cat([mean, self.scale(proposal.relu())], dim=-1)
+
+
+class Combiner(ShapedNetwork):
+    r"""A network of a state and a summary of the data, in which the state is only added to the summary.
+
+    .. math:: y = V \frac{\tanh(W z + b) + c}{2} + d
+
+    The summary c is the context, and as wide as the hidden layer: no weight is spent on it, so that a step of time
+    costs little where summaries are wide. It is the posterior's network in a deep Markov model.
+
+    Args:
+        in_shape: shape of a state.
+        out_shape: shape of one output.
+        context_dim: width of the summary, at least 1.
+
+    Raises:
+        ValueError: when there is no context, or an input or context does not have the stated shape.
+
+    References:
+        Structured Inference Networks for Nonlinear State Space Models, R. G. Krishnan, U. Shalit and D. Sontag, 2017,
+        https://arxiv.org/abs/1609.09869.
+
+    >>> Combiner(3, 6, context_dim=16)(torch.zeros(7, 3), torch.zeros(7, 16)).shape
+    torch.Size([7, 6])
+    """
+
+    def __init__(self, in_shape: Shape, out_shape: Shape, context_dim: int = 0):
+        super().__init__(as_shape(in_shape, "in_shape"), as_shape(out_shape, "out_shape"), context_dim)
+        check_count(context_dim, "context_dim")
+        self.state = nn.Linear(math.prod(self.in_shape), context_dim)
+        self.head = nn.Linear(context_dim, math.prod(self.out_shape))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        self.check_input(x)
+        h, summary = self.match_context(self.state(x.flatten(x.dim() - len(self.in_shape))), context)
+        return self.head((h.tanh() + summary) / 2).unflatten(-1, self.out_shape)
