@@ -218,7 +218,12 @@ def context_size(vae: Any) -> int:
     if hasattr(vae, "context_dim"):  # its encoders take the levels above them as a context, too
         return vae.context_dim
     parts = [part for child in vae.children() for part in (child if isinstance(child, nn.ModuleList) else (child,))]
-    return max((getattr(part, "context_dim", 0) for part in parts), default=0)
+    return max(map(width_of_context, parts), default=0)
+
+
+def width_of_context(part: Any) -> int:
+    """Returns the width of the vectors that a part takes as a context, 0 if it takes none, or the numbers of data."""
+    return 0 if getattr(part, "takes_numbers", False) else getattr(part, "context_dim", 0)
 
 
 def check_vectors(context: Tensor | None, *parts: nn.Module) -> None:

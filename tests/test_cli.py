@@ -480,6 +480,24 @@ def test_moved_images_train_and_a_resumed_run_is_the_uninterrupted_one(tmp_path)
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
+def test_exemplars_of_a_run_are_its_training_data_and_are_kept_as_their_means(tmp_path, capsys):
+    options = ["train", "--prior", "ExemplarPrior", "--latent-dim", "4", "--num-samples", "10", "--run"]
+    main([*options, str(tmp_path / "whole"), "--epochs", "3"])
+    main([*options, str(tmp_path / "parts"), "--epochs", "2"])
+    main(["train", "--run", str(tmp_path / "parts"), "--resume", "--epochs", "3"])
+    weights = [load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts")]
+    assert all(torch.equal(t, weights[1][name]) for name, t in weights[0].items())
+    vae, config = pyrovae.load_run(tmp_path / "whole")
+    x = data.load("digits").train.x
+    assert config["prior"]["init_args"]["data"] == len(vae.prior.means) == len(x)
+    torch.testing.assert_close(vae.prior.means, vae.encoder(x).mean, rtol=1e-4, atol=1e-5)
+    main(["evaluate", str(tmp_path / "whole"), "--num-samples", "10"])
+    assert "bits per dimension, of 64" in capsys.readouterr().out
+    np.savez(tmp_path / "holes.npz", x=np.where(x.flatten(1)[:100] > 0.9, np.nan, x.flatten(1)[:100]))
+    message = error_of(*options, str(tmp_path / "a"), "--data", str(tmp_path / "holes.npz"), "--preprocessing", "grey")
+    assert "NaN" in message
+
+
 def test_early_stopping_says_so(tmp_path, capsys):
     main(["train", "--run", str(tmp_path / "a"), "--epochs", "50", "--patience", "1", "--optimizer.lr", "0.03",
           "--num-samples", "10"])  # fmt: skip

@@ -573,9 +573,39 @@ def test_a_vae_with_exemplars_trains_on_its_numbered_data():
     assert estimate.value.isfinite().all()
 
 
+@torch.no_grad()
+def test_saved_exemplars_are_their_means_and_need_the_data_to_train(tmp_path):
+    encoder, data = encoders.DiagonalNormal(4, 2, SMALL), torch.rand(12, 4)
+    vae = VAE(priors.ExemplarPrior(encoder, data, num_neighbors=3), likelihoods.Bernoulli(2, 4, SMALL), encoder).eval()
+    z = torch.randn(7, 2)
+    before = vae.prior().log_prob(z)
+    pyrovae.save(vae, tmp_path / "vae.safetensors")
+    again = pyrovae.load(tmp_path / "vae.safetensors").eval()
+    assert torch.equal(again.prior().log_prob(z), before)
+    with pytest.raises(ValueError, match="12 exemplars without their data, and cannot train: set its attribute data"):
+        again.prior.train()()
+    again.prior.data = data
+    assert again.prior(torch.arange(7)).log_prob(z).isfinite().all()
+    without = priors.ExemplarPrior(encoder, 12).eval()
+    with pytest.raises(ValueError, match="no means were loaded"):
+        without()
+
+
+@torch.no_grad()
+def test_exemplars_are_summed_some_rows_at_a_time(monkeypatch):
+    p = exemplar_prior().eval()(torch.tensor([3, 0, 11, 3, 7]))
+    z = torch.randn(7, 5, 2, dtype=torch.float64)
+    whole = p.log_prob(z)
+    monkeypatch.setattr("pyrovae.distributions.mixtures._CHUNK", 40)  # three rows of twelve
+    torch.testing.assert_close(p.log_prob(z), whole, rtol=0, atol=1e3 * EPS)
+
+
 @pytest.mark.parametrize(
     ("build", "match"),
     [
+        (lambda q: priors.ExemplarPrior(q), "ExemplarPrior needs data, the exemplars"),
+        (lambda q: priors.ExemplarPrior(q, 1), r"data must have shape \(at least 2, \*\(4,\)\), got 1"),
+        (lambda q: priors.ExemplarPrior(q, torch.full((12, 4), math.nan)), "data holds? NaN|NaN"),
         (lambda q: priors.ExemplarPrior(q, torch.rand(12, 3)), r"data must have shape .*got \(12, 3\)"),
         (lambda q: priors.ExemplarPrior(q, torch.rand(1, 4)), r"data must have shape \(at least 2"),
         (lambda q: priors.ExemplarPrior(q, torch.rand(12, 4), 0), "num_neighbors must be at least 1, got 0"),

@@ -60,7 +60,7 @@ from pyrovae.estimators import (
 from pyrovae.likelihoods import Autoregressive, Bernoulli, Likelihood
 from pyrovae.locks import DirectoryLock, is_empty
 from pyrovae.nn import Shape
-from pyrovae.priors import Prior, StandardNormal
+from pyrovae.priors import ExemplarPrior, Prior, StandardNormal
 from pyrovae.progress import tqdm
 from pyrovae.structures import (
     MissingDataVAE,
@@ -70,6 +70,7 @@ from pyrovae.structures import (
     fit_independent_columns,
     log_prob_of_cells,
 )
+from pyrovae.structures.assembly import class_of
 from pyrovae.trackers import Tracker
 from pyrovae.training import Callback, History, MetricsFile, Tracking, fit, trackers_of
 
@@ -208,6 +209,7 @@ def train(
     check_device(device)
     pyro.set_rng_seed(seed)
     vae: Any
+    has_exemplars = class_of(prior) is ExemplarPrior
     if time is None and (series is not None or columns is not None or growth):
         raise ValueError("series, columns and growth are for a table with time, the column of its times. Give it, too.")
     if is_tabular(likelihood):
@@ -220,6 +222,8 @@ def train(
         stored = directory / "schema.yaml"  # of the run to be resumed
         known = read_schema(str(stored) if resume and stored.exists() else schema)
         splits, description = load_table(data, known, context_names(context))
+        if has_exemplars:
+            raise ValueError("the rows of a table cannot be exemplars. Take --prior VampPrior or GaussianMixture.")
         if structure is not None:
             raise ValueError("structure is not for a table with the likelihood Tabular. Leave one of them out.")
         vae = make_table_vae(cast(datasets.Schema, splits.schema), latent_dim, prior, likelihood, encoder)
@@ -258,6 +262,10 @@ def train(
             splits, description = load_sounds(data, kept.get("spectrogram"))
         else:
             splits, description = load_splits(data, data_root, preprocessing)
+        if has_exemplars:
+            if not isinstance(splits.train.x, torch.Tensor):
+                raise ValueError("the exemplars of an ExemplarPrior must be in memory, and this file is too large.")
+            prior = partial(cast(Any, prior), data=splits.train.x)
         vae = make_vae(tuple(splits.train.x.shape[1:]), latent_dim, prior, likelihood, encoder, structure)
         if isinstance(vae.likelihood, Autoregressive):
             vae.likelihood.start_at(splits.train.x)
@@ -267,6 +275,10 @@ def train(
         loss = structure.loss(vae, splits.train.labels) if structure is not None and loss is None else loss
     vae.to(device)
     x_shape = tuple(splits.train.x.shape[1:])
+    training = arguments_of(vae, splits.train, splits.schema)
+    if has_exemplars:
+        config = _with_number_of_exemplars(config, len(training[0]))
+        training = *training, torch.arange(len(training[0]))
     if shift < 0:
         raise ValueError(f"shift must be at least 0, got {shift}.")
     is_sequence, is_song = isinstance(vae, SequenceVAE), splits.piano_roll is not None
@@ -316,7 +328,7 @@ def train(
                 history = fit(
                     vae.model,
                     vae.guide,
-                    arguments_of(vae, splits.train, splits.schema),
+                    training,
                     loss=loss,
                     epochs=epochs,
                     batch_size=batch_size,
@@ -372,6 +384,17 @@ def train(
                 tracking.results({f"test/{name}": value for name, value in result.items()})
                 for path in sorted(directory.glob("*.png")):
                     tracking.picture(path)
+
+
+def _with_number_of_exemplars(config: str, count: int) -> str:
+    """Returns the configuration of a run, with the number of exemplars of its prior, to load it without the data."""
+    settings = yaml.safe_load(config) or {}
+    if "prior" in settings:
+        settings["prior"] = {
+            **settings["prior"],
+            "init_args": {**settings["prior"].get("init_args", {}), "data": count},
+        }
+    return yaml.safe_dump(settings, sort_keys=False) if settings else config
 
 
 def _time_of(file: Path) -> int | None:

@@ -1,7 +1,7 @@
 """Mixtures of normals."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch.special import ndtr
 
 from pyrovae.distributions.provenance import apply_function
 from pyrovae.distributions.spaces import ShapeLike
+
+_CHUNK = 2**24  # log-densities of components that Exemplars computes at once
 
 
 class NormalMixture(dist.TorchDistribution):
@@ -206,14 +208,21 @@ class Exemplars(dist.TorchDistribution):
         # The squared distance is a difference of squares that nearly cancel: centred, and in double precision.
         center, scale = means.detach().double().mean(0), self.scale.double()
         z, means = (value - center) / scale, (means - center) / scale
-        closeness = z @ means.T - 0.5 * means.square().sum(-1)
-        count = len(self.means)
+        half_squares, count = 0.5 * means.square().sum(-1), len(self.means)
+        rows, size = z.reshape(-1, z.shape[-1]), max(1, _CHUNK // len(means))
+        excluded: Sequence[Tensor | None] = [None] * len(rows.split(size))
         if self.left_out is not None:
             indices = torch.arange(count, device=means.device) if indices is None else indices
-            closeness = closeness.masked_fill(self.left_out.unsqueeze(-1) == indices, -math.inf)
+            excluded = self.left_out.expand(z.shape[:-1]).reshape(-1, 1).split(size)
             count -= 1
+        sums = []
+        for some, without in zip(rows.split(size), excluded, strict=True):  # bounds the memory
+            closeness = some @ means.T - half_squares
+            if without is not None:
+                closeness = closeness.masked_fill(without == indices, -math.inf)
+            sums.append(closeness.logsumexp(-1))
         constant = math.log(count) + self.event_shape[0] * (scale.log().squeeze() + 0.5 * math.log(2 * math.pi))
-        return (closeness.logsumexp(-1) - 0.5 * z.square().sum(-1) - constant).to(value.dtype)
+        return (torch.cat(sums).view(z.shape[:-1]) - 0.5 * z.square().sum(-1) - constant).to(value.dtype)
 
     @torch.no_grad()
     def sample(self, sample_shape: ShapeLike = torch.Size()) -> Tensor:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from pyrovae import distributions
 from pyrovae.distributions import NormalMixture, positive, tril_of
+from pyrovae.inference.messages import check_finite
 from pyrovae.nn import MLP, Network
 from pyrovae.nn.base import check_count
 from pyrovae.priors.base import Prior
+from pyrovae.recorded import BuiltWith
 
 
 class _GaussianMixture(Prior, ABC):
@@ -241,14 +243,15 @@ class ExemplarPrior(Prior):
 
     Args:
         encoder: the encoder of the VAE, with a mean.
-        data: the exemplars, shape ``(N, *x_shape)``. They are not saved: build the prior with the same data before
-            loading.
+        data: the exemplars, shape ``(N, *x_shape)``. Saved weights hold their means alone; so that a prior can be built
+            from a file, their number N serves too: it scores and draws by the means that it loads, and trains when its
+            attribute `data` is set to the exemplars.
         num_neighbors: number of exemplars for each z in training.
         scale: initial :math:`\sigma`.
 
     Raises:
-        ValueError: when `data` does not have the shape of the encoder's input, `num_neighbors` is below 1, `scale` is
-            not positive, or an index in the context is out of range.
+        ValueError: when `data` are missing or do not have the shape of the encoder's input, `num_neighbors` is below 1,
+            `scale` is not positive, or an index in the context is out of range.
 
     References:
         Exemplar VAE: Linking Generative Models, Nearest Neighbor Retrieval, and Data Augmentation, S. Norouzi,
@@ -261,7 +264,11 @@ class ExemplarPrior(Prior):
 
     means: Tensor
 
-    def __init__(self, encoder: nn.Module, data: Tensor, num_neighbors: int = 10, scale: float = 0.5):
+    def __init__(
+        self, encoder: nn.Module, data: Tensor | int | None = None, num_neighbors: int = 10, scale: float = 0.5
+    ):
+        if data is None:
+            raise ValueError("ExemplarPrior needs data, the exemplars: give the training data.")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}.")
         if not isinstance(encoder, nn.Module):
@@ -270,8 +277,12 @@ class ExemplarPrior(Prior):
         weight = _weight(encoder)
         super().__init__(stated.latent_dim, start=weight.new_full((1,), math.log(scale)))
         self.context_dim, self.takes_numbers = 1, True  # the context is an index, not a vector
-        if data.shape[1:] != stated.x_shape or len(data) < 2:
-            raise ValueError(f"data must have shape (at least 2, *{stated.x_shape}), got {tuple(data.shape)}.")
+        count = len(data) if isinstance(data, Tensor) else data
+        if isinstance(data, Tensor) and data.shape[1:] != stated.x_shape or count < 2:
+            given = tuple(data.shape) if isinstance(data, Tensor) else data
+            raise ValueError(f"data must have shape (at least 2, *{stated.x_shape}), got {given}.")
+        if isinstance(data, Tensor):
+            check_finite("data", data)
         if num_neighbors < 1:
             raise ValueError(f"num_neighbors must be at least 1, got {num_neighbors}.")
         if getattr(encoder, "context_dim", 0):
@@ -280,47 +291,57 @@ class ExemplarPrior(Prior):
             raise ValueError(f"ExemplarPrior is a mixture of normals, but the encoder's latents are {stated.support}.")
         try:
             with torch.no_grad():
-                encoder(data[:1].to(weight)).mean  # noqa: B018
+                encoder(weight.new_zeros(1, *stated.x_shape)).mean  # noqa: B018
         except NotImplementedError as error:
             raise ValueError(
                 f"{type(encoder).__name__} returns a distribution without a mean, which an ExemplarPrior needs. Use "
                 "an encoder such as DiagonalNormal."
             ) from error
-        self.num_neighbors, self.encoder = min(num_neighbors, len(data) - 1), encoder
+        self.num_neighbors, self.encoder = min(num_neighbors, count - 1), encoder
         # Not a buffer, so that checkpoints and files of weights do not hold the data.
-        self.data = data.detach()
-        means = weight.new_full((len(data), stated.latent_dim), math.nan)
-        self.register_buffer("means", means, persistent=False)
+        self.data = data.detach() if isinstance(data, Tensor) else None
+        self.register_buffer("means", weight.new_full((count, stated.latent_dim), math.nan))
+        self.built_with = BuiltWith((encoder, count, num_neighbors, scale), {})  # nor do descriptions
         self._encoded_with: tuple[tuple[int, int, torch.dtype], ...] | None = None  # the weights of the means
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         left_out = None if context is None else self._indices(context)
-        if not self.training:
+        if self.data is None:
+            if self.training or bool(self.means[0, 0].isnan()):
+                raise ValueError(
+                    f"this ExemplarPrior was built for {len(self.means)} exemplars without their data, and "
+                    + ("cannot train" if self.training else "no means were loaded")
+                    + ": set its attribute data to the training data."
+                )
+        elif not self.training:
             weights = tuple((id(t), t._version, t.dtype) for t in [*self.encoder.parameters(), *self.encoder.buffers()])
             if weights != self._encoded_with:
                 self._encode_all()
                 self._encoded_with = weights
-        elif bool(self.means[0, 0].isnan()):
-            self._encode_all()
+        else:
+            self._encoded_with = None  # a step follows, and fused optimizers change weights without a new version
+            if bool(self.means[0, 0].isnan()):
+                self._encode_all()
         nearest = partial(self._nearest, left_out) if self.training else None
         return distributions.Exemplars(self.means, self.params.exp(), left_out, nearest)
 
     def _indices(self, context: Tensor) -> Tensor:
         indices = context.long().flatten()
-        if bool((indices != context.flatten()).any() | (indices < 0).any() | (indices >= len(self.data)).any()):
+        if bool((indices != context.flatten()).any() | (indices < 0).any() | (indices >= len(self.means)).any()):
             raise ValueError(
                 "the context of an ExemplarPrior must be the index of each datum in its data, from 0 to "
-                f"{len(self.data) - 1}, got values from {context.min().item():g} to {context.max().item():g}. Give "
+                f"{len(self.means) - 1}, got values from {context.min().item():g} to {context.max().item():g}. Give "
                 "torch.arange(len(data)) with the training data."
             )
         return indices
 
     def _encode(self, indices: Tensor) -> Tensor:
+        assert self.data is not None
         return self.encoder(self.data[indices.to(self.data.device)].to(self.params)).mean
 
     @torch.no_grad()
     def _encode_all(self) -> None:
-        for rows in torch.arange(len(self.data)).split(1000):
+        for rows in torch.arange(len(self.means)).split(1000):
             self.means[rows] = self._encode(rows)
 
     def _nearest(self, left_out: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -342,7 +363,7 @@ class ExemplarPrior(Prior):
         return indices, means
 
     def extra_repr(self) -> str:
-        return f"latent_dim={self.latent_dim}, num_exemplars={len(self.data)}, num_neighbors={self.num_neighbors}"
+        return f"latent_dim={self.latent_dim}, num_exemplars={len(self.means)}, num_neighbors={self.num_neighbors}"
 
 
 def _weight(encoder: nn.Module) -> Tensor:

@@ -21,6 +21,7 @@ from pyrovae.parts import (
     in_evaluation_mode,
     likelihood_at,
     sample_prior,
+    width_of_context,
 )
 from pyrovae.priors import Prior
 from pyrovae.vae import Registered
@@ -311,7 +312,7 @@ class DenseHierarchicalVAE(_Hierarchy):
     def context_dim(self) -> int:
         """Width of the context that parts take beside the latents above them, 0 for none."""
         *others, top = self.encoders
-        dims = [getattr(part, "context_dim", 0) for part in (self.prior, *self.conditionals, self.likelihood, top)]
+        dims = [width_of_context(part) for part in (self.prior, *self.conditionals, self.likelihood, top)]
         for level, part in enumerate(others, start=1):
             dims.append(getattr(part, "context_dim", 0) - (self._width_from(level + 1) or 0))
         return max(0, *dims)
