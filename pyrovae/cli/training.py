@@ -70,7 +70,7 @@ from pyrovae.structures import (
     fit_independent_columns,
     log_prob_of_cells,
 )
-from pyrovae.structures.assembly import class_of
+from pyrovae.structures.assembly import Incomplete, class_of
 from pyrovae.trackers import Tracker
 from pyrovae.training import Callback, History, MetricsFile, Tracking, fit, trackers_of
 
@@ -263,6 +263,8 @@ def train(
         else:
             splits, description = load_splits(data, data_root, preprocessing)
         if has_exemplars:
+            if isinstance(structure, Incomplete):
+                raise ValueError("data with missing elements cannot be exemplars. Take another prior, as VampPrior.")
             if not isinstance(splits.train.x, torch.Tensor):
                 raise ValueError("the exemplars of an ExemplarPrior must be in memory, and this file is too large.")
             prior = partial(cast(Any, prior), data=splits.train.x)
