@@ -66,8 +66,8 @@ class Settings(NamedTuple):
     """
 
     epochs: int = 80
-    epochs_of_m2: int = 40
-    epochs_on_latents: int = 150
+    epochs_of_m2: int = 20
+    epochs_on_latents: int = 60
     weight: float = 50.0
     batch_size: int = 200
     seed: int = 0

@@ -40,8 +40,8 @@ SETTINGS = {
     "over 100 epochs, training until the validation loss has not improved for 50, 5,000 importance samples. In the "
     "two-level rows here, parts take what they see side by side, in layers of 600 and 300 units, of which the paper's "
     "networks, with layers of their own for each input, are a special case. Convolutional networks here are residual, "
-    "with two stages of 32 and 64 channels, and the decoder in place of PixelSNAIL is `nn.GatedPixelCNN`, with 8 layers "
-    "of 64 channels.",
+    "with stages of 32 and 64 channels; the decoder in place of PixelSNAIL is `nn.GatedPixelCNN` of 8 layers with "
+    "64 channels.",
     IWAE: "Settings: two tanh layers of 200 units, 50 latents, Bernoulli pixels, binarised again for each batch, Adam, "
     "batches of 20, 3,280 epochs at falling learning rates, 5,000 importance samples.",
 }
@@ -201,9 +201,7 @@ def page() -> str:
             "configuration, seed, machine and validation curve. Each row is a file there for `pyrovae train --config`, "
             "and `python benchmarks/results.py` trains what is not trained yet, and goes on where it was stopped."
         )
-        + _paragraph(
-            f"Rows: {len(ROWS)}. Run, with one seed each: {len(done)}."
-        )
+        + _paragraph(f"Rows: {len(ROWS)}. Run, with one seed each: {len(done)}.")
         + _paragraph(
             "All numbers are log p(x) of the test data in nats a datum; higher is better. The papers estimate it by "
             "5,000 importance samples of the encoder's posterior for each image, which is too low by what these "

@@ -225,6 +225,29 @@ def test_smoothed_latents_are_those_of_the_normal(data):
         vae.smooth(20 * torch.randn_like(x), num_samples=3, num_particles=2)
 
 
+def test_gaps_are_filled_by_what_the_model_says_of_them(data):
+    x, mask = data[0][2:], data[1][2:]
+    vae, n = linear_gaussian(), 4000
+    pyro.set_rng_seed(0)
+    filled = vae.impute(torch.where(mask.unsqueeze(-1), x, torch.nan), mask, num_draws=n, num_particles=20)
+    assert (filled.draws[:, :, mask[0]] == x[0, mask[0]]).all() and (filled.mean[:, mask[0]] == x[0, mask[0]]).all()
+    of_x, kept = coefficients(mask[0])[0], mask[0].repeat_interleave(3)
+    seen, gaps = of_x[kept], of_x[~kept]
+    gain = torch.linalg.solve(seen[:, :-1] @ seen[:, :-1].T, seen[:, :-1] @ gaps[:, :-1].T).T
+    mean = gaps[:, -1] + gain @ (x[0][mask[0]].flatten() - seen[:, -1])
+    rest = gaps[:, :-1] - gain @ seen[:, :-1]
+    variance = (rest @ rest.T).diagonal()
+    independent = 1 / (1 / filled.ess[0] + 1 / n)  # draws, of those that were resampled
+    found = filled.draws[:, 0].flatten(1)[:, ~kept]
+    assert ((found.mean(0) - mean).abs() <= 4.5 * (variance / independent).sqrt()).all()
+    assert ((found.var(0) - variance).abs() <= 4.5 * variance * (2 / independent).sqrt()).all()
+    assert ((filled.mean[0].flatten()[~kept] - mean).abs() <= 4.5 * (variance / independent).sqrt()).all()
+    whole = vae.impute(x, torch.ones_like(mask), num_draws=3, num_particles=200)
+    assert torch.equal(whole.mean, x) and 10 < whole.ess.item() <= 50
+    with pytest.raises(ValueError, match="1 of 1 sequences end before the last step, first of number 0"):
+        vae.impute(x, mask.flip(1))
+
+
 def test_draws_and_forecasts_are_those_of_the_normal(data):
     x, mask = data
     vae, n = linear_gaussian(), 8000
@@ -426,9 +449,10 @@ def test_images_and_latents_without_a_memory():
 
 
 def test_models_of_sequences_have_the_same_verbs():
-    for name in ("sample", "forecast", "model_by_step", "guide_by_step"):
+    for name in ("sample", "smooth", "forecast", "impute", "model_by_step", "guide_by_step"):
         assert all(callable(getattr(model, name)) for model in (RecurrentVAE, StateSpaceVAE, SequenceVAE))
-    assert RecurrentVAE.forecast is StateSpaceVAE.forecast is SequenceVAE.forecast
+    for name in ("forecast", "impute"):
+        assert getattr(RecurrentVAE, name) is getattr(StateSpaceVAE, name) is getattr(SequenceVAE, name)
 
 
 def test_it_is_saved_and_built_again(tmp_path, data):

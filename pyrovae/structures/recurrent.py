@@ -229,6 +229,13 @@ class RecurrentVAE(SequenceVAE):
         smoothed.warn_of_few(num_particles)
         return smoothed
 
+    def _likelihood_of(self, z: Tensor, x: Tensor, mask: Tensor, context: Tensor | None) -> dist.TorchDistribution:
+        h = self.encode(x, mask, context).memories(z)
+        return likelihood_at(self.likelihood, z, with_context(h, context, slice(None)))
+
+    def _reads_draws(self) -> bool:
+        return True
+
     def _draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
         leading = (num_samples,) if context is None else (num_samples, len(context))
         return self._generate(start_of(self.recurrence, *leading), num_steps, context)
@@ -249,8 +256,11 @@ class RecurrentVAE(SequenceVAE):
 
     def _posterior(self, x: Tensor, seen: Tensor | None, here: Tensor) -> dist.TorchDistribution:
         """Returns q of steps, which is the prior where they were not observed."""
-        q = call(self.encoder, x, context=here)
-        return q if seen is None else dist.MaskedMixture(seen, self._prior(here), q)
+        if seen is None:
+            return call(self.encoder, x, context=here)
+        shape = (*seen.shape, *(1,) * (x.dim() - seen.dim()))
+        q = call(self.encoder, torch.where(seen.view(shape), x, 0), context=here)  # whatever stands there, NaN too
+        return dist.MaskedMixture(seen, self._prior(here), q)
 
     def _chain(self, x: Tensor, seen: Tensor, conditional: Any) -> RecurrentChain:
         """Returns the latents of all steps, for their distributions given the memories."""

@@ -5,13 +5,17 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+from pyro import distributions as dist
 from torch import Tensor, nn
 
+from pyrovae.distributions import center
 from pyrovae.inference.filtering import Filtered, run_filter, systematic
+from pyrovae.inference.imputation import Imputation
 from pyrovae.inference.messages import check_later
 from pyrovae.inference.structure import inspect
 from pyrovae.nn.base import check_count
 from pyrovae.parts import in_evaluation_mode, takes_context
+from pyrovae.structures.smoothing import Smoothed
 from pyrovae.vae import Registered
 
 
@@ -38,6 +42,26 @@ class SequenceVAE(Registered):
     @abstractmethod
     def reconstruct(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """Returns the centre of the likelihood of each step at one draw from the guide, shaped like x."""
+
+    @abstractmethod
+    def smooth(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        num_samples: int = 100,
+        num_particles: int = 100,
+    ) -> Smoothed:
+        """Draws the latents of all steps given whole sequences."""
+
+    @abstractmethod
+    def _likelihood_of(self, z: Tensor, x: Tensor, mask: Tensor, context: Tensor | None) -> dist.TorchDistribution:
+        """Returns the likelihood of each step for paths of latents, ``(num_paths, batch, time, dim)``."""
+
+    @abstractmethod
+    def _reads_draws(self) -> bool:
+        """Returns whether a step that is drawn depends on the data that were drawn before."""
 
     @abstractmethod
     def _check_vector(self, context: Tensor | None) -> None:
@@ -117,6 +141,72 @@ class SequenceVAE(Registered):
         mask = self._mask_of(x, mask, context)
         z = self._draw_paths(x, mask, context, max(num_particles, num_samples))[:num_samples]
         return self._draw_next(z, x, mask, context, coming, num_steps)
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def impute(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        context: Tensor | None = None,
+        *,
+        num_draws: int = 100,
+        num_particles: int | None = None,
+    ) -> Imputation:
+        r"""Draws the steps that were not observed, given those before and after them.
+
+        .. math:: x_t \sim p(x_t \mid z_1, \dots, z_t, x_{<t}), \qquad z \sim p(z \mid x_{\text{observed}})
+
+        The latents are those of :meth:`smooth`; steps after the last observed one are forecasts. A memory of the data
+        sees that a step was not observed, as in training, and not its draw. Where there is one, sequences that end
+        before the last step are refused, because what follows depends on the draws before it:
+        :meth:`forecast` draws that.
+
+        Args:
+            x: sequences, ``(batch, time, *x_shape)``; any values, NaN too, at the steps that were not observed.
+            mask: their observed steps, ``(batch, time)``.
+            context: shape ``(batch, time, context_dim)``, or None.
+            num_draws: draws for each sequence.
+            num_particles: particles of the filter, or of each filter; None for those of :meth:`smooth`.
+
+        Returns:
+            An :class:`~pyrovae.Imputation` whose observed steps are those of x. Its `ess` is the smallest effective
+            number that :meth:`smooth` gives for a step that was not observed, or for any where none is missing.
+
+        Raises:
+            ValueError: when sequences end before the last step, and there is a memory of the data; when all particles
+                of a sequence die.
+
+        >>> from pyrovae import encoders, likelihoods, nn, priors
+        >>> from pyrovae.structures import BackwardGRU, StateSpaceVAE
+        >>> vae = StateSpaceVAE(
+        ...     priors.StandardNormal(2),
+        ...     encoders.DiagonalNormal(2, 2, nn.GatedTransition),
+        ...     likelihoods.Normal(2, 3),
+        ...     encoders.DiagonalNormal(2, 2, context_dim=16),
+        ...     BackwardGRU(3, 16),
+        ... )
+        >>> mask = torch.tensor([True, True, False, False, True]).expand(4, 5)
+        >>> vae.impute(torch.zeros(4, 5, 3), mask, num_draws=20).draws.shape
+        torch.Size([20, 4, 5, 3])
+        """
+        mask = self._mask_of(x, mask, context)
+        ended = ~mask[:, -1]
+        if self._reads_draws() and bool(ended.any()):
+            raise ValueError(
+                f"{int(ended.sum())} of {len(x)} sequences end before the last step, first of number "
+                f"{int(ended.nonzero()[0])}. Impute sequences of one length, and draw what follows them by forecast()."
+            )
+        given = {} if num_particles is None else {"num_particles": num_particles}
+        states, ess = self.smooth(x, mask, context, num_samples=num_draws, **given)
+        p = self._likelihood_of(states, x, mask, context)
+        seen = mask.view(*mask.shape, *(1,) * (x.dim() - 2))
+        centers = center(p)
+        mean = centers.double().mean(0)
+        mean = mean.to(centers.dtype) if centers.is_floating_point() else mean
+        elsewhere = mask & ~mask.all(1, keepdim=True)
+        least = torch.where(elsewhere, math.inf, ess).amin(1)
+        return Imputation(torch.where(seen, x, mean), torch.where(seen, x, p.sample()), least)
 
     def _mask_of(self, x: Tensor, mask: Tensor | None, context: Tensor | None) -> Tensor:
         """Checks mask and context; returns the mask as booleans."""

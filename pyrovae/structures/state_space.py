@@ -10,7 +10,6 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyrovae.distributions import MarkovChain, center
-from pyrovae.inference.imputation import Imputation
 from pyrovae.nn.base import Shape, as_shape, check_count
 from pyrovae.nn.sequences import start_recurrence
 from pyrovae.parts import (
@@ -265,61 +264,6 @@ class StateSpaceVAE(SequenceVAE):
 
     @torch.no_grad()
     @in_evaluation_mode
-    def impute(
-        self,
-        x: Tensor,
-        mask: Tensor,
-        context: Tensor | None = None,
-        *,
-        num_draws: int = 100,
-        num_particles: int = 200,
-    ) -> Imputation:
-        r"""Draws the steps that were not observed, given those before and after them.
-
-        The states are those of :meth:`smooth`; steps after the last observed one are forecasts. With a recurrence these
-        are refused, because a step depends on the draws before it:
-        :meth:`~pyrovae.structures.SequenceVAE.forecast` draws them.
-
-        Args:
-            x: sequences, ``(batch, time, *x_shape)``; any values, NaN too, at the steps that were not observed.
-            mask: their observed steps, ``(batch, time)``.
-            context: shape ``(batch, time, context_dim)``, or None.
-            num_draws: draws for each sequence.
-            num_particles: particles of the filter.
-
-        Returns:
-            An :class:`~pyrovae.Imputation` whose observed steps are those of x. Its `ess` is the smallest number of
-            effective particles at a step that was not observed.
-
-        >>> from pyrovae import encoders, likelihoods, nn, priors
-        >>> vae = StateSpaceVAE(
-        ...     priors.StandardNormal(2),
-        ...     encoders.DiagonalNormal(2, 2, nn.GatedTransition),
-        ...     likelihoods.Normal(2, 3),
-        ...     encoders.DiagonalNormal(2, 2, context_dim=16),
-        ...     BackwardGRU(3, 16),
-        ... )
-        >>> mask = torch.tensor([True, True, False, False, True]).expand(4, 5)
-        >>> vae.impute(torch.zeros(4, 5, 3), mask, num_draws=20).draws.shape
-        torch.Size([20, 4, 5, 3])
-        """
-        ended = ~mask.bool()[:, -1]
-        if self.recurrence is not None and bool(ended.any()):
-            raise ValueError(
-                f"{int(ended.sum())} of {len(x)} sequences end before the last step, first of number "
-                f"{int(ended.nonzero()[0])}. Impute sequences of one length, and draw what follows them by forecast()."
-            )
-        states, ess = self.smooth(x, mask, context, num_samples=num_draws, num_particles=num_particles)
-        p = likelihood_at(self.likelihood, states, self._given(x, mask.bool(), context))
-        seen = mask.bool().view(*mask.shape, *(1,) * (x.dim() - 2))
-        centers = center(p)
-        mean = centers.double().mean(0)
-        mean = mean.to(centers.dtype) if centers.is_floating_point() else mean
-        least = torch.where(mask.bool(), float(num_particles), ess).amin(1)
-        return Imputation(torch.where(seen, x, mean), torch.where(seen, x, p.sample()), least)
-
-    @torch.no_grad()
-    @in_evaluation_mode
     def last_states(
         self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, *, num_particles: int = 100
     ) -> Tensor:
@@ -330,6 +274,12 @@ class StateSpaceVAE(SequenceVAE):
         """
         mask = self._mask_of(x, mask, context)
         return _last(self._draw_paths(x, mask, context, num_particles), mask)
+
+    def _likelihood_of(self, z: Tensor, x: Tensor, mask: Tensor, context: Tensor | None) -> dist.TorchDistribution:
+        return likelihood_at(self.likelihood, z, self._given(x, mask, context))
+
+    def _reads_draws(self) -> bool:
+        return self.recurrence is not None
 
     def _draw_first(self, num_samples: int, num_steps: int, context: Tensor | None) -> Tensor:
         if self.recurrence is not None:
