@@ -242,8 +242,8 @@ def test_gaps_are_filled_by_what_the_model_says_of_them(data):
     assert ((found.mean(0) - mean).abs() <= 4.5 * (variance / independent).sqrt()).all()
     assert ((found.var(0) - variance).abs() <= 4.5 * variance * (2 / independent).sqrt()).all()
     assert ((filled.mean[0].flatten()[~kept] - mean).abs() <= 4.5 * (variance / independent).sqrt()).all()
-    whole = vae.impute(x, torch.ones_like(mask), num_draws=3, num_particles=200)
-    assert torch.equal(whole.mean, x) and 10 < whole.ess.item() <= 50
+    whole = vae.impute(filled.mean, torch.ones_like(mask), num_draws=3)
+    assert torch.equal(whole.mean, filled.mean) and 10 < whole.ess.item() <= 50
     with pytest.raises(ValueError, match="1 of 1 sequences end before the last step, first of number 0"):
         vae.impute(x, mask.flip(1))
 
