@@ -269,6 +269,11 @@ def train(
                 raise ValueError("the exemplars of an ExemplarPrior must be in memory, and this file is too large.")
             prior = partial(cast(Any, prior), data=splits.train.x)
         vae = make_vae(tuple(splits.train.x.shape[1:]), latent_dim, prior, likelihood, encoder, structure)
+        if splits.piano_roll is not None and not is_discrete(vae):
+            raise ValueError(
+                f"the likelihood {type(vae.likelihood).__name__} is a density, and keys are on or off. Take "
+                "--likelihood SigmoidBelief or Bernoulli."
+            )
         if isinstance(vae.likelihood, Autoregressive):
             vae.likelihood.start_at(splits.train.x)
         if (splits.spectrogram or splits.piano_roll or splits.time_series) and isinstance(vae, SequenceVAE):
