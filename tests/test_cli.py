@@ -276,6 +276,20 @@ def test_an_existing_directory_is_never_overwritten(run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["new", "resumed"])
+def test_a_file_in_place_of_a_run_directory_is_refused(tmp_path, resume):
+    (tmp_path / "file").write_text("mine")
+    assert "file is a file, and a run is a directory" in error_of("train", "--run", tmp_path / "file", *resume)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch-size", "patience", "num-samples"])
+def test_numbers_that_are_too_small_are_refused_at_once(tmp_path, capsys, name):
+    message = error_of("train", "--run", tmp_path / "run", f"--{name}", "0")
+    assert f"{name.replace('-', '_')} must be at least 1, got 0" in message
+    assert capsys.readouterr().out == "" and not (tmp_path / "run").exists()
+
+
 def test_a_run_repeated_from_its_config_has_the_same_weights(run, tmp_path):
     main(["train", "--config", str(run / "config.yaml"), "--run", str(tmp_path / "again")])
     assert digest(tmp_path / "again")["weights.safetensors"] == digest(run)["weights.safetensors"]

@@ -204,8 +204,10 @@ def train(
     """
     directory, world = Path(run) if run is not None else default_run(data), init_process_group(device)
     is_new = world.broadcast_from_rank0(lambda: _check_place(directory, resume))
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    counts = {"epochs": epochs, "batch_size": batch_size, "patience": patience, "num_samples": num_samples}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
     check_device(device)
     pyro.set_rng_seed(seed)
     vae: Any
@@ -410,7 +412,9 @@ def _time_of(file: Path) -> int | None:
 
 def _check_place(directory: Path, resume: bool) -> bool:
     """Checks that a run may be written to a directory; returns whether it is new."""
-    if not resume and directory.exists() and not (directory.is_dir() and is_empty(directory)):
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file, and a run is a directory. Give another place with --run.")
+    if not resume and directory.exists() and not is_empty(directory):
         raise FileExistsError(
             f"{directory} already exists. Continue the run with --resume, or give another place with --run DIRECTORY."
         )
