@@ -697,10 +697,10 @@ PROGRAMS = [
         exact=estimators.Quadrature(),
         quick=False,
     ),
-    Program("semi-supervised M2, unlabelled", partial(m2, False), compiles=False),
+    Program("semi-supervised M2, unlabelled", partial(m2, False), quick=False),
     Program("semi-supervised M2, labelled", partial(m2, True), exact=estimators.Quadrature(), quick=False),
     Program("conditional VAE, Pyro's", cvae, exact=estimators.Quadrature()),
-    Program("scANVI, Pyro's", scanvi, compiles=False),
+    Program("scANVI, Pyro's", scanvi, quick=False),
     Program("deep Markov model, Pyro's", deep_markov, uncollapsed="is masked", weighs=False, quick=False),
     Program(
         "CEVAE, pyro.contrib's shape",

@@ -190,9 +190,8 @@ def compile(elbo: ELBO) -> Compiled:
     so then, without changing the random state; call it once before for a run that is equal to one without compilation.
 
     Args:
-        elbo: one of :mod:`pyrovae.bounds`, or Pyro's ``Trace_ELBO``, ``TraceMeanField_ELBO`` or ``TraceEnum_ELBO``;
-            the last only where the probabilities that it sums over are no parameters, whose values it asks for. Pyro's
-            other ELBOs run eagerly.
+        elbo: one of :mod:`pyrovae.bounds`, or Pyro's ``Trace_ELBO``, ``TraceMeanField_ELBO`` or ``TraceEnum_ELBO``.
+            Pyro's other ELBOs run eagerly.
 
     Raises:
         TypeError: when `elbo` is not an ELBO.

@@ -17,6 +17,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import util as infer_util
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.distributions import Distribution
@@ -163,13 +164,19 @@ def describe_error(error: Exception) -> str:
 
 
 class _RefuseValues(TorchFunctionMode):
-    """Refuses conversions of tensors to NumPy arrays and lists, which make_fx does not see."""
+    """Refuses conversions of tensors to NumPy arrays and lists, which no operation shows.
+
+    Where Pyro sums over the values of a latent, it asks whether all probabilities are positive, and leaves out the
+    terms of the others. Here the answer is yes, and :func:`_positive_part_of_dot` leaves them out.
+    """
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
             raise Untraceable(f"values are fetched from a tensor ({func.__name__}), and would be constants in a graph")
+        if func is Tensor.__bool__ and sys._getframe(1).f_code is infer_util.Dice.compute_expectation.__code__:
+            return True
         return func(*args, **(kwargs or {}))
 
 
@@ -214,6 +221,12 @@ class _Number:
         return self._with(operator.truediv, other)
 
 
+def _positive_part_of_dot(probabilities: Tensor, terms: Tensor, dot: Callable = infer_util._fulldot) -> Tensor:
+    """Returns the sum of terms, weighted by probabilities, without those of probability 0, which may be infinite."""
+    # A copy in the order of their memory, on which the order of the sum depends.
+    return dot(probabilities, terms.clone().masked_fill_(probabilities <= 0, 0.0))
+
+
 def _other_random_states() -> tuple:
     state: Any = np.random.get_state()
     kind, keys, *rest = state
@@ -222,7 +235,7 @@ def _other_random_states() -> tuple:
 
 @contextmanager
 def _without_host_reads() -> Iterator[None]:
-    """Keeps Pyro from reading numbers from tensors: to print a loss, to warn of NaN, to validate draws.
+    """Keeps Pyro from reading numbers from tensors: to print a loss, to warn of NaN, to validate draws, to sum.
 
     Validation is replaced in the class, because a distribution that was built outside of the model validates whatever
     ``pyro.validation_enabled`` says.
@@ -230,6 +243,7 @@ def _without_host_reads() -> Iterator[None]:
     in_modules: dict[str, Callable] = {
         "torch_item": lambda x: _Number(x.detach().double()) if isinstance(x, Tensor) else x,
         "warn_if_nan": lambda value, *args, **kwargs: value,
+        "_fulldot": _positive_part_of_dot,
     }
     substitutes: list[tuple[Any, str, Callable]] = [(Distribution, "_validate_sample", lambda self, value: None)]
     for module in [m for name, m in sys.modules.items() if name.startswith("pyro.infer.")]:

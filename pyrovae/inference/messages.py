@@ -19,7 +19,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
-from pyrovae.arguments import row_name
+from pyrovae.arguments import cuda_devices, row_name, tensors_of
 from pyrovae.distributions import Blocks, MaskedElements, grid, open_unit_interval
 from pyrovae.distributions.spaces import innermost
 from pyrovae.inference.running import traced
@@ -204,8 +204,12 @@ def check_later(is_right: Tensor) -> bool:
 
 
 def check_observed_by(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> None:
-    """Raises a ValueError if data that a model observes, at latents of the guide, do not fit their distributions."""
-    with torch.no_grad(), pyro.validation_enabled(False):
+    """Raises a ValueError if data that a model observes, at latents of the guide, do not fit their distributions.
+
+    The random state is left as it was.
+    """
+    devices = cuda_devices(tensors_of(args, kwargs))
+    with torch.random.fork_rng(devices), torch.no_grad(), pyro.validation_enabled(False):
         latents = latents_of_trace(traced(guide, None, *args, **kwargs))
         check_all_observed(traced(model, latents, *args, **kwargs))
 

@@ -9,10 +9,11 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 
 from pyrovae.arguments import row_name
 from pyrovae.distributions import center
+from pyrovae.inference.messages import check_later
 from pyrovae.nn import MLP, Network, apply, build
 from pyrovae.parts import (
     call,
@@ -204,15 +205,17 @@ class SemiSupervisedVAE(Registered):
         if y.dim() != 1 or y.is_floating_point():
             raise ValueError(f"y must hold one integer a datum, shape ({len(x)},), got {tuple(y.shape)} of {y.dtype}.")
         wrong = (y < -1) | (y >= self.num_classes)
-        if bool(wrong.any()):
+        if not check_later(~wrong.any()) and bool(wrong.any()):
             raise ValueError(
                 f"y must hold classes from 0 to {self.num_classes - 1}, or -1 where the class is unknown, but holds "
                 f"{int(y[wrong][0])} in {row_name(int(wrong.nonzero()[0]))}."
             )
-        return y >= 0, y.clamp(min=0).long()
+        return y >= 0, y.clamp(0, self.num_classes - 1).long()
 
     def _context(self, y: Tensor) -> Tensor:
-        return one_hot(y, self.num_classes).to(self.class_probs.dtype)
+        # As one_hot, which reads the classes to check them, and a graph cannot.
+        classes = torch.arange(self.num_classes, device=y.device)
+        return (y.unsqueeze(-1) == classes).to(self.class_probs.dtype)
 
 
 class ClassifierELBO(TraceEnum_ELBO):
@@ -273,4 +276,5 @@ class ClassifierELBO(TraceEnum_ELBO):
             return x.new_zeros(())
         with poutine.block():  # `classify` runs in evaluation mode unless a handler is active
             logits = self.classify(x).logits
-        return self.weight * cross_entropy(logits, y.long(), ignore_index=-1, reduction="sum")
+        target = y.long().clamp(max=logits.shape[-1] - 1)  # the model says what is wrong with larger ones
+        return self.weight * cross_entropy(logits, target, ignore_index=-1, reduction="sum")
