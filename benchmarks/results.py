@@ -35,14 +35,17 @@ CURVE = 60  # points of the validation curve that a record keeps
 EXEMPLAR = "[Norouzi, Fleet and Norouzi 2020](https://arxiv.org/abs/2004.04795)"
 IWAE = "[Burda, Grosse and Salakhutdinov 2016](https://arxiv.org/abs/1509.00519)"
 SETTINGS = {
-    EXEMPLAR: "Settings of the MLPs: two gated layers of 300 units, 40 latents a level, Bernoulli pixels, binarised "
+    "exemplar": "Settings of the MLPs: two gated layers of 300 units, 40 latents a level, Bernoulli pixels, binarised "
     "again for each batch, Adam with a learning rate of 5e-4, batches of 100, the weight of the KL divergence raised "
     "over 100 epochs, training until the validation loss has not improved for 50, 5,000 importance samples. In the "
     "two-level rows here, parts take what they see side by side, in layers of 600 and 300 units, of which the paper's "
     "networks, with layers of their own for each input, are a special case. Convolutional networks here are residual, "
     "with stages of 32 and 64 channels; the decoder in place of PixelSNAIL is `nn.GatedPixelCNN` of 8 layers with "
     "64 channels.",
-    IWAE: "Settings: two tanh layers of 200 units, 50 latents, Bernoulli pixels, binarised again for each batch, Adam, "
+    "fast": "The number that the VAE of the first row has, in as little time as was found, by the same networks: the "
+    "bound of 5 importance samples with doubly reparameterised gradients, a VampPrior of 500, batches of 200, and a "
+    "learning rate that rises to 0.003 and falls to zero over 60 epochs.",
+    "iwae": "Settings: two tanh layers of 200 units, 50 latents, Bernoulli pixels, binarised again for each batch, Adam, "
     "batches of 20, 3,280 epochs at falling learning rates, 5,000 importance samples.",
 }
 
@@ -62,10 +65,11 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of rows on the same data, from one paper."""
+    """A table of rows on the same data, beside the numbers of one paper."""
 
     title: str
     source: str
+    settings: str
     rows: Sequence[Row]
 
 
@@ -82,6 +86,7 @@ TABLES = (
     Table(
         "Dynamic MNIST",
         EXEMPLAR,
+        SETTINGS["exemplar"],
         _exemplar_rows(
             "mnist",
             [
@@ -93,8 +98,21 @@ TABLES = (
         ),
     ),
     Table(
+        "Dynamic MNIST in less time",
+        EXEMPLAR,
+        SETTINGS["fast"],
+        [Row("mnist-fast", "MLP, one level, in 60 epochs", -84.45)],
+    ),
+    Table(
+        "Dynamic Fashion-MNIST in less time",
+        EXEMPLAR,
+        SETTINGS["fast"],
+        [Row("fashion-mnist-fast", "MLP, one level, in 60 epochs", -228.70)],
+    ),
+    Table(
         "Dynamic Fashion-MNIST",
         EXEMPLAR,
+        SETTINGS["exemplar"],
         _exemplar_rows(
             "fashion-mnist",
             [
@@ -108,6 +126,7 @@ TABLES = (
     Table(
         "Importance weighted autoencoders on dynamic MNIST",
         IWAE,
+        SETTINGS["iwae"],
         [Row("mnist-iwae-1", "VAE", -86.76), Row("mnist-iwae-5", "IWAE, k = 5", -85.54)]
         + [Row("mnist-iwae-50", "IWAE, k = 50", -84.78)],
     ),
@@ -219,7 +238,7 @@ def page() -> str:
             "5,000 samples, same images",
             "Training",
         ]
-        text += f"\n## {table.title}\n" + _paragraph(f"Published numbers: {table.source}. {SETTINGS[table.source]}")
+        text += f"\n## {table.title}\n" + _paragraph(f"Published numbers: {table.source}. {table.settings}")
         text += "\n" + report.table(header, [_cells(row) for row in table.rows]) + "\n"
     machines = sorted({record["machine"] for name in done if (record := record_of(name))})
     return text + "".join(_paragraph(f"Trained on: {machine}") for machine in machines)
