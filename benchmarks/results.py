@@ -45,8 +45,8 @@ SETTINGS = {
     "fast": "The number that the VAE of the first row has, in as little time as was found, by the same networks: the "
     "bound of 5 importance samples with doubly reparameterised gradients, a VampPrior of 500, batches of 200, and a "
     "learning rate that rises to 0.003 and falls to zero over 60 epochs.",
-    "iwae": "Settings: two tanh layers of 200 units, 50 latents, Bernoulli pixels, binarised again for each batch, Adam, "
-    "batches of 20, 3,280 epochs at falling learning rates, 5,000 importance samples.",
+    "iwae": "Settings: two tanh layers of 200 units, 50 latents, Bernoulli pixels, binarised again for each batch, "
+    "Adam, batches of 20, 3,280 epochs at falling learning rates, 5,000 importance samples.",
 }
 
 
@@ -220,12 +220,16 @@ def page() -> str:
             "configuration, seed, machine and validation curve. Each row is a file there for `pyrovae train --config`, "
             "and `python benchmarks/results.py` trains what is not trained yet, and goes on where it was stopped."
         )
-        + _paragraph(f"Rows: {len(ROWS)}. Run, with one seed each: {len(done)}.")
+        + _paragraph(
+            f'Rows: {len(ROWS)}. Run, with one seed each: {len(done)}. Where a row ended at a limit of epochs ("ended '
+            'there") and not by its validation loss, more epochs would make it better.'
+        )
         + _paragraph(
             "All numbers are log p(x) of the test data in nats a datum; higher is better. The papers estimate it by "
             "5,000 importance samples of the encoder's posterior for each image, which is too low by what these "
             "samples miss. *Trusted* is the estimate by stages until each image can be trusted, on the first images "
-            "alone, beside the other estimate of the same images ([why](half-a-nat.md))."
+            "alone, beside the other estimate of the same images ([why](half-a-nat.md)); with many images that are not "
+            "trusted it is no better than the other. Errors are those of the samples; another seed moves a row by more."
         )
     )
     for table in TABLES:

@@ -510,6 +510,11 @@ def test_exemplars_of_a_run_are_its_training_data_and_are_kept_as_their_means(tm
     np.savez(tmp_path / "holes.npz", x=np.where(x.flatten(1)[:100] > 0.9, np.nan, x.flatten(1)[:100]))
     message = error_of(*options, str(tmp_path / "a"), "--data", str(tmp_path / "holes.npz"), "--preprocessing", "grey")
     assert "data with missing elements cannot be exemplars" in message
+    message = error_of(*options, str(tmp_path / "b"), "--structure", "Hierarchy", "--structure.above", "[3]")
+    assert "the encoder of the top latents of Hierarchy reads something else" in message
+    message = error_of(*options, str(tmp_path / "c"), "--prior.data", "5")
+    assert "the data of ExemplarPrior are the 1,197 training data, got 5" in message
+    assert "not compiled" not in capsys.readouterr().err
 
 
 def test_early_stopping_says_so(tmp_path, capsys):

@@ -463,6 +463,28 @@ def test_the_particle_filter_covers_the_truth(proposal):
     assert "filters a datum" in str(estimate)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_narrow_proposal_is_not_trusted_outside_its_error(share):
+    """The posterior of a step given the state before, with a share of its standard deviations."""
+    precision = C.T @ C / R**2 + torch.eye(2, dtype=torch.float64) / Q**2
+    gain, factor = torch.linalg.solve(precision, C.T / R**2), torch.linalg.cholesky(torch.linalg.inv(precision))
+
+    def narrow(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = torch.zeros(len(x), 2, dtype=torch.float64)
+            for t in pyro.markov(range(x.shape[1])):
+                loc = z @ A.T
+                loc = loc + (x[:, t] - loc @ C.T) @ gain.T
+                z = pyro.sample(f"z{t}", dist.MultivariateNormal(loc, scale_tril=share * factor))
+
+    x = series(n=100, steps=12)
+    estimate = pyrovae.log_marginal(model, narrow, x, method=ParticleFilter(), progress=False)
+    z = ((estimate.value - kalman(x)) / estimate.standard_error)[estimate.trusted]
+    # t-values of 32 filters; one of 200 is beyond 3.
+    assert (z.abs() > 3).sum() <= 3
+    assert len(z) > 50 if share == 1 else len(z) < 5
+
+
 def test_log_densities_of_steps_are_those_of_the_kalman_filter():
     x = series(n=3, steps=6)
     found = log_predictive(model, guide, x, method=ParticleFilter(30, 200))

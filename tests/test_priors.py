@@ -584,8 +584,13 @@ def test_saved_exemplars_are_their_means_and_need_the_data_to_train(tmp_path):
     assert torch.equal(again.prior().log_prob(z), before)
     with pytest.raises(ValueError, match="12 exemplars without their data, and cannot train: set its attribute data"):
         again.prior.train()()
+    again.prior.data = data[:7]
+    with pytest.raises(ValueError, match="has 7 rows, and it has 12 means"):
+        again.prior(torch.arange(7))
     again.prior.data = data
     assert again.prior(torch.arange(7)).log_prob(z).isfinite().all()
+    with pytest.raises(TypeError, match="data must be a tensor of exemplars, or their number, got a ndarray"):
+        priors.ExemplarPrior(encoder, data.numpy())
     without = priors.ExemplarPrior(encoder, 12).eval()
     with pytest.raises(ValueError, match="no means were loaded"):
         without()

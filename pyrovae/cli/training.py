@@ -70,7 +70,7 @@ from pyrovae.structures import (
     fit_independent_columns,
     log_prob_of_cells,
 )
-from pyrovae.structures.assembly import Incomplete, class_of
+from pyrovae.structures.assembly import DenseHierarchy, Incomplete, class_of
 from pyrovae.trackers import Tracker
 from pyrovae.training import Callback, History, MetricsFile, Tracking, fit, trackers_of
 
@@ -267,6 +267,11 @@ def train(
         if has_exemplars:
             if isinstance(structure, Incomplete):
                 raise ValueError("data with missing elements cannot be exemplars. Take another prior, as VampPrior.")
+            if not isinstance(structure, DenseHierarchy | None):
+                raise ValueError(
+                    "exemplars are encoded from the data alone, and the encoder of the top latents of "
+                    f"{type(structure).__name__} reads something else. Take DenseHierarchy, or another prior."
+                )
             if not isinstance(splits.train.x, torch.Tensor):
                 raise ValueError("the exemplars of an ExemplarPrior must be in memory, and this file is too large.")
             prior = partial(cast(Any, prior), data=splits.train.x)
@@ -355,7 +360,8 @@ def train(
                     checkpoint=checkpoint,
                     resume=resume,
                     device=device,
-                    compile=compile,
+                    # The search for the nearest exemplars has no graph.
+                    compile=False if has_exemplars and compile == "auto" else compile,
                     progress=not quiet,
                 )
         except KeyboardInterrupt:
@@ -398,12 +404,15 @@ def train(
 def _with_number_of_exemplars(config: str, count: int) -> str:
     """Returns the configuration of a run, with the number of exemplars of its prior, to load it without the data."""
     settings = yaml.safe_load(config) or {}
-    if "prior" in settings:
-        settings["prior"] = {
-            **settings["prior"],
-            "init_args": {**settings["prior"].get("init_args", {}), "data": count},
-        }
-    return yaml.safe_dump(settings, sort_keys=False) if settings else config
+    if "prior" not in settings:
+        return config
+    given = settings["prior"].get("init_args", {})
+    if given.get("data") not in (None, count):
+        raise ValueError(
+            f"the data of ExemplarPrior are the {count:,} training data, got {given['data']}. Leave it out."
+        )
+    settings["prior"]["init_args"] = given | {"data": count}
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
 def _time_of(file: Path) -> int | None:

@@ -91,8 +91,8 @@ def check_finite(name: str, x: Tensor | Rows) -> None:
     bad = (~torch.isfinite(x)).reshape(len(x), -1).any(dim=-1)
     raise ValueError(
         f"{name} holds NaN or infinity in {int(bad.sum())} of {len(x)} rows, the first of them row "
-        f"{int(bad.nonzero()[0])}. Remove those rows or fill the missing values; or train a MissingDataVAE, with "
-        "the result of pyrovae.data.split_missing(x) as its data."
+        f"{int(bad.nonzero()[0])}. Remove those rows or fill the missing values (under a mask, by any "
+        "numbers); or train a MissingDataVAE, with the result of pyrovae.data.split_missing(x) as its data."
     )
 
 

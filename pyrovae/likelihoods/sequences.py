@@ -139,7 +139,7 @@ class PixelCNN(Autoregressive):
 
     Args:
         latent_dim: number of latent dimensions.
-        x_shape: shape of one image, ``(*channels, height, width)``.
+        x_shape: shape of one image, ``(*channels, height, width)``, with at least one dimension of channels.
         network: the decoder, or a callable that builds one from ``(latent_dim, x_shape)``.
         output: a callable that builds the likelihood of a pixel from ``(width, channels)``; it gets `num_classes`, if
             that is given. None for :class:`Categorical` with an affine network.

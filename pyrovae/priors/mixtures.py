@@ -277,6 +277,8 @@ class ExemplarPrior(Prior):
         weight = _weight(encoder)
         super().__init__(stated.latent_dim, start=weight.new_full((1,), math.log(scale)))
         self.context_dim, self.takes_numbers = 1, True  # the context is an index, not a vector
+        if not isinstance(data, (Tensor, int)):
+            raise TypeError(f"data must be a tensor of exemplars, or their number, got a {type(data).__name__}.")
         count = len(data) if isinstance(data, Tensor) else data
         if isinstance(data, Tensor) and data.shape[1:] != stated.x_shape or count < 2:
             given = tuple(data.shape) if isinstance(data, Tensor) else data
@@ -313,6 +315,8 @@ class ExemplarPrior(Prior):
                     + ("cannot train" if self.training else "no means were loaded")
                     + ": set its attribute data to the training data."
                 )
+        elif len(self.data) != len(self.means):
+            raise ValueError(f"data of an ExemplarPrior has {len(self.data)} rows, and it has {len(self.means)} means.")
         elif not self.training:
             weights = tuple((id(t), t._version, t.dtype) for t in [*self.encoder.parameters(), *self.encoder.buffers()])
             if weights != self._encoded_with:

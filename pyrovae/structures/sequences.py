@@ -301,7 +301,7 @@ def check_beside_memory(context: Tensor | None, width: int, context_dim: int | N
 def start_of(recurrence: nn.Module, *leading: int) -> Tensor:
     """Returns memories before the first step, ``(*leading, width)``."""
     width: Any = recurrence.width
-    return next(recurrence.parameters()).new_zeros(*leading, width)
+    return next(recurrence.parameters(), torch.zeros(())).new_zeros(*leading, width)
 
 
 def with_context(h: Tensor, context: Tensor | None, steps: slice | int) -> Tensor:

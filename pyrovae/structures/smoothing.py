@@ -20,7 +20,8 @@ class Smoothed(NamedTuple):
         states: equally weighted paths, ``(num_samples, batch, time, latent_dim)``; means and quantiles over the first
             dimension are those of :math:`p(z_t \mid x_1, \dots, x_T)`.
         ess: effective number of particles that hold the states of a step, ``(batch, time)``, between 1 and the number
-            of particles; where it is small, the states are unreliable.
+            of particles; where it is small, the states are unreliable. It does not see what the guide misses: where a
+            :class:`pyrovae.estimators.ParticleFilter` is not trusted, the states are not to be trusted either.
     """
 
     states: Tensor
