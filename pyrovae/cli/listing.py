@@ -124,10 +124,12 @@ def _plain(message: str) -> str:
         r"(?:\[.* Errors: .*)?Expected a dot import path string: (\S+?)\.?(?: - .*)?$", r"there is no class \1.", text
     )
     key = re.search(r"^([\w.]+): ", text)
-    missing = re.search(r"class_path '[\w.]*?(\w+)': the following arguments are required: ([\w, ]+?) -", text)
+    missing = re.search(
+        r"(?:class_path '[\w.]*?(\w+)': )?the following arguments are required: ([\w, ]+?)(?: -|\.?$)", text
+    )
     if key and missing:
         options = " and ".join(f"--{key[1]}.{name} VALUE" for name in missing[2].split(", "))
-        return f"{key[1]}: {missing[1]} needs {missing[2]}. Give {options}."
+        return f"{key[1]}: {missing[1] or 'the class'} needs {missing[2]}. Give {options}."
     needed = re.fullmatch(r"the following arguments are required: (\w+)\.(\w+)", text)
     if needed:  # positional ones
         return f"{needed[1]} needs {needed[2]}. Give it after the command: pyrovae {needed[1]} {needed[2].upper()}."

@@ -46,6 +46,8 @@ def sweep(file: str, trials: int = 20, directory: str | None = None, seed: int =
     """
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}.")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"there is no file {file}. Give a file of settings: pyrovae sweep --help.")
     text = Path(file).read_text(encoding="utf-8")
     try:
         train, vary = _checked(read_yaml(text), trust)
