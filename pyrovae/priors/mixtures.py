@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyrovae import distributions
 from pyrovae.distributions import NormalMixture, positive, tril_of
-from pyrovae.inference.messages import check_finite
+from pyrovae.inference.messages import check_finite, warn
 from pyrovae.nn import MLP, Network
 from pyrovae.nn.base import check_count
 from pyrovae.priors.base import Prior
@@ -323,6 +323,12 @@ class ExemplarPrior(Prior):
                 self._encode_all()
                 self._encoded_with = weights
         else:
+            if left_out is None and torch.is_grad_enabled():
+                warn(
+                    "an ExemplarPrior without a context leaves no exemplar out: a datum that is one of them has its "
+                    "own posterior as a part of its prior. Give the numbers of the data in training: fit(model, guide, "
+                    "(x, torch.arange(len(x))))."
+                )
             self._encoded_with = None  # a step follows, and fused optimizers change weights without a new version
             if bool(self.means[0, 0].isnan()):
                 self._encode_all()
