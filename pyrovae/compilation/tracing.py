@@ -221,10 +221,11 @@ class _Number:
         return self._with(operator.truediv, other)
 
 
-def _positive_part_of_dot(probabilities: Tensor, terms: Tensor, dot: Callable = infer_util._fulldot) -> Tensor:
+def _positive_part_of_dot(probabilities: Tensor, terms: Tensor) -> Tensor:
     """Returns the sum of terms, weighted by probabilities, without those of probability 0, which may be infinite."""
     # A copy in the order of their memory, on which the order of the sum depends.
-    return dot(probabilities, terms.clone().masked_fill_(probabilities <= 0, 0.0))
+    kept = terms.clone().masked_fill_(probabilities <= 0, 0.0)
+    return torch.tensordot(probabilities, kept, dims=probabilities.dim())
 
 
 def _other_random_states() -> tuple:

@@ -209,14 +209,15 @@ class Exemplars(dist.TorchDistribution):
         center, scale = means.detach().double().mean(0), self.scale.double()
         z, means = (value - center) / scale, (means - center) / scale
         half_squares, count = 0.5 * means.square().sum(-1), len(self.means)
-        rows, size = z.reshape(-1, z.shape[-1]), max(1, _CHUNK // len(means))
-        excluded: Sequence[Tensor | None] = [None] * len(rows.split(size))
+        size = max(1, _CHUNK // len(means))
+        rows = z.reshape(-1, z.shape[-1]).split(size)
+        excluded: Sequence[Tensor | None] = [None] * len(rows)
         if self.left_out is not None:
             indices = torch.arange(count, device=means.device) if indices is None else indices
             excluded = self.left_out.expand(z.shape[:-1]).reshape(-1, 1).split(size)
             count -= 1
         sums = []
-        for some, without in zip(rows.split(size), excluded, strict=True):  # bounds the memory
+        for some, without in zip(rows, excluded, strict=True):  # bounds the memory
             closeness = some @ means.T - half_squares
             if without is not None:
                 closeness = closeness.masked_fill(without == indices, -math.inf)

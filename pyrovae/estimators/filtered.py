@@ -102,7 +102,7 @@ class ParticleFilter(Estimator):
 
     @property
     def _largest_khat(self) -> float:
-        return min(0.7, 1 - 1 / math.log10(max(self.num_particles, 2)))
+        return min(0.7, 1 - 1 / math.log10(self.num_particles))
 
     def trusts(self, estimate: Estimate) -> Tensor:
         fails = estimate.diagnostics["khat of steps"] > self._largest_khat

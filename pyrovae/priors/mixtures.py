@@ -308,6 +308,18 @@ class ExemplarPrior(Prior):
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         left_out = None if context is None else self._indices(context)
+        if self.training and left_out is None and torch.is_grad_enabled():
+            warn(
+                "an ExemplarPrior without a context leaves no exemplar out: a datum that is one of them has its own "
+                "posterior as a part of its prior. Give the numbers of the data in training: fit(model, guide, "
+                "(x, torch.arange(len(x))))."
+            )
+        self._update_means()
+        nearest = partial(self._nearest, left_out) if self.training else None
+        return distributions.Exemplars(self.means, self.params.exp(), left_out, nearest)
+
+    def _update_means(self) -> None:
+        """Encodes the exemplars again, in evaluation mode all if the weights of the encoder may have changed."""
         if self.data is None:
             if self.training or bool(self.means[0, 0].isnan()):
                 raise ValueError(
@@ -315,25 +327,18 @@ class ExemplarPrior(Prior):
                     + ("cannot train" if self.training else "no means were loaded")
                     + ": set its attribute data to the training data."
                 )
-        elif len(self.data) != len(self.means):
+            return
+        if len(self.data) != len(self.means):
             raise ValueError(f"data of an ExemplarPrior has {len(self.data)} rows, and it has {len(self.means)} means.")
-        elif not self.training:
-            weights = tuple((id(t), t._version, t.dtype) for t in [*self.encoder.parameters(), *self.encoder.buffers()])
-            if weights != self._encoded_with:
-                self._encode_all()
-                self._encoded_with = weights
-        else:
-            if left_out is None and torch.is_grad_enabled():
-                warn(
-                    "an ExemplarPrior without a context leaves no exemplar out: a datum that is one of them has its "
-                    "own posterior as a part of its prior. Give the numbers of the data in training: fit(model, guide, "
-                    "(x, torch.arange(len(x))))."
-                )
+        if self.training:
             self._encoded_with = None  # a step follows, and fused optimizers change weights without a new version
             if bool(self.means[0, 0].isnan()):
                 self._encode_all()
-        nearest = partial(self._nearest, left_out) if self.training else None
-        return distributions.Exemplars(self.means, self.params.exp(), left_out, nearest)
+            return
+        weights = tuple((id(t), t._version, t.dtype) for t in [*self.encoder.parameters(), *self.encoder.buffers()])
+        if weights != self._encoded_with:
+            self._encode_all()
+            self._encoded_with = weights
 
     def _indices(self, context: Tensor) -> Tensor:
         indices = context.long().flatten()
