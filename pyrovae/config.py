@@ -49,6 +49,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "device": (str,),
     "characters": (bool, type(None)),
     "max_words": (int, type(None)),
+    "tokenizer": (str, type(None)),
     "max_steps": (int, type(None)),
     "per_quarter": (int, type(None)),
 }

@@ -252,7 +252,7 @@ def test_a_run_on_songs_draws_goes_on_with_scores_and_embeds_them(file, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--characters", "true"], "characters and max_words are for text"),
+        (["--characters", "true"], "characters, max_words and tokenizer are for text"),
         (["--per_quarter", "0"], "per_quarter must be a whole number of at least 1"),
         (["--structure", "Incomplete"], "shift moves images, or songs of a model of sequences"),
         (["--likelihood", "Normal"], "is a density, and keys are on or off. Take --likelihood SigmoidBelief"),

@@ -2,12 +2,19 @@
 
 import gzip
 import json
+import sys
 
 import pytest
 import torch
 
 from pyrovae import data
 from pyrovae.data import Vocabulary, is_text_file, load_text, read_lines, split_lines
+
+try:
+    import tokenizers
+except ImportError:
+    tokenizers = None
+needs_tokenizers = pytest.mark.skipif(tokenizers is None, reason="tokenizers is not installed")
 
 VERSES = ["In the beginning God created the heaven and the earth.", "And God said, Let there be light: and it was so."]
 
@@ -147,3 +154,90 @@ def test_the_vocabulary_is_that_of_the_training_lines(tmp_path):
     path.write_text("a b\nb a")
     with pytest.raises(ValueError, match="holds 2 lines, too few"):
         load_text(path)
+
+
+def _byte_pairs(**options):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(**options))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(VERSES, trainer)
+    return tokenizer
+
+
+@needs_tokenizers
+def test_a_tokenizer_cuts_lines_into_tokens_and_puts_them_together(tmp_path):
+    tokenizer = _byte_pairs()
+    lines = [*VERSES, "God said,  e\u0301t\u00e9"]  # two spaces, which words do not keep
+    vocabulary = Vocabulary.of(lines, tokenizer=tokenizer)
+    assert vocabulary.unit == "token"
+    assert vocabulary.decode(vocabulary.encode(lines)) == lines
+    assert vocabulary.split(lines[0]) == tokenizer.encode(lines[0]).tokens
+    assert vocabulary.num_steps == 1 + max(len(tokenizer.encode(line).tokens) for line in lines)
+    assert f"{len(vocabulary.words)} tokens; 0 of" in vocabulary.describe(lines)
+    assert Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert Vocabulary.of(lines, tokenizer=tmp_path / "tokenizer.json") == vocabulary
+
+
+@needs_tokenizers
+def test_tokens_that_are_rare_are_unknown():
+    vocabulary = Vocabulary.of(["X and", "X let", "X and"], max_words=3, tokenizer=_byte_pairs())
+    assert vocabulary.words[:2] == ("X", "\u0120and")  # the second with the space before it
+    x = vocabulary.encode(["Xq and", "X and"])
+    assert x[:, :3].tolist() == [[2, Vocabulary.unknown, 3], [2, 3, 0]]
+    assert vocabulary.decode(x) == ["X<unknown> and", "X and"]
+
+
+@needs_tokenizers
+def test_what_a_tokenizer_does_not_know_is_unknown():
+    words = {"[UNK]": 0, "light": 1, "was": 2}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    vocabulary = Vocabulary.of(["light was there", "there was light"], tokenizer=tokenizer)
+    assert vocabulary.words == ("light", "was")
+    assert vocabulary.encode(["light there"]).tolist() == [[2, Vocabulary.unknown, 0, 0]]
+    pieces = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], unk_id=0))
+    vocabulary = Vocabulary.of(["abc", "b"], tokenizer=pieces)
+    assert vocabulary.words == ("b", "a")
+    assert vocabulary.encode(["abc"]).tolist() == [[3, 2, Vocabulary.unknown, 0]]
+
+
+@needs_tokenizers
+def test_a_tokenizer_neither_cuts_nor_fills_nor_draws():
+    tokenizer = _byte_pairs(dropout=0.9)
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=50, pad_token="!")
+    kept = Vocabulary.of(VERSES, tokenizer=tokenizer)
+    assert kept.decode(kept.encode(VERSES)) == VERSES
+    assert all(kept.split(VERSES[0]) == kept.split(VERSES[0]) for _ in range(5))
+    assert "!" not in kept.words
+
+
+@needs_tokenizers
+def test_a_tokenizer_that_is_none_is_refused(tmp_path):
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ValueError, match=r"other\.json: tokenizer is none of the package tokenizers"):
+        Vocabulary.of(VERSES, tokenizer=tmp_path / "other.json")
+    with pytest.raises(ValueError, match="bytes is no JSON file of a tokenizer"):
+        Vocabulary.of(VERSES, tokenizer=tmp_path / "bytes")
+    with pytest.raises(FileNotFoundError, match="there is no file nowhere"):
+        Vocabulary.of(VERSES, tokenizer="nowhere")
+    with pytest.raises(TypeError, match="must be a tokenizer of the package tokenizers or a path, got 3"):
+        Vocabulary.of(VERSES, tokenizer=3)
+    tokenizer = _byte_pairs()
+    with pytest.raises(ValueError, match="exclude each other"):
+        Vocabulary.of(VERSES, characters=True, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="'heavens' is no token of the tokenizer"):
+        Vocabulary(("a", "heavens"), 5, tokenizer=tokenizer.to_str())
+    with pytest.raises(ValueError, match="tokenizer of a vocabulary must be a text"):
+        Vocabulary.from_dict(Vocabulary.of(VERSES).to_dict() | {"tokenizer": 3})
+
+
+def test_a_tokenizer_without_its_package_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'pyrovae\[tokenizers\]'"):
+        Vocabulary(("a", "b"), 3, tokenizer="{}")

@@ -129,7 +129,7 @@ def test_text_that_cannot_be_learned_is_refused(tmp_path, monkeypatch, content, 
         (["sample", "RUN", "--output", "x.csv"], "output must end in .txt"),
         (["sample", "RUN", "--temperature", "0"], "temperature must be positive"),
         (["score", "RUN", "missing.txt"], "there is no file missing.txt"),
-        (["train", "--data", "digits", "--max-words", "3", "--run", "new"], "max_words and max_steps are for text"),
+        (["train", "--data", "digits", "--max-words", "3", "--run", "new"], "max_steps and tokenizer are for text"),
     ],
 )
 def test_what_is_not_for_text_is_refused(tmp_path, monkeypatch, run, command, words):
@@ -155,3 +155,27 @@ def test_the_baseline_is_the_frequency_of_words():
     _, log_p = score_by_frequency(train, x, vocabulary)
     end, a, b = (math.log((count + 0.5) / 7) for count in (2, 2, 1))
     assert log_p.tolist() == pytest.approx([b + end, b + a + b])
+
+
+def test_a_file_of_a_tokenizer_gives_parts_of_words(tmp_path, monkeypatch, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(LINES, vocab_size=270, show_progress=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "lines.txt").write_text("\n".join(LINES))
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--data", "lines.txt", "--run", "run", "--tokenizer", "tokenizer.json", "--epochs", "2", *SMALL]
+    main(command)
+    said = capsys.readouterr().out
+    assert "nats a token" in said
+    (tmp_path / "tokenizer.json").unlink()  # the run has it
+    _, loaded = load_run("run")
+    vocabulary = loaded["vocabulary"]
+    assert vocabulary.decode(vocabulary.encode(LINES)) == LINES
+    assert "\u0120and" in vocabulary.words  # with the space before it
+    main(["score", "run", "lines.txt", "--num-samples", "30", "--output", "scores.csv"])
+    rows = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
+    assert [int(row["tokens"]) for row in rows] == [len(vocabulary.split(line)) + 1 for line in LINES]
+    main(["train", "--resume", *command[1:]])
+    main(["sample", "run", "--num-samples", "3", "--output", "samples.txt"])
+    assert len((tmp_path / "samples.txt").read_text().splitlines()) == 3

@@ -26,6 +26,7 @@ _OTHER_DATA = (
     "characters",
     "max_words",
     "max_steps",
+    "tokenizer",
     "per_quarter",
 )
 _OTHER_UNITS = (*_OTHER_DATA, "loss")

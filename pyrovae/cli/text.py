@@ -24,6 +24,7 @@ def text_options(settings: Any) -> dict[str, Any]:
         "characters": settings.characters,
         "max_words": settings.max_words,
         "num_steps": settings.max_steps,
+        "tokenizer": settings.tokenizer,
     }
 
 
@@ -54,8 +55,8 @@ def text_defaults(vocabulary: Vocabulary, num_lines: int) -> dict[str, Any]:
 
 
 def per_word(log_px: Tensor, x: Tensor, vocabulary: Vocabulary) -> str:
-    """Returns in words the nats and the perplexity of a word, or character, of lines with these log-probabilities."""
-    kind, steps = "character" if vocabulary.characters else "word", int(vocabulary.count_steps(x).sum())
+    """Returns in words the nats and the perplexity of a word, character or token of lines, given their log p."""
+    kind, steps = vocabulary.unit, int(vocabulary.count_steps(x).sum())
     nats = -log_px.double().sum().item() / steps
     perplexity = f"{math.exp(nats):,.1f}" if nats < 100 else "above e^100"
     return f"{nats:.3f} nats a {kind}, perplexity {perplexity}, of {steps:,} {kind}s with the ends of lines"
@@ -132,7 +133,7 @@ def score_lines(
     estimate = log_marginal(vae.model, vae.guide, x, method=method, max_memory=max_memory)
     value, steps = estimate.value.cpu(), vocabulary.count_steps(x).cpu()
     unknown = (x == vocabulary.unknown).sum(-1).tolist()
-    kind = "character" if vocabulary.characters else "word"
+    kind = vocabulary.unit
     rows = []
     for i, number in enumerate(numbers):
         error, khat, trusted = estimate.standard_error[i], estimate.khat[i], int(estimate.trusted[i])

@@ -122,6 +122,7 @@ def train(
     characters: bool | None = None,
     max_words: int | None = None,
     max_steps: int | None = None,
+    tokenizer: str | None = None,
     per_quarter: int | None = None,
     compile: bool | Literal["auto"] = "auto",
     tracker: Tracker | None = None,
@@ -185,10 +186,12 @@ def train(
         characters: of text, whether the steps are characters; words by default.
         max_words: of text, how many of the most frequent words of the training lines are known; 5,000 by default. All
             others become one word, <unknown>.
-        max_steps: of text, the longest line in words or characters, with its end; longer ones are cut. By default the
-            longest of the training lines, up to 64 words or 256 characters. With time, the rows of a piece, 64 by
-            default, into which longer series are cut; of music, the steps of a piece, those of the longest song up to
-            160 by default.
+        max_steps: of text, the longest line in words, with its end; longer ones are cut. By default the longest of the
+            training lines, up to 64 words, 256 characters or 128 tokens. With time, the rows of a piece, 64 by default,
+            into which longer series are cut; of music, the steps of a piece, those of the longest song up to 160 by
+            default.
+        tokenizer: of text, a file of the package tokenizers, such as tokenizer.json, that cuts lines into parts of
+            words, which take the place of words.
         per_quarter: of music, the steps of a quarter note; 4 by default, of .json files 1.
         compile: train and score by code that a compiler makes, which takes some seconds and is faster in long runs.
             auto, the default, plays traced operations back, which gives the same bits as false, in less time.
@@ -239,7 +242,12 @@ def train(
                 "context is for a table with the likelihood Tabular: it names columns. Labels of other data are a "
                 "context with --likelihood.context_dim and --encoder.context_dim, the number of classes."
             )
-        words = {"characters": characters, "max_words": max_words, "num_steps": max_steps}
+        words = {
+            "characters": characters,
+            "max_words": max_words,
+            "num_steps": max_steps,
+            "tokenizer": tokenizer,
+        }
         is_resumed = resume and storage.can_resume(directory)
         kept = storage.read_config(directory, trust=True) if is_resumed else {}
         if per_quarter is not None and (time is not None or not is_music(data)):
@@ -251,15 +259,19 @@ def train(
                 data, kept.get("time_series"), time, series, named, growth, max_steps, given
             )
         elif is_music(data):
-            if characters is not None or max_words is not None:
-                raise ValueError(f"characters and max_words are for text, and {data} is music. Leave them out.")
+            if any(words[name] is not None for name in words.keys() - {"num_steps"}):
+                raise ValueError(
+                    f"characters, max_words and tokenizer are for text, and {data} is music. Leave them out."
+                )
             roll = kept.get("piano_roll")
             splits, description = load_music(data, roll, *((None, None) if roll else (per_quarter, max_steps)))
         elif is_text(data):
             vocabulary = kept.get("vocabulary")
             splits, description = load_text(data, vocabulary, **({} if vocabulary else words))
         elif any(value is not None for value in words.values()):
-            raise ValueError(f"characters, max_words and max_steps are for text, and {data} is none. Leave them out.")
+            raise ValueError(
+                f"characters, max_words, max_steps and tokenizer are for text, and {data} is none. Leave them out."
+            )
         elif is_sounds(data):
             splits, description = load_sounds(data, kept.get("spectrogram"))
         else:

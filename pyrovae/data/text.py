@@ -1,11 +1,13 @@
-"""Text: lines as sequences of words or characters, and back."""
+"""Text: lines as sequences of words, characters or tokens, and back."""
 
 import gzip
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +16,38 @@ from torch import Tensor
 
 from pyrovae.data.reading import DELIMITERS
 from pyrovae.data.splits import Split, Splits, random_rows
+from pyrovae.extras import check_installed
 
 __all__ = ["Vocabulary", "is_text_file", "load_text", "read_lines", "split_lines"]
 
 # A word with what joins its parts, as in don't and well-known, or one mark of punctuation.
 _WORDS = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
 _NO_SPACE_BEFORE, _NO_SPACE_AFTER = set(".,;:!?)]}’”%"), set("([{‘“")
-_MAX_STEPS = {False: 64, True: 256}  # words, characters
+_MAX_STEPS = {"word": 64, "character": 256, "token": 128}
+_UNKNOWN = "<unknown>"
 _SAMPLE = 100  # lines by which a table is told from text
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words or characters of a text, and the length of its lines: what numbers stand for.
+    """The words, characters or tokens of a text, and the length of its lines: what numbers stand for.
 
     Number 0 is the end of a line, and fills the steps after it; number 1 stands for all words that are not in the
     vocabulary. Words are what is between spaces, without the marks of punctuation, which are words of their own; case
     counts. Spaces between words are not kept.
 
+    A tokenizer cuts lines into tokens, such as parts of words, which take the place of words. Other tokens may give the
+    same line: log p(x) is that of the tokens, and log p of the line is at least as large.
+
     Args:
-        words: the words, or characters, from number 2 on.
+        words: the words, characters or tokens, from number 2 on.
         num_steps: the number of steps of a line with its end; a longer line is cut, and then has no end.
         characters: whether the steps are characters.
+        tokenizer: a tokenizer of the package tokenizers, as JSON; None for words or characters.
 
     Raises:
-        ValueError: when there are no two words, a word occurs twice, or `num_steps` is below 2.
+        ImportError: when there is a tokenizer, and the package is not installed (extra ``tokenizers``).
+        ValueError: when there are no two words, a word occurs twice, `num_steps` is below 2, or `tokenizer` is none.
 
     >>> vocabulary = Vocabulary(("the", "end", "."), num_steps=6)
     >>> x = vocabulary.encode(["the end.", "the very end of it all"])
@@ -52,16 +61,22 @@ class Vocabulary:
     words: tuple[str, ...]
     num_steps: int
     characters: bool = False
+    tokenizer: str | None = None
 
     end = 0
     unknown = 1
 
     def __post_init__(self) -> None:
-        kind = "characters" if self.characters else "words"
+        if self.tokenizer is not None:
+            if self.characters:
+                raise ValueError("characters=True and a tokenizer exclude each other: leave one out.")
+            alien = [word for word in self.words if self._tokenizer.token_to_id(word) is None]
+            if alien:
+                raise ValueError(f"words: {alien[0]!r} is no token of the tokenizer.")
         if len(self.words) < 2:
             raise ValueError(
-                f"a vocabulary needs at least two {kind}, got {len(self.words)}: {list(self.words)}. Is it the right "
-                "file?"
+                f"a vocabulary needs at least two {self.unit}s, got {len(self.words)}: {list(self.words)}. Is it the "
+                "right file?"
             )
         if len(set(self.words)) < len(self.words):
             twice = next(word for word, count in Counter(self.words).items() if count > 1)
@@ -71,23 +86,39 @@ class Vocabulary:
 
     @classmethod
     def of(
-        cls, lines: Iterable[str], *, max_words: int = 5000, num_steps: int | None = None, characters: bool = False
+        cls,
+        lines: Iterable[str],
+        *,
+        max_words: int = 5000,
+        num_steps: int | None = None,
+        characters: bool = False,
+        tokenizer: Any = None,
     ) -> "Vocabulary":
         """Returns the vocabulary of lines, such as those of the training data: their most frequent words.
 
         Args:
             lines: the lines.
-            max_words: the largest number of words.
-            num_steps: the number of steps; None for the longest line with its end, up to 64 words or 256 characters.
+            max_words: the largest number of words, or tokens.
+            num_steps: the number of steps; None for the longest line with its end, up to 64 words, 256 characters or
+                128 tokens.
             characters: whether the steps are characters.
+            tokenizer: a tokenizer of the package tokenizers, or the path of a file that it was saved in.
         """
-        split = [list(line.strip()) if characters else _WORDS.findall(line) for line in lines]
-        counts = Counter(word for line in split for word in line)
+        text = None if tokenizer is None else _tokenizer_text(tokenizer)
+        tokenizer = None if text is None else read_tokenizer(text)
+        split = [_split(line, characters, tokenizer) for line in lines]
+        unknown = None if text is None else _unknown_token(text)
+        counts = Counter(word for line in split for word in line if word != unknown)
         # Words of the same frequency in the order of the alphabet, so that the order of the lines does not matter.
         ordered = sorted(counts, key=lambda word: (-counts[word], word))[:max_words]
         if num_steps is None:
-            num_steps = min(max(map(len, split), default=0) + 1, _MAX_STEPS[characters])
-        return cls(tuple(ordered), max(num_steps, 2), characters)
+            num_steps = min(max(map(len, split), default=0) + 1, _MAX_STEPS[_unit(characters, text)])
+        return cls(tuple(ordered), max(num_steps, 2), characters, text)
+
+    @property
+    def unit(self) -> str:
+        """What a step is: a word, a character or a token."""
+        return _unit(self.characters, self.tokenizer)
 
     @property
     def num_classes(self) -> int:
@@ -98,9 +129,22 @@ class Vocabulary:
     def _numbers(self) -> dict[str, int]:
         return {word: number for number, word in enumerate(self.words, start=2)}
 
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return None if self.tokenizer is None else read_tokenizer(self.tokenizer)
+
     def split(self, line: str) -> list[str]:
-        """Returns the words or characters of a line."""
-        return list(line.strip()) if self.characters else _WORDS.findall(line)
+        """Returns the words, characters or tokens of a line."""
+        return _split(line, self.characters, self._tokenizer)
+
+    def _join(self, words: Sequence[str]) -> str:
+        if self._tokenizer is None:
+            return "".join(words) if self.characters else _joined(words)
+        parts = []
+        for is_known, tokens in groupby(words, lambda word: word != _UNKNOWN):
+            ids = [self._tokenizer.token_to_id(token) for token in tokens] if is_known else []
+            parts.append(self._tokenizer.decode(ids, skip_special_tokens=False) if is_known else _UNKNOWN)
+        return "".join(parts)
 
     def encode(self, lines: Sequence[str]) -> Tensor:
         """Returns lines as numbers, ``(len(lines), num_steps)``, float32 as networks and likelihoods take them.
@@ -122,8 +166,8 @@ class Vocabulary:
         for row in x.long().tolist():
             ended = self.end in row
             numbers = row[: row.index(self.end)] if ended else row
-            words = ["<unknown>" if number == self.unknown else self.words[number - 2] for number in numbers]
-            lines.append(("".join(words) if self.characters else _joined(words)) + ("" if ended else " ..."))
+            words = [_UNKNOWN if number == self.unknown else self.words[number - 2] for number in numbers]
+            lines.append(self._join(words) + ("" if ended else " ..."))
         return lines
 
     def count_steps(self, x: Tensor) -> Tensor:
@@ -132,31 +176,95 @@ class Vocabulary:
 
     def describe(self, lines: Sequence[str]) -> str:
         """Returns what the vocabulary does not keep of lines, in words."""
-        kind = "characters" if self.characters else "words"
         split = [self.split(line) for line in lines]
         total = sum(map(len, split))
         unknown = sum(word not in self._numbers for words in split for word in words)
         cut = sum(len(words) >= self.num_steps for words in split)
         return (
-            f"{len(self.words):,} {kind}; {unknown:,} of {total:,} ({unknown / max(total, 1):.1%}) are not among them "
-            f"and become <unknown>; {cut:,} of {len(lines):,} lines are cut, with no end within {self.num_steps} steps"
+            f"{len(self.words):,} {self.unit}s; {unknown:,} of {total:,} ({unknown / max(total, 1):.1%}) are not among "
+            f"them and become <unknown>; {cut:,} of {len(lines):,} lines are cut, with no end within {self.num_steps} "
+            "steps"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the vocabulary as JSON and YAML hold it."""
-        return {"characters": self.characters, "num_steps": self.num_steps, "words": list(self.words)}
+        entries = {"characters": self.characters, "num_steps": self.num_steps, "words": list(self.words)}
+        return entries if self.tokenizer is None else entries | {"tokenizer": self.tokenizer}
 
     @classmethod
     def from_dict(cls, entries: Any) -> "Vocabulary":
         """Returns the vocabulary of :meth:`to_dict`; raises a ValueError that says what is wrong with the entries."""
-        if not isinstance(entries, dict) or entries.keys() != {"characters", "num_steps", "words"}:
+        if not isinstance(entries, dict) or entries.keys() - {"tokenizer"} != {"characters", "num_steps", "words"}:
             raise ValueError("a vocabulary must have the entries characters, num_steps and words.")
         words, num_steps, characters = entries["words"], entries["num_steps"], entries["characters"]
+        tokenizer = entries.get("tokenizer")
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError("words of a vocabulary must be a list of texts.")
         if type(num_steps) is not int or type(characters) is not bool:
             raise ValueError("num_steps of a vocabulary must be a whole number, and characters true or false.")
-        return cls(tuple(words), num_steps, characters)
+        if not isinstance(tokenizer, str | None):
+            raise ValueError("the tokenizer of a vocabulary must be a text.")
+        return cls(tuple(words), num_steps, characters, tokenizer)
+
+
+def _unit(characters: bool, tokenizer: str | None) -> str:
+    return "token" if tokenizer is not None else "character" if characters else "word"
+
+
+def _split(line: str, characters: bool, tokenizer: Any) -> list[str]:
+    """Returns the tokens of a line if there is a tokenizer, else its characters or words."""
+    if tokenizer is not None:
+        # By their numbers: the text of what it does not know is not that of the token that it has for it.
+        return [tokenizer.id_to_token(i) for i in tokenizer.encode(line.strip(), add_special_tokens=False).ids]
+    return list(line.strip()) if characters else _WORDS.findall(line)
+
+
+def _unknown_token(tokenizer: str) -> str | None:
+    """Returns the token that a tokenizer itself has for what it does not know."""
+    model = json.loads(tokenizer)["model"]
+    number = model.get("unk_id")
+    return model.get("unk_token") if number is None else model["vocab"][number][0]
+
+
+def read_tokenizer(text: str) -> Any:
+    """Returns the tokenizer of the package tokenizers that a JSON text describes.
+
+    Raises:
+        ImportError: when the package is not installed.
+        ValueError: when it describes none.
+    """
+    check_installed("tokenizers", "tokenizers")
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the package has no class for it
+        raise ValueError(f"tokenizer is none of the package tokenizers: {error}.") from None
+
+
+def _tokenizer_text(tokenizer: Any) -> str:
+    """Returns a tokenizer, or the content of its file, as JSON: one that neither cuts, fills nor draws."""
+    if isinstance(tokenizer, str | Path):
+        path = Path(tokenizer)
+        if not path.is_file():
+            raise FileNotFoundError(f"tokenizer: there is no file {path}. Give one that a tokenizer was saved in.")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"tokenizer: {path} is no JSON file of a tokenizer.") from None
+        place = f"tokenizer: {path}"
+    elif hasattr(tokenizer, "to_str"):
+        text, place = tokenizer.to_str(), "tokenizer"
+    else:
+        raise TypeError(f"tokenizer must be a tokenizer of the package tokenizers or a path, got {tokenizer!r}.")
+    try:
+        read_tokenizer(text)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    entries = json.loads(text) | {"truncation": None, "padding": None}
+    if "dropout" in entries["model"]:
+        entries["model"]["dropout"] = None
+    return json.dumps(entries, ensure_ascii=False)
 
 
 def _joined(words: Sequence[str]) -> str:
