@@ -194,7 +194,8 @@ def train(
             words, which take the place of words.
         per_quarter: of music, the steps of a quarter note; 4 by default, of .json files 1.
         compile: train and score by code that a compiler makes, which takes some seconds and is faster in long runs.
-            auto, the default, plays traced operations back, which gives the same bits as false, in less time.
+            auto, the default, plays traced operations back, which gives the same bits as false, in less time, and
+            compiles in the background what long runs gain by.
         tracker: the class of a tracker that numbers and pictures are sent to: TensorBoard, WandB, MLflow or
             PythonLogging. An error of a tracker does not end training. Runs do not keep the option: give it again with
             --resume.

@@ -59,12 +59,7 @@ class GraphCache:
         self._resumed_calls: dict[tuple, int] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of eager calls by shapes of inputs, so that a resumed run compiles at the same steps.
-
-        What is played back gives the same bits whenever it starts.
-        """
-        if self.backend is play_back:
-            return {"calls": []}
+        """Returns the number of calls by shapes of inputs, so that a resumed run compiles at the same steps."""
         calls = {_shapes(metadata): entry.calls for (_, metadata), entry in self._entries.items()}
         return {"calls": [[list(map(list, shapes)), n] for shapes, n in (self._resumed_calls | calls).items()]}
 
@@ -105,10 +100,12 @@ class GraphCache:
             if any(t.requires_grad for t in inputs):
                 raise Untraceable("an argument requires a gradient")
             entry = self._entry(inputs, static)
+            entry.calls += 1
             graph, change = entry.look_up(inputs, roots)
             if graph is not None:
+                if graph.background is not None:
+                    graph.compile_in_background(function, inputs, entry.calls)
                 return graph(function, inputs, post_step), graph.guards
-            entry.calls += 1
             if entry.calls <= entry.warmup:
                 return None
             if len(entry.graphs) == _MAX_GRAPHS:
@@ -117,13 +114,20 @@ class GraphCache:
                     "tensor, and change that in place by fill_ or copy_"
                 )
             self.report(f"compiling {self.name}" + (f", for {change}" if change else ""))
-            graph, result = compile_graph(function, self.name, inputs, roots, post_step, self.backend)
+            graph, result = compile_graph(function, self.name, inputs, roots, post_step, entry.calls, self.backend)
             self.report("")
             entry.graphs.insert(0, graph)
             return result, graph.guards
         except Untraceable as error:
             self.refuse(error)
             return None
+
+    def close(self) -> None:
+        """Ends what compiles in the background."""
+        for entry in self._entries.values():
+            for graph in entry.graphs:
+                if graph.background is not None:
+                    graph.background.close()
 
     def refuse_packed(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Makes no graphs for a function that is called with a packed sequence, whose lengths no graph can follow."""
@@ -162,7 +166,7 @@ class _Entry:
     """The graphs for one cache key.
 
     Args:
-        calls: without a graph.
+        calls: of an earlier process of the run too.
         warmup: number of calls that run eagerly, before there is a graph.
         graphs: the most recently used first.
     """

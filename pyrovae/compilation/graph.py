@@ -19,6 +19,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from pyrovae.compilation.background import Background
 from pyrovae.compilation.cudagraph import CudaGraph, PostStep, on_one_gpu
 from pyrovae.compilation.guards import Guards, all_unchanged
 from pyrovae.compilation.playback import play_back
@@ -72,6 +73,7 @@ class CompiledGraph:
         self.recordable = False
         self.cuda_graph: CudaGraph | None = None
         self.last_fingerprint: list | None = None  # of the post-step at the latest call that was not a replay
+        self.background = Background.of(recording) if played_back else None
 
     def failure_reason(self, inputs: list[Tensor], roots: tuple) -> str | None:
         """Returns what changed since the graph was made, for a message; None if nothing did."""
@@ -145,6 +147,36 @@ class CompiledGraph:
             self.recordable = False
             warn(f"{self.name} is compiled, but not recorded as a CUDA graph: {describe_error(error)}.")
 
+    def compile_in_background(self, function: Function, inputs: list[Tensor], num_calls: int) -> None:
+        """Starts a compilation in the background, or puts its result in the place of what is played back.
+
+        Args:
+            function: the function.
+            inputs: of this call.
+            num_calls: with inputs of these shapes up to now, this one included, of earlier processes of the run too.
+        """
+        background = self.background
+        if background is None or num_calls < background.start_at:
+            return
+        if num_calls < background.take_over_at:
+            if background.process is None and not background.has_failed:
+                background.start()
+            return
+        self.background, compiled = None, background.result()
+        if compiled is None:
+            return
+        kept = self.run_compiled, self.copied_outputs
+        self.run_compiled, self.copied_outputs, self.played_back = compiled, [], False
+        try:
+            result, _ = run_and_restore(self.guards, lambda: self.compute(inputs))
+            self.find_aliased_outputs(result)
+            self.compare(result, inputs, *run_and_restore(self.guards, lambda: function(self.guards.leaves)))
+        except (RuntimeError, Untraceable):
+            self.gradient_suspect = True
+        if self.gradient_suspect:  # a library that is not right, or not surely
+            (self.run_compiled, self.copied_outputs), self.played_back = kept, True
+            self.gradient_suspect = False
+
     def find_aliased_outputs(self, result: Any) -> None:
         """Finds outputs that alias other tensors, or expand over their memory; :meth:`compute` copies them."""
         kept = [t for t in (*self.arguments, *self.constants) if isinstance(t, Tensor)]
@@ -194,9 +226,19 @@ def compile_graph(
     inputs: list[Tensor],
     roots: tuple,
     post_step: PostStep | None,
+    num_calls: int,
     backend: Callable[[Recording], Callable],
 ) -> tuple[CompiledGraph, Any]:
     """Runs a function eagerly, traces and compiles it.
+
+    Args:
+        function: the function.
+        name: of it, for messages.
+        inputs: tensors that it reads, different at each call.
+        roots: objects from which everything else that it reads can be reached.
+        post_step: called with the result.
+        num_calls: with inputs of these shapes up to now, this one included.
+        backend: makes a function of tensors from a recording.
 
     Returns:
         The graph, and its first result, checked against the eager result.
@@ -240,6 +282,7 @@ def compile_graph(
                 raise Untraceable(f"no code could be made of its graph: {describe_error(error)}") from error
             Path(damaged[1]).unlink()
     graph.recordable = on_one_gpu(recording, inputs)
+    graph.compile_in_background(function, inputs, num_calls)
     return graph, graph.run(inputs, post_step, eager)
 
 

@@ -35,6 +35,16 @@ try:
 except (ImportError, AttributeError) as error:
     MISSING = str(error)
 
+try:  # libraries that torch compiled ahead of time, a part of torch that may be missing by itself
+    _runner = torch._C._aoti.AOTIModelContainerRunnerCpu
+
+    def load_library(path: str) -> Callable[[list], list]:
+        """Returns the function of tensors in a library for the CPU."""
+        return _runner(path, 1).run
+
+except AttributeError:
+    load_library = None  # type: ignore[assignment]
+
 
 def has_vector_instructions() -> bool:
     """Returns whether torch's own kernels use the processor's vector instructions in this process.

@@ -55,9 +55,10 @@ def log_marginal(
         num_samples: short for ``method=ImportanceSampling(num_samples)``; 1,000 by default.
         max_memory: budget for intermediate results, in bytes. A larger budget is faster on a GPU, but not on a CPU.
         compile: how the model is scored, as in :func:`pyrovae.fit`, always with the same noise. With "auto" its
-            operations are traced after a few calls, and played back from then on, with the same result to the bit. With
-            True they are compiled graphs, as :func:`pyrovae.compile` makes them: compilation takes some seconds, and
-            the graphs of the last models are kept. With False the model runs at every call.
+            operations are traced after a few calls, and played back from then on, with the same result to the bit; in
+            thousands of calls a graph compiled in the background may take over, equal to rounding. With True they are
+            compiled graphs, as :func:`pyrovae.compile` makes them: compilation takes some seconds, and the graphs of
+            the last models are kept. With False the model runs at every call.
         progress: whether to show a progress bar.
         **kwargs: as `args`.
 

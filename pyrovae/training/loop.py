@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -123,7 +124,9 @@ def fit(
             leaves them where they are.
         compile: how the loss and its gradient are computed, always with the same noise. With "auto" their operations
             are traced after a few steps, and played back from then on without Pyro's handlers: a step is faster, and
-            its result is the same to the bit. With True they are a compiled graph, see :func:`pyrovae.compile`: the
+            its result is the same to the bit; in long runs on a CPU, whose models gain by it, a compiled graph, made in
+            the background, takes over at a step that follows from the operations alone, and is equal to rounding. With
+            True they are a compiled graph from the start, see :func:`pyrovae.compile`: the
             first step of a process takes some seconds more, the others less. With False model and guide run at every
             step. Where there can be no graph, a line says why, and model and guide run at every step. On a GPU the step
             of the optimizer is recorded together with a graph.
@@ -270,7 +273,8 @@ def fit(
         trainer.compiled.graphs.report = describe  # with a line before a graph is compiled, without after
         if compile == "auto":
             trainer.compiled.graphs.refused = lambda line: None if bar.disable else bar.write(line, file=sys.stderr)
-    with trainer.state.modes_restored(), bar, running(called, history):
+    graphs_closed = nullcontext() if trainer.compiled is None else closing(trainer.compiled.graphs)
+    with trainer.state.modes_restored(), bar, running(called, history), graphs_closed:
         while len(history) < epochs and not _is_out_of_patience(history, patience):
             epoch = len(history) + 1
             describe()
