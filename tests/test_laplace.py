@@ -270,6 +270,38 @@ def test_a_single_start_finds_one_mode():
     torch.testing.assert_close(truth_of_two_sides(TWO_SIDES) - found.value, missed, rtol=0, atol=0.02)
 
 
+def both_sides(x):
+    with pyro.plate("data", len(x)):
+        sides = dist.Categorical(torch.ones(len(x), 2).double())
+        means = torch.stack([x, -x], dim=-1)
+        pyro.sample("z", dist.MixtureSameFamily(sides, dist.Normal(means, 0.15 * torch.ones_like(means))))
+
+
+@pytest.mark.parametrize("guide", [both_sides, one_side], ids=["by the guide", "by the prior"])
+def test_a_mode_that_the_guide_or_the_prior_knows_is_not_missed_in_silence(guide):
+    # With 20,000 draws, a tenth of them from the guide, or from the prior, see a mode of half the mass.
+    found = score(two_sides, guide, TWO_SIDES, Laplace(num_starts=1), num_samples=20_000)
+    assert not found.trusted.any()
+    assert found.diagnostics["missed"].all()
+    assert "modes are missed: the guide or the prior found more of p(x) for 3 data" in str(found)
+    right = score(two_sides, guide, TWO_SIDES, num_samples=20_000)
+    assert right.trusted.all()
+    assert not right.diagnostics["missed"].any()
+
+
+def test_a_comparison_with_the_guide_and_the_prior_changes_no_other_result():
+    pyro.set_rng_seed(1)
+    state = torch.get_rng_state()
+    found = score(two_sides, one_side, TWO_SIDES, num_samples=100)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Laplace, "finds_modes", False)
+        alone = score(two_sides, one_side, TWO_SIDES, num_samples=100)
+    assert torch.equal(found.value, alone.value)
+    assert torch.equal(after, torch.get_rng_state())
+
+
 def corners(x):
     with pyro.plate("data", len(x)):
         a = pyro.sample("a", dist.Normal(torch.zeros(len(x), 2).double(), 2.0).to_event(1))

@@ -107,8 +107,7 @@ def test_each_datum_goes_to_the_stage_that_it_needs():
     # Where one datum in a hundred is seen to be wrong, others may be wrong unseen.
     assert not found.trusted.any()
     error = (found.value - data.truth()).abs()
-    assert (error < ERRORS * found.standard_error)[~hopeless].all()
-    torch.testing.assert_close(error[hopeless], torch.full((20,), math.log(2)).double(), rtol=0, atol=0.02)
+    assert (error < ERRORS * found.standard_error).all()  # the values of the guide's pilot runs, which knows both modes
     assert not found.trusted[hopeless].any()
     assert found.remedy.startswith("Take AnnealedImportanceSampling()")
 
@@ -140,7 +139,7 @@ def test_draws_from_the_prior_find_modes_that_the_stages_miss():
     found = log_marginal(
         of_either_root, positive_root, PARABOLA, dist.Poisson(2.5), method=UntilTrusted(), progress=False
     )
-    assert (found.standard_error < 0.05).all()
+    assert (found.standard_error < 0.25).all()  # of pilot runs from the prior, mostly
     assert not found.trusted.any() and found.diagnostics["missed"].all()
     assert "modes are missed: other draws found more of p(x) for 24 data" in str(found)
 

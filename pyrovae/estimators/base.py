@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 _LEAST_ESS = 10.0  # below which a few weights are the sum, and their tail cannot be fitted
+DISAGREEMENT = 4.0  # standard errors between two estimates of a datum: one datum in 16,000 by chance
+_DISAGREEMENT_IF_HEAVY = 6.0  # the same, if one has weights with a heavy tail, whose error is stated too small
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,19 @@ def join(method: Estimator, parts: list[Estimate]) -> Estimate:
         diagnostics={name: torch.cat([part.diagnostics[name] for part in parts]) for name in parts[0].diagnostics},
         sums=torch.cat(sums) if len(sums) == len(parts) else None,
     )
+
+
+def is_higher(pilot: Estimate, value: Tensor, standard_error: Tensor) -> Tensor:
+    """Returns for which data another unbiased estimate of p(x) is higher by more than chance: mass was missed there.
+
+    Args:
+        pilot: the other estimate.
+        value: of log p(x) for the same data, in nats.
+        standard_error: its standard errors.
+    """
+    spread = (pilot.standard_error.square() + standard_error.square()).sqrt()
+    errors = torch.where(pilot.khat > 0.7, _DISAGREEMENT_IF_HEAVY, DISAGREEMENT)
+    return pilot.value - value > errors * spread + math.sqrt(torch.finfo(value.dtype).eps)
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

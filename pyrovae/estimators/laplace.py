@@ -87,6 +87,7 @@ class Laplace(Proposal):
     """
 
     sums_discrete = True
+    finds_modes = True
 
     def __init__(
         self,

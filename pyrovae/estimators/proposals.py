@@ -47,11 +47,13 @@ class Proposal(NumbersChecked, ABC):
     To add one, write :meth:`guides`, which returns Pyro guides for all data of a :class:`Task`, with their shares of
     the draws. Weights have the right mean under any proposal; the proposal decides only their variance. `needs_guide`
     says whether it uses the task's guide, and `sums_discrete` whether it draws continuous latents alone, and without
-    masks, so that few discrete ones beside them are summed over.
+    masks, so that few discrete ones beside them are summed over. `finds_modes` says whether it goes to modes that it
+    looks for, and so never sees the others: its results are then compared with draws of the guide and the prior.
     """
 
     needs_guide = True
     sums_discrete = False
+    finds_modes = False
 
     @abstractmethod
     def guides(self, task: Task) -> list[WeightedGuide]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.estimators.annealed import AnnealedImportanceSampling
-from pyrovae.estimators.base import Estimate, Estimator, check_count, check_positive
+from pyrovae.estimators.base import DISAGREEMENT, Estimate, Estimator, check_count, check_positive, is_higher
 from pyrovae.estimators.budget import BLOCK, Clock, Kind
 from pyrovae.estimators.exact import Enumeration, Quadrature
 from pyrovae.estimators.laplace import MAX_DIM, Laplace, Shared
@@ -28,8 +28,6 @@ _LEAST_PILOT = 25  # draws of a pilot run: k-hat needs 21
 _LEAST_FULL = 2000  # draws of a full run, if its stage has so many: k-hat of fewer is noisy
 _FEWER = math.sqrt(2)  # ratio between the numbers of draws that full runs may have
 _PILOT_KHAT = 0.5  # largest k-hat of a pilot run: those that are good by chance are chosen, so that 0.7 is too much
-_DISAGREEMENT = 4.0  # standard errors between two estimates of a datum: one datum in 16,000 by chance
-_DISAGREEMENT_IF_HEAVY = 6.0  # the same, if one has weights with a heavy tail, whose error is stated too small
 _AGREEMENT = 3.0  # standard errors between means over data
 _MISSED = 0.1  # of p(x), on average over data: what may be missed before no datum is trusted
 _MANY_MISSED = 0.01  # share of the data with a higher pilot run, above which no datum is trusted
@@ -80,8 +78,9 @@ class UntilTrusted(Estimator):
 
     A datum is trusted if its full run is, if its standard error is at most four times `target`, and if no pilot run of
     any stage was higher by more than four standard errors of the difference, or six if it is not trusted: since pilot
-    runs are unbiased too, mass was missed otherwise. If more than two data and one in a hundred were higher, no datum
-    is trusted: modes of others are missed too. Mass that no stage finds is not seen: `num_checked` is for that.
+    runs are unbiased too, mass was missed otherwise, and the datum has the value of the highest. If more than two data
+    and one in a hundred were higher, no datum is trusted: modes of others are missed too. Mass that no stage finds is
+    not seen: `num_checked` is for that.
 
     The latents of data that the model draws are exact draws from their posteriors. The default stages with
     :class:`Laplace` draw up to 64 data, and fit to them: if more than one has latents whose weight is ten nats above
@@ -204,7 +203,7 @@ class UntilTrusted(Estimator):
         rows = rows[second.trusted.cpu()]
         second = _take(second, second.trusted)
         check[rows], check_error[rows] = second.value.to(check), second.standard_error.to(check)
-        bound = _DISAGREEMENT * (found.standard_error.square() + check_error.square()).sqrt()
+        bound = DISAGREEMENT * (found.standard_error.square() + check_error.square()).sqrt()
         reliable = found.diagnostics["reliable"] & ~((check - found.value).abs() > bound)
         diagnostics = found.diagnostics | {"check": check, "check_error": check_error}
         difference, error, _ = _disagreement(replace(found, diagnostics=diagnostics))
@@ -385,16 +384,15 @@ class _Result:
         value, error, ess, khat = (in_order([getattr(part, name) for _, part, _ in self.parts]) for name in _COLUMNS)
         stage = in_order([torch.full_like(part.value, number, dtype=torch.long) for _, part, number in self.parts])
         reliable = in_order([part.trusted for _, part, _ in self.parts]) & (stage >= 0) & ~(error > largest_error)
-        rounding = math.sqrt(torch.finfo(value.dtype).eps)
-        missed = torch.zeros_like(reliable)
+        missed, better = torch.zeros_like(reliable), []
         excess, variance, n = 0.0, 0.0, 0  # of pilot runs from the prior, in shares of p(x)
         for rows, pilot, from_prior in self.pilots:
             rows = rows.to(value.device)
             tells = _tells(pilot) & reliable[rows] if from_prior else torch.ones_like(pilot.trusted)
             variances = pilot.standard_error.square() + error[rows].square()
-            errors = torch.where(pilot.khat > 0.7, _DISAGREEMENT_IF_HEAVY, _DISAGREEMENT)
-            higher = pilot.value - value[rows] > errors * variances.sqrt() + rounding
-            missed[rows] |= higher & tells
+            higher = is_higher(pilot, value[rows], error[rows]) & tells
+            missed[rows] |= higher
+            better.append((rows[higher], _take(pilot, higher)))
             if from_prior:
                 ratio = (pilot.value - value[rows])[tells].double().clamp(max=50).exp()
                 excess += (ratio - 1).sum().item()
@@ -403,9 +401,14 @@ class _Result:
         # So many are never higher by chance: where modes of some data are missed, those of others are too.
         if int(missed.sum()) > max(_MANY_MISSED * len(missed), 2):
             missed |= True
-        if excess > max(_MISSED * n, _DISAGREEMENT * math.sqrt(variance)):
+        if excess > max(_MISSED * n, DISAGREEMENT * math.sqrt(variance)):
             missed |= True
         reliable &= ~missed
+        for rows, pilot in better:  # what was missed is at least known not to be less
+            is_more = pilot.value > value[rows]
+            rows, pilot = rows[is_more], _take(pilot, is_more)
+            for column, name in zip((value, error, ess, khat), _COLUMNS, strict=True):
+                column[rows] = getattr(pilot, name).to(column)
         num_samples = max(part.num_samples for _, part, _ in self.parts)
         unseen, at_ends = torch.zeros_like(value), torch.zeros_like(value)
         diagnostics = {"stage": stage, "reliable": reliable, "missed": missed, "unseen": unseen, "at_ends": at_ends}

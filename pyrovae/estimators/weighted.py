@@ -13,14 +13,17 @@ from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.estimators.base import Estimate, Estimator, check_positive, join
+from pyrovae.arguments import cuda_devices
+from pyrovae.estimators.base import Estimate, Estimator, check_positive, is_higher, join
 from pyrovae.estimators.memory import Allocations, clamp, split_evenly
-from pyrovae.estimators.proposals import Guide, Proposal, WeightedGuide, log_density
+from pyrovae.estimators.proposals import Guide, Prior, Proposal, WeightedGuide, log_density
 from pyrovae.estimators.task import Task
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import check_draws
+from pyrovae.progress import tqdm
 
+_LEAST_COMPARED = 100  # draws of the guide and of the prior beside a proposal that goes to modes
 _BLOCK = 500  # data to which a proposal is fitted at once, at least
 
 
@@ -110,9 +113,12 @@ class ImportanceSampling(_Weighted):
 
     is unbiased, and its logarithm a lower bound on log p(x) in expectation. A mixture of proposals is sampled by its
     shares, and the weight of each draw has the density of the whole mixture; the standard error is then slightly too
-    large. With the guide as the proposal, the guide runs once per datum, as long as all latents of a datum fit in the
-    memory budget (up to some 100,000 samples of 20 dimensions). It also runs twice per datum to compare draws at once
-    with a single one, and a few times on the first two data to plan the chunks.
+    large. A proposal that goes to modes, such as :class:`~pyrovae.estimators.Laplace`, does not see those that it did
+    not find: where a tenth as many draws from the guide or from the prior find more of p(x), k-hat is infinite.
+
+    With the guide as the proposal, the guide runs once per datum, as long as all latents of a datum fit in the memory
+    budget (up to some 100,000 samples of 20 dimensions). It also runs twice per datum to compare draws at once with a
+    single one, and a few times on the first two data to plan the chunks.
 
     Args:
         num_samples: samples per datum :math:`K`, at least 1; exactly this number is drawn.
@@ -133,6 +139,24 @@ class ImportanceSampling(_Weighted):
     def __init__(self, num_samples: int = 1000, proposal: Proposal | None = None, smoothed: bool = False):
         super().__init__(num_samples, proposal)
         self.smoothed = smoothed
+
+    def estimate(self, task: Task) -> Estimate:
+        found = super().estimate(task)
+        if not self.proposal.finds_modes:
+            return found
+        missed, few = torch.zeros_like(found.khat, dtype=torch.bool), max(_LEAST_COMPARED, self.num_samples // 10)
+        # Other results are as without this; a parameter may round to the end of its range for some draws of the prior.
+        with torch.random.fork_rng(cuda_devices([found.value])), pyro.validation_enabled(False):
+            for proposal in (Guide(), Prior()):
+                pilot = ImportanceSampling(few, proposal).estimate(replace(task, bar=tqdm(disable=True)))
+                missed |= is_higher(pilot, found.value, found.standard_error)
+        khat = torch.where(missed, math.inf, found.khat)
+        return replace(found, khat=khat, diagnostics=found.diagnostics | {"missed": missed})
+
+    def describe(self, estimate: Estimate) -> str:
+        missed = int(estimate.diagnostics["missed"].sum()) if "missed" in estimate.diagnostics else 0
+        found = f"modes are missed: the guide or the prior found more of p(x) for {missed:,} data\n" if missed else ""
+        return found + super().describe(estimate)
 
 
 class CUBO(_Weighted):
