@@ -488,6 +488,8 @@ def test_moved_images_train_and_a_resumed_run_is_the_uninterrupted_one(tmp_path)
     assert all(torch.equal(t, weights["parts"][name]) for name, t in weights["whole"].items())
     assert not all(torch.equal(t, weights["still"][name]) for name, t in weights["whole"].items())
     assert "shift must be at least 0, got -1" in error_of(*options, str(tmp_path / "a"), "--shift", "-1")
+    assert "the encoder Delta is a point" in error_of(*options, str(tmp_path / "a"), "--encoder", "Delta")
+    assert not (tmp_path / "a").exists()
     np.save(tmp_path / "vectors.npy", np.zeros((30, 4), np.float32))
     message = error_of(*options, str(tmp_path / "b"), "--data", str(tmp_path / "vectors.npy"))
     assert "shift moves images, but a datum" in message

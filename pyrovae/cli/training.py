@@ -51,7 +51,7 @@ from pyrovae.cli.signals import StopOnSignal
 from pyrovae.cli.text import per_word, score_by_frequency
 from pyrovae.config import is_tabular, make_table_vae, make_vae
 from pyrovae.distributed import init_process_group
-from pyrovae.encoders import DiagonalNormal, Encoder
+from pyrovae.encoders import Delta, DiagonalNormal, Encoder
 from pyrovae.estimators import (
     Estimate,
     independent_baseline,
@@ -306,6 +306,11 @@ def train(
     if has_exemplars:
         config = _with_number_of_exemplars(config, len(training[0]))
         training = *training, torch.arange(len(training[0]))
+    if any(isinstance(part, Delta) for part in vae.modules()):
+        raise ValueError(
+            "the encoder Delta is a point and no distribution, so that no score of log p(x) follows training. Take "
+            "another encoder, or train an autoencoder from Python, by pyrovae.fit."
+        )
     if shift < 0:
         raise ValueError(f"shift must be at least 0, got {shift}.")
     is_sequence, is_song = isinstance(vae, SequenceVAE), splits.piano_roll is not None
