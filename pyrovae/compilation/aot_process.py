@@ -10,8 +10,8 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
-if __name__ == "__main__":
-    sys.path.pop(0)  # the folder of this file, whose modules are none of this process
+if __name__ == "__main__":  # without the folder of this file, whose modules are none of this process
+    sys.path = [path for path in sys.path if not path or Path(path).resolve() != Path(__file__).resolve().parent]
 
 GRAPH, RESULT = "graph", "result"
 

@@ -104,7 +104,7 @@ def _write(recording: Recording, results: list[Node], file: BinaryIO) -> None:
 
 
 class Background:
-    """Compilations of one graph in the background.
+    """The compilation of a graph in the background.
 
     Args:
         recording: the graph.
@@ -172,19 +172,15 @@ class Background:
             return None
         finally:
             self.close()
-        numbers = {x: i for i, x in enumerate(self.results)}
-        inputs = {x: i for i, x in enumerate(self.recording.placeholders)}
-        results = self.recording.results
+        results, placeholders = self.recording.results, self.recording.placeholders
+        # Where each result comes from: the library, the inputs, or what is the same in every run.
+        places = {x: (1, i) for i, x in enumerate(placeholders)} | {x: (0, i) for i, x in enumerate(self.results)}
+        fixed = [x.tensor if isinstance(x, Node) else x for x in results]
+        sources = [places.get(x, (2, i)) if isinstance(x, Node) else (2, i) for i, x in enumerate(results)]
 
         def run(*given: Tensor) -> list:
-            found = run_library([*given])
-
-            def value(x: Any) -> Any:
-                if not isinstance(x, Node):
-                    return x
-                return found[numbers[x]] if x in numbers else given[inputs[x]] if x in inputs else x.tensor
-
-            return [value(x) for x in results]
+            values = run_library([*given]), given, fixed
+            return [values[source][i] for source, i in sources]
 
         return run
 
