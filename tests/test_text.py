@@ -84,7 +84,7 @@ def test_vocabularies_that_say_nothing_are_refused():
         Vocabulary(("a", "a"), 3)
     with pytest.raises(ValueError, match="num_steps must be at least 2"):
         Vocabulary(("a", "b"), 1)
-    with pytest.raises(ValueError, match="line 2 has no word"):
+    with pytest.raises(ValueError, match="line 2 has no word: '  '. Leave such lines out"):
         Vocabulary(("a", "b"), 3).encode(["a", "  "])
 
 
@@ -227,6 +227,9 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path):
         Vocabulary.of(VERSES, tokenizer="nowhere")
     with pytest.raises(TypeError, match="must be a tokenizer of the package tokenizers or a path, got 3"):
         Vocabulary.of(VERSES, tokenizer=3)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"light": 0, "was": 1}, unk_token="[UNK]"))
+    with pytest.raises(ValueError, match="the tokenizer cannot take 'dark': .*UNK"):
+        Vocabulary.of(["light", "dark"], tokenizer=words)
     tokenizer = _byte_pairs()
     with pytest.raises(ValueError, match="exclude each other"):
         Vocabulary.of(VERSES, characters=True, tokenizer=tokenizer)
@@ -241,3 +244,14 @@ def test_a_tokenizer_without_its_package_is_refused_by_name(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'pyrovae\[tokenizers\]'"):
         Vocabulary(("a", "b"), 3, tokenizer="{}")
+
+
+@needs_tokenizers
+def test_it_is_said_how_many_lines_a_tokenizer_does_not_keep():
+    kept = Vocabulary.of(VERSES, tokenizer=_byte_pairs())
+    assert "does not keep" not in kept.describe(VERSES)
+    small = _byte_pairs()
+    small.normalizer = tokenizers.normalizers.Lowercase()
+    lines = [*VERSES, "light"]
+    said = Vocabulary.of(lines, tokenizer=small).describe(lines)
+    assert said.endswith("; the tokenizer does not keep 2 lines as they are")

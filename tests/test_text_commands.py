@@ -179,3 +179,33 @@ def test_a_file_of_a_tokenizer_gives_parts_of_words(tmp_path, monkeypatch, capsy
     main(["train", "--resume", *command[1:]])
     main(["sample", "run", "--num-samples", "3", "--output", "samples.txt"])
     assert len((tmp_path / "samples.txt").read_text().splitlines()) == 3
+
+
+def test_runs_with_other_vocabularies_are_not_compared(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(run.parent)
+    main(
+        ["train", "--data", "lines.txt", "--run", str(tmp_path / "other"), "--max-words", "5", "--epochs", "1", *SMALL]
+    )
+    for pair in ([str(run), str(tmp_path / "other")], [str(tmp_path / "other"), str(run)]):
+        with pytest.raises(SystemExit, match="do not have the same vocabulary"):
+            main(["compare", *pair, "--num-samples", "30"])
+
+
+def test_lines_without_a_word_are_left_out(tmp_path, capsys, run):
+    tokenizers = pytest.importorskip("tokenizers")
+    (tmp_path / "lines.txt").write_text("\n".join(LINES))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"A": 0, "r": 1}, []))  # drops all other signs
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    command = ["train", "--data", str(tmp_path / "lines.txt"), "--tokenizer", str(tmp_path / "tokenizer.json")]
+    main([*command, "--run", str(tmp_path / "run"), "--epochs", "1", *SMALL])
+    (tmp_path / "others.txt").write_text("\nA ran\n\nB sang\nran\n")
+    capsys.readouterr()
+    scores = ["--num-samples", "30", "--output", str(tmp_path / "scores.csv")]
+    main(["score", str(tmp_path / "run"), str(tmp_path / "others.txt"), *scores])
+    assert "1 of 3 lines have no token and are left out; the first is line 4" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
+    assert [row["line"] for row in rows] == ["2", "5"]
+    (tmp_path / "none.txt").write_text("B sang\n")
+    with pytest.raises(SystemExit, match="no line has a token; line 1 is 'B sang'"):
+        main(["encode", str(tmp_path / "run"), str(tmp_path / "none.txt"), "--output", str(tmp_path / "z.csv")])

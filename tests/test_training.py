@@ -22,7 +22,15 @@ import torch
 from helpers import Moments, assert_same, ended_by, in_new_process
 from pyro import distributions as dist
 from pyro.distributions import constraints
-from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    SVI,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
@@ -1909,3 +1917,61 @@ def test_history_entries_that_a_checkpoint_can_keep(tmp_path):
     history = stopping(epochs=2, checkpoint=tmp_path / "run", resume=True)
     for name in ("plain", "numpy", "torch"):
         assert [float(value) for value in history[name]] == [0.5, 0.5]
+
+
+class Counting(nn.Module):
+    """A VAE whose model and guide change numbers, buffers, a tensor and the states of random generators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.generator = 0, torch.Generator().manual_seed(3)
+        self.other = np.random.default_rng(3)
+        self.seen: list[float] = []
+        self.plain = torch.zeros(())
+        self.register_buffer("in_place", torch.zeros(3))
+        self.register_buffer("anew", torch.zeros(3))
+        self.decoder, self.encoder = nn.Linear(2, 3), nn.Linear(3, 4)
+
+    def model(self, x):
+        pyro.module("counting", self)
+        self.calls += 1
+        self.plain += 1
+        self.anew = 0.9 * self.anew + 0.1 * x.mean(0)
+        with torch.no_grad():
+            self.in_place.mul_(0.9).add_(0.1 * x.mean(0))
+        noise = torch.rand(3, generator=self.generator) + random.random() + np.random.rand() + self.other.random()
+        if torch.is_grad_enabled():
+            self.seen.append(noise.sum().item())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = self.decoder(z) + self.in_place + self.anew + 0.1 * noise
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("counting", self)
+        loc, scale = self.encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+
+@pytest.mark.parametrize("compile", ["auto", False])
+def test_checks_before_training_change_nothing_that_the_model_changes(compile):
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(1)) + 1
+    found = []
+    for by_svi in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        vae = Counting()
+        random.seed(5)
+        np.random.seed(5)
+        if by_svi:
+            svi = SVI(vae.model, vae.guide, pyro.optim.SGD({"lr": 1e-3}), Trace_ELBO())
+            for _ in range(6):
+                svi.step(x)
+        else:
+            sgd = partial(torch.optim.SGD, lr=20 * 1e-3)  # the loss is that of a datum
+            fit(vae.model, vae.guide, x, epochs=6, batch_size=20, optimizer=sgd, compile=compile, progress=False)
+        found.append([vae.calls, float(vae.plain), vae.in_place, vae.anew, torch.tensor(vae.seen[-3:])])
+    assert found[0][:2] == found[1][:2] == [6, 6.0]
+    for expected, got in zip(found[0][2:], found[1][2:], strict=True):
+        torch.testing.assert_close(got, expected)

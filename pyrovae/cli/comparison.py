@@ -178,6 +178,13 @@ def _common_data(
             )
         if schema is not None and its_schema is not None:
             _check_units(name, schema, other, its_schema)
+        for encoding in storage.ENCODINGS:
+            if config.get(encoding) != its_config.get(encoding):
+                words = encoding.replace("_", " ")
+                raise ValueError(
+                    f"{name} and {other} do not have the same {words}: what they give probabilities to is not the "
+                    "same, and log p(x) cannot be compared. Train both on the same data with the same options."
+                )
     found = {name: _part(parts, config, split, data, data_root)}
     for other, (its_vae, its_config) in others:
         if config["x_shape"] != its_config["x_shape"]:

@@ -26,6 +26,7 @@ from pyrovae.cli.labels import arguments_of
 from pyrovae.cli.pictures import mean_over_steps, name_of_latents
 from pyrovae.cli.pieces import read_pieces, recordings_of, starts_of
 from pyrovae.cli.rows import check_some, load_rows
+from pyrovae.cli.text import lines_with_words
 from pyrovae.structures import SequenceVAE
 
 _AT_ONCE = 1000  # data
@@ -108,7 +109,7 @@ def _data(
         labels = {} if part.labels is None else {"label": part.labels}
         return part, {"datum": torch.arange(len(part.x))} | labels
     if vocabulary is not None:
-        lines, numbers = datasets.read_lines(file)
+        lines, numbers = lines_with_words(vocabulary, file)
         return datasets.Split(vocabulary.encode(lines), None), {"line": torch.tensor(numbers)}
     if recordings is not None:
         kind, encoding = recordings

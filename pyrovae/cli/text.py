@@ -114,6 +114,23 @@ def reconstruct_lines(vae: Any, vocabulary: Vocabulary, x: Tensor, output: str |
         print("between the first two:", *vocabulary.decode(between), sep="\n  ")
 
 
+def lines_with_words(vocabulary: Vocabulary, file: str) -> tuple[list[str], list[int]]:
+    """Returns the lines of a file in which a vocabulary finds a word, and their numbers; prints how many are left out.
+
+    Raises:
+        ValueError: when it finds none in any line.
+    """
+    lines, numbers = datasets.read_lines(file)
+    kept = [(line, number) for line, number in zip(lines, numbers, strict=True) if vocabulary.split(line)]
+    if not kept:
+        raise ValueError(f"{file}: no line has a {vocabulary.unit}; line {numbers[0]} is {lines[0]!r}.")
+    if len(kept) < len(lines):
+        first = min(set(numbers) - {number for _, number in kept})
+        left_out = f"{len(lines) - len(kept):,} of {len(lines):,} lines have no {vocabulary.unit} and are left out"
+        print(f"{file}: {left_out}; the first is line {first}")
+    return [line for line, _ in kept], [number for _, number in kept]
+
+
 def score_lines(
     vae: Any,
     vocabulary: Vocabulary,
@@ -126,7 +143,7 @@ def score_lines(
 ) -> None:
     """Writes log p(x) of each line of a file that holds something, and prints nats a word."""
     out = new_file(output, (".csv",))
-    lines, numbers = datasets.read_lines(file)
+    lines, numbers = lines_with_words(vocabulary, file)
     x = vocabulary.encode(lines).to(device)
     print(vocabulary.describe(lines))
     pyro.set_rng_seed(seed)

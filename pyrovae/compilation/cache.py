@@ -13,7 +13,7 @@ from pyrovae.arguments import holds_packed
 from pyrovae.compilation import torch_internals
 from pyrovae.compilation.cudagraph import PostStep
 from pyrovae.compilation.graph import CompiledGraph, Function, compile_graph
-from pyrovae.compilation.guards import ATOMS, Guards, tensor_metadata
+from pyrovae.compilation.guards import ATOMS, Guards, Snapshot, tensor_metadata
 from pyrovae.compilation.playback import play_back
 from pyrovae.compilation.recording import Recording
 from pyrovae.compilation.tracing import inductor
@@ -94,6 +94,7 @@ class GraphCache:
         if self.reason is not None:
             return None
         self.calls += 1
+        before: Snapshot | None = None
         try:
             if torch_internals.MISSING:
                 raise Untraceable(f"torch {torch.__version__} lacks what tracing needs: {torch_internals.MISSING}")
@@ -114,11 +115,14 @@ class GraphCache:
                     "tensor, and change that in place by fill_ or copy_"
                 )
             self.report(f"compiling {self.name}" + (f", for {change}" if change else ""))
+            before = Snapshot(roots)
             graph, result = compile_graph(function, self.name, inputs, roots, post_step, entry.calls, self.backend)
             self.report("")
             entry.graphs.insert(0, graph)
             return result, graph.guards
         except Untraceable as error:
+            if before is not None:  # the runs of an attempt are no steps
+                before.restore()
             self.refuse(error)
             return None
 

@@ -4,6 +4,7 @@ import gc
 import io
 import logging
 import operator
+import random
 import sys
 import types
 from collections import deque
@@ -31,6 +32,7 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"built_with"}
 _MODULE_ENTRIES = operator.attrgetter("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks")
 _ENTRIES = ("parameters", "buffers", "modules", "pre-hooks", "hooks")
 _MAX_SLOTS = 20_000
+_MAX_TENSOR_BYTES = 2**26  # a larger one is not set back after a check
 _MAX_ARRAY_BYTES = 8192  # larger NumPy arrays are not compared
 
 
@@ -248,6 +250,66 @@ class Guards:
         for name, value in zip(slot.names, slot.saved, strict=True):
             if not isinstance(value, ATOMS):
                 self._visit(slot.place(name), value)
+
+
+class Snapshot:
+    """What a run of model and guide for a check may change, and a training step must not find changed.
+
+    These are numbers (counters of calls), buffers and other tensors that are not parameters, changed in place or made
+    anew, and the states of random generators. What a first run sets up, such as parameters and flags, stays.
+
+    Args:
+        roots: the model and the guide.
+    """
+
+    def __init__(self, roots: tuple):
+        self.states = random.getstate(), np.random.get_state()
+        self.entries: list[tuple[Any, Any, Any]] = []  # a mapping, a name in it, and the value
+        self.tensors: list[tuple[Tensor, int, Tensor]] = []  # a tensor, its version and its content
+        self.generators: list[tuple[Any, Any]] = []
+        try:
+            guards = Guards(roots)
+        except Untraceable:  # too many objects, or an iterator, which cannot be set back
+            return
+        for slot in guards._slots:
+            for name, value in zip(slot.names, slot.saved, strict=True):
+                if isinstance(value, (torch.Generator, np.random.Generator)):
+                    self.generators.append((value, _state_of(value)))
+                elif isinstance(slot.entries, dict) and (_is_number(value) or _is_plain_tensor(value)):
+                    self.entries.append((slot.entries, name, value))
+        for t in guards.tensors:
+            if _is_plain_tensor(t) and t.nbytes <= _MAX_TENSOR_BYTES:
+                self.tensors.append((t, t._version, t.clone()))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Sets back what changed since."""
+        random.setstate(self.states[0])
+        np.random.set_state(self.states[1])
+        for entries, name, value in self.entries:
+            now = entries.get(name)
+            if now is not value and (_is_number(now) if _is_number(value) else _is_plain_tensor(now)):
+                entries[name] = value
+        for t, version, content in self.tensors:
+            if t._version != version:
+                t.copy_(content)
+        for generator, state in self.generators:
+            if isinstance(generator, torch.Generator):
+                generator.set_state(state)
+            else:
+                generator.bit_generator.state = state
+
+
+def _is_number(x: Any) -> bool:
+    return type(x) in (int, float)
+
+
+def _is_plain_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.requires_grad and not isinstance(x, nn.Parameter)
+
+
+def _state_of(generator: Any) -> Any:
+    return generator.get_state() if isinstance(generator, torch.Generator) else generator.bit_generator.state
 
 
 def _key(x: Any) -> Any:

@@ -36,8 +36,10 @@ class Vocabulary:
     vocabulary. Words are what is between spaces, without the marks of punctuation, which are words of their own; case
     counts. Spaces between words are not kept.
 
-    A tokenizer cuts lines into tokens, such as parts of words, which take the place of words. Other tokens may give the
-    same line: log p(x) is that of the tokens, and log p of the line is at least as large.
+    A tokenizer cuts lines into tokens, such as parts of words, which take the place of words. log p(x) is that of the
+    tokens. Other tokens may give the same line, so that log p of the line is at least as large; of a tokenizer that
+    does not keep lines as they are, that drops signs or takes capitals for small letters, it is log p of all lines
+    with these tokens together. :meth:`describe` says how many lines are not kept.
 
     Args:
         words: the words, characters or tokens, from number 2 on.
@@ -156,7 +158,7 @@ class Vocabulary:
         for row, line in enumerate(lines):
             words = self.split(line)[: self.num_steps]
             if not words:
-                raise ValueError(f"line {row + 1} has no word: {line!r}. Leave empty lines out.")
+                raise ValueError(f"line {row + 1} has no {self.unit}: {line!r}. Leave such lines out.")
             x[row, : len(words)] = torch.tensor([float(self._numbers.get(word, self.unknown)) for word in words])
         return x
 
@@ -180,10 +182,14 @@ class Vocabulary:
         total = sum(map(len, split))
         unknown = sum(word not in self._numbers for words in split for word in words)
         cut = sum(len(words) >= self.num_steps for words in split)
+        lost = ""
+        if self._tokenizer is not None:
+            changed = sum(self._join(words) != line.strip() for words, line in zip(split, lines, strict=True))
+            lost = f"; the tokenizer does not keep {changed:,} lines as they are" if changed else ""
         return (
             f"{len(self.words):,} {self.unit}s; {unknown:,} of {total:,} ({unknown / max(total, 1):.1%}) are not among "
             f"them and become <unknown>; {cut:,} of {len(lines):,} lines are cut, with no end within {self.num_steps} "
-            "steps"
+            f"steps{lost}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,8 +220,12 @@ def _unit(characters: bool, tokenizer: str | None) -> str:
 def _split(line: str, characters: bool, tokenizer: Any) -> list[str]:
     """Returns the tokens of a line if there is a tokenizer, else its characters or words."""
     if tokenizer is not None:
+        try:
+            numbers = tokenizer.encode(line.strip(), add_special_tokens=False).ids
+        except Exception as error:  # the package has no class for it
+            raise ValueError(f"the tokenizer cannot take {line!r}: {error}.") from None
         # By their numbers: the text of what it does not know is not that of the token that it has for it.
-        return [tokenizer.id_to_token(i) for i in tokenizer.encode(line.strip(), add_special_tokens=False).ids]
+        return [tokenizer.id_to_token(i) for i in numbers]
     return list(line.strip()) if characters else _WORDS.findall(line)
 
 

@@ -43,9 +43,12 @@ _COLUMNS = ("value", "standard_error", "ess", "khat")  # tensors of an estimate
 
 # Which of them serve, and in which order, depends on the latents.
 _ENUMERATION, _GUIDE, _MANY, _LAPLACE, _MORE_LAPLACE, _ANNEALING, _FROM_GUIDE, _FROM_PRIOR, _HEAVY = range(9)
-_PRIOR, _AGAIN, _LINE = 9, 10, 11
+_PRIOR, _AGAIN, _LINE, _TAILED, _MORE_TAILED, _FROM_TAILED = range(9, 15)
+# Tails of a normal distribution end where scales depend on other latents, as in a funnel, and no draw tells. Those of a
+# Student-t distribution with few degrees of freedom reach there, and with few latents they cost little elsewhere.
+_DEGREES, _MAX_TAILED = 2.5, 10
 _ENUMERATE = Enumeration(10_000)
-_FINE = Laplace(num_pilots=2000)
+_FINE, _FINE_TAILED = Laplace(num_pilots=2000), Laplace(num_pilots=2000, degrees=_DEGREES)
 _STAGES: list[Estimator] = [
     _ENUMERATE,
     ImportanceSampling(2000),
@@ -59,6 +62,9 @@ _STAGES: list[Estimator] = [
     ImportanceSampling(8000, Prior()),
     ImportanceSampling(2000),
     Quadrature(8000),
+    ImportanceSampling(4000, Laplace(degrees=_DEGREES)),
+    ImportanceSampling(16_000, _FINE_TAILED),
+    AnnealedImportanceSampling(num_temperatures=400, start=_FINE_TAILED),
 ]
 
 
@@ -100,7 +106,8 @@ class UntilTrusted(Estimator):
     - one real number: :class:`Quadrature` with 8,000 points, whose grid sees the modes on the line; where that is not
       good enough, as below;
     - continuous: importance sampling with :class:`Laplace`, first with heavy tails where latents are constrained, then
-      with few draws and with many; then annealing from it. Above 300 dimensions with few draws only, and annealing from
+      with few draws and with many; then annealing from it. Its tails are those of Student-t distributions with up to 10
+      dimensions, where they cost little, and normal above. Above 300 dimensions with few draws only, and annealing from
       the prior, and from the guide; above 2,000, where :class:`Laplace` takes too long, annealing alone. Discrete
       latents beside continuous ones are summed over, where they have at most 64 combinations of values or can be
       eliminated one after the other;
@@ -136,7 +143,8 @@ class UntilTrusted(Estimator):
     is well or nobody looked, NaN where it is not known; and, if some data are checked, "check" and "check_error", the
     second estimates and their standard errors, NaN for the other data. The numbers of the default stages are: 0
     enumeration, 1 the guide with few draws and 2 with many, 3 Laplace with few draws, 4 with many and 8 with heavy
-    tails, 5 annealing from Laplace, 6 from the guide and 7 from the prior, 10 the guide again.
+    tails, 5 annealing from Laplace, 6 from the guide and 7 from the prior, 10 the guide again, 12 to 14 as 3 to 5 with
+    tails of Student-t distributions.
 
     Raises:
         TypeError: when a stage is not an estimator.
@@ -460,8 +468,10 @@ def _choose_stages(task: Task) -> _Plan:
         # Real numbers that stand for a simplex or an interval have tails like exponentials, heavier than normal ones.
         heavy = [_HEAVY] if any(site.transform is not None for site in target.sites) else []
         line = [_LINE] if dim == 1 and structure.vectorized else []  # one by one, its many points take minutes
-        fitted = [*heavy, _LAPLACE]
-        stages = [_GUIDE, _PRIOR, *line, *fitted, _MORE_LAPLACE, _ANNEALING]
+        normal, tailed = (_LAPLACE, _MORE_LAPLACE, _ANNEALING), (_TAILED, _MORE_TAILED, _FROM_TAILED)
+        few, more, last = tailed if dim <= _MAX_TAILED else normal
+        fitted = [*heavy, few]
+        stages = [_GUIDE, _PRIOR, *line, *fitted, more, last]
         return _Plan(stages, largest, guide, fitted[0], at_ends=at_ends)
     annealing = [_FROM_PRIOR] if structure.auxiliary else [_FROM_PRIOR, _FROM_GUIDE]
     if dim <= MAX_DIM:

@@ -27,7 +27,7 @@ from pyrovae.arguments import (
 from pyrovae.bounds import Bound
 from pyrovae.compilation import api as graphs
 from pyrovae.compilation.cudagraph import PostStep
-from pyrovae.compilation.guards import Guards
+from pyrovae.compilation.guards import Guards, Snapshot
 from pyrovae.data.batches import Batches
 from pyrovae.distributed import Shard, World
 from pyrovae.inference.messages import ObservedChecked, check_all_observed, check_finite, warn
@@ -135,6 +135,8 @@ class Trainer:
         if isinstance(self.loss, Bound):
             self.loss.load_state_dict({"steps": 0})  # schedules start with the run
 
+        # Runs of model and guide before the first step are no steps: they change nothing.
+        before = Snapshot((model, guide))
         batch = next(self._micro_batches(self.prepare("data", first_batch, check=True))).batch
         total = count_data(batch.args, batch.kwargs)
         structure = inspect(model, guide, *batch.args, **batch.kwargs)
@@ -163,6 +165,7 @@ class Trainer:
         if num_shuffled:
             keys = parameters_of_rows(model, guide, self.state.params, batch, total, num_shuffled)
             self.row_parameters = list(map(display_name, keys))
+        before.restore()
         self.optimizer = _make_optimizer(optimizer, self.state)
         self.scheduler = None if scheduler is None else make_schedule(scheduler, self.optimizer, schedule_length)
         self.every_step = schedule_every_step
