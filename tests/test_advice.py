@@ -14,6 +14,7 @@ MISSPELT = [
     (["train", "--loss", "IWEA"], "loss: there is no class IWEA.", "IWAE"),
     (["train", "--likelihood.netwrk", "MLP"], "likelihood: it has no argument 'netwrk'.", "network"),
     (["train", "--likelihood.network.hiden", "3"], "it has no argument 'hiden'.", "hidden"),
+    (["train", "--lr", "0.1"], "unrecognized arguments: --lr", "--optimizer.lr"),
     (["evaluate", "run", "--method", "Importance"], "method: there is no class Importance.", "ImportanceSampling"),
 ]
 
@@ -26,6 +27,14 @@ def test_a_misspelt_word_is_answered_with_the_nearest_in_two_lines(argv, message
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("pyrovae: error: ") and message in first
     assert second.startswith("Nearest: ") and nearest in second.removeprefix("Nearest: ").rstrip(".").split(", ")
+
+
+def test_a_file_in_the_place_of_an_option_is_taken_for_the_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.csv").write_text("a\n1\n")
+    with pytest.raises(SystemExit):
+        main(["train", "x.csv"])
+    assert capsys.readouterr().err.splitlines()[1] == "Is it the data? Give --data x.csv."
 
 
 INCOMPLETE = [

@@ -826,3 +826,21 @@ def test_a_plate_that_is_summed_away_does_not_take_the_place_of_the_samples():
     at_once = log_marginal(model, guide, x, keepdim=True, num_samples=20_000, progress=False)
     for estimate in (by_one, at_once):
         assert_unit_scores((estimate.value - truth) / estimate.standard_error, FAILURE_RATE)
+
+
+def test_a_plate_that_is_looped_over_may_have_any_name():
+    x = torch.randn(4)
+
+    def model(x):
+        for i in pyro.plate("data", len(x)):
+            z = pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"x{i}", dist.Normal(z, 0.5), obs=x[i])
+
+    def guide(x):  # the posterior
+        for i in pyro.plate("data", len(x)):
+            pyro.sample(f"z{i}", dist.Normal(x[i] / 1.25, 0.2**0.5))
+
+    with pytest.warns(UserWarning, match="have no plate, so that all that they are given is one datum"):
+        found = log_marginal(model, guide, x, num_samples=30, progress=False)
+    expected = dist.Normal(0.0, 1.25**0.5).log_prob(x).sum()
+    torch.testing.assert_close(found.value, expected.reshape(1))

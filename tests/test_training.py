@@ -1975,3 +1975,27 @@ def test_checks_before_training_change_nothing_that_the_model_changes(compile):
     assert found[0][:2] == found[1][:2] == [6, 6.0]
     for expected, got in zip(found[0][2:], found[1][2:], strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["enabled", "not enabled"])
+def test_a_guide_that_takes_a_gradient_says_so(enabled):
+    network = nn.Linear(3, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.cat([z, z[..., :1]], -1), 1.0).to_event(1), obs=x)
+
+    def guide(x):  # a step downhill from what a network says
+        pyro.module("network", network)
+        with torch.set_grad_enabled(enabled or torch.is_grad_enabled()):
+            z = network(x)
+            (slope,) = torch.autograd.grad(z.square().sum(), z, create_graph=True)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(z - 0.1 * slope, 1.0).to_event(1))
+
+    if enabled:
+        assert len(fit(model, guide, torch.randn(8, 3), epochs=2, progress=False)) == 2
+    else:
+        with pytest.raises(ValueError, match="guide takes a gradient .* Take it inside of `with torch.enable_grad"):
+            fit(model, guide, torch.randn(8, 3), epochs=2, progress=False)

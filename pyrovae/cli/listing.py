@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -141,16 +142,22 @@ def _plain(message: str) -> str:
     return re.sub(r"Option '(.*?)' is not accepted", r"it has no argument '\1'", text)
 
 
+_MEANT = {"lr": ["--optimizer.lr"], "learning_rate": ["--optimizer.lr"]}  # options of classes, which nothing lists
+
+
 def _advice(message: str, parser: Any) -> str:
     """Returns a line with the names nearest to the one that is wrong, or the command that lists all."""
-    unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", message)
+    unknown = re.search(r"[Uu]nrecognized arguments: --([\w.-]+)", message)
+    path = re.search(r"[Uu]nrecognized arguments: ([^-\s]\S*)", message)
     command = re.search(r"invalid choice: '(.*?)' \(choose from (.*?)\)", message)
     cls = re.search(r"Expected a dot import path string: (\S+?)\.?(?:\s|$)", message)
     argument = re.search(r"Option '(.*?)' is not accepted", message)
     nearest: list[str] = []
     if unknown:
         options = [o for action in parser._actions for o in action.option_strings if o.startswith("--")]
-        nearest = _nearest(f"--{unknown[1]}", options)
+        nearest = _MEANT.get(unknown[1].replace("-", "_")) or _nearest(f"--{unknown[1]}", options)
+    elif path and Path(path[1]).exists():
+        return f"Is it the data? Give --data {path[1]}."
     elif command:
         nearest = _nearest(command[1], re.findall(r"[\w-]+", command[2]))
     elif cls:

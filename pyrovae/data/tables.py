@@ -156,7 +156,10 @@ def load_numbers(path: Path) -> Splits:
     try:
         array = _read_csv(path)
     except Exception as error:
-        raise ValueError(f"{path} is truncated, or holds something other than numbers ({error}).") from error
+        raise ValueError(
+            f"{path} is truncated, or holds something other than numbers ({error}). On the command line, a table of "
+            "words and numbers is read as one without --likelihood and --encoder."
+        ) from error
     with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, which is refused below
         x = torch.from_numpy(array.astype(np.float32))
     check_finite(f"{path}: x", x)

@@ -68,5 +68,14 @@ def traced(function: Callable, draws: poutine.Trace | None, *args: Any, **kwargs
     """Runs a model or a guide, at the latents and subsamples of another trace unless None; returns its trace."""
     # Handlers as contexts, not as wrappers: a wrapped function could not take an argument named "context".
     with poutine.trace() as tracer, poutine.replay(trace=draws) if draws is not None else nullcontext():
-        function(*args, **kwargs)
+        try:
+            function(*args, **kwargs)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            name = getattr(function, "__qualname__", type(function).__name__)
+            raise ValueError(
+                f"{name} takes a gradient ({error}), but is checked, validated and scored without gradients. Take it "
+                "inside of `with torch.enable_grad():`."
+            ) from error
     return tracer.trace

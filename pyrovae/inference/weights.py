@@ -80,7 +80,7 @@ def in_plate_of_one(model: Callable, guide: Callable) -> tuple[Callable, Callabl
 
     def in_plate(function: Callable) -> Callable:
         def single(*args: Any, **kwargs: Any) -> Any:
-            with pyro.plate("data", 1):
+            with pyro.plate("all_as_one_datum", 1):  # not "data", which a plate that is looped over may be named
                 return function(*args, **kwargs)
 
         return single
