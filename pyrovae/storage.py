@@ -355,14 +355,18 @@ def create_run(
         x_shape: shape of a datum.
         splits: the data; how a table, a text, sounds or time series became numbers goes into files of their own.
     """
+    files = []
     if splits is not None and splits.schema is not None:
         write_atomically(Path(directory) / _SCHEMA, splits.schema.to_yaml().encode())
+        files.append(_SCHEMA)
     for name, (_, file) in ENCODINGS.items():
         encoding = getattr(splits, name, None)
         if encoding is not None:
             entries = json.dumps(encoding.to_dict(), ensure_ascii=False, indent=0)
             write_atomically(Path(directory) / file, entries.encode())
-    about = {"pyrovae": __version__, "format": FORMAT, "x_shape": x_shape, "config": yaml.safe_load(config)}
+            files.append(file)
+    about = {"pyrovae": __version__, "format": FORMAT, "x_shape": x_shape, "files": files}
+    about["config"] = yaml.safe_load(config)
     write_atomically(Path(directory) / "run.json", json.dumps(about).encode())
     write_atomically(Path(directory) / "config.yaml", config.encode())
 
@@ -424,6 +428,14 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
         config["x_shape"] = configs.check_x_shape(written_by["x_shape"])
     except ValueError as error:
         raise ValueError(f"{about} is corrupt: {error}") from None
+    files = written_by.get("files", [])  # earlier versions did not write it
+    if not isinstance(files, list) or not all(name in ABOUT for name in files):
+        raise ValueError(f"{about} is corrupt: its files are {files}.")
+    for name in files:
+        if not (Path(directory) / name).is_file():
+            raise FileNotFoundError(
+                f"{directory} has no {name} any more, which says what its numbers stand for. Put it back."
+            )
     if (Path(directory) / _SCHEMA).exists():
         config["table"] = Schema.from_yaml(Path(directory) / _SCHEMA)
     for name, (cls, encoding) in ENCODINGS.items():

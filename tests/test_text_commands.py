@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -209,3 +210,10 @@ def test_lines_without_a_word_are_left_out(tmp_path, capsys, run):
     (tmp_path / "none.txt").write_text("B sang\n")
     with pytest.raises(SystemExit, match="no line has a token; line 1 is 'B sang'"):
         main(["encode", str(tmp_path / "run"), str(tmp_path / "none.txt"), "--output", str(tmp_path / "z.csv")])
+
+
+def test_a_run_that_lost_its_vocabulary_is_refused(tmp_path, run):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "vocabulary.json").unlink()
+    with pytest.raises(SystemExit, match="has no vocabulary.json any more, which says what its numbers stand for"):
+        main(["sample", str(tmp_path / "run")])
