@@ -336,3 +336,21 @@ def test_a_vae_that_was_trained_is_let_go(loss):
     pyro.clear_param_store()
     gc.collect()
     assert network() is None
+
+
+def test_a_model_that_seeds_torch_itself_has_the_noise_of_an_eager_run(capsys):
+    def make():
+        vae = diagonal_vae(2, 3)
+
+        def model(x):
+            with torch.random.fork_rng():
+                torch.manual_seed(3)
+                projection = torch.randn(3).to(x)
+            return vae.model(x + projection)
+
+        return Pair(model, vae.guide, [vae])
+
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(7)).double()
+    found = [fitted(None, 4, make, x, compile=compile, progress=True) for compile in ("auto", False)]
+    assert "is not compiled, and runs eagerly" in capsys.readouterr().err
+    same(*found, exact=True)

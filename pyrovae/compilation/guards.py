@@ -263,7 +263,8 @@ class Snapshot:
     """
 
     def __init__(self, roots: tuple):
-        self.states = random.getstate(), np.random.get_state()
+        self.states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self.of_devices: dict[torch.device, Tensor] = {}
         self.entries: list[tuple[Any, Any, Any]] = []  # a mapping, a name in it, and the value
         self.tensors: list[tuple[Tensor, int, Tensor]] = []  # a tensor, its version and its content
         self.generators: list[tuple[Any, Any]] = []
@@ -277,6 +278,7 @@ class Snapshot:
                     self.generators.append((value, _state_of(value)))
                 elif isinstance(slot.entries, dict) and (_is_number(value) or _is_plain_tensor(value)):
                     self.entries.append((slot.entries, name, value))
+        self.of_devices = {t.device: torch.cuda.get_rng_state(t.device) for t in guards.tensors if t.is_cuda}
         for t in guards.tensors:
             if _is_plain_tensor(t) and t.nbytes <= _MAX_TENSOR_BYTES:
                 self.tensors.append((t, t._version, t.clone()))
@@ -286,6 +288,9 @@ class Snapshot:
         """Sets back what changed since."""
         random.setstate(self.states[0])
         np.random.set_state(self.states[1])
+        torch.set_rng_state(self.states[2])
+        for device, cuda_state in self.of_devices.items():
+            torch.cuda.set_rng_state(cuda_state, device)
         for entries, name, value in self.entries:
             now = entries.get(name)
             if now is not value and (_is_number(now) if _is_number(value) else _is_plain_tensor(now)):
