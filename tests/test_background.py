@@ -267,6 +267,16 @@ def test_costs_follow_from_sizes():
     flops = 2 * 2 * 5 * 6 * 6 * 3 * 3 * 3
     expected = flops * background._A_FLOP / torch.get_num_threads() + background._AN_OPERATION
     assert costs(convolved).call == pytest.approx(expected)
+    leaf = filters.clone().requires_grad_()
+
+    def both_ways() -> list:
+        out = nn.functional.conv2d(image, leaf)
+        return list(torch.autograd.grad(out, leaf, torch.ones_like(out)))
+
+    back, _ = record(both_ways, [image, leaf])
+    assert costs(back).call == pytest.approx(
+        2 * flops * background._A_FLOP / torch.get_num_threads(), rel=0.2, abs=2e-5
+    )
 
 
 def test_a_graph_that_changes_its_inputs_or_is_long_is_not_compiled():

@@ -1999,3 +1999,20 @@ def test_a_guide_that_takes_a_gradient_says_so(enabled):
     else:
         with pytest.raises(ValueError, match="guide takes a gradient .* Take it inside of `with torch.enable_grad"):
             fit(model, guide, torch.randn(8, 3), epochs=2, progress=False)
+
+
+def test_lazy_modules_are_trained():
+    network = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.cat([z, z[..., :1]], -1), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        loc, scale = network(x).chunk(2, -1)  # the first call makes the parameters
+        pyro.module("network", network)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+    assert len(fit(model, guide, torch.randn(8, 3), epochs=2, compile=False, progress=False)) == 2

@@ -58,8 +58,11 @@ def costs(recording: Recording) -> Costs:
         if name in _PRODUCTS:
             products += 2 * sizes[0] * _shape(node.sources[-2])[-1]
         elif "convolution" in name:
-            # Of each element of the result, the elements of the filters of one channel: within a factor of two.
-            products += 2 * sizes[-2] * sizes[-1] if "backward" in name else 2 * sizes[0] * sizes[2] / _shape(node)[1]
+            # Each element of the result meets the filters of its channel; going back, twice. Strides of transposed
+            # convolutions are not seen.
+            is_back = "backward" in name
+            size, filters, result = (sizes[1], sizes[3], node.sources[0]) if is_back else (sizes[0], sizes[2], node)
+            products += (4 if is_back else 2) * size * filters / _shape(result)[1]
         elif not is_random(node.op):
             elements += max(sizes)
     threads = torch.get_num_threads()

@@ -270,7 +270,7 @@ class Snapshot:
         self.generators: list[tuple[Any, Any]] = []
         try:
             guards = Guards(roots)
-        except Untraceable:  # too many objects, or an iterator, which cannot be set back
+        except (Untraceable, RuntimeError, ValueError):  # an iterator, a lazy module, too many objects: not set back
             return
         for slot in guards._slots:
             for name, value in zip(slot.names, slot.saved, strict=True):
