@@ -90,7 +90,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, x: Any) -> Any:
         if isinstance(x, Node):
             return self.numbers[x], None
-        if isinstance(x, torch._ops.OpOverload):
+        if isinstance(x, torch_internals.OpOverload):
             return x._schema.name, x._overloadname
         return None
 

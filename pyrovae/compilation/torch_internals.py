@@ -31,6 +31,7 @@ try:
     copy_tensors = torch._foreach_copy_
     function_owners = (torch._C._VariableFunctions, torch._C._nn, torch._C.TensorBase)
     below_autograd = torch._C._AutoDispatchBelowAutograd
+    OpOverload = torch._ops.OpOverload
     MISSING = ""
 except (ImportError, AttributeError) as error:
     MISSING = str(error)
@@ -54,3 +55,18 @@ def has_vector_instructions() -> bool:
     from torch._inductor import config  # takes long to import
 
     return hasattr(config.cpp, "vec_isa_ok") and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def compile_library(module: torch.fx.GraphModule, examples: tuple) -> str:
+    """Compiles a graph of tensors into a library for the CPU, which :func:`load_library` takes; returns its path.
+
+    Args:
+        module: the graph.
+        examples: tensors with the shapes and strides of its inputs.
+    """
+    from torch import _inductor  # takes long to import
+
+    options: dict[str, Any] = {"fallback_random": True}  # random numbers as in eager mode
+    if has_vector_instructions():
+        options["cpp.vec_isa_ok"] = True
+    return str(_inductor.aot_compile(module, examples, options=options))

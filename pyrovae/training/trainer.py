@@ -135,9 +135,9 @@ class Trainer:
         if isinstance(self.loss, Bound):
             self.loss.load_state_dict({"steps": 0})  # schedules start with the run
 
+        batch = next(self._micro_batches(self.prepare("data", first_batch, check=True))).batch
         # Runs of model and guide before the first step are no steps: they change nothing.
         before = Snapshot((model, guide))
-        batch = next(self._micro_batches(self.prepare("data", first_batch, check=True))).batch
         total = count_data(batch.args, batch.kwargs)
         structure = inspect(model, guide, *batch.args, **batch.kwargs)
         shard = world.shard(total)
