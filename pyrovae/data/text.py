@@ -119,7 +119,7 @@ class Vocabulary:
 
     @property
     def unit(self) -> str:
-        """What a step is: a word, a character or a token."""
+        """The name of a step, which is word, character or token."""
         return _unit(self.characters, self.tokenizer)
 
     @property
