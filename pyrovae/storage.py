@@ -365,8 +365,13 @@ def create_run(
             entries = json.dumps(encoding.to_dict(), ensure_ascii=False, indent=0)
             write_atomically(Path(directory) / file, entries.encode())
             files.append(file)
-    about = {"pyrovae": __version__, "format": FORMAT, "x_shape": x_shape, "files": files}
-    about["config"] = yaml.safe_load(config)
+    about = {
+        "pyrovae": __version__,
+        "format": FORMAT,
+        "x_shape": x_shape,
+        "files": files,
+        "config": yaml.safe_load(config),
+    }
     write_atomically(Path(directory) / "run.json", json.dumps(about).encode())
     write_atomically(Path(directory) / "config.yaml", config.encode())
 

@@ -255,8 +255,8 @@ class Guards:
 class Snapshot:
     """What a run of model and guide for a check may change, and a training step must not find changed.
 
-    These are numbers (counters of calls), buffers and other tensors that are not parameters, changed in place or made
-    anew, and the states of random generators. What a first run sets up, such as parameters and flags, stays.
+    These are numbers (counters of calls), the states of random generators, and buffers and other tensors that are not
+    parameters, whether they were changed in place or replaced. What the first run creates, such as parameters, is kept.
 
     Args:
         roots: the model and the guide.

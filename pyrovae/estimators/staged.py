@@ -397,12 +397,12 @@ class _Result:
         for rows, pilot, from_prior in self.pilots:
             rows = rows.to(value.device)
             tells = _tells(pilot) & reliable[rows] if from_prior else torch.ones_like(pilot.trusted)
-            variances = pilot.standard_error.square() + error[rows].square()
             higher = is_higher(pilot, value[rows], error[rows]) & tells
             missed[rows] |= higher
             better.append((rows[higher], _take(pilot, higher)))
             if from_prior:
                 ratio = (pilot.value - value[rows])[tells].double().clamp(max=50).exp()
+                variances = pilot.standard_error.square() + error[rows].square()
                 excess += (ratio - 1).sum().item()
                 variance += (ratio.square() * variances[tells]).sum().item()
                 n += len(ratio)

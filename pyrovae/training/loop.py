@@ -124,12 +124,12 @@ def fit(
             leaves them where they are.
         compile: how the loss and its gradient are computed, always with the same noise. With "auto" their operations
             are traced after a few steps, and played back from then on without Pyro's handlers: a step is faster, and
-            its result is the same to the bit; in long runs on a CPU, whose models gain by it, a compiled graph, made in
-            the background, takes over at a step that follows from the operations alone, and is equal to rounding. With
-            True they are a compiled graph from the start, see :func:`pyrovae.compile`: the
-            first step of a process takes some seconds more, the others less. With False model and guide run at every
-            step. Where there can be no graph, a line says why, and model and guide run at every step. On a GPU the step
-            of the optimizer is recorded together with a graph.
+            its result is the same to the bit. In long runs on a CPU that gain by it, a graph that was compiled in the
+            background takes over, at a step that follows from the operations alone; its result is equal to rounding.
+            With True they are a compiled graph from the start, see :func:`pyrovae.compile`: the first step of a process
+            takes some seconds more, the others less. With False model and guide run at every step. Where there can be
+            no graph, a line says why, and model and guide run at every step. On a GPU the step of the optimizer is
+            recorded together with a graph.
         progress: show a progress bar.
 
     Returns:
