@@ -74,17 +74,16 @@ class World(NamedTuple):
         """Returns the sums over processes of tensors, whose shapes and order must be the same in all processes."""
         return list(tensors) if self.size == 1 else _coalesced(dist.all_reduce, tensors)
 
-    def check_same_batches(self, batches: Iterable) -> Iterator:
-        """Yields batches, and checks that the first is the same in all processes."""
-        for i, batch in enumerate(batches):
-            if i == 0 and self.size > 1:
-                sums = self.all_gather([(tuple(t.shape), t.double().sum().item()) for t in _tensors_of(batch)])
-                if any(other != sums[0] for other in sums):
-                    raise ValueError(
-                        "data gives different batches in different processes, but each process must take its shard of "
-                        "the same batch. Let the loader draw its order from torch's random state."
-                    )
-            yield batch
+    def check_same_batch(self, batch: Any) -> None:
+        """Raises a ValueError if a batch is not the same in all processes."""
+        if self.size == 1:
+            return
+        sums = self.all_gather([(tuple(t.shape), t.double().sum().item()) for t in _tensors_of(batch)])
+        if any(other != sums[0] for other in sums):
+            raise ValueError(
+                "data gives different batches in different processes, but each process must take its shard of the same "
+                "batch. Let the loader draw its order from torch's random state."
+            )
 
     @torch.no_grad()
     def broadcast_state(self, tensors: Iterable[Tensor]) -> None:

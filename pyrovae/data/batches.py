@@ -1,9 +1,10 @@
 """Batches of data: in memory by index, or by a DataLoader."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from numbers import Number
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,11 +23,15 @@ from pyrovae.arguments import (
     to_device,
 )
 from pyrovae.inference.messages import check_finite
-from pyrovae.rows import NumberType
+from pyrovae.rows import NumberType, Rows
+
+T = TypeVar("T")
 
 
 class Batches:
-    """Batches of data in memory, taken by index with the same order for all tensors.
+    """Batches of data in memory or in memory maps, taken by index with the same order for all tensors.
+
+    Rows of memory maps and of sparse matrices are taken by a thread while the caller works on the batch before.
 
     Args:
         tensors: positional arguments, with the data along the first dimension, all of one length; or other arguments
@@ -49,25 +54,46 @@ class Batches:
         return math.ceil(self.size / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple | Arguments]:
+        return self.each(lambda indices: self.take(indices) if self.named else self.take(indices).args)
+
+    def each(self, function: Callable[[range | Tensor], T]) -> Iterator[T]:
+        """Yields what a function makes of the indices of each batch.
+
+        It must draw no random numbers: a thread may call it while the caller works on the batch before.
+        """
+        if not any(isinstance(x, Rows) and x.is_slow for _, x in named_arrays(self.tensors, self.named)):
+            for self.rows, indices in self._indices():
+                yield function(indices)
+            return
+        with ThreadPoolExecutor(1, "next batch") as pool:
+            submitted = ((rows, pool.submit(function, indices)) for rows, indices in self._indices())
+            current = next(submitted, None)
+            while current is not None:
+                following = next(submitted, None)
+                self.rows, taken = current
+                yield taken.result()
+                current = following
+
+    def _indices(self) -> Iterator[tuple[Tensor | int, range | Tensor]]:
+        """Yields the places of each batch, as :attr:`rows` has them, and its indices, on the device of the data."""
         if not self.shuffle:
             for start in range(0, self.size, self.batch_size):
-                self.rows = start
-                yield self._take(slice(start, start + self.batch_size))
+                yield start, range(start, min(start + self.batch_size, self.size))
             return
         # Drawn on the CPU, so that the order does not depend on the device of the data, and then moved there at once.
         order = torch.randperm(self.size)
         moved_order = order.to(device_of(self.tensors, self.named), non_blocking=True)
-        for rows, moved_rows in zip(order.split(self.batch_size), moved_order.split(self.batch_size), strict=True):
-            self.rows = rows
-            yield self._take(moved_rows)
+        yield from zip(order.split(self.batch_size), moved_order.split(self.batch_size), strict=True)
 
     def in_order(self) -> "Batches":
         """Returns batches of the same data, not shuffled."""
         return Batches(self.tensors, self.batch_size, shuffle=False, named=self.named)
 
-    def _take(self, rows: slice | Tensor) -> tuple | Arguments:
+    def take(self, indices: range | Tensor) -> Arguments:
+        """Returns some of the data, consecutive ones by a range."""
+        rows = slice(indices.start, indices.stop) if isinstance(indices, range) else indices
         args, kwargs = take_rows(rows, self.tensors, self.named)
-        return Arguments(*args, **kwargs) if kwargs else args
+        return Arguments(*args, **kwargs)
 
 
 def as_batches(

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 import pyro
@@ -65,18 +67,18 @@ class _LossCall(NamedTuple):
 
 
 class _MicroBatch(NamedTuple):
-    """A part of a batch.
+    """This process's shard of a part of a batch.
 
     Args:
-        batch: arguments of model and guide.
+        batch: arguments of model and guide, for the data of the shard.
         start: the place of its first datum in the batch.
-        count: number of data.
-        weight: of their mean in the mean over the batch.
+        shard: which data of the part these are.
+        weight: of the mean over the part in the mean over the batch.
     """
 
     batch: Arguments
     start: int
-    count: int  # type: ignore[assignment]  # hides the count of tuples
+    shard: Shard
     weight: float
 
 
@@ -135,7 +137,9 @@ class Trainer:
         if isinstance(self.loss, Bound):
             self.loss.load_state_dict({"steps": 0})  # schedules start with the run
 
-        batch = next(self._micro_batches(self.prepare("data", first_batch, check=True))).batch
+        batch = self.prepare("data", first_batch, check=True)
+        args, kwargs = self._parts(count_data(batch.args, batch.kwargs))[0].rows(batch.args, batch.kwargs)
+        batch = Arguments(*args, **kwargs)
         # Runs of model and guide before the first step are no steps: they change nothing.
         before = Snapshot((model, guide))
         total = count_data(batch.args, batch.kwargs)
@@ -250,9 +254,8 @@ class Trainer:
         # Pyro's validation takes a tenth of the time of a step. The first batch has passed it. What may change later is
         # checked in every step: the data at each observed site, and whether the loss is finite.
         with pyro.validation_enabled(False), self._autocast():
-            for batch in self.world.check_same_batches(batches):
-                batch = self.prepare("data", batch, check=not isinstance(batches, Batches))
-                count += self.step(batch, getattr(batches, "rows", None), epoch)
+            for micro_batches in self._micro_batches(batches):
+                count += self.step(micro_batches, getattr(batches, "rows", None), epoch)
                 after_step()
         if count == 0:
             raise ValueError(
@@ -267,17 +270,16 @@ class Trainer:
             self.synchronize()
         return means
 
-    def step(self, batch: Arguments, rows: Tensor | int | None, epoch: int) -> int:
+    def step(self, micro_batches: list["_MicroBatch"], rows: Tensor | int | None, epoch: int) -> int:
         """Takes an optimizer step on this process's shard of a batch; returns the number of data in the batch.
 
         Args:
-            batch: arguments of model and guide.
+            micro_batches: the parts of the batch that model and guide run on at once.
             rows: the places of the batch in all data, where they are known: of each row, or of the first of a range.
             epoch: the number of the epoch, for messages.
         """
         self.num_steps += 1
         where = f"at step {self.num_steps} (epoch {epoch})"
-        micro_batches = list(self._micro_batches(batch))
         schedules_at = self.loss.steps if isinstance(self.loss, Bound) else 0
         sums: list[Tensor | None] = [None] * len(self.state.trained)  # of gradients, over micro-batches
         for micro in micro_batches:
@@ -304,21 +306,46 @@ class Trainer:
                 f"model or guide made a new parameter at step {self.num_steps}, which the optimizer does not hold: "
                 f"{list(pyro.get_param_store().keys())[-1]!r}. Make all parameters in the first call."
             )
-        return sum(micro.count for micro in micro_batches)
+        return sum(micro.shard.total for micro in micro_batches)
 
-    def _micro_batches(self, batch: Arguments) -> Iterator["_MicroBatch"]:
-        """Yields the parts of a batch that model and guide run on at once, of sizes that differ by one at most."""
-        total = count_data(batch.args, batch.kwargs)
-        parts = 1 if self.micro_batch_size is None else -(-total // self.micro_batch_size)
-        for i in range(parts):
-            start, end = i * total // parts, (i + 1) * total // parts
-            args, kwargs = Shard(start, end - start, total, 1.0).rows(batch.args, batch.kwargs)
-            yield _MicroBatch(Arguments(*args, **kwargs), start, end - start, (end - start) / total)
+    def _parts(self, total: int) -> list[Shard]:
+        """Returns the parts of a batch that model and guide run on at once, of sizes that differ by one at most."""
+        count = 1 if self.micro_batch_size is None else -(-total // self.micro_batch_size)
+        bounds = [i * total // count for i in range(count + 1)]
+        return [Shard(start, end - start, total, (end - start) / total) for start, end in pairwise(bounds)]
+
+    def _micro_batches(self, batches: Iterable) -> Iterator[list["_MicroBatch"]]:
+        """Yields the micro-batches of each batch, and checks that all processes have the same first batch."""
+
+        def cut(total: int, take: Callable[[int, int], Arguments]) -> list[_MicroBatch]:
+            micro_batches = []
+            for part in self._parts(total):
+                shard = self.world.shard(part.count)
+                start = part.start + shard.start
+                micro_batches.append(_MicroBatch(take(start, shard.count), start, shard, part.weight))
+            return micro_batches
+
+        # A process takes its shard alone of data in memory; a loader gives whole batches, and a transform may need one.
+        if isinstance(batches, Batches) and self.transform is None and self.world.size > 1:
+            self.world.check_same_batch(next(iter(batches.in_order())))
+
+            def cut_indices(indices: range | Tensor) -> list[_MicroBatch]:
+                return cut(len(indices), lambda start, count: batches.take(indices[start : start + count]))
+
+            for taken in batches.each(cut_indices):
+                yield [micro._replace(batch=self.prepare("data", micro.batch, check=False)) for micro in taken]
+            return
+        for i, given in enumerate(batches):
+            if i == 0:
+                self.world.check_same_batch(given)
+            batch = self.prepare("data", given, check=not isinstance(batches, Batches))
+            total = count_data(batch.args, batch.kwargs)
+            yield cut(total, partial(_part_of, batch, total))
 
     def _micro_step(self, micro: "_MicroBatch", rows: Tensor | int | None, where: str, is_whole: bool) -> None:
         """Computes the gradient of a micro-batch; if it is the whole batch, takes a step of the optimizer too."""
-        shard = self.world.shard(micro.count)
-        args, kwargs = self._start_call(micro.batch, shard, rows, where, micro.start)
+        args, kwargs, shard = micro.batch.args, micro.batch.kwargs, micro.shard
+        self._keep_call(args, kwargs, rows, micro.start, where)
         size = self.data_size or shard.count
         scale = micro.weight * shard.weight / size  # of the loss of the shard in the mean over the batch
         compiled = self.compiled if self.state.has_loss else None
@@ -340,19 +367,15 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.state.trained[0].device.type, torch.bfloat16)
 
-    def _start_call(
-        self, batch: Arguments, shard: Shard, rows: Tensor | int | None, where: str, first: int = 0
-    ) -> tuple[tuple, dict[str, Any]]:
-        """Returns the arguments for a shard of a batch, and keeps the call for the case that it fails.
+    def _keep_call(self, args: tuple, kwargs: dict[str, Any], rows: Tensor | int | None, start: int, where: str) -> None:
+        """Keeps a call of the loss for the case that it fails.
 
-        `rows` are the places of the data in all data, and `first` is the place of the batch among them.
+        `rows` are the places of a batch in all data, and `start` is the place of the first datum of the call among
+        them.
         """
-        args, kwargs = shard.rows(batch.args, batch.kwargs)
         if rows is not None:
-            start = first + shard.start
             rows = rows[start:] if isinstance(rows, Tensor) else rows + start
         self.latest_call = _LossCall(args, kwargs, torch.get_rng_state(), rows, where)
-        return args, kwargs
 
     def _compiled_step(
         self,
@@ -469,8 +492,9 @@ class Trainer:
             for batch in batches:
                 batch = self.prepare("validation", batch, check=not isinstance(batches, Batches))
                 shard = self.world.shard(count_data(batch.args, batch.kwargs))
-                rows = getattr(batches, "rows", None)
-                args, kwargs = self._start_call(batch, shard, rows, f"on validation data after epoch {epoch}")
+                args, kwargs = shard.rows(batch.args, batch.kwargs)
+                where = f"on validation data after epoch {epoch}"
+                self._keep_call(args, kwargs, getattr(batches, "rows", None), shard.start, where)
                 try:
                     with ObservedChecked(without=self.unvalidated), shard.noise():
                         loss = self.loss.loss(self.model, self.guide, *args, **kwargs)
@@ -608,6 +632,11 @@ def _make_optimizer(optimizer: Callable | Optimizer, state: ModelState) -> Optim
             "others with requires_grad_(False)."
         )
     return made
+
+
+def _part_of(batch: Arguments, total: int, start: int, count: int) -> Arguments:
+    args, kwargs = Shard(start, count, total, 1.0).rows(batch.args, batch.kwargs)
+    return Arguments(*args, **kwargs)
 
 
 def _make_recordable(optimizer: Optimizer) -> bool:
