@@ -202,9 +202,14 @@ class _Bits:
         if packed.device.type == "cpu":
             wide = torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=size))
         else:
-            places = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-            wide = (packed.unsqueeze(-1) >> places & 1).flatten(-2)[..., :size]
+            wide = _unpacked(packed, size)
         return wide.reshape(*packed.shape[:-1], *self.shape[1:])
+
+
+def _unpacked(packed: Tensor, size: int) -> Tensor:
+    """Returns what ``numpy.unpackbits`` returns, on any device."""
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(-1) >> places & 1).flatten(-2)[..., :size]
 
 
 def _is_tensor(source: Any) -> bool:

@@ -5,6 +5,8 @@ import hashlib
 import math
 import struct
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from pyrovae.cli.parser import command_parser
 from pyrovae.data import (
     DATA_SETS,
     Batches,
+    Rows,
     Split,
     descriptions,
     dynamic_binarization,
@@ -217,6 +220,50 @@ def test_batches_are_shuffled_by_torch():
     torch.manual_seed(5)
     assert first == torch.randperm(20).tolist(), "the order is that of torch.randperm"
     assert second == order()
+
+
+def test_a_thread_takes_the_next_batch_of_a_memory_map(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(20.0).reshape(10, 2))
+    x = Rows(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    batches = Batches([x], 3, shuffle=True)
+    taken, threads = [], []
+
+    def take(rows: Tensor) -> Tensor:
+        threads.append(threading.current_thread())
+        taken.append(len(rows))
+        return batches.take(rows).args[0]
+
+    torch.manual_seed(0)
+    order = torch.randperm(10)
+    torch.manual_seed(0)
+    seen, ahead = [], []
+    for batch in batches.each(take):
+        assert batch.equal(x[batches.rows]), "rows are those of the batch that was yielded"
+        deadline = time.monotonic() + 30
+        while len(taken) < min(len(seen) + 2, 4) and time.monotonic() < deadline:
+            time.sleep(0.001)  # the next one is taken meanwhile
+        ahead.append(len(taken))
+        seen.append(batch)
+    assert torch.cat(seen).equal(x[order]) and ahead == [2, 3, 4, 4]
+    assert threading.main_thread() not in threads
+
+
+def test_a_thread_that_takes_batches_passes_errors_on_and_may_be_left(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((10, 2)))
+    batches = Batches([Rows(np.load(tmp_path / "x.npy", mmap_mode="r"))], 3, shuffle=False)
+
+    def fail(rows: range) -> int:
+        if rows.start == 6:
+            raise OSError("the disk is gone")
+        return rows.start
+
+    passed = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for start in batches.each(fail):
+            passed.append(start)
+    assert passed == [0, 3]
+    assert next(iter(batches))[0].shape == (3, 2)
+    assert not [t for t in threading.enumerate() if t.name.startswith("next batch")]
 
 
 # Files.

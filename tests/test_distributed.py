@@ -31,12 +31,13 @@ from pyrovae import VAE, History, bounds, fit, log_marginal
 from pyrovae.cli import main
 from pyrovae.compilation import tracing
 from pyrovae.data import dynamic_binarization
-from pyrovae.distributed import init_process_group
+from pyrovae.distributed import GradientSum, init_process_group
 from pyrovae.encoders import DiagonalNormal
 from pyrovae.estimators import AnnealedImportanceSampling, Estimate, ImportanceSampling
 from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
+from pyrovae.training.trainer import Trainer
 
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}  # of sums in another order, in double precision
 SMALL = partial(MLP, hidden=(8,))
@@ -395,6 +396,7 @@ def without_inductor() -> Iterator[None]:
 
 def run_scenarios(folder: Path) -> None:
     """Writes the outcome of each scenario in this process."""
+    GradientSum.__init__.__defaults__ = (64,)  # bytes a bucket: small networks have several
     found = {}
     for name, function in SCENARIOS.items():
         pyro.clear_param_store()
@@ -430,6 +432,64 @@ def test_two_processes_have_the_result_of_one(name, ended):
         assert not isinstance(first, str), first
         torch.testing.assert_close(first, expected, **ROUNDING)
         assert_same(first, second)
+
+
+# Sums of gradients.
+
+
+def sum_gradients(folder: Path) -> None:
+    """Writes sums of gradients, of which each process has some, in another order."""
+    params = [torch.zeros(3), torch.zeros(2, 2, dtype=torch.double), torch.zeros(()), torch.zeros(5), torch.zeros(7)]
+    mine = [(4, 0, 1, 3), (1, 3, 4)][rank()]
+    found = {}
+    for size in (1, 24, 2**20):
+        gradients = GradientSum(params, size)
+        for _ in range(2):
+            for i in mine:
+                gradients.add(params[i], torch.full_like(params[i], 10.0 ** (rank() + i)))
+            gradients.add(torch.zeros(3), torch.ones(3))  # of what is not trained
+            sums, counts = gradients.sums()
+        found[size] = sums, counts, len(gradients.buckets)
+    torch.save(found, folder / f"{rank()}.pt")
+
+
+def test_gradients_are_summed_in_buckets_of_any_size(tmp_path):
+    in_processes(sum_gradients, tmp_path)
+    expected = [1.0, 110.0, 0.0, 11_000.0, 110_000.0]
+    for process in range(2):
+        found = torch.load(tmp_path / f"{process}.pt")
+        assert [buckets for *_, buckets in found.values()] == [5, 4, 3]  # one type a bucket
+        for sums, counts, _ in found.values():
+            assert [x.shape for x in sums] == [(3,), (2, 2), (), (5,), (7,)]
+            assert [x.unique().tolist() for x in sums] == [[total] for total in expected]
+            assert counts.tolist() == [1, 2, 0, 2, 2]
+
+
+def count_gradients_sent_early(folder: Path) -> None:
+    """Writes how many buckets had been sent when all gradients were there, at each step."""
+    GradientSum.__init__.__defaults__ = (64,)
+    update, sent = Trainer._update, []
+
+    def counted(self: Trainer) -> None:
+        sent.append((len(self.gradient_sum.sent), len(self.gradient_sum.buckets)))
+        update(self)
+
+    Trainer._update = counted
+    found = {}
+    for compile in (False, "auto"):
+        pyro.clear_param_store()
+        sent.clear()
+        train(normal_vae(), data(64), epochs=3, compile=compile)
+        found[compile] = list(sent)
+    torch.save(found, folder / f"{rank()}.pt")
+
+
+def test_gradients_are_sent_while_later_ones_are_computed(tmp_path):
+    in_processes(count_gradients_sent_early, tmp_path)
+    found = torch.load(tmp_path / "0.pt")
+    assert found[False] == [(6, 7)] * 12, "all but the last"
+    # The fourth step traces; a graph that is compared at its calls 1, 2, 4 and 8, steps 4, 5, 7 and 11, may be refused.
+    assert [sent for sent, _ in found["auto"]] == [6, 6, 6, 0, 0, 6, 0, 6, 6, 6, 0, 6]
 
 
 # log p(x) of sharded data.

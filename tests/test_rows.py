@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pyro
 import pytest
+import scipy.sparse
 import torch
 from pyro import distributions as dist
 from torch import nn
@@ -16,7 +17,7 @@ import pyrovae
 from pyrovae import VAE, diagnostics, encoders, estimators, fit, likelihoods, log_marginal, priors
 from pyrovae.data import split_missing
 from pyrovae.data.batches import Batches, as_batches
-from pyrovae.rows import Rows, number_type
+from pyrovae.rows import Rows, _unpacked, number_type, pack_bits
 
 
 def vae_of(kind=likelihoods.Normal, x_shape=3) -> VAE:
@@ -240,6 +241,52 @@ def test_batches_do_not_share_memory_with_the_array():
         for (batch,) in as_batches("data", x, 4, shuffle):
             batch.zero_()
     assert x.all()
+
+
+# Bits.
+
+
+@pytest.mark.parametrize("shape", [(1,), (8,), (13,), (2, 3, 5)])
+def test_bits_are_widened_to_what_they_were(shape):
+    x = torch.from_numpy(values(40, *shape) > 0)
+    for given in (x, x.float(), x.numpy(), x.long().numpy(), Rows(x.numpy(), torch.float32)):
+        packed = pack_bits(given)
+        assert packed.shape == x.shape and packed.dtype == torch.float32
+        for rows in (slice(3, 9), torch.tensor([5, 0, 5]), [7, -1], torch.tensor([-1]), 4, x.flatten(1)[:, 0]):
+            assert packed[rows].equal(x[rows].float())
+        assert packed.select(np.array([6, 2]))[:].equal(x[[6, 2]].float())
+    assert pack_bits(x.double()).dtype == torch.float64
+    bits = torch.from_numpy(np.packbits(x.flatten(1).numpy(), axis=1))
+    assert _unpacked(bits, x[0].numel()).equal(x.flatten(1).byte()), "the way of other devices"
+
+
+def test_bits_take_an_eighth_of_a_byte():
+    assert pack_bits(torch.ones(1000, 784)).source.packed.nbytes == 98_000
+
+
+def test_bits_of_files_and_of_sparse_matrices(tmp_path):
+    x = values(50, 9) > 1
+    for given in (mapped(x, tmp_path / "x.npy", "r"), scipy.sparse.csr_matrix(x.astype(np.float32))):
+        assert pack_bits(given)[:].equal(torch.from_numpy(x).float())
+
+
+@pytest.mark.parametrize("bad", [0.5, 2.0, -1.0, float("nan")])
+def test_only_zeros_and_ones_are_packed(bad):
+    x = torch.zeros(4, 3)
+    x[2, 1] = bad
+    with pytest.raises(ValueError, match=f"x must be of zeros and ones, got {bad:g}"):
+        pack_bits(x)
+
+
+def test_bits_train_and_are_scored_as_the_numbers_are():
+    x = torch.from_numpy(values(60, 13) > 0).float()
+    found = []
+    for given in (x, pack_bits(x)):
+        vae = vae_of(likelihoods.Bernoulli, 13)
+        fit(vae.model, vae.guide, given, epochs=2, batch_size=16, validation=given, progress=False)
+        estimate = log_marginal(vae.model, vae.guide, given, num_samples=10, progress=False)
+        found.append([*vae.state_dict().values(), estimate.value])
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))
 
 
 def test_arrays_and_tensors_beside_each_other_have_the_same_order():

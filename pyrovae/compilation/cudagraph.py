@@ -18,10 +18,12 @@ class PostStep(NamedTuple):
         call: called with the result and the guards; changes tensors in place.
         fingerprint: returns numbers and objects that are unchanged whenever `call` launches the same kernels on the
             same memory; None where that is unknown, and `call` must not be recorded.
+        on_gradient: called before that with a leaf and its gradient, some or all, while others may still be computed.
     """
 
     call: Callable[[Any, Guards], Any]
     fingerprint: Callable[[], list] | None
+    on_gradient: Callable[[Tensor, Tensor], Any] | None = None
 
 
 class CudaGraph:

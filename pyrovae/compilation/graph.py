@@ -66,7 +66,7 @@ class CompiledGraph:
         self.constants, self.changes_inputs = recording.constants(), recording.changes_inputs
         self.devices = {t.device for t in recording.inputs}
         self.arguments, self.played_back, self.aliases = arguments, played_back, aliases
-        self.unflatten = unflattener(structure)
+        self.unflatten, self.num_results = unflattener(structure), structure.num_leaves
         self.calls = 1  # the first is made by compile_graph
         self.gradient_suspect = False  # whether gradients differed in the latest comparison
         self.copied_outputs: list[int] = []
@@ -100,7 +100,8 @@ class CompiledGraph:
     def run(self, inputs: list[Tensor], post_step: PostStep | None, eager: tuple | None = None) -> Any:
         """Runs the compiled code and the post-step; compares with the eager result and buffers, if given."""
         fingerprint = _fingerprint(post_step) if self.recordable else None
-        result = self.compute(inputs)
+        # A result that is compared may be refused.
+        result = self.compute(inputs, None if post_step is None or eager is not None else post_step.on_gradient)
         if eager is not None:
             self.compare(result, inputs, *eager)
         if post_step is not None:
@@ -108,13 +109,25 @@ class CompiledGraph:
         self.last_fingerprint = fingerprint
         return result
 
-    def compute(self, inputs: list[Tensor]) -> Any:
-        """Returns what the compiled code computes, in memory of its own."""
+    def compute(self, inputs: list[Tensor], on_gradient: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """Returns what the compiled code computes, in memory of its own; gradients are shown as soon as they are there.
+
+        Gradients by all leaves are the last results of such a function.
+        """
         given = [inputs[t] if isinstance(t, int) else t for t in self.arguments]
         # The casts of autocast are in the graph already.
         casts = any(torch.is_autocast_enabled(device.type) for device in self.devices)
         with torch.no_grad(), full_precision(self.devices) if casts else nullcontext():
-            results = list(self.run_compiled(*given))
+            if on_gradient is None or not self.played_back:
+                results = list(self.run_compiled(*given))
+            else:
+                first = self.num_results - len(self.guards.leaves)
+
+                def ready(k: int, x: Tensor) -> None:
+                    if k >= first:
+                        on_gradient(self.guards.leaves[k - first], x)
+
+                results = list(self.run_compiled(*given, ready=ready))
         for i in self.copied_outputs:
             results[i] = results[i].clone(memory_format=torch.contiguous_format)
         return self.unflatten(results)

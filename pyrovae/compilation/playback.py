@@ -23,7 +23,8 @@ _COMMUTATIVE = frozenset(["add", "mul"])
 def play_back(recording: Recording) -> Callable[..., list]:
     """Returns a function that runs the operations of a recording, one after the other, and gives the same bits.
 
-    An operation writes into the memory of an argument that nothing reads later, where it can.
+    An operation writes into the memory of an argument that nothing reads later, where it can. The function takes
+    `ready` too, which it calls with the place of each tensor among the results, and the tensor, as soon as it is there.
     """
     writer = _Writer(recording)
     exec(compile(writer.source(), "<played back graph>", "exec"), writer.named)
@@ -31,9 +32,9 @@ def play_back(recording: Recording) -> Callable[..., list]:
     if recording.changes_inputs:  # autograd counts changes
         return run
 
-    def run_below_autograd(*inputs: Tensor) -> list:
+    def run_below_autograd(*inputs: Tensor, ready: Callable[[int, Tensor], None] | None = None) -> list:
         with torch_internals.below_autograd():
-            return run(*inputs)
+            return run(*inputs, ready=ready)
 
     return run_below_autograd
 
@@ -53,7 +54,8 @@ class _Writer:
 
     def source(self) -> str:
         """Returns the source of a function ``run``."""
-        lines = [f"def run({', '.join(self.names.values())}):"]
+        lines = [f"def run({', '.join([*self.names.values(), 'ready=None'])}):"]
+        finished = self._finished()
         for i, node in enumerate(self.recording.nodes):
             if node.op is operator.getitem:
                 call = f"{self._text(node.args[0])}[{node.args[1]}]"
@@ -63,10 +65,25 @@ class _Writer:
             dead = [x for x in dict.fromkeys(node.sources) if self.last_use[x] is node and x.tensor is None]
             dead += [] if node in self.last_use else [node]
             lines.append(f"    {name} = {call}")
+            for k in finished.get(i, ()):
+                lines.append(f"    if ready: ready({k}, {self.names[self.recording.results[k]]})")
             if dead:
                 lines.append(f"    del {', '.join(self.names[x] for x in dead)}")
         lines.append(f"    return {self._text(self.recording.results)}")
         return "\n".join(lines)
+
+    def _finished(self) -> dict[int, list[int]]:
+        """Returns the places of results by that of the operation after which they no longer change."""
+        places = {node: i for i, node in enumerate(self.recording.nodes)}
+        changed: dict[Node, int] = {}  # the last operation that may change a memory
+        for i, node in enumerate(self.recording.nodes):
+            if node.op is not operator.getitem and has_effect(node.op):
+                changed.update((x.root, i) for x in node.sources if x.root is not None)
+        finished: dict[int, list[int]] = {}
+        for k, x in enumerate(self.recording.results):
+            if x in places:
+                finished.setdefault(max(places[x], changed.get(x.root, 0)), []).append(k)
+        return finished
 
     def _call(self, node: Node) -> str:
         op, args = node.op, node.args

@@ -38,7 +38,7 @@ from pyrovae.data.sounds import Spectrogram, is_sounds, load_sounds, read_sounds
 from pyrovae.data.splits import Split, Splits, random_splits
 from pyrovae.data.tables import Table
 from pyrovae.data.text import Vocabulary, is_text_file, load_text, read_lines, split_lines
-from pyrovae.rows import Rows
+from pyrovae.rows import Rows, pack_bits
 
 __all__ = [
     "Batches",
@@ -85,6 +85,7 @@ __all__ = [
     "load_series",
     "load_sounds",
     "load_text",
+    "pack_bits",
     "random_shift",
     "random_splits",
     "random_transposition",

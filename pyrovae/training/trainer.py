@@ -31,7 +31,7 @@ from pyrovae.compilation import api as graphs
 from pyrovae.compilation.cudagraph import PostStep
 from pyrovae.compilation.guards import Guards, Snapshot
 from pyrovae.data.batches import Batches
-from pyrovae.distributed import Shard, World
+from pyrovae.distributed import GradientSum, Shard, World
 from pyrovae.inference.messages import ObservedChecked, check_all_observed, check_finite, warn
 from pyrovae.inference.running import evaluation_mode, isolated, traced
 from pyrovae.inference.sites import latents_of_trace, sample_sites
@@ -184,6 +184,7 @@ class Trainer:
         self.ema_decay = ema_decay
         self.average = None if ema_decay is None else Average(self.state, ema_decay)
 
+        self.gradient_sum = None if world.size == 1 else GradientSum(self.state.trained)
         self.num_steps = 0
         self.latest_call = _LossCall(args, kwargs, torch.get_rng_state(), None, "on the first batch")
         # The sums over an epoch of the loss and its parts, by the names of these: a loop over time may have fewer sites
@@ -352,7 +353,7 @@ class Trainer:
         try:
             if compiled is None or not self._compiled_step(compiled, args, kwargs, shard, scale, size, is_whole):
                 self.optimizer.zero_grad()
-                parts, is_inside = self._loss_and_grads(args, kwargs, shard, scale)
+                parts, is_inside = self._loss_and_grads(args, kwargs, shard, scale, is_whole)
                 values = torch.stack([*parts.values()]).double()
                 is_valid = values[0].isfinite() & is_inside if self.state.has_loss else is_inside
                 self._add_to_totals([*parts], values, is_valid, shard, size)
@@ -400,7 +401,8 @@ class Trainer:
             if is_whole:
                 self._update()
 
-        post_step = PostStep(update, self._launch_key if self.recordable else None)
+        on_gradient = self.gradient_sum.add if self.gradient_sum is not None and is_whole else None
+        post_step = PostStep(update, self._launch_key if self.recordable else None, on_gradient)
         return compiled.step(self.model, self.guide, args, kwargs, scale, shard, post_step) is not None
 
     def _launch_key(self) -> list:
@@ -411,9 +413,9 @@ class Trainer:
         return [self, self.optimizer.state, *values]
 
     def _loss_and_grads(
-        self, args: tuple, kwargs: dict[str, Any], shard: Shard, scale: float
+        self, args: tuple, kwargs: dict[str, Any], shard: Shard, scale: float, is_whole: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Computes the gradient of `scale` times the loss.
+        """Computes the gradient of `scale` times the loss, which other processes may be sent if it is of a whole batch.
 
         Returns:
             The loss and its parts, and whether the data are in the support.
@@ -422,11 +424,11 @@ class Trainer:
         with ObservedChecked(on_gpu, self.unvalidated) as data, shard.noise():
             if isinstance(self.loss, Bound):
                 terms = self.loss.terms(self.model, self.guide, *args, **kwargs)
-                (terms.loss * scale).backward()
+                self._backward(terms.loss * scale, is_whole)
                 parts = terms.named
             elif hasattr(self.loss, "differentiable_loss"):
                 loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
-                (loss * scale).backward()
+                self._backward(loss * scale, is_whole)
                 parts = {"loss": loss.detach()}
             else:
                 loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
@@ -437,6 +439,16 @@ class Trainer:
                     if p.grad is not None:
                         p.grad *= scale
         return parts, data.inside()
+
+    def _backward(self, loss: Tensor, is_whole: bool) -> None:
+        """Computes the gradients of a loss, and sums those of a whole batch over the processes as they come."""
+        hooks = []
+        if self.gradient_sum is not None and is_whole:
+            add = self.gradient_sum.add
+            hooks = [p.register_post_accumulate_grad_hook(lambda p: add(p, p.grad)) for p in self.state.trained]
+        loss.backward()
+        for hook in hooks:
+            hook.remove()
 
     def _add_to_totals(self, names: list[str], values: Tensor, is_valid: Tensor, shard: Shard, size: int) -> None:
         """Adds the loss and its parts to the sums of the epoch."""
@@ -452,7 +464,7 @@ class Trainer:
 
     def _update(self) -> None:
         """Takes a step of the optimizer."""
-        if self.world.size > 1:
+        if self.gradient_sum is not None:
             self._add_gradients_of_all()
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.state.trained, self.clip_norm)
@@ -472,10 +484,12 @@ class Trainer:
 
     def _add_gradients_of_all(self) -> None:
         """Sums the gradients over the processes. A parameter without a gradient in any of them stays without."""
+        assert self.gradient_sum is not None
         params = self.state.trained
-        has = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        *gradients, has = self.world.all_reduce([*gradients, has])
+        for p in params:
+            if p.grad is not None:
+                self.gradient_sum.add(p, p.grad)
+        gradients, has = self.gradient_sum.sums()
         # On a GPU, the first step of an epoch decides for the next ones: to read a value would wait for the GPU.
         if not self.is_valid.is_cuda or not self.has_gradient or self.num_steps % _CHECK_EVERY == 0:
             self.has_gradient = (has > 0).tolist()
