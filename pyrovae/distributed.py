@@ -78,7 +78,7 @@ class World(NamedTuple):
         """Raises a ValueError if a batch is not the same in all processes."""
         if self.size == 1:
             return
-        sums = self.all_gather([(tuple(t.shape), t.double().sum().item()) for t in _tensors_of(batch)])
+        sums = self.all_gather([(tuple(t.shape), t.sum(dtype=torch.double).item()) for t in _tensors_of(batch)])
         if any(other != sums[0] for other in sums):
             raise ValueError(
                 "data gives different batches in different processes, but each process must take its shard of the same "
@@ -123,14 +123,15 @@ class GradientSum:
 
     Args:
         params: the parameters, the same in all processes.
-        bucket_bytes: the size of a bucket, of which one gradient may be larger.
+        bucket_bytes: the size of a bucket, of which one gradient may be larger. Sending takes time of a core: on two
+            cores, two processes were 5 % slower with buckets of 1 MB than with one bucket of 2.6 MB.
 
     References:
         PyTorch Distributed: Experiences on Accelerating Data Parallel Training, S. Li et al., 2020,
         https://arxiv.org/abs/2006.15704.
     """
 
-    def __init__(self, params: Sequence[Tensor], bucket_bytes: int = 2**20):
+    def __init__(self, params: Sequence[Tensor], bucket_bytes: int = 25 * 2**20):
         self.params = params
         self.positions = {id(p): i for i, p in enumerate(params)}
         self.buckets: list[list[int]] = []

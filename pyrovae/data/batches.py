@@ -62,7 +62,8 @@ class Batches:
         It must draw no random numbers: a thread may call it while the caller works on the batch before.
         """
         if not any(isinstance(x, Rows) and x.is_slow for _, x in named_arrays(self.tensors, self.named)):
-            for self.rows, indices in self._indices():
+            for rows, indices in self._indices():
+                self.rows = rows
                 yield function(indices)
             return
         with ThreadPoolExecutor(1, "next batch") as pool:

@@ -184,6 +184,7 @@ class Trainer:
         self.ema_decay = ema_decay
         self.average = None if ema_decay is None else Average(self.state, ema_decay)
 
+        self.has_same_data = False  # whether data in memory were compared with those of the other processes
         self.gradient_sum = None if world.size == 1 else GradientSum(self.state.trained)
         self.num_steps = 0
         self.latest_call = _LossCall(args, kwargs, torch.get_rng_state(), None, "on the first batch")
@@ -316,7 +317,7 @@ class Trainer:
         return [Shard(start, end - start, total, (end - start) / total) for start, end in pairwise(bounds)]
 
     def _micro_batches(self, batches: Iterable) -> Iterator[list["_MicroBatch"]]:
-        """Yields the micro-batches of each batch, and checks that all processes have the same first batch."""
+        """Yields the micro-batches of each batch, and checks that all processes have the same data."""
 
         def cut(total: int, take: Callable[[int, int], Arguments]) -> list[_MicroBatch]:
             micro_batches = []
@@ -328,7 +329,9 @@ class Trainer:
 
         # A process takes its shard alone of data in memory; a loader gives whole batches, and a transform may need one.
         if isinstance(batches, Batches) and self.transform is None and self.world.size > 1:
-            self.world.check_same_batch(next(iter(batches.in_order())))
+            if not self.has_same_data:
+                self.world.check_same_batch(next(iter(batches.in_order())))
+                self.has_same_data = True
 
             def cut_indices(indices: range | Tensor) -> list[_MicroBatch]:
                 return cut(len(indices), lambda start, count: batches.take(indices[start : start + count]))
@@ -368,7 +371,9 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.state.trained[0].device.type, torch.bfloat16)
 
-    def _keep_call(self, args: tuple, kwargs: dict[str, Any], rows: Tensor | int | None, start: int, where: str) -> None:
+    def _keep_call(
+        self, args: tuple, kwargs: dict[str, Any], rows: Tensor | int | None, start: int, where: str
+    ) -> None:
         """Keeps a call of the loss for the case that it fails.
 
         `rows` are the places of a batch in all data, and `start` is the place of the first datum of the call among
