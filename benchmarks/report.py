@@ -36,7 +36,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def quartiles(values: Sequence[float], digits: int) -> str:
-    """Returns the median of some values and the quartiles around it."""
+    """Returns the median of some values and the quartiles around it; a single value as it is."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     low, middle, high = (f"{q:.{digits}f}" for q in statistics.quantiles(values, n=4, method="inclusive"))
     return f"{middle} ({low} to {high})"
 
