@@ -1131,12 +1131,12 @@ def draw(results: dict[str, dict[str, Measured]]) -> Figure | None:
 def speed_section(results: dict[str, dict[str, Measured]]) -> str:
     """Returns the section of the README."""
     text = (
-        "## Speed\n\n`python benchmarks/compare.py`: pyrovae, hand-written PyTorch, Lightning, stock Pyro and pythae take "
-        "turns in one process; the docstring of the script describes each. Medians over rounds, with quartiles in "
+        "## Speed\n\n`python benchmarks/compare.py`: pyrovae, hand-written PyTorch, Lightning, stock Pyro and pythae "
+        "take turns in one process; the docstring of the script describes each. Medians over rounds, with quartiles in "
         "brackets; ratios are taken within a round. The loss is in nats a datum, after the same number of steps, on "
         "the same data with the same noise: it shows that all train the same model equally well. Stock SVI has its "
-        f"defaults, Pyro's validation included. All numbers: `{JSON.name}`.\n\n![steps per second relative to hand-written "
-        f"PyTorch]({PICTURE.name})"
+        f"defaults, Pyro's validation included. All numbers: `{JSON.name}`.\n\n![steps per second relative to "
+        f"hand-written PyTorch]({PICTURE.name})"
     )
     for device, parts in results.items():
         on = " on a GPU" if device == "cuda" else ""
