@@ -23,7 +23,8 @@ def explain(message: str) -> str:
     """
     keys = _KEY.findall(message)
     if not keys:
-        return _one_line(message)
+        union = _UNION.match(message)
+        return _one_line(union[1] if union else message)
     cause = _KEY.split(message)[-1].strip()
     union = _UNION.match(cause)
     given = union and re.search(r"Given value: ([^\s(]+)$", union[2] or "")

@@ -52,6 +52,12 @@ def test_what_is_missing_is_said_in_a_line(argv, message, capsys):
     assert capsys.readouterr().err.splitlines()[0] == f"pyrovae: error: {message}"
 
 
+def test_a_class_that_refuses_its_arguments_is_quoted_alone(tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--loss", "IWAE", "--loss.num_particles", "0", "--run", str(tmp_path / "run")])
+    assert exit.value.code == "pyrovae: error: num_particles must be an integer of at least 1, got 0."
+
+
 def test_other_errors_say_where_to_look(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--epochs", "many"])

@@ -131,9 +131,10 @@ def test_fit_by_default_plays_steps_back(monkeypatch):
     calls = []
     original = CompiledGraph.__call__
     monkeypatch.setattr(CompiledGraph, "__call__", lambda *args: calls.append(1) or original(*args))
-    fitted(None, 5)
-    # Of five epochs of three batches and a smaller one, each size runs three times, and a fourth to be traced.
-    assert len(calls) == (15 - 4) + (5 - 4)
+    fitted(None, 18)
+    # Of 18 epochs of three batches and a smaller one. The first size runs three times, and a fourth to be traced; the
+    # other one 16 times, and a seventeenth.
+    assert len(calls) == (3 * 18 - 4) + (18 - 17)
 
 
 def test_the_smaller_last_batch_runs_eagerly_at_first(traced):

@@ -57,6 +57,7 @@ from pyrovae.cli.sounds import sound_defaults
 from pyrovae.cli.sweeping import sweep
 from pyrovae.cli.text import text_defaults, text_options
 from pyrovae.cli.training import train
+from pyrovae.complaints import explain
 from pyrovae.distributed import init_process_group, single_process, was_restarted
 from pyrovae.documents import read_yaml
 
@@ -140,6 +141,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         text = str(error).partition("Trace Shapes:")[0].rstrip()  # Pyro adds a long table
+        if text.startswith("Does not validate"):  # of a class that refused its arguments when it was built
+            text = explain(text)
         absent = re.search(r"\S+ is not installed\. Install it: .*", text)  # the cause, of a class that is built
         sys.exit(f"pyrovae: error: {absent[0] if absent else text}")
     except Terminated as ended:

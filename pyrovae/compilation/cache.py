@@ -22,8 +22,9 @@ from pyrovae.inference.structure import named_plate
 
 # Graphs for inputs of the same shapes. With more, what they differ in changes too often.
 _MAX_GRAPHS = 4
-# Eager calls before inputs of other shapes than the first get a compiled graph, which takes seconds.
-_WARMUP_CALLS = 32
+# Eager calls before inputs of other shapes than the first get a graph: a compilation takes seconds; what is played back
+# saves the time of its trace and its comparisons in about so many calls. Sequences may have a new length in each batch.
+_WARMUP_CALLS, _WARMUP_CALLS_PLAYED_BACK = 32, 16
 
 
 class GraphCache:
@@ -40,8 +41,7 @@ class GraphCache:
         backend: makes a function of tensors from a recording: :func:`~pyrovae.compilation.tracing.inductor` or
             :func:`~pyrovae.compilation.playback.play_back`.
         report: called with a line of text before a compilation, and with an empty one after it.
-        warmup: for graphs that are played back, how often inputs come before they get one, which takes the time of a
-            few calls.
+        warmup: for graphs that are played back, how often the first kind of inputs comes before it gets one.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class GraphCache:
                 )
             calls = self._resumed_calls.get(_shapes(metadata), 0)
             if self.backend is play_back:
-                warmup = self.warmup
+                warmup = max(self.warmup, _WARMUP_CALLS_PLAYED_BACK if self._entries else 0)
             else:
                 warmup = _WARMUP_CALLS if self._entries else 0
             entry = self._entries[key] = _Entry(calls, warmup)
