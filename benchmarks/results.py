@@ -46,6 +46,8 @@ SETTINGS = {
     "fast": "They are those of MLPs of one level with a standard normal prior. The rows try to reach them in little "
     "time by the same networks, with the bound of 5 importance samples and doubly reparameterised gradients, a "
     "VampPrior of 500, batches of 200, and a learning rate that rises to 0.003 and falls to zero over 60 epochs.",
+    "best": "They are the best of MLPs of one level, with an exemplar prior. The rows try to beat them by the same "
+    "networks: as in the table above, over 240 epochs, with matrix products in bfloat16.",
     "iwae": "Settings: two tanh layers of 200 units, 50 latents, Bernoulli pixels, binarised again for each batch, "
     "Adam, batches of 20, 3,280 epochs at falling learning rates, 5,000 importance samples.",
     "bounds": "The model, the learning rates and the score are those of the table above, so that rows can be compared "
@@ -119,6 +121,12 @@ TABLES = (
         EXEMPLAR,
         SETTINGS["fast"],
         [Row("mnist-fast", "dynamic MNIST", -84.45), Row("fashion-mnist-fast", "dynamic Fashion-MNIST", -228.70)],
+    ),
+    Table(
+        "Other combinations",
+        EXEMPLAR,
+        SETTINGS["best"],
+        [Row("mnist-best", "dynamic MNIST", -82.09), Row("fashion-mnist-best", "dynamic Fashion-MNIST", -226.75)],
     ),
     Table(
         "Importance weighted autoencoders on dynamic MNIST",
