@@ -26,6 +26,7 @@ from pyrovae.rows import NumberType, Rows, is_sparse
 __all__ = ["Arguments"]
 
 _ROWS = 1000  # batch size of the loader of a data set
+_NARROW = frozenset([torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32])
 
 
 class Arguments:
@@ -161,9 +162,9 @@ def as_rows(args: tuple, kwargs: dict[str, Any], numbers: NumberType | None = No
     """Returns arguments with arrays, and objects with ``to_numpy``, as :class:`Rows`, which convert them by batches.
 
     Floating-point numbers get the type that a VAE takes; else that of the first floating-point tensor, of the modules
-    of model and guide, or the default of torch. Integers keep their type, but for the data of a VAE, the first
-    argument. Tensors are converted for a VAE alone. Arrays of strings and objects stay arrays. Sparse matrices are
-    treated as arrays.
+    of model and guide, or the default of torch. Integers of arrays become int64, because arithmetic with bytes wraps,
+    but for the data of a VAE, the first argument, which become floating-point numbers. Tensors are converted for a VAE
+    alone. Arrays of strings and objects stay arrays. Sparse matrices are treated as arrays.
     """
     numbers = numbers or NumberType()
     if not numbers.converts and not kwargs and all(isinstance(x, Tensor) for x in args):
@@ -187,6 +188,8 @@ def as_rows(args: tuple, kwargs: dict[str, Any], numbers: NumberType | None = No
             x = Rows(x)
         if is_sparse(x):
             x = Rows(x)
+        if isinstance(x, Rows) and x.dtype in _NARROW:
+            x = x.astype(torch.int64)
         if not isinstance(x, Rows) or not (x.dtype.is_floating_point or is_data and numbers.converts):
             return x
         return x.astype(dtype)

@@ -137,6 +137,76 @@ def test_fit_by_default_plays_steps_back(monkeypatch):
     assert len(calls) == (3 * 18 - 4) + (18 - 17)
 
 
+class Warming(nn.Module):
+    """A model with a number that is not to be frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.share, self.loc = 1.0, nn.Parameter(torch.zeros(3))
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("warming", self)
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=self.share):
+            pyro.sample("x", dist.Normal(self.loc, 1.0).to_event(1), obs=x)
+
+
+def train_warming(compile: Any, on_step: str | None) -> tuple[list[float], Tensor]:
+    """Trains for 40 steps, of which each changes the model by code of the user's; returns losses and weights."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    model = Warming()
+
+    def change(*args: Any, **kwargs: Any) -> Any:
+        model.share = 1.0 if count.pop() % 9 else 0.5  # two values have two graphs
+        return args[0] if on_step == "transform" else None
+
+    class Adam(torch.optim.Adam):
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+            change()
+
+    class Listener:
+        def __call__(self, history: Any) -> None:
+            pass
+
+        def after_step(self) -> None:
+            change()
+
+    def with_hook(p: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(p, lr=0.1)
+        optimizer.register_step_post_hook(change)
+        return optimizer
+
+    count = list(range(100))
+    options = {
+        None: {"optimizer": partial(torch.optim.SGD, lr=0.1)},
+        "transform": {"transform": change},
+        "optimizer": {"optimizer": lambda p: Adam(p, lr=0.1)},
+        "hook": {"optimizer": with_hook},
+        "listener": {"callbacks": [Listener()]},
+    }[on_step]
+    x = torch.randn(80, 3, generator=torch.Generator().manual_seed(7))
+    history = fit(model.model, lambda x: None, x, epochs=1, batch_size=2, compile=compile, **options)
+    return history["loss"], model.loc.detach()
+
+
+@pytest.mark.parametrize("on_step", ["transform", "optimizer", "hook", "listener"])
+def test_code_of_a_user_between_steps_may_change_anything(on_step):
+    expected, found = (train_warming(compile, on_step) for compile in (False, "auto"))
+    assert found[0] == expected[0] and found[1].equal(expected[1])
+
+
+@pytest.mark.parametrize("on_step", [None, "listener"])
+def test_guards_are_checked_where_code_of_a_user_may_have_run(on_step, monkeypatch):
+    calls = []
+    original = CompiledGraph.failure_reason
+    monkeypatch.setattr(CompiledGraph, "failure_reason", lambda *args: calls.append(1) or original(*args))
+    train_warming("auto", on_step)
+    # The graph is made in the fourth of 40 steps, its first call. Guards are checked after its calls 1, 2, 4, 8, 16 and
+    # 32, which ran the model too, and after each sixteenth.
+    assert len(calls) == 6 if on_step is None else len(calls) >= 36
+
+
 def test_the_smaller_last_batch_runs_eagerly_at_first(traced):
     vae = fresh(lambda: diagonal_vae(2, 3))
     fit(vae.model, vae.guide, doubles(22, 3), epochs=3, batch_size=8, compile=True)

@@ -21,7 +21,8 @@ import torch
 from helpers import assert_same
 from linear_gaussian import assert_unit_scores, truth, vae_of
 from pyro import distributions as dist
-from pyro.infer import Trace_ELBO
+from pyro.infer import JitTrace_ELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
@@ -305,6 +306,39 @@ def weights_that_only_some_data_use():
 
 
 @scenario
+def weights_that_are_made_where_some_data_use_them():
+    y = torch.arange(16) // 8
+
+    def model(x, y):
+        loc = torch.zeros_like(x)
+        for kind in y.unique().tolist():
+            mean = pyro.param(f"loc {kind}", torch.zeros(WIDTH, dtype=torch.float64))
+            loc = torch.where((y == kind).unsqueeze(-1), mean, loc)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    loader = DataLoader(TensorDataset(data(16), y), batch_size=16)
+    return train(Pair(model, lambda x, y: None), loader, validation=(data(7), torch.arange(7) % 2))
+
+
+@scenario
+def what_all_data_share():
+    zeros = torch.zeros(WIDTH, dtype=torch.float64)
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(zeros, 0.1).to_event(1))
+        pyro.factor("prior", -mean.abs().sum())
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        loc, scale = pyro.param("loc", zeros), pyro.param("scale", zeros + 1, constraint=dist.constraints.positive)
+        pyro.sample("mean", dist.Normal(loc, scale).to_event(1))
+
+    return train(Pair(model, guide), data(32), validation=data(7))  # five draws are no multiple of any share
+
+
+@scenario
 def batch_norm_with_the_same_statistics_for_all():
     """Statistics of shards differ from those of a whole batch, but all processes must have the same."""
     network = nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
@@ -392,6 +426,41 @@ def without_inductor() -> Iterator[None]:
         yield
     finally:
         tracing.compile_module = compile_module
+
+
+def refused(folder: Path) -> None:
+    """Writes what is refused in several processes alone."""
+
+    def local(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(WIDTH, dtype=torch.float64), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def differs(x):
+        loc = pyro.param(f"loc of {rank()}", torch.zeros(WIDTH, dtype=torch.float64))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    cases = {
+        "rows": lambda: train(Pair(local, AutoNormal(local)), data(), batch_size=SIZE),
+        "names": lambda: train(Pair(differs), data()),
+        "jit": lambda: train(normal_vae(), data(), loss=JitTrace_ELBO()),
+    }
+    found = {}
+    for name, function in cases.items():
+        pyro.clear_param_store()
+        found[name] = outcome(function)
+    torch.save(found, folder / f"{rank()}.pt")
+
+
+def test_what_cannot_be_shared_out_is_refused_by_all_processes(tmp_path):
+    in_processes(refused, tmp_path)
+    for process in range(2):
+        found = torch.load(tmp_path / f"{process}.pt")
+        assert "run on a batch of 44 data, but not on the 22 of them that this process takes" in found["rows"]
+        assert "as those of AutoNormal" in found["rows"]
+        assert f"other parameters in another process than the 1 that it uses here, loc of {process}" in found["names"]
+        assert "JitTrace_ELBO is traced once" in found["jit"]
 
 
 def run_scenarios(folder: Path) -> None:

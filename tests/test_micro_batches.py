@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import assert_same
 from pyro import distributions as dist
-from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer import JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
@@ -107,6 +107,79 @@ def test_a_subsampled_plate_stands_for_all_data():
         history = train(model, lambda x: None, rows(20), epochs=3, batch_size=10, micro_batch_size=size)
         losses.append((history["loss"], pyro.param("loc").detach().clone()))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+
+
+# What belongs to the batch as a whole: latents of all data, priors of parameters, factors.
+
+
+def shared_mean(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(torch.zeros(4), 0.1).to_event(1))
+    scale = pyro.param("scale", torch.ones(4), constraint=dist.constraints.positive)
+    pyro.factor("prior of the scale", -scale.square().sum())
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, scale).to_event(1), obs=x)
+
+
+def at_a_point(x: Tensor) -> None:
+    pyro.sample("mean", dist.Delta(pyro.param("at", torch.zeros(4))).to_event(1))
+
+
+@pytest.mark.parametrize("compile", [False, "auto"])
+@pytest.mark.parametrize("make", [Trace_ELBO, lambda: bounds.ELBO(beta=LINEAR(steps=4))], ids=["Pyro's", "scheduled"])
+def test_what_all_data_share_counts_once(make, compile):
+    def trained(micro_batch_size: int | None) -> list:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        options = {"epochs": 5, "batch_size": 14, "compile": compile}
+        history = train(shared_mean, at_a_point, rows(34), loss=make(), micro_batch_size=micro_batch_size, **options)
+        return [*history["loss"], *(p.detach().clone() for p in pyro.get_param_store()._params.values())]
+
+    for size in (1, 3, 7):
+        torch.testing.assert_close(trained(size), trained(None), rtol=1e-4, atol=1e-5)
+
+
+def test_the_maximum_a_posteriori_of_parts_is_that_of_all_data():
+    def model(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(4), 0.1).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    x = rows(40) + 4
+    options = {"epochs": 300, "batch_size": 40, "optimizer": partial(SGD, lr=0.2)}
+    train(model, AutoDelta(model), x, micro_batch_size=8, **options)
+    (found,) = pyro.get_param_store()._params.values()
+    torch.testing.assert_close(found.detach(), x.sum(0) / (40 + 1 / 0.1**2), rtol=1e-4, atol=1e-4)
+
+
+def test_sums_over_what_all_data_share_are_refused():
+    def model(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(2, 4))
+        kind = pyro.sample("kind", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc[kind.long()], 1.0).to_event(1), obs=x)
+
+    def trained(**options) -> None:
+        pyro.clear_param_store()
+        train(model, lambda x: None, rows(8), loss=TraceEnum_ELBO(max_plate_nesting=1), epochs=1, **options)
+
+    trained(batch_size=8)
+    with pytest.raises(ValueError, match='Site "kind" is outside of the plate over the data, and is summed over'):
+        trained(batch_size=8, micro_batch_size=4)
+
+
+def test_data_in_no_plate_are_not_cut():
+    def model(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(4))
+        pyro.sample("x", dist.Normal(loc.expand_as(x), 1.0).to_event(2), obs=x)
+
+    with pytest.raises(ValueError, match="cut into parts with micro_batch_size, but no plate .* holds the data"):
+        train(model, lambda x: None, rows(8), epochs=1, batch_size=8, micro_batch_size=4)
+
+
+def test_an_objective_that_is_traced_once_is_refused():
+    vae = small_vae()
+    with pytest.raises(ValueError, match="JitTrace_ELBO is traced once, for a whole batch"):
+        train(vae.model, vae.guide, rows(8), loss=JitTrace_ELBO(), epochs=1, batch_size=8, micro_batch_size=4)
 
 
 def test_parameters_of_rows_are_refused():

@@ -171,6 +171,37 @@ def test_networks_of_the_users_own_get_integers_as_they_are():
     assert vae.encode(x).batch_shape == (20,)
 
 
+@pytest.mark.parametrize("form", ["uint8", "int8", "uint16", "a map", "sparse"])
+def test_arithmetic_with_bytes_of_an_array_does_not_wrap(form, tmp_path):
+    x = np.random.RandomState(0).randint(0, 120, size=(30, 3))
+    forms = {
+        "a map": lambda: mapped(x.astype(np.uint8), tmp_path / "x.npy", "r"),
+        "sparse": lambda: scipy.sparse.csr_array(x.astype(np.uint8)),
+    }
+
+    def model(x):
+        loc = pyro.param("loc", torch.zeros(3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=(x - 100) * 2 / 64)
+
+    losses = []
+    for given in (forms.get(form, lambda: x.astype(form))(), torch.from_numpy(x).float()):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        losses += fit(model, lambda x: None, given, epochs=2, batch_size=8, progress=False)["loss"]
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_sparse_tensors_are_refused_by_name():
+    vae = vae_of()
+    for given in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr()):
+        with pytest.raises(ValueError, match=r"sparse tensor\. Give x\.to_dense\(\), or a sparse matrix of scipy"):
+            fit(vae.model, vae.guide, given, epochs=1, progress=False)
+        with pytest.raises(ValueError, match="sparse tensor"):
+            log_marginal(vae.model, vae.guide, given, num_samples=2, progress=False)
+
+
 def test_labels_beside_the_data_stay_integers():
     vae = pyrovae.structures.SemiSupervisedVAE(
         priors.StandardNormal(2),

@@ -10,6 +10,7 @@ import random
 import re
 import signal
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -1975,6 +1976,80 @@ def test_checks_before_training_change_nothing_that_the_model_changes(compile):
     assert found[0][:2] == found[1][:2] == [6, 6.0]
     for expected, got in zip(found[0][2:], found[1][2:], strict=True):
         torch.testing.assert_close(got, expected)
+
+
+class Calls:
+    n = 0
+
+
+CALLS = {"n": 0, "mean": torch.zeros(()), "ratio": 0.5}
+
+
+@pytest.mark.parametrize("compile", ["auto", False])
+def test_checks_change_no_number_wherever_the_model_keeps_it(compile):
+    class Slotted:
+        __slots__ = ("n",)
+
+    def trained() -> list:
+        nonlocal calls
+        pyro.clear_param_store()
+        CALLS.update(n=0, mean=torch.zeros(()), ratio=0.5)
+        Calls.n, calls, slotted.n = 0, 0, 0
+        seen.clear(), recent.clear()
+        recent.append(torch.zeros(()))
+        fit(model, lambda x: None, torch.arange(12.0), epochs=6, batch_size=4, compile=compile, progress=False)
+        return [CALLS["n"], Calls.n, calls, slotted.n, len(seen), len(recent), CALLS["mean"].item(), CALLS["ratio"]]
+
+    calls, slotted, seen, recent = 0, Slotted(), [], deque(maxlen=5)
+
+    def model(x):
+        nonlocal calls
+        loc = pyro.param("loc", torch.zeros(()))
+        CALLS["n"] += 1
+        CALLS["mean"] = 0.5 * CALLS["mean"] + 1
+        CALLS["ratio"] *= 0.5
+        Calls.n += 1
+        calls += 1
+        slotted.n += 1
+        seen.append(len(x))
+        recent.append(x.mean())
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc + recent[0], 1.0), obs=x)
+
+    steps = 18
+    assert trained() == [*[steps] * 5, 5, sum(0.5**i for i in range(steps)), 0.5 ** (steps + 1)]
+
+
+@pytest.mark.parametrize("compile", ["auto", False])
+@pytest.mark.parametrize("has_gradient", [False, True])
+def test_a_parameter_that_comes_later_is_not_left_out_without_a_word(compile, has_gradient):
+    def model(x, y):
+        loc = pyro.param("loc", torch.zeros(()))
+        if bool((y == 1).any()):
+            loc = loc + pyro.param("rare", torch.zeros(())) * y
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def train_on(y: Tensor) -> None:
+        loader = DataLoader(TensorDataset(torch.ones(12), y), batch_size=4)  # in order
+        fit(model, lambda x, y: None, loader, epochs=2, compile=compile, progress=False)
+
+    y = torch.zeros(12)
+    for at in (0, 6):
+        y[:] = 0
+        y[at] = 1
+        pyro.clear_param_store()
+        other, rare = (pyro.param(name, torch.zeros(())) for name in ("of another model", "rare"))
+        if has_gradient:
+            (other + rare).backward()
+        if at == 0:
+            train_on(y)
+            assert rare.item() != 0
+        else:
+            with pytest.raises(
+                ValueError, match="parameter 'rare' has a gradient at step 2, but the first batch did not"
+            ):
+                train_on(y)
 
 
 @pytest.mark.parametrize("enabled", [True, False], ids=["enabled", "not enabled"])

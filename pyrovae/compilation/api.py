@@ -71,6 +71,7 @@ class Compiled(ELBO):
         scale: float = 1.0,
         shard: Shard | None = None,
         post_step: PostStep | None = None,
+        unchanged: bool = False,
     ) -> tuple[Step, Guards] | None:
         """Computes a loss, and the gradient of the loss times a scale.
 
@@ -83,6 +84,7 @@ class Compiled(ELBO):
             shard: the part of a batch that `args` and `kwargs` hold, which takes its part of the batch's noise; None
                 for a whole batch.
             post_step: called with the :class:`Step` before it is returned; a later step may overwrite the result then.
+            unchanged: whether no code of a user ran since the latest step.
 
         Returns:
             The result, and the guards of the state that it was computed from; None where there is no graph, as
@@ -111,7 +113,7 @@ class Compiled(ELBO):
             structure,
             *((type(x), x) if isinstance(x, ATOMS) else type(x) for x in others),
         )
-        result = self.graphs(function, [*tensors, *weights], roots, static, post_step)
+        result = self.graphs(function, [*tensors, *weights], roots, static, post_step, unchanged)
         if result is not None and isinstance(self.elbo, Bound):
             self.elbo.steps += 1
         return result

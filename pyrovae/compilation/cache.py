@@ -18,6 +18,7 @@ from pyrovae.compilation.playback import play_back
 from pyrovae.compilation.recording import Recording
 from pyrovae.compilation.tracing import inductor
 from pyrovae.inference.messages import ObservedChecked, Untraceable, warn
+from pyrovae.inference.sites import SharedSitesScaled
 from pyrovae.inference.structure import named_plate
 
 # Graphs for inputs of the same shapes. With more, what they differ in changes too often.
@@ -55,6 +56,7 @@ class GraphCache:
         self.refused: Callable[[str], Any] = warn  # called with the reason why there are no graphs
         self.calls = 0
         self.reason: str | None = None  # why there are no graphs any more
+        self._latest: CompiledGraph | None = None  # the graph of the latest call
         self._entries: dict[tuple, _Entry] = {}
         self._resumed_calls: dict[tuple, int] = {}
 
@@ -74,6 +76,7 @@ class GraphCache:
         roots: tuple,
         static: Any,
         post_step: PostStep | None = None,
+        unchanged: bool = False,
     ) -> tuple[Any, Guards] | None:
         """Returns what a function returns, without a graph of autograd, and the guards of the state that it read.
 
@@ -87,6 +90,7 @@ class GraphCache:
             roots: objects from which everything else that it reads can be reached.
             static: the rest of what it depends on, part of the cache key: hashable.
             post_step: called with the result before it is returned. A later call may overwrite the result then.
+            unchanged: whether no code of a user ran since the latest call, so that nothing that is guarded changed.
 
         Raises:
             RuntimeError: when a graph disagrees with the function.
@@ -94,6 +98,7 @@ class GraphCache:
         if self.reason is not None:
             return None
         self.calls += 1
+        latest, self._latest = self._latest, None
         before: Snapshot | None = None
         try:
             if torch_internals.MISSING:
@@ -102,7 +107,11 @@ class GraphCache:
                 raise Untraceable("an argument requires a gradient")
             entry = self._entry(inputs, static)
             entry.calls += 1
-            graph, change = entry.look_up(inputs, roots)
+            graph, change = latest, None
+            is_same = unchanged and latest is not None and latest in entry.graphs[:1]
+            if latest is None or not is_same or not latest.is_watched_enough(inputs):
+                graph, change = entry.look_up(inputs, roots)
+            self._latest = graph
             if graph is not None:
                 if graph.background is not None:
                     graph.compile_in_background(function, inputs, entry.calls)
@@ -210,9 +219,12 @@ def _shapes(metadata: tuple) -> tuple:
 
 def _handlers() -> tuple:
     """Returns the part of the cache key for the Pyro handlers around a call."""
-    key = []
+    key: list[tuple] = []
     for handler in _PYRO_STACK:
         if isinstance(handler, (TraceMessenger, ObservedChecked)):
+            continue
+        if isinstance(handler, SharedSitesScaled):
+            key.append((type(handler), handler.plate, handler.share))
             continue
         state = {name: value for name, value in vars(handler).items() if isinstance(value, ATOMS)}
         if any(value is not None and name not in state and value != [] for name, value in vars(handler).items()):

@@ -73,6 +73,7 @@ class Guards:
         self._seen: dict[Any, Any] = {}  # keeps the objects alive, so that no other object takes their id
         self._code_names: set[str] = set()  # names that the code of any function looks up
         self._modules: list[types.ModuleType] = []
+        self.sequences: list[list | deque] = []
         if params:
             store = pyro.get_param_store()
             self._add(_Slot("pyro.param", lambda: [store._params.get(name) for name in self.params], self.params))
@@ -149,7 +150,8 @@ class Guards:
                 function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
                 if isinstance(function, types.FunctionType):
                     self._visit_function(function.__qualname__, function)
-            self._watch(cls.__name__, vars(cls), tuple(name for name in vars(cls) if name[:2] != "__"))
+            names = tuple(name for name in vars(cls) if name[:2] != "__")
+            self._watch(cls.__name__, vars(cls), names, partial(setattr, cls))
 
     def _visit_python_module(self, where: str, x: types.ModuleType) -> None:
         if x.__name__.partition(".")[0] not in _LIBRARIES:
@@ -163,7 +165,12 @@ class Guards:
         self._seen[id(f)] = f
         where, cells = f.__qualname__, f.__closure__ or ()
         if cells:
-            self._add(_Slot(where, lambda: [_content(cell) for cell in cells], f.__code__.co_freevars))
+            named = dict(zip(f.__code__.co_freevars, cells, strict=True))
+
+            def write(name: str, value: Any) -> None:
+                named[name].cell_contents = value
+
+            self._add(_Slot(where, lambda: [_content(cell) for cell in cells], f.__code__.co_freevars, write=write))
         if _is_library(f):
             return
         parts = ("__code__", "__defaults__", "__kwdefaults__", *vars(f))
@@ -189,12 +196,15 @@ class Guards:
         self._visit(where, [x.func, x.args, x.keywords])
 
     def _visit_dict(self, where: str, x: dict) -> None:
-        self._add(_Slot(where, lambda: [*x, *x.values()], [*(f"the key {key!r}" for key in x), *x]))
+        self._add(_Slot(where, lambda: x, [f"the key {key!r}" for key in x]))
+        self._watch(where, x, tuple(x))
         self._count(where, "entries", x)
 
     def _visit_container(self, where: str, x: Any) -> None:
         self._add(_Slot(where, lambda: x, range(len(x))))
         self._count(where, "entries", x)
+        if isinstance(x, (list, deque)):
+            self.sequences.append(x)
 
     def _visit_array(self, where: str, x: np.ndarray) -> None:
         if x.nbytes <= _MAX_ARRAY_BYTES:
@@ -219,7 +229,9 @@ class Guards:
             name for cls in type(x).__mro__ for name in _as_tuple(vars(cls).get("__slots__", ())) if name[:2] != "__"
         ]
         if slots and not _is_library(type(x)):
-            self._add(_Slot(where, lambda: [getattr(x, name, None) for name in slots], slots))
+            self._add(
+                _Slot(where, lambda: [getattr(x, name, None) for name in slots], slots, write=partial(setattr, x))
+            )
 
     def _watch_attributes(self, where: str, x: Any, skipped: frozenset[str]) -> None:
         self._count(where, "attributes", vars(x))
@@ -228,10 +240,13 @@ class Guards:
     def _skipped(self, x: Any) -> frozenset[str]:
         return next((names for kind, names in self.skip.items() if isinstance(x, kind)), frozenset())
 
-    def _watch(self, where: str, entries: Mapping[str, Any], names: tuple) -> None:
+    def _watch(
+        self, where: str, entries: Mapping, names: tuple, write: Callable[[Any, Any], None] | None = None
+    ) -> None:
         """Watches entries of a mapping, some of which may be absent."""
         if names and all(name in entries for name in names):
-            self._add(_Slot(where, lambda: [entries[name] for name in names], names, entries))
+            write = write or (entries.__setitem__ if isinstance(entries, dict) else None)
+            self._add(_Slot(where, lambda: [entries[name] for name in names], names, entries, write))
         elif names:
             self._add(_Slot(where, lambda: [entries.get(name) for name in names], names))
 
@@ -256,7 +271,8 @@ class Snapshot:
     """What a run of model and guide for a check may change, and a training step must not find changed.
 
     These are numbers (counters of calls), the states of random generators, and buffers and other tensors that are not
-    parameters, whether they were changed in place or replaced. What the first run creates, such as parameters, is kept.
+    parameters, whether they were changed in place or replaced: attributes, global variables, entries of dicts, and
+    lists of nothing else. What the first run creates, such as parameters, is kept.
 
     Args:
         roots: the model and the guide.
@@ -265,7 +281,8 @@ class Snapshot:
     def __init__(self, roots: tuple):
         self.states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.of_devices: dict[torch.device, Tensor] = {}
-        self.entries: list[tuple[Any, Any, Any]] = []  # a mapping, a name in it, and the value
+        self.values: list[tuple[_Slot, dict[Any, Any]]] = []  # a place and what is there, by name
+        self.sequences: list[tuple[list | deque, list]] = []  # a list and its items
         self.tensors: list[tuple[Tensor, int, Tensor]] = []  # a tensor, its version and its content
         self.generators: list[tuple[Any, Any]] = []
         try:
@@ -273,11 +290,12 @@ class Snapshot:
         except (Untraceable, RuntimeError, ValueError):  # an iterator, a lazy module, too many objects: not set back
             return
         for slot in guards._slots:
-            for name, value in zip(slot.names, slot.saved, strict=True):
-                if isinstance(value, (torch.Generator, np.random.Generator)):
-                    self.generators.append((value, _state_of(value)))
-                elif isinstance(slot.entries, dict) and (_is_number(value) or _is_plain_tensor(value)):
-                    self.entries.append((slot.entries, name, value))
+            found = dict(zip(slot.names, slot.saved, strict=True))
+            generators = [x for x in slot.saved if isinstance(x, (torch.Generator, np.random.Generator))]
+            self.generators += [(x, _state_of(x)) for x in generators]
+            if slot.write is not None:
+                self.values.append((slot, {name: value for name, value in found.items() if _is_state(value)}))
+        self.sequences = [(x, [*x]) for x in guards.sequences if all(map(_is_state, x))]
         self.of_devices = {t.device: torch.cuda.get_rng_state(t.device) for t in guards.tensors if t.is_cuda}
         for t in guards.tensors:
             if _is_plain_tensor(t) and t.nbytes <= _MAX_TENSOR_BYTES:
@@ -291,10 +309,21 @@ class Snapshot:
         torch.set_rng_state(self.states[2])
         for device, cuda_state in self.of_devices.items():
             torch.cuda.set_rng_state(cuda_state, device)
-        for entries, name, value in self.entries:
-            now = entries.get(name)
-            if now is not value and (_is_number(now) if _is_number(value) else _is_plain_tensor(now)):
-                entries[name] = value
+        for slot, values in self.values:
+            assert slot.write is not None
+            try:
+                found = dict(zip(slot.names, slot.read(), strict=True))
+            except (KeyError, ValueError):  # something is no longer there
+                continue
+            for name, value in values.items():
+                now = found[name]
+                if now is not value and (_is_number(now) if _is_number(value) else _is_plain_tensor(now)):
+                    slot.write(name, value)
+        for x, items in self.sequences:
+            is_same = len(x) == len(items) and all(map(operator.is_, x, items))
+            if not is_same and all(map(_is_state, x)):
+                x.clear()
+                x.extend(items)
         for t, version, content in self.tensors:
             if t._version != version:
                 t.copy_(content)
@@ -311,6 +340,10 @@ def _is_number(x: Any) -> bool:
 
 def _is_plain_tensor(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.requires_grad and not isinstance(x, nn.Parameter)
+
+
+def _is_state(x: Any) -> bool:
+    return _is_number(x) or _is_plain_tensor(x)
 
 
 def _state_of(generator: Any) -> Any:
@@ -349,10 +382,18 @@ class _Slot:
         read: reads the values.
         names: of the values.
         entries: the mapping that holds them under these names, where there is one: it is read much faster.
+        write: writes a value under its name, where that is possible.
     """
 
-    def __init__(self, where: str, read: Callable[[], Any], names: Sequence, entries: Mapping | None = None):
-        self.where, self.read, self.names, self.entries = where, read, names, entries
+    def __init__(
+        self,
+        where: str,
+        read: Callable[[], Any],
+        names: Sequence,
+        entries: Mapping | None = None,
+        write: Callable[[Any, Any], None] | None = None,
+    ):
+        self.where, self.read, self.names, self.entries, self.write = where, read, names, entries, write
         self.saved = tuple(read())
 
     def source(self, names: dict[str, Any]) -> str:

@@ -84,6 +84,11 @@ def check_finite(name: str, x: Tensor | Rows) -> None:
     if isinstance(x, Rows):
         check_rows(name, x)
         return
+    if x.layout is not torch.strided:
+        raise ValueError(
+            f"{name} is a sparse tensor. Give x.to_dense(), or a sparse matrix of scipy, whose rows become dense a "
+            "batch at a time."
+        )
     if not x.is_floating_point() or bool(torch.isfinite(x).all()):
         return
     if x.dim() == 0:

@@ -8,6 +8,7 @@ from pyro import poutine
 from pyro.distributions import MaskedDistribution, constraints
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
@@ -47,6 +48,33 @@ class DataPlate(NamedTuple):
 
     def __str__(self) -> str:
         return f'"{min(self.names)}"'
+
+
+class SharedSitesScaled(Messenger):
+    """Multiplies the log-probabilities of sites outside of the data plate by a share.
+
+    Where a batch is cut into parts, each part has the term of a latent that all data share, of a prior of parameters or
+    of a factor outside of the plate, which belongs to the batch once: the shares of all parts sum to one.
+
+    Args:
+        plate: the plate over the data.
+        share: of the data that a part has.
+    """
+
+    def __init__(self, plate: DataPlate, share: float):
+        super().__init__()
+        self.plate, self.share = plate, share
+
+    def _pyro_sample(self, msg: Any) -> None:
+        frames = msg["cond_indep_stack"]
+        if any(frame.dim == self.plate.dim and frame.name in self.plate.names for frame in frames):
+            return
+        if "_enumerate_dim" in msg["infer"]:
+            raise ValueError(
+                f'Site "{msg["name"]}" is outside of the plate over the data, and is summed over: a batch cannot be '
+                "cut into parts then. Leave micro_batch_size out, and train in one process."
+            )
+        msg["scale"] = msg["scale"] * self.share
 
 
 def sample_sites(trace: poutine.Trace) -> dict[str, dict]:

@@ -278,7 +278,7 @@ def fit(
         while len(history) < epochs and not _is_out_of_patience(history, patience):
             epoch = len(history) + 1
             describe()
-            record = {"epoch": epoch} | trainer.train_epoch(batches, epoch, after_step=after_step)
+            record = {"epoch": epoch} | trainer.train_epoch(batches, epoch, after_step, is_quiet=not listeners)
             if held_out is not None:
                 record["validation"] = trainer.validate(held_out, epoch)
             record["learning_rate"] = trainer.optimizer.param_groups[0]["lr"]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import pyro
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -34,7 +34,7 @@ from pyrovae.data.batches import Batches
 from pyrovae.distributed import GradientSum, Shard, World
 from pyrovae.inference.messages import ObservedChecked, check_all_observed, check_finite, warn
 from pyrovae.inference.running import evaluation_mode, isolated, traced
-from pyrovae.inference.sites import latents_of_trace, sample_sites
+from pyrovae.inference.sites import SharedSitesScaled, latents_of_trace, sample_sites
 from pyrovae.inference.structure import inspect
 from pyrovae.rows import NumberType
 from pyrovae.training.averaging import Average
@@ -44,6 +44,7 @@ from pyrovae.training.state import ModelState, display_name, find_state
 
 # Steps on a GPU between checks of values on it, because every check waits for the GPU.
 _CHECK_EVERY = 50
+_JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 # Arguments of a run that earlier versions did not have, and so did not write to checkpoints.
 _DEFAULTS = {"schedule_every_step": False, "ema_decay": None, "micro_batch_size": None, "precision": None}
 
@@ -137,6 +138,12 @@ class Trainer:
         if isinstance(self.loss, Bound):
             self.loss.load_state_dict({"steps": 0})  # schedules start with the run
 
+        if isinstance(self.loss, _JIT) and (world.size > 1 or micro_batch_size is not None):
+            raise ValueError(
+                f"{type(self.loss).__name__} is traced once, for a whole batch, but several processes and "
+                "micro_batch_size cut batches into parts. Give Trace_ELBO() or one of pyrovae.bounds, which fit traces "
+                "itself."
+            )
         batch = self.prepare("data", first_batch, check=True)
         args, kwargs = self._parts(count_data(batch.args, batch.kwargs))[0].rows(batch.args, batch.kwargs)
         batch = Arguments(*args, **kwargs)
@@ -147,7 +154,22 @@ class Trainer:
         shard = world.shard(total)
         args, kwargs = shard.rows(batch.args, batch.kwargs)
         if shard.count < total:
-            structure = inspect(model, guide, *args, **kwargs)
+            try:
+                structure = inspect(model, guide, *args, **kwargs)
+            except ValueError as error:
+                raise ValueError(
+                    f"model and guide run on a batch of {total} data, but not on the {shard.count} of them that this "
+                    "process takes. If their parameters belong to rows of the data, as those of AutoNormal, or the "
+                    f"size of a plate is a fixed number, train in one process. The cause: {error}"
+                ) from error
+        if structure.data is None and (world.size > 1 or micro_batch_size is not None):
+            where = "in several processes" if micro_batch_size is None else "with micro_batch_size"
+            raise ValueError(
+                f"a batch is cut into parts {where}, but no plate of the model holds the data along a dimension: what "
+                'belongs to all parts together is not known. Put the data into pyro.plate("data", len(x)), or train '
+                "without parts."
+            )
+        self.plate = structure.data
         if 1 < total < num_shuffled:
             check_rows_are_data(model, guide, structure, args, kwargs)
         for name in structure.out_of_support:
@@ -162,7 +184,15 @@ class Trainer:
         # A subsampled plate scales the loss up to all data that it stands for.
         self.data_size = structure.data_size if structure.data_size != shard.count else None
 
-        self.state = find_state(self.loss, model, guide, args, kwargs)
+        # All processes must find the same parameters, in the same order, some of which may belong to some of the data.
+        self.state = find_state(self.loss, model, guide, batch.args, batch.kwargs)
+        names = [display_name(key) for key in self.state.params]
+        if any(other != names for other in world.all_gather(names)):
+            raise ValueError(
+                f"the first batch uses other parameters in another process than the {len(names)} that it uses here, "
+                f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. Give all processes the same data, and call "
+                "pyro.param or pyro.module in every call of model and guide."
+            )
         if precision is not None:
             self._check_precision(args, kwargs)
         self.row_parameters: list[str] = []
@@ -186,6 +216,9 @@ class Trainer:
 
         self.has_same_data = False  # whether data in memory were compared with those of the other processes
         self.gradient_sum = None if world.size == 1 else GradientSum(self.state.trained)
+        hooks = (self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks)
+        self.has_torchs_optimizer = type(self.optimizer).__module__.startswith("torch.optim.") and not any(hooks)
+        self.user_code_ran = True  # since the latest step, and may have changed what graphs depend on
         self.num_steps = 0
         self.latest_call = _LossCall(args, kwargs, torch.get_rng_state(), None, "on the first batch")
         # The sums over an epoch of the loss and its parts, by the names of these: a loop over time may have fewer sites
@@ -194,6 +227,8 @@ class Trainer:
         self.is_valid = torch.tensor(True)  # whether all losses were finite, and all data in their support
         self.has_gradient: list[bool] = []  # for each parameter, whether any process has a gradient for it
         self.num_pyro_params = 0  # in Pyro's parameter store
+        # Parameters there that the first batch did not use: name, value, gradient and the version of that.
+        self.strays: list[tuple[str, Tensor, Tensor | None, int]] = []
         self.synchronize()
 
     def _check_precision(self, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -233,7 +268,9 @@ class Trainer:
             return Arguments(*args, **kwargs)
         return as_arguments(self.transform(*args, **kwargs))
 
-    def train_epoch(self, batches: Iterable, epoch: int, after_step: Callable[[], Any]) -> dict[str, float]:
+    def train_epoch(
+        self, batches: Iterable, epoch: int, after_step: Callable[[], Any], is_quiet: bool = False
+    ) -> dict[str, float]:
         """Takes a step on every batch; returns the mean loss per datum and its parts.
 
         Before and after it, the weights are the averaged ones if there is an average.
@@ -242,9 +279,19 @@ class Trainer:
             batches: the batches.
             epoch: the number of the epoch, from 1.
             after_step: called after every step.
+            is_quiet: whether `after_step` runs no code of a user.
         """
+        # Whether no code of a user runs between steps: of a transform, a loader, an optimizer or a schedule.
+        is_quiet = is_quiet and isinstance(batches, Batches) and self.transform is None and not self.every_step
+        is_quiet = is_quiet and self.has_torchs_optimizer
         self.state.set_modes()
         self.num_pyro_params = len(pyro.get_param_store())  # callbacks may have made parameters of their own
+        held = {id(p) for p in self.state.params.values()}
+        self.strays = [
+            (key.split("$$$")[-1], p, p.grad, 0 if p.grad is None else p.grad._version)
+            for key, p in pyro.get_param_store()._params.items()
+            if p.requires_grad and id(p) not in held
+        ]
         self.synchronize()  # callbacks run on rank 0 only, and may have changed anything
         if self.average is not None:
             self.average.swap()
@@ -257,6 +304,7 @@ class Trainer:
         # checked in every step: the data at each observed site, and whether the loss is finite.
         with pyro.validation_enabled(False), self._autocast():
             for micro_batches in self._micro_batches(batches):
+                self.user_code_ran = not is_quiet or count == 0  # callbacks ran before the first step
                 count += self.step(micro_batches, getattr(batches, "rows", None), epoch)
                 after_step()
         if count == 0:
@@ -303,6 +351,13 @@ class Trainer:
         if self.is_valid.is_cuda and self.num_steps % _CHECK_EVERY == 0:
             self._check_valid()
         torch.clear_autocast_cache()  # it holds the weights of before the step, under an autocast of the caller
+        for name, p, gradient, version in self.strays:
+            if p.grad is not None and (p.grad is not gradient or p.grad._version != version):
+                raise ValueError(
+                    f"parameter {name!r} has a gradient at step {self.num_steps}, but the first batch did not use it, so "
+                    "that the optimizer does not hold it. Call pyro.param or pyro.module for it in every call of model "
+                    "or guide."
+                )
         if len(pyro.get_param_store()) != self.num_pyro_params:
             raise ValueError(
                 f"model or guide made a new parameter at step {self.num_steps}, which the optimizer does not hold: "
@@ -354,16 +409,24 @@ class Trainer:
         scale = micro.weight * shard.weight / size  # of the loss of the shard in the mean over the batch
         compiled = self.compiled if self.state.has_loss else None
         try:
-            if compiled is None or not self._compiled_step(compiled, args, kwargs, shard, scale, size, is_whole):
-                self.optimizer.zero_grad()
-                parts, is_inside = self._loss_and_grads(args, kwargs, shard, scale, is_whole)
-                values = torch.stack([*parts.values()]).double()
-                is_valid = values[0].isfinite() & is_inside if self.state.has_loss else is_inside
-                self._add_to_totals([*parts], values, is_valid, shard, size)
-                if is_whole:
-                    self._update()
+            with self._shared_scaled(micro.weight * shard.count / shard.total):
+                if compiled is None or not self._compiled_step(compiled, args, kwargs, shard, scale, size, is_whole):
+                    self.optimizer.zero_grad()
+                    parts, is_inside = self._loss_and_grads(args, kwargs, shard, scale, is_whole)
+                    values = torch.stack([*parts.values()]).double()
+                    is_valid = values[0].isfinite() & is_inside if self.state.has_loss else is_inside
+                    self._add_to_totals([*parts], values, is_valid, shard, size)
+                    if is_whole:
+                        self._update()
         except ValueError as error:
             self._explain(error)
+
+    def _shared_scaled(self, share: float) -> AbstractContextManager:
+        """Returns the context in which what belongs to a batch as a whole counts for a share of it."""
+        # A subsampled plate scales its part of the loss up, so that each part of a batch has an estimate of the whole.
+        if share == 1 or self.plate is None or self.data_size is not None:
+            return nullcontext()
+        return SharedSitesScaled(self.plate, share)
 
     def _autocast(self) -> AbstractContextManager:
         """Returns the context in which model and guide run."""
@@ -408,7 +471,8 @@ class Trainer:
 
         on_gradient = self.gradient_sum.add if self.gradient_sum is not None and is_whole else None
         post_step = PostStep(update, self._launch_key if self.recordable else None, on_gradient)
-        return compiled.step(self.model, self.guide, args, kwargs, scale, shard, post_step) is not None
+        unchanged, self.user_code_ran = not self.user_code_ran, False
+        return compiled.step(self.model, self.guide, args, kwargs, scale, shard, post_step, unchanged) is not None
 
     def _launch_key(self) -> list:
         """Returns what determines the kernels that a step of the optimizer launches on a GPU."""
@@ -515,7 +579,8 @@ class Trainer:
                 where = f"on validation data after epoch {epoch}"
                 self._keep_call(args, kwargs, getattr(batches, "rows", None), shard.start, where)
                 try:
-                    with ObservedChecked(without=self.unvalidated), shard.noise():
+                    share = self._shared_scaled(shard.count / shard.total)
+                    with ObservedChecked(without=self.unvalidated), shard.noise(), share:
                         loss = self.loss.loss(self.model, self.guide, *args, **kwargs)
                     loss = loss / (self.data_size or shard.count)
                     if not math.isfinite(loss):
