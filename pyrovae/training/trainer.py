@@ -354,9 +354,9 @@ class Trainer:
         for name, p, gradient, version in self.strays:
             if p.grad is not None and (p.grad is not gradient or p.grad._version != version):
                 raise ValueError(
-                    f"parameter {name!r} has a gradient at step {self.num_steps}, but the first batch did not use it, so "
-                    "that the optimizer does not hold it. Call pyro.param or pyro.module for it in every call of model "
-                    "or guide."
+                    f"parameter {name!r} has a gradient at step {self.num_steps}, but the first batch did not use it, "
+                    "so that the optimizer does not hold it. Call pyro.param or pyro.module for it in every call of "
+                    "model or guide."
                 )
         if len(pyro.get_param_store()) != self.num_pyro_params:
             raise ValueError(
