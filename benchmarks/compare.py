@@ -1099,12 +1099,18 @@ def draw(results: dict[str, dict[str, Measured]]) -> Figure | None:
                     )
                     if name != HAND:
                         ax.annotate(
-                            f"{middle:.2f}", (place, high), (0, 2), textcoords="offset points", ha="center", fontsize=7
+                            f"{middle:.2f}",
+                            (place, high),
+                            (0, 3),
+                            textcoords="offset points",
+                            ha="center",
+                            fontsize=7,
+                            rotation=90,
                         )
                     shown.setdefault(name, bar)
             ax.axhline(1, color="black", linewidth=0.8, zorder=1)
             ax.set_title(f"{SHORT[network]}, {objective(k)}" + (", on a GPU" if device == "cuda" else ""), fontsize=10)
-            ax.margins(y=0.12)
+            ax.margins(y=0.18)
             ax.set_xticks(range(len(groups.get(k, []))), [f"batch {case['batch']}" for case in groups.get(k, [])])
             ax.set_xlim(-0.55, max(len(groups.get(k, [])), 1) - 0.45)
             ax.tick_params(axis="x", length=0)
