@@ -179,7 +179,9 @@ class GradientSum:
 
     @torch.no_grad()
     def _send(self) -> None:
-        parts = [self.gradients.get(i, torch.zeros_like(self.params[i])).reshape(-1) for i in self._next()]
+        found = [self.gradients.get(i) for i in self._next()]
+        params = [self.params[i] for i in self._next()]
+        parts = [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(params, found, strict=True)]
         if len(self.sent) == len(self.buckets) - 1:  # the last tells which gradients there were
             has = [float(i in self.gradients) for i in range(len(self.params))]
             parts.append(torch.tensor(has, dtype=parts[0].dtype, device=parts[0].device))
