@@ -60,7 +60,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
@@ -353,6 +352,19 @@ def ms_a_step(train: Train, epochs: int, steps: int, device: str) -> float:
     return 1e3 * (marks[-1] - marks[0]) / ((epochs - 1) * steps)
 
 
+def ms_in_turns(
+    trains: dict[str, Train], rounds: int, epochs: int, steps: int, device: str, what: str
+) -> dict[str, list[float]]:
+    """Returns milliseconds a step in every round, by loop, after a round to warm up."""
+    names, ms = list(trains), {name: [] for name in trains}
+    for i in tqdm(range(-1, rounds), desc=what):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            took = ms_a_step(trains[name], epochs, steps, device)
+            if i >= 0:
+                ms[name].append(took)
+    return ms
+
+
 def measure_case(network: str, particles: int, batch: int, args: argparse.Namespace) -> Measured:
     """Returns milliseconds a step in every round, and the final loss, by loop."""
     torch.compiler.reset()
@@ -371,12 +383,8 @@ def measure_case(network: str, particles: int, batch: int, args: argparse.Namesp
     vaes, trains = {}, {}
     for name in names:
         vaes[name], trains[name] = started(name, network, x, batch, particles)
-    ms = {name: [] for name in names}
-    for i in tqdm(range(-1, rounds), desc=f"{network}, {objective(particles)}, batch {batch}"):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            took = ms_a_step(trains[name], args.epochs, steps, args.device)
-            if i >= 0:  # the first round warms up
-                ms[name].append(took)
+    what = f"{network}, {objective(particles)}, batch {batch}"
+    ms = ms_in_turns(trains, rounds, args.epochs, steps, args.device, what)
     loss = {}
     for name, vae in vaes.items():
         torch.manual_seed(2)
@@ -434,22 +442,21 @@ def digits_in_turns(args: argparse.Namespace) -> Measured:
     torch.set_num_threads(1)
     x = data.static_binarization(data.load("digits").train.x).flatten(1)[:1152]  # nine batches of 128
     trains = {}
-    for name in [*loops_on("cpu"), UNGUARDED]:
+    for name, build in {**{name: BUILD[name] for name in loops_on("cpu")}, UNGUARDED: unguarded_fit}.items():
         pyro.set_rng_seed(1)
-        trains[name] = BUILD[FIT if name == UNGUARDED else name](pyrovae_vae(x.shape[1], 16), x, 128, 1)
-    ms: dict[str, list[float]] = {name: [] for name in trains}
-    for i in tqdm(range(-1, args.rounds), desc="digits"):
-        names = list(trains)
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            with patch.object(CompiledGraph, "failure_reason", nothing) if name == UNGUARDED else nullcontext():
-                took = ms_a_step(trains[name], args.digits_epochs_a_round, len(x) // 128, "cpu")
-            if i >= 0:
-                ms[name].append(took)
-    return {"ms": ms}
+        trains[name] = build(pyrovae_vae(x.shape[1], 16), x, 128, 1)
+    return {"ms": ms_in_turns(trains, args.rounds, args.digits_epochs_a_round, len(x) // 128, "cpu", "digits")}
 
 
-def nothing(*args: Any) -> None:
-    """Stands for a comparison that finds no change."""
+def unguarded_fit(*args: Any) -> Train:
+    """``pyrovae.fit`` whose graphs find no change, whatever changes."""
+    train = pyrovae_fit(*args)
+
+    def unguarded(epochs: int, mark: Callable[[], bool | None]) -> None:
+        with patch.object(CompiledGraph, "failure_reason", lambda *args: None):
+            train(epochs, mark)
+
+    return unguarded
 
 
 def measure_digits(args: argparse.Namespace) -> Measured:
@@ -648,14 +655,10 @@ def steps_in_both(particles: int, batch: int, args: argparse.Namespace) -> Measu
     steps = max(1, 4096 // batch)
     x = binary_images(steps * batch).to(args.device)
     trains = {
-        name: pyrovae_fit(pyrovae_vae().to(args.device), x, batch, particles, precision=name) for name in PRECISIONS
+        str(name): pyrovae_fit(pyrovae_vae().to(args.device), x, batch, particles, precision=name)
+        for name in PRECISIONS
     }
-    ms: dict[str, list[float]] = {str(name): [] for name in trains}
-    for i in range(-1, args.rounds):
-        for name in PRECISIONS if i % 2 else PRECISIONS[::-1]:
-            took = ms_a_step(trains[name], args.epochs, steps, args.device)
-            if i >= 0:  # the first round warms up
-                ms[str(name)].append(took)
+    ms = ms_in_turns(trains, args.rounds, args.epochs, steps, args.device, f"{objective(particles)} in two precisions")
     return {"particles": particles, "batch": batch, "ms": ms}
 
 

@@ -116,15 +116,15 @@ def _coalesced(collective: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -
 
 
 class GradientSum:
-    """Sums gradients over processes, in buckets, each of which is sent while later gradients are still computed.
+    """Sums gradients over processes, while the backward pass computes further ones.
 
-    A backward pass comes to the parameters in about the reverse of their order, in which they fill the buckets. All
-    processes send them in the same order, whichever of their gradients are there first.
+    Gradients are sent in buckets of several. The backward pass computes them roughly from the last parameter to the
+    first, and so the buckets are filled. Every process sends the same buckets in the same order.
 
     Args:
         params: the parameters, the same in all processes.
-        bucket_bytes: the size of a bucket, of which one gradient may be larger. Sending takes time of a core: on two
-            cores, two processes were 5 % slower with buckets of 1 MB than with one bucket of 2.6 MB.
+        bucket_bytes: a bucket that has this size, or more, takes no further gradient. Small buckets are slower where no
+            core is free for sending: by 5 % with 1 MB in place of 2.6 MB, for two processes on two cores.
 
     References:
         PyTorch Distributed: Experiences on Accelerating Data Parallel Training, S. Li et al., 2020,

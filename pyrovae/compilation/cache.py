@@ -107,10 +107,10 @@ class GraphCache:
                 raise Untraceable("an argument requires a gradient")
             entry = self._entry(inputs, static)
             entry.calls += 1
-            graph, change = latest, None
-            is_same = unchanged and latest is not None and latest in entry.graphs[:1]
-            if latest is None or not is_same or not latest.is_watched_enough(inputs):
-                graph, change = entry.look_up(inputs, roots)
+            is_same = (
+                unchanged and latest is not None and latest in entry.graphs[:1] and latest.is_watched_enough(inputs)
+            )
+            graph, change = (latest, None) if is_same else entry.look_up(inputs, roots)
             self._latest = graph
             if graph is not None:
                 if graph.background is not None:

@@ -290,11 +290,11 @@ class Snapshot:
         except (Untraceable, RuntimeError, ValueError):  # an iterator, a lazy module, too many objects: not set back
             return
         for slot in guards._slots:
-            found = dict(zip(slot.names, slot.saved, strict=True))
             generators = [x for x in slot.saved if isinstance(x, (torch.Generator, np.random.Generator))]
             self.generators += [(x, _state_of(x)) for x in generators]
-            if slot.write is not None:
-                self.values.append((slot, {name: value for name, value in found.items() if _is_state(value)}))
+            values = {name: x for name, x in zip(slot.names, slot.saved, strict=True) if _is_state(x)}
+            if values and slot.write is not None:
+                self.values.append((slot, values))
         self.sequences = [(x, [*x]) for x in guards.sequences if all(map(_is_state, x))]
         self.of_devices = {t.device: torch.cuda.get_rng_state(t.device) for t in guards.tensors if t.is_cuda}
         for t in guards.tensors:

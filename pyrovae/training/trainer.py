@@ -145,8 +145,8 @@ class Trainer:
                 "itself."
             )
         batch = self.prepare("data", first_batch, check=True)
-        args, kwargs = self._parts(count_data(batch.args, batch.kwargs))[0].rows(batch.args, batch.kwargs)
-        batch = Arguments(*args, **kwargs)
+        total = count_data(batch.args, batch.kwargs)
+        batch = _part_of(batch, total, 0, self._parts(total)[0].count)
         # Runs of model and guide before the first step are no steps: they change nothing.
         before = Snapshot((model, guide))
         total = count_data(batch.args, batch.kwargs)
@@ -184,7 +184,7 @@ class Trainer:
         # A subsampled plate scales the loss up to all data that it stands for.
         self.data_size = structure.data_size if structure.data_size != shard.count else None
 
-        # All processes must find the same parameters, in the same order, some of which may belong to some of the data.
+        # Looked for on the whole batch, because a shard may not use all of them: processes must find the same ones.
         self.state = find_state(self.loss, model, guide, batch.args, batch.kwargs)
         names = [display_name(key) for key in self.state.params]
         if any(other != names for other in world.all_gather(names)):
@@ -216,8 +216,6 @@ class Trainer:
 
         self.has_same_data = False  # whether data in memory were compared with those of the other processes
         self.gradient_sum = None if world.size == 1 else GradientSum(self.state.trained)
-        hooks = (self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks)
-        self.has_torchs_optimizer = type(self.optimizer).__module__.startswith("torch.optim.") and not any(hooks)
         self.user_code_ran = True  # since the latest step, and may have changed what graphs depend on
         self.num_steps = 0
         self.latest_call = _LossCall(args, kwargs, torch.get_rng_state(), None, "on the first batch")
@@ -281,9 +279,10 @@ class Trainer:
             after_step: called after every step.
             is_quiet: whether `after_step` runs no code of a user.
         """
-        # Whether no code of a user runs between steps: of a transform, a loader, an optimizer or a schedule.
+        # A loader, a transform, a schedule and an optimizer may run code of a user too.
         is_quiet = is_quiet and isinstance(batches, Batches) and self.transform is None and not self.every_step
-        is_quiet = is_quiet and self.has_torchs_optimizer
+        hooks = (self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks)
+        is_quiet = is_quiet and _is_torchs(self.optimizer) and not any(hooks)
         self.state.set_modes()
         self.num_pyro_params = len(pyro.get_param_store())  # callbacks may have made parameters of their own
         held = {id(p) for p in self.state.params.values()}
@@ -723,10 +722,14 @@ def _part_of(batch: Arguments, total: int, start: int, count: int) -> Arguments:
     return Arguments(*args, **kwargs)
 
 
+def _is_torchs(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim.")
+
+
 def _make_recordable(optimizer: Optimizer) -> bool:
     """Moves the counters of an optimizer to the GPU; returns whether a CUDA graph can then record its steps."""
     on_gpu = all(p.is_cuda for group in optimizer.param_groups for p in group["params"])
-    if not on_gpu or not type(optimizer).__module__.startswith("torch.optim."):
+    if not on_gpu or not _is_torchs(optimizer):
         return False
     if not isinstance(optimizer, torch.optim.SGD):
         if any("capturable" not in group for group in optimizer.param_groups):
