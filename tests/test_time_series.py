@@ -352,3 +352,39 @@ def test_series_of_one_row_and_times_that_a_schema_leaves_out():
     schema = Schema.infer(table, {"t": "Identifier"})
     with pytest.raises(ValueError, match="time: the schema has no column 't' of times or numbers"):
         TimeSeries.of(table, "t", "s", schema=schema)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        (["2024-02-27", "2024-02-28", "2024-02-29"], ["2024-03-01", "2024-03-02"]),
+        (["2024-01-05", "2024-01-12", "2024-01-19"], ["2024-01-26", "2024-02-02"]),
+        (["2024-01-04", "2024-01-05", "2024-01-08"], ["2024-01-09", "2024-01-10"]),  # over a weekend
+        (["2024-01-08", "2024-01-09", "2024-01-11", "2024-01-12", "2024-01-15"], ["", ""]),  # one in four is missing
+        (["2023-11-15", "2023-12-15", "2024-01-15"], ["2024-02-15", "2024-03-15"]),
+        (["2023-11-30", "2023-12-31", "2024-01-31"], ["2024-02-29", "2024-03-31"]),
+        (["2023-09-30", "2023-12-31", "2024-03-31"], ["2024-06-30", "2024-09-30"]),
+        (["2020-02-29", "2021-02-28", "2022-02-28"], ["2023-02-28", "2024-02-29"]),
+        (["2024-01-01", "2024-01-05", "2024-01-06"], ["", ""]),
+        (["2024-01-01T21:00", "2024-01-01T22:30", "2024-01-02T00:00"], ["2024-01-02T01:30", "2024-01-02T03:00"]),
+        (
+            ["2024-01-01T21:00Z", "2024-01-01T22:30Z", "2024-01-02T00:00Z"],
+            ["2024-01-02T01:30:00+00:00", "2024-01-02T03:00:00+00:00"],
+        ),
+        ([2001, 2002, 2003], ["2004", "2005"]),
+        ([0.25, 0.5, 0.75], ["1", "1.25"]),
+        ([202411, 202412, 202501], ["", ""]),
+    ],
+)
+def test_times_that_follow_go_on_with_the_rhythm(times, expected):
+    table = {"t": times, "v": [float(i**2) for i in range(len(times))]}
+    series = TimeSeries.of(table, "t")
+    found = series.times_after(series.steps(table), len(times) - 1, 2)
+    assert found == expected
+
+
+def test_forecasts_say_when_their_rows_are(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(run)
+    main(["forecast", "run", "--steps", "3", "--num-data", "3", "--output", str(tmp_path / "f.csv")])
+    rows = list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
+    assert [row["time"] for row in rows if row["column"] == "sales"] == ["2020-03-01", "2020-03-02", "2020-03-03"] * 3

@@ -113,11 +113,12 @@ def forecast_series(
     else:
         points = np.quantile(coming, _QUANTILES, axis=0)
         after = time_series.times_text(steps.times[last])
+        times = [time_series.times_after(steps, place, num_steps) for place in last.tolist()]
         rows = (
-            [names[i], after[i], t + 1, time_series.names[c], *(f"{value:.7g}" for value in points[:, i, t, c])]
+            [names[i], after[i], t + 1, times[i][t], time_series.names[c], *(f"{v:.7g}" for v in points[:, i, t, c])]
             for i, t, c in np.ndindex(points.shape[1:])
         )
-        header = ["series", "after", "step", "column", *(f"q{round(100 * q):02d}" for q in _QUANTILES)]
+        header = ["series", "after", "step", "time", "column", *(f"q{round(100 * q):02d}" for q in _QUANTILES)]
         write_rows(output, header, rows)
     of = f"{len(x)} of {len(all_x)} series"
     print(

@@ -621,8 +621,7 @@ class Time(Modelled):
             raise CellError(0, f"is {cells.type}, not a date or a time")
         missing = pc.is_null(times).to_numpy(zero_copy_only=False)
         micro = pc.fill_null(pc.cast(times, pa.int64()), 0).to_numpy(zero_copy_only=False)
-        start = (self._origin - datetime.datetime(1970, 1, 1)) // datetime.timedelta(microseconds=1)
-        v = np.where(missing, np.nan, (micro - start) / (1e6 * _SECONDS[self.unit]))
+        v = np.where(missing, np.nan, self.since_origin(micro.view("datetime64[us]")))
         if self.step is not None:
             refuse(~missing & (v != np.round(v)), values, f"is not a whole {self.unit}, as in the training data")
         return v
@@ -631,17 +630,23 @@ class Time(Modelled):
         import pyarrow as pa
 
         v = as_float64(x)
-        v = v if self.step is None else np.round(v)
         missing = np.isnan(v)
-        start = (self._origin - datetime.datetime(1970, 1, 1)) // datetime.timedelta(microseconds=1)
-        seconds = np.where(missing, 0, v) * _SECONDS[self.unit]
-        if self.format != "iso":  # which has no fractions of a second
-            seconds = np.round(seconds)
-        micro = np.round(seconds * 1e6).astype(np.int64) + start
+        micro = self.instants(np.where(missing, 0, v)).astype(np.int64)
         times = pa.array(micro, mask=missing).cast(pa.timestamp("us", "UTC" if self.zone else None))
         if self.zone:
             return times
         return times.cast(pa.date32()) if self.unit == "day" and self.step is not None else times
+
+    def instants(self, v: np.ndarray) -> np.ndarray:
+        """Returns times in units since the origin as ``datetime64[us]``, rounded to what is written."""
+        seconds = (v if self.step is None else np.round(v)) * _SECONDS[self.unit]
+        if self.format != "iso":  # which has no fractions of a second
+            seconds = np.round(seconds)
+        return np.datetime64(self._origin, "us") + np.round(seconds * 1e6).astype("timedelta64[us]")
+
+    def since_origin(self, instants: np.ndarray) -> np.ndarray:
+        """Returns instants as units since the origin."""
+        return (instants - np.datetime64(self._origin, "us")).astype(np.float64) / (1e6 * _SECONDS[self.unit])
 
     def text(self, values: "pa.Array") -> list[str | None]:
         times = values.to_pylist()

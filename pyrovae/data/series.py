@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrovae.data.calendars import times_after
 from pyrovae.data.columns import Column, Continuous, Count, Discrete, Modelled, Positive, Time
 from pyrovae.data.reading import open_source
 from pyrovae.data.schema import Schema, quoted
@@ -276,6 +277,25 @@ class TimeSeries:
         column: Any = self.schema.columns[0]
         own = times - (column.origin if isinstance(column, Continuous) else 0.0)
         return column.text(column.decode(own))
+
+    def times_after(self, steps: Steps, place: int, num_steps: int) -> list[str]:
+        """Returns the times that follow a step, as they are written in the table.
+
+        They go on with the rhythm of the series until there: at the same place of each month, on weekdays, or at the
+        usual distance. They are empty where nine in ten distances are not alike; of numbers, where not all are.
+
+        Args:
+            steps: those of :meth:`steps`.
+            place: the number of the step there.
+            num_steps: how many times follow.
+        """
+        own = steps.times[: place + 1][steps.series[: place + 1] == steps.series[place]]
+        column: Any = self.schema.columns[0]
+        coming = times_after(column.instants(own) if isinstance(column, Time) else own, num_steps)
+        if coming is None:
+            return [""] * num_steps
+        texts = self.times_text(column.since_origin(coming) if isinstance(column, Time) else coming)
+        return [text or "" for text in texts]
 
     def describe(self, steps: Steps) -> str:
         """Returns in words what the steps of a table are."""
