@@ -74,6 +74,10 @@ class Rows:
         """The shape of the tensor of all rows."""
         return (len(self), *self.source.shape[1:])
 
+    def size(self, dim: int) -> int:
+        """Returns the size of the tensor of all rows along a dimension, which torch's ``TensorDataset`` asks for."""
+        return self.shape[dim]
+
     @property
     def is_slow(self) -> bool:
         """Whether rows are read from a file, or made of a sparse matrix."""

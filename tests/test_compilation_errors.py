@@ -274,3 +274,29 @@ def test_fit_raises_the_same_errors(what, traced):
     assert messages[0] == messages[1]
     assert {"support": "outside the support of", "weights": "is no longer finite"}[what] in messages[0]
     assert traced.made == 1
+
+
+def seeding() -> float:
+    torch.manual_seed(3)
+    return 1.0
+
+
+def test_a_model_that_seeds_torch_keeps_its_noise(traced):
+    with refused("it sets the state of torch's random numbers"):
+        same_compiled(Trace_ELBO, lambda: linear(seeding), doubles(5, 3))
+
+
+def drawing_too_much() -> float:
+    torch.randn(3)
+    return 1.0
+
+
+@pytest.mark.parametrize("compile", ["auto", True])
+def test_draws_that_nothing_needs_move_the_noise_all_the_same(compile):
+    losses = []
+    for how in (False, compile):
+        pair = fresh(lambda: linear(drawing_too_much))
+        pyro.set_rng_seed(0)
+        given = {"epochs": 12, "batch_size": 5, "compile": how}
+        losses.append(fit(pair.model, pair.guide, doubles(5, 3), **given)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)

@@ -12,6 +12,7 @@ import scipy.sparse
 import torch
 from pyro import distributions as dist
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae
 from pyrovae import VAE, diagnostics, encoders, estimators, fit, likelihoods, log_marginal, priors
@@ -293,6 +294,13 @@ def test_bits_are_widened_to_what_they_were(shape):
 
 def test_bits_take_an_eighth_of_a_byte():
     assert pack_bits(torch.ones(1000, 784)).source.packed.nbytes == 98_000
+
+
+def test_bits_are_data_of_torch_too():
+    x = torch.from_numpy(values(40, 5) > 0).float()
+    dataset = TensorDataset(pack_bits(x), torch.arange(40))
+    rows, numbers = next(iter(DataLoader(dataset, batch_size=40, shuffle=True)))
+    assert rows.equal(x[numbers])
 
 
 def test_bits_of_files_and_of_sparse_matrices(tmp_path):

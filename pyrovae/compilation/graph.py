@@ -19,6 +19,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from pyrovae.arguments import cuda_devices
 from pyrovae.compilation.background import Background
 from pyrovae.compilation.cudagraph import CudaGraph, PostStep, on_one_gpu
 from pyrovae.compilation.guards import Guards, all_unchanged
@@ -269,7 +270,13 @@ def compile_graph(
         Untraceable: when there can be no graph.
     """
     guards = discover_state(function, roots)
-    eager = run_and_restore(guards, lambda: function(guards.leaves))
+    ends: list[list[Tensor]] = []  # the random states after a run
+
+    def noted(result: Any) -> Any:
+        ends.append([torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda_devices(guards.tensors))])
+        return result
+
+    eager = run_and_restore(guards, lambda: noted(function(guards.leaves)))
     tensors = list({id(t): t for t in [*inputs, *guards.tensors]}.values())
     recording, again = trace(function, tensors, guards)
     change = guards.failure_reason(roots)
@@ -295,7 +302,7 @@ def compile_graph(
                     played_back=backend is play_back,
                     aliases=_aliases(inputs, guards),
                 )
-                run_and_restore(guards, lambda: graph.find_aliased_outputs(graph.compute(inputs)))
+                run_and_restore(guards, lambda: noted(graph.find_aliased_outputs(graph.compute(inputs))))
             break
         except Exception as error:
             # A run that was killed while it compiled leaves half a file in the cache, where every later run finds it.
@@ -303,6 +310,8 @@ def compile_graph(
             if damaged is None or not Path(damaged[1]).exists():
                 raise Untraceable(f"no code could be made of its graph: {describe_error(error)}") from error
             Path(damaged[1]).unlink()
+    if not all(map(torch.equal, ends[0], ends[-1])):  # else the noise of the next call would be other noise
+        raise Untraceable("it sets the state of torch's random numbers, or draws some that its result does not need")
     graph.recordable = on_one_gpu(recording, inputs)
     graph.compile_in_background(function, inputs, num_calls)
     return graph, graph.run(inputs, post_step, eager)
