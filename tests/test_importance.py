@@ -489,7 +489,7 @@ def draw_for_scores_alone(monkeypatch) -> None:
     """Leaves out the draws that are compared with others."""
     monkeypatch.setattr("pyrovae.inference.weights._reason_not_vectorized", lambda *_: None)
     for module in ("inference.weights", "estimators.task"):
-        monkeypatch.setattr(f"pyrovae.{module}.check_independent", lambda *_, **__: False)
+        monkeypatch.setattr(f"pyrovae.{module}.check_independent", lambda *_, **__: {})
     monkeypatch.setattr("pyrovae.estimators.task.check_rows_alone", lambda *_: None)
 
 

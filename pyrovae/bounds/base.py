@@ -21,6 +21,7 @@ from pyrovae.inference.structure import SiteStructure, inspect, named_plate
 from pyrovae.inference.weights import (
     check_draws,
     check_independent,
+    check_masks,
     in_plate_of_one,
     log_prob_of,
     per_datum,
@@ -213,6 +214,7 @@ class Bound(NumbersChecked, PyroELBO, ABC):
                 f"the guide observes {names}, which is not part of q, so that {type(self).__name__} is not a bound. "
                 "Hide it with poutine.block, move it to the model, or train with pyro.infer.Trace_ELBO."
             )
+        check_masks(structure)
         self._check_structure(structure)
         if self.by_datum:
             check_independent(structure, model, guide, *args, **kwargs)
@@ -378,7 +380,8 @@ class Bound(NumbersChecked, PyroELBO, ABC):
             {name: torch.cat([contributions[name] for contributions in parts]) for name in parts[0]}
             for parts in ([t.observed for t in chunks], [t.latent for t in chunks])
         )
-        return first_run, chunks[-1]._replace(observed=observed, latent=latent)
+        masks = {name: _joined([terms.masks[name] for terms in chunks], latents[name], size) for name in latents}
+        return first_run, chunks[-1]._replace(observed=observed, latent=latent, masks=masks)
 
     def _score_functions(self, latents: dict[str, dict]) -> dict[str, Tensor]:
         """Returns log q of the latents that need a score function; raises where the gradient needs another latent."""
@@ -496,6 +499,13 @@ class ImportanceBound(Bound):
                 f"{tuple(first.shape)}. Scale model and guide by a tensor of shape (batch,), or by a number."
             )
         return first
+
+
+def _joined(masks: list[Any], site: dict, size: int) -> Any:
+    """Returns a mask of all particles of a latent from those of chunks of so many; one of them if all are the same."""
+    first, dims = masks[0], site["value"].dim() - len(site["fn"].event_shape)
+    by_particle = isinstance(first, Tensor) and first.dim() == dims and len(first) == size
+    return torch.cat(masks) if by_particle else first
 
 
 def _kinds(args: tuple, kwargs: dict[str, Any]) -> list[tuple]:

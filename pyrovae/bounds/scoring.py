@@ -1,6 +1,6 @@
 """What each site contributes to the log weights of particles: log-probabilities, or KL divergences in closed form."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro import distributions as dist
@@ -11,8 +11,8 @@ from torch import Tensor
 from pyrovae.bounds.kl import conditioned_alike, kl_in_closed_form
 from pyrovae.bounds.penalties import Penalty
 from pyrovae.inference.running import full_precision
-from pyrovae.inference.sites import independent_elements, sample_sites
-from pyrovae.inference.weights import log_prob_of, per_datum
+from pyrovae.inference.sites import independent_elements, mask_around, sample_sites
+from pyrovae.inference.weights import log_prob_of, masked_as, per_datum
 
 
 class ModelTerms(NamedTuple):
@@ -24,12 +24,14 @@ class ModelTerms(NamedTuple):
             at the end where a penalty is per dimension.
         closed: names of the latents with a KL divergence in closed form.
         scales: factors that are not applied yet, by the names of the sites.
+        masks: of the latents, which hide them from the guide's density too.
     """
 
     observed: dict[str, Tensor]
     latent: dict[str, Tensor]
     closed: frozenset[str]
     scales: dict[str, float | Tensor]
+    masks: dict[str, Any]
 
 
 class SiteTerms(NamedTuple):
@@ -78,16 +80,17 @@ class SiteScorer(NamedTuple):
         """Returns the contributions of a model's sites, at the latents of a guide."""
         p_sites, q_sites = sample_sites(model_trace), sample_sites(guide_trace)
         exact = conditioned_alike(list(p_sites), list(q_sites)) if self.closed_form else frozenset()
-        observed, latent, closed = {}, {}, set()
+        observed, latent, closed, masks = {}, {}, set(), {}
         for name, p in p_sites.items():
             if p["is_observed"]:
                 observed[name] = self._log_prob(p)
             elif name in q_sites:
+                masks[name] = mask_around(p)[0]
                 minus_kl = self._minus_kl(p, q_sites[name]) if name in exact else None
                 latent[name] = self._log_prob(p, latent=True) if minus_kl is None else minus_kl
                 if minus_kl is not None:
                     closed.add(name)
-        return ModelTerms(observed, latent, frozenset(closed), self._scales(p_sites))
+        return ModelTerms(observed, latent, frozenset(closed), self._scales(p_sites), masks)
 
     def with_guide(self, terms: ModelTerms, guide_trace: poutine.Trace, detached: bool) -> SiteTerms:
         """Returns the contributions of all sites, with those of a guide's sites added.
@@ -102,7 +105,7 @@ class SiteScorer(NamedTuple):
             if name in terms.closed:
                 continue
             try:
-                log_q[name] = self._log_prob(q, latent=name in terms.latent)
+                log_q[name] = self._log_prob(masked_as(q, terms.masks), latent=name in terms.latent)
             except (KeyError, NotImplementedError) as error:
                 if not detached:
                     raise
@@ -123,17 +126,19 @@ class SiteScorer(NamedTuple):
 
     def _minus_kl(self, p: dict, q: dict) -> Tensor | None:
         """Returns minus the KL divergence of a latent in closed form, or None without one."""
-        if p["mask"] is not q["mask"] or not same_scale(p["scale"], q["scale"]):
+        if not same_scale(p["scale"], q["scale"]):
             return None
         per_dimension = self.penalty is not None and self.penalty.per_dimension
-        p_fn, q_fn = (_elements(p), _elements(q)) if per_dimension else (p["fn"], q["fn"])
+        (mask, p_fn), (_, q_fn) = mask_around(p), mask_around(q)
+        p, q = {**p, "fn": p_fn, "mask": mask}, {**q, "fn": q_fn}
+        p_fn, q_fn = (_elements(p), _elements(q)) if per_dimension else (p_fn, q_fn)
         with full_precision([q["value"].device]):
             kl = kl_in_closed_form(q_fn, p_fn)
         if kl is None:
             return None
         # A divergence that does not depend on the draws is the same for all particles.
         t = -kl.expand(p["value"].shape[: p["value"].dim() - len(p_fn.event_shape)])
-        return self._sum_per_dimension(p, t) if per_dimension else self._sum(p, scale_and_mask(t, mask=p["mask"]))
+        return self._sum_per_dimension(p, t) if per_dimension else self._sum(p, scale_and_mask(t, mask=mask))
 
     def _sum_per_dimension(self, site: dict, t: Tensor) -> Tensor:
         """Masks ``(num_particles, *plates, latent_dim)``, or a scalar site without the last; sums it over plates."""

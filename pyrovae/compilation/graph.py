@@ -302,7 +302,7 @@ def compile_graph(
                     played_back=backend is play_back,
                     aliases=_aliases(inputs, guards),
                 )
-                run_and_restore(guards, lambda: noted(graph.find_aliased_outputs(graph.compute(inputs))))
+                graph.find_aliased_outputs(run_and_restore(guards, lambda: noted(graph.compute(inputs)))[0])
             break
         except Exception as error:
             # A run that was killed while it compiled leaves half a file in the cache, where every later run finds it.

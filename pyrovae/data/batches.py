@@ -22,7 +22,7 @@ from pyrovae.arguments import (
     tensors_of,
     to_device,
 )
-from pyrovae.inference.messages import check_finite
+from pyrovae.inference.missing import Fills, check_filled
 from pyrovae.rows import NumberType, Rows
 
 T = TypeVar("T")
@@ -104,6 +104,7 @@ def as_batches(
     shuffle: bool,
     device: torch.device | str | None = None,
     numbers: NumberType | None = None,
+    fills: Fills | None = None,
 ) -> Batches | DataLoader:
     """Returns batches of any kind of data that :func:`pyrovae.fit` takes, and checks data in memory.
 
@@ -114,6 +115,7 @@ def as_batches(
         shuffle: whether each pass has a new order.
         device: device for data in memory; None to leave them where they are.
         numbers: the type of the numbers that model and guide take.
+        fills: whether model and guide fill in rows with NaN.
     """
     if isinstance(data, DataLoader):
         return data
@@ -137,8 +139,7 @@ def as_batches(
         args, kwargs, size = canonicalize(batch.args, batch.kwargs, numbers)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    for _, x in named_arrays(args, kwargs):
-        check_finite(name, x)
+    check_filled(args, kwargs, fills, name)
     devices = {t.device for t in tensors_of(args, kwargs)}
     if device is None and len(devices) > 1:
         raise ValueError(f"{name} holds tensors on {' and '.join(map(str, devices))}. Put them on one device.")

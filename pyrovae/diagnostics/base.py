@@ -5,6 +5,7 @@ import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -18,6 +19,7 @@ from pyrovae.data.columns import Modelled
 from pyrovae.distributions import center
 from pyrovae.estimators import Estimator
 from pyrovae.estimators.task import checked
+from pyrovae.inference.missing import fills_in
 from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import SiteStructure, inspect
 from pyrovae.inference.weights import check_draws
@@ -304,4 +306,4 @@ def in_memory(minimum: int, diagnostic: str, model: Callable, args: tuple, kwarg
         args, kwargs, size = arguments.in_memory(args, kwargs, numbers)
     if size < minimum:
         raise ValueError(f"{diagnostic} needs at least {minimum} data, got {size}. Give it more.")
-    return checked(args, kwargs, numbers)
+    return checked(args, kwargs, numbers, partial(fills_in, model, None))

@@ -1,9 +1,10 @@
 r"""What an estimator works on: a model, a guide and data, checked once and cut into chunks."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from numbers import Real
 from typing import Any
@@ -22,7 +23,8 @@ from pyrovae.estimators.base import Estimator
 from pyrovae.estimators.memory import split_evenly
 from pyrovae.estimators.supports import Combinations
 from pyrovae.inference.elimination import check_eliminable, log_sums
-from pyrovae.inference.messages import check_all_observed, check_finite, check_mass
+from pyrovae.inference.messages import check_all_observed, check_mass
+from pyrovae.inference.missing import Fills, check_filled, fills_in
 from pyrovae.inference.running import evaluation_mode, isolated, traced
 from pyrovae.inference.sites import latents_of_trace, sample_sites
 from pyrovae.inference.structure import SiteStructure, inspect
@@ -34,6 +36,7 @@ from pyrovae.inference.weights import (
     inspect_weights,
     log_prob_of,
     log_q_of,
+    masked_as,
     per_datum,
     trace_guide,
     trace_model,
@@ -71,6 +74,7 @@ class Task:
         eliminates: whether these latents are eliminated one after the other, and not by all of their combinations.
         unmasked: whether the densities of latents, of the model and of what draws them, count where they are masked.
             Latents that play no part then have a density whose integral is one, which proposals without masks need.
+        masks: of latents in the model, where the guide masks them otherwise: they hide them from q too.
     """
 
     model: Callable
@@ -87,6 +91,7 @@ class Task:
     summed: Combinations | None = None
     eliminates: bool = False
     unmasked: bool = False
+    masks: Mapping[str, Any] = field(default_factory=dict)
 
     def rows(self, rows: slice | Tensor) -> "Task":
         """Returns the task for some of the data, a slice or indices; for all of them if it is not divisible."""
@@ -113,11 +118,12 @@ class Task:
             part = self.rows(slice(start, end))
             # Checked on every chunk: on some rows a network that cannot take draws at once may still agree by chance.
             with arguments.row_positions(part.offset):
-                masks_differ = check_independent(structure, self.model, self.guide, *part.args, **part.kwargs)
+                masks = check_independent(structure, self.model, self.guide, *part.args, **part.kwargs)
                 structure = check_draws(structure, self.model, self.guide, *part.args, **part.kwargs)
             if self.summed is not None and not self.eliminates:
                 self.summed.check(sample_sites(replace(part, summed=None).draw(1, prior_of(self.model))[0]))
-            yield replace(part, structure=structure, unmasked=self.unmasked or masks_differ)
+            unmasked = self.unmasked or masks is None
+            yield replace(part, structure=structure, unmasked=unmasked, masks={} if masks is None else masks)
 
     def by_values(self) -> "list[Task]":
         """Returns a task for each combination of the latents that are summed over; itself without, or if eliminated."""
@@ -149,7 +155,7 @@ class Task:
         """Returns the log-probability of a site of a trace, masked or not."""
         is_summed = self.summed is not None and site["name"] in self.summed.sites
         counts = not site["is_observed"] and (self.unmasked or is_summed)
-        return unmasked_log_prob_of(site) if counts else log_prob_of(site)
+        return unmasked_log_prob_of(site) if counts else log_prob_of(masked_as(site, self.masks))
 
     def check_not_summed(self, user: str) -> None:
         """Raises a ValueError if latents are summed over, for a user that draws them all, "ParticleFilter" for one."""
@@ -374,7 +380,7 @@ def open_task(
             f"{type(method).__name__} needs a guide, got None. Take "
             "AnnealedImportanceSampling(), or ImportanceSampling(proposal=Prior())."
         )
-    args, kwargs, size = checked(args, kwargs, number_type(model, guide))
+    args, kwargs, size = checked(args, kwargs, number_type(model, guide), partial(fills_in, model, guide))
     # Fewer rows than all, to see whether some of the data can be scored alone.
     few = min(_FIRST_ROWS, max(size - 1, 1))
     head, named = take_rows(slice(0, few), args, kwargs)
@@ -408,9 +414,8 @@ def open_task(
         yield sum_out(task, enumerated) if enumerated else task
 
 
-def checked(args: tuple, kwargs: dict, numbers: NumberType) -> tuple[tuple, dict, int]:
-    """Returns what :func:`pyrovae.arguments.canonicalize` returns, after checking that all numbers are finite."""
+def checked(args: tuple, kwargs: dict, numbers: NumberType, fills: Fills) -> tuple[tuple, dict, int]:
+    """Returns what :func:`pyrovae.arguments.canonicalize` returns, after :func:`check_filled`."""
     args, kwargs, size = arguments.canonicalize(args, kwargs, numbers)
-    for name, x in arguments.named_arrays(args, kwargs):
-        check_finite(name, x)
+    check_filled(args, kwargs, fills)
     return args, kwargs, size

@@ -25,12 +25,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pyrovae.inference.running import isolated
-from pyrovae.inference.sites import sample_sites
+from pyrovae.inference.sites import mask_around, sample_sites
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import (
     SAMPLES,
     annotate_plates,
     log_prob_of,
+    masked_as,
     per_datum,
     trace_model,
 )
@@ -383,6 +384,9 @@ class _Filter:
                 self.model.resume()
                 while not self.guide.has_ended:
                     self.guide.resume()
+                for site in self.q.values():
+                    if site and "term" not in site:  # a latent that the model did not ask for
+                        site["term"] = self._term(site)
         finally:
             for coroutine in (self.model, self.guide):
                 if not coroutine.has_ended:
@@ -418,16 +422,18 @@ class _Filter:
         self.particles.follow(msg["value"])
         self.q[msg["name"]] = site = self._annotated(msg)
         if site["is_observed"]:
+            site["term"] = self._term(site)
             return
         if not site["fn"].has_rsample:
-            log_q = self._groups(site["term"]).sum(1)
+            log_q = self._groups(self._term(site)).sum(1)
             before = torch.zeros_like(log_q) + self.log_z
             if self.log_w is not None:
                 before = before + self._groups(self.log_w).logsumexp(1) - math.log(self.num_particles)
             self.draws.append(Draw(log_q, before.detach()))
         if site["infer"].get("is_auxiliary"):
+            site["term"] = self._term(site)
             self._add(-site["term"])
-        else:
+        else:  # its term is added with that of the model, whose mask hides it
             _stop()
 
     def _requested(self, msg: Any) -> None:
@@ -449,6 +455,7 @@ class _Filter:
         if isinstance(msg["fn"], _Subsample):
             return
         site, name = self._annotated(msg), msg["name"]
+        site["term"] = self._term(site)
         self.p[name] = site if self.keep else {}
         if name in self.structure.global_observed:
             return
@@ -456,19 +463,26 @@ class _Filter:
         if site["is_observed"]:
             self.has_observed = True
             return
-        self._add(-self.q[name]["term"])
+        q = masked_as(self.q[name], {name: mask_around(site)[0]})
+        q["term"] = self._term(q)
+        self._add(-q["term"])
+        self.q[name] = q
         if not self.keep:
             self.q[name] = {}
 
     def _annotated(self, msg: Any) -> dict:
-        """Returns a site with its plates and its contribution to the log weights."""
+        """Returns a site with its plates."""
         trace = poutine.Trace()
         trace.add_node(msg["name"], **msg.copy())
         (site,) = sample_sites(annotate_plates(trace, self.structure)).values()
         if site["data"] is not None:
             self.particles.batch = site["data"].size
+        return site
+
+    def _term(self, site: dict) -> Tensor:
+        """Returns the contribution of a site to the log weights, ``(particles, batch)``."""
         shape = torch.Size((self.particles.num_particles, self.particles.batch or 1))
-        return {**site, "term": self.particles.follow(per_datum(site, log_prob_of(site)).expand(shape))}
+        return self.particles.follow(per_datum(site, log_prob_of(site)).expand(shape))
 
     def _add(self, term: Tensor) -> None:
         self.log_w = term if self.log_w is None else self.log_w + term
@@ -554,8 +568,8 @@ def check_followed(
         for function, sites in ((guide, filtered.guide), (model, filtered.model)):
             again = sample_sites(trace_model(function, draws, structure, num_particles, *args, **kwargs))
             for name, site in sites.items():
-                found = site["term"]
-                expected = per_datum(again[name], log_prob_of(again[name])).expand_as(found)
+                found, masked = site["term"], masked_as(again[name], {name: mask_around(site)[0]})
+                expected = per_datum(masked, log_prob_of(masked)).expand_as(found)
                 finite = expected.isfinite()
                 error = torch.where(finite, (found - expected).abs(), (found != expected) & ~found.isnan()).amax()
                 size = torch.where(finite, expected.abs(), 0.0).amax()

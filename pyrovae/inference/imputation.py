@@ -12,7 +12,7 @@ from pyrovae.arguments import in_memory, take_rows, tensors_of
 from pyrovae.distributions import center
 from pyrovae.inference.running import evaluation_mode
 from pyrovae.inference.sites import sample_sites
-from pyrovae.inference.weights import draw, inspect_weights, log_p_of, trace_model
+from pyrovae.inference.weights import inspect_weights, trace_guide, trace_model, weigh
 from pyrovae.rows import number_type
 
 __all__ = ["Imputation", "impute"]
@@ -94,8 +94,8 @@ def impute(
         so_far: _SoFar | None = None
         for start in range(0, num_samples, chunk):
             k = min(chunk, num_samples - start)
-            guide_trace, log_q = draw(guide, structure, k, *args, **kwargs)
-            model_trace = trace_model(model, guide_trace, structure, k, *args, **kwargs)
+            guide_trace = trace_guide(guide, structure, k, *args, **kwargs)
+            model_trace, log_w = weigh(model, guide_trace, structure, k, *args, **kwargs)
             sites = sample_sites(model_trace)
             if start == 0:
                 observed = [name for name, node in sites.items() if node["is_observed"]]
@@ -103,9 +103,9 @@ def impute(
                     listed = ", ".join(observed) or "none"
                     raise ValueError(f'The model has no observed site "{site}" to impute; it has {listed}.')
                 if structure.data is not None:
-                    structure.data.check_in_order(log_q.shape[1], size)
+                    structure.data.check_in_order(log_w.shape[1], size)
             # In double precision, because the sums may have very many terms.
-            log_w = (log_p_of(model_trace, structure) - log_q).double()
+            dtype, log_w = log_w.dtype, log_w.double()
             log_sum, log_sum_of_squares = log_w.logsumexp(0), (2 * log_w).logsumexp(0)
             if so_far is not None:
                 log_sum = torch.logaddexp(so_far.log_sum, log_sum)
@@ -140,7 +140,7 @@ def impute(
     ess = (2 * log_sum - log_sum_of_squares).exp().clamp(max=num_samples)
     # Without the leading dimensions of plates that the site is not in.
     shape = mean.shape[structure.max_plate_nesting - sites[site]["num_plates"] :]
-    return Imputation(mean.to(center(p).dtype).reshape(shape), draws.reshape(num_draws, *shape), ess.to(log_q.dtype))
+    return Imputation(mean.to(center(p).dtype).reshape(shape), draws.reshape(num_draws, *shape), ess.to(dtype))
 
 
 class _SoFar(NamedTuple):

@@ -109,6 +109,28 @@ def is_masked(site: dict) -> bool:
     return any(mask is not None and not bool(torch.as_tensor(mask).all()) for mask in masks)
 
 
+def mask_around(site: dict) -> tuple[Any, Any]:
+    """Returns the mask of a site, of handlers and of its whole distribution, and the distribution without it."""
+    mask, fn = site["mask"], site["fn"]
+    while isinstance(fn, MaskedDistribution):
+        mask, fn = fn._mask if mask is None else fn._mask & mask, fn.base_dist
+    return mask, fn
+
+
+def masks_differ(a: dict, b: dict, *, inside: bool = False) -> bool:
+    """Whether two sites have other masks around them, or inside of their distributions.
+
+    A mask that hides nothing here may hide something of other data, so that it counts too.
+    """
+    masks = []
+    for mask, fn in map(mask_around, (a, b)):
+        found = [getattr(layer, "_mask", None) for layer in layers(fn)] if inside else [mask]
+        masks.append([torch.as_tensor(mask) for mask in found if mask is not None and mask is not True])
+    if len(masks[0]) != len(masks[1]):
+        return True
+    return any(m.shape != n.shape or not torch.equal(m, n) for m, n in zip(*masks, strict=True))
+
+
 def without_mask(fn: Any) -> Any:
     """Returns a distribution without the masks inside of it; itself where there are none."""
     if not any(isinstance(layer, MaskedDistribution) for layer in layers(fn)):

@@ -12,7 +12,8 @@ from pyro.distributions import Delta, ImproperUniform
 
 from pyrovae.arguments import count_data, explain_type_errors, kind_of, named_tensors
 from pyrovae.distributions import Blocks
-from pyrovae.inference.messages import check_finite, check_mass, check_observed, warn_of_large_counts
+from pyrovae.inference.messages import check_mass, check_observed, warn_of_large_counts
+from pyrovae.inference.missing import check_batch
 from pyrovae.inference.running import isolated, traced
 from pyrovae.inference.sites import (
     DataPlate,
@@ -23,6 +24,7 @@ from pyrovae.inference.sites import (
     is_data,
     is_discrete,
     latents_of_trace,
+    masks_differ,
     num_reals,
     plate_sizes,
     sample_sites,
@@ -77,6 +79,8 @@ class SiteStructure(NamedTuple):
             latent.
         unvalidated: names of the observed sites whose distributions were built with ``validate_args=False``.
         out_of_support: names of the unvalidated sites with data outside of their support.
+        masked_apart: names of the latents with other masks around them in the model than in the guide.
+        masked_inside: names of those with other masks inside of their distributions.
         vectorized: whether many samples may be drawn at once; otherwise they are drawn one by one.
     """
 
@@ -94,6 +98,8 @@ class SiteStructure(NamedTuple):
     global_observed: frozenset[str]
     unvalidated: frozenset[str]
     out_of_support: frozenset[str]
+    masked_apart: frozenset[str]
+    masked_inside: frozenset[str]
     vectorized: bool = True
 
     @property
@@ -127,8 +133,7 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Site
     for name, function in (("model", model), ("guide", guide)):
         if not callable(function):
             raise TypeError(f"{name} must be a Pyro {name}, a function or a module's method; got {function!r}.")
-    for name, t in named_tensors(args, kwargs):
-        check_finite(name, t)
+    check_batch(model, guide, args, kwargs)
     model_sites, guide_trace = _trace_pair(model, guide, args, kwargs)
     guide_sites = sample_sites(guide_trace)
     _check_fit(model_sites, guide_sites)
@@ -170,6 +175,7 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Site
             name for name in global_observed if again.nodes[name]["value"] is observed[name]["value"]
         )
 
+    pairs = {name: (site, guide_sites[name]) for name, site in latents.items() if name in guide_sites}
     both = [*model_sites.values(), *guide_sites.values()]
     depths = [-frame.dim for site in both for frame in site["cond_indep_stack"] if frame.vectorized]
     data_frame = next((frame for site in both if (frame := data.frame(site))), None) if data else None
@@ -195,6 +201,8 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Site
         out_of_support=frozenset(
             name for name in unvalidated if not in_support(observed[name]["fn"], observed[name]["value"]).all()
         ),
+        masked_apart=frozenset(name for name, (p, q) in pairs.items() if masks_differ(p, q)),
+        masked_inside=frozenset(name for name, (p, q) in pairs.items() if masks_differ(p, q, inside=True)),
     )
 
 

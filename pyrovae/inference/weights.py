@@ -4,7 +4,7 @@ No other module computes :math:`\log p(x, z) - \log q(z \mid x)`.
 """
 
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import pyro
@@ -20,7 +20,16 @@ from pyrovae.distributions import Stacked
 from pyrovae.distributions.normals import LowRankMultivariateNormal, MultivariateNormal
 from pyrovae.inference.messages import PER_DATUM, check_observed_by, warn
 from pyrovae.inference.running import full_precision, isolated, traced
-from pyrovae.inference.sites import DataPlate, is_masked, latents_of_trace, sample_sites, unwrapped, without_mask
+from pyrovae.inference.sites import (
+    DataPlate,
+    is_masked,
+    latents_of_trace,
+    mask_around,
+    masks_differ,
+    sample_sites,
+    unwrapped,
+    without_mask,
+)
 from pyrovae.inference.structure import SiteStructure, inspect
 from pyrovae.rows import number_type
 
@@ -37,7 +46,8 @@ def log_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, 
     The mean of the weights is an unbiased estimate of :math:`p(x_n)`. All sites of a datum must be in one plate, of any
     name and dimension. Three things are left out: factors that only scale a loss (``poutine.scale``, the N/B of a
     subsampled data plate); factors and observed sites of the guide, which are not part of q; and observed values that
-    all data share, such as a conditioned global latent. Masks are applied. The guide runs once for all samples
+    all data share, such as a conditioned global latent. Masks of the model are applied, and hide latents from q too: a
+    latent that plays no part needs no mask in the guide. The guide runs once for all samples
     together, or once per sample where the results would differ.
 
     Args:
@@ -66,8 +76,8 @@ def log_weights(model: Callable, guide: Callable, *args: Any, num_samples: int, 
     """
     args, kwargs = as_tensors(args, kwargs, number_type(model, guide))
     structure = inspect_weights(model, guide, *args, num_samples=num_samples, **kwargs)
-    trace, log_q = draw(guide, structure, num_samples, *args, **kwargs)
-    return log_joint(model, trace, structure, num_samples, *args, **kwargs) - log_q
+    drawn = trace_guide(guide, structure, num_samples, *args, **kwargs)
+    return weigh(model, drawn, structure, num_samples, *args, **kwargs)[1]
 
 
 def in_plate_of_one(model: Callable, guide: Callable) -> tuple[Callable, Callable]:
@@ -110,19 +120,46 @@ def check_weights(structure: SiteStructure) -> None:
         )
 
 
-def check_independent(structure: SiteStructure, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> bool:
+def check_masks(structure: SiteStructure) -> None:
+    """Raises a ValueError if a latent is masked inside of its distribution, in a model or a guide alone."""
+    if structure.masked_inside:
+        raise ValueError(
+            f'site "{min(structure.masked_inside)}" is masked inside of its distribution (fn.mask) in the model and '
+            "not so in the guide, or the other way, so that it is not known what of q plays no part. Mask it around "
+            "the site, with poutine.mask, in the model."
+        )
+
+
+def masked_as(q: dict, masks: Mapping[str, Any]) -> dict:
+    """Returns a latent of a guide with its mask in the model: what plays no part there has no density in q either."""
+    if q["name"] not in masks:
+        return q
+    return {**q, "mask": masks[q["name"]], "fn": mask_around(q)[1]}
+
+
+def check_independent(
+    structure: SiteStructure, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+) -> dict[str, Any] | None:
     """Raises a ValueError if data depend on each other's latents, so that weights per datum are undefined.
 
     Returns:
-        Whether a latent is masked in the model and not in the guide, or the other way, or for other data.
+        The masks of latents in the model, where the guide masks them otherwise; None if these depend on the latents, or
+        are inside of a distribution, so that what the guide draws cannot be masked alike.
     """
     if structure.data is None:
-        return False
+        return {}
     with isolated(tensors_of(args, kwargs)):
         draw = latents_of_trace(traced(guide, None, *args, **kwargs))
         before = sample_sites(traced(model, draw, *args, **kwargs))
         reason = _reason_dependent(model, draw, before, structure.data, args, kwargs)
-        differ = _masks_differ(before, sample_sites(draw))
+        masks: dict[str, Any] | None = {}
+        if _masks_differ(before, sample_sites(draw)):
+            again = sample_sites(traced(model, latents_of_trace(traced(guide, None, *args, **kwargs)), *args, **kwargs))
+            drawn = sample_sites(draw)
+            latents = [name for name in drawn if name in before and name in again]
+            depend = any(masks_differ(before[name], again[name]) for name in latents)
+            inside = any(masks_differ(before[name], drawn[name], inside=True) for name in latents)
+            masks = None if depend or inside else {name: mask_around(before[name])[0] for name in latents}
     if reason is not None:
         raise ValueError(
             f"Importance weights per datum are undefined: {reason} data. Compute what belongs to a datum from its own "
@@ -130,7 +167,7 @@ def check_independent(structure: SiteStructure, model: Callable, guide: Callable
             "that do depend on each other, as in a graph, have no scores of their own: train such a model with "
             "bounds.ELBO or an ELBO of Pyro."
         )
-    return differ
+    return masks
 
 
 def _reason_dependent(
@@ -326,14 +363,6 @@ def _is_rounding(several: dict, alone: dict, sample: int | None) -> bool:
     return True
 
 
-def draw(
-    guide: Callable, structure: SiteStructure, num_samples: int, *args: Any, **kwargs: Any
-) -> tuple[poutine.Trace, Tensor]:
-    r"""Runs the guide for `num_samples` draws; returns its trace and :math:`\log q`, ``(num_samples, batch)``."""
-    trace = trace_guide(guide, structure, num_samples, *args, **kwargs)
-    return trace, log_q_of(trace)
-
-
 def trace_guide(
     guide: Callable, structure: SiteStructure, num_samples: int, *args: Any, **kwargs: Any
 ) -> poutine.Trace:
@@ -346,6 +375,16 @@ def trace_guide(
         # All draws use the subsample of the first.
         traces.append(traced(guide, _subsamples_of(traces[0]) if traces else None, *args, **kwargs))
     return _stacked(traces, structure)
+
+
+def weigh(
+    model: Callable, drawn: poutine.Trace, structure: SiteStructure, num_samples: int, *args: Any, **kwargs: Any
+) -> tuple[poutine.Trace, Tensor]:
+    r"""Runs a model at a guide's trace of `num_samples` draws; returns its trace and log weights, in the same shape."""
+    check_masks(structure)
+    scored = trace_model(model, drawn, structure, num_samples, *args, **kwargs)
+    masks = {name: mask_around(site)[0] for name, site in sample_sites(scored).items()}
+    return scored, log_p_of(scored, structure) - log_q_of(drawn, lambda q: log_prob_of(masked_as(q, masks)))
 
 
 def log_joint(

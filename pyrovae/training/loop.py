@@ -25,6 +25,7 @@ from pyrovae.compilation.cache import backend_of
 from pyrovae.data.batches import Batches, as_batches
 from pyrovae.distributed import init_process_group
 from pyrovae.inference.messages import is_integer, warn
+from pyrovae.inference.missing import fills_in
 from pyrovae.progress import tqdm
 from pyrovae.rows import number_type
 from pyrovae.training.callbacks import Callback, listeners_of, running, stop_requested
@@ -176,7 +177,8 @@ def fit(
         )
 
     numbers = number_type(model, guide)
-    as_given = partial(as_batches, device=device, numbers=numbers)
+    fills = partial(fills_in, model, guide, transform=transform)
+    as_given = partial(as_batches, device=device, numbers=numbers, fills=fills)
     batches = as_given("data", data, batch_size, shuffle=True)
     held_out = None if validation is None else as_given("validation", validation, None, shuffle=False)
     first = next(iter(batches), None)

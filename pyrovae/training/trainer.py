@@ -32,7 +32,8 @@ from pyrovae.compilation.cudagraph import PostStep
 from pyrovae.compilation.guards import Guards, Snapshot
 from pyrovae.data.batches import Batches
 from pyrovae.distributed import GradientSum, Shard, World
-from pyrovae.inference.messages import ObservedChecked, check_all_observed, check_finite, warn
+from pyrovae.inference.messages import ObservedChecked, check_all_observed, warn
+from pyrovae.inference.missing import check_batch
 from pyrovae.inference.running import evaluation_mode, isolated, traced
 from pyrovae.inference.sites import SharedSitesScaled, latents_of_trace, sample_sites
 from pyrovae.inference.structure import inspect
@@ -178,6 +179,12 @@ class Trainer:
                 "validate_args=False: the loss is not that of a probability of these data, and log_marginal will "
                 "refuse them."
             )
+        if structure.masked_apart and not isinstance(self.loss, Bound):
+            warn(
+                f'site "{min(structure.masked_apart)}" is masked in the model and not in the guide, or otherwise: what '
+                f"the model hides counts in q alone, and {type(self.loss).__name__} is no bound on log p(x). Mask it "
+                "alike in the guide, by poutine.mask, or train with bounds.ELBO, which does."
+            )
         self.unvalidated = structure.unvalidated
         if self.compiled is not None:
             self.compiled.unvalidated = structure.unvalidated
@@ -258,8 +265,7 @@ class Trainer:
         batch = as_arguments(batch)
         args, kwargs = as_tensors(batch.args, batch.kwargs, self.numbers if check else None)
         if check:
-            for x in tensors_of(args, kwargs):
-                check_finite(name, x)
+            check_batch(self.model, self.guide, args, kwargs, self.transform, name)
         if self.device is not None:
             args, kwargs = to_device(args, kwargs, self.device)
         if self.transform is None:
