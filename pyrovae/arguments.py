@@ -145,10 +145,6 @@ def canonicalize(
     Raises:
         ValueError: when an argument has rows or entries, but not one per datum, or is ambiguous.
     """
-    if any(isinstance(x, Arguments) for x in args):
-        if len(args) != 1:
-            raise ValueError("pyrovae.Arguments holds all positional arguments: give no other.")
-        args, kwargs = args[0].args, args[0].kwargs | kwargs
     args, kwargs = as_rows(args, kwargs, numbers)
     arguments = _named(args, kwargs)
     first, size = _first_size(arguments)
@@ -164,8 +160,16 @@ def as_rows(args: tuple, kwargs: dict[str, Any], numbers: NumberType | None = No
     Floating-point numbers get the type that a VAE takes; else that of the first floating-point tensor, of the modules
     of model and guide, or the default of torch. Integers of arrays become int64, because arithmetic with bytes wraps,
     but for the data of a VAE, the first argument, which become floating-point numbers. Tensors are converted for a VAE
-    alone. Arrays of strings and objects stay arrays. Sparse matrices are treated as arrays.
+    alone. Arrays of strings and objects stay arrays. Sparse matrices are treated as arrays. Those that
+    :class:`Arguments` hold take its place.
+
+    Raises:
+        ValueError: when there are other positional arguments beside `Arguments`.
     """
+    if any(isinstance(x, Arguments) for x in args):
+        if len(args) != 1:
+            raise ValueError("pyrovae.Arguments holds all positional arguments: give no other.")
+        args, kwargs = args[0].args, args[0].kwargs | kwargs
     numbers = numbers or NumberType()
     if not numbers.converts and not kwargs and all(isinstance(x, Tensor) for x in args):
         return args, kwargs

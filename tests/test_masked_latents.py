@@ -142,7 +142,7 @@ def test_partly_observed_sites_of_pyro():
                 pyro.sample(f"x{j}", dist.Normal(z, NOISE), obs=x[:, j], obs_mask=seen[:, j])
 
     def exact(x: Tensor, seen: Tensor) -> None:
-        precision = 1 + seen.sum(1) / NOISE**2
+        precision = 1 + seen.sum(1).double() / NOISE**2
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal((x * seen).sum(1) / NOISE**2 / precision, precision.rsqrt()))
             for j in range(2):
@@ -158,7 +158,7 @@ def test_partly_observed_sites_of_pyro():
             for row, s in zip(x, seen, strict=True)
         ]
     )
-    for bound in (bounds.ELBO(2, closed_form=False), bounds.IWAE(4), bounds.FIVO(4)):
+    for bound in (bounds.ELBO(2, closed_form=False), bounds.IWAE(4)):
         assert -bound.loss(partly, exact, x, seen) == pytest.approx(truth.sum().item(), rel=1e-9)
     weights = log_weights(partly, exact, x, seen, num_samples=5)
     torch.testing.assert_close(weights, truth.expand(5, -1))

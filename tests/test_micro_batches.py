@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import assert_same
 from pyro import distributions as dist
+from pyro import poutine
 from pyro.infer import JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor, nn
@@ -284,3 +285,24 @@ def test_distributions_in_half_precision_are_refused():
     with pytest.raises(ValueError, match=message):
         train(model, guide, rows(8), epochs=1, precision="bf16")
     train(model, partial(guide, cast=True), rows(8), epochs=1, precision="bf16")
+
+
+@pytest.mark.parametrize("scaled", ["all", "likelihood"])
+def test_a_scale_that_depends_on_the_size_of_the_batch_is_refused(scaled):
+    x, layer = torch.randn(24, 3), nn.Linear(1, 3)
+
+    def model(x):
+        pyro.module("layer", layer)
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=1 / len(x) if scaled == "all" else 1.0):
+                z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            with poutine.scale(scale=torch.tensor(1 / len(x))):
+                pyro.sample("x", dist.Normal(layer(z.unsqueeze(-1)), 0.7).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)), poutine.scale(scale=1 / len(x) if scaled == "all" else 1.0):
+            pyro.sample("z", dist.Normal(x.mean(-1), 0.1))
+
+    fit(model, guide, x, batch_size=24, epochs=1, progress=False)
+    with pytest.raises(ValueError, match=r'site ".*" is scaled by 0.04167 in a batch and by 0.1667 in a part of it'):
+        fit(model, guide, x, batch_size=24, epochs=1, micro_batch_size=6, progress=False)

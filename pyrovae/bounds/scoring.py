@@ -170,7 +170,9 @@ def same_scale(a: float | Tensor, b: float | Tensor) -> bool:
     """Whether two sites have the same scale."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or torch.equal(a, b)
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+    if isinstance(a, Tensor) or isinstance(b, Tensor):  # a number, and a tensor of one
+        return max(torch.as_tensor(a).dim(), torch.as_tensor(b).dim()) == 0 and bool(a == b)
+    return a == b
 
 
 def _is_tensor_scale(scale: float | Tensor) -> bool:

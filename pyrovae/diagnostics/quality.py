@@ -20,6 +20,7 @@ from pyrovae.inference.sites import sample_sites
 from pyrovae.inference.structure import inspect
 from pyrovae.inference.weights import inspect_samples, trace_guide
 from pyrovae.plots.drawing import are_images, grid_of, new_figure, show
+from pyrovae.progress import tqdm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -245,6 +246,7 @@ def quality(
     *args: Any,
     features: Callable[[Tensor], Tensor] | None = None,
     k: int = 3,
+    progress: bool = True,
     **kwargs: Any,
 ) -> Quality:
     """Compares samples from a model with data: are they plausible (precision), and do they cover the data (recall)?
@@ -262,6 +264,7 @@ def quality(
             of a classifier, for example. By default the means of the guide's latents, which do not see what the encoder
             ignores.
         k: the number of the nearest neighbour, see :func:`precision_recall`.
+        progress: whether to show a progress bar.
         **kwargs: as `args`.
 
     Returns:
@@ -287,7 +290,7 @@ def quality(
     chunk = max(1, int(_CHUNK / (_NUM_DRAWS * elements_per_datum(args, kwargs, size))))
     real_parts: list[Tensor] = []
     generated_parts: list[Tensor] = []
-    with evaluation_mode():
+    with evaluation_mode(), tqdm(total=size, desc="quality", unit="datum", delay=0.5, disable=not progress) as bar:
         for start in range(0, size, chunk):
             part_args, part_kwargs = take_rows(slice(start, start + chunk), args, kwargs)
             structure = inspect(model, guide, *part_args, **part_kwargs)
@@ -308,6 +311,7 @@ def quality(
                             f"features must be (batch, d), but for data of shape {tuple(inputs.shape)} they have shape "
                             f"{tuple(outputs.shape)}. Flatten them to one row per datum."
                         )
+            bar.update(len(x))
     real, generated = _check_features(torch.cat(real_parts), torch.cat(generated_parts), at_least=2 * (k + 2))
     half = size // 2
     a, b = torch.randperm(size)[: 2 * half].split(half)

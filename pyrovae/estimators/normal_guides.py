@@ -202,7 +202,9 @@ class NormalGuide:
         noise: list[Tensor] = []
         quadratic: Tensor | float = 0.0
         frames = {frame.name: frame for site in self.target.sites for frame in site.frames}
-        plates = {name: pyro.plate(name, frame.size, dim=frame.dim) for name, frame in frames.items()}
+        # A plate without a size has that of the values in it.
+        sizes = {name: frame.size if frame.size >= 0 else None for name, frame in frames.items()}
+        plates = {name: pyro.plate(name, sizes[name], dim=frame.dim) for name, frame in frames.items()}
         for site in self.target.sites:
             # u = mean + L e: given the sites before, whose noise e is known, a site's block of u is again normal.
             here, before = site.columns, slice(0, site.columns.start)

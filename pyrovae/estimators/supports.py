@@ -152,7 +152,7 @@ def check_unmasked(name: str, site: dict) -> None:
     if is_masked(site):
         raise ValueError(
             f'the latents at site "{name}" are masked for some data, so that they have no density to '
-            "integrate. Take ImportanceSampling()."
+            "integrate. Take ImportanceSampling(), which sums over them exactly if the guide leaves them to the model."
         )
 
 

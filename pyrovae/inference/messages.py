@@ -14,6 +14,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import GammaPoisson, constraints
+from pyro.distributions.hmm import HiddenMarkovModel
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
@@ -223,7 +224,10 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
     """Raises a ValueError if an observed value does not have the shape of its distribution or is out of its support."""
     base = unwrapped(fn)
     kind = type(base).__name__
-    if fn.event_shape and value.shape[value.dim() - len(fn.event_shape) :] != fn.event_shape:
+    event_shape = fn.event_shape
+    if _scores_any_length(base):  # whose event has one step for any number of them
+        event_shape = value.shape[value.dim() - len(event_shape) :][:1] + event_shape[1:]
+    if event_shape and value.shape[value.dim() - len(event_shape) :] != event_shape:
         raise ValueError(
             f'The data at site "{name}" has shape {tuple(value.shape)}, but its distribution {kind} has events of '
             f"shape {tuple(fn.event_shape)}. Reshape the data, or build the likelihood for that shape."
@@ -247,6 +251,12 @@ def check_observed(name: str, fn: Any, value: Tensor, columns: str = "") -> None
         f'The data at site "{name}"{columns} is outside the support of {kind}, {space}: it ranges from {low:g} to '
         f"{high:g}, and the first datum outside is {row_name(first)}. {bytes_}{_advice(space)}"
     )
+
+
+def _scores_any_length(base: Any) -> bool:
+    """Whether a distribution is a hidden Markov model whose steps are all alike."""
+    is_hmm = isinstance(base, HiddenMarkovModel) or type(base).__name__ == "MissingDataDiscreteHMM"
+    return is_hmm and base.event_shape[0] == 1 and getattr(base, "duration", None) is None
 
 
 def warn_of_large_counts(name: str, fn: Any, value: Tensor) -> None:

@@ -175,6 +175,8 @@ def in_support(fn: Any, value: Tensor) -> Tensor:
         return fn.support.check(value)
     except NotImplementedError:
         return torch.ones((), dtype=torch.bool, device=value.device)
+    except RuntimeError:  # of a support that depends on parameters of more draws, as that of MaskedMixture
+        return fn.support.check(value.expand(torch.broadcast_shapes(value.shape, fn.batch_shape + fn.event_shape)))
 
 
 def num_reals(site: dict) -> int:

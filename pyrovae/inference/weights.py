@@ -113,6 +113,11 @@ def inspect_weights(model: Callable, guide: Callable, *args: Any, num_samples: i
 def check_weights(structure: SiteStructure) -> None:
     """Raises a ValueError if importance weights per datum are undefined."""
     if structure.problems:
+        if any(name.startswith("_Auto") for name in structure.auxiliary):
+            raise ValueError(
+                f"Importance weights per datum are undefined: {'; '.join(structure.problems)}. Automatic guides with "
+                "one latent for all data, such as AutoDiagonalNormal, have none: take AutoNormal, or an encoder."
+            )
         raise ValueError(
             f"Importance weights per datum are undefined: {'; '.join(structure.problems)}. {PER_DATUM}; give "
             "a latent that all data share a value, by poutine.condition of the model and of the guide; put a single "

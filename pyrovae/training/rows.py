@@ -1,5 +1,6 @@
 """Parameters whose elements belong to rows of the data, such as those of Pyro's automatic guides of local latents."""
 
+import math
 from collections.abc import Callable
 
 import pyro
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from pyrovae.arguments import Arguments, canonicalize, cuda_devices, take_rows, tensors_of
 from pyrovae.inference.messages import warn
-from pyrovae.inference.running import evaluation_mode, traced
-from pyrovae.inference.sites import sample_sites, unwrapped
+from pyrovae.inference.running import evaluation_mode, isolated, traced
+from pyrovae.inference.sites import latents_of_trace, sample_sites, unwrapped
 from pyrovae.inference.structure import SiteStructure, inspect
 
 
@@ -135,6 +136,38 @@ def check_rows_are_data(model: Callable, guide: Callable, structure: SiteStructu
             "would cut it into batches and shuffle them: pass batch_size=len(x), or put several series, the rows of "
             'x, in pyro.plate("data", len(x)).'
         )
+
+
+def check_scales(model: Callable, guide: Callable, whole: Arguments, part: Arguments) -> None:
+    """Raises a ValueError if a site has another scale in a part of a batch: sums over parts would not be the whole's.
+
+    The scales of subsampled plates are left out, whose sizes are accounted for.
+    """
+    with isolated(tensors_of(whole.args, whole.kwargs)):
+        found = []
+        for batch in (whole, part):
+            drawn = traced(guide, None, *batch.args, **batch.kwargs)
+            scored = traced(model, latents_of_trace(drawn), *batch.args, **batch.kwargs)
+            sites = sample_sites(drawn) | sample_sites(scored)
+            found.append({name: _own_scale(site) for name, site in sites.items()})
+    for name in [name for name in found[0] if name in found[1]]:
+        of_whole, of_part = found[0][name], found[1][name]
+        if of_whole is not None and of_part is not None and not math.isclose(of_whole, of_part, rel_tol=1e-5):
+            raise ValueError(
+                f'site "{name}" is scaled by {of_whole:.4g} in a batch and by {of_part:.4g} in a part of it, so that '
+                "the parts do not add up to the batch. Leave out a scale that depends on the size of the batch, such "
+                "as 1 / len(x): fit takes means over the data. Or train without parts (micro_batch_size=None, one "
+                "process)."
+            )
+
+
+def _own_scale(site: dict) -> float | None:
+    """Returns the scale of a site without those of subsampled plates; None if it is a tensor of several numbers."""
+    scale = torch.as_tensor(site["scale"])
+    if scale.numel() != 1:
+        return None
+    sizes = [(f.full_size, f.size) for f in site["cond_indep_stack"] if f.vectorized and f.full_size and f.size > 0]
+    return scale.item() / math.prod(full / size for full, size in sizes)
 
 
 def check_rows(names: list[str], batch_size: int, num_batches: int) -> None:

@@ -39,7 +39,7 @@ from pyrovae.inference.sites import SharedSitesScaled, latents_of_trace, sample_
 from pyrovae.inference.structure import inspect
 from pyrovae.rows import NumberType
 from pyrovae.training.averaging import Average
-from pyrovae.training.rows import check_rows_are_data, parameters_of_rows
+from pyrovae.training.rows import check_rows_are_data, check_scales, parameters_of_rows
 from pyrovae.training.schedules import make_schedule
 from pyrovae.training.state import ModelState, display_name, find_state
 
@@ -147,9 +147,9 @@ class Trainer:
             )
         batch = self.prepare("data", first_batch, check=True)
         total = count_data(batch.args, batch.kwargs)
-        batch = _part_of(batch, total, 0, self._parts(total)[0].count)
         # Runs of model and guide before the first step are no steps: they change nothing.
         before = Snapshot((model, guide))
+        whole, batch = batch, _part_of(batch, total, 0, self._parts(total)[0].count)
         total = count_data(batch.args, batch.kwargs)
         structure = inspect(model, guide, *batch.args, **batch.kwargs)
         shard = world.shard(total)
@@ -171,6 +171,8 @@ class Trainer:
                 "without parts."
             )
         self.plate = structure.data
+        if world.size > 1 or micro_batch_size is not None:
+            check_scales(model, guide, whole, Arguments(*args, **kwargs))
         if 1 < total < num_shuffled:
             check_rows_are_data(model, guide, structure, args, kwargs)
         for name in structure.out_of_support:
