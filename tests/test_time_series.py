@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from pyrovae import log_marginal
+from pyrovae import log_marginal, plots
 from pyrovae.cli import main
 from pyrovae.data import Schema, TimeSeries, load_series
 from pyrovae.estimators import ParticleFilter
@@ -388,3 +388,95 @@ def test_forecasts_say_when_their_rows_are(run, monkeypatch, tmp_path):
     main(["forecast", "run", "--steps", "3", "--num-data", "3", "--output", str(tmp_path / "f.csv")])
     rows = list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
     assert [row["time"] for row in rows if row["column"] == "sales"] == ["2020-03-01", "2020-03-02", "2020-03-03"] * 3
+
+
+def test_a_picture_and_quantiles_begin_after_the_last_complete_row(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(run)
+    table = walks()
+    late = {day for day in table["day"] if day > "2020-02-20"}
+    prices = ["" if day in late else cell for day, cell in zip(table["day"], table["price"], strict=True)]
+    sales = ["" if day in late else cell for day, cell in zip(table["day"], table["sales"], strict=True)]
+    place = str(write(tmp_path / "holed.csv", table | {"price": prices, "sales": sales}))
+    seen = []
+    monkeypatch.setattr(
+        "pyrovae.plots.forecasts", lambda past, coming: seen.append(past) or plots.forecasts(past, coming)
+    )
+    main(["forecast", "run", "--data", place, "--steps", "2", "--output", str(tmp_path / "f.png")])
+    (past,) = seen
+    series = TimeSeries.of(table, "day", "shop", growth=True)
+    steps = series.steps(table)
+    for name, of in zip(("Bern", "Graz", "Ulm"), past, strict=True):
+        which = steps.series == steps.names.index(name)
+        last = steps.levels[which & (series.steps(place).times <= 50)][-1]
+        np.testing.assert_allclose(of[-1].numpy(), last)
+
+
+def test_a_series_goes_on_after_its_last_complete_row_however_long_ago(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(run)
+    table = walks()
+    never = ["" if shop == "Graz" else cell for shop, cell in zip(table["shop"], table["price"], strict=True)]
+    old = [
+        "" if shop == "Bern" and day > "2020-01-20" else cell
+        for shop, day, cell in zip(table["shop"], table["day"], never, strict=True)
+    ]
+    place = str(write(tmp_path / "old.csv", table | {"price": old}))
+    with pytest.warns(UserWarning, match="no forecast of 'Graz': each row has an empty cell"):
+        main(["forecast", "run", "--data", place, "--steps", "1", "--output", str(tmp_path / "f.csv")])
+    rows = list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
+    assert {row["series"]: row["after"] for row in rows} == {"Bern": "2020-01-20", "Ulm": "2020-02-29"}
+    assert "2 of 3 series" in capsys.readouterr().out
+
+
+def test_growth_goes_on_from_a_level_after_an_empty_cell(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(run)
+    table = walks()
+    holed = ["" if day == "2020-02-28" else cell for day, cell in zip(table["day"], table["price"], strict=True)]
+    place = str(write(tmp_path / "holed.csv", table | {"price": holed}))
+    main(["forecast", "run", "--data", place, "--steps", "1", "--output", str(tmp_path / "f.csv")])
+    rows = list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
+    assert {row["after"] for row in rows} == {"2020-02-29"}
+    last = {shop: price for day, shop, price in zip(*list(table.values())[:3], strict=True) if day == "2020-02-29"}
+    for row in rows:
+        if row["column"] == "price":
+            assert abs(float(row["q50"]) / last[row["series"]] - 1) < 0.1
+
+
+def test_reconstructions_are_rows_in_the_units_of_the_table(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(run)
+    main(["reconstruct", "run", "--output", str(tmp_path / "r.csv")])
+    rows = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
+    assert list(rows[0])[:5] == ["row", "series", "time", "change of price", "change of price, reconstructed"]
+    table = walks()
+    for row in rows:
+        place = int(row["row"]) - 1
+        assert (row["series"], row["time"]) == (table["shop"][place], table["day"][place])
+    assert all(row["change of sales, reconstructed"] != "nan" for row in rows)
+    main(["reconstruct", "run", "--output", str(tmp_path / "r.png")])
+    assert (tmp_path / "r.png").exists()
+
+
+def test_small_counts_are_counts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    table = {
+        "t": days(80),
+        "sold": rng.poisson(0.4, 80).tolist(),
+        "is_open": (rng.random(80) < 0.5).astype(int).tolist(),
+    }
+    write(tmp_path / "a.csv", table)
+    for i, options in enumerate(([], ["--columns", "sold,is_open"])):
+        main(["train", "--data", "a.csv", "--time", "t", "--run", f"run{i}", *SMALL, *options])
+        series = load_run(f"run{i}")[1]["time_series"]
+        assert [column.kind for column in series.schema.columns[1:]] == ["Count", "Count"]
+        main(["sample", f"run{i}", "--num-samples", "20", "--output", f"s{i}.csv"])
+        rows = list(csv.DictReader(Path(f"s{i}.csv").read_text().splitlines()))
+        assert all(row["sold"].isdigit() for row in rows)
+
+
+def test_words_are_named(tmp_path):
+    table = {"month": [f"2020-{i:02}" for i in range(1, 13)], "open": ["no", "yes"] * 6, "v": [i**2 for i in range(12)]}
+    with pytest.raises(ValueError, match="time: column 'month' .* holds words.*of months their first day"):
+        TimeSeries.of(table, "month")
+    table["month"] = list(range(12))
+    with pytest.raises(ValueError, match="columns: column 'open' .* holds words, such as 'no', and no numbers"):
+        TimeSeries.of(table, "month", columns=["open", "v"])

@@ -107,7 +107,7 @@ def test_hidden_markov_models_of_any_length():
     prior = dist.Normal(0.0, 1.0).log_prob(grid).unsqueeze(1) + math.log(0.01)
     truth = (p.log_prob(x.double().unsqueeze(0)) + prior).logsumexp(0)
     assert (found.value - truth).abs().max() < 1e-3 + 5 * found.standard_error.max()
-    with pytest.raises(ValueError, match=r'data at site "x" has shape \(10, 6\)'):
+    with pytest.raises(ValueError, match="site 'x'|site \"x\""):  # by Pyro
         fit(lambda x: fixed(x, step), lambda x: fixed_guide(x), x, epochs=1, progress=False)
 
 

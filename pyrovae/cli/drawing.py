@@ -17,10 +17,10 @@ from pyrovae.cli.common import (
     write_array,
 )
 from pyrovae.cli.labels import arguments_of, draw
-from pyrovae.cli.pictures import as_pictures
+from pyrovae.cli.pictures import as_pictures, is_drawn_as_curves
 from pyrovae.cli.pieces import reconstruct_pieces, recordings_of, sample_pieces
 from pyrovae.cli.rows import TABLES, draw_given, draw_rows, given_context, read_given, reconstruct_rows
-from pyrovae.cli.series import sample_series
+from pyrovae.cli.series import reconstruct_series, sample_series
 from pyrovae.cli.text import reconstruct_lines, sample_lines
 from pyrovae.data import Schema
 from pyrovae.structures import MissingDataVAE, SequenceVAE
@@ -214,12 +214,20 @@ def reconstruct(
         print(f"{len(rows)} reconstructions: {out}")
         return
     reconstructed = vae.reconstruct(*arguments_of(vae, part))
-    if out.suffix == ".png":
+    if isinstance(vae, SequenceVAE):
+        reconstructed = reconstructed.masked_fill(x.isnan(), torch.nan)
+    if splits.time_series is not None and out.suffix != ".npy":
+        file = data or config["data"]
+        reconstruct_series(splits.time_series, file, x, reconstructed, part.rows, out)
+    elif out.suffix == ".png":
         from pyrovae import plots
 
-        if isinstance(vae, SequenceVAE):
-            x, reconstructed = as_pictures(torch.cat([x, reconstructed])).chunk(2)
-        plots.reconstructions(x, reconstructed, out)
+        if isinstance(vae, SequenceVAE) and is_drawn_as_curves(x):
+            plots.sequences(x, reconstructed, path=out)
+        else:
+            if isinstance(vae, SequenceVAE):
+                x, reconstructed = as_pictures(torch.cat([x, reconstructed])).chunk(2)
+            plots.reconstructions(x, reconstructed, out)
     else:
         write_array(reconstructed, out)
     print(f"{len(x)} reconstructions: {out}")

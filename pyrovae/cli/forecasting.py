@@ -25,8 +25,8 @@ def forecast(
     run: str,
     steps: int = 20,
     split: SplitName = "test",
-    num_data: int = 4,
-    num_draws: int = 100,
+    num_data: int | None = None,
+    num_draws: int | None = None,
     output: str | None = None,
     data: str | None = None,
     data_root: str | None = None,
@@ -42,8 +42,8 @@ def forecast(
         run: the run directory, of a run with the structure Recurrent or StateSpace, as that of sounds.
         steps: number of steps to draw.
         split: the split of the data.
-        num_data: number of sequences.
-        num_draws: draws for each sequence.
+        num_data: number of sequences; 4 by default, of time series all, but for a picture.
+        num_draws: draws for each sequence; 100 by default, for quantiles 1,000.
         output: a .png file: fans of the draws, or of many features one draw after the sequence; a .csv file: quantiles
             of the draws of each sequence, step and element, all counted from 1; or a .npy file: the draws, (num_draws,
             num_data, steps, ...). Of sounds also a .wav or .flac file, of music .mid or .json: each piece with one draw
@@ -58,7 +58,7 @@ def forecast(
             code.
     """
     for name, value in (("steps", steps), ("num_data", num_data), ("num_draws", num_draws)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     check_device(device)
     vae, config = storage.load_run(run, trust=trust)
@@ -67,12 +67,16 @@ def forecast(
             f"{run} is no run on sequences: a {type(vae).__name__} has no steps to come. Train with --structure "
             "Recurrent or StateSpace, or on sounds."
         )
+    ending = Path(output).suffix if output else ".csv" if config.get("time_series") is not None else ".png"
+    num_draws = num_draws or (1000 if ending == ".csv" else 100)
     num_particles = max(_NUM_PARTICLES, num_draws)
     if config.get("time_series") is not None:
         out = new_file(output or Path(run) / "forecasts.csv", (".csv", ".png", ".npy"))
         file, series = data or config["data"], config["time_series"]
-        forecast_series(vae, series, file, steps, num_data, num_draws, num_particles, out, seed, device)
+        num_series = num_data or (4 if ending == ".png" else None)
+        forecast_series(vae, series, file, steps, num_series, num_draws, num_particles, out, seed, device)
         return
+    num_data = num_data or 4
     recordings = recordings_of(config)
     endings: tuple[str, ...] = (".png", ".csv", ".npy")
     if recordings is not None:

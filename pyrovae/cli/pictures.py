@@ -35,7 +35,8 @@ def pictures_of(name: str, vae: Any, splits: datasets.Splits, history: History) 
     part, few = (data_to_score(splits, "test", "grey", size, device) for size in (1000, 10))
     drawn: dict[str, Callable[[], Any]] = {}
     if isinstance(vae, SequenceVAE):
-        drawn |= _of_sequences(vae, data_to_score(splits, "test", "grey", _NUM_SEQUENCES, device))
+        few = data_to_score(splits, "test", "grey", _NUM_SEQUENCES, device)
+        drawn |= _of_sequences(vae, few, splits.time_series)
     elif splits.schema is None and splits.vocabulary is None:
         drawn["samples.png"] = lambda: plots.samples(draw(vae, 100, mean=True), title=MEANS)
         if hasattr(vae, "reconstruct"):
@@ -53,23 +54,35 @@ def pictures_of(name: str, vae: Any, splits: datasets.Splits, history: History) 
     return {file: partial(_draw, function, name) for file, function in drawn.items()}
 
 
-def _of_sequences(vae: SequenceVAE, part: datasets.Split) -> dict[str, Callable[[], Any]]:
+def _of_sequences(
+    vae: SequenceVAE, part: datasets.Split, time_series: datasets.TimeSeries | None
+) -> dict[str, Callable[[], Any]]:
     """Returns functions that draw sequences of a VAE, and the first of its data with their reconstructions."""
     from pyrovae import plots
 
     args = arguments_of(vae, part)
 
+    def curves(x: Tensor, again: Tensor | None, title: str) -> Any:
+        if time_series is None:
+            return plots.sequences(x, again, title=title)
+        title += ", changes from row to row" if time_series.growth else ""
+        again = None if again is None else torch.from_numpy(time_series.levels(again))
+        return plots.sequences(torch.from_numpy(time_series.levels(x)), again, names=time_series.names, title=title)
+
     def reconstructions() -> Any:
         again = vae.reconstruct(*args).masked_fill(part.x.isnan(), torch.nan)
+        if is_drawn_as_curves(part.x):
+            return curves(part.x, again, "test data and reconstructions")
         above, below = as_pictures(torch.cat([part.x, again])).chunk(2)
         return plots.reconstructions(above, below, title="test data above, reconstructions below")
 
-    return {
-        "samples.png": lambda: plots.samples(
-            as_pictures(vae.sample(4 * _NUM_SEQUENCES, part.x.shape[1])), title="sequences from p(x), time to the right"
-        ),
-        "reconstructions.png": reconstructions,
-    }
+    def samples() -> Any:
+        x = vae.sample(4 * _NUM_SEQUENCES, part.x.shape[1])
+        if is_drawn_as_curves(x):
+            return curves(x[:_NUM_SEQUENCES], None, "sequences from p(x)")
+        return plots.samples(as_pictures(x), title="sequences from p(x), time to the right")
+
+    return {"samples.png": samples, "reconstructions.png": reconstructions}
 
 
 def is_drawn_as_curves(x: Tensor) -> bool:

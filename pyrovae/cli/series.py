@@ -14,6 +14,7 @@ from pyrovae.cli.common import new_file, write_rows
 from pyrovae.cli.defaults import recurrent_defaults, student_t
 from pyrovae.cli.labels import split_steps
 from pyrovae.data import TimeSeries
+from pyrovae.data.series import Steps
 from pyrovae.estimators import Estimator, ParticleFilter, log_predictive
 from pyrovae.inference.messages import warn
 from pyrovae.structures import SequenceVAE
@@ -80,13 +81,50 @@ def sample_series(
         print(f"of the logarithm of {', '.join(logs)}")
 
 
+def reconstruct_series(
+    time_series: TimeSeries, file: str, x: Tensor, reconstructed: Tensor, rows: Tensor | None, out: Path
+) -> None:
+    """Writes the rows of pieces beside their reconstructions, in the units of the table, or draws them.
+
+    Args:
+        time_series: how rows are steps.
+        file: the table.
+        x: pieces, with NaN where there is no step.
+        reconstructed: of the same shape.
+        rows: the row of the table in which each piece begins.
+        out: where to write.
+    """
+    values, again = time_series.levels(x), time_series.levels(reconstructed)
+    if out.suffix == ".png":
+        from pyrovae import plots
+
+        title = "changes from row to row" if time_series.growth else ""
+        pieces = torch.from_numpy(values), torch.from_numpy(again)
+        plots.sequences(*pieces, names=time_series.names, title=title, path=out)
+        return
+    steps = time_series.steps(file)
+    starts = {int(row): place for place, row in enumerate(steps.rows)}
+    assert rows is not None  # of pieces of a table
+    found = []
+    for i, row in enumerate(rows.tolist()):
+        for t in np.flatnonzero(~np.isnan(values[i]).any(1)):
+            place = starts[row] + int(t)  # the steps of a series follow each other
+            own = values[i, t] if time_series.growth else steps.levels[place]  # not moved within their steps
+            numbers = [f"{v:.9g}" for pair in zip(own, again[i, t], strict=True) for v in pair]
+            (time,) = time_series.times_text(steps.times[place : place + 1])
+            found.append([int(steps.rows[place]), steps.names[steps.series[place]], time, *numbers])
+    of = [f"change of {name}" if time_series.growth else name for name in time_series.names]
+    header = ["row", "series", "time", *(text for name in of for text in (name, f"{name}, reconstructed"))]
+    write_rows(out, header, found)
+
+
 @torch.no_grad()
 def forecast_series(
     vae: Any,
     time_series: TimeSeries,
     file: str,
     num_steps: int,
-    num_series: int,
+    num_series: int | None,
     num_draws: int,
     num_particles: int,
     output: Path,
@@ -97,19 +135,27 @@ def forecast_series(
     steps = time_series.steps(file)
     check_sequences(vae)
     all_x, all_places = time_series.last(steps)
+    if not len(all_x):
+        raise ValueError(f"{file}: no series has a row without an empty cell, after which it could go on.")
     x, places = all_x[:num_series], all_places[:num_series]
     filled, mask = split_steps(x, torch.from_numpy(steps.rows)[places[:, 0]])
     pyro.set_rng_seed(seed)
-    args = filled.to(device), num_steps, mask.to(device)
-    draws = vae.to(device).forecast(*args, num_samples=num_draws, num_particles=num_particles).cpu()
     ends = until_last(mask).sum(1) - 1  # of the last rows without an empty cell
-    last = places[torch.arange(len(places)), ends].numpy()
+    complete = places[torch.arange(len(places)), ends].numpy()
+    last = time_series.last_known(steps, complete)  # of growth, also a level after an empty cell
+    skipped = last - complete
+    args = filled.to(device), num_steps + int(skipped.max()), mask.to(device)
+    draws = vae.to(device).forecast(*args, num_samples=num_draws, num_particles=num_particles).cpu()
+    draws = torch.stack([draws[:, i, k : k + num_steps] for i, k in enumerate(skipped.tolist())], dim=1)
     coming = time_series.levels(draws, steps.levels[last])
     names = [steps.names[i] for i in steps.series[last]]
+    lacking = sorted({*steps.names} - {steps.names[i] for i in steps.series[all_places[:, 0].numpy()]})
+    if lacking:
+        warn(f"no forecast of {', '.join(map(repr, lacking))}: each row has an empty cell.")
     if output.suffix == ".npy":
         np.save(output, coming)
     elif output.suffix == ".png":
-        _draw(time_series, steps.levels, places, coming, names, output)
+        _draw(time_series, steps, last, coming, names, output)
     else:
         points = np.quantile(coming, _QUANTILES, axis=0)
         after = time_series.times_text(steps.times[last])
@@ -120,7 +166,7 @@ def forecast_series(
         )
         header = ["series", "after", "step", "time", "column", *(f"q{round(100 * q):02d}" for q in _QUANTILES)]
         write_rows(output, header, rows)
-    of = f"{len(x)} of {len(all_x)} series"
+    of = f"{len(x)} of {len(steps.names)} series"
     print(
         f"{num_draws} draws of the {num_steps} rows after the end of {of}, given the last {x.shape[1]} rows: {output}"
     )
@@ -162,7 +208,8 @@ def score_series(
     before = f"{overlap} to {time_series.num_steps - 1}"
     print(f"{file}: {len(at):,} rows, each given the {before} rows of its series before it, or all if there are fewer")
     if len(at) < len(steps.x):
-        print(f"{len(steps.x) - len(at):,} rows with an empty cell are not scored")
+        after = ", or of growth after one," if time_series.growth else ""
+        print(f"{len(steps.x) - len(at):,} rows with an empty cell{after} are not scored")
     print(f"log p = {value.mean():.3f} nats a row (standard error: {math.sqrt((error**2).sum()) / len(at):.3f})")
     rough = int((error > 1).sum())
     if rough:
@@ -201,18 +248,19 @@ def _text(value: Any) -> str:
 
 
 def _draw(
-    time_series: TimeSeries, levels: np.ndarray, places: Tensor, coming: np.ndarray, names: list[str], path: Path
+    time_series: TimeSeries, steps: Steps, last: np.ndarray, coming: np.ndarray, names: list[str], path: Path
 ) -> None:
-    """Draws the last rows of series, which end at the same step, and fans of what follows."""
+    """Draws the rows of series up to their last ones, which are at the same step, and fans of what follows."""
     from pyrovae import plots
 
-    longest = int((places >= 0).sum(1).max())
-    past = np.full((len(places), longest, levels.shape[1]), np.nan)
-    for i, of in enumerate(places):
-        rows = of[of >= 0].numpy()
-        past[i, longest - len(rows) :] = levels[rows]
+    first = np.searchsorted(steps.series, steps.series[last])
+    counts = np.minimum(last + 1 - first, time_series.num_steps)
+    past = np.full((len(last), counts.max(), steps.levels.shape[1]), np.nan)
+    for i, (end, count) in enumerate(zip(last, counts, strict=True)):
+        past[i, -count:] = steps.levels[end + 1 - count : end + 1]
     figure = plots.forecasts(torch.from_numpy(past), torch.from_numpy(coming))
     titles = [f"{name} {column}".strip() for name in names for column in time_series.names]
     for ax, title in zip(figure.axes, titles, strict=False):
         ax.set_title(title, fontsize="small")
+        ax.set_ylabel("")
     figure.savefig(path, dpi=150)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.data.calendars import times_after
-from pyrovae.data.columns import Column, Continuous, Count, Discrete, Modelled, Positive, Time
+from pyrovae.data.columns import Column, Continuous, Count, Discrete, Identifier, Modelled, Positive, Time
 from pyrovae.data.reading import open_source
 from pyrovae.data.schema import Schema, quoted
 from pyrovae.data.splits import Split, Splits
@@ -125,7 +125,7 @@ class TimeSeries:
             raise ValueError("time, series and columns must name different columns.")
         if num_steps is not None and num_steps < 2:
             raise ValueError(f"num_steps must be at least 2, got {num_steps}.")
-        found = _schema_of(source, time, columns) if schema is None else schema
+        found = _schema_of(source, time, series, columns) if schema is None else schema
         unfit = [c.name for c in found.columns if c.name in columns and not _is_number(c)]
         if unfit:
             raise ValueError(f"columns: the schema has {unfit[0]!r}, which holds no numbers. Change its kind to Real.")
@@ -239,9 +239,28 @@ class TimeSeries:
         return x[some], index[some]
 
     def last(self, steps: Steps) -> tuple[Tensor, Tensor]:
-        """Returns the last rows of each series as :meth:`pieces` does, up to `num_steps`."""
-        ends = np.searchsorted(steps.series, steps.series, side="right")  # series follow each other
-        return self.pieces(steps, ends - np.arange(len(steps.x)) <= self.num_steps)
+        """Returns rows of each series as :meth:`pieces` does: the last one without an empty cell, and those before it.
+
+        There are `num_steps` of them at most. A series without such a row is left out.
+        """
+        places = np.arange(len(steps.x))
+        complete = ~np.isnan(steps.x).any(1)
+        ends = np.full(len(steps.names), -1)
+        np.maximum.at(ends, steps.series[complete], places[complete])
+        behind = ends[steps.series] - places
+        return self.pieces(steps, (behind >= 0) & (behind < self.num_steps))
+
+    def last_known(self, steps: Steps, places: np.ndarray) -> np.ndarray:
+        """Returns the last row of the series of each place in which all levels are known, there or later.
+
+        A level after an empty cell is known, while its growth is not.
+        """
+        known = ~np.isnan(steps.levels).any(1)
+        ends = places.copy()
+        for i, place in enumerate(places):
+            later = np.flatnonzero(known[place:] & (steps.series[place:] == steps.series[place]))
+            ends[i] = place + (later.max() if len(later) else 0)
+        return ends
 
     def levels(self, x: Tensor, last: np.ndarray | None = None) -> np.ndarray:
         """Returns sequences in the units of the table; of growth the levels that follow some rows.
@@ -478,23 +497,62 @@ def _warn_of_repeats(series: TimeSeries, steps: Steps) -> None:
             )
 
 
-def _schema_of(source: Any, time: str, columns: Sequence[str]) -> Schema:
+def _schema_of(source: Any, time: str, series: str | None, columns: Sequence[str]) -> Schema:
     """Returns the schema of a source, with the times as times or numbers, and named columns as numbers."""
     overrides: dict[str, Any] = {}
     for _ in range(2):
         found = Schema.infer(source, overrides)
+        if not columns:  # small counts have few levels, and are numbers all the same
+            counts = {c.name: "Count" for c in found.columns if c.name not in (time, series) and _holds_counts(c)}
+            found = Schema.infer(source, overrides | counts) if counts else found
         for column in found.columns:
             ordered = isinstance(column, Time) or _is_number(column)
             if (column.name == time and not ordered) or (column.name in columns and not _is_number(column)):
+                _check_no_words(column, source.where, "time" if column.name == time else "columns")
                 if column.name in overrides:
                     what = "times" if column.name == time else "numbers"
                     raise ValueError(f"{source.where}: column {column.name!r} holds no {what}.")
-                if column.name == time and isinstance(column, Discrete) and isinstance(column.levels[0], str):
-                    raise ValueError(f"time: column {time!r} of {source.where} holds words, and no times or numbers.")
-                overrides[column.name] = "Real"
+                overrides[column.name] = "Count" if column.name != time and _holds_counts(column) else "Real"
         if not overrides:
             break
     return found
+
+
+def _check_no_words(column: Column, where: str, argument: str) -> None:
+    """Raises a ValueError if no cell of a column of text is a number."""
+    if isinstance(column, Identifier):
+        words = not column.numbers
+        example = ""
+    else:
+        levels = column.levels if isinstance(column, Discrete) else ()
+        words = bool(levels) and not any(_is_written_number(level) for level in levels)
+        example = f", such as {levels[0]!r}" if levels else ""
+    if not words:
+        return
+    if argument == "time":
+        raise ValueError(
+            f"time: column {column.name!r} of {where} holds words{example}, and no times or numbers. Write dates as "
+            "2024-01-31, of months their first day."
+        )
+    raise ValueError(
+        f"columns: column {column.name!r} of {where} holds words{example}, and no numbers. Write two words as 0 and 1."
+    )
+
+
+def _is_written_number(level: Any) -> bool:
+    try:
+        float(str(level).replace(",", "."))
+    except ValueError:
+        return False
+    return True
+
+
+def _holds_counts(column: Column) -> bool:
+    """Whether a column of levels has numbers from 0 alone, such as few counts, or 0 and 1."""
+    levels = getattr(column, "levels", ())
+    return bool(levels) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and v >= 0 and v == int(v) for v in levels
+    )
 
 
 def _is_number(column: Column) -> bool:

@@ -17,12 +17,15 @@ from torch import Tensor
 from pyrovae.data.reading import DELIMITERS
 from pyrovae.data.splits import Split, Splits, random_rows
 from pyrovae.extras import check_installed
+from pyrovae.inference.messages import warn
 
 __all__ = ["Vocabulary", "is_text_file", "load_text", "read_lines", "split_lines"]
 
 # A word with what joins its parts, as in don't and well-known, or one mark of punctuation.
 _WORDS = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
 _NO_SPACE_BEFORE, _NO_SPACE_AFTER = set(".,;:!?)]}’”%"), set("([{‘“")
+# Thai to Burmese, Khmer, kana, and the signs of Chinese.
+_WITHOUT_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 _MAX_STEPS = {"word": 64, "character": 256, "token": 128}
 _UNKNOWN = "<unknown>"
 _SAMPLE = 100  # lines by which a table is told from text
@@ -108,6 +111,12 @@ class Vocabulary:
         """
         text = None if tokenizer is None else _tokenizer_text(tokenizer)
         tokenizer = None if text is None else read_tokenizer(text)
+        lines = list(lines)
+        if not characters and tokenizer is None and _has_no_spaces(lines):
+            warn(
+                "the lines are of a script without spaces between words: what is taken for a word is what lies between "
+                "spaces. Take characters=True, or a tokenizer."
+            )
         split = [_split(line, characters, tokenizer) for line in lines]
         unknown = None if text is None else _unknown_token(text)
         counts = Counter(word for line in split for word in line if word != unknown)
@@ -215,6 +224,12 @@ class Vocabulary:
 
 def _unit(characters: bool, tokenizer: str | None) -> str:
     return "token" if tokenizer is not None else "character" if characters else "word"
+
+
+def _has_no_spaces(lines: Sequence[str]) -> bool:
+    """Returns whether most letters are of scripts without spaces, such as Chinese, Japanese or Thai."""
+    letters = [c for line in lines[:1000] for c in line if c.isalpha()]
+    return 2 * sum(bool(_WITHOUT_SPACES.match(c)) for c in letters) > max(len(letters), 1)
 
 
 def _split(line: str, characters: bool, tokenizer: Any) -> list[str]:

@@ -306,6 +306,8 @@ def _reason_not_vectorized(
             traced(model, latents_of_trace(traced(guide, None, *args, **kwargs)), *args, **kwargs)
         except Exception:  # a single sample fails as well: the error is raised where the data are scored
             return None
+        if "invalid values" in str(error):  # a parameter out of range for some draws, whatever their number
+            raise
         text = str(error).partition("Trace Shapes")[0].strip().splitlines()
         return text[0].rstrip(" .") if text else type(error).__name__
     last = num_samples - 1

@@ -7,7 +7,7 @@ from pyrovae.plots.comparisons import comparisons
 from pyrovae.plots.histories import collapse_history, learning_curve
 from pyrovae.plots.pictures import latent_space, reconstructions, repairs, samples
 from pyrovae.plots.results import draw_result
-from pyrovae.plots.series import forecasts, imputations
+from pyrovae.plots.series import forecasts, imputations, sequences
 
 # The result of each diagnostic draws itself.
 anomalies = calibration = collapse = gaps = interpolations = latent_map = draw_result
@@ -32,6 +32,7 @@ __all__ = [
     "reliability",
     "repairs",
     "samples",
+    "sequences",
     "sharpness",
     "steps",
     "synthetic_rows",

@@ -59,7 +59,7 @@ def forecasts(
     before, after = torch.arange(past.shape[1]), past.shape[1] + torch.arange(coming.shape[2])
     for ax, i, d in panels:
         fan = coming[:, i, :, d]
-        ax.plot(before, past[i, :, d], color="C0", linewidth=1)
+        ax.plot(before, past[i, :, d], color="C0", linewidth=1, marker=".", markersize=3)  # seen between gaps too
         _draw_fan(ax, after, fan, shares)
         if came is not None:
             ax.plot(after, came[i, :, d], color="C0", linewidth=1, linestyle=":", label="what came")
@@ -124,6 +124,49 @@ def imputations(
     return write(figure, path)
 
 
+def sequences(
+    x: Tensor,
+    reconstructed: Tensor | None = None,
+    names: Sequence[str] = (),
+    title: str = "",
+    path: str | Path | None = None,
+) -> "Figure":
+    """Draws sequences of few elements as curves over their steps, beside their reconstructions if there are any.
+
+    A panel shows an element of a sequence; the first 12 are drawn. NaN leaves a gap.
+
+    Args:
+        x: sequences, ``(batch, time)`` or ``(batch, time, elements)``.
+        reconstructed: of the same shape.
+        names: of the elements; their numbers by default.
+        title: of the picture.
+        path: where to write the picture.
+
+    Raises:
+        ValueError: when the shapes do not fit each other.
+
+    >>> figure = sequences(torch.randn(2, 30, 3), names=["a", "b", "c"])
+    >>> len(figure.axes)
+    6
+    """
+    if x.dim() not in (2, 3) or reconstructed is not None and reconstructed.shape != x.shape:
+        other = None if reconstructed is None else tuple(reconstructed.shape)
+        raise ValueError(
+            f"x and reconstructed must have the same shape (batch, time, ...), got {tuple(x.shape)} and {other}."
+        )
+    values = x.detach().cpu().reshape(*x.shape[:2], -1)
+    again = None if reconstructed is None else reconstructed.detach().cpu().reshape(values.shape)
+    figure, panels = _new_panels(values, names)
+    for ax, i, d in panels:
+        ax.plot(values[i, :, d], color="C0", linewidth=1, marker=".", markersize=3, label="data")
+        if again is not None:
+            ax.plot(again[i, :, d], color="C1", linewidth=1, label="reconstruction")
+    if again is not None:
+        figure.axes[0].legend(loc="best", fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    return write(figure, path)
+
+
 def _check_shares(shares: Sequence[float]) -> None:
     if not shares or not all(0 < share < 1 for share in shares):
         raise ValueError(f"shares must be between 0 and 1, got {list(shares)}.")
@@ -137,12 +180,13 @@ def _draw_fan(ax: "Axes", time: Tensor, draws: Tensor, shares: Sequence[float]) 
     ax.plot(time, draws.median(0).values, color="C1", linewidth=1, label="median")
 
 
-def _new_panels(values: Tensor) -> "tuple[Figure, list[tuple[Axes, int, int]]]":
+def _new_panels(values: Tensor, names: Sequence[str] = ()) -> "tuple[Figure, list[tuple[Axes, int, int]]]":
     """Returns a figure with a panel for each element of series ``(batch, time, elements)``, with their indices."""
+    names = names or [str(d + 1) for d in range(values.shape[2])]
     shown = [(i, d) for i in range(values.shape[0]) for d in range(values.shape[2])][:_MOST_PANELS]
     figure = new_figure(8, 1.8 * len(shown) + 0.4)
     axes = figure.subplots(len(shown), 1, squeeze=False, sharex=True)[:, 0]
     for ax, (i, d) in zip(axes, shown, strict=True):
-        ax.set_ylabel(f"series {i + 1}" + (f", {d + 1}" if values.shape[2] > 1 else ""))
+        ax.set_ylabel(f"series {i + 1}" + (f", {names[d]}" if values.shape[2] > 1 else ""))
     axes[-1].set_xlabel("step")
     return figure, [(ax, i, d) for ax, (i, d) in zip(axes, shown, strict=True)]

@@ -144,6 +144,7 @@ def fit(
         TypeError: when `optimizer` is not and does not make a torch optimizer, `loss` is not an ELBO, or `scheduler` or
             a callback cannot be called.
         FileExistsError: when the checkpoint exists and `resume` is False.
+        RuntimeError: when gradients are turned off.
         FloatingPointError: when the loss or a parameter becomes NaN or infinite. The message names the step and the
             site. The checkpoint keeps the last good state.
 
@@ -160,6 +161,8 @@ def fit(
         epochs, batch_size, patience, clip_norm, validation, scheduler, callbacks, loss, compile, ema_decay
     )
     _check_steps(micro_batch_size, precision)
+    if not torch.is_grad_enabled():
+        raise RuntimeError("fit takes gradients, which torch.no_grad() or inference_mode() turns off: call it outside.")
     device = as_device(device)
     epochs, batch_size = int(epochs), int(batch_size)  # NumPy's integers are not accepted by all of torch
     world = init_process_group(device)
