@@ -398,9 +398,8 @@ def test_a_picture_and_quantiles_begin_after_the_last_complete_row(run, monkeypa
     sales = ["" if day in late else cell for day, cell in zip(table["day"], table["sales"], strict=True)]
     place = str(write(tmp_path / "holed.csv", table | {"price": prices, "sales": sales}))
     seen = []
-    monkeypatch.setattr(
-        "pyrovae.plots.forecasts", lambda past, coming: seen.append(past) or plots.forecasts(past, coming)
-    )
+    drawn = plots.forecasts
+    monkeypatch.setattr("pyrovae.plots.forecasts", lambda past, coming: seen.append(past) or drawn(past, coming))
     main(["forecast", "run", "--data", place, "--steps", "2", "--output", str(tmp_path / "f.png")])
     (past,) = seen
     series = TimeSeries.of(table, "day", "shop", growth=True)
