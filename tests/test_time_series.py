@@ -479,3 +479,15 @@ def test_words_are_named(tmp_path):
     table["month"] = list(range(12))
     with pytest.raises(ValueError, match="columns: column 'open' .* holds words, such as 'no', and no numbers"):
         TimeSeries.of(table, "month", columns=["open", "v"])
+
+
+def test_embeddings_say_where_their_pieces_begin(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(run)
+    main(["encode", "run", "shops.csv", "--output", str(tmp_path / "e.csv")])
+    rows = list(csv.DictReader((tmp_path / "e.csv").read_text().splitlines()))
+    table = walks()
+    assert {row["series"] for row in rows} == {"Bern", "Graz", "Ulm"}
+    for row in rows:
+        place = int(row["row"]) - 1
+        assert (row["series"], row["time"]) == (table["shop"][place], table["day"][place])
+        assert math.isfinite(float(row["mean_1"]))

@@ -3,7 +3,7 @@
 import csv
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -480,11 +480,17 @@ def write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[
         writer.writerows(rows)
 
 
-def write_columns(columns: dict[str, Tensor], path: Path) -> None:
-    """Writes columns of numbers, ``(rows,)`` each, as a .csv file with their names."""
-    table = torch.stack([column.cpu().double() for column in columns.values()], dim=1)
-    formats = ["%.9g" if column.is_floating_point() else "%d" for column in columns.values()]
-    np.savetxt(path, table, delimiter=",", fmt=formats, comments="", header=",".join(columns))
+def write_columns(columns: Mapping[str, Tensor | list[str]], path: Path) -> None:
+    """Writes columns of numbers, ``(rows,)`` each, or of words as a .csv file with their names."""
+
+    def written(column: Tensor | list[str]) -> list[str]:
+        if isinstance(column, list):
+            return column
+        pattern = "{:.9g}" if column.is_floating_point() else "{:d}"
+        numbers = column.cpu().double() if column.is_floating_point() else column.cpu().long()
+        return list(map(pattern.format, numbers.tolist()))
+
+    write_rows(path, list(columns), zip(*map(written, columns.values()), strict=True))
 
 
 def write_array(x: Tensor, path: Path) -> None:

@@ -56,8 +56,8 @@ def encode(
             songs. A row, line or piece each, in the order of the file.
         split: without a file, the split of the data.
         output: a .csv or .npy file; encoded-<file or split>.csv in the run directory by default. Columns of a .csv
-            file: row, line or datum, or the number of the sound or song with the times from and to of the piece; label
-            if the data have any; mean_1, ..., sd_1, ...
+            file: row, line or datum; or the sound or song with the times from and to of the piece; or the row, series
+            and time where a piece of a time series begins; label if the data have any; mean_1, ..., sd_1, ...
         data: without a file, another data set of the same shape; that of the run by default.
         data_root: the directory of the images; that of the run by default.
         device: cpu, cuda, cuda:1, ...
@@ -75,7 +75,8 @@ def encode(
             raise ValueError("file is missing: give a table with the columns of the training data.")
         vae, table, chosen = load_rows(run, file, trust, device)
         check_some(chosen, file)
-        size, columns = len(table), {"row": torch.arange(len(table)) + 1}
+        columns: dict[str, Tensor | list[str]] = {"row": torch.arange(len(table)) + 1}
+        size = len(table)
         part = datasets.Split(table.x, None, context=table.context)
     else:
         vae = storage.load_run(run, trust=trust)[0].to(device)
@@ -101,26 +102,33 @@ def encode(
 
 def _data(
     config: dict[str, Any], file: str | None, split: SplitName, data: str | None, data_root: str | None
-) -> tuple[datasets.Split, dict[str, Tensor]]:
+) -> tuple[datasets.Split, dict[str, Tensor | list[str]]]:
     """Returns data that are no table, and columns of the result that say which they are."""
     vocabulary, recordings = config.get("vocabulary"), recordings_of(config)
     if file is None:
         part = data_to_score(load_data_of(config, data, data_root), split, config["preprocessing"])
-        labels = {} if part.labels is None else {"label": part.labels}
-        return part, {"datum": torch.arange(len(part.x))} | labels
+        columns: dict[str, Tensor | list[str]] = {"datum": torch.arange(len(part.x))}
+        return part, columns if part.labels is None else columns | {"label": part.labels}
     if vocabulary is not None:
         lines, numbers = lines_with_words(vocabulary, file)
         return datasets.Split(vocabulary.encode(lines), None), {"line": torch.tensor(numbers)}
     if recordings is not None:
         kind, encoding = recordings
-        x, which, _ = read_pieces(recordings, file)
+        x, which, names = read_pieces(recordings, file)
         begins, size = torch.tensor(starts_of(which, encoding.num_steps)), kind.size(encoding)
         ends = begins + (~x.isnan().any(-1)).sum(1)
-        return datasets.Split(x, None), {kind.name: which + 1, "from": begins * size, "to": ends * size}
+        of = {kind.name: [names[i] for i in which.tolist()]}
+        return datasets.Split(x, None), of | {"from": begins * size, "to": ends * size}
     if config.get("time_series") is not None:
-        steps = config["time_series"].steps(file)
-        x, places = config["time_series"].pieces(steps)
-        return datasets.Split(x, None), {"row": torch.from_numpy(steps.rows)[places[:, 0]]}
+        series = config["time_series"]
+        steps = series.steps(file)
+        x, places = series.pieces(steps)
+        first = places[:, 0].numpy()
+        return datasets.Split(x, None), {
+            "row": torch.from_numpy(steps.rows[first]),
+            "series": [steps.names[i] for i in steps.series[first]],
+            "time": [text or "" for text in series.times_text(steps.times[first])],
+        }
     raise ValueError("file is for runs on tables, text, sounds, music. Leave it out, or name other data with --data.")
 
 

@@ -111,7 +111,8 @@ class Steps(Diagnosis):
         for name, t in rows.items():
             value, error = self._mean(t)
             cells = [f"{self._mean(t, a, b)[0]:>10.3f}" for a, b in parts]
-            lines.append(f"{name:22}{f'{value:.3f} ± {error:.3f}':>18}" + "".join(cells))
+            all_of_it = f"{value:.3f}" if math.isnan(error) else f"{value:.3f} ± {error:.3f}"  # of one sequence none
+            lines.append(f"{name:22}{all_of_it:>18}" + "".join(cells))
         ess = torch.where(self.observed, self.least_ess / self.num_particles, 0.0)
         cells = [f"{self._mean(ess, a, b)[0]:>10.0%}" for a, b in parts]
         lines.append(f"{'effective particles':22}{self._mean(ess)[0]:>18.0%}" + "".join(cells))
