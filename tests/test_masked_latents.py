@@ -57,14 +57,15 @@ def masked_guide(x: Tensor, mask: Tensor) -> None:
                 z = pyro.sample(f"z{t}", dist.Normal(loc, (1.3 * variance) ** 0.5))
 
 
+def log_p_of(row: Tensor, length: int) -> Tensor:
+    powers = torch.arange(length, dtype=row.dtype)
+    mix = (KEPT ** (powers.unsqueeze(1) - powers)).tril()
+    covariance = mix @ mix.T + NOISE**2 * torch.eye(length, dtype=row.dtype)
+    return dist.MultivariateNormal(row.new_zeros(length), covariance).log_prob(row[:length])
+
+
 def log_p(x: Tensor) -> Tensor:
-    found = []
-    for row, length in zip(x, LENGTHS.tolist(), strict=True):
-        powers = torch.arange(length, dtype=x.dtype)
-        mix = (KEPT ** (powers.unsqueeze(1) - powers)).tril()
-        covariance = mix @ mix.T + NOISE**2 * torch.eye(length, dtype=x.dtype)
-        found.append(dist.MultivariateNormal(x.new_zeros(length), covariance).log_prob(row[:length]))
-    return torch.stack(found)
+    return torch.stack([log_p_of(row, length) for row, length in zip(x, LENGTHS.tolist(), strict=True)])
 
 
 @pytest.mark.parametrize(
@@ -202,3 +203,16 @@ def test_an_elbo_of_pyro_says_that_it_is_no_bound(x):
         fit(model, guide, (x.float(), MASK), epochs=1, loss=Trace_ELBO(), progress=False)
     history = fit(model, guide, (x.float(), MASK), epochs=3, loss=bounds.ELBO(), progress=False)
     assert math.isfinite(history["loss"][-1])
+
+
+def test_chunks_of_data_have_their_own_masks(x):
+    """Graphs of the score are shared by chunks of data, whose masks differ."""
+    x, mask = x.repeat(40, 1), MASK.repeat(40, 1)
+    mask[160:] = mask[160:].flip(0)
+    pyro.set_rng_seed(0)
+    few = log_marginal(model, unmasked_guide, x, mask, num_samples=500, max_memory=2e5, progress=False)
+    lengths = mask.sum(1)
+    for length in range(1, STEPS + 1):
+        of = lengths == length
+        truth = torch.stack([log_p_of(row, length) for row in x[of]])
+        assert_unit_scores((few.value[of] - truth) / few.standard_error[of], 1e-6)

@@ -74,7 +74,8 @@ class Task:
         eliminates: whether these latents are eliminated one after the other, and not by all of their combinations.
         unmasked: whether the densities of latents, of the model and of what draws them, count where they are masked.
             Latents that play no part then have a density whose integral is one, which proposals without masks need.
-        masks: of latents in the model, where the guide masks them otherwise: they hide them from q too.
+        masks: of latents in the model, where the guide masks them otherwise. Draws of the guide alone may be hidden by
+            them, in place of counting `unmasked`, which is noise.
     """
 
     model: Callable
@@ -122,7 +123,7 @@ class Task:
                 structure = check_draws(structure, self.model, self.guide, *part.args, **part.kwargs)
             if self.summed is not None and not self.eliminates:
                 self.summed.check(sample_sites(replace(part, summed=None).draw(1, prior_of(self.model))[0]))
-            unmasked = self.unmasked or masks is None
+            unmasked = self.unmasked or masks is None or bool(masks)
             yield replace(part, structure=structure, unmasked=unmasked, masks={} if masks is None else masks)
 
     def by_values(self) -> "list[Task]":
@@ -149,13 +150,17 @@ class Task:
         with arguments.row_positions(self.offset):
             trace = trace_guide(guide or self.guide, self.structure, num_samples, *self.args, **self.kwargs)
         trace = self.without_summed(trace)
-        return trace, log_q_of(trace, self.log_prob_of)
+        return trace, self.log_q_of(trace)
+
+    def log_q_of(self, trace: poutine.Trace) -> Tensor:
+        r"""Returns :math:`\log q` of the latents in a guide's trace, ``(num_samples, batch)``."""
+        return log_q_of(trace, lambda q: self.log_prob_of(masked_as(q, self.masks)))
 
     def log_prob_of(self, site: dict) -> Tensor:
         """Returns the log-probability of a site of a trace, masked or not."""
         is_summed = self.summed is not None and site["name"] in self.summed.sites
         counts = not site["is_observed"] and (self.unmasked or is_summed)
-        return unmasked_log_prob_of(site) if counts else log_prob_of(masked_as(site, self.masks))
+        return unmasked_log_prob_of(site) if counts else log_prob_of(site)
 
     def check_not_summed(self, user: str) -> None:
         """Raises a ValueError if latents are summed over, for a user that draws them all, "ParticleFilter" for one."""

@@ -69,6 +69,8 @@ class _Weighted(Estimator):
         return fitted
 
     def _score(self, task: Task, proposal: Proposal, num_drawn: int, num_scored: int) -> Estimate:
+        if isinstance(proposal, Guide) and task.masks:
+            task = replace(task, unmasked=False)
         components = proposal.guides(task)
         counts = apportion(self.num_samples, [component.share for component in components])
         # The exact shares of the draws, which are stratified by component.
