@@ -491,3 +491,47 @@ def test_embeddings_say_where_their_pieces_begin(run, monkeypatch, tmp_path):
         place = int(row["row"]) - 1
         assert (row["series"], row["time"]) == (table["shop"][place], table["day"][place])
         assert math.isfinite(float(row["mean_1"]))
+
+
+def test_gaps_between_rows_are_filled(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    table = walks()
+    gap = {("Ulm", "2020-01-11"), ("Ulm", "2020-01-12"), ("Graz", "2020-02-29")}  # the last at the end of its series
+    keys = list(zip(table["shop"], table["day"], strict=True))
+    prices = ["" if key in gap else cell for key, cell in zip(keys, table["price"], strict=True)]
+    write(tmp_path / "shops.csv", table | {"price": prices})
+    given = ["--time", "day", "--series", "shop", "--max-steps", "20", "--structure", "StateSpace"]
+    main(["train", "--data", "shops.csv", "--run", "own", *given, *SMALL[:4], "--num-samples", "4", "--quiet"])
+    main(["impute", "own", "shops.csv", "--num-draws", "40", "--output", "filled.csv"])
+    vae, config = load_run("own")
+    series = config["time_series"]
+    steps = series.steps("shops.csv")
+    ((window, hidden),) = series.gaps(steps)
+    x = torch.from_numpy(steps.x[window]).float().unsqueeze(0)
+    pyro.set_rng_seed(0)
+    found = vae.impute(x.nan_to_num(), ~x.isnan().any(-1), num_draws=40)
+    assert len(window) == 20 and [steps.rows[i] for i in hidden] == [
+        1 + keys.index(("Ulm", day)) for day in ("2020-01-11", "2020-01-12")
+    ]
+    expected = np.quantile(series.levels(found.draws)[:, 0], (0.05, 0.5, 0.95), axis=0)
+    cells = list(csv.DictReader(Path("filled-cells.csv").read_text().splitlines()))
+    assert [(c["series"], c["time"], c["column"]) for c in cells] == [
+        ("Ulm", "2020-01-11", "price"),
+        ("Ulm", "2020-01-12", "price"),
+    ]
+    for cell, t in zip(cells, hidden - window[0], strict=True):
+        numbers = [float(cell[name]) for name in ("low_5", "value", "high_95")]
+        np.testing.assert_allclose(numbers, expected[:, t, series.names.index("price")], rtol=1e-5)
+    rows = list(csv.DictReader(Path("filled.csv").read_text().splitlines()))
+    for row, key, price, sales in zip(rows, keys, prices, table["sales"], strict=True):
+        assert (row["shop"], row["day"]) == key and float(row["sales"]) == sales
+        if key in gap:
+            assert (row["price"] == "") == (key[0] == "Graz")
+        else:
+            assert float(row["price"]) == price
+    main(["train", "--data", "shops.csv", "--run", "growth", *given, "--growth", "true", *SMALL[:4], "--quiet"])
+    with pytest.raises(SystemExit, match="gaps of a run on growth are not filled"):
+        main(["impute", "growth", "shops.csv", "--output", "no.csv"])
+    monkeypatch.chdir(run)
+    with pytest.raises(SystemExit, match="gaps are filled by runs that were trained with --structure StateSpace"):
+        main(["impute", "run", "shops.csv", "--output", str(tmp_path / "no.csv")])

@@ -25,7 +25,7 @@ from pyrovae.cli.common import (
 )
 from pyrovae.cli.labels import arguments_of, context_of, note_on, scored
 from pyrovae.cli.pieces import recordings_of, score_pieces
-from pyrovae.cli.series import score_series
+from pyrovae.cli.series import impute_series, score_series
 from pyrovae.cli.text import score_lines
 from pyrovae.data.cells import is_number
 from pyrovae.data.columns import Discrete, Modelled
@@ -306,6 +306,9 @@ def impute(
 ) -> None:
     """Fills the missing cells of a file, and writes how sure each is.
 
+    Of a time series a row with an empty cell is drawn as a whole, given the rows before and after it; its other cells
+    stay as they are, and say nothing of the empty one. Gaps at the end of a series stay empty: see pyrovae forecast.
+
     Cells that are not missing, and columns that are left out, stay as they are in the file; so do the cells that the
     model conditions on, missing or not.
 
@@ -331,7 +334,14 @@ def impute(
         wrong = f"{num_draws} and {num_completed}"
         raise ValueError(f"num_draws must be at least 10, and num_completed from 0 to num_draws, got {wrong}.")
     check_device(device)
+    config = storage.read_config(run, trust=trust)
     out = new_file(output or Path(run) / f"imputed-{stem_of(file)}.csv", TABLES)
+    if config.get("time_series") is not None:
+        if num_completed:
+            raise ValueError("num_completed is for tables without times. Leave it out.")
+        vae = storage.load_run(run, trust=trust)[0]
+        impute_series(vae, config["time_series"], file, num_draws, out, seed, device)
+        return
     cells_out = new_file(out.with_name(f"{out.stem}-cells.csv"), (".csv",))
     others = [new_file(out.with_name(f"{out.stem}-{i + 1}{out.suffix}"), TABLES) for i in range(num_completed)]
     vae, table, rows = load_rows(run, file, trust, device)

@@ -17,12 +17,15 @@ from pyrovae.data import TimeSeries
 from pyrovae.data.series import Steps
 from pyrovae.estimators import Estimator, ParticleFilter, log_predictive
 from pyrovae.inference.messages import warn
+from pyrovae.progress import tqdm
 from pyrovae.structures import SequenceVAE
 from pyrovae.structures.sequences import until_last
 
 TABLES = (".csv", ".tsv", ".parquet", ".pq")
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _NUM_SHOWN = 5
+_LEAST_ESS = 30  # of the draws of a gap
+_GAPS_AT_ONCE = 64
 
 
 def series_defaults(num_pieces: int, num_columns: int, epochs: int | None = None) -> dict[str, Any]:
@@ -116,6 +119,64 @@ def reconstruct_series(
     of = [f"change of {name}" if time_series.growth else name for name in time_series.names]
     header = ["row", "series", "time", *(text for name in of for text in (name, f"{name}, reconstructed"))]
     write_rows(out, header, found)
+
+
+@torch.no_grad()
+def impute_series(
+    vae: Any, time_series: TimeSeries, file: str, num_draws: int, output: Path, seed: int, device: str
+) -> None:
+    """Fills the gaps between the rows of a file, and writes the points of the draws of each cell."""
+    if getattr(check_sequences(vae), "recurrence", None) is not None:
+        raise ValueError(
+            "gaps are filled by runs that were trained with --structure StateSpace: a memory of the rows before knows "
+            "only gaps like those that it was trained with."
+        )
+    if time_series.growth:
+        raise ValueError(
+            "gaps of a run on growth are not filled: the levels on both sides say how much columns grew in between, "
+            "which the model does not see. Train without growth."
+        )
+    cells_out = new_file(output.with_name(f"{output.stem}-cells.csv"), (".csv",))
+    steps = time_series.steps(file)
+    gaps = time_series.gaps(steps)
+    pyro.set_rng_seed(seed)
+    vae, filled, lines, unsure = vae.to(device), steps.levels.copy(), [], 0
+    lengths = [len(window) for window, _ in gaps]
+    with tqdm(desc="gaps", total=len(gaps), unit="gap") as bar:
+        for length in sorted(set(lengths)):
+            group = [gap for gap, own in zip(gaps, lengths, strict=True) if own == length]
+            for few in (group[i : i + _GAPS_AT_ONCE] for i in range(0, len(group), _GAPS_AT_ONCE)):
+                x = torch.from_numpy(steps.x[np.stack([window for window, _ in few])]).float().to(device)
+                found = vae.impute(x.nan_to_num(), ~x.isnan().any(-1), num_draws=num_draws)
+                levels, ess = time_series.levels(found.draws), found.ess.tolist()
+                unsure += sum(size < _LEAST_ESS for size in ess)
+                for i, (window, hidden) in enumerate(few):
+                    points = np.quantile(levels[:, i], (0.05, 0.5, 0.95), axis=0)
+                    for place in hidden.tolist():
+                        t = place - window[0]
+                        for c in np.flatnonzero(np.isnan(steps.levels[place])):
+                            filled[place, c] = points[1, t, c]
+                            lines.append((place, c, points[:, t, c], ess[i]))
+                bar.update(len(few))
+    order = steps.rows.argsort()
+    times = time_series.times_text(steps.times[order])
+    of = {} if time_series.series is None else {time_series.series: [steps.names[i] for i in steps.series[order]]}
+    _write_table(time_series.table(filled[order], **{time_series.time: times}, **of), output)
+    texts = time_series.times_text(steps.times)
+    rows = (
+        [steps.rows[place], steps.names[steps.series[place]], texts[place], time_series.names[c]]
+        + [f"{points[k]:.7g}" for k in (1, 0, 2)]
+        + [f"{size:.1f}"]
+        for place, c, points, size in lines
+    )
+    write_rows(cells_out, ["row", "series", "time", "column", "value", "low_5", "high_95", "ess"], rows)
+    left = int(np.isnan(filled).sum())
+    print(f"{len(lines):,} cells of {len(gaps):,} gaps are filled with the medians of {num_draws} draws: {output}")
+    print(f"what the draws of each say: {cells_out}")
+    if left:
+        print(f"{left:,} cells stay empty: at the end of a series, or in a gap of more than half a piece")
+    if unsure:
+        warn(f"{unsure:,} gaps have an effective sample size below {_LEAST_ESS}: take more draws, or train longer.")
 
 
 @torch.no_grad()
@@ -226,13 +287,19 @@ def _write(
 ) -> None:
     """Writes columns of numbers, and levels as the table that the run was trained on writes them."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     numbers = {name: pa.array(column) for name, column in columns.items()}
     if time_series is None or levels is None:
         table = pa.table(list(numbers.values()), names=list(numbers))
     else:
         table = time_series.table(levels, **numbers)
+    _write_table(table, path)
+
+
+def _write_table(table: Any, path: Path) -> None:
+    """Writes a table of pyarrow, with numbers to 9 digits."""
+    import pyarrow.parquet as pq
+
     if path.suffix in (".parquet", ".pq"):
         pq.write_table(table, path)
         return
@@ -244,6 +311,8 @@ def _write(
 
 
 def _text(value: Any) -> str:
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return ""
     return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 

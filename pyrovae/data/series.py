@@ -250,6 +250,25 @@ class TimeSeries:
         behind = ends[steps.series] - places
         return self.pieces(steps, (behind >= 0) & (behind < self.num_steps))
 
+    def gaps(self, steps: Steps) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns the missing steps between others: those of a window that ends in an observed step, and those hidden.
+
+        A window has `num_steps` steps of one series, or all if there are fewer, with the gap about in its middle. Gaps
+        at the end of a series, and those of more than half a window, are left out.
+        """
+        hidden, found = np.isnan(steps.x).any(1), []
+        for number in range(len(steps.names)):
+            (of,) = np.nonzero(steps.series == number)
+            start, stop = of[0], of[-1] + 1
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], hidden[start:stop].astype(int), [0]]))) + start
+            for first, after in edges.reshape(-1, 2):
+                if after == stop or after - first > self.num_steps // 2:
+                    continue
+                seen = np.flatnonzero(~hidden[after : min(stop, first + self.num_steps // 2 + 1)])
+                end = after + seen.max() + 1
+                found.append((np.arange(max(start, end - self.num_steps), end), np.arange(first, after)))
+        return found
+
     def last_known(self, steps: Steps, places: np.ndarray) -> np.ndarray:
         """Returns the last row of the series of each place in which all levels are known, there or later.
 
