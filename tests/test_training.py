@@ -40,6 +40,7 @@ from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
     CosineAnnealingWarmRestarts,
+    LambdaLR,
     OneCycleLR,
     ReduceLROnPlateau,
     StepLR,
@@ -2091,3 +2092,13 @@ def test_lazy_modules_are_trained():
             pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
 
     assert len(fit(model, guide, torch.randn(8, 3), epochs=2, compile=False, progress=False)) == 2
+
+
+def test_a_run_that_diverges_says_so():
+    vae, x = normal_vae(), torch.randn(40, 4)
+    rates = partial(LambdaLR, lr_lambda=lambda epoch: 1.0 if epoch < 6 else 1e4)
+    with pytest.warns(UserWarning, match=r"the loss of epoch \d is .* the run has diverged. Clip gradients"):
+        train(vae.model, vae.guide, x, epochs=8, batch_size=10, scheduler=rates)
+    for _ in range(2):  # neither an ordinary run, nor its end
+        vae = normal_vae()
+        train(vae.model, vae.guide, x, epochs=12, batch_size=10)

@@ -289,6 +289,7 @@ def fit(
             record["learning_rate"] = trainer.optimizer.param_groups[0]["lr"]
             trainer.end_epoch(record)
             record["seconds"] = time.monotonic() - start
+            _warn_of_divergence(history["loss"] if len(history) else [], record["loss"])
             history.records.append(record)
             shown: dict[str, object] = {
                 name: f"{record[name]:.3f}" for name in ("loss", "validation") if name in record
@@ -367,6 +368,16 @@ def _warn_of_long_schedules(loss: ELBO, steps_per_epoch: int | None, epochs: int
                 f"the schedule of {type(loss).__name__} takes {loss.span} steps, which are {span} epochs of these "
                 f"data, but {name}={value}. Make the schedule shorter, or {name} larger."
             )
+
+
+def _warn_of_divergence(before: Sequence[float], loss: float) -> None:
+    """Warns where the loss of an epoch is above all before by many times their spread, and by more than their size."""
+    most, least = max(before, default=math.inf), min(before, default=0.0)
+    if len(before) >= 3 and loss - most > max(10 * (most - least), abs(most) + 1):
+        warn(
+            f"the loss of epoch {len(before) + 1} is {loss:.4g}, and was {most:.4g} at most before: the run has "
+            "diverged. Clip gradients (clip_norm), lower the learning rate, or let patience go back to the best epoch."
+        )
 
 
 def _is_out_of_patience(history: History, patience: int | None) -> bool:
