@@ -112,9 +112,16 @@ def is_masked(site: dict) -> bool:
 def mask_around(site: dict) -> tuple[Any, Any]:
     """Returns the mask of a site, of handlers and of its whole distribution, and the distribution without it."""
     mask, fn = site["mask"], site["fn"]
-    while isinstance(fn, MaskedDistribution):
-        mask, fn = fn._mask if mask is None else fn._mask & mask, fn.base_dist
-    return mask, fn
+    while True:
+        own: Any
+        if isinstance(fn, MaskedDistribution):
+            own, fn = fn._mask, fn.base_dist
+        elif isinstance(fn, Stacked) and all(isinstance(part, MaskedDistribution) for part in fn.parts):
+            own = torch.stack([torch.as_tensor(part._mask).expand(fn.batch_shape[1:]) for part in fn.parts])
+            fn = Stacked([part.base_dist for part in fn.parts], len(fn.batch_shape) - 1)
+        else:
+            return mask, fn
+        mask = own if mask is None else own & mask
 
 
 def masks_differ(a: dict, b: dict, *, inside: bool = False) -> bool:
