@@ -135,7 +135,14 @@ def masks_differ(a: dict, b: dict, *, inside: bool = False) -> bool:
         masks.append([torch.as_tensor(mask) for mask in found if mask is not None and mask is not True])
     if len(masks[0]) != len(masks[1]):
         return True
-    return any(m.shape != n.shape or not torch.equal(m, n) for m, n in zip(*masks, strict=True))
+    return any(not _same_where_broadcast(m, n) for m, n in zip(*masks, strict=True))
+
+
+def _same_where_broadcast(a: Tensor, b: Tensor) -> bool:
+    try:
+        return torch.equal(*torch.broadcast_tensors(a, b))
+    except RuntimeError:  # shapes that do not fit
+        return False
 
 
 def without_mask(fn: Any) -> Any:
