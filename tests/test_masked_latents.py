@@ -182,6 +182,7 @@ def test_a_mask_inside_of_a_distribution_must_be_in_both(x):
         lambda: bounds.IWAE(3).loss(inside, guide, x),
         lambda: log_weights(inside, guide, x, num_samples=3),
         lambda: bounds.ELBO().loss(inside, guide, x),
+        lambda: log_marginal(inside, guide, x, method=ParticleFilter(4, 5), progress=False),
     ):
         with pytest.raises(ValueError, match='site "z" is masked inside of its distribution'):
             call()

@@ -30,6 +30,7 @@ from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import (
     SAMPLES,
     annotate_plates,
+    check_masks,
     log_prob_of,
     masked_as,
     per_datum,
@@ -355,6 +356,7 @@ class _Filter:
         kwargs: dict[str, Any],
         keep: bool,
     ):
+        check_masks(structure)
         self.structure, self.num_particles, self.num_runs, self.keep = structure, num_particles, num_runs, keep
         self.threshold, self.resampling = threshold, resampling
         self.particles = Particles(num_runs * num_particles, structure.data_index)

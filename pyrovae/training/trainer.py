@@ -181,9 +181,10 @@ class Trainer:
                 "validate_args=False: the loss is not that of a probability of these data, and log_marginal will "
                 "refuse them."
             )
-        if structure.masked_apart and not isinstance(self.loss, Bound):
+        apart = structure.masked_apart | structure.masked_inside
+        if apart and not isinstance(self.loss, Bound):
             warn(
-                f'site "{min(structure.masked_apart)}" is masked in the model and not in the guide, or otherwise: what '
+                f'site "{min(apart)}" is masked in the model and not in the guide, or otherwise: what '
                 f"the model hides counts in q alone, and {type(self.loss).__name__} is no bound on log p(x). Mask it "
                 "alike in the guide, by poutine.mask, or train with bounds.ELBO, which does."
             )
