@@ -48,8 +48,8 @@ SETTINGS = {
     "VampPrior of 500, batches of 200, and a learning rate that rises to 0.003 and falls to zero over 60 epochs.",
     "best": "They are the best of MLPs of one level, with an exemplar prior. The rows try to beat them by the same "
     "networks: as in the table above, over 240 epochs, with matrix products in bfloat16; on Fashion-MNIST over 160, "
-    "with gradients clipped to a norm of 20, because a first run without was lost at epoch 121 (229.6 nats of validation, "
-    "then 552). The clock of the run on MNIST ran on while it was stopped, for 0.9 of its hours.",
+    "with gradients clipped to a norm of 20, because a first run without was lost at epoch 121 (229.6 nats of "
+    "validation, then 552). The clock of the run on MNIST ran on while it was stopped, for 0.9 of its hours.",
     "iwae": "Settings: two tanh layers of 200 units, 50 latents, Bernoulli pixels, binarised again for each batch, "
     "Adam, batches of 20, 3,280 epochs at falling learning rates, 5,000 importance samples.",
     "bounds": "The model, the learning rates and the score are those of the table above, so that rows can be compared "
