@@ -17,7 +17,7 @@ from pyrovae.cli.common import (
     write_array,
 )
 from pyrovae.cli.labels import arguments_of, draw
-from pyrovae.cli.pictures import as_pictures, is_drawn_as_curves
+from pyrovae.cli.pictures import as_pictures, draw_curves, is_drawn_as_curves
 from pyrovae.cli.pieces import reconstruct_pieces, recordings_of, sample_pieces
 from pyrovae.cli.rows import TABLES, draw_given, draw_rows, given_context, read_given, reconstruct_rows
 from pyrovae.cli.series import reconstruct_series, sample_series
@@ -216,18 +216,16 @@ def reconstruct(
     reconstructed = vae.reconstruct(*arguments_of(vae, part))
     if isinstance(vae, SequenceVAE):
         reconstructed = reconstructed.masked_fill(x.isnan(), torch.nan)
-    if splits.time_series is not None and out.suffix != ".npy":
-        file = data or config["data"]
-        reconstruct_series(splits.time_series, file, x, reconstructed, part.rows, out)
+    if splits.time_series is not None and out.suffix == ".csv":
+        reconstruct_series(splits.time_series, data or config["data"], x, reconstructed, part.rows, out)
+    elif out.suffix == ".png" and isinstance(vae, SequenceVAE) and (splits.time_series or is_drawn_as_curves(x)):
+        draw_curves(x, reconstructed, splits.time_series, "data and reconstructions", out)
     elif out.suffix == ".png":
         from pyrovae import plots
 
-        if isinstance(vae, SequenceVAE) and is_drawn_as_curves(x):
-            plots.sequences(x, reconstructed, path=out)
-        else:
-            if isinstance(vae, SequenceVAE):
-                x, reconstructed = as_pictures(torch.cat([x, reconstructed])).chunk(2)
-            plots.reconstructions(x, reconstructed, out)
+        if isinstance(vae, SequenceVAE):
+            x, reconstructed = as_pictures(torch.cat([x, reconstructed])).chunk(2)
+        plots.reconstructions(x, reconstructed, out)
     else:
         write_array(reconstructed, out)
     print(f"{len(x)} reconstructions: {out}")

@@ -62,27 +62,38 @@ def _of_sequences(
 
     args = arguments_of(vae, part)
 
-    def curves(x: Tensor, again: Tensor | None, title: str) -> Any:
-        if time_series is None:
-            return plots.sequences(x, again, title=title)
-        title += ", changes from row to row" if time_series.growth else ""
-        again = None if again is None else torch.from_numpy(time_series.levels(again))
-        return plots.sequences(torch.from_numpy(time_series.levels(x)), again, names=time_series.names, title=title)
-
     def reconstructions() -> Any:
         again = vae.reconstruct(*args).masked_fill(part.x.isnan(), torch.nan)
         if is_drawn_as_curves(part.x):
-            return curves(part.x, again, "test data and reconstructions")
+            return draw_curves(part.x, again, time_series, "test data and reconstructions")
         above, below = as_pictures(torch.cat([part.x, again])).chunk(2)
         return plots.reconstructions(above, below, title="test data above, reconstructions below")
 
     def samples() -> Any:
         x = vae.sample(4 * _NUM_SEQUENCES, part.x.shape[1])
         if is_drawn_as_curves(x):
-            return curves(x[:_NUM_SEQUENCES], None, "sequences from p(x)")
+            return draw_curves(x[:_NUM_SEQUENCES], None, time_series, "sequences from p(x)")
         return plots.samples(as_pictures(x), title="sequences from p(x), time to the right")
 
     return {"samples.png": samples, "reconstructions.png": reconstructions}
+
+
+def draw_curves(
+    x: Tensor,
+    again: Tensor | None,
+    time_series: datasets.TimeSeries | None,
+    title: str,
+    path: Path | None = None,
+) -> Any:
+    """Draws sequences, beside their reconstructions if there are any; those of a table in its units."""
+    from pyrovae import plots
+
+    if time_series is None:
+        return plots.sequences(x, again, title=title, path=path)
+    title += ", changes from row to row" if time_series.growth else ""
+    again = None if again is None else torch.from_numpy(time_series.levels(again))
+    values = torch.from_numpy(time_series.levels(x))
+    return plots.sequences(values, again, names=time_series.names, title=title, path=path)
 
 
 def is_drawn_as_curves(x: Tensor) -> bool:

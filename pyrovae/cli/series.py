@@ -87,7 +87,7 @@ def sample_series(
 def reconstruct_series(
     time_series: TimeSeries, file: str, x: Tensor, reconstructed: Tensor, rows: Tensor | None, out: Path
 ) -> None:
-    """Writes the rows of pieces beside their reconstructions, in the units of the table, or draws them.
+    """Writes the rows of pieces beside their reconstructions, in the units of the table.
 
     Args:
         time_series: how rows are steps.
@@ -98,13 +98,6 @@ def reconstruct_series(
         out: where to write.
     """
     values, again = time_series.levels(x), time_series.levels(reconstructed)
-    if out.suffix == ".png":
-        from pyrovae import plots
-
-        title = "changes from row to row" if time_series.growth else ""
-        pieces = torch.from_numpy(values), torch.from_numpy(again)
-        plots.sequences(*pieces, names=time_series.names, title=title, path=out)
-        return
     steps = time_series.steps(file)
     starts = {int(row): place for place, row in enumerate(steps.rows)}
     assert rows is not None  # of pieces of a table
