@@ -503,6 +503,8 @@ def _write(path: str | Path, tensors: dict[str, Tensor], kind: str, state: Any) 
 
 
 def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Any]:
+    if Path(path).is_dir():
+        raise FileNotFoundError(f"{path} is a directory, not a {kind} file. pyrovae.load_run reads that of a run.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}. Give a {kind} file that pyrovae wrote.")
     try:

@@ -91,9 +91,10 @@ def test_a_folder_is_made_where_there_is_none(tmp_path):
 
 def test_no_file(tmp_path):
     for read in (lambda path: load(nn.Linear(2, 2), path), read_checkpoint):
-        for path in (tmp_path / "nothing", tmp_path):  # a folder is no file either
-            with pytest.raises(FileNotFoundError, match=str(path)):
-                read(path)
+        with pytest.raises(FileNotFoundError, match=f"there is no file {tmp_path / 'nothing'}"):
+            read(tmp_path / "nothing")
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path} is a directory.*load_run"):
+            read(tmp_path)
 
 
 def refuse(path: Path, module: nn.Module | None = None) -> None:
