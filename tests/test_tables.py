@@ -692,3 +692,27 @@ def test_the_command_line_names_its_own_ways_out(tmp_path, monkeypatch):
         main(["describe", "a.csv"])
     with pytest.raises(SystemExit, match="pyrovae describe a.csv --output schema.yaml .*then pyrovae train --schema"):
         main(["train", "--data", "a.csv"])
+
+
+@pytest.mark.parametrize("form", ["%d.%m.%y", "%y-%m-%d", "%m/%d/%y", "%d-%b-%y", "%d.%m.%y %H:%M"])
+def test_years_of_two_digits_are_read_by_the_rule_of_strptime(form):
+    days = [datetime.date(1997, 5, 14) + datetime.timedelta(days=137 * i) for i in range(60)]  # 1997 to 2019
+    written = [day.strftime(form) for day in days]
+    table = Table({"born": written, "x": [float(i % 7) for i in range(60)]})
+    column = table.schema.columns[0]
+    assert (column.format, column.origin[:10], column.unit) == (form, "1997-05-14", "day")
+    assert [str(t)[:10] for t in table.schema.decode(table.x)["born"].to_pylist()] == [str(day) for day in days]
+
+
+def test_years_of_two_digits_in_the_future_are_refused_and_taken_if_the_format_is_given():
+    table = {"born": [f"{1 + i % 28:02}.06.{45 + i % 50}" for i in range(60)], "x": [float(i % 7) for i in range(60)]}
+    with pytest.raises(ValueError, match="(?s)'born', row 1: '01.06.45' has a year of two digits.*'%d.%m.%y'"):
+        Table(table)
+    given = Table(table, overrides={"born": {"kind": "Time", "format": "%d.%m.%y"}})
+    assert given.schema.columns[0].origin == "1969-06-25"  # 25.06.69
+
+
+def test_a_format_of_four_digits_does_not_take_years_of_two():
+    table = {"born": ["31.12.98", "30.11.97"] * 30, "x": [float(i % 7) for i in range(60)]}
+    with pytest.raises(ValueError, match="is no time of the format '%d.%m.%Y'"):
+        Table(table, overrides={"born": {"kind": "Time", "format": "%d.%m.%Y"}})

@@ -80,13 +80,19 @@ def as_numbers(values: Any) -> np.ndarray:
 ZONE = r"(Z|[+-][0-9]{2}:?[0-9]{2})$"  # of a time in ISO 8601
 
 
+_YEAR_100 = datetime.datetime(100, 1, 1)
+
+
 def parse_times(cells: "pa.Array", format: str) -> "pa.Array":
     """Returns text as timestamps without a zone (UTC, if the text names one), null where it is no time."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if format != "iso":
-        return pc.cast(pc.strptime(cells, format=format, unit="s", error_is_null=True), pa.timestamp("us"))
+        times = pc.strptime(cells, format=format, unit="s", error_is_null=True)
+        if "%Y" in format:  # which takes 98 for the year 98
+            times = pc.if_else(pc.greater(times, _YEAR_100), times, None)
+        return pc.cast(times, pa.timestamp("us"))
     try:
         return pc.cast(cells, pa.timestamp("us"))
     except pa.ArrowInvalid:  # one cell at a time: some are no times, or have a zone

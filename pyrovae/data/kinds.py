@@ -54,6 +54,7 @@ _ID_NAME = re.compile(
 _DATES = ("%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y", "%d-%b-%Y", "%d %b %Y")
 _TIMES = (" %H:%M:%S", " %H:%M", "T%H:%M:%S", "T%H:%M:%SZ", "T%H:%M", " %I:%M:%S %p", " %I:%M %p")
 _FORMATS = _DATES + tuple(f"{date}{time}" for date in _DATES for time in _TIMES)
+_SHORT_FORMATS = tuple(f.replace("%Y", "%y") for f in _FORMATS)  # 69 to 99 are 1969 to 1999, 00 to 68 are 2000 to 2068
 _COMMA_DECIMAL = re.compile(r"[+-]?\d+,\d+|[+-]?\d{1,3}(\.\d{3})+,\d+")
 _POINT_THOUSANDS = re.compile(r"[+-]?\d{1,3}(\.\d{3}){2,}")
 _COMMA_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
@@ -418,8 +419,11 @@ def _format(summary: Summary, values: list[str]) -> str | None:
         return None
     cells = pa.array(values, pa.string())
     reads = {f: parse_times(cells, f) for f in _FORMATS}
+    if all(times.null_count == len(cells) for times in reads.values()):
+        reads = {f: parse_times(cells, f) for f in _SHORT_FORMATS}
     whole = [f for f, times in reads.items() if times.null_count == 0]
     if len(whole) == 1:
+        _check_century(summary, values, whole[0], reads[whole[0]])
         return whole[0]
     if len(whole) > 1:
         other = values[[a != b for a, b in zip(reads[whole[0]].to_pylist(), reads[whole[1]].to_pylist())].index(True)]
@@ -440,6 +444,21 @@ def _format(summary: Summary, values: list[str]) -> str | None:
             "kind Category."
         )
     return None
+
+
+def _check_century(summary: Summary, values: list[str], format: str, times: Any) -> None:
+    """Raises a ValueError if years of two digits, read as 1969 to 2068, are in the future: these may be of 19.."""
+    import pyarrow.compute as pc
+
+    if "%y" in format:
+        late = pc.greater(times, datetime.datetime.now() + datetime.timedelta(days=366)).to_pylist()
+        if True in late:
+            wrong = values[late.index(True)]
+            raise ValueError(
+                f"column {summary.name!r}{_row_of(summary, wrong)}: {wrong!r} has a year of two digits, and may be of "
+                "the past or of the future. Write years with four digits; or read 69 to 99 as 1969 to 1999 and 00 to "
+                f"68 as 2000 to 2068 (overrides, --kinds): {{{summary.name}: {{kind: Time, format: '{format}'}}}}."
+            )
 
 
 def _text(summary: Summary) -> tuple[Column, list[str]]:
