@@ -96,6 +96,8 @@ def test_of_several_ratings_the_last_is_taken(tmp_path):
         ("1,2,3\n", {"item": 0}, "each of user=0, item=0, rating=2 must be a column of its own"),
         ("1,2,3\n", {"item": -1}, "item must be the number of a column, from 0, or its name, got -1"),
         ("user,item\n1,2\n1,3\n", {"rating": None}, "the user of the first line, 'user', is not a number"),
+        ("item,user,stars\n1,2,3\n", {}, "user would be column 0, 'item', but there is 'user'"),
+        (",User ID,item,rating\n0,1,2,3\n", {"rating": 3}, "user would be column 0, '', but there is 'User ID'"),
         ("a,film\na,2\nb,3\n", {"rating": None}, "the item of the first line, 'film', is not a number"),
     ],
 )

@@ -98,9 +98,10 @@ def load_ratings(
         The :class:`Ratings`. Items that nobody rated, after that, have no column.
 
     Raises:
-        ValueError: when a line lacks a column, or its rating or timestamp is not a finite number; when a user rates an
-            item twice and there is no timestamp; when a rating to keep is 0, which no sparse matrix tells from none;
-            when nothing is left.
+        ValueError: when the first line names another column as the user, the item, the rating or the timestamp than a
+            number says; when a line lacks a column, or its rating or timestamp is not a finite number; when a user
+            rates an item twice and there is no timestamp; when a rating to keep is 0, which no sparse matrix tells from
+            none; when nothing is left.
         FileNotFoundError: when there is no such file.
 
     >>> import tempfile
@@ -289,13 +290,15 @@ def _read(path: Path, columns: dict[str, int | str], separator: str | None) -> t
     is_header = any(isinstance(column, str) for column in columns.values()) or (
         "rating" in places and places["rating"] < len(first[1]) and not _is_number(first[1][places["rating"]])
     )
+    if is_header:
+        _check_names(path, first[1], columns)
     for line, cells in lines if is_header else chain([first], lines):
         try:
             values = {name: cells[place] for name, place in places.items()}
         except IndexError:
             raise ValueError(
                 f"{path}, line {line}: there are {len(cells)} columns, too few for {_listed(places)} (from 0). Name "
-                "the columns and the separator of the file."
+                "the columns and the separator of the file; of a file without ratings say rating=None."
             ) from None
         for name, code in codes.items():
             if not values[name]:
@@ -335,6 +338,18 @@ def _places(path: Path, header: list[str], columns: dict[str, int | str]) -> dic
     if len(set(places.values())) < len(places):
         raise ValueError(f"each of {_listed(places)} must be a column of its own.")
     return places
+
+
+def _check_names(path: Path, header: list[str], columns: dict[str, int | str]) -> None:
+    """Raises a ValueError if a column is given by its number, and the first line names another one as such."""
+    plain = [re.sub(r"[\W_]*(ids?)?$", "", name.strip().lower()) for name in header]
+    for name, column in columns.items():
+        if isinstance(column, int) and column < len(plain) and name in plain and plain[column] != name:
+            named = header[plain.index(name)]
+            raise ValueError(
+                f"{path}: the {name} would be column {column}, {header[column]!r}, but there is {named!r}. Give the "
+                f"columns by name, {name}={named!r} or {name}={header[column]!r}."
+            )
 
 
 def _listed(places: dict[str, int]) -> str:
