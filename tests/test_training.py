@@ -1273,6 +1273,21 @@ def test_a_schedule_that_does_not_end_is_told(schedule, by_step, unit, run):
         train(vae.model, vae.guide, torch.randn(20, 4), scheduler=schedule, **options)
 
 
+@pytest.mark.parametrize("by_step, unit, run", [(False, "epochs", 3), (True, "steps", 6)])
+def test_a_cosine_that_rises_again_is_told(by_step, unit, run):
+    vae, schedule = normal_vae(), partial(CosineAnnealingLR, T_max=run - 1)
+    with pytest.warns(UserWarning, match=f"falls over {run - 1} {unit} and then rises again, but the run has {run}"):
+        train(
+            vae.model,
+            vae.guide,
+            torch.randn(20, 4),
+            scheduler=schedule,
+            batch_size=10,
+            epochs=3,
+            schedule_every_step=by_step,
+        )
+
+
 def test_the_same_seed_gives_the_same_result():
     one, history = stateful_run(3, 4, *STATES["Adam, StepLR"])
     other, again = stateful_run(3, 4, *STATES["Adam, StepLR"])
@@ -1282,6 +1297,7 @@ def test_the_same_seed_gives_the_same_result():
     assert another["loss"] != history["loss"], "and another seed another one"
 
 
+@pytest.mark.filterwarnings("ignore:the schedule CosineAnnealingLR falls over 6 steps")
 @pytest.mark.parametrize("optimizer, scheduler", STATES.values(), ids=STATES)
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("ema_decay", [None, 0.9])

@@ -487,8 +487,12 @@ def _report_training(
         )
     elif history.best_epoch == epochs:
         print(
-            f"the validation loss was the lowest in the last epoch, {epochs}: more may lower it. Go on with: "
-            f"pyrovae train --run {directory} --resume --epochs {2 * epochs}"
+            f"the validation loss was the lowest in the last epoch, {epochs}: more may lower it. "
+            + (
+                f"Train again with --epochs {2 * epochs}: the learning rate of this run has come to its end."
+                if config.get("scheduler")
+                else f"Go on with: pyrovae train --run {directory} --resume --epochs {2 * epochs}"
+            )
         )
     n = len(estimate.value)
     result: dict[str, Any] = {

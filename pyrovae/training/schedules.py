@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from pyrovae.inference.messages import warn
 
@@ -30,7 +30,7 @@ def make_schedule(scheduler: Callable[..., LRScheduler], optimizer: Optimizer, n
 
 
 def check_length(schedule: LRScheduler, num_steps: int, unit: str) -> None:
-    """Warns of a schedule that is longer than the run, and so does not end; raises where it cannot go on that long.
+    """Warns of a schedule that does not end with the run; raises where it cannot go on that long.
 
     Args:
         schedule: the schedule, as it is after a resume.
@@ -48,6 +48,11 @@ def check_length(schedule: LRScheduler, num_steps: int, unit: str) -> None:
         warn(
             f"the schedule {name} takes {length} {unit}, but the run has {num_steps}: it does not come to its end. "
             f"Give the schedule {num_steps} {unit}, or train longer."
+        )
+    if length < num_steps and isinstance(schedule, CosineAnnealingLR):
+        warn(
+            f"the schedule CosineAnnealingLR falls over {length} {unit} and then rises again, but the run has "
+            f"{num_steps}. Give it T_max={num_steps} in a new run, or train no longer."
         )
     if length < num_steps and isinstance(schedule, OneCycleLR):
         raise ValueError(
