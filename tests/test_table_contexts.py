@@ -247,7 +247,7 @@ def test_a_context_is_kept_with_the_run_and_in_a_schema(run, monkeypatch, tmp_pa
     write_rows("some.csv", size=60)
     options = ["--data", "some.csv", "--num-samples", "10", "--latent-dim", "1"]
     options += ["--encoder.network.hidden", "[4]", "--likelihood.network.hidden", "[4]"]
-    main(["train", *options, "--run", "a", "--context", '["city"]', "--epochs", "1"])
+    main(["train", *options, "--run", "a", "--context", '["city"]', "--epochs", "1", "--scheduler", "null"])
     main(["train", "--run", "a", "--resume", "--epochs", "2"])
     config = pyrovae.load_run("a")[1]
     assert config["context"] == ["city"] and config["table"].context_names == ["city"]

@@ -49,7 +49,7 @@ def check_length(schedule: LRScheduler, num_steps: int, unit: str) -> None:
             f"the schedule {name} takes {length} {unit}, but the run has {num_steps}: it does not come to its end. "
             f"Give the schedule {num_steps} {unit}, or train longer."
         )
-    if length < num_steps and isinstance(schedule, CosineAnnealingLR):
+    if 0 < length < num_steps and isinstance(schedule, CosineAnnealingLR):
         warn(
             f"the schedule CosineAnnealingLR falls over {length} {unit} and then rises again, but the run has "
             f"{num_steps}. Give it T_max={num_steps} in a new run, or train no longer."
