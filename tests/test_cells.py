@@ -29,6 +29,7 @@ ROUNDED = {
     "price": Numbers(1.0, 0.8, shift=0.0, step=0.5, low=0.5),
     "gain": Numbers(3.0, 0.3, shift=0.0, step=1.0, low=1.0, spikes=(0.0, 999.0)),
     "hours from zero": Numbers(20.0, 10.0, step=1.0, low=0.0, spikes=(40.0,)),
+    "degrees, or -999": Numbers(20.0, 5.0, step=0.1, low=0.0, spikes=(-999.0,)),
     "stars": Numbers(3.0, 1.0, step=0.5, low=0.0, high=5.0),
     "count": Numbers(1.5, 0.8, shift=1.0, step=1.0, low=0.0, high=2.0**24 - 1),
 }

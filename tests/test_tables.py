@@ -716,3 +716,39 @@ def test_a_format_of_four_digits_does_not_take_years_of_two():
     table = {"born": ["31.12.98", "30.11.97"] * 30, "x": [float(i % 7) for i in range(60)]}
     with pytest.raises(ValueError, match="is no time of the format '%d.%m.%Y'"):
         Table(table, overrides={"born": {"kind": "Time", "format": "%d.%m.%Y"}})
+
+
+CODES = {
+    "degrees": (-999.0, lambda rng: np.round(rng.normal(20, 5, 400).clip(0.1), 1), True),
+    "answers": (-99, lambda rng: rng.gamma(1, 50, 400).round().astype(int), False),
+    "few": (-1, lambda rng: rng.integers(0, 50, 400), False),
+    "large": (999999, lambda rng: rng.gamma(1, 50, 400).round().astype(int), True),
+}
+
+
+@pytest.mark.parametrize(("code", "draw", "is_far"), CODES.values(), ids=CODES)
+def test_a_number_that_stands_for_something_else_is_a_frequent_value_outside_the_range(code, draw, is_far):
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random(400) < 0.2, code, draw(rng))
+    table = Table({"x": values, "y": rng.normal(size=400)})
+    column = table.schema.columns[0]
+    assert code in column.spikes and column.low == 0
+    assert column.decode(column.encode(values)).to_pylist() == pytest.approx(values.tolist())
+    told = [note for note in table.notes if f"is often {code:g}" in note or f"is often {code}" in note]
+    assert bool(told) == is_far
+    with pytest.raises(ValueError, match=r"outside of the range .* that was given"):
+        Table({"x": values, "y": rng.normal(size=400)}, overrides={"x": {"kind": "Bounded", "low": 0, "high": 2000}})
+
+
+def test_a_number_for_missing_cells_is_told_and_can_be_named(tmp_path):
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random(400) < 0.2, -999, np.round(rng.normal(20, 5, 400), 1))
+    path = tmp_path / "codes.csv"
+    path.write_text("x,y\n" + "".join(f"{x:g},{y:.3f}\n" for x, y in zip(values, rng.normal(size=400))))
+    assert Table(path).notes == [
+        "column 'x' is often -999, far from all others: if that stands for a missing cell, say missing='-999'"
+    ]
+    table = Table(path, missing="-999")
+    assert table.x[:, 0].isnan().sum() == (values == -999).sum() and table.notes == [
+        "missing cells are written '-999' (81)"
+    ]

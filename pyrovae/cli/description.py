@@ -42,7 +42,7 @@ def describe(
         "thousands": thousands,
         "encoding": encoding,
         "header": header,
-        "missing": (missing,) if isinstance(missing, str) else None if missing is None else tuple(missing),
+        "missing": missing if isinstance(missing, str | None) else tuple(missing),
     }
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
@@ -56,6 +56,6 @@ def describe(
     for kind in dict.fromkeys(type(column) for column in schema.columns):
         print(textwrap.fill(f"{kind.__name__}: {kind.likelihood}", 80, subsequent_indent="    "))
     for note in schema.notes:
-        print(textwrap.fill(f"note: {note}", 80, subsequent_indent="    "))
+        print(textwrap.fill(f"note: {as_options(note)}", 80, subsequent_indent="    "))
     if out is not None:
         print(f"schema: {out}")

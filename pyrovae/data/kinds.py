@@ -109,10 +109,19 @@ def column_of(summary: Summary, override: Override | None = None) -> tuple[Colum
         column = Column.from_dict(column.to_dict() | given)
     if isinstance(column, Bounded) and _has_numbers(summary) and summary.low < math.inf:
         high = math.inf if column.high is None else column.high
-        if summary.low < column.low or summary.high > high:
+        low_seen, high_seen = _ends(summary, set() if {"low", "high"} & given.keys() else set(column.spikes))
+        if low_seen < column.low or high_seen > high:
             raise ValueError(
-                f"column {name!r} has cells from {summary.low:g} to {summary.high:g}, outside of the range from "
+                f"column {name!r} has cells from {low_seen:g} to {high_seen:g}, outside of the range from "
                 f"{column.low:g} to {high:g} that was given. Make it wider, or correct the cells."
+            )
+    if isinstance(column, Continuous) and "spikes" not in given:
+        low_seen, high_seen = _ends(summary, set(column.spikes))
+        far = high_seen - low_seen
+        for spike in (s for s in column.spikes if s and (s < low_seen - far or s > high_seen + far)):
+            notes.append(
+                f"is often {spike:.12g}, far from all others: if that stands for a missing cell, "
+                f"say missing='{spike:.12g}'"
             )
     if isinstance(column, Time) and column.zone:
         notes.append("has times with a zone: they are taken, and written, in UTC")
@@ -256,7 +265,7 @@ def _continuous(kind: type[Continuous] | None, summary: Summary, given: dict[str
     ends = given
     if kind is None:
         kind = _continuous_kind(summary, rest, set(spikes))
-        if kind is Real and _lowest(summary, set(spikes)) >= 0 and rest.mean() < _FAR * max(rest.std(), 1e-300):
+        if kind is Real and _ends(summary, set(spikes))[0] >= 0 and rest.mean() < _FAR * max(rest.std(), 1e-300):
             kind, ends = Bounded, {"low": 0.0, "high": None}  # so that no negative number is drawn
     fields: dict[str, Any] = {"spikes": spikes, "step": step}
     if kind is Bounded:
@@ -302,7 +311,7 @@ def _continuous_kind(summary: Summary, rest: np.ndarray, spikes: set[float]) -> 
             return Bounded
         if a == 0 <= low and high == b and b in spikes:  # a share that often is all
             return Bounded
-    if len(rest) < 20 or not rest.min() > 0 or not (_lowest(summary, spikes) > 0 or spikes):
+    if len(rest) < 20 or not rest.min() > 0 or not (_ends(summary, spikes)[0] > 0 or spikes):
         return Real
     if any(float(v) <= 0 and float(v) not in spikes for v in summary.counts or ()) or (
         summary.counts is None and low <= 0 and low not in spikes
@@ -316,9 +325,10 @@ def _continuous_kind(summary: Summary, rest: np.ndarray, spikes: set[float]) -> 
     return Positive if gain > 0.05 and float((z**3).mean()) > 0.5 else Real
 
 
-def _lowest(summary: Summary, spikes: set[float]) -> float:
-    """Returns the lowest of all values that are no spikes; where they were not counted, of all values."""
-    return min((v for v in map(float, summary.counts or ()) if v not in spikes), default=summary.low)
+def _ends(summary: Summary, spikes: set[float]) -> tuple[float, float]:
+    """Returns the lowest and the highest of all values but spikes; where they were not counted, of all values."""
+    others = [v for v in map(float, summary.counts or ()) if v not in spikes]
+    return (min(others), max(others)) if others else (summary.low, summary.high)
 
 
 def _spikes(values: np.ndarray, step: float | None) -> tuple[float, ...]:

@@ -39,7 +39,7 @@ class Dialect:
         thousands: what separates thousands; "" for nothing.
         encoding: the encoding of the text.
         header: whether the first line holds the names of the columns.
-        missing: texts that mean a missing cell; an empty cell is always missing. The first is written.
+        missing: a text that means a missing cell, or several; an empty cell is always missing. The first is written.
     """
 
     delimiter: str = ","
@@ -57,6 +57,8 @@ class Dialect:
                 f"decimal must be '.' or ',' and differ from thousands, got {self.decimal!r} and {self.thousands!r}. "
                 "Give both."
             )
+        if isinstance(self.missing, str):
+            object.__setattr__(self, "missing", (self.missing,))
         if not self.missing:
             raise ValueError("missing must hold at least one text, such as ''.")
         try:

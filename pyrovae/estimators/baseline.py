@@ -11,7 +11,8 @@ def independent_baseline(train: Tensor, test: Tensor) -> tuple[str, Tensor]:
         p(x) = \prod_d \mathcal{N}(x_d; \mu_d, \sigma^2)
 
     Bernoulli if all test data are 0 or 1, with :math:`\mu` smoothed by half a datum of each value; otherwise normal,
-    with one :math:`\sigma` for all dimensions, so that a constant dimension does no harm.
+    with one :math:`\sigma` for all dimensions, so that a constant dimension does no harm. Of counts the normal gives
+    densities, which say nothing beside the probabilities of a likelihood of counts.
 
     Args:
         train: data from which the parameters are estimated, shape ``(size, *x_shape)``.
