@@ -371,6 +371,7 @@ def create_run(
         "x_shape": x_shape,
         "files": files,
         "config": yaml.safe_load(config),
+        "fingerprint": None if splits is None else splits.fingerprint(),
     }
     write_atomically(Path(directory) / "run.json", json.dumps(about).encode())
     write_atomically(Path(directory) / "config.yaml", config.encode())
@@ -402,7 +403,7 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
     That of a table has the :class:`pyrovae.data.Schema` as its entry "table", that of text the
     :class:`pyrovae.data.Vocabulary` as "vocabulary", of sounds the :class:`pyrovae.data.Spectrogram` as "spectrogram",
     of music the :class:`pyrovae.data.PianoRoll` as "piano_roll", and of time series the
-    :class:`pyrovae.data.TimeSeries` as "time_series".
+    :class:`pyrovae.data.TimeSeries` as "time_series". The entry "fingerprint" is that of the data.
 
     Args:
         directory: the run directory.
@@ -433,7 +434,10 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
         config["x_shape"] = configs.check_x_shape(written_by["x_shape"])
     except ValueError as error:
         raise ValueError(f"{about} is corrupt: {error}") from None
-    files = written_by.get("files", [])  # earlier versions did not write it
+    fingerprint = config["fingerprint"] = written_by.get("fingerprint")  # earlier versions did not write it, nor files
+    if fingerprint is not None and not _is_fingerprint(fingerprint):
+        raise ValueError(f"{about} is corrupt: its fingerprint of the data is no list of numbers for each part.")
+    files = written_by.get("files", [])
     if not isinstance(files, list) or not all(name in ABOUT for name in files):
         raise ValueError(f"{about} is corrupt: its files are {files}.")
     for name in files:
@@ -447,6 +451,11 @@ def read_config(directory: str | Path, trust: bool = False) -> dict[str, Any]:
         if (Path(directory) / encoding).exists():
             config[name] = _read_encoding(cls, Path(directory) / encoding)
     return config
+
+
+def _is_fingerprint(found: Any) -> bool:
+    parts = found if isinstance(found, list) and len(found) == 3 else [None]
+    return all(isinstance(part, list) and all(isinstance(x, int | float) for x in part) for part in parts)
 
 
 def _read_encoding(cls: Any, path: Path) -> Any:

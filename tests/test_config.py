@@ -79,7 +79,9 @@ def test_a_run_of_an_earlier_version_is_loaded_and_resumed(tmp_path, capsys):
     for ours, theirs in zip(vae.parameters(), load_run(tmp_path / "run")[0].parameters(), strict=True):
         assert ours.equal(theirs)
     main(["train", "--run", str(run), "--resume", "--epochs", "2"])
-    assert yaml.safe_load((run / "config.yaml").read_text()) | {"x_shape": (1, 8, 8)} == read_config(run)
+    added = {name: read_config(run)[name] for name in ("x_shape", "fingerprint")}
+    assert yaml.safe_load((run / "config.yaml").read_text()) | added == read_config(run)
+    assert added["x_shape"] == (1, 8, 8) and [part[0] for part in added["fingerprint"]] == [1197, 300, 300]
 
 
 def test_a_prior_whose_first_argument_is_the_encoder_gets_it():

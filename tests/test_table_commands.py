@@ -1,6 +1,7 @@
 """The command line on a small table with columns of many kinds."""
 
 import csv
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -454,3 +455,45 @@ def test_a_given_name_may_have_commas_and_equals_signs():
     assert given == {"size, in cm": [2.5], "a=b": ["-1.0"], "c": [0.5]}
     with pytest.raises(ValueError, match="given must be pairs"):
         read_given(schema, "size, in cm=2.5")
+
+
+@pytest.fixture
+def changed(run, people, tmp_path, monkeypatch):
+    """A run whose file was sorted by another column since: as many rows, and the same rows."""
+    monkeypatch.chdir(tmp_path)
+    first, *rows = people.read_text().splitlines()
+    (tmp_path / "mine.csv").write_text("\n".join([first, *rows]) + "\n")
+    main(["train", "--data", "mine.csv", "--run", "mine", "--epochs", "2", "--num-samples", "5", "--latent-dim", "2"])
+    (tmp_path / "mine.csv").write_text("\n".join([first, *sorted(rows, key=lambda row: row[::-1])]) + "\n")
+    return tmp_path / "mine"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "mine", "--num-samples", "5"],
+        ["evaluate", "mine", "--data", "mine.csv", "--num-samples", "5"],
+        ["diagnose", "mine"],
+        ["report", "mine"],
+        ["score", "mine", "mine.csv", "--output", "scores.csv"],
+        ["train", "--run", "mine", "--resume", "--epochs", "3"],
+    ],
+    ids=lambda command: " ".join(command[:3]),
+)
+def test_a_file_that_changed_since_training_is_refused(changed, command):
+    before = {path: path.read_bytes() for path in changed.iterdir()}
+    with pytest.raises(SystemExit, match="mine.csv has changed since the run began"):
+        main(command)
+    assert {path: path.read_bytes() for path in changed.iterdir()} == before
+
+
+def test_changed_rows_can_be_scored_as_other_data_and_beside_others(changed, tmp_path, capsys):
+    (tmp_path / "other.csv").write_bytes((tmp_path / "mine.csv").read_bytes())
+    main(["evaluate", "mine", "--data", "other.csv", "--num-samples", "5"])
+    assert "test: log p(x)" in capsys.readouterr().out
+    main(["score", "mine", "mine.csv", "--reference", "other.csv", "--output", "scores.csv", "--num-samples", "5"])
+    assert len(read(tmp_path / "scores.csv")) == 300
+    about = json.loads((changed / "run.json").read_text())
+    del about["fingerprint"]  # as a run of an earlier version
+    (changed / "run.json").write_text(json.dumps(about))
+    main(["evaluate", "mine", "--num-samples", "5"])

@@ -77,8 +77,25 @@ def load_data_of(config: dict[str, Any], data: str | None, data_root: str | None
         splits, description = load_splits(source, data_root or config["data_root"], config["preprocessing"])
     else:
         splits, description = load_table(source, schema)
+    if data is None or Path(data).resolve() == Path(config["data"]).resolve():
+        check_fingerprint(config, splits)
     print(description)
     return splits
+
+
+def check_fingerprint(config: dict[str, Any], splits: datasets.Splits) -> None:
+    """Raises a ValueError if the data of a run are not those that it was trained on.
+
+    Args:
+        config: the configuration of the run, as it was loaded.
+        splits: the data.
+    """
+    before = config.get("fingerprint")
+    if before is not None and not splits.has_fingerprint(before):
+        raise ValueError(
+            f"{config['data']} has changed since the run began: other data, or in another order, so that its test part "
+            "may hold what the run was trained on. Put it back; or train a new run; or give other data in another file."
+        )
 
 
 _OPTION = re.compile(r"\b(delimiter|decimal|thousands|encoding|header|missing)=")

@@ -371,7 +371,7 @@ def _resumed(parser: ArgumentParser, argv: list[str], settings: Any) -> Any:
         )
     storage.check_unedited(directory, stored)
     # As text, not as a file, because the names in it are the present ones.
-    added = ("x_shape", "table", *storage.ENCODINGS, *configs.NOT_KEPT)
+    added = ("x_shape", "fingerprint", "table", *storage.ENCODINGS, *configs.NOT_KEPT)
     text = yaml.safe_dump({name: value for name, value in stored.items() if name not in added})
     at = argv.index("train") + 1
     resumed = parser.parse_args([*argv[:at], "--config", text, *argv[at:]])

@@ -22,7 +22,7 @@ from pyrovae.plots.drawing import principal_plane
 from pyrovae.training import History
 
 _NUM_POINTS = 500  # data in the picture of the latents
-_DATA_KEYS = ("x_shape", "table", *storage.ENCODINGS)  # of a loaded configuration, which no file holds
+_DATA_KEYS = ("x_shape", "fingerprint", "table", *storage.ENCODINGS)  # of a loaded configuration, which no file holds
 
 
 def report(

@@ -16,6 +16,7 @@ from pyrovae import storage
 from pyrovae.cli.common import (
     advice_as_options,
     check_device,
+    check_fingerprint,
     chosen_method,
     default_method,
     first_of,
@@ -227,13 +228,16 @@ def _reference_rows(run: str, reference: str | None, schema: datasets.Schema) ->
         table = datasets.Table(Path(reference), schema)
         part = _part(table, _with_cells(table))
     else:
-        source = storage.read_config(run, trust=True)["data"]  # which builds nothing
+        config = storage.read_config(run, trust=True)  # which builds nothing
+        source = config["data"]
         if not Path(source).is_file():
             raise FileNotFoundError(
                 f"{source}, the data of the run, is not there, and rows are compared with its test part. Give a table "
                 "of usual rows with --reference."
             )
-        part = load_table(source, schema)[0].test
+        splits, _ = load_table(source, schema)
+        check_fingerprint(config, splits)
+        part = splits.test
     size = len(part.x)
     if size == 0:
         raise ValueError("there are no rows to compare with. Give some: --reference.")

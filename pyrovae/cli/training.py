@@ -22,6 +22,7 @@ from pyrovae.cli.common import (
     Preprocessing,
     advice_as_options,
     check_device,
+    check_fingerprint,
     chosen_method,
     context_names,
     crowded,
@@ -208,6 +209,7 @@ def train(
     """
     directory, world = Path(run) if run is not None else default_run(data), init_process_group(device)
     is_new = world.broadcast_from_rank0(lambda: _check_place(directory, resume))
+    kept = storage.read_config(directory, trust=True) if resume and storage.can_resume(directory) else {}
     counts = {"epochs": epochs, "batch_size": batch_size, "patience": patience, "num_samples": num_samples}
     for name, value in counts.items():
         if value is not None and value < 1:
@@ -225,8 +227,7 @@ def train(
             raise ValueError(f"the likelihood Tabular is for a table, a file; data is {data!r}. Take another one.")
         if preprocessing != "grey":
             raise ValueError(f"a table takes preprocessing grey, its cells as they are, got {preprocessing}.")
-        stored = directory / "schema.yaml"  # of the run to be resumed
-        known = read_schema(str(stored) if resume and stored.exists() else schema)
+        known = kept.get("table") or read_schema(schema)
         splits, description = load_table(data, known, context_names(context))
         if has_exemplars:
             raise ValueError("the rows of a table cannot be exemplars. Take --prior VampPrior or GaussianMixture.")
@@ -249,12 +250,10 @@ def train(
             "num_steps": max_steps,
             "tokenizer": tokenizer,
         }
-        is_resumed = resume and storage.can_resume(directory)
-        kept = storage.read_config(directory, trust=True) if is_resumed else {}
         if per_quarter is not None and (time is not None or not is_music(data)):
             raise ValueError(f"per_quarter is for music, and {data} is none. Leave it out.")
         if time is not None:
-            given = None if is_resumed else read_schema(schema)
+            given = None if kept else read_schema(schema)
             named = context_names(columns)
             splits, description = load_series(
                 data, kept.get("time_series"), time, series, named, growth, max_steps, given
@@ -300,6 +299,7 @@ def train(
             steps, seen = arguments_of(vae, splits.train)
             cast(Likelihood, vae.likelihood).start_at(steps[seen])
         loss = structure.loss(vae, splits.train.labels) if structure is not None and loss is None else loss
+    check_fingerprint(kept, splits)
     vae.to(device)
     x_shape = tuple(splits.train.x.shape[1:])
     training = arguments_of(vae, splits.train, splits.schema)
