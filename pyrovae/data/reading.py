@@ -27,6 +27,7 @@ DELIMITERS = ("\t", ";", "|", ",")  # the comma last, because it is also a decim
 _EXCEL = (".xlsx", ".xls", ".xlsb", ".ods")
 _PARQUET = (".parquet", ".pq")
 _ARRAYS = (".npy", ".npz", ".h5", ".hdf5", ".h5ad")
+_RAGGED = re.compile(r"(?:Row #(\d+): )?Expected (\d+) columns, got (\d+): (.*)", re.DOTALL)  # what Arrow says
 
 
 @dataclass(frozen=True)
@@ -246,12 +247,6 @@ class TextFile(Source):
         import pyarrow as pa
         from pyarrow import csv as arrow_csv
 
-        ragged: list[Any] = []
-
-        def refuse(row: Any) -> str:
-            ragged.append(row)
-            return "error"
-
         every = list(map(str, range(len(self.names))))
         row = 0
         with self._open() as file:
@@ -266,7 +261,9 @@ class TextFile(Source):
                         encoding={"utf-8": "utf8"}.get(self.dialect.encoding, self.dialect.encoding),
                     ),
                     arrow_csv.ParseOptions(
-                        delimiter=self.dialect.delimiter, newlines_in_values=True, invalid_row_handler=refuse
+                        # Without a handler of rows in Python, which a thread of Arrow may let go of at the exit.
+                        delimiter=self.dialect.delimiter,
+                        newlines_in_values=True,
                     ),
                     arrow_csv.ConvertOptions(
                         column_types=dict.fromkeys(every, pa.string()),
@@ -280,15 +277,15 @@ class TextFile(Source):
                     if batch.num_rows:
                         yield batch
             except (pa.ArrowInvalid, UnicodeError) as error:
-                raise self._explained(error, ragged) from None
+                raise self._explained(error) from None
 
-    def _explained(self, error: Exception, ragged: list) -> ValueError:
+    def _explained(self, error: Exception) -> ValueError:
+        ragged = _RAGGED.search(str(error))
         if ragged:
-            line = f"line {ragged[0].number}" if ragged[0].number is not None else "a line"
+            line = "a line" if ragged[1] is None else f"line {ragged[1]}"
             return ValueError(
-                f"{self.path}, {line}: {ragged[0].actual_columns} cells, where {ragged[0].expected_columns} are "
-                f"expected: {ragged[0].text[:60]!r}. Correct the line; put quotes around cells that hold "
-                f"{self.dialect.delimiter!r}."
+                f"{self.path}, {line}: {ragged[3]} cells, where {ragged[2]} are expected: {ragged[4][:60]!r}. Correct "
+                f"the line; put quotes around cells that hold {self.dialect.delimiter!r}."
             )
         if "UTF8" in str(error) or isinstance(error, UnicodeError):
             with self._open() as file:  # names the line
