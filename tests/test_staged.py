@@ -11,6 +11,7 @@ import pytest
 import torch
 from linear_gaussian import assert_fraction, assert_mean, truth, vae_of
 from pyro import distributions as dist
+from pyro import poutine
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
@@ -961,3 +962,17 @@ def test_scales_that_depend_on_other_latents_leave_no_tail_unseen():
     error, stated = (found.value - truth)[trusted], found.standard_error[trusted]
     assert error.mean().abs() < 4 * stated.square().sum().sqrt() / len(stated)
     assert (error.abs() > 3 * stated).double().mean() <= 0.05
+
+
+def test_a_last_stage_that_overflows_leaves_the_values_of_the_others():
+    def model(x):
+        with pyro.plate("data", len(x)):  # rates of nothing but 0, in single precision, have an infinite density
+            pyro.sample("x", dist.Poisson(pyro.sample("r", dist.Gamma(0.3, 0.05))), obs=x)
+
+    guide = poutine.block(poutine.uncondition(model), hide=["x"])
+    pyro.set_rng_seed(4)
+    estimate = log_marginal(model, guide, torch.zeros(16), method=UntilTrusted(), progress=False)
+    exact = 0.3 * math.log(0.05 / 1.05)  # a negative binomial distribution
+    assert not bool(estimate.trusted.all()), "the last stage was reached"
+    assert ((estimate.value - exact).abs() < 4 * estimate.standard_error + 1e-3).all()
+    assert "nan" not in str(estimate)

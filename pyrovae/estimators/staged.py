@@ -392,6 +392,17 @@ class _Result:
         value, error, ess, khat = (in_order([getattr(part, name) for _, part, _ in self.parts]) for name in _COLUMNS)
         stage = in_order([torch.full_like(part.value, number, dtype=torch.long) for _, part, number in self.parts])
         reliable = in_order([part.trusted for _, part, _ in self.parts]) & (stage >= 0) & ~(error > largest_error)
+        columns = (value, error, ess, khat)
+
+        def put(rows: Tensor, pilot: Estimate, chosen: Tensor) -> None:
+            for column, name in zip(columns, _COLUMNS, strict=True):
+                column[rows[chosen]] = getattr(pilot, name)[chosen].to(column)
+
+        lost = value.isnan()  # densities overflow in the last stage: the pilot run with the smallest error is left
+        error[lost], reliable = math.inf, reliable & ~lost
+        for rows, pilot, _ in self.pilots if bool(lost.any()) else []:
+            rows = rows.to(value.device)
+            put(rows, pilot, lost[rows] & (pilot.standard_error < error[rows]))
         missed, better = torch.zeros_like(reliable), []
         excess, variance, n = 0.0, 0.0, 0  # of pilot runs from the prior, in shares of p(x)
         for rows, pilot, from_prior in self.pilots:
@@ -413,10 +424,7 @@ class _Result:
             missed |= True
         reliable &= ~missed
         for rows, pilot in better:  # what was missed is at least known not to be less
-            is_more = pilot.value > value[rows]
-            rows, pilot = rows[is_more], _take(pilot, is_more)
-            for column, name in zip((value, error, ess, khat), _COLUMNS, strict=True):
-                column[rows] = getattr(pilot, name).to(column)
+            put(rows, pilot, pilot.value > value[rows])
         num_samples = max(part.num_samples for _, part, _ in self.parts)
         unseen, at_ends = torch.zeros_like(value), torch.zeros_like(value)
         diagnostics = {"stage": stage, "reliable": reliable, "missed": missed, "unseen": unseen, "at_ends": at_ends}
