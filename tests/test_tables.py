@@ -752,3 +752,26 @@ def test_a_number_for_missing_cells_is_told_and_can_be_named(tmp_path):
     assert table.x[:, 0].isnan().sum() == (values == -999).sum() and table.notes == [
         "missing cells are written '-999' (81)"
     ]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_whole_numbers_beyond_double_precision_are_names(as_text):
+    rng = np.random.default_rng(0)
+    cards = rng.choice([4111111111111111111, 4111111111111111112, 4111111111111111113], 100)
+    table = Table({"card": list(map(str, cards)) if as_text else cards, "x": rng.normal(size=100)})
+    assert table.schema.columns[0].kind == "Identifier" and "beyond 2**53" in table.notes[0]
+    measured = Table({"charge": 1e18 * rng.normal(size=100), "x": rng.normal(size=100)})
+    assert measured.schema.columns[0].kind == "Real"
+
+
+def test_a_number_beyond_single_precision_is_not_called_infinite_alone():
+    with pytest.raises(ValueError, match=r"column 'x', row 2: infinite, or beyond 3.4e38"):
+        Table({"x": [1.0, 1e39, 2.0], "y": [1.0, 2.0, 3.5]})
+
+
+def test_frequent_values_are_not_all_taken_for_codes():
+    rng = np.random.default_rng(0)
+    amounts = rng.choice(10.0 ** rng.uniform(0, 8, 12).round(2), 400) * np.where(
+        rng.random(400) < 0.3, rng.random(400), 1
+    )
+    assert not [n for n in Table({"x": amounts, "y": rng.normal(size=400)}).notes if "far from all others" in n]

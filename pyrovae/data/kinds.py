@@ -43,6 +43,7 @@ _GAPS = 3  # levels of their own that are possible, for each that occurs
 _MAX_LEVELS = 1000
 _MAX_SPIKES = 64
 _SPIKE_SHARE = 0.002
+_MOST_CODES = 3  # frequent values: with more of them, none is taken for one that means a missing cell
 _MAX_STEPS = 2**23  # in the range of a column; float32 tells twice as many apart
 _MAX_STEPS_OF_DECIMALS = 10**6 - 1  # where values are rounded more finely, a density says the same
 _MAX_COUNT = 1000
@@ -84,8 +85,8 @@ def column_of(summary: Summary, override: Override | None = None) -> tuple[Colum
         raise ValueError(f"column {name!r}: kind must be one of {', '.join(KINDS)}, got {kind!r}.")
     if summary.infinite_row is not None and kind not in ("Identifier", "Constant"):
         raise ValueError(
-            f"column {name!r}, row {summary.infinite_row:,}: infinite. Correct the cell, or leave it empty if it is "
-            "missing."
+            f"column {name!r}, row {summary.infinite_row:,}: infinite, or beyond 3.4e38, the largest number of single "
+            "precision. Correct the cell, divide the column, or leave the cell empty if it is missing."
         )
     notes: list[str] = []
     if kind is not None:
@@ -97,6 +98,9 @@ def column_of(summary: Summary, override: Override | None = None) -> tuple[Colum
         column = Constant(name, value=_levels(summary)[0] if _has_numbers(summary) else _plain(value))
         if summary.absent:
             notes.append(f"is {value!r} or missing: left out; fill the empty cells with another value to model it")
+    elif _is_beyond_double(summary):
+        column = Identifier(name, numbers=True)
+        notes.append("has whole numbers beyond 2**53, which double precision cannot tell apart: left out, as names")
     elif 2 <= len(summary.order) <= _MAX_LEVELS:
         column = Ordered(name, summary.order)
     elif _has_numbers(summary):
@@ -118,7 +122,8 @@ def column_of(summary: Summary, override: Override | None = None) -> tuple[Colum
     if isinstance(column, Continuous) and "spikes" not in given:
         low_seen, high_seen = _ends(summary, set(column.spikes))
         far = high_seen - low_seen
-        for spike in (s for s in column.spikes if s and (s < low_seen - far or s > high_seen + far)):
+        codes = [s for s in column.spikes if s and (s < low_seen - far or s > high_seen + far)]
+        for spike in codes if len(column.spikes) <= _MOST_CODES else []:
             notes.append(
                 f"is often {spike:.12g}, far from all others: if that stands for a missing cell, "
                 f"say missing='{spike:.12g}'"
@@ -183,6 +188,14 @@ def decimal_signs(summaries: list[Summary]) -> tuple[str, str]:
 
 def _has_numbers(summary: Summary) -> bool:
     return summary.numeric and not summary.leading_zeros
+
+
+def _is_beyond_double(summary: Summary) -> bool:
+    """Returns whether different whole numbers are one in double precision: names, such as numbers of cards."""
+    if not _has_numbers(summary) or max(abs(summary.low), abs(summary.high)) <= 2**53:
+        return False
+    written = set(map(str, summary.some if summary.counts is None else summary.counts))
+    return len(set(map(float, written))) < len({int(w) for w in written if w.lstrip("+-").isdigit()})
 
 
 def _of_kind(cls: type[Column], summary: Summary, given: dict[str, Any]) -> Column:
