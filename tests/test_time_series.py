@@ -4,6 +4,7 @@ import csv
 import datetime
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -214,7 +215,12 @@ def test_a_run_knows_how_rows_became_steps(run, capsys, monkeypatch):
     main(["evaluate", "run", "--quiet", "--output", "e.csv"])
     out = capsys.readouterr().out
     assert "3 series of 147 rows, day from 2020-01-02 to 2020-02-29" in out
-    assert "nats a row" in out
+    a_datum, a_row = re.search(
+        r"Normal: (\S+) nats per datum \(baseline; -log p\(x\): (\S+) nats a row\)", out
+    ).groups()
+    rows = int(re.search(r"nats a row, of (\d+) rows", out)[1])
+    pieces = int(re.search(r"from (\d+) data", out)[1])
+    assert float(a_row) * rows == pytest.approx(-float(a_datum) * pieces, abs=5e-4 * (rows + pieces))
     assert "change of the logarithm" in out
 
 

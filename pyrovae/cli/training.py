@@ -505,7 +505,7 @@ def _report_training(
         "num_samples": estimate.num_samples,
     }
     scores = advice_as_options(f"test: {estimate}{note_on(vae, splits.schema)}")
-    name, baseline = "", None
+    name, baseline, by_step = "", None, ""
     if splits.schema is not None:
         name, p = "independent columns", fit_independent_columns(vae.likelihood.cells, splits.train.x)
         baseline = log_prob_of_cells(p, splits.test.x).sum(-1)
@@ -519,6 +519,7 @@ def _report_training(
         if is_discrete(vae) == bool(((its_steps == 0) | (its_steps == 1)).all()):
             name, of_steps = independent_baseline(steps[seen], its_steps[its_seen])
             baseline = torch.zeros(n).index_add(0, its_seen.nonzero()[:, 0], of_steps)
+            by_step = f"; -log p(x): {-of_steps.double().mean().item():.3f} nats a {unit}"
     # Not for a file on the disk, which may be larger than the memory.
     elif isinstance(splits.train.x, Tensor) and not isinstance(vae, SemiSupervisedVAE | MissingDataVAE):
         is_binary = bool(((splits.test.x == 0) | (splits.test.x == 1)).all())
@@ -526,7 +527,7 @@ def _report_training(
             name, baseline = independent_baseline(splits.train.x, splits.test.x)
     if baseline is not None:
         result["baseline"] = baseline.mean().item()
-        scores += f"\n{name}: {result['baseline']:.3f} nats per datum (baseline)"
+        scores += f"\n{name}: {result['baseline']:.3f} nats per datum (baseline{by_step})"
         if result["log_marginal"] < result["baseline"]:
             scores += (
                 "\nworse than the baseline, which knows no dependence between the dimensions: train longer, or with "
