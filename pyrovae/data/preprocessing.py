@@ -187,5 +187,6 @@ def _check_grey(x: Tensor) -> None:
     if not (low >= 0 and high <= 1):  # also if there is NaN
         raise ValueError(
             f"only values between 0 and 1 can be binarised, but x ranges from {low:g} to {high:g}. Divide 8-bit "
-            "images by 255; take real numbers as they are (--preprocessing grey) with a likelihood such as Normal."
+            "images by 255; take other numbers as they are (--preprocessing grey), with a likelihood such as Normal "
+            "for real numbers or Poisson for counts."
         )

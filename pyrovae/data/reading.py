@@ -300,9 +300,9 @@ class TextFile(Source):
 
     def _not_encoded(self, error: UnicodeDecodeError, line: int) -> ValueError:
         return ValueError(
-            f"{self.path}, line {line}: the byte 0x{error.object[error.start]:02x} is not {self.dialect_name}. Give "
-            "the encoding of the file, for example encoding=cp1252 (Excel in Western Europe) or latin-1. Correct a "
-            "file of several encodings."
+            f"{self.path}, line {line}: the byte 0x{error.object[error.start]:02x} is not {self.dialect_name}. Save "
+            "the file in that encoding; where a schema is made, its own can be given, for example encoding=cp1252 "
+            "(Excel in Western Europe) or latin-1."
         )
 
     @property
