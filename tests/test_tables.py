@@ -775,3 +775,11 @@ def test_frequent_values_are_not_all_taken_for_codes():
         rng.random(400) < 0.3, rng.random(400), 1
     )
     assert not [n for n in Table({"x": amounts, "y": rng.normal(size=400)}).notes if "far from all others" in n]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_years_of_two_and_of_four_digits_in_one_column_are_refused(share):
+    days = [datetime.date(1997, 5, 14) + datetime.timedelta(days=97 * i) for i in range(60)]
+    written = [day.strftime("%d.%m.%y" if i < 60 * share else "%d.%m.%Y") for i, day in enumerate(days)]
+    with pytest.raises(ValueError, match="where other cells are times such as .* Write all in one format"):
+        Table({"born": written, "x": [float(i % 7) for i in range(60)]})

@@ -78,8 +78,6 @@ def as_numbers(values: Any) -> np.ndarray:
 
 
 ZONE = r"(Z|[+-][0-9]{2}:?[0-9]{2})$"  # of a time in ISO 8601
-
-
 _YEAR_100 = datetime.datetime(100, 1, 1)
 
 

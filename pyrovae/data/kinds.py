@@ -441,10 +441,11 @@ def _format(summary: Summary, values: list[str]) -> str | None:
     if not all(any(c.isdigit() for c in v) and 6 <= len(v) <= 40 for v in values[:20]):
         return None
     cells = pa.array(values, pa.string())
-    reads = {f: parse_times(cells, f) for f in _FORMATS}
-    if all(times.null_count == len(cells) for times in reads.values()):
-        reads = {f: parse_times(cells, f) for f in _SHORT_FORMATS}
-    whole = [f for f, times in reads.items() if times.null_count == 0]
+    reads: dict[str, Any] = {}
+    whole: list[str] = []
+    for formats in (_FORMATS, _SHORT_FORMATS):
+        reads |= {f: parse_times(cells, f) for f in formats}
+        whole = whole or [f for f in formats if reads[f].null_count == 0]
     if len(whole) == 1:
         _check_century(summary, values, whole[0], reads[whole[0]])
         return whole[0]
