@@ -160,9 +160,7 @@ def main(args):
             "trusted": int(estimate.trusted.sum()),
             "epochs": len(history),
             "minutes": round(history["seconds"][-1] / 60, 1),
-            "settings": {
-                k: v for k, v in vars(args).items() if k not in ("data", "model", "checkpoint", "record", "smoke")
-            },
+            "settings": {k: v for k, v in vars(args).items() if k not in NO_SETTINGS},
         }
         RECORDS.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     assert math.isfinite(value)

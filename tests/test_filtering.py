@@ -19,7 +19,7 @@ import pyrovae
 from pyrovae import bounds
 from pyrovae.bounds import FIVO, IWAE, multinomial, stratified, systematic
 from pyrovae.cli import main
-from pyrovae.estimators import ParticleFilter, Prior, log_predictive
+from pyrovae.estimators import ImportanceSampling, ParticleFilter, Prior, UntilTrusted, log_predictive
 from pyrovae.inference.filtering import run_filter
 from pyrovae.inference.structure import inspect
 
@@ -461,6 +461,41 @@ def test_the_particle_filter_covers_the_truth(proposal):
     assert estimate.trusted.any()
     assert (estimate.diagnostics["least ess"] > 1).all()
     assert "filters a datum" in str(estimate)
+
+
+def time_first(x: Tensor) -> None:
+    model(x.transpose(0, 1))
+
+
+def guide_time_first(x: Tensor) -> None:
+    guide(x.transpose(0, 1))
+
+
+@pytest.mark.parametrize("method", [ParticleFilter(16, 200), ImportanceSampling(20_000), UntilTrusted()], ids=repr)
+@pytest.mark.parametrize("steps", [5, 9])
+def test_data_that_lie_along_the_second_dimension_are_not_cut_along_the_first(method, steps):
+    x = series(n=7, steps=steps)  # the number of rows with which a pair is inspected first: both are 7
+    found = pyrovae.log_marginal(
+        time_first, guide_time_first, x.transpose(0, 1), method=method, progress=False, max_memory=2e5
+    )
+    assert found.value.shape == (7,)
+    error = found.standard_error.clamp(min=1e-3)  # a t-value of 15 degrees of freedom: above 5.5 once in 33,000
+    assert ((found.value - kalman(x)).abs() < 5.5 * error).all()
+
+
+def test_steps_of_time_are_no_batches():
+    def trainable(x):
+        guide_time_first(x, pyro.param("gain", torch.tensor(0.4)))
+
+    def guide_time_first(x, gain):
+        guide(x.transpose(0, 1), gain=gain)
+
+    x = series(n=7, steps=20).transpose(0, 1)
+    for rows in (7, 4):
+        with pytest.raises(ValueError, match=r'the plate "data" holds 7 data, and not one for each row'):
+            pyrovae.fit(time_first, trainable, x, epochs=1, batch_size=rows, progress=False)
+    history = pyrovae.fit(time_first, trainable, x, epochs=1, batch_size=20, progress=False)
+    assert history["loss"][0] > -kalman(x.transpose(0, 1)).mean()
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])

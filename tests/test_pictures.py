@@ -96,6 +96,14 @@ def test_sixteen_bits_become_eight_by_the_same_scale_in_all(tmp_path):
     assert sorted((255 * x[:, 0, 0, 0]).round().tolist()) == [0, 1, 1, 255]
 
 
+def test_of_an_animation_the_first_frame_is_read_with_a_word(tmp_path):
+    frames = [Image.fromarray(np.full((3, 3), value, np.uint8)) for value in (0, 255, 255)]
+    for i in range(3):
+        frames[0].save(tmp_path / f"{i}.gif", save_all=i < 2, append_images=frames[1:] if i < 2 else ())
+    with pytest.warns(UserWarning, match="2 were cut to the first of their frames"):
+        assert not all_of(load(str(tmp_path))).any()
+
+
 def test_bad_folders_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="holds no picture"):
         load(str(tmp_path))

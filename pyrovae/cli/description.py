@@ -54,8 +54,12 @@ def describe(
         storage.write_atomically(out, schema.to_yaml().encode())
     print(f"{file}: {source.num_rows:,} rows, {len(schema.columns)} columns\n\n{schema.describe()}\n")
     for kind in dict.fromkeys(type(column) for column in schema.columns):
-        print(textwrap.fill(f"{kind.__name__}: {kind.likelihood}", 80, subsequent_indent="    "))
+        _print_wrapped(f"{kind.__name__}: {kind.likelihood}")
     for note in schema.notes:
-        print(textwrap.fill(f"note: {as_options(note)}", 80, subsequent_indent="    "))
+        _print_wrapped(f"note: {as_options(note)}")
     if out is not None:
         print(f"schema: {out}")
+
+
+def _print_wrapped(text: str) -> None:
+    print(textwrap.fill(text, 80, subsequent_indent="    ", break_on_hyphens=False))  # -999 is one word

@@ -60,6 +60,8 @@ def _read(folder: Path, paths: list[Path]) -> np.ndarray:
                 is_turned = picture.getexif().get(_ORIENTATION, 1) >= 5
                 sizes[picture.size[::-1] if is_turned else picture.size] += 1
                 is_grey = is_grey and picture.mode in _GREY
+                if getattr(picture, "n_frames", 1) > 1:
+                    changed["cut to the first of their frames"] += 1
         except Exception as error:  # PIL has no common error for damaged files
             raise ValueError(f"{path} cannot be read as a picture ({error}). Remove it or replace it.") from error
     size = min(sizes, key=lambda size: (-sizes[size], size))

@@ -159,6 +159,8 @@ class ParticleFilter(Estimator):
             num_runs,
             keep=False,
         )
+        if task.structure.data is not None:
+            task.structure.data.check_in_order(run.log_z.shape[-1], task.size)
         check_weights(structure_of_run(task.structure, run.sites, task.model, guide, task.args, task.kwargs))
         return run
 

@@ -27,7 +27,7 @@ from pyrovae.inference.messages import check_all_observed, check_mass
 from pyrovae.inference.missing import Fills, check_filled, fills_in
 from pyrovae.inference.running import evaluation_mode, isolated, traced
 from pyrovae.inference.sites import latents_of_trace, sample_sites
-from pyrovae.inference.structure import SiteStructure, inspect
+from pyrovae.inference.structure import SiteStructure, inspect, rows_are_data
 from pyrovae.inference.weights import (
     check_draws,
     check_independent,
@@ -392,21 +392,25 @@ def open_task(
     # The bar shows itself only after a delay: by then the method has set its total.
     bar = tqdm(desc="log p(x)", total=size, unit_scale=True, delay=0.5, disable=not progress)
     with evaluation_mode(), bar, arguments.row_positions(offset):
-        divisible, given = True, guide
+        given = guide
         guide, enumerated = _completed(model, given, head, named)
         try:
             structure = inspect_weights(model, guide, *head, num_samples=1, **named)
+            divisible = rows_are_data(model, guide, structure, head, named)
             if arguments.holds_packed(args, kwargs):
                 # The last rows too: they are the shortest, and may not fit what was cut to the longest.
                 tail, named = take_rows(slice(size - few, size), args, kwargs)
                 inspect(model, guide, *tail, **named)
         except Exception:  # parameters of a guide that belong to rows, for example
             divisible = False
+        if not divisible:
             args, kwargs = take_rows(slice(None), args, kwargs)  # arrays as tensors
             guide, enumerated = _completed(model, given, args, kwargs)
             if not inspect(model, guide, *args, **kwargs).has_plates:
                 (model, guide), size = in_plate_of_one(model, guide), 1
             structure = inspect_weights(model, guide, *args, num_samples=1, **kwargs)
+            if structure.data_drawn is not None and not structure.holds_rows(size):
+                size = structure.data_drawn  # the data lie along another dimension than the first
         if divisible and few > 1 and not arguments.holds_packed(args, kwargs):
             first, of_first = take_rows(slice(0, few // 2), args, kwargs)
             check_rows_alone(structure, model, guide, Arguments(*head, **named), Arguments(*first, **of_first))

@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, ImproperUniform
 
-from pyrovae.arguments import count_data, explain_type_errors, kind_of, named_tensors
+from pyrovae.arguments import count_data, explain_type_errors, kind_of, named_tensors, take_rows
 from pyrovae.distributions import Blocks
 from pyrovae.inference.messages import check_mass, check_observed, warn_of_large_counts
 from pyrovae.inference.missing import check_batch
@@ -67,6 +67,7 @@ class SiteStructure(NamedTuple):
         data: the plate over the data; None without one.
         data_size: full size of that plate, which is larger than the batch where the plate is subsampled; None without
             one.
+        data_drawn: how many data it held in this run; None without one.
         problems: reasons why importance weights per datum are undefined, each naming a site.
         sites: names of the sites of model and guide.
         observed: names of the model's observed sites.
@@ -87,6 +88,7 @@ class SiteStructure(NamedTuple):
     max_plate_nesting: int
     data: DataPlate | None
     data_size: int | None
+    data_drawn: int | None
     problems: tuple[str, ...]
     sites: frozenset[str]
     observed: frozenset[str]
@@ -106,6 +108,10 @@ class SiteStructure(NamedTuple):
     def has_plates(self) -> bool:
         """Whether any site is in a plate; without any, all data are one datum, such as a series."""
         return self.max_plate_nesting > 0
+
+    def holds_rows(self, rows: int) -> bool:
+        """Whether the plate over the data may be over so many rows: it held them, draws its own, or there is none."""
+        return self.data_drawn in (rows, None) or self.data_drawn != self.data_size
 
     @property
     def data_index(self) -> int:
@@ -184,6 +190,7 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Site
         max_plate_nesting=max(depths, default=0),
         data=data,
         data_size=data_frame.full_size or data_frame.size if data_frame else None,
+        data_drawn=data_frame.size if data_frame else None,
         problems=problems,
         sites=frozenset(model_sites.keys() | guide_sites.keys()),
         observed=frozenset(observed),
@@ -204,6 +211,30 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Site
         masked_apart=frozenset(name for name, (p, q) in pairs.items() if masks_differ(p, q)),
         masked_inside=frozenset(name for name, (p, q) in pairs.items() if masks_differ(p, q, inside=True)),
     )
+
+
+def rows_are_data(
+    model: Callable, guide: Callable, structure: SiteStructure, args: tuple, kwargs: dict[str, Any]
+) -> bool:
+    """Returns whether the plate over the data follows the rows of tensors: it does not if the data lie along another
+    dimension, such as those of ``(time, batch)``.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        structure: what :func:`inspect` returns for these arguments.
+        args: tensors, at least one of them with rows.
+        kwargs: tensors.
+    """
+    rows = count_data(args, kwargs)
+    is_alone = all(rows not in t.shape[1:] for _, t in named_tensors(args, kwargs))
+    if rows < 2 or (structure.holds_rows(rows) and (structure.data_drawn != rows or is_alone)):
+        return True
+    half, named = take_rows(slice(0, rows // 2), args, kwargs)
+    try:
+        return inspect(model, guide, *half, **named).data_drawn != structure.data_drawn
+    except Exception:  # they do not run on fewer rows
+        return structure.holds_rows(rows)
 
 
 def _trace_pair(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Sites, poutine.Trace]:

@@ -158,7 +158,7 @@ def check_independent(
         before = sample_sites(traced(model, draw, *args, **kwargs))
         reason = _reason_dependent(model, draw, before, structure.data, args, kwargs)
         masks: dict[str, Any] | None = {}
-        if _masks_differ(before, sample_sites(draw)):
+        if _hidden_elements_differ(before, sample_sites(draw)):
             again = sample_sites(traced(model, latents_of_trace(traced(guide, None, *args, **kwargs)), *args, **kwargs))
             drawn = sample_sites(draw)
             latents = [name for name in drawn if name in before and name in again]
@@ -586,8 +586,8 @@ def unmasked_log_prob_of(site: dict) -> Tensor:
     return log_prob_of({**site, "fn": without_mask(site["fn"]), "mask": None})
 
 
-def _masks_differ(scored: dict[str, dict], of_guide: dict[str, dict]) -> bool:
-    """Whether the masks of latents differ between the sites of a model and of a guide."""
+def _hidden_elements_differ(scored: dict[str, dict], of_guide: dict[str, dict]) -> bool:
+    """Whether a model and a guide mask other elements of latents."""
     latents = [name for name, site in scored.items() if not site["is_observed"] and name in of_guide]
     if not any(is_masked(sites[name]) for sites in (scored, of_guide) for name in latents):
         return False

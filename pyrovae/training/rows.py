@@ -13,7 +13,7 @@ from pyrovae.arguments import Arguments, canonicalize, cuda_devices, take_rows, 
 from pyrovae.inference.messages import warn
 from pyrovae.inference.running import evaluation_mode, isolated, traced
 from pyrovae.inference.sites import latents_of_trace, sample_sites, unwrapped
-from pyrovae.inference.structure import SiteStructure, inspect
+from pyrovae.inference.structure import SiteStructure, inspect, rows_are_data
 
 
 def parameters_of_rows(
@@ -113,7 +113,10 @@ def _elements_used_by_row(
 
 
 def check_rows_are_data(model: Callable, guide: Callable, structure: SiteStructure, args: tuple, kwargs: dict) -> None:
-    """Raises a ValueError if a model without plates has a site for each row: these are steps of one series, not data.
+    """Raises a ValueError if the rows of a batch are no data.
+
+    They are none if a model without plates has a site for each row, a step of one series, or if the plate over the data
+    has the same size whatever the number of rows.
 
     Args:
         model: a Pyro model.
@@ -123,6 +126,13 @@ def check_rows_are_data(model: Callable, guide: Callable, structure: SiteStructu
         kwargs: the batch.
     """
     if structure.has_plates:
+        if not rows_are_data(model, guide, structure, args, kwargs):
+            raise ValueError(
+                f"the plate {structure.data} holds {structure.data_drawn} data, and not one for each row, so that fit "
+                "cannot cut rows into batches. Give the data along the first dimension, x.transpose(0, 1), with "
+                "x[:, t] in model and guide; or all rows in one batch, batch_size=len(x), without micro_batch_size "
+                "and in one process."
+            )
         return
     args, kwargs, size = canonicalize(args, kwargs)
     args, kwargs = take_rows(slice(0, size // 2), args, kwargs)

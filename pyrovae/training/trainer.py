@@ -150,6 +150,7 @@ class Trainer:
         # Runs of model and guide before the first step are no steps: they change nothing.
         before = Snapshot((model, guide))
         whole, batch = batch, _part_of(batch, total, 0, self._parts(total)[0].count)
+        are_cut = world.size > 1 or micro_batch_size is not None or total < num_shuffled
         total = count_data(batch.args, batch.kwargs)
         structure = inspect(model, guide, *batch.args, **batch.kwargs)
         shard = world.shard(total)
@@ -173,7 +174,7 @@ class Trainer:
         self.plate = structure.data
         if world.size > 1 or micro_batch_size is not None:
             check_scales(model, guide, whole, Arguments(*args, **kwargs))
-        if 1 < total < num_shuffled:
+        if total > 1 and are_cut:
             check_rows_are_data(model, guide, structure, args, kwargs)
         for name in structure.out_of_support:
             warn(
