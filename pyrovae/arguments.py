@@ -412,8 +412,12 @@ def explain_type_errors(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         yield
     except TypeError as error:
         hints = {
-            "positional argument": "Give keyword arguments as pyrovae.Arguments(x, mask=mask), a dict of them as "
-            "Arguments(**batch)",
+            "positional argument": "Give rows as one tensor: a list or a tuple holds an argument each. Give keyword "
+            "arguments as pyrovae.Arguments(x, mask=mask), a dict of them as Arguments(**batch)",
+            "not dict": "A dict is one argument: give its entries as keyword arguments, pyrovae.Arguments(**batch), "
+            "from the data set or the collate_fn of a loader",
+            "not _EntryList": "A list is one argument with an entry per datum: give numbers as torch.tensor(x)",
+            "not numpy.ndarray": "Arrays of objects or of fields stay as they are: convert them to numbers",
             "expected np.ndarray": "Model and guide get arrays as tensors: torch.as_tensor takes both",
         }
         for cause, hint in hints.items():
@@ -422,11 +426,19 @@ def explain_type_errors(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         raise
     except RuntimeError as error:
         text = str(error).lower()
+        named = named_tensors(args, kwargs)
+        whole = [(name, t.dtype) for name, t in named if not (t.is_floating_point() or t.is_complex())]
+        if "same dtype" in text and whole:
+            name, dtype = whole[0]
+            raise TypeError(
+                f"{error}: {name} has dtype {str(dtype).removeprefix('torch.')}, and networks compute in floating "
+                "point. Convert it, x.float(), in the data or in front of the networks."
+            ) from error
         if not ("dtype" in text or "scalar type" in text or "expected" in text) or not (
             "double" in text or "float64" in text
         ):
             raise
-        dtypes = {name: t.dtype for name, t in named_tensors(args, kwargs) if t.is_floating_point()}
+        dtypes = {name: t.dtype for name, t in named if t.is_floating_point()}
         doubles = [name for name, dtype in dtypes.items() if dtype == torch.float64]
         if doubles:
             raise TypeError(

@@ -61,7 +61,7 @@ INDEPENDENT = {
     "a factor of a row": pair(alone, "factor of a row"),
     "a value that all share": pair(alone, "given"),
 }
-NORM = nn.BatchNorm1d(2).double()
+NORM = nn.BatchNorm1d(2, affine=False).double()
 
 
 @pytest.mark.filterwarnings("ignore:samples are drawn one by one")
@@ -133,6 +133,49 @@ def test_a_model_that_reads_other_data_is_refused():
 
     with pytest.raises(ValueError, match='site "x" of the model depends on which other data are scored with it'):
         log_marginal(model, pair(alone)[1], X, num_samples=3)
+
+
+def test_rows_that_depend_on_the_row_before_are_refused():
+    """Each chunk would begin anew, as if the row before were zero."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+            pyro.sample("x", dist.Normal(z + before, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match='site "x" of the model depends on which other data are scored with it'):
+        log_marginal(model, pair(alone)[1], X, num_samples=3)
+
+
+@pytest.mark.parametrize("name", [name for name in DEPENDENT if name != "a factor"])
+def test_training_on_parts_of_dependent_data_warns(name):
+    (model, guide), site = DEPENDENT[name]
+    with pytest.warns(UserWarning, match=f'"{site}" is that of a batch as a whole, and not of its rows'):
+        fit(model, guide, X, epochs=1, batch_size=6, progress=False)
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_training_on_parts_of_other_data_does_not(name):
+    model, guide = INDEPENDENT[name]
+    fit(model, guide, X, epochs=1, batch_size=6, progress=False)
+
+
+@pytest.mark.parametrize("couple", [lambda z: z, lambda z: z.cumsum(0)], ids=["rows", "steps"])
+def test_without_plates_rows_are_told_from_steps(couple, recwarn):
+    """A program with all of a batch in one event trains on parts as well as one with a plate, if its rows are data."""
+    scale = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def model(x):
+        pyro.param("scale", scale)
+        z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0).to_event(2))
+        pyro.sample("x", dist.Normal(couple(z * scale), 1.0).to_event(2), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(0.4 * x, 0.8).to_event(2))
+
+    fit(model, guide, X, loss=Trace_ELBO(), epochs=1, batch_size=6, progress=False)
+    assert any("as a whole" in str(w.message) for w in recwarn) == bool(couple(torch.ones(2))[1] == 2)
 
 
 def test_a_guide_may_read_other_data():

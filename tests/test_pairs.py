@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -513,6 +514,16 @@ def test_keywords_and_arrays_that_a_model_does_not_take_so():
 
     with pytest.raises(TypeError, match=r"takes 0 positional arguments.*Arguments\(\*\*batch\)"):
         log_marginal(keyword, keyword, {"table": data()}, progress=False)
+
+    network = torch.nn.Linear(3, 2)
+    for given, advice in (
+        ({"x": data()}, r"not dict.*Arguments\(\*\*batch\)"),
+        ([[0.0, 1.0, 0.0]], r"not _EntryList.*torch.tensor\(x\)"),
+        (np.array([[0.0, 1.0, 0.0]], object), "Arrays of objects"),
+        (torch.ones(4, 3, dtype=torch.int64), r"argument 1 has dtype int64.*x.float\(\)"),
+    ):
+        with pytest.raises(TypeError, match=advice):
+            log_marginal(model, lambda x: network(x), given, progress=False)
 
     def of_array(x):
         model(torch.from_numpy(x))

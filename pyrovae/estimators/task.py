@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyrovae import arguments
-from pyrovae.arguments import Arguments, take_rows, tensors_of
+from pyrovae.arguments import take_rows, tensors_of
 from pyrovae.compilation.cache import GraphCache
 from pyrovae.compilation.playback import play_back
 from pyrovae.estimators.base import Estimator
@@ -412,8 +412,7 @@ def open_task(
             if structure.data_drawn is not None and not structure.holds_rows(size):
                 size = structure.data_drawn  # the data lie along another dimension than the first
         if divisible and few > 1 and not arguments.holds_packed(args, kwargs):
-            first, of_first = take_rows(slice(0, few // 2), args, kwargs)
-            check_rows_alone(structure, model, guide, Arguments(*head, **named), Arguments(*first, **of_first))
+            check_rows_alone(structure, model, guide, head, named)
         if not structure.observed:
             raise ValueError(
                 "the model observes nothing, so that there is no log p(x): give its data to a site, "

@@ -42,8 +42,9 @@ class DataPlate(NamedTuple):
         """Raises a ValueError unless the plate drew all data, because results are returned in the order of the data."""
         if drawn != size:
             raise ValueError(
-                f"The plate {self} drew {drawn} of {size} data. Results are returned in the order of the data: use "
-                'pyro.plate("data", len(x)), or pyro.plate("data", total, subsample=x).'
+                f"The plate {self} drew {drawn} of {size} data. Results are returned in the order of the data, which "
+                'lie along the first dimension: use pyro.plate("data", len(x)), or pyro.plate("data", total, '
+                "subsample=x)."
             )
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.arguments import Arguments, as_tensors, count_data, tensors_of
+from pyrovae.arguments import as_tensors, count_data, take_rows, tensors_of
 from pyrovae.distributions import Stacked
 from pyrovae.distributions.normals import LowRankMultivariateNormal, MultivariateNormal
 from pyrovae.inference.messages import PER_DATUM, check_observed_by, warn
@@ -201,7 +201,7 @@ def _reason_dependent(
             continue
         if is_inside:
             log_probs = [_take(log_prob, plate.dim, kept) for log_prob in log_probs]
-        if differs(*log_probs) and not _is_random(model, draw, name, before, args, kwargs):
+        if differs(*log_probs) and not is_random(model, draw, name, before, args, kwargs):
             if is_inside:
                 return f'the log-probability at site "{name}" of the model depends on the latents of other'
             return f'site "{name}" of the model is outside of the plate {plate}, and depends on the latents of several'
@@ -215,7 +215,7 @@ def _take(t: Tensor, dim: int, rows: Tensor) -> Tensor:
     return t.index_select(dim, rows.to(t.device))
 
 
-def _is_random(
+def is_random(
     model: Callable, draw: poutine.Trace, name: str, sites: dict[str, dict], args: tuple, kwargs: dict
 ) -> bool:
     """Whether the log-probability of a site changes from run to run at the same latents."""
@@ -223,41 +223,49 @@ def _is_random(
     return name not in again or differs(log_prob_of(again[name]), log_prob_of(sites[name]))
 
 
-def check_rows_alone(
-    structure: SiteStructure, model: Callable, guide: Callable, batch: Arguments, part: Arguments
-) -> None:
-    """Raises a ValueError if the first data of a batch have other log-probabilities without the rest of the batch.
+def take_draws(draw: poutine.Trace, plate: DataPlate, rows: Tensor) -> poutine.Trace:
+    """Returns draws of latents and subsamples for some rows of the plate over the data."""
+    few, latents, nodes = draw.copy(), sample_sites(draw), dict[str, Any](draw.nodes)
+    for name, site in nodes.items():
+        if name in latents and plate.frame(site):
+            dim = plate.dim - len(site["fn"].event_shape)
+            few.nodes[name] = {**site, "value": _take(site["value"], dim, rows)}
+        elif name in plate.names and isinstance(site.get("fn"), _Subsample):
+            # Indices of rows, or what was given as `subsample`, rows of data.
+            few.nodes[name] = {**site, "value": _take(site["value"], -site["value"].dim(), rows)}
+    return few
+
+
+def check_rows_alone(structure: SiteStructure, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> None:
+    """Raises a ValueError if some data of a batch have other log-probabilities without the rest of it.
+
+    A datum may depend on those before it, those after it, or on a mean: the data have both, and are not in the middle.
 
     Args:
         structure: the sites of both.
         model: a Pyro model.
         guide: a Pyro guide.
-        batch: their arguments for some data.
-        part: their arguments for the first of these data.
+        args: what both are called with, two rows at least.
+        kwargs: what both are called with.
     """
     plate = structure.data
     if plate is None:
         return
-    rows = torch.arange(count_data(part.args, part.kwargs))
-    with isolated(tensors_of(batch.args, batch.kwargs)):
-        draw = latents_of_trace(traced(guide, None, *batch.args, **batch.kwargs))
-        together = sample_sites(traced(model, draw, *batch.args, **batch.kwargs))
-        few, latents, nodes = draw.copy(), sample_sites(draw), dict[str, Any](draw.nodes)
-        for name, site in nodes.items():
-            if name in latents and plate.frame(site):
-                dim = plate.dim - len(site["fn"].event_shape)
-                few.nodes[name] = {**site, "value": _take(site["value"], dim, rows)}
-            elif name in plate.names and isinstance(site.get("fn"), _Subsample):
-                few.nodes[name] = {**site, "value": _take(site["value"], -1, rows)}
+    size = count_data(args, kwargs)
+    rows = torch.arange(1, max(2, 1 + (size - 1) // 2))
+    part, named = take_rows(rows, args, kwargs)
+    with isolated(tensors_of(args, kwargs)):
+        draw = latents_of_trace(traced(guide, None, *args, **kwargs))
+        together = sample_sites(traced(model, draw, *args, **kwargs))
         try:
-            alone = sample_sites(traced(model, few, *part.args, **part.kwargs))
+            alone = sample_sites(traced(model, take_draws(draw, plate, rows), *part, **named))
             log_probs = {name: (log_prob_of(alone[name]), log_prob_of(together[name])) for name in alone}
         except Exception:  # the model does not run on so few data
             return
         for name, (actual, expected) in log_probs.items():
             if plate.frame(together[name]) is None or not differs(actual, _take(expected, plate.dim, rows)):
                 continue
-            if not _is_random(model, draw, name, together, batch.args, batch.kwargs):
+            if not is_random(model, draw, name, together, args, kwargs):
                 raise ValueError(
                     f'Log p(x) of a datum is undefined: the log-probability at site "{name}" of the model depends on '
                     "which other data are scored with it. Compute statistics of the data, such as means over rows, "

@@ -12,8 +12,9 @@ from torch import Tensor
 from pyrovae.arguments import Arguments, canonicalize, cuda_devices, take_rows, tensors_of
 from pyrovae.inference.messages import warn
 from pyrovae.inference.running import evaluation_mode, isolated, traced
-from pyrovae.inference.sites import latents_of_trace, sample_sites, unwrapped
+from pyrovae.inference.sites import is_data, latents_of_trace, sample_sites, unwrapped
 from pyrovae.inference.structure import SiteStructure, inspect, rows_are_data
+from pyrovae.inference.weights import differs, is_random, log_prob_of, take_draws
 
 
 def parameters_of_rows(
@@ -146,6 +147,64 @@ def check_rows_are_data(model: Callable, guide: Callable, structure: SiteStructu
             "would cut it into batches and shuffle them: pass batch_size=len(x), or put several series, the rows of "
             'x, in pyro.plate("data", len(x)).'
         )
+
+
+def find_dependent_site(
+    model: Callable, guide: Callable, structure: SiteStructure, args: tuple, kwargs: dict
+) -> str | None:
+    """Returns a site whose log-probabilities of two halves of a batch do not add up to that of the batch; None if none.
+
+    The latents are the same. Rows that are steps of a series depend on those before them, and data whose network takes
+    means over a batch on all others.
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide.
+        structure: that of a batch.
+        args: the batch.
+        kwargs: the batch.
+    """
+    args, kwargs, size = canonicalize(args, kwargs)
+    if structure.data_drawn not in (size, None):  # rows of a subsample that the model draws itself
+        return None
+    with isolated(tensors_of(args, kwargs)):
+        drawn = latents_of_trace(traced(guide, None, *args, **kwargs))
+        # With the latents that the guide leaves to the model, which sums over them.
+        whole = traced(model, drawn, *args, **kwargs)
+        latents, sites = latents_of_trace(whole), sample_sites(whole)
+        totals = dict.fromkeys((name for name, site in sites.items() if is_data(site)), torch.zeros(()))
+        for rows in torch.arange(size).split(-(-size // 2)):
+            try:
+                half, named = take_rows(rows, args, kwargs)
+                scored = sample_sites(traced(model, _draws_of_rows(latents, structure, rows, size), *half, **named))
+                # A value that all rows share is scored in each half.
+                of_rows = [
+                    name
+                    for name in totals
+                    if name in scored and _numel(scored[name]) * size == _numel(sites[name]) * len(rows)
+                ]
+                totals = {name: totals[name] + log_prob_of(scored[name]).sum() for name in of_rows}
+            except Exception:  # the model does not run on fewer rows
+                return None
+        for name, total in totals.items():
+            if differs(total, log_prob_of(sites[name]).sum()):
+                return None if is_random(model, latents, name, sites, args, kwargs) else name
+    return None
+
+
+def _draws_of_rows(latents: poutine.Trace, structure: SiteStructure, rows: Tensor, size: int) -> poutine.Trace:
+    """Returns the draws of some rows; without a plate over the data these lie along the first dimension of a draw."""
+    if structure.data is not None:
+        return take_draws(latents, structure.data, rows)
+    few = latents.copy()
+    for name, site in sample_sites(latents).items():
+        if site["value"].shape[:1] == (size,):
+            few.nodes[name] = {**site, "value": site["value"][rows.to(site["value"].device)]}
+    return few
+
+
+def _numel(site: dict) -> int:
+    return site["value"].numel()
 
 
 def check_scales(model: Callable, guide: Callable, whole: Arguments, part: Arguments) -> None:

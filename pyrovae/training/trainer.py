@@ -39,7 +39,7 @@ from pyrovae.inference.sites import SharedSitesScaled, latents_of_trace, sample_
 from pyrovae.inference.structure import inspect
 from pyrovae.rows import NumberType
 from pyrovae.training.averaging import Average
-from pyrovae.training.rows import check_rows_are_data, check_scales, parameters_of_rows
+from pyrovae.training.rows import check_rows_are_data, check_scales, find_dependent_site, parameters_of_rows
 from pyrovae.training.schedules import make_schedule
 from pyrovae.training.state import ModelState, display_name, find_state
 
@@ -176,6 +176,13 @@ class Trainer:
             check_scales(model, guide, whole, Arguments(*args, **kwargs))
         if total > 1 and are_cut:
             check_rows_are_data(model, guide, structure, args, kwargs)
+            dependent = find_dependent_site(model, guide, structure, args, kwargs)
+            if dependent is not None:
+                warn(
+                    f'the log-probability at site "{dependent}" is that of a batch as a whole, and not of its rows. If '
+                    "the rows are steps of one series, train on all at once, batch_size=len(x). If the model takes "
+                    "means over a batch, its scores are undefined, and log_marginal refuses it."
+                )
         for name in structure.out_of_support:
             warn(
                 f'data at site "{name}" are outside the support of its distribution, which was built with '
