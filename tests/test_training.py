@@ -862,14 +862,28 @@ class Images(Dataset):
 def test_rows_stay_with_the_parameters_that_belong_to_them(form):
     x = torch.randn(40, 3)
     guide = AutoDelta(one_latent_a_datum)
-    with pytest.warns(UserWarning, match="'AutoDelta.z' belong to rows of the data, so the data are not shuffled"):
-        # A step of the mean loss: 1 / 40 of the gradient, times 40 / 5, is Newton's, which needs one step.
-        history = train(one_latent_a_datum, guide, form(x), epochs=3, batch_size=40, optimizer=partial(SGD, lr=40 / 5))
+    # A step of the mean loss: 1 / 40 of the gradient, times 40 / 5, is Newton's, which needs one step.
+    history = train(one_latent_a_datum, guide, form(x), epochs=3, batch_size=40, optimizer=partial(SGD, lr=40 / 5))
     mode = 0.8 * x @ W.T
     # A step from numbers of size one rounds by some units of 1.2e-7, times the condition number of one.
     torch.testing.assert_close(guide.median()["z"].detach(), mode, rtol=0, atol=100 * 1.2e-7)
     log_joint = dist.Normal(0.0, 1.0).log_prob(mode).sum() + dist.Normal(mode @ W, 0.5).log_prob(x).sum()
     assert history["loss"][-1] == pytest.approx(-log_joint.item() / 40, rel=200 * 1.2e-7)  # a sum of 200 terms
+
+
+@pytest.mark.parametrize("form", [lambda x: x, TensorDataset, Images], ids=["tensor", "TensorDataset", "Dataset"])
+def test_rows_stay_in_their_order_in_a_batch_of_all(form):
+    """They may be steps of a series, whose model has no plate."""
+    seen = []
+
+    def random_walk(x):
+        seen.append(x.flatten().tolist())
+        scale = pyro.param("scale", torch.tensor(1.0))
+        pyro.sample("x", dist.Normal(torch.cat([torch.zeros_like(x[:1]), x[:-1]]), scale).to_event(2), obs=x)
+
+    x = torch.arange(30.0).reshape(30, 1)
+    train(random_walk, lambda x: None, form(x), epochs=3, batch_size=64)
+    assert len(seen) > 3 and all(rows == sorted(rows) for rows in seen if len(rows) == 30)
 
 
 ROWS = {

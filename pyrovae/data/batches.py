@@ -112,7 +112,8 @@ def as_batches(
         name: name of the argument, for messages.
         data: the data.
         batch_size: data a batch, at most all; None for large batches, where no gradient is needed.
-        shuffle: whether each pass has a new order.
+        shuffle: whether each pass has a new order. If one batch holds all data, they stay in theirs: rows may be steps
+            of a series, or have parameters of their own.
         device: device for data in memory; None to leave them where they are.
         numbers: the type of the numbers that model and guide take.
         fills: whether model and guide fill in rows with NaN.
@@ -128,7 +129,8 @@ def as_batches(
         size = len(data)
         if size == 0:
             raise ValueError(f"{name} is empty. Give at least one datum.")
-        return DataLoader(data, min(batch_size or 1000, size), shuffle=shuffle, pin_memory=pin)
+        batch_size = min(batch_size or 1000, size)
+        return DataLoader(data, batch_size, shuffle=shuffle and batch_size < size, pin_memory=pin)
     if data is None or isinstance(data, (str, Number)) or callable(data):
         raise TypeError(
             f"{name} must be a tensor, an array, a dict or a tuple of such, a Dataset or a DataLoader, got "
@@ -145,4 +147,5 @@ def as_batches(
         raise ValueError(f"{name} holds tensors on {' and '.join(map(str, devices))}. Put them on one device.")
     if device is not None:
         args, kwargs = to_device(args, kwargs, device)
-    return Batches(args, min(batch_size or 1000, size), shuffle, kwargs)
+    batch_size = min(batch_size or 1000, size)
+    return Batches(args, batch_size, shuffle and batch_size < size, kwargs)

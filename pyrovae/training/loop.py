@@ -78,8 +78,9 @@ def fit(
     whose parameters all have ``requires_grad=False``, or a single layer, such as batch norm, in evaluation mode inside
     a module in training mode.
 
-    Data in memory are shuffled, unless there are parameters that belong to rows of the data, such as those of Pyro's
-    automatic guides for latents per datum. All data must then come in one batch, in their order, and `fit` warns of it.
+    Data in memory are shuffled, unless one batch holds them all. So it must where there are parameters that belong to
+    rows of the data, such as those of Pyro's automatic guides for latents per datum, and where rows are steps of a
+    series. `fit` refuses the first, and warns of the second, if it cuts rows into batches.
 
     Args:
         model: a Pyro model, called with a batch: ``model(x)``, or ``model(x, context)`` for pairs.
@@ -187,12 +188,10 @@ def fit(
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("data gives no batch. Give at least one datum, and a DataLoader that does not drop it.")
-    if isinstance(batches, Batches) and len(batches) == 1:
-        first = next(iter(batches.in_order()))
     if isinstance(data, (DataLoader, IterableDataset)):  # which decide on the order of the data
-        num_shuffled = 0
+        num_data = 0
     else:
-        num_shuffled = batches.size if isinstance(batches, Batches) else len(data)
+        num_data = batches.size if isinstance(batches, Batches) else len(data)
     try:
         steps_per_epoch = len(batches)
     except TypeError:  # an iterable data set has no length
@@ -213,7 +212,7 @@ def fit(
             guide,
             loss,
             first_batch=first,
-            num_shuffled=num_shuffled,
+            num_data=num_data,
             optimizer=optimizer,
             scheduler=scheduler,
             schedule_every_step=schedule_every_step,
@@ -233,7 +232,6 @@ def fit(
                 "data, which must come in one batch. Leave it out."
             )
         check_rows(trainer.row_parameters, batch_size, len(batches))
-        batches = as_given("data", data, batch_size, shuffle=False)
     if held_out is not None and not trainer.state.has_loss:
         raise ValueError(
             f"validation needs a loss, but {type(trainer.loss).__name__} has a gradient only. Leave validation out."

@@ -10,7 +10,6 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from pyrovae.arguments import Arguments, canonicalize, cuda_devices, take_rows, tensors_of
-from pyrovae.inference.messages import warn
 from pyrovae.inference.running import evaluation_mode, isolated, traced
 from pyrovae.inference.sites import is_data, latents_of_trace, sample_sites, unwrapped
 from pyrovae.inference.structure import SiteStructure, inspect, rows_are_data
@@ -144,7 +143,7 @@ def check_rows_are_data(model: Callable, guide: Callable, structure: SiteStructu
     if sites != structure.sites:
         raise ValueError(
             "the model has a site for each row of the data and no plate, so that the rows are steps of one series. fit "
-            "would cut it into batches and shuffle them: pass batch_size=len(x), or put several series, the rows of "
+            "would shuffle them and cut them into batches: pass batch_size=len(x), or put several series, the rows of "
             'x, in pyro.plate("data", len(x)).'
         )
 
@@ -240,16 +239,12 @@ def _own_scale(site: dict) -> float | None:
 
 
 def check_rows(names: list[str], batch_size: int, num_batches: int) -> None:
-    """Warns of parameters that belong to rows of the data, which are then not shuffled.
-
-    Raises:
-        ValueError: when the data come in several batches.
-    """
+    """Raises a ValueError if there are parameters that belong to rows, and the data come in several batches."""
+    if num_batches == 1:
+        return
     listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    if num_batches > 1:
-        raise ValueError(
-            f"parameters {listed} belong to the {batch_size} rows of a batch, but these rows hold other data in every "
-            "step. Take all data in one batch, batch_size=len(data); or infer the latents by an encoder network; or "
-            "make parameters for all data and look up those of a batch by row numbers, data=(x, torch.arange(len(x)))."
-        )
-    warn(f"parameters {listed} belong to rows of the data, so the data are not shuffled.")
+    raise ValueError(
+        f"parameters {listed} belong to the {batch_size} rows of a batch, but these rows hold other data in every "
+        "step. Take all data in one batch, batch_size=len(data); or infer the latents by an encoder network; or "
+        "make parameters for all data and look up those of a batch by row numbers, data=(x, torch.arange(len(x)))."
+    )

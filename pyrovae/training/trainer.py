@@ -95,8 +95,8 @@ class Trainer:
         guide: a Pyro guide.
         loss: an ELBO, or what :func:`pyrovae.compile` makes of one.
         first_batch: the first batch, as the data give it.
-        num_shuffled: the number of data to be shuffled, 0 if their order is not to be changed. `row_parameters` holds
-            the names of the parameters that prevent it.
+        num_data: the number of data that are cut into batches here, 0 if a loader cuts them. `row_parameters` holds the
+            names of the parameters that prevent it.
         optimizer: a torch optimizer, or called with the parameters to make one.
         scheduler: called with the optimizer to make a learning-rate schedule.
         schedule_every_step: step the schedule after every step, not after every epoch.
@@ -117,7 +117,7 @@ class Trainer:
         guide: Callable,
         loss: ELBO,
         first_batch: Any,
-        num_shuffled: int,
+        num_data: int,
         optimizer: Callable | Optimizer,
         scheduler: Callable[[Optimizer], LRScheduler] | None,
         schedule_every_step: bool,
@@ -150,7 +150,7 @@ class Trainer:
         # Runs of model and guide before the first step are no steps: they change nothing.
         before = Snapshot((model, guide))
         whole, batch = batch, _part_of(batch, total, 0, self._parts(total)[0].count)
-        are_cut = world.size > 1 or micro_batch_size is not None or total < num_shuffled
+        are_cut = world.size > 1 or micro_batch_size is not None or total < num_data
         total = count_data(batch.args, batch.kwargs)
         structure = inspect(model, guide, *batch.args, **batch.kwargs)
         shard = world.shard(total)
@@ -214,8 +214,8 @@ class Trainer:
         if precision is not None:
             self._check_precision(args, kwargs)
         self.row_parameters: list[str] = []
-        if num_shuffled:
-            keys = parameters_of_rows(model, guide, self.state.params, batch, total, num_shuffled)
+        if num_data:
+            keys = parameters_of_rows(model, guide, self.state.params, batch, total, num_data)
             self.row_parameters = list(map(display_name, keys))
         before.restore()
         self.optimizer = _make_optimizer(optimizer, self.state)
