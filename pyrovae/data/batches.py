@@ -100,7 +100,7 @@ class Batches:
 def as_batches(
     name: str,
     data: Any,
-    batch_size: int | None,
+    batch_size: int,
     shuffle: bool,
     device: torch.device | str | None = None,
     numbers: NumberType | None = None,
@@ -111,7 +111,7 @@ def as_batches(
     Args:
         name: name of the argument, for messages.
         data: the data.
-        batch_size: data a batch, at most all; None for large batches, where no gradient is needed.
+        batch_size: data a batch, at most all.
         shuffle: whether each pass has a new order. If one batch holds all data, they stay in theirs: rows may be steps
             of a series, or have parameters of their own.
         device: device for data in memory; None to leave them where they are.
@@ -125,11 +125,11 @@ def as_batches(
     if isinstance(data, Dataset) or is_map_style(data):
         pin = device is not None and torch.device(device).type == "cuda"  # pinned memory makes copies asynchronous
         if isinstance(data, IterableDataset):
-            return DataLoader(data, batch_size or 1000, pin_memory=pin)
+            return DataLoader(data, batch_size, pin_memory=pin)
         size = len(data)
         if size == 0:
             raise ValueError(f"{name} is empty. Give at least one datum.")
-        batch_size = min(batch_size or 1000, size)
+        batch_size = min(batch_size, size)
         return DataLoader(data, batch_size, shuffle=shuffle and batch_size < size, pin_memory=pin)
     if data is None or isinstance(data, (str, Number)) or callable(data):
         raise TypeError(
@@ -147,5 +147,5 @@ def as_batches(
         raise ValueError(f"{name} holds tensors on {' and '.join(map(str, devices))}. Put them on one device.")
     if device is not None:
         args, kwargs = to_device(args, kwargs, device)
-    batch_size = min(batch_size or 1000, size)
+    batch_size = min(batch_size, size)
     return Batches(args, batch_size, shuffle and batch_size < size, kwargs)

@@ -216,8 +216,9 @@ def inspect(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Site
 def rows_are_data(
     model: Callable, guide: Callable, structure: SiteStructure, args: tuple, kwargs: dict[str, Any]
 ) -> bool:
-    """Returns whether the plate over the data follows the rows of tensors: it does not if the data lie along another
-    dimension, such as those of ``(time, batch)``.
+    """Returns whether the plate over the data holds one for each row of tensors.
+
+    It does not if the data lie along another dimension, such as those of ``(time, batch)``.
 
     Args:
         model: a Pyro model.

@@ -252,8 +252,8 @@ def check_rows_alone(structure: SiteStructure, model: Callable, guide: Callable,
     if plate is None:
         return
     size = count_data(args, kwargs)
-    rows = torch.arange(1, max(2, 1 + (size - 1) // 2))
-    part, named = take_rows(rows, args, kwargs)
+    some = slice(1, max(2, 1 + (size - 1) // 2))
+    rows, (part, named) = torch.arange(size)[some], take_rows(some, args, kwargs)
     with isolated(tensors_of(args, kwargs)):
         draw = latents_of_trace(traced(guide, None, *args, **kwargs))
         together = sample_sites(traced(model, draw, *args, **kwargs))

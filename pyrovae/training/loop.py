@@ -184,7 +184,9 @@ def fit(
     fills = partial(fills_in, model, guide, transform=transform)
     as_given = partial(as_batches, device=device, numbers=numbers, fills=fills)
     batches = as_given("data", data, batch_size, shuffle=True)
-    held_out = None if validation is None else as_given("validation", validation, None, shuffle=False)
+    # Without gradients, more data fit into memory. A series that is trained as one batch is not cut here either.
+    most = max(batch_size, 1000)
+    held_out = None if validation is None else as_given("validation", validation, most, shuffle=False)
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("data gives no batch. Give at least one datum, and a DataLoader that does not drop it.")

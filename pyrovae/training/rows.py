@@ -172,15 +172,16 @@ def find_dependent_site(
         whole = traced(model, drawn, *args, **kwargs)
         latents, sites = latents_of_trace(whole), sample_sites(whole)
         totals = dict.fromkeys((name for name, site in sites.items() if is_data(site)), torch.zeros(()))
-        for rows in torch.arange(size).split(-(-size // 2)):
+        for half in (slice(0, size // 2), slice(size // 2, size)):
             try:
-                half, named = take_rows(rows, args, kwargs)
-                scored = sample_sites(traced(model, _draws_of_rows(latents, structure, rows, size), *half, **named))
+                few, named = take_rows(half, args, kwargs)
+                draws = _draws_of_rows(latents, structure, torch.arange(size)[half], size)
+                scored = sample_sites(traced(model, draws, *few, **named))
                 # A value that all rows share is scored in each half.
                 of_rows = [
                     name
                     for name in totals
-                    if name in scored and _numel(scored[name]) * size == _numel(sites[name]) * len(rows)
+                    if name in scored and scored[name]["value"].shape != sites[name]["value"].shape
                 ]
                 totals = {name: totals[name] + log_prob_of(scored[name]).sum() for name in of_rows}
             except Exception:  # the model does not run on fewer rows
@@ -200,10 +201,6 @@ def _draws_of_rows(latents: poutine.Trace, structure: SiteStructure, rows: Tenso
         if site["value"].shape[:1] == (size,):
             few.nodes[name] = {**site, "value": site["value"][rows.to(site["value"].device)]}
     return few
-
-
-def _numel(site: dict) -> int:
-    return site["value"].numel()
 
 
 def check_scales(model: Callable, guide: Callable, whole: Arguments, part: Arguments) -> None:
