@@ -20,8 +20,9 @@ from pyrovae import bounds
 from pyrovae.bounds import FIVO, IWAE, multinomial, stratified, systematic
 from pyrovae.cli import main
 from pyrovae.estimators import ImportanceSampling, ParticleFilter, Prior, UntilTrusted, log_predictive
-from pyrovae.inference.filtering import run_filter
+from pyrovae.inference.filtering import check_followed, run_filter
 from pyrovae.inference.structure import inspect
+from pyrovae.inference.weights import inspect_samples
 
 A = torch.tensor([[0.8, 0.3], [-0.2, 0.7]], dtype=torch.float64)
 C = torch.tensor([[1.0, 0.0], [0.5, -0.5], [0.0, 1.0]], dtype=torch.float64)
@@ -336,13 +337,100 @@ def test_a_model_whose_particles_cannot_be_followed_is_refused(fault, message):
         assert not runtime._PYRO_STACK and not runtime._DIM_ALLOCATOR._stack
 
 
-def test_a_model_that_takes_one_particle_at_a_time_is_refused():
-    vae, x = Recurrent("one particle"), series()
-    with (
-        pytest.warns(UserWarning, match="drawn one by one"),
-        pytest.raises(ValueError, match="FIVO draws all particles at once, which this model or guide cannot do"),
-    ):
-        FIVO(8).loss(vae.model, vae.guide, x)
+def one_at_a_time(function):
+    """A pair with a view that has no place for particles in front of the data."""
+
+    def run(x, mask=None, **kwargs):
+        class Viewed(pyro.poutine.messenger.Messenger):
+            def _pyro_post_sample(self, msg):
+                if not msg["is_observed"]:
+                    msg["value"] = msg["value"].view(len(x), -1)
+
+        with Viewed():
+            function(x, mask, **kwargs)
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:samples are drawn one by one")
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+def test_particles_of_a_model_that_takes_one_at_a_time_are_rows(threshold):
+    x, mask = series(n=3), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 1, 0]]).bool()
+    pair = one_at_a_time(model), one_at_a_time(guide)
+    structure = inspect_samples(*pair, x, mask)
+    assert not structure.vectorized
+    check_followed(*pair, structure, 5, (x, mask), {})
+    with torch.no_grad():
+        found = run_filter(*pair, structure, 8, threshold, systematic, (x, mask), {}, num_runs=1500).log_z
+    at_once = filtered(model, guide, x, mask, runs=1500, threshold=threshold)
+    relative = [(v - at_once.logsumexp(0) + math.log(1500)).exp() for v in (found, at_once)]
+    error = torch.stack([r.std(0) for r in relative]).norm(dim=0) / math.sqrt(1500)
+    assert ((relative[0].mean(0) - relative[1].mean(0)).abs() < 4.5 * error).all()
+    assert_unbiased(found[:, :2], kalman(x, mask.sum(1))[:2])
+
+
+@pytest.mark.filterwarnings("ignore:samples are drawn one by one")
+def test_a_recurrence_of_torch_in_the_loop_is_filtered_and_trained():
+    class Memory(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.memory, self.loc = nn.GRU(2, 4, batch_first=True).double(), nn.Linear(4, 2).double()
+            self.flattens = False
+
+        def model(self, x):
+            pyro.module("memory", self)
+            h = torch.zeros(1, len(x), 4).double()
+            with pyro.plate("data", len(x)):
+                for t in range(x.shape[1]):
+                    z = pyro.sample(f"z{t}", dist.Normal(self.loc(h[0]), Q).to_event(1))
+                    if self.flattens:
+                        before = h.expand(1, *z.shape[:-1], 4).reshape(1, -1, 4)
+                        h = self.memory(z.reshape(-1, 1, 2), before)[1].reshape(1, *z.shape[:-1], 4)
+                    else:
+                        _, h = self.memory(z.unsqueeze(1), h)
+                    pyro.sample(f"x{t}", dist.Normal(z @ C.T, R).to_event(1), obs=x[:, t])
+
+        def guide(self, x):
+            pyro.module("memory", self)
+            guide(x)
+
+    torch.manual_seed(1)
+    vae, x = Memory(), series(n=12)
+    score = partial(pyrovae.log_marginal, method=ParticleFilter(16, 100), progress=False)
+    found = score(vae.model, vae.guide, x, max_memory=2e6)
+    vae.flattens = True
+    other = score(vae.model, vae.guide, x)
+    error = (found.standard_error.square() + other.standard_error.square()).sqrt()
+    assert ((found.value - other.value).abs() < 5.5 * error).all()
+    vae.flattens = False
+    history = pyrovae.fit(vae.model, vae.guide, x, loss=FIVO(4), epochs=5, batch_size=6, progress=False)
+    assert history["loss"][-1] < history["loss"][0]
+
+
+@pytest.mark.filterwarnings("ignore:samples are drawn one by one")
+def test_particles_are_no_rows_of_a_model_that_mixes_rows():
+    def mixes(x, mask=None):
+        one_at_a_time(model)(x + 0.01 * x.sum(0))  # a mean would be the same of repeated rows
+
+    with pytest.raises(ValueError, match=r'"x0" depends on other rows. Particles are rows of repeated data'):
+        FIVO(8).loss(mixes, one_at_a_time(guide), series())
+
+
+@pytest.mark.filterwarnings("ignore:samples are drawn one by one")
+def test_particles_of_data_along_another_dimension_are_no_rows():
+    x = series().transpose(0, 1)
+    pair = [lambda x, f=f: one_at_a_time(f)(x.transpose(0, 1)) for f in (model, guide)]
+    with pytest.raises(ValueError, match=r"draw all particles at once.*does not hold one datum for each row"):
+        FIVO(8).loss(*pair, x)
+
+    def of_hundred(x, observed=True):
+        with pyro.plate("data", 100, subsample=x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0)).view(len(x))
+            if observed:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"draw all particles at once.*does not hold one datum for each row"):
+        FIVO(8).loss(of_hundred, partial(of_hundred, observed=False), torch.ones(4))
 
 
 def test_an_error_of_the_model_ends_both_and_restores_the_handlers():

@@ -31,7 +31,9 @@ class FIVO(IWAE):
     resampled, and the bound is :class:`IWAE`.
 
     That the particles can be followed through a model (its recurrent states, the lists that it keeps) is checked on the
-    first batch of each shape, by scoring their paths again without resampling.
+    first batch of each shape, by scoring their paths again without resampling. Particles are a dimension in front of
+    the plates. For a model that cannot take it, such as one with ``torch.nn.GRU`` in its loop, they are rows of
+    repeated data; then one particle is scored alone too.
 
     Args:
         num_particles: :math:`K` for each datum, at least 1.
@@ -137,10 +139,6 @@ class FIVO(IWAE):
             followed_shapes = set()
         if shapes in followed_shapes or self.num_particles == 1:
             return
-        if not structure.vectorized:
-            raise ValueError(
-                "FIVO draws all particles at once, which this model or guide cannot do, as the warning says."
-            )
         run = check_followed(model, guide, structure, self.num_particles, args, kwargs)
         if not run.resampled and len(structure.latents) > 1:
             warn(

@@ -137,8 +137,6 @@ class ParticleFilter(Estimator):
         return self._run(task, self.num_samples)
 
     def _check_followed(self, task: Task) -> Filtered:
-        if not task.structure.vectorized:
-            raise ValueError("ParticleFilter draws all particles at once, which this model or guide cannot do.")
         guide = self._guide(task)
         return check_followed(task.model, guide, task.structure, self.num_particles, task.args, task.kwargs)
 

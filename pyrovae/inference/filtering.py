@@ -3,12 +3,15 @@ r"""Particle filters over any Pyro model and guide that draw their sites step by
 Model and guide run side by side, each as a coroutine that stops at its latent sites. Between two steps the particles of
 a datum are resampled. What the functions computed from a particle before, such as the state of a recurrence, follows
 it: every operation first brings the tensors that it reads to the present order of the particles.
+
+Particles are a dimension in front of the plates. For functions that cannot take it, such as those with a recurrence of
+torch, they are rows: the data are repeated.
 """
 
 import math
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from contextvars import copy_context
 from functools import cache
 from typing import Any, NamedTuple
@@ -24,8 +27,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.inference.running import isolated
-from pyrovae.inference.sites import mask_around, sample_sites
+from pyrovae.arguments import count_data, take_rows
+from pyrovae.inference.running import isolated, traced
+from pyrovae.inference.sites import latents_of_trace, mask_around, sample_sites
 from pyrovae.inference.structure import SiteStructure
 from pyrovae.inference.weights import (
     SAMPLES,
@@ -34,6 +38,7 @@ from pyrovae.inference.weights import (
     log_prob_of,
     masked_as,
     per_datum,
+    take_draws,
     trace_model,
 )
 
@@ -161,11 +166,12 @@ class Particles(TorchFunctionMode):
     Args:
         num_particles: of all runs together.
         data_index: the dimension of the data, counted from that of the particles.
+        are_rows: whether particles are rows of repeated data, and not a dimension of their own.
     """
 
-    def __init__(self, num_particles: int, data_index: int):
+    def __init__(self, num_particles: int, data_index: int, are_rows: bool = False):
         super().__init__()
-        self.num_particles, self.data_index = num_particles, data_index
+        self.num_particles, self.data_index, self.are_rows = num_particles, data_index, are_rows
         self.batch: int | None = None  # the number of data; None without a plate over them
         self.is_active = True
         self._ancestors: list[Tensor] = []  # one tensor for each resampling
@@ -258,6 +264,12 @@ class Particles(TorchFunctionMode):
     def _take(self, t: Tensor, index: Tensor) -> Tensor:
         """Returns a tensor at the ancestors of the particles, which are its leftmost dimension that may be theirs."""
         n, batch, d = self.num_particles, self.batch, self.data_index
+        if self.are_rows:
+            assert batch is not None
+            if t.shape == (n, batch):  # terms of log weights
+                return t.flatten().index_select(0, index).view(n, batch)
+            dims = [i for i, size in enumerate(t.shape) if size == n * batch]
+            return t.index_select(dims[0], index) if dims else t
         for i, size in enumerate(t.shape):
             if batch is None:
                 if size == n:
@@ -359,7 +371,12 @@ class _Filter:
         check_masks(structure)
         self.structure, self.num_particles, self.num_runs, self.keep = structure, num_particles, num_runs, keep
         self.threshold, self.resampling = threshold, resampling
-        self.particles = Particles(num_runs * num_particles, structure.data_index)
+        self.are_rows, n = not structure.vectorized, num_runs * num_particles
+        if self.are_rows:
+            self.size = count_data(args, kwargs)
+            args, kwargs = take_rows(torch.arange(self.size).repeat(n), args, kwargs)
+        self.args, self.kwargs = args, kwargs
+        self.particles = Particles(n, structure.data_index, self.are_rows)
         self.subsamples: dict[str, Any] = {}
         self.p: dict[str, dict] = {}  # sites by name, empty where they were not kept
         self.q: dict[str, dict] = {}
@@ -371,7 +388,8 @@ class _Filter:
 
         def start(function: Callable, handler: Messenger) -> _Coroutine:
             def run() -> None:
-                with pyro.plate(SAMPLES, num_runs * num_particles, dim=-1 - structure.max_plate_nesting), handler:
+                samples = pyro.plate(SAMPLES, n, dim=-1 - structure.max_plate_nesting)
+                with nullcontext() if self.are_rows else samples, handler:
                     function(*args, **kwargs)
 
             return _Coroutine(run)
@@ -474,6 +492,17 @@ class _Filter:
 
     def _annotated(self, msg: Any) -> dict:
         """Returns a site with its plates."""
+        if self.are_rows:
+            site = self.in_plate(msg.copy())
+            frame, rows = site["data"], self.particles.num_particles * self.size
+            if frame is not None and (frame.size != rows or frame.full_size not in (None, rows)):
+                raise ValueError(
+                    "particle filters draw all particles at once, which this model or guide cannot do, and the plate "
+                    f"{self.structure.data} does not hold one datum for each row, so that rows cannot be repeated. Let "
+                    "model and guide take latents of shape (num_samples, *batch, *event), as the warning says."
+                )
+            self.particles.batch = self.size
+            return site
         trace = poutine.Trace()
         trace.add_node(msg["name"], **msg.copy())
         (site,) = sample_sites(annotate_plates(trace, self.structure)).values()
@@ -481,10 +510,43 @@ class _Filter:
             self.particles.batch = site["data"].size
         return site
 
+    def in_plate(self, site: dict) -> dict:
+        """Returns a site of a run without a dimension of particles, with its plate over the data."""
+        return site | {"data": None if self.structure.data is None else self.structure.data.frame(site)}
+
     def _term(self, site: dict) -> Tensor:
         """Returns the contribution of a site to the log weights, ``(particles, batch)``."""
+        return self.particles.follow(self.of_particles(site))
+
+    def of_particles(self, site: dict) -> Tensor:
+        """Returns the log-probabilities of a site, ``(particles, batch)``."""
         shape = torch.Size((self.particles.num_particles, self.particles.batch or 1))
-        return self.particles.follow(per_datum(site, log_prob_of(site)).expand(shape))
+        if not self.are_rows:
+            return per_datum(site, log_prob_of(site)).expand(shape)
+        each = per_datum(site, log_prob_of(site).unsqueeze(0))
+        return each.expand(1, shape.numel()).reshape(shape)
+
+    def check_particle_alone(
+        self, function: Callable, draws: poutine.Trace, sites: dict[str, dict], args: tuple, kwargs: dict[str, Any]
+    ) -> None:
+        """Checks that the last particle has the same log-probabilities without the other rows of repeated data."""
+        assert self.structure.data is not None
+        rows = torch.arange(self.size) + self.size * (self.particles.num_particles - 1)
+        last = take_draws(latents_of_trace(draws), self.structure.data, rows)
+        alone = sample_sites(traced(function, last, *args, **kwargs))
+        for name, site in sites.items():
+            found = site["term"][-1]
+            mask = mask_around(site)[0]
+            if isinstance(mask, Tensor) and mask.dim() > 0 and mask.shape[self.structure.data.dim] != 1:
+                mask = mask.index_select(self.structure.data.dim, rows.to(mask.device))
+            masked = masked_as(self.in_plate(alone[name]), {name: mask})
+            expected = per_datum(masked, log_prob_of(masked).unsqueeze(0))[0].expand_as(found)
+            if not _agree(found, expected):
+                raise ValueError(
+                    f'the log-probability at site "{name}" depends on other rows. Particles are rows of repeated data, '
+                    "because model and guide cannot draw them at once, as the warning says: compute what belongs to a "
+                    "datum from its own row, or let both take latents of shape (num_samples, *batch, *event)."
+                )
 
     def _add(self, term: Tensor) -> None:
         self.log_w = term if self.log_w is None else self.log_w + term
@@ -568,18 +630,27 @@ def check_followed(
         for site in [*run.subsamples.values(), *filtered.guide.values()]:
             draws.add_node(site["name"], **{key: value for key, value in site.items() if key != "term"})
         for function, sites in ((guide, filtered.guide), (model, filtered.model)):
-            again = sample_sites(trace_model(function, draws, structure, num_particles, *args, **kwargs))
+            if run.are_rows:
+                again = sample_sites(traced(function, latents_of_trace(draws), *run.args, **run.kwargs))
+            else:
+                again = sample_sites(trace_model(function, draws, structure, num_particles, *args, **kwargs))
             for name, site in sites.items():
-                found, masked = site["term"], masked_as(again[name], {name: mask_around(site)[0]})
-                expected = per_datum(masked, log_prob_of(masked)).expand_as(found)
-                finite = expected.isfinite()
-                error = torch.where(finite, (found - expected).abs(), (found != expected) & ~found.isnan()).amax()
-                size = torch.where(finite, expected.abs(), 0.0).amax()
-                if not error <= math.sqrt(torch.finfo(found.dtype).eps) * (1 + size):
+                masked = masked_as(run.in_plate(again[name]), {name: mask_around(site)[0]})
+                if not _agree(site["term"], run.of_particles(masked)):
                     raise ValueError(
                         f'the log-probability at site "{name}" is another after particles were resampled: something '
                         "that the model or the guide computes from its latents does not follow them. Keep latents and "
                         "what is computed from them in tensors of shape (num_particles, *batch, *event), or with these "
                         "dimensions flattened in this order, and do not mix particles."
                     )
+            if run.are_rows:
+                run.check_particle_alone(function, draws, sites, args, kwargs)
     return filtered
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether log-probabilities are the same but for rounding."""
+    finite = expected.isfinite()
+    error = torch.where(finite, (found - expected).abs(), (found != expected) & ~found.isnan()).amax()
+    size = torch.where(finite, expected.abs(), 0.0).amax()
+    return bool(error <= math.sqrt(torch.finfo(found.dtype).eps) * (1 + size))

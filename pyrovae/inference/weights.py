@@ -294,7 +294,8 @@ def check_draws(structure: SiteStructure, model: Callable, guide: Callable, *arg
     warn(
         f"samples are drawn one by one, which is slow: {reason}. To draw many at once, let model and guide take "
         "latents of shape (num_samples, *batch, *event): count dimensions from the last, as in softmax(-1), and "
-        "flatten the leading ones before a layer that takes a single batch dimension, such as BatchNorm1d."
+        "flatten the leading ones before a layer that takes a single batch dimension, such as BatchNorm1d. (Particle "
+        "filters repeat rows of data instead.)"
     )
     return structure._replace(vectorized=False)
 
