@@ -15,6 +15,7 @@ MISSPELT = [
     (["train", "--likelihood.netwrk", "MLP"], "likelihood: it has no argument 'netwrk'.", "network"),
     (["train", "--likelihood.network.hiden", "3"], "it has no argument 'hiden'.", "hidden"),
     (["train", "--lr", "0.1"], "unrecognized arguments: --lr", "--optimizer.lr"),
+    (["train", "--output-dir", "runs/a"], "--output_dir", "--run"),
     (["evaluate", "run", "--method", "Importance"], "method: there is no class Importance.", "ImportanceSampling"),
 ]
 

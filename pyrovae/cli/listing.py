@@ -142,7 +142,10 @@ def _plain(message: str) -> str:
     return re.sub(r"Option '(.*?)' is not accepted", r"it has no argument '\1'", text)
 
 
-_MEANT = {"lr": ["--optimizer.lr"], "learning_rate": ["--optimizer.lr"]}  # options of classes, which nothing lists
+_MEANT = {  # by words of other programs
+    **dict.fromkeys(["lr", "learning_rate"], "--optimizer.lr"),  # an option of classes, which nothing lists
+    **dict.fromkeys(["out", "out_dir", "outdir", "output", "output_dir", "run_dir", "save_dir"], "--run"),
+}
 
 
 def _advice(message: str, parser: Any) -> str:
@@ -155,7 +158,8 @@ def _advice(message: str, parser: Any) -> str:
     nearest: list[str] = []
     if unknown:
         options = [o for action in parser._actions for o in action.option_strings if o.startswith("--")]
-        nearest = _MEANT.get(unknown[1].replace("-", "_")) or _nearest(f"--{unknown[1]}", options)
+        meant = _MEANT.get(unknown[1].replace("-", "_"), "")
+        nearest = [meant] if meant in (*options, "--optimizer.lr") else _nearest(f"--{unknown[1]}", options)
     elif path and Path(path[1]).exists():
         return f"Is it the data? Give --data {path[1]}."
     elif command:
