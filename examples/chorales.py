@@ -1,7 +1,7 @@
 """Bach's chorales by models of sequences: nats a step by the ELBO and by a particle filter, and a continuation.
 
-    python examples/chorales.py --data jsb-chorales-quarter.json --lr 3e-3 --one-cycle --weight-decay 1e-3 \\
-        --epochs 700 --patience 0
+    python examples/chorales.py --data jsb-chorales-quarter.json --lr 3e-3 --one-cycle --weight-decay 3e-3 \\
+        --epochs 1200 --warm-up 9000 --patience 0
     python examples/chorales.py --data jsb-chorales-quarter.json --model recurrent --patience 30
     python examples/chorales.py --data jsb-chorales-quarter.json --model chords --latent-dim 32 --transpose 5 \\
         --lr 2e-3 --weight-decay 1e-5
