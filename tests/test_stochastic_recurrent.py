@@ -282,7 +282,7 @@ def test_training_raises_the_bound_and_graphs_keep_the_bits(data, by_step):
         vae = stochastic_recurrent()
         pair = (vae.model_by_step, vae.guide_by_step) if by_step else (vae.model, vae.guide)
         loss = bounds.FIVO(4) if by_step else bounds.ELBO()
-        history = pyrovae.fit(*pair, data, loss=loss, epochs=12, compile=compile, progress=False)
+        history = pyrovae.fit(*pair, data, loss=loss, epochs=30, compile=compile, progress=False)
         found.append((history["loss"], [p.detach().clone() for p in vae.parameters()]))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))

@@ -597,7 +597,7 @@ def test_a_class_that_many_cells_share_is_eliminated():
     torch.testing.assert_close(found.value, torch.stack(each).logsumexp(0), rtol=0, atol=ROUNDING)
 
 
-def test_a_series_needs_a_dimension_for_the_batch():
+def test_a_series_in_a_plate_of_one_is_one_datum():
     def model(x):
         with pyro.plate("data", 1):
             y = torch.tensor(0)
@@ -605,8 +605,9 @@ def test_a_series_needs_a_dimension_for_the_batch():
                 y = pyro.sample(f"y{t}", dist.Categorical(STEPS[y]), infer={"enumerate": "parallel"})
                 pyro.sample(f"x{t}", dist.Normal(2.0 * y, 1.0), obs=x[t])
 
-    with pytest.raises(ValueError, match="Give a single series a dimension for the batch"):
-        log_marginal(model, nothing, torch.rand(15).double(), progress=False)
+    x = 3 * torch.rand(15).double()
+    found = log_marginal(model, nothing, x, progress=False)
+    torch.testing.assert_close(found.value, of_chain(x.unsqueeze(0)), rtol=0, atol=ROUNDING)
 
 
 def test_sums_over_too_many_that_depend_on_each_other_are_refused(monkeypatch):

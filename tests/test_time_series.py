@@ -499,14 +499,35 @@ def test_embeddings_say_where_their_pieces_begin(run, monkeypatch, tmp_path):
         assert math.isfinite(float(row["mean_1"]))
 
 
+def test_numbers_far_from_zero_keep_the_digits_of_their_spread():
+    x = 1e8 + np.random.RandomState(0).normal(0, 5, 100)
+    series = TimeSeries.of({"day": [f"2020-{1 + i // 25:02}-{1 + i % 25:02}" for i in range(100)], "x": x}, "day")
+    assert abs(float(series.number_text(0, 100000012.976162)) - 100000012.976162) < 1e-5
+    assert series.number_text(0, 0.0) == "0" and series.number_text(0, math.nan) == "nan"
+    near = TimeSeries.of({"day": [f"2020-{1 + i // 25:02}-{1 + i % 25:02}" for i in range(100)], "x": x - 1e8}, "day")
+    assert len(near.number_text(0, 100 / 7)) <= 9
+
+
 def test_gaps_between_rows_are_filled(run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     table = walks()
     gap = {("Ulm", "2020-01-11"), ("Ulm", "2020-01-12"), ("Graz", "2020-02-29")}  # the last at the end of its series
     keys = list(zip(table["shop"], table["day"], strict=True))
     prices = ["" if key in gap else cell for key, cell in zip(keys, table["price"], strict=True)]
-    write(tmp_path / "shops.csv", table | {"price": prices})
-    given = ["--time", "day", "--series", "shop", "--max-steps", "20", "--structure", "StateSpace"]
+    notes = [f"0{i}.50" for i in range(len(keys))]
+    write(tmp_path / "shops.csv", table | {"price": prices, "note": notes})
+    given = [
+        "--time",
+        "day",
+        "--series",
+        "shop",
+        "--columns",
+        "price,sales",
+        "--max-steps",
+        "20",
+        "--structure",
+        "StateSpace",
+    ]
     main(["train", "--data", "shops.csv", "--run", "own", *given, *SMALL[:4], "--num-samples", "4", "--quiet"])
     main(["impute", "own", "shops.csv", "--num-draws", "40", "--output", "filled.csv"])
     vae, config = load_run("own")
@@ -535,6 +556,10 @@ def test_gaps_between_rows_are_filled(run, monkeypatch, tmp_path):
             assert (row["price"] == "") == (key[0] == "Graz")
         else:
             assert float(row["price"]) == price
+    lines, again = ((tmp_path / name).read_text().splitlines() for name in ("shops.csv", "filled.csv"))
+    assert len(lines) == len(again)
+    for line, other, key in zip(lines[1:], again[1:], keys, strict=True):  # to the letter, also other columns
+        assert line == other or key in gap
     main(["train", "--data", "shops.csv", "--run", "growth", *given, "--growth", "true", *SMALL[:4], "--quiet"])
     with pytest.raises(SystemExit, match="gaps of a run on growth are not filled"):
         main(["impute", "growth", "shops.csv", "--output", "no.csv"])

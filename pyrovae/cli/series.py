@@ -2,6 +2,7 @@
 
 import csv
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def reconstruct_series(
         for t in np.flatnonzero(~np.isnan(values[i]).any(1)):
             place = starts[row] + int(t)  # the steps of a series follow each other
             own = values[i, t] if time_series.growth else steps.levels[place]  # not moved within their steps
-            numbers = [f"{v:.9g}" for pair in zip(own, again[i, t], strict=True) for v in pair]
+            pairs = enumerate(zip(own, again[i, t], strict=True))
+            numbers = [time_series.number_text(c, v, digits=9) for c, pair in pairs for v in pair]
             (time,) = time_series.times_text(steps.times[place : place + 1])
             found.append([int(steps.rows[place]), steps.names[steps.series[place]], time, *numbers])
     of = [f"change of {name}" if time_series.growth else name for name in time_series.names]
@@ -151,14 +153,11 @@ def impute_series(
                             filled[place, c] = points[1, t, c]
                             lines.append((place, c, points[:, t, c], ess[i]))
                 bar.update(len(few))
-    order = steps.rows.argsort()
-    times = time_series.times_text(steps.times[order])
-    of = {} if time_series.series is None else {time_series.series: [steps.names[i] for i in steps.series[order]]}
-    _write_table(time_series.table(filled[order], **{time_series.time: times}, **of), output)
+    time_series.write_filled(file, steps, filled, output)
     texts = time_series.times_text(steps.times)
     rows = (
         [steps.rows[place], steps.names[steps.series[place]], texts[place], time_series.names[c]]
-        + [f"{points[k]:.7g}" for k in (1, 0, 2)]
+        + [time_series.number_text(int(c), points[k]) for k in (1, 0, 2)]
         + [f"{size:.1f}"]
         for place, c, points, size in lines
     )
@@ -215,7 +214,8 @@ def forecast_series(
         after = time_series.times_text(steps.times[last])
         times = [time_series.times_after(steps, place, num_steps) for place in last.tolist()]
         rows = (
-            [names[i], after[i], t + 1, times[i][t], time_series.names[c], *(f"{v:.7g}" for v in points[:, i, t, c])]
+            [names[i], after[i], t + 1, times[i][t], time_series.names[c]]
+            + [time_series.number_text(c, v) for v in points[:, i, t, c]]
             for i, t, c in np.ndindex(points.shape[1:])
         )
         header = ["series", "after", "step", "time", "column", *(f"q{round(100 * q):02d}" for q in _QUANTILES)]
@@ -280,33 +280,26 @@ def _write(
 ) -> None:
     """Writes columns of numbers, and levels as the table that the run was trained on writes them."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     numbers = {name: pa.array(column) for name, column in columns.items()}
+    written = dict.fromkeys(columns, "{:.9g}".format)
     if time_series is None or levels is None:
         table = pa.table(list(numbers.values()), names=list(numbers))
     else:
         table = time_series.table(levels, **numbers)
-    _write_table(table, path)
-
-
-def _write_table(table: Any, path: Path) -> None:
-    """Writes a table of pyarrow, with numbers to 9 digits."""
-    import pyarrow.parquet as pq
-
+        written |= {name: partial(time_series.number_text, c, digits=9) for c, name in enumerate(time_series.names)}
     if path.suffix in (".parquet", ".pq"):
         pq.write_table(table, path)
         return
     with open(path, "w", newline="", encoding="utf-8") as content:
         writer = csv.writer(content, delimiter="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
         writer.writerow(table.column_names)
-        texts = [[_text(value) for value in column.to_pylist()] for column in table.columns]
+        texts = [
+            [written[name](v) if isinstance(v, float) else str(v) for v in column.to_pylist()]
+            for name, column in zip(table.column_names, table.columns, strict=True)
+        ]
         writer.writerows(zip(*texts, strict=True))
-
-
-def _text(value: Any) -> str:
-    if value is None or isinstance(value, float) and math.isnan(value):
-        return ""
-    return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
 def _draw(

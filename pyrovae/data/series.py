@@ -310,6 +310,32 @@ class TimeSeries:
         ]
         return pa.table([*others.values(), *decoded], names=[*others, *self.names])
 
+    def write_filled(self, table: Any, steps: Steps, levels: np.ndarray, path: Path) -> None:
+        """Writes a table with empty cells filled, and every other cell as it is there, also of other columns.
+
+        Args:
+            table: what the steps were read from.
+            steps: all rows of the table, not those of growth.
+            levels: of all steps, NaN where a cell stays empty.
+            path: a text or Parquet file.
+        """
+        source = open_source(table, **_dialect_options(self.schema))
+        known = {column.name for column in self.schema.columns}
+        others = [Identifier(name) for name in source.names if name not in known]
+        schema = Schema([*self.schema.columns, *others], self.schema.dialect)
+        x = np.zeros((len(steps.rows), len(schema.modelled)))  # of which only the empty cells are looked at
+        filled = x.copy()
+        for c, column in enumerate(self._columns):
+            place = steps.rows - 1, schema.names.index(column.name)
+            x[place], filled[place] = steps.levels[:, c], levels[:, c] - getattr(column, "origin", 0.0)
+        schema.write_filled(torch.from_numpy(filled), torch.from_numpy(x), table, path)
+
+    def number_text(self, column: int, value: float, digits: int = 7) -> str:
+        """Returns a level of a column as text, with so many digits of the standard deviation and all before these."""
+        scale = self.scale[column] * (abs(value) if self.logarithmic and self.logarithmic[column] else 1.0)
+        before = math.ceil(math.log10(abs(value) / scale)) if value and math.isfinite(value) else 0
+        return f"{value:.{min(17, digits + max(0, before))}g}"
+
     def times_text(self, times: np.ndarray) -> list[str | None]:
         """Returns times as they are written in the table."""
         column: Any = self.schema.columns[0]
