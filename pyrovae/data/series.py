@@ -380,9 +380,11 @@ class TimeSeries:
         gaps = np.diff(steps.times)[np.diff(steps.series) == 0]
         if len(gaps) and gaps.min() < gaps.max() and isinstance(self.schema.columns[0], Time):
             usual = float(np.median(gaps))
-            unit = self.schema.columns[0].unit
-            share = float((gaps == usual).mean())
-            lines.append(f"rows are the steps: {share:.0%} of them are {usual:g} {unit}s after the row before")
+            alike, unit = int((gaps == usual).sum()), self.schema.columns[0].unit + ("s" if usual != 1 else "")
+            lines.append(
+                f"rows are the steps: {alike:,} of {len(gaps):,} are {usual:g} {unit} after the row before, the others "
+                f"up to {gaps.max():g}"
+            )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
