@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -296,10 +297,16 @@ def _write(
         writer = csv.writer(content, delimiter="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
         writer.writerow(table.column_names)
         texts = [
-            [written[name](v) if isinstance(v, float) else str(v) for v in column.to_pylist()]
+            [_text(v, written[name]) for v in column.to_pylist()]
             for name, column in zip(table.column_names, table.columns, strict=True)
         ]
         writer.writerows(zip(*texts, strict=True))
+
+
+def _text(value: Any, written: Callable[[float], str]) -> str:
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return ""
+    return written(value) if isinstance(value, float) else str(value)
 
 
 def _draw(

@@ -323,7 +323,7 @@ class TimeSeries:
         known = {column.name for column in self.schema.columns}
         others = [Identifier(name) for name in source.names if name not in known]
         schema = Schema([*self.schema.columns, *others], self.schema.dialect)
-        x = np.zeros((len(steps.rows), len(schema.modelled)))  # of which only the empty cells are looked at
+        x = np.zeros((len(steps.rows), len(schema.modelled)))  # NaN where a cell is empty; other values do not matter
         filled = x.copy()
         for c, column in enumerate(self._columns):
             place = steps.rows - 1, schema.names.index(column.name)
